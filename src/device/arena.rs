@@ -1,0 +1,149 @@
+//! One allocation, planned before the first step and shared in time.
+//!
+//! [`Arena::plan`] runs the code that lays out a phase without memory behind it and returns its
+//! bytes; [`Arena::new`] takes the largest phase; [`Arena::scope`] starts a phase, whose buffers
+//! end with it. So the plan and the run are the same code, and rollout and training share memory.
+
+#![allow(unsafe_code)]
+
+use std::{
+    cell::{Cell, RefCell},
+    marker::PhantomData,
+    ptr::NonNull,
+};
+
+use bytemuck::Pod;
+
+use super::buffer::{ALIGN, Block, Buffer};
+use crate::error::{Error, Result};
+
+/// Bytes after each buffer that nobody may write, checked when a scope ends (debug builds).
+const REDZONE: usize = if cfg!(debug_assertions) { ALIGN } else { 0 };
+const ZONE_BYTE: u8 = 0xA5;
+
+/// Memory for the phases of a step.
+#[derive(Debug)]
+pub struct Arena {
+    block: Block,
+    peak: usize,
+}
+
+/// One phase: buffers allocated from it live as long as it does.
+#[derive(Debug)]
+pub struct Scope<'a> {
+    base: Option<NonNull<u8>>,
+    capacity: usize,
+    used: Cell<usize>,
+    peak: Option<&'a mut usize>,
+    zones: RefCell<Vec<NonNull<u8>>>,
+    _arena: PhantomData<&'a mut [u8]>,
+}
+
+impl Arena {
+    /// `bytes` of memory, as [`Arena::plan`] returned them.
+    #[must_use]
+    pub fn new(bytes: usize) -> Self {
+        Self { block: Block::new(bytes), peak: 0 }
+    }
+
+    /// The bytes that `layout` needs: it is run on a scope without memory, whose buffers are
+    /// empty and must not be used.
+    ///
+    /// # Errors
+    /// Those of `layout`.
+    pub fn plan<R>(layout: impl FnOnce(&Scope<'_>) -> Result<R>) -> Result<usize> {
+        let scope = Scope {
+            base: None,
+            capacity: usize::MAX / 2,
+            used: Cell::new(0),
+            peak: None,
+            zones: RefCell::default(),
+            _arena: PhantomData,
+        };
+        layout(&scope)?;
+        Ok(scope.used.get())
+    }
+
+    /// Starts a phase. The borrow makes sure that phases do not overlap.
+    #[must_use]
+    pub fn scope(&mut self) -> Scope<'_> {
+        if cfg!(debug_assertions) {
+            // SAFETY: the arena owns these bytes and no scope is alive.
+            unsafe { self.block.ptr().as_ptr().write_bytes(0xFF, self.block.bytes()) };
+        }
+        Scope {
+            base: Some(self.block.ptr()),
+            capacity: self.block.bytes(),
+            used: Cell::new(0),
+            peak: Some(&mut self.peak),
+            zones: RefCell::default(),
+            _arena: PhantomData,
+        }
+    }
+
+    /// Bytes allocated.
+    #[must_use]
+    pub fn bytes(&self) -> usize {
+        self.block.bytes()
+    }
+
+    /// The most bytes that any finished scope used.
+    #[must_use]
+    pub fn peak(&self) -> usize {
+        self.peak
+    }
+}
+
+impl<'a> Scope<'a> {
+    /// `len` elements, to be written before they are read (NaN in debug builds).
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if the plan has no room.
+    pub fn alloc<T: Pod>(&self, what: &'static str, len: usize) -> Result<Buffer<'_, T>> {
+        let overflow = || Error::Memory { what, want: usize::MAX, have: self.capacity };
+        let bytes = len.checked_mul(size_of::<T>()).ok_or_else(overflow)?;
+        let bytes = bytes.checked_next_multiple_of(ALIGN).ok_or_else(overflow)? + REDZONE;
+        let start = self.used.get();
+        let have = self.capacity - start;
+        if bytes > have {
+            return Err(Error::Memory { what, want: bytes, have });
+        }
+        self.used.set(start + bytes);
+        let Some(base) = self.base else {
+            // SAFETY: an empty region needs no memory.
+            return Ok(unsafe { Buffer::from_raw(NonNull::dangling(), 0) });
+        };
+        // SAFETY: `start + bytes` is within the block.
+        let ptr = unsafe { base.add(start) };
+        if REDZONE > 0 {
+            // SAFETY: the last REDZONE bytes of this allocation, within the block.
+            let zone = unsafe { ptr.add(bytes - REDZONE) };
+            // SAFETY: as above; `zone` has REDZONE bytes.
+            unsafe { zone.as_ptr().write_bytes(ZONE_BYTE, REDZONE) };
+            self.zones.borrow_mut().push(zone);
+        }
+        // SAFETY: the block is initialised, ALIGN-aligned, and each region is handed out once.
+        Ok(unsafe { Buffer::from_raw(ptr.cast(), len) })
+    }
+
+    /// Bytes used so far.
+    #[must_use]
+    pub fn used(&self) -> usize {
+        self.used.get()
+    }
+}
+
+impl Drop for Scope<'_> {
+    fn drop(&mut self) {
+        if let Some(peak) = self.peak.take() {
+            *peak = (*peak).max(self.used.get());
+        }
+        for zone in self.zones.borrow().iter() {
+            // SAFETY: a zone that `alloc` wrote, inside the arena that this scope borrows.
+            let zone = unsafe { std::slice::from_raw_parts(zone.as_ptr(), REDZONE) };
+            if !std::thread::panicking() {
+                assert!(zone.iter().all(|b| *b == ZONE_BYTE), "a buffer was written past its end");
+            }
+        }
+    }
+}

@@ -1,0 +1,531 @@
+//! Matrix product micro-kernels: `C[m,n] (+)= A[m,k] B[k,n]` with B packed in panels of 32 columns.
+//!
+//! Each output is ONE chain of fused multiply-adds over k = 0, 1, 2, ..., starting from 0 or from
+//! C. So the number of rows, the tile, the thread and the instruction set cannot change a bit, and
+//! adding a second batch to C continues the very chain that one larger batch would have made.
+
+#![allow(unsafe_code)]
+
+use super::{super::Float, Cpu, Isa, simd::Level};
+
+/// Columns of a panel: two 512-bit vectors of f32.
+pub const NR: usize = 32;
+
+/// Rows of k that one pass over A and C covers: a panel of 256 x 32 f32 is 32 KiB, one L1 cache.
+const KC: usize = 256;
+
+/// The left operand, row-major with leading dimension `ld`, or its transpose.
+#[derive(Clone, Copy, Debug)]
+pub struct Lhs<'a, F> {
+    /// The elements.
+    pub data: &'a [F],
+    /// Distance between stored rows.
+    pub ld: usize,
+    /// false: A(i, k) = data[i * ld + k]; true: A(i, k) = data[k * ld + i].
+    pub transposed: bool,
+}
+
+impl<'a, F> Lhs<'a, F> {
+    /// A(i, k) = data[i * ld + k]
+    #[must_use]
+    pub fn rows(data: &'a [F], ld: usize) -> Self {
+        Self { data, ld, transposed: false }
+    }
+
+    /// A(i, k) = data[k * ld + i]
+    #[must_use]
+    pub fn columns(data: &'a [F], ld: usize) -> Self {
+        Self { data, ld, transposed: true }
+    }
+}
+
+/// The right operand.
+#[derive(Clone, Copy, Debug)]
+pub enum Rhs<'a, F> {
+    /// Panels as [`pack`] writes them: `[ceil(n / 32)][k][32]`.
+    Packed(&'a [F]),
+    /// B(k, j) = data[k * ld + j]
+    Rows {
+        /// The elements.
+        data: &'a [F],
+        /// Distance between stored rows.
+        ld: usize,
+    },
+    /// B(k, j) = data[j * ld + k]: the transpose of a stored matrix.
+    Columns {
+        /// The elements.
+        data: &'a [F],
+        /// Distance between stored rows.
+        ld: usize,
+    },
+}
+
+/// One packed pass, on the stack.
+type Room<F> = [F; KC * NR];
+
+impl<'a, F: Float> Rhs<'a, F> {
+    fn check(&self, k: usize, n: usize) {
+        if k == 0 {
+            return;
+        }
+        let (have, want) = match *self {
+            Self::Packed(panels) => (panels.len(), packed_len(k, n)),
+            Self::Rows { data, ld } => (data.len(), (k - 1) * ld + n),
+            Self::Columns { data, ld } => (data.len(), (n - 1) * ld + k),
+        };
+        assert!(have >= want, "B [{k}, {n}] needs {want} elements, has {have}");
+    }
+
+    /// Rows `k0..k0 + kc` of panel `p` as `[kc, 32]`, packed into `room` where it is not yet.
+    fn panel<'r>(
+        &self,
+        p: usize,
+        (k, n): (usize, usize),
+        k0: usize,
+        room: &'r mut Option<Room<F>>,
+    ) -> &'r [F]
+    where
+        'a: 'r,
+    {
+        let kc = KC.min(k - k0);
+        let (j, nc) = (p * NR, NR.min(n - p * NR));
+        match *self {
+            Self::Packed(panels) => &panels[(p * k + k0) * NR..][..kc * NR],
+            Self::Rows { data, ld } => {
+                let room = &mut room.get_or_insert([F::ZERO; KC * NR])[..kc * NR];
+                pack_rows(room, &data[k0 * ld + j..], ld, nc);
+                room
+            }
+            Self::Columns { data, ld } => {
+                let room = &mut room.get_or_insert([F::ZERO; KC * NR])[..kc * NR];
+                pack_columns(room, &data[j * ld + k0..], ld, kc, nc);
+                room
+            }
+        }
+    }
+}
+
+/// Elements of B `[k, n]` in panels.
+#[must_use]
+pub const fn packed_len(k: usize, n: usize) -> usize {
+    n.div_ceil(NR) * NR * k
+}
+
+/// Writes B = Wᵀ, W `[n, k]`, as panels `[ceil(n / 32)][k][32]`; columns beyond `n` are 0.
+pub fn pack<F: Float>(cpu: &Cpu, panels: &mut [F], w: &[F], n: usize, k: usize) {
+    assert_eq!((w.len(), panels.len()), (n * k, packed_len(k, n)));
+    if k == 0 {
+        return;
+    }
+    cpu.rows(n.div_ceil(NR), 4, (panels, k * NR), |range, out| {
+        for (p, panel) in range.zip(out.chunks_exact_mut(k * NR)) {
+            pack_columns(panel, &w[p * NR * k..], k, k, NR.min(n - p * NR));
+        }
+    });
+}
+
+fn pack_columns<F: Float>(panel: &mut [F], w: &[F], ld: usize, k: usize, nc: usize) {
+    if nc < NR {
+        panel.fill(F::ZERO);
+    }
+    // Eight k at a time: reads stay in a cache line, writes in a few.
+    for k0 in (0..k).step_by(8) {
+        let k1 = (k0 + 8).min(k);
+        for c in 0..nc {
+            for (i, x) in w[c * ld + k0..c * ld + k1].iter().enumerate() {
+                panel[(k0 + i) * NR + c] = *x;
+            }
+        }
+    }
+}
+
+fn pack_rows<F: Float>(panel: &mut [F], b: &[F], ld: usize, nc: usize) {
+    for (i, row) in panel.chunks_exact_mut(NR).enumerate() {
+        row[..nc].copy_from_slice(&b[i * ld..i * ld + nc]);
+        row[nc..].fill(F::ZERO);
+    }
+}
+
+/// `C(i, j) (+)= sum_k A(i, k) B(k, j)`, `C(i, j) = c[i * ldc + j]`, on all threads. `add`
+/// continues the chain from C, else it starts at 0. Then `bias` `[n]` is added, if any.
+///
+/// # Panics
+/// If a slice is too short for the sizes.
+#[allow(clippy::too_many_arguments)]
+pub fn product<F: Float>(
+    cpu: &Cpu,
+    c: &mut [F],
+    ldc: usize,
+    (m, n, k): (usize, usize, usize),
+    a: Lhs<'_, F>,
+    b: Rhs<'_, F>,
+    add: bool,
+    bias: Option<&[F]>,
+) {
+    check(c, ldc, (m, n, k), a, b, bias);
+    let out = Out { c: c.as_mut_ptr(), ldc };
+    let panels = n.div_ceil(NR);
+    // Whole panels first; where there are few, rows are split too. A task below about 10^5
+    // multiply-adds costs more to hand over than to run.
+    let want = if m * n * k < 100_000 { 1 } else { cpu.threads() * 4 };
+    let per = panels.div_ceil(want).max(1);
+    let tasks_n = panels.div_ceil(per);
+    let rows = m.div_ceil(want.div_ceil(tasks_n.max(1))).next_multiple_of(12).max(48);
+    let tasks_m = m.div_ceil(rows);
+    cpu.run(tasks_n * tasks_m, |task| {
+        let (tm, tn) = (task / tasks_n, task % tasks_n);
+        let (i0, i1) = (tm * rows, ((tm + 1) * rows).min(m));
+        let (p0, p1) = (tn * per, ((tn + 1) * per).min(panels));
+        // SAFETY: `check` bounds C, A and B; tasks own disjoint rectangles of C.
+        unsafe { block(cpu.isa(), &out, (i0, i1), (p0, p1), (n, k), a, b, add, bias) };
+    });
+}
+
+/// [`product`] on this thread alone, for callers that are already parallel.
+///
+/// # Panics
+/// If a slice is too short for the sizes.
+pub fn serial<F: Float>(
+    isa: Isa,
+    c: &mut [F],
+    ldc: usize,
+    (m, n, k): (usize, usize, usize),
+    a: Lhs<'_, F>,
+    b: Rhs<'_, F>,
+    add: bool,
+) {
+    check(c, ldc, (m, n, k), a, b, None);
+    let out = Out { c: c.as_mut_ptr(), ldc };
+    // SAFETY: `check` bounds C, A and B, and `c` is borrowed exclusively.
+    unsafe { block(isa, &out, (0, m), (0, n.div_ceil(NR)), (n, k), a, b, add, None) };
+}
+
+fn check<F: Float>(
+    c: &[F],
+    ldc: usize,
+    (m, n, k): (usize, usize, usize),
+    a: Lhs<'_, F>,
+    b: Rhs<'_, F>,
+    bias: Option<&[F]>,
+) {
+    if m == 0 || n == 0 {
+        return;
+    }
+    assert!(ldc >= n && c.len() >= (m - 1) * ldc + n, "C [{m}, {n}] is too short: {}", c.len());
+    let (outer, inner) = if a.transposed { (k, m) } else { (m, k) };
+    assert!(
+        k == 0 || (a.ld >= inner && a.data.len() >= (outer - 1) * a.ld + inner),
+        "A [{m}, {k}] is too short: {}",
+        a.data.len()
+    );
+    b.check(k, n);
+    assert!(bias.is_none_or(|bias| bias.len() == n), "bias must have {n} elements");
+}
+
+/// Where tasks write: each its own rectangle.
+struct Out<F> {
+    c: *mut F,
+    ldc: usize,
+}
+
+// SAFETY: tasks write disjoint rectangles.
+unsafe impl<F: Send> Sync for Out<F> {}
+
+/// Rows `i0..i1` and panels `p0..p1` of C.
+///
+/// # Safety
+/// [`check`] passed, and nobody else touches that rectangle.
+#[allow(clippy::too_many_arguments)]
+unsafe fn block<F: Float>(
+    isa: Isa,
+    out: &Out<F>,
+    (i0, i1): (usize, usize),
+    (p0, p1): (usize, usize),
+    (n, k): (usize, usize),
+    a: Lhs<'_, F>,
+    b: Rhs<'_, F>,
+    add: bool,
+    bias: Option<&[F]>,
+) {
+    let m = i1 - i0;
+    if m == 0 || n == 0 {
+        return;
+    }
+    let mut room = None; // stays untouched where B is packed
+    for p in p0..p1 {
+        let nc = NR.min(n - p * NR);
+        // SAFETY: row i0 and column 32 p are inside C.
+        let c = unsafe { out.c.add(i0 * out.ldc + p * NR) };
+        for k0 in (0..k.max(1)).step_by(KC) {
+            let panel = if k == 0 { &[][..] } else { b.panel(p, (k, n), k0, &mut room) };
+            let skip = if a.transposed { k0 * a.ld + i0 } else { i0 * a.ld + k0 };
+            let tile = Tile {
+                a: a.data[skip.min(a.data.len())..].as_ptr(),
+                lda: a.ld,
+                transposed: a.transposed,
+                b: panel.as_ptr(),
+                k: panel.len() / NR,
+                add: add || k0 > 0,
+            };
+            // SAFETY: `check` bounds every access of `m` rows, `nc` columns, `tile.k` steps.
+            unsafe { F::run(isa, tile, m, nc, c, out.ldc) };
+        }
+        if let Some(bias) = bias {
+            let bias = &bias[p * NR..][..nc];
+            for i in 0..m {
+                // SAFETY: row `i` of this rectangle has `nc` columns.
+                let row = unsafe { c.add(i * out.ldc) };
+                // SAFETY: as above, and the rectangle is this task's own.
+                let row = unsafe { std::slice::from_raw_parts_mut(row, nc) };
+                for (y, b) in row.iter_mut().zip(bias) {
+                    *y += *b;
+                }
+            }
+        }
+    }
+}
+
+/// Pointers of one pass, bounds checked by `check`.
+#[doc(hidden)]
+#[derive(Clone, Copy, Debug)]
+pub struct Tile<F> {
+    a: *const F,
+    lda: usize,
+    transposed: bool,
+    b: *const F,
+    k: usize,
+    add: bool,
+}
+
+/// Element types that have micro-kernels.
+#[doc(hidden)]
+pub trait Micro: Copy + Sized {
+    /// # Safety
+    /// `tile` and `c` must cover `m` rows of `nc <= 32` columns.
+    unsafe fn run(isa: Isa, tile: Tile<Self>, m: usize, nc: usize, c: *mut Self, ldc: usize);
+}
+
+/// Runs `$kernel::<R, T>` over all rows, `$mr` at a time.
+macro_rules! sweep {
+    ($kernel:ident, [$($r:literal)+], $mr:literal, $tile:expr, $m:expr, $nc:expr, $c:expr, $ldc:expr) => {{
+        let (tile, m) = ($tile, $m);
+        let mut i = 0;
+        while i < m {
+            let rows = (m - i).min($mr);
+            let step = if tile.transposed { i } else { i * tile.lda };
+            // SAFETY: row `i` is below `m`, which the caller bounded.
+            let tile = Tile { a: unsafe { tile.a.add(step) }, ..tile };
+            // SAFETY: as above.
+            let c = unsafe { $c.add(i * $ldc) };
+            match (rows, tile.transposed) {
+                $(
+                    // SAFETY: `rows` rows from here are inside the caller's bounds.
+                    ($r, false) => unsafe { $kernel::<$r, false>(tile, $nc, c, $ldc) },
+                    // SAFETY: as above.
+                    ($r, true) => unsafe { $kernel::<$r, true>(tile, $nc, c, $ldc) },
+                )+
+                _ => unreachable!(),
+            }
+            i += rows;
+        }
+    }};
+}
+
+impl Micro for f32 {
+    unsafe fn run(isa: Isa, tile: Tile<f32>, m: usize, nc: usize, c: *mut f32, ldc: usize) {
+        match isa.level() {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 => {
+                use x86::avx512;
+                sweep!(avx512, [1 2 3 4 5 6 7 8 9 10 11 12], 12, tile, m, nc, c, ldc);
+            }
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx2 => {
+                use x86::avx2;
+                sweep!(avx2, [1 2 3 4 5 6], 6, tile, m, nc, c, ldc);
+            }
+            _ => sweep!(portable32, [1 2 3 4], 4, tile, m, nc, c, ldc),
+        }
+    }
+}
+
+impl Micro for f64 {
+    unsafe fn run(isa: Isa, tile: Tile<f64>, m: usize, nc: usize, c: *mut f64, ldc: usize) {
+        match isa.level() {
+            #[cfg(target_arch = "x86_64")]
+            Level::Avx512 | Level::Avx2 => {
+                use x86::wide;
+                sweep!(wide, [1 2 3 4], 4, tile, m, nc, c, ldc);
+            }
+            _ => sweep!(portable64, [1 2 3 4], 4, tile, m, nc, c, ldc),
+        }
+    }
+}
+
+/// R rows x 32 columns in plain Rust: the definition of what the others compute.
+///
+/// # Safety
+/// As [`Micro::run`], for R rows.
+#[inline(always)]
+#[allow(clippy::multiple_unsafe_ops_per_block)]
+unsafe fn portable<const R: usize, const T: bool, F: Float>(
+    t: Tile<F>,
+    nc: usize,
+    c: *mut F,
+    ldc: usize,
+) {
+    let mut acc = [[F::ZERO; NR]; R];
+    // SAFETY: the caller bounds R rows of `nc` columns of C and of `t.k` steps of A and B.
+    unsafe {
+        if t.add {
+            for (r, acc) in acc.iter_mut().enumerate() {
+                for (j, acc) in acc.iter_mut().enumerate().take(nc) {
+                    *acc = *c.add(r * ldc + j);
+                }
+            }
+        }
+        for k in 0..t.k {
+            let b = &*t.b.add(k * NR).cast::<[F; NR]>();
+            for (r, acc) in acc.iter_mut().enumerate() {
+                let a = *t.a.add(if T { k * t.lda + r } else { r * t.lda + k });
+                for j in 0..NR {
+                    acc[j] = a.mul_add(b[j], acc[j]);
+                }
+            }
+        }
+        for (r, acc) in acc.iter().enumerate() {
+            for (j, acc) in acc.iter().enumerate().take(nc) {
+                *c.add(r * ldc + j) = *acc;
+            }
+        }
+    }
+}
+
+/// # Safety
+/// As [`portable`].
+unsafe fn portable32<const R: usize, const T: bool>(
+    t: Tile<f32>,
+    nc: usize,
+    c: *mut f32,
+    ldc: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe { portable::<R, T, f32>(t, nc, c, ldc) }
+}
+
+/// # Safety
+/// As [`portable`].
+unsafe fn portable64<const R: usize, const T: bool>(
+    t: Tile<f64>,
+    nc: usize,
+    c: *mut f64,
+    ldc: usize,
+) {
+    // SAFETY: the caller's promise.
+    unsafe { portable::<R, T, f64>(t, nc, c, ldc) }
+}
+
+#[cfg(target_arch = "x86_64")]
+#[allow(clippy::multiple_unsafe_ops_per_block)]
+mod x86 {
+    use std::arch::x86_64::*;
+
+    use super::{NR, Tile, portable};
+
+    /// # Safety
+    /// As [`super::Micro::run`], for R rows; AVX2 and FMA.
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn wide<const R: usize, const T: bool>(
+        t: Tile<f64>,
+        nc: usize,
+        c: *mut f64,
+        ldc: usize,
+    ) {
+        // SAFETY: the caller's promise.
+        unsafe { portable::<R, T, f64>(t, nc, c, ldc) }
+    }
+
+    /// 12 x 32 is 24 accumulators, two of B and one of A: 27 of 32 registers.
+    ///
+    /// # Safety
+    /// As [`super::Micro::run`], for R rows; AVX-512.
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
+    pub(super) unsafe fn avx512<const R: usize, const T: bool>(
+        t: Tile<f32>,
+        nc: usize,
+        c: *mut f32,
+        ldc: usize,
+    ) {
+        let lane = |n: usize| ((1u64 << n) - 1) as u32;
+        let mask = lane(nc);
+        let (m0, m1) = (mask as u16, (mask >> 16) as u16);
+        // SAFETY: masked loads and stores touch `nc` columns of R rows; the panel has 32 columns.
+        unsafe {
+            let mut acc = [[_mm512_setzero_ps(); 2]; R];
+            if t.add {
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    acc[0] = _mm512_maskz_loadu_ps(m0, c.add(r * ldc));
+                    acc[1] = _mm512_maskz_loadu_ps(m1, c.wrapping_add(r * ldc + 16));
+                }
+            }
+            for k in 0..t.k {
+                let b0 = _mm512_loadu_ps(t.b.add(k * NR));
+                let b1 = _mm512_loadu_ps(t.b.add(k * NR + 16));
+                for (r, acc) in acc.iter_mut().enumerate() {
+                    let a = *t.a.add(if T { k * t.lda + r } else { r * t.lda + k });
+                    let a = _mm512_set1_ps(a);
+                    acc[0] = _mm512_fmadd_ps(a, b0, acc[0]);
+                    acc[1] = _mm512_fmadd_ps(a, b1, acc[1]);
+                }
+            }
+            for (r, acc) in acc.iter().enumerate() {
+                _mm512_mask_storeu_ps(c.add(r * ldc), m0, acc[0]);
+                _mm512_mask_storeu_ps(c.wrapping_add(r * ldc + 16), m1, acc[1]);
+            }
+        }
+    }
+
+    /// 6 x 16 twice: 12 accumulators, two of B and one of A: 15 of 16 registers.
+    ///
+    /// # Safety
+    /// As [`super::Micro::run`], for R rows; AVX2 and FMA.
+    #[target_feature(enable = "avx2,fma")]
+    pub(super) unsafe fn avx2<const R: usize, const T: bool>(
+        t: Tile<f32>,
+        nc: usize,
+        c: *mut f32,
+        ldc: usize,
+    ) {
+        if nc < NR {
+            // SAFETY: the caller's promise.
+            return unsafe { portable::<R, T, f32>(t, nc, c, ldc) };
+        }
+        for half in [0, 16] {
+            // SAFETY: all 32 columns of R rows are in bounds, as the caller promised.
+            unsafe {
+                let (b, c) = (t.b.add(half), c.add(half));
+                let mut acc = [[_mm256_setzero_ps(); 2]; R];
+                if t.add {
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        acc[0] = _mm256_loadu_ps(c.add(r * ldc));
+                        acc[1] = _mm256_loadu_ps(c.add(r * ldc + 8));
+                    }
+                }
+                for k in 0..t.k {
+                    let b0 = _mm256_loadu_ps(b.add(k * NR));
+                    let b1 = _mm256_loadu_ps(b.add(k * NR + 8));
+                    for (r, acc) in acc.iter_mut().enumerate() {
+                        let a = *t.a.add(if T { k * t.lda + r } else { r * t.lda + k });
+                        let a = _mm256_set1_ps(a);
+                        acc[0] = _mm256_fmadd_ps(a, b0, acc[0]);
+                        acc[1] = _mm256_fmadd_ps(a, b1, acc[1]);
+                    }
+                }
+                for (r, acc) in acc.iter().enumerate() {
+                    _mm256_storeu_ps(c.add(r * ldc), acc[0]);
+                    _mm256_storeu_ps(c.add(r * ldc + 8), acc[1]);
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,182 @@
+//! One error type for the whole library. Every variant says what was wanted and what came.
+
+use std::path::PathBuf;
+
+/// Shorthand for results of this crate.
+pub type Result<T, E = Error> = std::result::Result<T, E>;
+
+/// What can go wrong, with the names and numbers a reader needs to mend it.
+#[derive(Debug, thiserror::Error)]
+#[non_exhaustive]
+pub enum Error {
+    /// An op was given a buffer of the wrong size.
+    #[error("{op}: `{arg}` has shape {got:?}, wanted {want:?}")]
+    Shape {
+        /// The op.
+        op: &'static str,
+        /// Its argument.
+        arg: &'static str,
+        /// The shape that the other arguments imply.
+        want: Vec<usize>,
+        /// The shape that came.
+        got: Vec<usize>,
+    },
+    /// A value outside its domain: a token id beyond the vocabulary, a negative temperature.
+    #[error("{what}: got {got}, wanted {want}")]
+    Value {
+        /// What the value is, with the place it came from.
+        what: String,
+        /// What would have been right.
+        want: String,
+        /// What came.
+        got: String,
+    },
+    /// A configuration key that does not exist or does not parse.
+    #[error("config key `{key}`: {message}")]
+    Config {
+        /// The key as the user wrote it.
+        key: String,
+        /// What was wanted and what came.
+        message: String,
+        /// The nearest known key, or another way out.
+        hint: Option<String>,
+    },
+    /// The operating system refused a file operation.
+    #[error("cannot {doing} {}: {source}", path.display())]
+    Io {
+        /// A verb: "read", "create", "rename".
+        doing: &'static str,
+        /// The file.
+        path: PathBuf,
+        /// The cause.
+        source: std::io::Error,
+    },
+    /// A line of a data set.
+    #[error("{}:{line}: {message}", path.display())]
+    Data {
+        /// The data file, or `<stdin>`.
+        path: PathBuf,
+        /// Its line, counted from 1.
+        line: usize,
+        /// What was wanted and what came.
+        message: String,
+    },
+    /// A model, tokenizer or checkpoint file whose content is wrong.
+    #[error("{}: {message}", path.display())]
+    File {
+        /// The file.
+        path: PathBuf,
+        /// What was wanted and what came.
+        message: String,
+    },
+    /// The memory plan was exceeded.
+    #[error("{what} needs {want} bytes, but {have} are left of the plan")]
+    Memory {
+        /// What asked.
+        what: &'static str,
+        /// Bytes asked for.
+        want: usize,
+        /// Bytes left.
+        have: usize,
+    },
+    /// NaN, infinity, or a first ratio that is not 1: the step was not applied.
+    #[error("step {step} was stopped before the update: {what} is {value} (samples {samples:?})")]
+    BadNumber {
+        /// The optimizer step.
+        step: u64,
+        /// The tensor or quantity.
+        what: String,
+        /// The value that was seen.
+        value: f64,
+        /// Ids of the samples in the step that are affected; empty if all are.
+        samples: Vec<u64>,
+    },
+    /// Another process holds the run's folder.
+    #[error("{} is in use by process {pid}", path.display())]
+    Locked {
+        /// The folder.
+        path: PathBuf,
+        /// The owner.
+        pid: u32,
+    },
+    /// SIGINT or SIGTERM; the state was committed at `step`.
+    #[error("interrupted by {signal}; the run is saved at step {step} and resumes from there")]
+    Interrupted {
+        /// "SIGINT" or "SIGTERM".
+        signal: &'static str,
+        /// The last step that is in the checkpoint.
+        step: u64,
+    },
+    /// The device that was asked for is not there.
+    #[error("device `{wanted}` is not available: {reason}")]
+    Device {
+        /// As the user wrote it.
+        wanted: String,
+        /// Why not.
+        reason: String,
+    },
+}
+
+impl Error {
+    /// A shape error.
+    #[must_use]
+    pub fn shape(op: &'static str, arg: &'static str, want: &[usize], got: &[usize]) -> Self {
+        Self::Shape { op, arg, want: want.to_vec(), got: got.to_vec() }
+    }
+
+    /// A value error.
+    pub fn value(
+        what: impl Into<String>,
+        want: impl Into<String>,
+        got: impl std::fmt::Display,
+    ) -> Self {
+        Self::Value { what: what.into(), want: want.into(), got: got.to_string() }
+    }
+
+    /// A wrong file.
+    pub fn file(path: impl Into<PathBuf>, message: impl Into<String>) -> Self {
+        Self::File { path: path.into(), message: message.into() }
+    }
+
+    /// For `map_err`: wraps an I/O error with what was being done to which file.
+    pub fn io(
+        doing: &'static str,
+        path: impl Into<PathBuf>,
+    ) -> impl FnOnce(std::io::Error) -> Self {
+        let path = path.into();
+        move |source| Self::Io { doing, path, source }
+    }
+
+    /// What to try next, printed under the error as `hint: ...`.
+    #[must_use]
+    pub fn hint(&self) -> Option<String> {
+        match self {
+            Self::Config { hint, .. } => hint.clone(),
+            Self::Locked { .. } => {
+                Some("wait for it, stop it, or choose another --out folder".into())
+            }
+            Self::Memory { .. } => Some("lower `micro_batch_tokens` or the sequence length".into()),
+            Self::BadNumber { .. } => Some(
+                "the last checkpoint is untouched; lower `learning_rate`, or look at the named samples"
+                    .into(),
+            ),
+            Self::Interrupted { .. } => Some("run the same command again to go on".into()),
+            _ => None,
+        }
+    }
+
+    /// The process exit code: 2 bad usage or configuration, 3 no device, 4 a bad number stopped
+    /// the step, 5 the folder is locked, 130 SIGINT, 143 SIGTERM, 1 all else.
+    #[must_use]
+    pub fn exit_code(&self) -> u8 {
+        match self {
+            Self::Config { .. } => 2,
+            Self::Device { .. } => 3,
+            Self::BadNumber { .. } => 4,
+            Self::Locked { .. } => 5,
+            Self::Interrupted { signal: "SIGTERM", .. } => 143,
+            Self::Interrupted { .. } => 130,
+            _ => 1,
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! The `warpo` command. All of it is in [`warpo::cli`].
+
+fn main() {}

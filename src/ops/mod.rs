@@ -1,0 +1,8 @@
+//! The operations. One file an op: contract, shape checks, CPU code (generic over f32 and f64),
+//! forward and hand-written backward together.
+//!
+//! Gradients of weights are added to (`+=`), gradients of activations are written (`=`): a weight
+//! is used by many micro-batches, an activation by one.
+
+pub mod matmul;
+pub mod rms_norm;

@@ -1,0 +1,15 @@
+//! All tests, in one binary. `tests/<layer>/<stem>.rs` holds the tests of `src/<layer>/<stem>.rs`.
+
+#![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
+
+mod house;
+mod support;
+
+mod device {
+    mod gemm;
+    mod math;
+}
+mod ops {
+    mod rms_norm;
+}
+mod rng;

@@ -1,0 +1,84 @@
+//! Reads the float64 oracles under `tests/golden` (made by `tests/golden/gen_fixtures.py` from
+//! Hugging Face transformers and TRL).
+
+use std::{collections::HashMap, path::PathBuf};
+
+use safetensors::{Dtype, SafeTensors};
+
+/// `tests/golden/NAME`.
+pub fn path(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+}
+
+/// One safetensors file, all of its numbers widened to f64.
+pub struct Golden {
+    file: String,
+    tensors: HashMap<String, (Vec<usize>, Vec<f64>)>,
+}
+
+impl Golden {
+    /// Opens `tests/golden/NAME`, for example `pure/gae.safetensors`.
+    pub fn open(name: &str) -> Self {
+        let bytes = std::fs::read(path(name)).unwrap_or_else(|e| panic!("{name}: {e}"));
+        let file = SafeTensors::deserialize(&bytes).unwrap();
+        let tensors = file
+            .tensors()
+            .into_iter()
+            .map(|(key, t)| {
+                let d = t.data();
+                let x: Vec<f64> = match t.dtype() {
+                    Dtype::F64 => words(d).map(f64::from_le_bytes).collect(),
+                    Dtype::F32 => words(d).map(|b| f64::from(f32::from_le_bytes(b))).collect(),
+                    Dtype::I64 => words(d).map(|b| i64::from_le_bytes(b) as f64).collect(),
+                    Dtype::U8 => d.iter().map(|b| f64::from(*b)).collect(),
+                    other => panic!("{name}: {key} is {other:?}"),
+                };
+                (key, (t.shape().to_vec(), x))
+            })
+            .collect();
+        Self { file: name.into(), tensors }
+    }
+
+    /// The numbers of a tensor.
+    #[track_caller]
+    pub fn get(&self, key: &str) -> &[f64] {
+        &self.entry(key).1
+    }
+
+    /// Its shape.
+    #[track_caller]
+    pub fn shape(&self, key: &str) -> &[usize] {
+        &self.entry(key).0
+    }
+
+    /// A scalar.
+    #[track_caller]
+    pub fn scalar(&self, key: &str) -> f64 {
+        let x = self.get(key);
+        assert_eq!(x.len(), 1, "{}: {key} is no scalar", self.file);
+        x[0]
+    }
+
+    /// Numbers that are integers: ids, lengths, masks.
+    #[track_caller]
+    pub fn ints(&self, key: &str) -> Vec<i64> {
+        self.get(key).iter().map(|x| *x as i64).collect()
+    }
+
+    /// All keys that start with `prefix`, without it, sorted.
+    pub fn keys(&self, prefix: &str) -> Vec<String> {
+        let mut keys: Vec<String> =
+            self.tensors.keys().filter_map(|k| Some(k.strip_prefix(prefix)?.to_owned())).collect();
+        keys.sort();
+        keys
+    }
+
+    #[track_caller]
+    fn entry(&self, key: &str) -> &(Vec<usize>, Vec<f64>) {
+        self.tensors.get(key).unwrap_or_else(|| panic!("{} has no {key}", self.file))
+    }
+}
+
+fn words<const N: usize>(d: &[u8]) -> impl Iterator<Item = [u8; N]> {
+    d.chunks_exact(N).map(|c| c.try_into().unwrap())
+}

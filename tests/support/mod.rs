@@ -1,0 +1,112 @@
+//! What tests share: random numbers, tolerances that are earned, central differences, goldens.
+
+#![allow(dead_code)]
+
+pub mod golden;
+
+use warpo::{
+    device::{Cpu, Device, Float, cpu::Isa},
+    rng::{Philox, Purpose},
+};
+
+/// Devices whose results must be equal to the bit: every instruction set, 1 to 3 threads.
+pub fn devices() -> Vec<Device> {
+    let isas = Isa::available().iter();
+    isas.flat_map(|isa| [1, 3].map(|t| Device::Cpu(Cpu::with_isa(t, *isa)))).collect()
+}
+
+/// `n` numbers from N(0, 1); asymmetric, no two alike. `name` decides the stream.
+pub fn randn<F: Float>(name: &str, n: usize) -> Vec<F> {
+    let seed = name.bytes().fold(5381u64, |h, b| h.wrapping_mul(33) ^ u64::from(b));
+    let s = Philox::new(seed, 0, 0, Purpose::Init);
+    (0..n).map(|i| F::of(s.normal(i as u32))).collect()
+}
+
+/// f64 copies.
+pub fn wide<F: Float>(x: &[F]) -> Vec<f64> {
+    x.iter().map(|x| x.f64()).collect()
+}
+
+/// f32 copies.
+pub fn narrow(x: &[f64]) -> Vec<f32> {
+    x.iter().map(|x| *x as f32).collect()
+}
+
+fn worst(x: &[f64], truth: &[f64]) -> f64 {
+    assert_eq!(x.len(), truth.len());
+    // `f64::max` would drop NaN
+    x.iter()
+        .zip(truth)
+        .map(|(a, t)| (a - t).abs())
+        .fold(0.0, |m: f64, e| if e > m || e.is_nan() { e } else { m })
+}
+
+/// Ours may be at most twice as far from the f64 truth as a plain low-precision version, plus one
+/// rounding: f32 epsilon times the largest |truth|.
+#[track_caller]
+pub fn assert_earned<F: Float>(what: &str, ours: &[F], plain: &[f32], truth: &[f64]) {
+    let largest = truth.iter().fold(0.0f64, |m, t| m.max(t.abs()));
+    let allowed = 2.0 * worst(&wide(plain), truth) + f64::from(f32::EPSILON) * largest;
+    let got = worst(&wide(ours), truth);
+    assert!(got <= allowed, "{what}: max error {got:.3e} > allowed {allowed:.3e}");
+}
+
+/// |ours - truth| <= abs + rel * |truth| elementwise; NaN fails.
+#[track_caller]
+pub fn assert_close<F: Float>(what: &str, ours: &[F], truth: &[f64], abs: f64, rel: f64) {
+    assert_eq!(ours.len(), truth.len(), "{what}: lengths");
+    for (i, (a, t)) in ours.iter().zip(truth).enumerate() {
+        let (a, e) = (a.f64(), (a.f64() - t).abs());
+        assert!(e <= abs + rel * t.abs(), "{what}[{i}]: got {a:e}, wanted {t:e}, error {e:.3e}");
+    }
+}
+
+/// Equal to the bit, NaN included.
+#[track_caller]
+pub fn assert_bits<F: Float>(what: &str, a: &[F], b: &[F]) {
+    assert_eq!(a.len(), b.len(), "{what}: lengths");
+    let (x, y) = (bytemuck::cast_slice::<F, u8>(a), bytemuck::cast_slice::<F, u8>(b));
+    if x != y {
+        let i = a.iter().zip(b).position(|(a, b)| bytemuck::bytes_of(a) != bytemuck::bytes_of(b));
+        let i = i.unwrap();
+        panic!("{what}: bits differ first at {i}: {:e} and {:e}", a[i].f64(), b[i].f64());
+    }
+}
+
+/// Checks `grad` of `f` at `x` by central differences in f64, every element:
+/// step 6e-6 * max(1, |x|), |a - n| <= abs + rel * |n|  (goal G5: 1e-8 and 1e-6 for an op).
+#[track_caller]
+pub fn gradcheck(
+    what: &str,
+    x: &[f64],
+    grad: &[f64],
+    (abs, rel): (f64, f64),
+    mut f: impl FnMut(&[f64]) -> f64,
+) {
+    assert_eq!(x.len(), grad.len(), "{what}: lengths");
+    let mut x = x.to_vec();
+    for i in 0..x.len() {
+        let at = x[i];
+        let h = 6e-6 * at.abs().max(1.0);
+        x[i] = at + h;
+        let high = f(&x);
+        x[i] = at - h;
+        let low = f(&x);
+        x[i] = at;
+        let n = (high - low) / (2.0 * h);
+        let e = (grad[i] - n).abs();
+        assert!(
+            e <= abs + rel * n.abs(),
+            "{what}[{i}]: gradient {:e}, central difference {n:e}, error {e:.3e}",
+            grad[i]
+        );
+    }
+}
+
+/// The tolerances of G5 for a single op.
+pub const OP: (f64, f64) = (1e-8, 1e-6);
+
+/// Σ a b in f64: the scalar whose gradient is the given cotangent.
+pub fn inner(a: &[f64], b: &[f64]) -> f64 {
+    a.iter().zip(b).map(|(a, b)| a * b).sum()
+}
