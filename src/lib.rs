@@ -2,8 +2,11 @@
 
 pub mod device;
 pub mod error;
+pub mod models;
 pub mod ops;
 pub mod rng;
+pub mod rollout;
 pub mod shape;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -9,6 +9,9 @@ mod device {
     mod gemm;
     mod math;
 }
+mod models {
+    mod golden;
+}
 mod ops {
     mod rms_norm;
 }

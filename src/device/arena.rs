@@ -25,7 +25,7 @@ const ZONE_BYTE: u8 = 0xA5;
 #[derive(Debug)]
 pub struct Arena {
     block: Block,
-    peak: usize,
+    peak: Cell<usize>,
 }
 
 /// One phase: buffers allocated from it live as long as it does.
@@ -34,7 +34,9 @@ pub struct Scope<'a> {
     base: Option<NonNull<u8>>,
     capacity: usize,
     used: Cell<usize>,
-    peak: Option<&'a mut usize>,
+    peak: &'a Cell<usize>,
+    /// The scope that waits for this one: its `used`, and the value to give back.
+    parent: Option<(&'a Cell<usize>, usize)>,
     zones: RefCell<Vec<NonNull<u8>>>,
     _arena: PhantomData<&'a mut [u8]>,
 }
@@ -43,7 +45,7 @@ impl Arena {
     /// `bytes` of memory, as [`Arena::plan`] returned them.
     #[must_use]
     pub fn new(bytes: usize) -> Self {
-        Self { block: Block::new(bytes), peak: 0 }
+        Self { block: Block::new(bytes), peak: Cell::new(0) }
     }
 
     /// The bytes that `layout` needs: it is run on a scope without memory, whose buffers are
@@ -52,16 +54,19 @@ impl Arena {
     /// # Errors
     /// Those of `layout`.
     pub fn plan<R>(layout: impl FnOnce(&Scope<'_>) -> Result<R>) -> Result<usize> {
+        let peak = Cell::new(0);
         let scope = Scope {
             base: None,
             capacity: usize::MAX / 2,
             used: Cell::new(0),
-            peak: None,
+            peak: &peak,
+            parent: None,
             zones: RefCell::default(),
             _arena: PhantomData,
         };
         layout(&scope)?;
-        Ok(scope.used.get())
+        drop(scope);
+        Ok(peak.get())
     }
 
     /// Starts a phase. The borrow makes sure that phases do not overlap.
@@ -75,7 +80,8 @@ impl Arena {
             base: Some(self.block.ptr()),
             capacity: self.block.bytes(),
             used: Cell::new(0),
-            peak: Some(&mut self.peak),
+            peak: &self.peak,
+            parent: None,
             zones: RefCell::default(),
             _arena: PhantomData,
         }
@@ -87,10 +93,10 @@ impl Arena {
         self.block.bytes()
     }
 
-    /// The most bytes that any finished scope used.
+    /// The most bytes that were in use at once.
     #[must_use]
     pub fn peak(&self) -> usize {
-        self.peak
+        self.peak.get()
     }
 }
 
@@ -109,6 +115,7 @@ impl<'a> Scope<'a> {
             return Err(Error::Memory { what, want: bytes, have });
         }
         self.used.set(start + bytes);
+        self.peak.set(self.peak.get().max(start + bytes));
         let Some(base) = self.base else {
             // SAFETY: an empty region needs no memory.
             return Ok(unsafe { Buffer::from_raw(NonNull::dangling(), 0) });
@@ -126,6 +133,22 @@ impl<'a> Scope<'a> {
         Ok(unsafe { Buffer::from_raw(ptr.cast(), len) })
     }
 
+    /// A phase inside this one: what it allocates ends with it. Until then this scope cannot
+    /// allocate.
+    #[must_use]
+    pub fn child(&self) -> Scope<'_> {
+        let used = self.used.replace(self.capacity);
+        Scope {
+            base: self.base,
+            capacity: self.capacity,
+            used: Cell::new(used),
+            peak: self.peak,
+            parent: Some((&self.used, used)),
+            zones: RefCell::default(),
+            _arena: PhantomData,
+        }
+    }
+
     /// Bytes used so far.
     #[must_use]
     pub fn used(&self) -> usize {
@@ -135,8 +158,8 @@ impl<'a> Scope<'a> {
 
 impl Drop for Scope<'_> {
     fn drop(&mut self) {
-        if let Some(peak) = self.peak.take() {
-            *peak = (*peak).max(self.used.get());
+        if let Some((used, before)) = self.parent {
+            used.set(before);
         }
         for zone in self.zones.borrow().iter() {
             // SAFETY: a zone that `alloc` wrote, inside the arena that this scope borrows.

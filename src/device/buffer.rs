@@ -266,6 +266,16 @@ impl<'a, T> ViewMut<'a, T> {
         View { ptr: self.ptr, len: self.len, _memory: PhantomData }
     }
 
+    /// Two parts, before and from `mid`.
+    ///
+    /// # Panics
+    /// If `mid` is beyond the end, like a slice's.
+    #[must_use]
+    pub fn split_at(self, mid: usize) -> (Self, Self) {
+        let (low, high) = self.host().split_at_mut(mid);
+        (low.into(), high.into())
+    }
+
     /// A part of it.
     ///
     /// # Panics

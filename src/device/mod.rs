@@ -6,6 +6,7 @@
 mod arena;
 mod buffer;
 pub mod cpu;
+pub mod file;
 mod float;
 
 pub use arena::{Arena, Scope};

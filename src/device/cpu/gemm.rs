@@ -124,6 +124,15 @@ pub fn pack<F: Float>(cpu: &Cpu, panels: &mut [F], w: &[F], n: usize, k: usize) 
     });
 }
 
+/// Packs one panel `[k, 32]` of B = Wᵀ from `nc` rows of W `[.., k]` with leading dimension `ld`;
+/// columns beyond `nc` are 0.
+///
+/// # Panics
+/// If a slice is too short for the sizes.
+pub fn pack_panel<F: Float>(panel: &mut [F], w: &[F], ld: usize, k: usize, nc: usize) {
+    pack_columns(panel, w, ld, k, nc);
+}
+
 fn pack_columns<F: Float>(panel: &mut [F], w: &[F], ld: usize, k: usize, nc: usize) {
     if nc < NR {
         panel.fill(F::ZERO);

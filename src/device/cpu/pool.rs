@@ -230,6 +230,20 @@ impl<'a, T: Send> Rows for (&'a mut [T], usize) {
     }
 }
 
+impl<R: Rows> Rows for Option<R> {
+    type Part = Option<R::Part>;
+    type Shared = Option<R::Shared>;
+
+    fn shared(self, rows: usize) -> Self::Shared {
+        self.map(|r| r.shared(rows))
+    }
+
+    unsafe fn part(s: &Self::Shared, range: Range<usize>) -> Self::Part {
+        // SAFETY: the caller's promise.
+        s.as_ref().map(|s| unsafe { R::part(s, range) })
+    }
+}
+
 macro_rules! tuple_rows {
     ($($name:ident $i:tt),*) => {
         impl<$($name: Rows),*> Rows for ($($name,)*) {

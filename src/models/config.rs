@@ -1,0 +1,236 @@
+//! `config.json` of a Hugging Face folder, in the older and the newer spelling.
+
+use std::path::{Path, PathBuf};
+
+use serde_json::Value;
+
+use super::{FAMILIES, Family, Spec};
+use crate::{
+    error::{Error, Result},
+    ops::{activation::Activation, rope::Rope},
+};
+
+/// The largest `config.json` that is read.
+const LIMIT: u64 = 1 << 20;
+
+/// A parsed `config.json`. Everything is kept, so that a saved model has what the loaded one had.
+#[derive(Clone, Debug)]
+pub struct Config {
+    path: PathBuf,
+    json: serde_json::Map<String, Value>,
+}
+
+impl Config {
+    /// Reads `dir/config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::File`] if it is missing, too large, or no JSON object.
+    pub fn read(dir: &Path) -> Result<Self> {
+        let path = dir.join("config.json");
+        let bytes = std::fs::metadata(&path).map_err(Error::io("read", &path))?.len();
+        if bytes > LIMIT {
+            let message = format!("{bytes} bytes long, wanted at most {LIMIT}");
+            return Err(Error::file(path, message));
+        }
+        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
+        Self::parse(&text, path)
+    }
+
+    /// Parses the text of a `config.json`; `path` is for messages.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it is no JSON object.
+    pub fn parse(text: &str, path: impl Into<PathBuf>) -> Result<Self> {
+        let path = path.into();
+        match serde_json::from_str(text) {
+            Ok(Value::Object(json)) => Ok(Self { path, json }),
+            Ok(other) => Err(Error::file(path, format!("wanted a JSON object, got {other}"))),
+            Err(e) => Err(Error::file(path, format!("not JSON: {e}"))),
+        }
+    }
+
+    /// The family and its spec, checked for sense.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the family is unknown, or a key is missing, wrong or unsupported.
+    pub fn spec(&self) -> Result<(&'static Family, Spec)> {
+        let kind = self.text("model_type")?;
+        let Some(family) = FAMILIES.iter().find(|f| f.model_type == kind) else {
+            let known: Vec<_> = FAMILIES.iter().map(|f| f.model_type).collect();
+            return Err(self.wrong("model_type", &format!("one of {known:?}"), &kind));
+        };
+        let spec = (family.spec)(self)?;
+        for (key, n) in [
+            ("vocab_size", spec.vocab),
+            ("hidden size", spec.hidden),
+            ("number of layers", spec.layers),
+            ("number of heads", spec.q_heads),
+            ("number of key-value heads", spec.kv_heads),
+            ("head_dim", spec.head_dim),
+            ("MLP size", spec.mlp_hidden),
+            ("number of positions", spec.max_positions),
+        ] {
+            // The bound keeps every product of two sizes, in bytes, inside 64 bits.
+            if n == 0 || n > 1 << 24 {
+                return Err(self.wrong(key, "a number from 1 to 16777216", &n));
+            }
+        }
+        if !spec.q_heads.is_multiple_of(spec.kv_heads) {
+            let want = format!("a divisor of the {} query heads", spec.q_heads);
+            return Err(self.wrong("number of key-value heads", &want, &spec.kv_heads));
+        }
+        if !spec.head_dim.is_multiple_of(2) && matches!(spec.position, super::Position::Rope(_)) {
+            return Err(self.wrong("head_dim", "an even number", &spec.head_dim));
+        }
+        Ok((family, spec))
+    }
+
+    /// The JSON, for saving with some keys replaced.
+    #[must_use]
+    pub fn json(&self) -> &serde_json::Map<String, Value> {
+        &self.json
+    }
+
+    fn get(&self, key: &str) -> Option<&Value> {
+        self.json.get(key).filter(|v| !v.is_null())
+    }
+
+    /// An error about a key.
+    #[must_use]
+    pub fn wrong(&self, key: &str, want: &str, got: &dyn std::fmt::Display) -> Error {
+        Error::file(&self.path, format!("`{key}` is {got}, wanted {want}"))
+    }
+
+    /// A setting that this version does not compute.
+    #[must_use]
+    pub fn unsupported(&self, key: &str, want: &str) -> Error {
+        let got = self.get(key).cloned().unwrap_or(Value::Null);
+        Error::file(&self.path, format!("`{key}` = {got} is not supported, wanted {want}"))
+    }
+
+    fn missing(&self, key: &str) -> Error {
+        Error::file(&self.path, format!("`{key}` is missing"))
+    }
+
+    fn read_usize(&self, key: &str, v: &Value) -> Result<usize> {
+        let n = v.as_u64().and_then(|n| usize::try_from(n).ok());
+        n.ok_or_else(|| self.wrong(key, "a whole number", v))
+    }
+
+    /// A required whole number.
+    ///
+    /// # Errors
+    /// [`Error::File`] if missing or of another type.
+    pub fn usize(&self, key: &str) -> Result<usize> {
+        self.usize_opt(key)?.ok_or_else(|| self.missing(key))
+    }
+
+    /// An optional whole number; null counts as absent.
+    ///
+    /// # Errors
+    /// [`Error::File`] if of another type.
+    pub fn usize_opt(&self, key: &str) -> Result<Option<usize>> {
+        self.get(key).map(|v| self.read_usize(key, v)).transpose()
+    }
+
+    /// A number with a default.
+    ///
+    /// # Errors
+    /// [`Error::File`] if of another type.
+    pub fn f64_or(&self, key: &str, default: f64) -> Result<f64> {
+        let Some(v) = self.get(key) else { return Ok(default) };
+        v.as_f64().ok_or_else(|| self.wrong(key, "a number", v))
+    }
+
+    /// A flag with a default.
+    ///
+    /// # Errors
+    /// [`Error::File`] if of another type.
+    pub fn bool_or(&self, key: &str, default: bool) -> Result<bool> {
+        let Some(v) = self.get(key) else { return Ok(default) };
+        v.as_bool().ok_or_else(|| self.wrong(key, "true or false", v))
+    }
+
+    /// A flag that may be absent, else must have this value.
+    ///
+    /// # Errors
+    /// [`Error::File`] if it has another.
+    pub fn must_be(&self, key: &str, want: bool) -> Result<()> {
+        if self.bool_or(key, want)? == want {
+            return Ok(());
+        }
+        Err(self.unsupported(key, if want { "true" } else { "false" }))
+    }
+
+    /// A required text.
+    ///
+    /// # Errors
+    /// [`Error::File`] if missing or of another type.
+    pub fn text(&self, key: &str) -> Result<String> {
+        let v = self.get(key).ok_or_else(|| self.missing(key))?;
+        v.as_str().map(str::to_owned).ok_or_else(|| self.wrong(key, "a string", v))
+    }
+
+    /// `a / b`, which must be whole.
+    ///
+    /// # Errors
+    /// [`Error::File`] naming both keys.
+    pub fn divide(&self, a_key: &str, a: usize, b_key: &str, b: usize) -> Result<usize> {
+        if b == 0 || a % b != 0 {
+            return Err(self.wrong(a_key, &format!("a multiple of `{b_key}` = {b}"), &a));
+        }
+        Ok(a / b)
+    }
+
+    /// An activation by its Hugging Face name.
+    ///
+    /// # Errors
+    /// [`Error::File`] if unknown.
+    pub fn activation(&self, key: &str, default: &str) -> Result<Activation> {
+        let name = match self.get(key) {
+            None => default.to_owned(),
+            Some(_) => self.text(key)?,
+        };
+        Activation::from_hf_name(&name)
+            .ok_or_else(|| self.unsupported(key, "gelu_new, gelu, silu, relu or quick_gelu"))
+    }
+
+    /// Rotary positions: `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling`
+    /// of version 4 and before.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the kind is unknown or a number is missing.
+    pub fn rope(&self) -> Result<Rope> {
+        let key =
+            if self.get("rope_parameters").is_some() { "rope_parameters" } else { "rope_scaling" };
+        let empty = serde_json::Map::new();
+        let scaling = match self.get(key) {
+            None => &empty,
+            Some(Value::Object(map)) => map,
+            Some(other) => return Err(self.wrong(key, "an object", other)),
+        };
+        let number = |name: &str| match scaling.get(name) {
+            Some(v) => {
+                v.as_f64().ok_or_else(|| self.wrong(&format!("{key}.{name}"), "a number", v))
+            }
+            None => Err(self.missing(&format!("{key}.{name}"))),
+        };
+        let theta = match scaling.get("rope_theta") {
+            Some(_) => number("rope_theta")?,
+            None => self.f64_or("rope_theta", 10_000.0)?,
+        };
+        // "type" is the oldest spelling
+        let kind = scaling.get("rope_type").or_else(|| scaling.get("type"));
+        match kind.and_then(Value::as_str).unwrap_or("default") {
+            "default" => Ok(Rope::Plain { theta }),
+            "llama3" => Ok(Rope::Llama3 {
+                theta,
+                factor: number("factor")?,
+                low_freq_factor: number("low_freq_factor")?,
+                high_freq_factor: number("high_freq_factor")?,
+                original_max_position: number("original_max_position_embeddings")?,
+            }),
+            other => Err(self.wrong(&format!("{key}.rope_type"), "default or llama3", &other)),
+        }
+    }
+}

@@ -1,0 +1,66 @@
+//! GPT-2 (Radford et al. 2019): LayerNorm, learned positions, plain MLP, biases everywhere, tied
+//! head, weights stored `[in, out]`.
+
+use super::{Config, Family, Mlp, Norm, Position, Slot, Spec};
+use crate::error::Result;
+
+pub(super) const FAMILY: Family = Family {
+    model_type: "gpt2",
+    causal_lm: "GPT2LMHeadModel",
+    sequence_classification: "GPT2ForSequenceClassification",
+    prefix: "transformer.",
+    names: &[
+        (Slot::Embedding, &["wte.weight"]),
+        (Slot::Positions, &["wpe.weight"]),
+        (Slot::Norm1, &["h.{}.ln_1.weight"]),
+        (Slot::Norm1Bias, &["h.{}.ln_1.bias"]),
+        (Slot::Qkv, &["h.{}.attn.c_attn.weight"]),
+        (Slot::QkvBias, &["h.{}.attn.c_attn.bias"]),
+        (Slot::Out, &["h.{}.attn.c_proj.weight"]),
+        (Slot::OutBias, &["h.{}.attn.c_proj.bias"]),
+        (Slot::Norm2, &["h.{}.ln_2.weight"]),
+        (Slot::Norm2Bias, &["h.{}.ln_2.bias"]),
+        (Slot::Up, &["h.{}.mlp.c_fc.weight"]),
+        (Slot::UpBias, &["h.{}.mlp.c_fc.bias"]),
+        (Slot::Down, &["h.{}.mlp.c_proj.weight"]),
+        (Slot::DownBias, &["h.{}.mlp.c_proj.bias"]),
+        (Slot::FinalNorm, &["ln_f.weight"]),
+        (Slot::FinalNormBias, &["ln_f.bias"]),
+    ],
+    transposed: true,
+    ignored: &[".attn.bias", ".attn.masked_bias"],
+    spec,
+};
+
+fn spec(c: &Config) -> Result<Spec> {
+    for (key, want) in [
+        ("scale_attn_by_inverse_layer_idx", false),
+        ("reorder_and_upcast_attn", false),
+        ("add_cross_attention", false),
+    ] {
+        c.must_be(key, want)?;
+    }
+    if !c.bool_or("scale_attn_weights", true)? {
+        return Err(c.unsupported("scale_attn_weights", "true"));
+    }
+    let hidden = c.usize("n_embd")?;
+    let heads = c.usize("n_head")?;
+    Ok(Spec {
+        vocab: c.usize("vocab_size")?,
+        hidden,
+        layers: c.usize("n_layer")?,
+        q_heads: heads,
+        kv_heads: heads,
+        head_dim: c.divide("n_embd", hidden, "n_head", heads)?,
+        mlp_hidden: c.usize_opt("n_inner")?.unwrap_or(4 * hidden),
+        max_positions: c.usize("n_positions")?,
+        norm: Norm::Layer,
+        norm_eps: c.f64_or("layer_norm_epsilon", 1e-5)?,
+        position: Position::Learned,
+        mlp: Mlp::Plain(c.activation("activation_function", "gelu_new")?),
+        qkv_bias: true,
+        out_bias: true,
+        mlp_bias: true,
+        tied: c.bool_or("tie_word_embeddings", true)?,
+    })
+}

@@ -1,0 +1,70 @@
+//! Llama 1 to 3 (Touvron et al. 2023, Grattafiori et al. 2024): RMSNorm, rotary positions, grouped
+//! queries, SwiGLU, no biases by default.
+
+use super::{Config, Family, Mlp, Norm, Position, Slot, Spec};
+use crate::error::Result;
+
+pub(super) const FAMILY: Family = Family {
+    model_type: "llama",
+    causal_lm: "LlamaForCausalLM",
+    sequence_classification: "LlamaForSequenceClassification",
+    prefix: "model.",
+    names: &[
+        (Slot::Embedding, &["embed_tokens.weight"]),
+        (Slot::Norm1, &["layers.{}.input_layernorm.weight"]),
+        (
+            Slot::Qkv,
+            &[
+                "layers.{}.self_attn.q_proj.weight",
+                "layers.{}.self_attn.k_proj.weight",
+                "layers.{}.self_attn.v_proj.weight",
+            ],
+        ),
+        (
+            Slot::QkvBias,
+            &[
+                "layers.{}.self_attn.q_proj.bias",
+                "layers.{}.self_attn.k_proj.bias",
+                "layers.{}.self_attn.v_proj.bias",
+            ],
+        ),
+        (Slot::Out, &["layers.{}.self_attn.o_proj.weight"]),
+        (Slot::OutBias, &["layers.{}.self_attn.o_proj.bias"]),
+        (Slot::Norm2, &["layers.{}.post_attention_layernorm.weight"]),
+        (Slot::Up, &["layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight"]),
+        (Slot::UpBias, &["layers.{}.mlp.gate_proj.bias", "layers.{}.mlp.up_proj.bias"]),
+        (Slot::Down, &["layers.{}.mlp.down_proj.weight"]),
+        (Slot::DownBias, &["layers.{}.mlp.down_proj.bias"]),
+        (Slot::FinalNorm, &["norm.weight"]),
+    ],
+    transposed: false,
+    ignored: &[".rotary_emb.inv_freq"],
+    spec,
+};
+
+fn spec(c: &Config) -> Result<Spec> {
+    let hidden = c.usize("hidden_size")?;
+    let q_heads = c.usize("num_attention_heads")?;
+    let attention_bias = c.bool_or("attention_bias", false)?;
+    Ok(Spec {
+        vocab: c.usize("vocab_size")?,
+        hidden,
+        layers: c.usize("num_hidden_layers")?,
+        q_heads,
+        kv_heads: c.usize_opt("num_key_value_heads")?.unwrap_or(q_heads),
+        head_dim: match c.usize_opt("head_dim")? {
+            Some(d) => d,
+            None => c.divide("hidden_size", hidden, "num_attention_heads", q_heads)?,
+        },
+        mlp_hidden: c.usize("intermediate_size")?,
+        max_positions: c.usize_opt("max_position_embeddings")?.unwrap_or(2048),
+        norm: Norm::Rms,
+        norm_eps: c.f64_or("rms_norm_eps", 1e-6)?,
+        position: Position::Rope(c.rope()?),
+        mlp: Mlp::Gated(c.activation("hidden_act", "silu")?),
+        qkv_bias: attention_bias,
+        out_bias: attention_bias,
+        mlp_bias: c.bool_or("mlp_bias", false)?,
+        tied: c.bool_or("tie_word_embeddings", false)?,
+    })
+}

@@ -1,0 +1,277 @@
+//! The weights of a model as one flat buffer: so that the optimizer, the gradient norm, hashing and
+//! checkpoints are each one pass.
+
+use std::sync::Arc;
+
+use super::{Head, Norm, Position, Spec};
+use crate::device::{Buffer, Float, View, ViewMut};
+
+/// A weight's place in the block, the same for every family. Linear weights are `[out, in]`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+#[allow(missing_docs)]
+pub enum Slot {
+    /// `[vocab, hidden]`; the LM head too, where it is tied
+    Embedding,
+    /// `[max_positions, hidden]`
+    Positions,
+    Norm1,
+    Norm1Bias,
+    /// `[(q_heads + 2 kv_heads) head_dim, hidden]`
+    Qkv,
+    QkvBias,
+    /// `[hidden, q_heads head_dim]`
+    Out,
+    OutBias,
+    Norm2,
+    Norm2Bias,
+    /// `[mlp_hidden, hidden]`, or gate above up: `[2 mlp_hidden, hidden]`
+    Up,
+    UpBias,
+    /// `[hidden, mlp_hidden]`
+    Down,
+    DownBias,
+    FinalNorm,
+    FinalNormBias,
+    /// `[vocab, hidden]`, where it is not tied
+    LmHead,
+    /// `[1, hidden]`: value or reward
+    Score,
+}
+
+impl Slot {
+    /// Matrices decay, norms and biases do not (Hugging Face Trainer's groups).
+    #[must_use]
+    pub fn is_matrix(self) -> bool {
+        use Slot::{Down, Embedding, LmHead, Out, Positions, Qkv, Score, Up};
+        matches!(self, Embedding | Positions | Qkv | Out | Up | Down | LmHead | Score)
+    }
+
+    /// Stored flat: norms, biases and the scalar head.
+    #[must_use]
+    pub fn is_vector(self) -> bool {
+        !self.is_matrix() || self == Slot::Score
+    }
+
+    /// Linear layers inside the block, which some families store transposed.
+    #[must_use]
+    pub fn is_block_linear(self) -> bool {
+        matches!(self, Slot::Qkv | Slot::Out | Slot::Up | Slot::Down)
+    }
+}
+
+/// Where a weight lies.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Tensor {
+    /// What it is.
+    pub slot: Slot,
+    /// Its block, if it is in one.
+    pub layer: Option<usize>,
+    /// Outputs, or 1 for a vector.
+    pub rows: usize,
+    /// Inputs, or the vector's length.
+    pub cols: usize,
+    /// First element in the flat buffer.
+    pub offset: usize,
+}
+
+impl Tensor {
+    /// Elements.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.rows * self.cols
+    }
+
+    /// No elements.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len() == 0
+    }
+
+    /// A name for messages and checkpoints: `Qkv.3`.
+    #[must_use]
+    pub fn name(&self) -> String {
+        self.layer.map_or(format!("{:?}", self.slot), |l| format!("{:?}.{l}", self.slot))
+    }
+}
+
+/// The order of all weights of a model.
+#[derive(Debug, PartialEq, Eq)]
+pub struct Layout {
+    tensors: Vec<Tensor>,
+    len: usize,
+    per_layer: usize,
+    before: usize,
+}
+
+impl Layout {
+    /// The layout of `spec` with this head.
+    #[must_use]
+    pub fn new(spec: &Spec, head: Head) -> Self {
+        let h = spec.hidden;
+        let layer_norm = spec.norm == Norm::Layer;
+        let mut layout = Self { tensors: Vec::new(), len: 0, per_layer: 0, before: 0 };
+        layout.push(Slot::Embedding, None, spec.vocab, h);
+        if spec.position == Position::Learned {
+            layout.push(Slot::Positions, None, spec.max_positions, h);
+        }
+        layout.before = layout.tensors.len();
+        for l in 0..spec.layers {
+            for (slot, there, rows, cols) in [
+                (Slot::Norm1, true, 1, h),
+                (Slot::Norm1Bias, layer_norm, 1, h),
+                (Slot::Qkv, true, spec.qkv_cols(), h),
+                (Slot::QkvBias, spec.qkv_bias, 1, spec.qkv_cols()),
+                (Slot::Out, true, h, spec.attention_cols()),
+                (Slot::OutBias, spec.out_bias, 1, h),
+                (Slot::Norm2, true, 1, h),
+                (Slot::Norm2Bias, layer_norm, 1, h),
+                (Slot::Up, true, spec.up_cols(), h),
+                (Slot::UpBias, spec.mlp_bias, 1, spec.up_cols()),
+                (Slot::Down, true, h, spec.mlp_hidden),
+                (Slot::DownBias, spec.mlp_bias, 1, h),
+            ] {
+                if there {
+                    layout.push(slot, Some(l), rows, cols);
+                }
+            }
+            if l == 0 {
+                layout.per_layer = layout.tensors.len() - layout.before;
+            }
+        }
+        layout.push(Slot::FinalNorm, None, 1, h);
+        if layer_norm {
+            layout.push(Slot::FinalNormBias, None, 1, h);
+        }
+        match head {
+            Head::Lm if !spec.tied => layout.push(Slot::LmHead, None, spec.vocab, h),
+            Head::Lm => {}
+            Head::Scalar => layout.push(Slot::Score, None, 1, h),
+        }
+        layout
+    }
+
+    fn push(&mut self, slot: Slot, layer: Option<usize>, rows: usize, cols: usize) {
+        self.tensors.push(Tensor { slot, layer, rows, cols, offset: self.len });
+        // 64 bytes of f32: every tensor starts on a cache line. The gap stays 0 for ever.
+        self.len += (rows * cols).next_multiple_of(16);
+    }
+
+    /// All tensors, in the order of their offsets.
+    #[must_use]
+    pub fn tensors(&self) -> &[Tensor] {
+        &self.tensors
+    }
+
+    /// Elements of the flat buffer, gaps included.
+    #[must_use]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// No tensors.
+    #[must_use]
+    pub fn is_empty(&self) -> bool {
+        self.len == 0
+    }
+
+    /// Weights, gaps left out.
+    #[must_use]
+    pub fn weights(&self) -> usize {
+        self.tensors.iter().map(Tensor::len).sum()
+    }
+
+    /// The tensor of a slot, if the model has it.
+    #[must_use]
+    pub fn find(&self, slot: Slot, layer: Option<usize>) -> Option<&Tensor> {
+        let part = match layer {
+            None => &self.tensors[..],
+            Some(l) => &self.tensors[self.before + l * self.per_layer..][..self.per_layer],
+        };
+        part.iter().find(|t| t.slot == slot && t.layer == layer)
+    }
+
+    /// The tensor that holds a flat index.
+    #[must_use]
+    pub fn at(&self, index: usize) -> Option<&Tensor> {
+        let i = self.tensors.partition_point(|t| t.offset <= index);
+        self.tensors[..i].last().filter(|t| index < t.offset + t.len())
+    }
+}
+
+/// Numbers in a [`Layout`]: weights, gradients or moments.
+#[derive(Debug)]
+pub struct Params<F: 'static> {
+    layout: Arc<Layout>,
+    data: Buffer<'static, F>,
+}
+
+impl<F: Float> Params<F> {
+    /// All 0.
+    #[must_use]
+    pub fn zeros(layout: &Arc<Layout>) -> Self {
+        Self { layout: layout.clone(), data: Buffer::zeros(layout.len()) }
+    }
+
+    /// The layout.
+    #[must_use]
+    pub fn layout(&self) -> &Arc<Layout> {
+        &self.layout
+    }
+
+    /// Everything, flat.
+    #[must_use]
+    pub fn flat(&self) -> View<'_, F> {
+        self.data.view()
+    }
+
+    /// Everything, flat, to write.
+    #[must_use]
+    pub fn flat_mut(&mut self) -> ViewMut<'_, F> {
+        self.data.view_mut()
+    }
+
+    /// One tensor.
+    #[must_use]
+    pub fn tensor(&self, t: &Tensor) -> View<'_, F> {
+        self.data.view().range(t.offset..t.offset + t.len())
+    }
+
+    /// One tensor, to write.
+    #[must_use]
+    pub fn tensor_mut(&mut self, t: &Tensor) -> ViewMut<'_, F> {
+        self.data.view_mut().range(t.offset..t.offset + t.len())
+    }
+
+    /// The weight of a slot, if the model has it.
+    #[must_use]
+    pub fn get(&self, slot: Slot, layer: Option<usize>) -> Option<View<'_, F>> {
+        self.layout.find(slot, layer).map(|t| self.tensor(t))
+    }
+
+    /// The weight of a slot, to write, if the model has it.
+    #[must_use]
+    pub fn get_mut(&mut self, slot: Slot, layer: Option<usize>) -> Option<ViewMut<'_, F>> {
+        let layout = self.layout.clone();
+        layout.find(slot, layer).map(|t| self.tensor_mut(t))
+    }
+
+    /// A weight and the bias that follows it, both to write. An empty view if the model lacks the
+    /// weight.
+    #[must_use]
+    pub fn linear_mut(
+        &mut self,
+        weight: Slot,
+        bias: Slot,
+        layer: Option<usize>,
+    ) -> (ViewMut<'_, F>, Option<ViewMut<'_, F>>) {
+        let layout = self.layout.clone();
+        let flat = self.data.view_mut();
+        let Some(w) = layout.find(weight, layer) else { return (flat.range(0..0), None) };
+        let Some(b) = layout.find(bias, layer) else {
+            return (flat.range(w.offset..w.offset + w.len()), None);
+        };
+        // The layout puts a bias behind its weight.
+        let (low, high) = flat.split_at(b.offset);
+        (low.range(w.offset..w.offset + w.len()), Some(high.range(0..b.len())))
+    }
+}

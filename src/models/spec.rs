@@ -1,0 +1,138 @@
+//! What a family is: the block's parts, and the names of its weights.
+
+use super::{Config, Slot};
+use crate::{
+    error::Result,
+    ops::{activation::Activation, attention, rope::Rope},
+};
+
+/// Normalisation before attention, before the MLP and before the head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Norm {
+    /// RMSNorm, a weight.
+    Rms,
+    /// LayerNorm, a weight and a bias.
+    Layer,
+}
+
+/// How positions enter.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Position {
+    /// A learned table added to the embedding.
+    Learned,
+    /// Rotary embedding of queries and keys.
+    Rope(Rope),
+}
+
+/// The feed-forward part.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Mlp {
+    /// `down(act(up(x)))`
+    Plain(Activation),
+    /// `down(act(gate(x)) * up(x))`
+    Gated(Activation),
+}
+
+/// A transformer, free of its family's name.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Spec {
+    /// Rows of the embedding.
+    pub vocab: usize,
+    /// Width of the residual stream.
+    pub hidden: usize,
+    /// Blocks.
+    pub layers: usize,
+    /// Query heads.
+    pub q_heads: usize,
+    /// Key and value heads; divides `q_heads`.
+    pub kv_heads: usize,
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Width inside the MLP.
+    pub mlp_hidden: usize,
+    /// The longest sequence.
+    pub max_positions: usize,
+    /// Kind of normalisation.
+    pub norm: Norm,
+    /// Its epsilon.
+    pub norm_eps: f64,
+    /// How positions enter.
+    pub position: Position,
+    /// Kind of feed-forward part.
+    pub mlp: Mlp,
+    /// Biases on the query, key and value projections.
+    pub qkv_bias: bool,
+    /// Bias on the attention's output projection.
+    pub out_bias: bool,
+    /// Biases inside the MLP.
+    pub mlp_bias: bool,
+    /// The LM head is the embedding.
+    pub tied: bool,
+}
+
+impl Spec {
+    /// Columns of the fused query, key and value projection.
+    #[must_use]
+    pub fn qkv_cols(&self) -> usize {
+        (self.q_heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    /// Columns of the attention's output.
+    #[must_use]
+    pub fn attention_cols(&self) -> usize {
+        self.q_heads * self.head_dim
+    }
+
+    /// Columns of the MLP's first projection: gate and up side by side where it is gated.
+    #[must_use]
+    pub fn up_cols(&self) -> usize {
+        match self.mlp {
+            Mlp::Plain(_) => self.mlp_hidden,
+            Mlp::Gated(_) => 2 * self.mlp_hidden,
+        }
+    }
+
+    /// The attention op's view of it; scores are divided by sqrt(head_dim).
+    #[must_use]
+    pub fn attention(&self) -> attention::Shape {
+        attention::Shape {
+            q_heads: self.q_heads,
+            kv_heads: self.kv_heads,
+            head_dim: self.head_dim,
+            scale: 1.0 / (self.head_dim as f64).sqrt(),
+        }
+    }
+
+    /// Multiply-add FLOPs of the blocks for one token forward, attention scores left out: twice
+    /// the number of block weights.
+    #[must_use]
+    pub fn block_flops(&self) -> f64 {
+        let h = self.hidden;
+        let weights = h * self.qkv_cols()
+            + self.attention_cols() * h
+            + h * self.up_cols()
+            + self.mlp_hidden * h;
+        2.0 * (self.layers * weights) as f64
+    }
+}
+
+/// How a family is stored by Hugging Face.
+#[derive(Debug)]
+pub struct Family {
+    /// `model_type` in `config.json`.
+    pub model_type: &'static str,
+    /// `architectures` of the model with an LM head.
+    pub causal_lm: &'static str,
+    /// `architectures` of the model with a scalar head.
+    pub sequence_classification: &'static str,
+    /// Before every weight of the trunk; some files leave it out.
+    pub prefix: &'static str,
+    /// Names of each weight, `{}` for the layer. Several names are rows of one of ours, in order.
+    pub names: &'static [(Slot, &'static [&'static str])],
+    /// Linear weights are stored `[in, out]`.
+    pub transposed: bool,
+    /// Endings of stored tensors that are no weights: mask buffers and the like.
+    pub ignored: &'static [&'static str],
+    /// Reads the spec.
+    pub spec: fn(&Config) -> Result<Spec>,
+}

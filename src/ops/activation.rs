@@ -1,0 +1,226 @@
+//! Activation functions, plain and gated (SwiGLU and its relatives: Shazeer 2020).
+
+use crate::{
+    device::{Device, Float, View, ViewMut},
+    error::Result,
+    shape, simd,
+};
+
+/// An elementwise activation.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Activation {
+    /// `x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`: Hugging Face's `gelu_new` and
+    /// `gelu_pytorch_tanh` (Hendrycks and Gimpel 2016)
+    GeluTanh,
+    /// `x/2 (1 + erf(x / sqrt(2)))`
+    Gelu,
+    /// `x sigmoid(x)`
+    Silu,
+    /// `max(x, 0)`
+    Relu,
+    /// `x sigmoid(1.702 x)`
+    QuickGelu,
+}
+
+impl Activation {
+    /// The activation of a `config.json`.
+    #[must_use]
+    pub fn from_hf_name(name: &str) -> Option<Self> {
+        Some(match name {
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Self::GeluTanh,
+            "gelu" => Self::Gelu,
+            "silu" | "swish" => Self::Silu,
+            "relu" => Self::Relu,
+            "quick_gelu" => Self::QuickGelu,
+            _ => return None,
+        })
+    }
+}
+
+/// Elements of a task: enough work to be worth handing over.
+const GRAIN: usize = 2048;
+
+/// `y = act(x)`, elementwise.
+///
+/// # Errors
+/// [`crate::Error::Shape`] if the lengths differ.
+pub fn forward<F: Float>(
+    dev: &Device,
+    act: Activation,
+    y: ViewMut<'_, F>,
+    x: View<'_, F>,
+) -> Result<()> {
+    shape::check("activation", "y", &[x.len()], y.len())?;
+    let (y, x) = (y.host(), x.host());
+    let Device::Cpu(cpu) = dev;
+    cpu.rows(y.len(), GRAIN, (y, 1), |range, y| plain(cpu.isa(), act, y, &x[range]));
+    Ok(())
+}
+
+/// `dx = dy act'(x)`, elementwise.
+///
+/// # Errors
+/// [`crate::Error::Shape`] if the lengths differ.
+pub fn backward<F: Float>(
+    dev: &Device,
+    act: Activation,
+    dx: ViewMut<'_, F>,
+    dy: View<'_, F>,
+    x: View<'_, F>,
+) -> Result<()> {
+    shape::check("activation::backward", "dx", &[x.len()], dx.len())?;
+    shape::check("activation::backward", "dy", &[x.len()], dy.len())?;
+    let (dx, dy, x) = (dx.host(), dy.host(), x.host());
+    let Device::Cpu(cpu) = dev;
+    cpu.rows(dx.len(), GRAIN, (dx, 1), |range, dx| {
+        plain_backward(cpu.isa(), act, dx, &dy[range.clone()], &x[range]);
+    });
+    Ok(())
+}
+
+/// `y = act(gate) * up`: `gate_up` `[rows, 2 cols]` holds gate and up side by side, `y`
+/// `[rows, cols]`.
+///
+/// # Errors
+/// [`crate::Error::Shape`] if `gate_up` is not twice as long as `y`.
+pub fn gated_forward<F: Float>(
+    dev: &Device,
+    act: Activation,
+    y: ViewMut<'_, F>,
+    gate_up: View<'_, F>,
+    cols: usize,
+) -> Result<()> {
+    let rows = shape::rows("gated activation", "y", y.len(), cols)?;
+    shape::check("gated activation", "gate_up", &[rows, 2 * cols], gate_up.len())?;
+    let (y, x) = (y.host(), gate_up.host());
+    let Device::Cpu(cpu) = dev;
+    cpu.rows(rows, GRAIN.div_ceil(cols), (y, cols), |range, y| {
+        for (y, x) in y.chunks_exact_mut(cols).zip(x[range.start * 2 * cols..].chunks(2 * cols)) {
+            let (gate, up) = x.split_at(cols);
+            gated(cpu.isa(), act, y, gate, up);
+        }
+    });
+    Ok(())
+}
+
+/// Gradients of [`gated_forward`]: `dgate = dy up act'(gate)`, `dup = dy act(gate)`, side by side.
+///
+/// # Errors
+/// [`crate::Error::Shape`] if a buffer does not fit `dy`.
+pub fn gated_backward<F: Float>(
+    dev: &Device,
+    act: Activation,
+    dgate_up: ViewMut<'_, F>,
+    dy: View<'_, F>,
+    gate_up: View<'_, F>,
+    cols: usize,
+) -> Result<()> {
+    let rows = shape::rows("gated activation::backward", "dy", dy.len(), cols)?;
+    shape::check("gated activation::backward", "gate_up", &[rows, 2 * cols], gate_up.len())?;
+    shape::check("gated activation::backward", "dgate_up", &[rows, 2 * cols], dgate_up.len())?;
+    let (dx, dy, x) = (dgate_up.host(), dy.host(), gate_up.host());
+    let Device::Cpu(cpu) = dev;
+    cpu.rows(rows, GRAIN.div_ceil(cols), (dx, 2 * cols), |range, dx| {
+        for (dx, r) in dx.chunks_exact_mut(2 * cols).zip(range) {
+            let (dgate, dup) = dx.split_at_mut(cols);
+            let (gate, up) = x[r * 2 * cols..][..2 * cols].split_at(cols);
+            gated_row_backward(cpu.isa(), act, dgate, dup, &dy[r * cols..][..cols], gate, up);
+        }
+    });
+    Ok(())
+}
+
+/// Calls `$f` with the activation as a constant, so that each loop is compiled for one function.
+macro_rules! with {
+    ($act:expr, |$value:ident| $body:expr) => {
+        match $act {
+            Activation::GeluTanh => {
+                let $value = gelu_tanh;
+                $body
+            }
+            Activation::Gelu => {
+                let $value = gelu;
+                $body
+            }
+            Activation::Silu => {
+                let $value = silu;
+                $body
+            }
+            Activation::Relu => {
+                let $value = relu;
+                $body
+            }
+            Activation::QuickGelu => {
+                let $value = quick_gelu;
+                $body
+            }
+        }
+    };
+}
+
+simd! {
+    fn plain[F: Float](act: Activation, y: &mut [F], x: &[F]) {
+        with!(act, |f| for (y, x) in y.iter_mut().zip(x) {
+            *y = f(*x).0;
+        });
+    }
+
+    fn plain_backward[F: Float](act: Activation, dx: &mut [F], dy: &[F], x: &[F]) {
+        with!(act, |f| for i in 0..dx.len() {
+            dx[i] = dy[i] * f(x[i]).1;
+        });
+    }
+
+    fn gated[F: Float](act: Activation, y: &mut [F], gate: &[F], up: &[F]) {
+        with!(act, |f| for i in 0..y.len() {
+            y[i] = f(gate[i]).0 * up[i];
+        });
+    }
+
+    fn gated_row_backward[F: Float](
+        act: Activation, dgate: &mut [F], dup: &mut [F], dy: &[F], gate: &[F], up: &[F],
+    ) {
+        with!(act, |f| for i in 0..dy.len() {
+            let (y, slope) = f(gate[i]);
+            dgate[i] = dy[i] * up[i] * slope;
+            dup[i] = dy[i] * y;
+        });
+    }
+}
+
+/// Each returns the value and the derivative.
+#[inline(always)]
+fn gelu_tanh<F: Float>(x: F) -> (F, F) {
+    let (c, a) = (F::of((2.0 / std::f64::consts::PI).sqrt()), F::of(0.044_715));
+    let (half, one) = (F::of(0.5), F::ONE);
+    let x2 = x * x;
+    let t = (c * x * (a * x2 + one)).tanh();
+    let inner = c * (F::of(3.0) * a * x2 + one);
+    (half * x * (one + t), half * (one + t) + half * x * (one - t * t) * inner)
+}
+
+#[inline(always)]
+fn gelu<F: Float>(x: F) -> (F, F) {
+    let (half, one) = (F::of(0.5), F::ONE);
+    let cdf = half * (one + (x * F::of(std::f64::consts::FRAC_1_SQRT_2)).erf());
+    let pdf = (-half * x * x).exp() * F::of(1.0 / (2.0 * std::f64::consts::PI).sqrt());
+    (x * cdf, cdf + x * pdf)
+}
+
+#[inline(always)]
+fn silu<F: Float>(x: F) -> (F, F) {
+    let s = x.sigmoid();
+    (x * s, s * (F::ONE + x * (F::ONE - s)))
+}
+
+#[inline(always)]
+fn relu<F: Float>(x: F) -> (F, F) {
+    if x > F::ZERO { (x, F::ONE) } else { (x * F::ZERO, F::ZERO) }
+}
+
+#[inline(always)]
+fn quick_gelu<F: Float>(x: F) -> (F, F) {
+    let k = F::of(1.702);
+    let s = (k * x).sigmoid();
+    (x * s, s * (F::ONE + k * x * (F::ONE - s)))
+}

@@ -1,0 +1,160 @@
+//! Rotary position embedding (Su et al. 2021): in each head, the pair `(x[i], x[i + d/2])` is
+//! turned by the angle `position * inv_freq[i]` (the "rotate half" pairing of Hugging Face).
+
+use crate::{
+    device::{Buffer, Device, Float, View, ViewMut},
+    error::{Error, Result},
+    shape, simd,
+};
+
+/// How the angles depend on the position.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Rope {
+    /// `inv_freq[i] = theta^(-2i/d)`
+    Plain {
+        /// The base.
+        theta: f64,
+    },
+    /// Llama 3.1: wavelengths longer than `original_max_position / low_freq_factor` are stretched
+    /// by `factor`, those shorter than `original_max_position / high_freq_factor` are kept, with a
+    /// linear blend between.
+    #[allow(missing_docs)]
+    Llama3 {
+        theta: f64,
+        factor: f64,
+        low_freq_factor: f64,
+        high_freq_factor: f64,
+        original_max_position: f64,
+    },
+}
+
+impl Rope {
+    /// The angle per position of each of the `head_dim / 2` pairs.
+    #[must_use]
+    pub fn inv_freq(&self, head_dim: usize) -> Vec<f64> {
+        let (Self::Plain { theta } | Self::Llama3 { theta, .. }) = self;
+        let plain = (0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64));
+        match *self {
+            Self::Plain { .. } => plain.collect(),
+            Self::Llama3 {
+                factor,
+                low_freq_factor,
+                high_freq_factor,
+                original_max_position,
+                ..
+            } => {
+                let stretch = |f: f64| {
+                    let turns = original_max_position * f / std::f64::consts::TAU;
+                    let keep = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
+                    let keep = keep.clamp(0.0, 1.0);
+                    f * keep + f / factor * (1.0 - keep)
+                };
+                plain.map(stretch).collect()
+            }
+        }
+    }
+}
+
+/// Cosines and sines of all positions, computed in f64 and rounded once.
+#[derive(Debug)]
+pub struct Table<F: 'static> {
+    /// `[positions][head_dim / 2]` pairs of cosine and sine, as two planes per row
+    rows: Buffer<'static, F>,
+    half: usize,
+    positions: usize,
+}
+
+impl<F: Float> Table<F> {
+    /// For heads of `head_dim` and positions below `positions`.
+    #[must_use]
+    pub fn new(rope: &Rope, head_dim: usize, positions: usize) -> Self {
+        let freq = rope.inv_freq(head_dim);
+        let half = freq.len();
+        let mut rows = Buffer::poisoned(positions * 2 * half);
+        for (p, row) in rows.host_mut().chunks_exact_mut((2 * half).max(1)).enumerate() {
+            for (i, f) in freq.iter().enumerate() {
+                let (sin, cos) = (p as f64 * f).sin_cos();
+                (row[i], row[half + i]) = (F::of(cos), F::of(sin));
+            }
+        }
+        Self { rows, half, positions }
+    }
+}
+
+/// Turns the first `heads` heads of each row of `x` `[rows, row_len]` in place, by the angle of
+/// `positions[row]`. 3 FLOPs an element.
+///
+/// # Errors
+/// [`Error::Shape`] if the heads do not fit the row or the table, [`Error::Value`] for a position
+/// beyond the table.
+pub fn forward<F: Float>(
+    dev: &Device,
+    x: ViewMut<'_, F>,
+    row_len: usize,
+    heads: usize,
+    head_dim: usize,
+    positions: View<'_, u32>,
+    table: &Table<F>,
+) -> Result<()> {
+    turn(dev, x, (row_len, heads, head_dim), positions, table, F::ONE)
+}
+
+/// The gradient of [`forward`], in place: the turn back.
+///
+/// # Errors
+/// As [`forward`].
+pub fn backward<F: Float>(
+    dev: &Device,
+    dx: ViewMut<'_, F>,
+    row_len: usize,
+    heads: usize,
+    head_dim: usize,
+    positions: View<'_, u32>,
+    table: &Table<F>,
+) -> Result<()> {
+    turn(dev, dx, (row_len, heads, head_dim), positions, table, -F::ONE)
+}
+
+fn turn<F: Float>(
+    dev: &Device,
+    x: ViewMut<'_, F>,
+    (row_len, heads, head_dim): (usize, usize, usize),
+    positions: View<'_, u32>,
+    table: &Table<F>,
+    sign: F,
+) -> Result<()> {
+    let (rows, half) = (positions.len(), head_dim / 2);
+    shape::check("rope", "x", &[rows, row_len], x.len())?;
+    if heads * head_dim > row_len || half != table.half {
+        return Err(Error::shape("rope", "heads", &[row_len, 2 * table.half], &[heads, head_dim]));
+    }
+    let (x, positions, angles) = (x.host(), positions.host(), table.rows.host());
+    if let Some(r) = positions.iter().position(|p| *p as usize >= table.positions) {
+        let want = format!("less than {}", table.positions);
+        return Err(Error::value(format!("rope: position of row {r}"), want, positions[r]));
+    }
+    let Device::Cpu(cpu) = dev;
+    cpu.rows(rows, 16, (x, row_len), |range, x| {
+        for (x, p) in x.chunks_exact_mut(row_len.max(1)).zip(&positions[range]) {
+            let row = &angles[*p as usize * 2 * half..][..2 * half];
+            turn_row(cpu.isa(), &mut x[..heads * head_dim], head_dim, row, sign);
+        }
+    });
+    Ok(())
+}
+
+simd! {
+    fn turn_row[F: Float](x: &mut [F], head_dim: usize, angles: &[F], sign: F) {
+        let half = head_dim / 2;
+        let (cos, sin) = angles.split_at(half);
+        for head in x.chunks_exact_mut(head_dim) {
+            let (a, b) = head.split_at_mut(half);
+            for i in 0..half {
+                let s = sin[i] * sign;
+                let (u, v) = (a[i], b[i]);
+                a[i] = u * cos[i] - v * s;
+                b[i] = v * cos[i] + u * s;
+            }
+        }
+    }
+}

@@ -1,0 +1,240 @@
+//! Choosing the next token: temperature, top-k, top-p, min-p, in the order of Hugging Face.
+//!
+//! One uniform number a row, addressed by (seed, step, sample, position), inverts the cumulative
+//! distribution in ascending id order over the kept tokens. The log-prob that is recorded for a
+//! sampled token ([`super::logprob::from_logits`]) is that of the full distribution at this
+//! temperature, before top-k, top-p and min-p: so the first PPO ratio is exactly 1 under any
+//! filter, and the ratio compares full distributions, of which a filter only chose the sample.
+
+use crate::{
+    device::{Device, Float, View, ViewMut, cpu::math},
+    error::{Error, Result},
+    rng::{Philox, Purpose},
+    shape, simd,
+};
+
+/// How to choose.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Params {
+    /// Divides the logits; 0 takes the largest (the lowest id among equals).
+    pub temperature: f32,
+    /// Keeps the k most likely tokens, and those that tie with the last; 0 is off.
+    pub top_k: usize,
+    /// Keeps the smallest set of most likely tokens whose probability reaches p; 1 is off.
+    pub top_p: f32,
+    /// Keeps tokens at least this fraction as likely as the likeliest; 0 is off.
+    pub min_p: f32,
+}
+
+impl Default for Params {
+    /// The model's own distribution.
+    fn default() -> Self {
+        Self { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 }
+    }
+}
+
+impl Params {
+    /// Greedy decoding.
+    #[must_use]
+    pub fn greedy() -> Self {
+        Self { temperature: 0.0, ..Self::default() }
+    }
+
+    /// Checks the ranges.
+    ///
+    /// # Errors
+    /// [`Error::Value`] naming the parameter.
+    pub fn validate(&self) -> Result<()> {
+        for (what, ok, want, got) in [
+            (
+                "temperature",
+                self.temperature >= 0.0 && self.temperature.is_finite(),
+                "0 or more",
+                self.temperature,
+            ),
+            ("top_p", self.top_p > 0.0 && self.top_p <= 1.0, "in (0, 1]", self.top_p),
+            ("min_p", (0.0..=1.0).contains(&self.min_p), "in [0, 1]", self.min_p),
+        ] {
+            if !ok {
+                return Err(Error::value(what, want, got));
+            }
+        }
+        Ok(())
+    }
+
+    fn filters(&self) -> bool {
+        self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0
+    }
+}
+
+/// Elements of scratch that [`next`] needs.
+#[must_use]
+pub fn scratch_len(rows: usize, vocab: usize) -> usize {
+    2 * rows * vocab
+}
+
+/// Writes `tokens` `[rows]`, drawn from `logits` `[rows, vocab]`. Row r uses the random number of
+/// `samples[r]` at `positions[r]`.
+///
+/// # Errors
+/// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] if a parameter is out of range.
+#[allow(clippy::too_many_arguments)]
+pub fn next<F: Float>(
+    dev: &Device,
+    tokens: ViewMut<'_, u32>,
+    logits: View<'_, F>,
+    params: &Params,
+    seed: u64,
+    step: u64,
+    samples: View<'_, u64>,
+    positions: View<'_, u32>,
+    scratch: ViewMut<'_, F>,
+) -> Result<()> {
+    const OP: &str = "sample";
+    params.validate()?;
+    let rows = tokens.len();
+    if rows == 0 {
+        return Ok(());
+    }
+    let vocab = shape::rows(OP, "logits", logits.len(), rows)?;
+    shape::check(OP, "samples", &[rows], samples.len())?;
+    shape::check(OP, "positions", &[rows], positions.len())?;
+    if vocab == 0 || scratch.len() < scratch_len(rows, vocab) {
+        return Err(Error::shape(OP, "scratch", &[rows, 2, vocab], &[scratch.len()]));
+    }
+    let (logits, samples, positions) = (logits.host(), samples.host(), positions.host());
+    let scratch = &mut scratch.host()[..scratch_len(rows, vocab)];
+    let Device::Cpu(cpu) = dev;
+    cpu.rows(rows, 1, ((tokens.host(), 1), (scratch, 2 * vocab)), |range, (tokens, scratch)| {
+        for (i, r) in range.enumerate() {
+            let z = &logits[r * vocab..][..vocab];
+            let (p, order) = scratch[i * 2 * vocab..][..2 * vocab].split_at_mut(vocab);
+            tokens[i] = if params.temperature == 0.0 {
+                argmax(z)
+            } else {
+                let total = weights(cpu.isa(), p, z, F::of(1.0 / f64::from(params.temperature)));
+                let total = if params.filters() { filter(p, order, params, total) } else { total };
+                let draw = Philox::new(seed, step, samples[r], Purpose::Sample);
+                pick(p, F::of(f64::from(draw.uniform(positions[r]))) * total)
+            };
+        }
+    });
+    Ok(())
+}
+
+/// The distribution that [`next`] draws from: `probs` `[vocab]` from `logits` `[vocab]`.
+///
+/// # Errors
+/// [`Error::Shape`] if the lengths differ, [`Error::Value`] if a parameter is out of range.
+pub fn probabilities<F: Float>(
+    dev: &Device,
+    probs: &mut [F],
+    logits: &[F],
+    params: &Params,
+) -> Result<()> {
+    params.validate()?;
+    shape::check("sample::probabilities", "probs", &[logits.len()], probs.len())?;
+    if params.temperature == 0.0 {
+        probs.fill(F::ZERO);
+        if let Some(p) = probs.get_mut(argmax(logits) as usize) {
+            *p = F::ONE;
+        }
+        return Ok(());
+    }
+    let Device::Cpu(cpu) = dev;
+    let scale = F::of(1.0 / f64::from(params.temperature));
+    let mut total = weights(cpu.isa(), probs, logits, scale);
+    if params.filters() {
+        let mut order = vec![F::ZERO; probs.len()];
+        total = filter(probs, &mut order, params, total);
+    }
+    probs.iter_mut().for_each(|p| *p = *p / total);
+    Ok(())
+}
+
+/// The first of the largest.
+fn argmax<F: Float>(z: &[F]) -> u32 {
+    let mut best = 0;
+    for (i, x) in z.iter().enumerate() {
+        if *x > z[best] {
+            best = i;
+        }
+    }
+    best as u32
+}
+
+/// Sets weights that a filter drops to 0 and returns the sum of the others, in id order.
+fn filter<F: Float>(p: &mut [F], sorted: &mut [F], params: &Params, total: F) -> F {
+    let descending = |a: &F, b: &F| b.partial_cmp(a).unwrap_or(std::cmp::Ordering::Equal);
+    let mut total = total;
+    if params.top_k > 0 && params.top_k < p.len() {
+        sorted.copy_from_slice(p);
+        let (_, kth, _) = sorted.select_nth_unstable_by(params.top_k - 1, descending);
+        let kth = *kth;
+        total = keep(p, |x| x >= kth);
+    }
+    if params.top_p < 1.0 {
+        // Hugging Face drops, from the least likely up, while the dropped mass is at most 1 - p.
+        sorted.copy_from_slice(p);
+        sorted.sort_unstable_by(descending);
+        let allowed = (F::ONE - F::of(f64::from(params.top_p))) * total;
+        let (mut dropped, mut cut) = (F::ZERO, sorted.len());
+        while cut > 1 && dropped + sorted[cut - 1] <= allowed {
+            cut -= 1;
+            dropped += sorted[cut];
+        }
+        let least = sorted[cut - 1];
+        // Of tokens that tie with the last kept one, as many stay as the count says, lowest ids first.
+        let above = sorted.partition_point(|x| *x > least);
+        let mut ties = cut - above;
+        total = keep(p, |x| {
+            let tie = x == least;
+            let stay = x > least || (tie && ties > 0);
+            ties -= usize::from(tie && stay);
+            stay
+        });
+    }
+    if params.min_p > 0.0 {
+        let least = math::max(p) * F::of(f64::from(params.min_p));
+        total = keep(p, |x| x >= least);
+    }
+    total
+}
+
+fn keep<F: Float>(p: &mut [F], mut stay: impl FnMut(F) -> bool) -> F {
+    let mut total = F::ZERO;
+    for x in p.iter_mut() {
+        if !stay(*x) {
+            *x = F::ZERO;
+        }
+        total += *x;
+    }
+    total
+}
+
+/// The first id at which the cumulative weight exceeds `at`; the last with weight if rounding
+/// leaves none.
+fn pick<F: Float>(p: &[F], at: F) -> u32 {
+    let (mut sum, mut last) = (F::ZERO, 0);
+    for (i, x) in p.iter().enumerate() {
+        sum += *x;
+        if *x > F::ZERO {
+            last = i;
+            if sum > at {
+                return i as u32;
+            }
+        }
+    }
+    last as u32
+}
+
+simd! {
+    /// `p = e^(scale z - max)` and their sum.
+    fn weights[F: Float](p: &mut [F], z: &[F], scale: F) -> F {
+        let top = math::max(z) * scale;
+        for (p, z) in p.iter_mut().zip(z) {
+            *p = (*z * scale - top).exp();
+        }
+        math::sum_by(p.len(), |i| p[i])
+    }
+}

@@ -1,0 +1,9 @@
+//! Generation and scoring: the same forward pass as training, without its backward.
+//!
+//! The engine knows token ids, not text.
+
+mod engine;
+mod score;
+
+pub use engine::{Completion, Generator, Prompt, Settings};
+pub use score::{Scorer, last_scores};

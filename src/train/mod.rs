@@ -1,0 +1,3 @@
+//! Training: the loop, its configuration, optimizer, checkpoints and metrics.
+
+pub mod pass;
