@@ -1,5 +1,8 @@
 #![doc = include_str!("../README.md")]
 
+pub mod algorithms;
+pub mod config;
+pub mod data;
 pub mod device;
 pub mod error;
 pub mod models;

@@ -6,6 +6,7 @@ const LAYERS: &[(&str, u32)] = &[
     ("error", 0),
     ("shape", 1),
     ("rng", 1),
+    ("config", 1),
     ("device", 10),
     ("ops", 20),
     ("data", 20),

@@ -64,7 +64,12 @@ pub trait Algorithm: Send {
     ///
     /// # Errors
     /// If the columns do not fit.
-    fn prepare(&mut self, _dev: &Device, _step: &mut Columns<f32>, _out: &mut Metrics) -> Result<()> {
+    fn prepare(
+        &mut self,
+        _dev: &Device,
+        _step: &mut Columns<f32>,
+        _out: &mut Metrics,
+    ) -> Result<()> {
         Ok(())
     }
 

@@ -2,16 +2,26 @@
 //! forward and hand-written backward together.
 //!
 //! Gradients of weights are added to (`+=`), gradients of activations are written (`=`): a weight
-//! is used by many micro-batches, an activation by one.
+//! is used by many micro-batches, an activation by one. Per-token columns of losses are packed:
+//! the tokens of all sequences back to back, no padding, no mask.
 
 pub mod activation;
+pub mod adamw;
 pub mod attention;
+pub mod bradley_terry;
 pub mod embedding;
+pub mod gae;
+pub mod grad_norm;
+pub mod kl;
 pub mod layer_norm;
 pub mod logprob;
 pub mod matmul;
+pub mod nll;
+pub mod ppo_loss;
 pub mod residual;
 pub mod rms_norm;
 pub mod rope;
 pub mod sample;
 pub mod scalar_head;
+pub mod value_loss;
+pub mod whiten;

@@ -1,0 +1,363 @@
+//! Proximal policy optimisation of a language model (Schulman et al. 2017; Stiennon et al. 2020):
+//! sample, score, estimate advantages with a value model, and improve by the clipped loss.
+//!
+//! Departures from TRL's PPOTrainer (July 2026), each an option or a mend:
+//! - the score lands on the last response token (OpenRLHF), not on the padding after it;
+//! - advantages are whitened and losses averaged over the whole step or minibatch, never over a
+//!   rank or a micro-batch; every metric is over real tokens only;
+//! - the old log-prob is the sampler's own, bit-equal to the training forward, so the first ratio
+//!   is exactly 1 (the trainer asserts it) and no second pass computes it;
+//! - policy and value model are clipped and updated by optimizers of their own.
+
+use super::{Algorithm, Columns, Entry, Inputs, Metrics, Micro, Needs};
+use crate::{
+    config::Section,
+    device::{Device, View, ViewMut},
+    error::{Error, Result},
+    ops::{
+        gae,
+        kl::KlEstimator,
+        ppo_loss::{self, KlTerm},
+        value_loss,
+        whiten::{self, Moments, Variance},
+    },
+};
+
+crate::choices! {
+    /// Per-token estimator of the KL to the reference.
+    pub enum Estimator { K1 = "k1", K2 = "k2", K3 = "k3" }
+}
+
+crate::choices! {
+    /// Where the KL penalty stands.
+    pub enum KlIn { Reward = "reward", Loss = "loss" }
+}
+
+crate::choices! {
+    /// Which variance whitening divides by.
+    pub enum WhitenVariance { Unbiased = "unbiased", Biased = "biased" }
+}
+
+crate::settings! {
+    /// Settings of PPO.
+    pub struct PpoSettings {
+        /// The reward model's folder: a model with a scalar head, as `warpo train reward` saves it.
+        pub reward_model: String = String::new(),
+        /// Where the value model starts: "reward" copies the reward model (N+ details), "policy"
+        /// takes the policy's trunk with a new head.
+        pub value_init: String = "reward".into(),
+        /// Samples a prompt; `batch_size` counts samples, so prompts a step are
+        /// batch_size / samples_per_prompt.
+        pub samples_per_prompt: usize = 1,
+        /// The most new tokens of a sample (TRL: response_length 53).
+        pub max_new_tokens: usize = 53,
+        /// Divides the logits, in sampling, in training and for the reference (TRL and N+: 0.7).
+        pub temperature: f64 = 0.7,
+        /// Keeps the k most likely tokens; 0 is off (TRL: off).
+        pub top_k: usize = 0,
+        /// Keeps the most likely tokens up to this probability; 1 is off (TRL: off).
+        pub top_p: f64 = 1.0,
+        /// Keeps tokens at least this fraction as likely as the likeliest; 0 is off.
+        pub min_p: f64 = 0.0,
+        /// Sequences generated at once.
+        pub rollout_slots: usize = 64,
+        /// Weight of the KL to the reference (TRL and N+: 0.05).
+        pub kl_coef: f64 = 0.05,
+        /// Its estimator (TRL: k1).
+        pub kl_estimator: Estimator = Estimator::K1,
+        /// In the reward of each token (TRL, N+), or in the loss (GRPO's place; with the unbiased
+        /// gradient of NeMo RL).
+        pub kl_in: KlIn = KlIn::Reward,
+        /// Adapts kl_coef to reach this KL of a sequence, in nats (Ziegler et al. 2019; off in TRL).
+        pub kl_target: Option<f64> = None,
+        /// Samples over which the adaptation works (lm-human-preferences: 10000).
+        pub kl_horizon: f64 = 10_000.0,
+        /// Clip range of the ratio (0.2 everywhere).
+        pub clip_range: f64 = 0.2,
+        /// Clip range above 1, if another than below (DAPO: 0.28).
+        pub clip_range_high: Option<f64> = None,
+        /// Bound for negative advantages, as a multiple (verl: 3; off in TRL and OpenRLHF).
+        pub dual_clip: Option<f64> = None,
+        /// Clip range of the value (TRL, N+: 0.2; OpenRLHF, verl: 0.5).
+        pub value_clip: Option<f64> = Some(0.2),
+        /// Weight of the value loss (TRL, N+: 0.1).
+        pub value_coef: f64 = 0.1,
+        /// Step size of the value model, if another than learning_rate (OpenRLHF: 9x the actor's).
+        pub value_learning_rate: Option<f64> = None,
+        /// Discount (1 everywhere).
+        pub gamma: f64 = 1.0,
+        /// GAE's lambda (TRL, N+: 0.95; OpenRLHF, verl: 1).
+        pub lambda: f64 = 0.95,
+        /// Advantages to mean 0 and variance 1 over the step (TRL, N+).
+        pub whiten_advantages: bool = true,
+        /// Rewards to variance 1 over the step (TRL: off).
+        pub whiten_rewards: bool = false,
+        /// The variance both divide by (TRL, verl: unbiased; N+, OpenRLHF: biased).
+        pub whiten_variance: WhitenVariance = WhitenVariance::Unbiased,
+        /// Passes over a step's samples (TRL, N+: 4).
+        pub ppo_epochs: usize = 4,
+        /// Updates a pass (TRL: 1).
+        pub minibatches: usize = 1,
+        /// Weight of an entropy bonus (0 everywhere).
+        pub entropy_coef: f64 = 0.0,
+        /// Subtracted from the score of a sample that did not end by itself (TRL: off; N+ gives a
+        /// fixed -1).
+        pub missing_eos_penalty: Option<f64> = None,
+        /// Multiplies the score.
+        pub reward_scale: f64 = 1.0,
+        /// Bounds the score to ± this, after scaling (OpenRLHF: 10; DeepSpeed-Chat: 5; off in TRL).
+        pub reward_clip: Option<f64> = None,
+    }
+}
+
+/// The algorithm.
+#[derive(Debug)]
+pub struct Ppo {
+    settings: PpoSettings,
+    kl_coef: f64,
+    policy: ppo_loss::Stats,
+    value: value_loss::Stats,
+    updates: f64,
+    returns: Moments,
+}
+
+pub(super) const ENTRY: Entry = Entry {
+    name: "ppo",
+    about: "PPO against a reward model, with a value model and a KL penalty",
+    section: || Box::new(PpoSettings::default()),
+    build: |s: &dyn Section| {
+        let settings = s.as_any().downcast_ref::<PpoSettings>().cloned().unwrap_or_default();
+        Ok(Box::new(Ppo::new(settings)?))
+    },
+};
+
+impl Ppo {
+    /// Checks the settings.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the key.
+    pub fn new(settings: PpoSettings) -> Result<Self> {
+        let s = &settings;
+        for (key, ok, want) in [
+            ("samples_per_prompt", s.samples_per_prompt > 0, "1 or more"),
+            ("max_new_tokens", s.max_new_tokens > 0, "1 or more"),
+            ("rollout_slots", s.rollout_slots > 0, "1 or more"),
+            ("temperature", s.temperature > 0.0, "above 0: PPO needs a distribution"),
+            ("clip_range", s.clip_range > 0.0 && s.clip_range < 1.0, "between 0 and 1"),
+            ("clip_range_high", s.clip_range_high.is_none_or(|c| c > 0.0), "above 0"),
+            ("dual_clip", s.dual_clip.is_none_or(|c| c > 1.0), "above 1"),
+            ("value_clip", s.value_clip.is_none_or(|c| c > 0.0), "above 0"),
+            ("gamma", (0.0..=1.0).contains(&s.gamma), "from 0 to 1"),
+            ("lambda", (0.0..=1.0).contains(&s.lambda), "from 0 to 1"),
+            ("ppo_epochs", s.ppo_epochs > 0, "1 or more"),
+            ("minibatches", s.minibatches > 0, "1 or more"),
+            ("kl_horizon", s.kl_horizon > 0.0, "above 0"),
+            ("value_init", matches!(&*s.value_init, "reward" | "policy"), "reward or policy"),
+            ("reward_model", !s.reward_model.is_empty(), "a folder with a reward model"),
+        ] {
+            if !ok {
+                let message = format!("wanted {want}");
+                return Err(Error::Config { key: key.into(), message, hint: None });
+            }
+        }
+        Ok(Self {
+            kl_coef: settings.kl_coef,
+            settings,
+            policy: ppo_loss::Stats::default(),
+            value: value_loss::Stats::default(),
+            updates: 0.0,
+            returns: Moments::default(),
+        })
+    }
+
+    fn estimator(&self) -> KlEstimator {
+        match self.settings.kl_estimator {
+            Estimator::K1 => KlEstimator::K1,
+            Estimator::K2 => KlEstimator::K2,
+            Estimator::K3 => KlEstimator::K3,
+        }
+    }
+
+    /// The score of a sequence as it enters the reward.
+    fn shaped(&self, score: f32, stopped: bool) -> f64 {
+        let s = &self.settings;
+        let mut score = f64::from(score) * s.reward_scale;
+        if let Some(c) = s.reward_clip {
+            score = score.clamp(-c, c);
+        }
+        if !stopped {
+            score -= s.missing_eos_penalty.unwrap_or(0.0);
+        }
+        score
+    }
+
+    /// Rewards of all tokens, and the sum of the KL over them.
+    fn rewards(&self, c: &mut Columns<f32>) -> f64 {
+        let in_reward = self.settings.kl_in == KlIn::Reward;
+        let (estimator, mut total) = (self.estimator(), 0.0);
+        c.rewards.clear();
+        for s in 0..c.sequences() {
+            let span = c.span(&(s..s + 1));
+            let end = span.end;
+            for t in span {
+                let kl = estimator.value(f64::from(c.old_logp[t]), f64::from(c.ref_logp[t]));
+                total += kl;
+                let mut r = if in_reward { -self.kl_coef * kl } else { 0.0 };
+                if t + 1 == end {
+                    r += self.shaped(c.scores[s], c.stopped[s]);
+                }
+                c.rewards.push(r as f32);
+            }
+        }
+        total
+    }
+}
+
+impl Algorithm for Ppo {
+    fn needs(&self) -> Needs {
+        Needs {
+            inputs: Inputs::Prompts,
+            policy: true,
+            scalar: true,
+            reference: true,
+            scores: true,
+            entropy: self.settings.entropy_coef != 0.0,
+            epochs: self.settings.ppo_epochs,
+            minibatches: self.settings.minibatches,
+        }
+    }
+
+    fn prepare(&mut self, dev: &Device, c: &mut Columns<f32>, out: &mut Metrics) -> Result<()> {
+        let kl = self.rewards(c);
+        let s = &self.settings;
+        let variance = match s.whiten_variance {
+            WhitenVariance::Unbiased => Variance::Unbiased,
+            WhitenVariance::Biased => Variance::Biased,
+        };
+        if s.whiten_rewards {
+            let moments = Moments::of(View::from(&c.rewards));
+            whiten::apply(dev, (&mut c.rewards).into(), &moments, false, variance, 1e-8)?;
+        }
+        let (n, sequences) = (c.tokens(), c.sequences() as f64);
+        c.advantages.resize(n, 0.0);
+        c.returns.resize(n, 0.0);
+        gae::forward(
+            dev,
+            (&mut c.advantages).into(),
+            (&mut c.returns).into(),
+            (&c.rewards).into(),
+            (&c.old_values).into(),
+            (&c.offsets).into(),
+            s.gamma as f32,
+            s.lambda as f32,
+        )?;
+        self.returns = Moments::of(View::from(&c.returns));
+        if s.whiten_advantages {
+            let moments = Moments::of(View::from(&c.advantages));
+            whiten::apply(dev, (&mut c.advantages).into(), &moments, true, variance, 1e-8)?;
+        }
+        let mean = |x: &[f32]| x.iter().map(|x| f64::from(*x)).sum::<f64>() / x.len() as f64;
+        let sum = |x: &[f32]| x.iter().map(|x| f64::from(*x)).sum::<f64>();
+        out.push(("score", mean(&c.scores)));
+        out.push(("reward", sum(&c.rewards) / sequences));
+        out.push(("kl", kl / sequences));
+        out.push(("kl_per_token", kl / n as f64));
+        out.push(("kl_coef", self.kl_coef));
+        out.push(("sampled_nll", -mean(&c.old_logp)));
+        out.push(("response_tokens", n as f64 / sequences));
+        let stopped = c.stopped.iter().filter(|s| **s).count() as f64;
+        out.push(("stopped", stopped / sequences));
+        if let Some(target) = s.kl_target {
+            let error = ((kl / sequences) / target - 1.0).clamp(-0.2, 0.2);
+            self.kl_coef *= 1.0 + error * sequences / s.kl_horizon;
+        }
+        Ok(())
+    }
+
+    fn policy_loss(
+        &mut self,
+        dev: &Device,
+        micro: &Micro<'_, f32>,
+        logp: View<'_, f32>,
+        entropy: Option<View<'_, f32>>,
+        dlogp: ViewMut<'_, f32>,
+        dentropy: Option<ViewMut<'_, f32>>,
+    ) -> Result<()> {
+        let (c, t, s) = (micro.columns, micro.tokens(), &self.settings);
+        let kl = (s.kl_in == KlIn::Loss).then(|| KlTerm {
+            coef: self.kl_coef,
+            estimator: self.estimator(),
+            unbiased: true,
+        });
+        let settings = ppo_loss::Settings {
+            clip_low: s.clip_range,
+            clip_high: s.clip_range_high.unwrap_or(s.clip_range),
+            dual_clip: s.dual_clip,
+            kl,
+            entropy_coef: s.entropy_coef,
+        };
+        let tokens = ppo_loss::Tokens {
+            logp,
+            old_logp: c.old_logp[t.clone()].into(),
+            ref_logp: Some(c.ref_logp[t.clone()].into()),
+            entropy,
+            advantages: c.advantages[t].into(),
+        };
+        let total = c.tokens() as f64;
+        let stats = ppo_loss::policy(dev, dlogp, dentropy, tokens, &settings, total)?;
+        self.policy.merge(&stats);
+        if micro.sequences.end == c.sequences() {
+            self.updates += 1.0;
+        }
+        Ok(())
+    }
+
+    fn scalar_loss(
+        &mut self,
+        dev: &Device,
+        micro: &Micro<'_, f32>,
+        y: View<'_, f32>,
+        dy: ViewMut<'_, f32>,
+    ) -> Result<()> {
+        let (c, t, s) = (micro.columns, micro.tokens(), &self.settings);
+        let (old, returns) = (c.old_values[t.clone()].into(), c.returns[t].into());
+        let total = c.tokens() as f64;
+        let stats =
+            value_loss::forward(dev, dy, y, old, returns, s.value_clip, s.value_coef, total)?;
+        self.value.merge(&stats);
+        Ok(())
+    }
+
+    fn finish(&mut self, out: &mut Metrics) {
+        let (p, v, updates) = (&self.policy, &self.value, self.updates.max(1.0));
+        out.push(("loss", (p.loss + v.loss) / updates));
+        out.push(("policy_loss", p.policy / p.tokens));
+        out.push(("value_loss", v.loss / updates));
+        out.push(("clip_fraction", (p.clipped_low + p.clipped_high) / p.tokens));
+        out.push(("clip_fraction_low", p.clipped_low / p.tokens));
+        out.push(("clip_fraction_high", p.clipped_high / p.tokens));
+        out.push(("value_clip_fraction", v.clipped / v.tokens));
+        out.push(("approx_kl", p.approx_kl / p.tokens));
+        out.push(("max_log_ratio", p.max_log_ratio));
+        out.push(("value", v.value / v.tokens));
+        let spread = self.returns.squares / self.returns.count.max(1.0);
+        out.push(("explained_variance", 1.0 - v.squared_error / v.tokens / spread));
+        if self.settings.entropy_coef != 0.0 {
+            out.push(("entropy", p.entropy / p.tokens));
+        }
+        self.policy = ppo_loss::Stats::default();
+        self.value = value_loss::Stats::default();
+        self.updates = 0.0;
+    }
+
+    fn state(&self) -> serde_json::Value {
+        serde_json::json!({ "kl_coef": self.kl_coef })
+    }
+
+    fn restore(&mut self, state: &serde_json::Value) -> Result<()> {
+        let coef = state.get("kl_coef").and_then(serde_json::Value::as_f64);
+        self.kl_coef =
+            coef.ok_or_else(|| Error::value("state of ppo", "a number `kl_coef`", state))?;
+        Ok(())
+    }
+}

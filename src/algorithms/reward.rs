@@ -1,0 +1,80 @@
+//! A reward model from human preferences: Bradley-Terry on pairs, a scalar head at the last token.
+//! Departures from TRL: none; an optional margin column, centring off by default as there.
+
+use super::{Algorithm, Entry, Inputs, Metrics, Micro, Needs};
+use crate::{
+    config::Section,
+    device::{Device, View, ViewMut},
+    error::{Error, Result},
+    ops::bradley_terry::{self, Stats},
+};
+
+crate::settings! {
+    /// Settings of reward modelling.
+    pub struct RewardSettings {
+        /// Weight of (chosen + rejected)², which keeps scores near 0 (TRL:
+        /// center_rewards_coefficient, off by default; its docs suggest 0.01).
+        pub center_coef: f64 = 0.0,
+    }
+}
+
+/// The algorithm.
+#[derive(Debug)]
+pub struct Reward {
+    settings: RewardSettings,
+    stats: Stats,
+}
+
+pub(super) const ENTRY: Entry = Entry {
+    name: "reward",
+    about: "Reward model on pairs of which people chose one",
+    section: || Box::new(RewardSettings::default()),
+    build: |s: &dyn Section| {
+        let settings = s.as_any().downcast_ref::<RewardSettings>().cloned().unwrap_or_default();
+        if settings.center_coef < 0.0 {
+            return Err(Error::value("center_coef", "0 or more", settings.center_coef));
+        }
+        Ok(Box::new(Reward { settings, stats: Stats::default() }))
+    },
+};
+
+impl Algorithm for Reward {
+    fn needs(&self) -> Needs {
+        Needs {
+            inputs: Inputs::Pairs,
+            policy: false,
+            scalar: true,
+            reference: false,
+            scores: false,
+            entropy: false,
+            epochs: 1,
+            minibatches: 1,
+        }
+    }
+
+    fn scalar_loss(
+        &mut self,
+        dev: &Device,
+        micro: &Micro<'_, f32>,
+        y: View<'_, f32>,
+        dy: ViewMut<'_, f32>,
+    ) -> Result<()> {
+        let pairs = micro.columns.sequences() / 2;
+        let margins = &micro.columns.margins;
+        let own = micro.sequences.start / 2..micro.sequences.end / 2;
+        let margins = if margins.is_empty() { &[][..] } else { &margins[own] };
+        let centre = self.settings.center_coef;
+        let stats = bradley_terry::forward(dev, dy, y, margins.into(), centre, pairs as f64)?;
+        self.stats.merge(&stats);
+        Ok(())
+    }
+
+    fn finish(&mut self, out: &mut Metrics) {
+        let s = &self.stats;
+        out.push(("loss", s.loss));
+        out.push(("accuracy", s.right / s.pairs));
+        out.push(("reward_margin", s.difference / s.pairs));
+        out.push(("reward_mean", s.score / (2.0 * s.pairs)));
+        self.stats = Stats::default();
+    }
+}

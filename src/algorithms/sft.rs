@@ -1,0 +1,73 @@
+//! Supervised fine-tuning: the mean negative log-likelihood of the tokens to learn, over all tokens
+//! of the step. Departures from the usual: none; the mean is over the whole step, never of a
+//! micro-batch.
+
+use super::{Algorithm, Entry, Inputs, Metrics, Micro, Needs};
+use crate::{
+    config::Section,
+    device::{Device, View, ViewMut},
+    error::Result,
+    ops::nll,
+};
+
+crate::settings! {
+    /// Settings of supervised fine-tuning.
+    pub struct SftSettings {
+        /// Learn the tokens of the completion only, where the data has prompts (TRL:
+        /// completion_only_loss for prompt-completion data).
+        pub completion_only: bool = true,
+    }
+}
+
+/// The algorithm.
+#[derive(Debug, Default)]
+pub struct Sft {
+    loss: f64,
+    tokens: f64,
+}
+
+pub(super) const ENTRY: Entry = Entry {
+    name: "sft",
+    about: "Supervised fine-tuning on texts, prompt-completion pairs or chosen answers",
+    section: || Box::new(SftSettings::default()),
+    build: |_: &dyn Section| Ok(Box::new(Sft::default())),
+};
+
+impl Algorithm for Sft {
+    fn needs(&self) -> Needs {
+        Needs {
+            inputs: Inputs::Texts,
+            policy: true,
+            scalar: false,
+            reference: false,
+            scores: false,
+            entropy: false,
+            epochs: 1,
+            minibatches: 1,
+        }
+    }
+
+    fn policy_loss(
+        &mut self,
+        dev: &Device,
+        micro: &Micro<'_, f32>,
+        logp: View<'_, f32>,
+        _entropy: Option<View<'_, f32>>,
+        dlogp: ViewMut<'_, f32>,
+        _dentropy: Option<ViewMut<'_, f32>>,
+    ) -> Result<()> {
+        let all = &micro.columns.weights;
+        let denominator: f64 = all.iter().map(|w| f64::from(*w)).sum();
+        let weights = &all[micro.tokens()];
+        self.tokens += weights.len() as f64;
+        self.loss += nll::forward(dev, dlogp, logp, weights.into(), denominator)?;
+        Ok(())
+    }
+
+    fn finish(&mut self, out: &mut Metrics) {
+        out.push(("loss", self.loss));
+        out.push(("perplexity", self.loss.exp()));
+        out.push(("learned_tokens", self.tokens));
+        *self = Self::default();
+    }
+}

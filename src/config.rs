@@ -1,0 +1,334 @@
+//! Configuration: one block declares a struct, its defaults, its TOML and its help.
+//!
+//! Keys are flat and have the field's names, the same in a file and in `--set key=value`. An
+//! unknown key is refused with the nearest known one.
+
+use std::{any::Any, fmt::Debug, path::PathBuf};
+
+use toml::Value;
+
+use crate::error::{Error, Result};
+
+/// One setting, for help and templates.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Key {
+    /// Its name.
+    pub name: &'static str,
+    /// What it takes.
+    pub kind: String,
+    /// Its value now, in TOML.
+    pub value: String,
+    /// What it means, with the default's source.
+    pub doc: &'static str,
+}
+
+/// A group of settings, made by [`settings!`](crate::settings).
+pub trait Section: Any + Debug + Send {
+    /// All keys with their present values.
+    fn keys(&self) -> Vec<Key>;
+    /// Sets a key; `None` if it is not of this section.
+    fn set(&mut self, key: &str, value: &Value) -> Option<Result<()>>;
+    /// For the owner to get the struct back.
+    fn as_any(&self) -> &dyn Any;
+}
+
+/// A type that a setting can have.
+pub trait Field: Sized {
+    /// What it takes, for messages: "a number".
+    fn kind() -> String;
+    /// Reads a TOML value.
+    fn parse(value: &Value) -> Option<Self>;
+    /// Writes TOML.
+    fn show(&self) -> String;
+}
+
+impl Field for bool {
+    fn kind() -> String {
+        "true or false".into()
+    }
+    fn parse(value: &Value) -> Option<Self> {
+        value.as_bool()
+    }
+    fn show(&self) -> String {
+        self.to_string()
+    }
+}
+
+macro_rules! whole {
+    ($($t:ty),*) => {$(
+        impl Field for $t {
+            fn kind() -> String {
+                "a whole number, 0 or more".into()
+            }
+            fn parse(value: &Value) -> Option<Self> {
+                value.as_integer().and_then(|i| i.try_into().ok())
+            }
+            fn show(&self) -> String {
+                self.to_string()
+            }
+        }
+    )*};
+}
+whole!(u32, u64, usize);
+
+impl Field for f64 {
+    fn kind() -> String {
+        "a number".into()
+    }
+    fn parse(value: &Value) -> Option<Self> {
+        let x = value.as_float().or_else(|| value.as_integer().map(|i| i as f64))?;
+        x.is_finite().then_some(x)
+    }
+    fn show(&self) -> String {
+        format!("{self:?}")
+    }
+}
+
+impl Field for String {
+    fn kind() -> String {
+        "a text".into()
+    }
+    fn parse(value: &Value) -> Option<Self> {
+        value.as_str().map(str::to_owned)
+    }
+    fn show(&self) -> String {
+        Value::String(self.clone()).to_string()
+    }
+}
+
+impl Field for PathBuf {
+    fn kind() -> String {
+        "a path".into()
+    }
+    fn parse(value: &Value) -> Option<Self> {
+        value.as_str().map(Self::from)
+    }
+    fn show(&self) -> String {
+        Value::String(self.to_string_lossy().into_owned()).to_string()
+    }
+}
+
+impl<T: Field> Field for Option<T> {
+    fn kind() -> String {
+        format!("{}, or \"none\"", T::kind())
+    }
+    fn parse(value: &Value) -> Option<Self> {
+        if value.as_str() == Some("none") { Some(None) } else { T::parse(value).map(Some) }
+    }
+    fn show(&self) -> String {
+        self.as_ref().map_or("\"none\"".into(), Field::show)
+    }
+}
+
+impl<T: Field> Field for Vec<T> {
+    fn kind() -> String {
+        format!("a list, each {}", T::kind())
+    }
+    fn parse(value: &Value) -> Option<Self> {
+        match value {
+            Value::Array(items) => items.iter().map(T::parse).collect(),
+            one => T::parse(one).map(|x| vec![x]),
+        }
+    }
+    fn show(&self) -> String {
+        format!("[{}]", self.iter().map(Field::show).collect::<Vec<_>>().join(", "))
+    }
+}
+
+/// An enum whose variants are texts in a config.
+///
+/// ```
+/// warpo::choices! {
+///     /// Which way.
+///     pub enum Way { Up = "up", Down = "down" }
+/// }
+/// ```
+#[macro_export]
+macro_rules! choices {
+    ($(#[$meta:meta])* pub enum $name:ident {
+        $($(#[$vmeta:meta])* $variant:ident = $text:literal),* $(,)?
+    }) => {
+        $(#[$meta])*
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        #[allow(missing_docs)]
+        pub enum $name { $($(#[$vmeta])* $variant),* }
+
+        impl $crate::config::Field for $name {
+            fn kind() -> String {
+                format!("one of {:?}", [$($text),*])
+            }
+            fn parse(value: &$crate::config::Value_) -> Option<Self> {
+                match value.as_str()? {
+                    $($text => Some(Self::$variant),)*
+                    _ => None,
+                }
+            }
+            fn show(&self) -> String {
+                match self { $(Self::$variant => format!("{:?}", $text)),* }
+            }
+        }
+    };
+}
+
+#[doc(hidden)]
+pub use toml::Value as Value_;
+
+/// Declares a section: docs and defaults beside each field.
+///
+/// ```
+/// warpo::settings! {
+///     /// How to walk.
+///     pub struct Walk {
+///         /// Steps a minute.
+///         pub pace: f64 = 100.0,
+///     }
+/// }
+/// assert_eq!(Walk::default().pace, 100.0);
+/// ```
+#[macro_export]
+macro_rules! settings {
+    ($(#[$meta:meta])* pub struct $name:ident {
+        $($(#[doc = $doc:literal])* pub $field:ident: $ty:ty = $default:expr),* $(,)?
+    }) => {
+        $(#[$meta])*
+        #[derive(Clone, Debug, PartialEq)]
+        pub struct $name { $($(#[doc = $doc])* pub $field: $ty),* }
+
+        impl Default for $name {
+            fn default() -> Self {
+                Self { $($field: $default),* }
+            }
+        }
+
+        impl $crate::config::Section for $name {
+            fn keys(&self) -> Vec<$crate::config::Key> {
+                vec![$($crate::config::Key {
+                    name: $crate::config::key_name(stringify!($field)),
+                    kind: <$ty as $crate::config::Field>::kind(),
+                    value: $crate::config::Field::show(&self.$field),
+                    doc: concat!($($doc, "\n"),*),
+                }),*]
+            }
+            fn set(&mut self, key: &str, value: &$crate::config::Value_) -> Option<$crate::Result<()>> {
+                $(if key == $crate::config::key_name(stringify!($field)) {
+                    return Some($crate::config::read(key, value).map(|x| self.$field = x));
+                })*
+                None
+            }
+            fn as_any(&self) -> &dyn std::any::Any {
+                self
+            }
+        }
+    };
+}
+
+/// The key of a field: `lambda_` is `lambda`, for fields that would be keywords.
+#[doc(hidden)]
+#[must_use]
+pub fn key_name(field: &'static str) -> &'static str {
+    field.trim_end_matches('_')
+}
+
+/// Parses a value, with a message that names the key.
+#[doc(hidden)]
+pub fn read<T: Field>(key: &str, value: &Value) -> Result<T> {
+    T::parse(value).ok_or_else(|| Error::Config {
+        key: key.into(),
+        message: format!("got {value}, wanted {}", T::kind()),
+        hint: None,
+    })
+}
+
+/// Sets one key in whichever section has it.
+///
+/// # Errors
+/// [`Error::Config`] if none has it, with the nearest known key, or if the value does not fit.
+pub fn set(sections: &mut [&mut dyn Section], key: &str, value: &Value) -> Result<()> {
+    for section in sections.iter_mut() {
+        if let Some(done) = section.set(key, value) {
+            return done;
+        }
+    }
+    let names = sections.iter().flat_map(|s| s.keys()).map(|k| k.name);
+    let near = names.map(|n| (distance(key, n), n)).min();
+    let hint =
+        near.filter(|(d, n)| *d <= 2.max(n.len() / 3)).map(|(_, n)| format!("did you mean `{n}`?"));
+    Err(Error::Config { key: key.into(), message: "there is no such key".into(), hint })
+}
+
+/// Sets all keys of a TOML text; `name` is the file, for messages.
+///
+/// # Errors
+/// [`Error::Config`] naming file and line if it is not TOML, or as [`set`].
+pub fn set_all(sections: &mut [&mut dyn Section], text: &str, name: &str) -> Result<()> {
+    let table: toml::Table = text.parse().map_err(|e: toml::de::Error| Error::Config {
+        key: name.into(),
+        message: format!("not TOML: {}", e.to_string().trim_end()),
+        hint: None,
+    })?;
+    for (key, value) in &table {
+        set(sections, key, value).map_err(|e| locate(e, text, name))?;
+    }
+    Ok(())
+}
+
+/// Adds file and line to an error about a key.
+fn locate(e: Error, text: &str, name: &str) -> Error {
+    let Error::Config { key, message, hint } = e else { return e };
+    let is_key = |l: &str| l.trim_start().split(['=', ' ', '\t']).next() == Some(key.as_str());
+    let line = text.lines().position(is_key).map_or(String::new(), |i| format!(":{}", i + 1));
+    Error::Config { message: format!("{message} ({name}{line})"), key, hint }
+}
+
+/// Sets `key=value`; a value that is not TOML is taken as text.
+///
+/// # Errors
+/// [`Error::Config`] without `=`, or as [`set`].
+pub fn set_pair(sections: &mut [&mut dyn Section], pair: &str) -> Result<()> {
+    let Some((key, value)) = pair.split_once('=') else {
+        return Err(Error::Config {
+            key: pair.into(),
+            message: "wanted key=value".into(),
+            hint: None,
+        });
+    };
+    let (key, text) = (key.trim(), value.trim());
+    let parsed = format!("x = {text}").parse::<toml::Table>().ok().and_then(|mut t| t.remove("x"));
+    let plain = || Value::String(text.to_owned());
+    let value = parsed.unwrap_or_else(plain);
+    set(sections, key, &value).or_else(|e| {
+        // A text that looks like a number or a date is still a text where the key takes one.
+        if set(sections, key, &plain()).is_ok() { Ok(()) } else { Err(e) }
+    })
+}
+
+/// A complete commented TOML file of the present values.
+#[must_use]
+pub fn template(sections: &[&dyn Section]) -> String {
+    let mut out = String::new();
+    for key in sections.iter().flat_map(|s| s.keys()) {
+        for line in key.doc.trim().lines() {
+            out += &format!("# {}\n", line.trim());
+        }
+        out += &format!("# ({})\n{} = {}\n\n", key.kind, key.name, key.value);
+    }
+    out.truncate(out.trim_end().len());
+    out.push('\n');
+    out
+}
+
+/// Edits between two words (Levenshtein).
+fn distance(a: &str, b: &str) -> usize {
+    let b: Vec<char> = b.chars().collect();
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.chars().enumerate() {
+        let mut corner = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.iter().enumerate() {
+            let up = row[j + 1];
+            row[j + 1] = (corner + usize::from(x != *y)).min(up + 1).min(row[j] + 1);
+            corner = up;
+        }
+    }
+    row[b.len()]
+}

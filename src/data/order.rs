@@ -1,0 +1,45 @@
+//! The order in which examples are drawn: a pure function of a counter, so that resuming needs no
+//! more than that counter.
+
+use crate::rng::{Philox, Purpose};
+
+/// Endless epochs over `len` examples, each in an order of its own.
+#[derive(Clone, Debug)]
+pub struct Order {
+    len: usize,
+    seed: u64,
+    shuffle: bool,
+    epoch: u64,
+    permutation: Vec<usize>,
+}
+
+impl Order {
+    /// File order without `shuffle`.
+    #[must_use]
+    pub fn new(len: usize, seed: u64, shuffle: bool) -> Self {
+        Self { len, seed, shuffle, epoch: u64::MAX, permutation: Vec::new() }
+    }
+
+    /// The example of draw `i`, over all epochs.
+    ///
+    /// # Panics
+    /// If there are no examples.
+    pub fn index(&mut self, i: u64) -> usize {
+        let (epoch, at) = (i / self.len as u64, (i % self.len as u64) as usize);
+        if !self.shuffle {
+            return at;
+        }
+        if epoch != self.epoch {
+            self.permutation =
+                Philox::new(self.seed, epoch, 0, Purpose::Shuffle).permutation(self.len);
+            self.epoch = epoch;
+        }
+        self.permutation[at]
+    }
+
+    /// The examples of step `step` of `batch` draws each. Epochs flow into each other: a step may
+    /// end one and begin the next, so that every step has the same size.
+    pub fn batch(&mut self, step: u64, batch: usize) -> Vec<usize> {
+        (0..batch as u64).map(|k| self.index(step * batch as u64 + k)).collect()
+    }
+}

@@ -1,0 +1,164 @@
+//! `tokenizer.json`: text to ids and back.
+//!
+//! Text never becomes control: a text that spells a special token is encoded as the characters it
+//! is made of.
+
+use std::{
+    panic::{AssertUnwindSafe, catch_unwind},
+    path::{Path, PathBuf},
+};
+
+use serde_json::Value;
+
+use crate::error::{Error, Result};
+
+/// A Hugging Face tokenizer.
+#[derive(Debug)]
+pub struct Tokenizer {
+    path: PathBuf,
+    inner: tokenizers::Tokenizer,
+    bos: Option<u32>,
+    eos: Vec<u32>,
+    adds_bos: bool,
+    /// Ids of the anchor that [`Tokenizer::encode_continuation`] strips, for tokenizers that put a
+    /// space before every text.
+    anchor: Option<Vec<u32>>,
+}
+
+/// A line break has a token of its own in every tokenizer that needs an anchor.
+const ANCHOR: &str = "\n";
+
+impl Tokenizer {
+    /// Opens the tokenizer of a model folder. BOS and EOS come from `tokenizer_config.json`, else
+    /// from `generation_config.json` and `config.json`.
+    ///
+    /// # Errors
+    /// [`Error::Io`] or [`Error::File`] if `tokenizer.json` is missing or not understood.
+    pub fn open(dir: &Path) -> Result<Self> {
+        let path = dir.join("tokenizer.json");
+        let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        // The library panics on some malformed files.
+        let parsed = catch_unwind(|| tokenizers::Tokenizer::from_bytes(&bytes));
+        let mut inner = match parsed {
+            Ok(Ok(t)) => t,
+            Ok(Err(e)) => return Err(Error::file(path, format!("not a tokenizer: {e}"))),
+            Err(_) => return Err(Error::file(path, "not a tokenizer: it cannot be parsed")),
+        };
+        let _ = inner.with_truncation(None);
+        inner.with_padding(None);
+        // Special tokens spelled in text stay text.
+        inner.set_encode_special_tokens(true);
+        let json = |name: &str| -> Value {
+            let text = std::fs::read_to_string(dir.join(name)).unwrap_or_default();
+            serde_json::from_str(&text).unwrap_or(Value::Null)
+        };
+        let settings = json("tokenizer_config.json");
+        let (generation, model) = (json("generation_config.json"), json("config.json"));
+        let named = |key: &str| {
+            let v = &settings[key];
+            let text = v.as_str().or_else(|| v["content"].as_str())?;
+            inner.token_to_id(text)
+        };
+        let numbered = |key: &str| -> Vec<u32> {
+            let list = |v: &Value| match v {
+                Value::Array(all) => all.iter().filter_map(Value::as_u64).collect(),
+                v => v.as_u64().into_iter().collect::<Vec<_>>(),
+            };
+            let ids = [&generation[key], &model[key]].map(list);
+            let ids = if ids[0].is_empty() { &ids[1] } else { &ids[0] };
+            ids.iter().filter_map(|id| u32::try_from(*id).ok()).collect()
+        };
+        let bos = named("bos_token").or_else(|| numbered("bos_token_id").first().copied());
+        let eos = named("eos_token").map_or_else(|| numbered("eos_token_id"), |id| vec![id]);
+        let mut this = Self { path, inner, bos, eos, adds_bos: false, anchor: None };
+        let (with, without) = (this.raw("a", true)?, this.raw("a", false)?);
+        this.adds_bos = bos.is_some()
+            && (with.first().copied() == bos && with.len() > without.len()
+                || settings["add_bos_token"].as_bool() == Some(true));
+        let first = without.first().and_then(|id| this.inner.id_to_token(*id));
+        if first.is_some_and(|t| t.starts_with('\u{2581}')) {
+            this.anchor = Some(this.raw(ANCHOR, false)?);
+        }
+        Ok(this)
+    }
+
+    fn raw(&self, text: &str, special: bool) -> Result<Vec<u32>> {
+        let run = || self.inner.encode_fast(text, special);
+        match catch_unwind(AssertUnwindSafe(run)) {
+            Ok(Ok(encoding)) => Ok(encoding.get_ids().to_vec()),
+            Ok(Err(e)) => Err(Error::file(&self.path, format!("cannot encode a text: {e}"))),
+            Err(_) => Err(Error::file(&self.path, "cannot encode a text: the tokenizer failed")),
+        }
+    }
+
+    /// The ids of a text, without special tokens.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the tokenizer cannot encode it.
+    pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
+        self.raw(text, false)
+    }
+
+    /// The ids of a whole text as the model expects its beginning: BOS first, once, if the model
+    /// uses one.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_start(&self, text: &str) -> Result<Vec<u32>> {
+        let mut ids = if self.adds_bos { Vec::from_iter(self.bos) } else { Vec::new() };
+        ids.extend(self.encode(text)?);
+        Ok(ids)
+    }
+
+    /// The ids of a text that continues another: prompt and completion are encoded apart, so that
+    /// the boundary is exact and the prompt's ids are a prefix. Tokenizers that put a space before
+    /// every text (Llama 2) do not put one here.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::encode`].
+    pub fn encode_continuation(&self, text: &str) -> Result<Vec<u32>> {
+        let Some(anchor) = &self.anchor else { return self.encode(text) };
+        let ids = self.encode(&format!("{ANCHOR}{text}"))?;
+        match ids.strip_prefix(&anchor[..]) {
+            Some(rest) => Ok(rest.to_vec()),
+            // The anchor merged with the text: rather a space too many than a lost character.
+            None => self.encode(text),
+        }
+    }
+
+    /// Text of ids; special tokens are left out.
+    ///
+    /// # Errors
+    /// [`Error::File`] if the tokenizer cannot decode them.
+    pub fn decode(&self, ids: &[u32]) -> Result<String> {
+        match catch_unwind(AssertUnwindSafe(|| self.inner.decode(ids, true))) {
+            Ok(Ok(text)) => Ok(text),
+            Ok(Err(e)) => Err(Error::file(&self.path, format!("cannot decode ids: {e}"))),
+            Err(_) => Err(Error::file(&self.path, "cannot decode ids: the tokenizer failed")),
+        }
+    }
+
+    /// Beginning of a sequence.
+    #[must_use]
+    pub fn bos(&self) -> Option<u32> {
+        self.bos
+    }
+
+    /// Ids that end a sequence; the first is the one that training appends.
+    #[must_use]
+    pub fn eos(&self) -> &[u32] {
+        &self.eos
+    }
+
+    /// Whether a sequence begins with BOS.
+    #[must_use]
+    pub fn adds_bos(&self) -> bool {
+        self.adds_bos
+    }
+
+    /// Number of ids, special ones included.
+    #[must_use]
+    pub fn vocab(&self) -> usize {
+        self.inner.get_vocab_size(true)
+    }
+}

@@ -1,0 +1,68 @@
+//! Generalised advantage estimation over packed, ragged sequences.  (Schulman et al. 2016, eq. 16)
+
+use crate::{
+    device::{Device, Float, View, ViewMut},
+    error::{Error, Result},
+    shape,
+};
+
+/// Checks that `offsets` `[sequences + 1]` ascends from 0 to `len`.
+///
+/// # Errors
+/// [`Error::Value`] naming the first wrong offset.
+pub fn check_offsets(op: &str, offsets: &[u32], len: usize) -> Result<()> {
+    let bad = offsets.windows(2).position(|w| w[0] > w[1]);
+    if let Some(i) = bad {
+        let got = format!("{} after {}", offsets[i + 1], offsets[i]);
+        return Err(Error::value(format!("{op}: offsets"), "ascending numbers", got));
+    }
+    if offsets.first().is_none_or(|o| *o == 0) && offsets.last().map_or(0, |o| *o as usize) == len {
+        return Ok(());
+    }
+    let got = format!("{:?} to {:?}", offsets.first(), offsets.last());
+    Err(Error::value(format!("{op}: offsets"), format!("0 to {len}"), got))
+}
+
+/// Writes `advantages` and `returns` `[tokens]`, in reward units:
+///
+/// `delta_t = r_t + gamma V_{t+1} - V_t`, `A_t = delta_t + gamma lambda A_{t+1}`,
+/// `return_t = A_t + V_t`; V and A after a sequence's last token are 0.
+///
+/// * `rewards`, `values` `[tokens]`: reward of each token, value *before* each token
+/// * `offsets` `[sequences + 1]`: where each sequence begins
+///
+/// Reads 2, writes 2 numbers a token.
+///
+/// # Errors
+/// [`Error::Shape`] if the columns differ in length, [`Error::Value`] if offsets do not cover them.
+#[allow(clippy::too_many_arguments)]
+pub fn forward<F: Float>(
+    _dev: &Device,
+    advantages: ViewMut<'_, F>,
+    returns: ViewMut<'_, F>,
+    rewards: View<'_, F>,
+    values: View<'_, F>,
+    offsets: View<'_, u32>,
+    gamma: F,
+    lambda: F,
+) -> Result<()> {
+    let n = rewards.len();
+    shape::check("gae", "values", &[n], values.len())?;
+    shape::check("gae", "advantages", &[n], advantages.len())?;
+    shape::check("gae", "returns", &[n], returns.len())?;
+    check_offsets("gae", offsets.host(), n)?;
+    let (advantages, returns) = (advantages.host(), returns.host());
+    let (rewards, values) = (rewards.host(), values.host());
+    // A few numbers a token: one thread is done before a second would have started.
+    for w in offsets.host().windows(2) {
+        let (mut next_value, mut next_advantage) = (F::ZERO, F::ZERO);
+        for t in (w[0] as usize..w[1] as usize).rev() {
+            let delta = rewards[t] + gamma * next_value - values[t];
+            next_advantage = delta + gamma * lambda * next_advantage;
+            next_value = values[t];
+            advantages[t] = next_advantage;
+            returns[t] = next_advantage + values[t];
+        }
+    }
+    Ok(())
+}

@@ -1,0 +1,64 @@
+//! The global gradient norm, clipping, and the search for bad numbers.
+
+use crate::{
+    device::{Device, Float, View, cpu::math},
+    simd,
+};
+
+/// Elements of a block: sums inside are in lanes, blocks are added in order in f64.
+const BLOCK: usize = 4096;
+
+/// Blocks of a task; the partial sums of a task group stay on the stack.
+const GROUP: usize = 256;
+
+/// `sqrt(sum x²)`, the same bits for any number of threads. NaN if any element is NaN.
+#[must_use]
+pub fn norm<F: Float>(dev: &Device, x: View<'_, F>) -> f64 {
+    let x = x.host();
+    let Device::Cpu(cpu) = dev;
+    let mut sum = 0.0;
+    for part in x.chunks(BLOCK * GROUP) {
+        let mut sums = [0.0f64; GROUP];
+        let blocks = part.len().div_ceil(BLOCK);
+        cpu.rows(blocks, 4, (&mut sums[..blocks], 1), |range, sums| {
+            for (sum, b) in sums.iter_mut().zip(range) {
+                let block = &part[b * BLOCK..((b + 1) * BLOCK).min(part.len())];
+                *sum = squares(cpu.isa(), block).f64();
+            }
+        });
+        sum += sums[..blocks].iter().sum::<f64>();
+    }
+    sum.sqrt()
+}
+
+/// The factor that brings a gradient of this norm down to `max_norm`:
+/// `min(1, max_norm / (norm + 1e-6))`, as `torch.nn.utils.clip_grad_norm_`.
+#[must_use]
+pub fn clip_scale(norm: f64, max_norm: f64) -> f64 {
+    if max_norm <= 0.0 { 1.0 } else { (max_norm / (norm + 1e-6)).min(1.0) }
+}
+
+/// Index of the first NaN or infinity.
+#[must_use]
+pub fn first_bad<F: Float>(dev: &Device, x: View<'_, F>) -> Option<usize> {
+    let Device::Cpu(cpu) = dev;
+    let x = x.host();
+    let bad = |(i, block): (usize, &[F])| {
+        // x * 0 is 0 for every finite x: one sum tells whether the block is clean.
+        if probe(cpu.isa(), block) == F::ZERO {
+            return None;
+        }
+        block.iter().position(|x| !x.is_finite()).map(|at| i * BLOCK + at)
+    };
+    x.chunks(BLOCK).enumerate().find_map(bad)
+}
+
+simd! {
+    fn squares[F: Float](x: &[F]) -> F {
+        math::dot(x, x)
+    }
+
+    fn probe[F: Float](x: &[F]) -> F {
+        math::sum_by(x.len(), |i| x[i] * F::ZERO)
+    }
+}

@@ -1,0 +1,41 @@
+//! Per-token estimators of KL(policy || reference) from the log-probs of sampled tokens.
+//! (Schulman 2020, "Approximating KL divergence")
+
+use crate::device::Float;
+
+/// With `d = logp - ref`:
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KlEstimator {
+    /// `d`: unbiased, may be negative.
+    K1,
+    /// `d²/2`: biased, low variance.
+    K2,
+    /// `e^-d - 1 + d`: unbiased, never negative.
+    K3,
+}
+
+impl KlEstimator {
+    /// The estimate of one token, in nats.
+    #[inline(always)]
+    #[must_use]
+    pub fn value<F: Float>(self, logp: F, reference: F) -> F {
+        let d = logp - reference;
+        match self {
+            Self::K1 => d,
+            Self::K2 => F::of(0.5) * d * d,
+            Self::K3 => (-d).exp() - F::ONE + d,
+        }
+    }
+
+    /// Its derivative in `logp`, the token held fixed.
+    #[inline(always)]
+    #[must_use]
+    pub fn slope<F: Float>(self, logp: F, reference: F) -> F {
+        let d = logp - reference;
+        match self {
+            Self::K1 => F::ONE,
+            Self::K2 => d,
+            Self::K3 => F::ONE - (-d).exp(),
+        }
+    }
+}

@@ -1,0 +1,31 @@
+//! The loss of supervised fine-tuning: the weighted negative log-likelihood of tokens.
+
+use crate::{
+    device::{Device, Float, View, ViewMut},
+    error::Result,
+    shape,
+};
+
+/// Writes `dlogp = -weights / denominator` `[tokens]` and returns
+/// `-sum weights logp / denominator`. `denominator` is the weight of the whole optimizer step.
+///
+/// # Errors
+/// [`crate::Error::Shape`] if the columns differ in length.
+pub fn forward<F: Float>(
+    _dev: &Device,
+    dlogp: ViewMut<'_, F>,
+    logp: View<'_, F>,
+    weights: View<'_, F>,
+    denominator: f64,
+) -> Result<f64> {
+    let n = logp.len();
+    shape::check("nll", "weights", &[n], weights.len())?;
+    shape::check("nll", "dlogp", &[n], dlogp.len())?;
+    let (d, logp, weights) = (dlogp.host(), logp.host(), weights.host());
+    let mut sum = 0.0;
+    for i in 0..n {
+        sum -= weights[i].f64() * logp[i].f64();
+        d[i] = F::of(-weights[i].f64() / denominator);
+    }
+    Ok(sum / denominator)
+}

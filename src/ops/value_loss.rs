@@ -1,0 +1,82 @@
+//! The clipped value loss of PPO: `½ max((v - ret)², (clip(v, old ± c) - ret)²)`.
+//! (Schulman et al. 2017, OpenAI baselines; as TRL, OpenRLHF and verl compute it)
+
+use crate::{
+    device::{Device, Float, View, ViewMut},
+    error::Result,
+    shape,
+};
+
+/// Sums over the tokens of a micro-batch.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct Stats {
+    /// Tokens.
+    pub tokens: f64,
+    /// The loss, with coefficient and denominator.
+    pub loss: f64,
+    /// Values.
+    pub value: f64,
+    /// Tokens whose clipped branch is the loss.
+    pub clipped: f64,
+    /// Squared errors `(v - ret)²`.
+    pub squared_error: f64,
+}
+
+impl Stats {
+    /// Adds the next micro-batch.
+    pub fn merge(&mut self, o: &Self) {
+        self.tokens += o.tokens;
+        self.loss += o.loss;
+        self.value += o.value;
+        self.clipped += o.clipped;
+        self.squared_error += o.squared_error;
+    }
+}
+
+/// Writes `dv` `[tokens]` and returns the sums; each token's loss is multiplied by `coef` and
+/// divided by `denominator`, the token count of the whole optimizer step. `clip` off keeps the
+/// first term.
+///
+/// # Errors
+/// [`crate::Error::Shape`] if the columns differ in length.
+#[allow(clippy::too_many_arguments)]
+pub fn forward<F: Float>(
+    _dev: &Device,
+    dv: ViewMut<'_, F>,
+    v: View<'_, F>,
+    old: View<'_, F>,
+    returns: View<'_, F>,
+    clip: Option<f64>,
+    coef: f64,
+    denominator: f64,
+) -> Result<Stats> {
+    let n = v.len();
+    shape::check("value_loss", "old", &[n], old.len())?;
+    shape::check("value_loss", "returns", &[n], returns.len())?;
+    shape::check("value_loss", "dv", &[n], dv.len())?;
+    let (dv, v, old, returns) = (dv.host(), v.host(), old.host(), returns.host());
+    let scale = coef / denominator;
+    let mut stats = Stats { tokens: n as f64, ..Stats::default() };
+    for i in 0..n {
+        let (v, old, ret) = (v[i].f64(), old[i].f64(), returns[i].f64());
+        let error = v - ret;
+        let (mut loss, mut slope) = (0.5 * error * error, error);
+        if let Some(c) = clip {
+            let bound = v.clamp(old - c, old + c);
+            let bounded = 0.5 * (bound - ret) * (bound - ret);
+            if bound != v {
+                if bounded > loss {
+                    stats.clipped += 1.0;
+                    (loss, slope) = (bounded, 0.0);
+                } else if bounded == loss {
+                    slope *= 0.5; // torch.max at a tie
+                }
+            }
+        }
+        stats.loss += loss * scale;
+        stats.value += v;
+        stats.squared_error += error * error;
+        dv[i] = F::of(slope * scale);
+    }
+    Ok(stats)
+}
