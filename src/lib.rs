@@ -5,5 +5,6 @@ pub mod error;
 pub mod ops;
 pub mod rng;
 pub mod shape;
+pub mod train;
 
 pub use error::{Error, Result};

@@ -13,3 +13,6 @@ mod ops {
     mod rms_norm;
 }
 mod rng;
+mod train {
+    mod checkpoint;
+}

@@ -6,11 +6,13 @@
 mod arena;
 mod buffer;
 pub mod cpu;
+mod disk;
 mod float;
 
 pub use arena::{Arena, Scope};
 pub use buffer::{Buffer, View, ViewMut, allocations};
 pub use cpu::Cpu;
+pub use disk::free_disk_bytes;
 pub use float::Float;
 
 use crate::error::{Error, Result};

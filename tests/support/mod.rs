@@ -2,12 +2,21 @@
 
 #![allow(dead_code)]
 
+pub mod disk;
 pub mod golden;
 
 use warpo::{
     device::{Cpu, Device, Float, cpu::Isa},
     rng::{Philox, Purpose},
 };
+
+/// An empty folder for one test; tests run in parallel, so `name` is the test's.
+pub fn temp_dir(name: &str) -> std::path::PathBuf {
+    let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let _ = std::fs::remove_dir_all(&dir);
+    std::fs::create_dir_all(&dir).unwrap();
+    dir
+}
 
 /// Devices whose results must be equal to the bit: every instruction set, 1 to 3 threads.
 pub fn devices() -> Vec<Device> {
