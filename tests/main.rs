@@ -15,4 +15,8 @@ mod ops {
 mod rng;
 mod train {
     mod checkpoint;
+    mod events;
+    mod lock;
+    mod metrics;
+    mod signals;
 }
