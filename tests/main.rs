@@ -16,3 +16,10 @@ mod ops {
     mod rms_norm;
 }
 mod rng;
+mod train {
+    mod checkpoint;
+    mod events;
+    mod lock;
+    mod metrics;
+    mod signals;
+}

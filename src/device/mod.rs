@@ -6,12 +6,14 @@
 mod arena;
 mod buffer;
 pub mod cpu;
+mod disk;
 pub mod file;
 mod float;
 
 pub use arena::{Arena, Scope};
 pub use buffer::{Buffer, View, ViewMut, allocations};
 pub use cpu::Cpu;
+pub use disk::free_disk_bytes;
 pub use float::Float;
 
 use crate::error::{Error, Result};

@@ -1,3 +1,9 @@
-//! Training: the loop, its configuration, optimizer, checkpoints and metrics.
+//! Training runs: the loop, what it is told, what it writes, and how it survives.
 
+pub mod checkpoint;
+pub mod events;
+pub mod lock;
+pub mod metrics;
 pub mod pass;
+pub mod signals;
+pub mod storage;

@@ -2,12 +2,43 @@
 
 #![allow(dead_code)]
 
+pub mod disk;
 pub mod golden;
 
 use warpo::{
     device::{Cpu, Device, Float, cpu::Isa},
     rng::{Philox, Purpose},
 };
+
+/// An empty folder for one test; tests run in parallel, so `name` is the test's.
+pub fn temp_dir(name: &str) -> std::path::PathBuf {
+    let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let _ = std::fs::remove_dir_all(&dir);
+    std::fs::create_dir_all(&dir).unwrap();
+    dir
+}
+
+/// Runs an ignored test of this binary as a process of its own, with `WARPO_TEST_DIR` set to `dir`.
+/// Such a test returns at once without the variable.
+pub fn process(test: &str, dir: &std::path::Path) -> std::process::Child {
+    std::process::Command::new(std::env::current_exe().unwrap())
+        .args([test, "--exact", "--ignored", "--nocapture"])
+        .env("WARPO_TEST_DIR", dir)
+        .stdout(std::process::Stdio::null())
+        .spawn()
+        .unwrap()
+}
+
+/// Waits until a process has made a file.
+pub fn wait_for(path: &std::path::Path) {
+    for _ in 0..2000 {
+        if path.exists() {
+            return;
+        }
+        std::thread::sleep(std::time::Duration::from_millis(5));
+    }
+    panic!("{path:?} did not appear in 10 s");
+}
 
 /// Devices whose results must be equal to the bit: every instruction set, 1 to 3 threads.
 pub fn devices() -> Vec<Device> {

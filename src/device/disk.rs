@@ -1,0 +1,22 @@
+//! What the operating system says about a disk.
+
+#![allow(unsafe_code)]
+
+use std::{ffi::CString, io, mem::MaybeUninit, os::unix::ffi::OsStrExt, path::Path};
+
+/// Bytes that an ordinary user may still write to the file system that holds `path`.
+///
+/// # Errors
+/// Those of `statvfs`, and `InvalidInput` for a path with a NUL byte.
+pub fn free_disk_bytes(path: &Path) -> io::Result<u64> {
+    let path = CString::new(path.as_os_str().as_bytes())?;
+    let mut stat = MaybeUninit::<libc::statvfs>::uninit();
+    // SAFETY: `path` ends in NUL and `stat` is writable; both live through the call.
+    let rc = unsafe { libc::statvfs(path.as_ptr(), stat.as_mut_ptr()) };
+    if rc != 0 {
+        return Err(io::Error::last_os_error());
+    }
+    // SAFETY: `statvfs` returned 0, so it filled `stat`.
+    let stat = unsafe { stat.assume_init() };
+    Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}

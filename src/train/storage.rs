@@ -1,0 +1,197 @@
+//! The file operations that a checkpoint is made of, so that tests can lose power between any two.
+//!
+//! What a file system promises is little: a file's bytes are on the disk after
+//! [`StorageFile::sync`], names after [`Storage::sync_dir`] of their folder, and a rename is one
+//! event. All else may be lost, in any subset and order. Code here relies on nothing more.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Read, Seek, SeekFrom},
+    path::Path,
+};
+
+use crate::{
+    device::free_disk_bytes,
+    error::{Error, Result},
+};
+
+/// A file system, or a test's model of one. One call is one operation that can fail or be the
+/// last before a crash.
+pub trait Storage {
+    /// Makes a folder; its parent exists, it does not.
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn create_dir(&self, path: &Path) -> io::Result<()>;
+
+    /// Makes an empty file that does not exist yet, to append to.
+    ///
+    /// # Errors
+    /// The operating system's; `AlreadyExists` rather than truncating what is there.
+    fn create(&self, path: &Path) -> io::Result<Box<dyn StorageFile>>;
+
+    /// Makes the names in a folder durable.
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn sync_dir(&self, path: &Path) -> io::Result<()>;
+
+    /// Moves a file or folder in one event; `to` does not exist.
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
+
+    /// Removes a file, or a folder with all that is in it.
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn remove(&self, path: &Path) -> io::Result<()>;
+
+    /// Names in a folder, sorted.
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn list(&self, path: &Path) -> io::Result<Vec<String>>;
+
+    /// Opens a file to read.
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn open(&self, path: &Path) -> io::Result<Box<dyn Source>>;
+
+    /// Bytes that can still be written under a folder; `None` if that cannot be told.
+    fn free_space(&self, path: &Path) -> Option<u64>;
+}
+
+/// A file that is being written.
+pub trait StorageFile {
+    /// Appends some or all of `bytes`; returns how many.
+    ///
+    /// # Errors
+    /// The operating system's.
+    fn append(&mut self, bytes: &[u8]) -> io::Result<usize>;
+
+    /// Makes what was appended durable.
+    ///
+    /// # Errors
+    /// The operating system's. After an error nothing is known about the file: it must be dropped,
+    /// not synced again.
+    fn sync(&mut self) -> io::Result<()>;
+}
+
+/// A file that is being read.
+pub trait Source: Read + Seek {}
+impl<T: Read + Seek> Source for T {}
+
+/// The operating system's file system.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Disk;
+
+impl Storage for Disk {
+    fn create_dir(&self, path: &Path) -> io::Result<()> {
+        fs::create_dir(path)
+    }
+
+    fn create(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
+        let file = OpenOptions::new().append(true).create_new(true).open(path)?;
+        Ok(Box::new(file))
+    }
+
+    fn sync_dir(&self, path: &Path) -> io::Result<()> {
+        File::open(path)?.sync_all()
+    }
+
+    fn rename(&self, from: &Path, to: &Path) -> io::Result<()> {
+        fs::rename(from, to)
+    }
+
+    fn remove(&self, path: &Path) -> io::Result<()> {
+        // never through a symbolic link: `symlink_metadata` looks at the link itself
+        if fs::symlink_metadata(path)?.is_dir() {
+            fs::remove_dir_all(path)
+        } else {
+            fs::remove_file(path)
+        }
+    }
+
+    fn list(&self, path: &Path) -> io::Result<Vec<String>> {
+        let mut names = Vec::new();
+        for entry in fs::read_dir(path)? {
+            // a name that is not UTF-8 is none of ours
+            names.extend(entry?.file_name().into_string());
+        }
+        names.sort_unstable();
+        Ok(names)
+    }
+
+    fn open(&self, path: &Path) -> io::Result<Box<dyn Source>> {
+        Ok(Box::new(File::open(path)?))
+    }
+
+    fn free_space(&self, path: &Path) -> Option<u64> {
+        free_disk_bytes(path).ok()
+    }
+}
+
+impl StorageFile for File {
+    fn append(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        io::Write::write(self, bytes)
+    }
+
+    fn sync(&mut self) -> io::Result<()> {
+        self.sync_all()
+    }
+}
+
+/// Repeats an operation that a signal interrupted.
+///
+/// # Errors
+/// The first error that is not `Interrupted`.
+pub fn uninterrupted<T>(mut operation: impl FnMut() -> io::Result<T>) -> io::Result<T> {
+    loop {
+        match operation() {
+            Err(e) if e.kind() == io::ErrorKind::Interrupted => {}
+            other => return other,
+        }
+    }
+}
+
+/// Appends all of `bytes`, whatever the length of each write.
+///
+/// # Errors
+/// The operating system's; `WriteZero` if it takes no more bytes.
+pub fn append_all(file: &mut dyn StorageFile, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        let n = uninterrupted(|| file.append(bytes))?;
+        if n == 0 {
+            return Err(io::ErrorKind::WriteZero.into());
+        }
+        bytes = bytes.get(n..).unwrap_or_default();
+    }
+    Ok(())
+}
+
+/// Reads a whole small file.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::File`] if it has more than `limit` bytes.
+pub fn read_small(storage: &dyn Storage, path: &Path, limit: u64) -> Result<Vec<u8>> {
+    let mut bytes = Vec::new();
+    let source = uninterrupted(|| storage.open(path)).map_err(Error::io("open", path))?;
+    source.take(limit + 1).read_to_end(&mut bytes).map_err(Error::io("read", path))?;
+    if bytes.len() as u64 > limit {
+        return Err(Error::file(path, format!("has more than {limit} bytes")));
+    }
+    Ok(bytes)
+}
+
+/// Opens a file at an offset.
+///
+/// # Errors
+/// [`Error::Io`].
+pub fn open_at(storage: &dyn Storage, path: &Path, offset: u64) -> Result<Box<dyn Source>> {
+    let mut source = uninterrupted(|| storage.open(path)).map_err(Error::io("open", path))?;
+    source.seek(SeekFrom::Start(offset)).map_err(Error::io("read", path))?;
+    Ok(source)
+}
