@@ -1,6 +1,7 @@
 #![doc = include_str!("../README.md")]
 
 pub mod algorithms;
+pub mod cli;
 pub mod config;
 pub mod data;
 pub mod device;

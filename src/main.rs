@@ -1,3 +1,7 @@
-//! The `warpo` command. All of it is in [`warpo::cli`].
+//! The `warpo` command; all of it is in [`warpo::cli`].
 
-fn main() {}
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    warpo::cli::run()
+}

@@ -10,9 +10,9 @@ mod reward;
 mod sft;
 
 pub use columns::{Columns, Micro};
-pub use ppo::Ppo;
-pub use reward::Reward;
-pub use sft::Sft;
+pub use ppo::{Ppo, PpoSettings};
+pub use reward::{Reward, RewardSettings};
+pub use sft::{Sft, SftSettings};
 
 use crate::{
     config::Section,
@@ -126,6 +126,8 @@ pub struct Entry {
     pub name: &'static str,
     /// One line of help.
     pub about: &'static str,
+    /// Defaults of shared settings that differ for it.
+    pub defaults: &'static [(&'static str, &'static str)],
     /// Its configuration with defaults.
     pub section: fn() -> Box<dyn Section>,
     /// Made from its configuration.

@@ -124,6 +124,7 @@ pub struct Ppo {
 pub(super) const ENTRY: Entry = Entry {
     name: "ppo",
     about: "PPO against a reward model, with a value model and a KL penalty",
+    defaults: &[("learning_rate", "3e-6"), ("steps", "100")],
     section: || Box::new(PpoSettings::default()),
     build: |s: &dyn Section| {
         let settings = s.as_any().downcast_ref::<PpoSettings>().cloned().unwrap_or_default();

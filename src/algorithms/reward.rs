@@ -28,6 +28,7 @@ pub struct Reward {
 pub(super) const ENTRY: Entry = Entry {
     name: "reward",
     about: "Reward model on pairs of which people chose one",
+    defaults: &[("learning_rate", "1e-4")],
     section: || Box::new(RewardSettings::default()),
     build: |s: &dyn Section| {
         let settings = s.as_any().downcast_ref::<RewardSettings>().cloned().unwrap_or_default();

@@ -29,6 +29,7 @@ pub struct Sft {
 pub(super) const ENTRY: Entry = Entry {
     name: "sft",
     about: "Supervised fine-tuning on texts, prompt-completion pairs or chosen answers",
+    defaults: &[],
     section: || Box::new(SftSettings::default()),
     build: |_: &dyn Section| Ok(Box::new(Sft::default())),
 };

@@ -2,8 +2,19 @@
 
 pub mod checkpoint;
 pub mod events;
+pub mod feed;
 pub mod lock;
 pub mod metrics;
 pub mod pass;
+pub mod role;
+pub mod rollouts;
+mod run;
+pub mod schedule;
+pub mod settings;
 pub mod signals;
 pub mod storage;
+mod trainer;
+
+pub use run::run;
+pub use settings::Settings;
+pub use trainer::{Observer, Report, Silent, Trainer};

@@ -1,0 +1,18 @@
+//! `warpo config`: a complete commented configuration.
+
+use super::train::{self, algorithm};
+use crate::{config, error::Result};
+
+/// Print a complete commented configuration of an algorithm
+#[derive(Debug, clap::Args)]
+pub(super) struct Args {
+    /// sft, reward or ppo
+    algorithm: String,
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    let entry = algorithm(&args.algorithm)?;
+    let (settings, section) = train::defaults(entry)?;
+    let head = format!("# {}\n# warpo train {} --config THIS_FILE\n\n", entry.about, entry.name);
+    super::print(&(head + &config::template(&[&settings, &*section])))
+}

@@ -1,0 +1,84 @@
+//! The command line: one file a command.
+
+mod config;
+mod doctor;
+mod generate;
+mod progress;
+mod quickstart;
+mod score;
+mod train;
+
+use std::{io::Write, process::ExitCode};
+
+use clap::{Parser, Subcommand};
+
+use crate::error::Error;
+
+/// Train language models from human feedback: SFT, reward models and PPO in one process.
+#[derive(Debug, Parser)]
+#[command(version, after_help = EXIT_CODES)]
+struct Cli {
+    #[command(subcommand)]
+    command: Command,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 no such device, 4 a bad number \
+stopped the step, 5 the run's folder is in use, 130 SIGINT and 143 SIGTERM (the run is saved).
+
+Examples:
+  warpo quickstart
+  warpo config ppo > ppo.toml
+  warpo train sft --model DIR --data texts.jsonl --out run
+  echo '{\"prompt\": \"Once upon\"}' | warpo generate --model DIR --data -";
+
+#[derive(Debug, Subcommand)]
+enum Command {
+    Train(train::Args),
+    Generate(generate::Args),
+    Score(score::Args),
+    Config(config::Args),
+    Quickstart(quickstart::Args),
+    Doctor(doctor::Args),
+}
+
+/// Runs the command of this process.
+#[must_use]
+pub fn run() -> ExitCode {
+    let done = match Cli::parse().command {
+        Command::Train(args) => train::run(&args),
+        Command::Generate(args) => generate::run(&args),
+        Command::Score(args) => score::run(&args),
+        Command::Config(args) => config::run(&args),
+        Command::Quickstart(args) => quickstart::run(&args),
+        Command::Doctor(args) => doctor::run(&args),
+    };
+    match done {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => fail(&error),
+    }
+}
+
+/// Prints an error and what to do about it. A reader that went away (`| head`) is no error.
+fn fail(error: &Error) -> ExitCode {
+    if let Error::Io { source, .. } = error
+        && source.kind() == std::io::ErrorKind::BrokenPipe
+    {
+        return ExitCode::SUCCESS;
+    }
+    let mut text = format!("error: {error}\n");
+    if let Some(hint) = error.hint() {
+        text += &format!("hint: {hint}\n");
+    }
+    // If stderr is gone, there is nobody to tell.
+    let _ = std::io::stderr().write_all(text.as_bytes());
+    ExitCode::from(error.exit_code())
+}
+
+/// Writes to standard output.
+fn print(text: &str) -> crate::Result<()> {
+    let mut out = std::io::stdout().lock();
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .map_err(Error::io("write to", "<stdout>"))
+}

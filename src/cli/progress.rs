@@ -1,0 +1,87 @@
+//! Progress on standard error: bars on a terminal, one line a step otherwise.
+
+use std::{io::IsTerminal, time::Duration};
+
+use indicatif::{ProgressBar, ProgressStyle};
+
+use crate::{algorithms::Metrics, train::Observer};
+
+/// Shows a run.
+pub(super) struct Progress {
+    name: &'static str,
+    bar: Option<ProgressBar>,
+    phase: String,
+}
+
+impl Progress {
+    pub(super) fn new(name: &'static str) -> Self {
+        let bar = std::io::stderr().is_terminal().then(|| {
+            let style = "{prefix} {bar:28} {pos}/{len} {elapsed} eta {eta} {msg}";
+            let bar = ProgressBar::new(0).with_prefix(name);
+            if let Ok(style) = ProgressStyle::with_template(style) {
+                bar.set_style(style);
+            }
+            bar.enable_steady_tick(Duration::from_millis(250));
+            bar
+        });
+        Self { name, bar, phase: String::new() }
+    }
+
+    pub(super) fn finish(&self) {
+        if let Some(bar) = &self.bar {
+            bar.abandon();
+        }
+    }
+
+    fn line(&self, text: &str) {
+        match &self.bar {
+            Some(bar) => bar.println(text),
+            // If stderr is gone, there is nobody to tell.
+            None => drop(std::io::Write::write_all(
+                &mut std::io::stderr(),
+                format!("{text}\n").as_bytes(),
+            )),
+        }
+    }
+}
+
+/// The numbers worth a line, where a step has them.
+const SHOWN: &[&str] = &[
+    "loss",
+    "accuracy",
+    "eval_loss",
+    "eval_accuracy",
+    "score",
+    "kl",
+    "clip_fraction",
+    "grad_norm",
+];
+
+impl Observer for Progress {
+    fn note(&mut self, line: &str) {
+        self.line(line);
+    }
+
+    fn phase(&mut self, name: &str, done: usize, total: usize) {
+        if let Some(bar) = &self.bar {
+            self.phase = format!("[{name} {done}/{total}]");
+            bar.set_message(self.phase.clone());
+        }
+    }
+
+    fn step(&mut self, step: u64, steps: u64, metrics: &Metrics, seconds: f64) {
+        let shown = |m: &&(&str, f64)| SHOWN.contains(&m.0);
+        let numbers: Vec<String> =
+            metrics.iter().filter(shown).map(|(name, x)| format!("{name} {x:.4}")).collect();
+        let tokens = metrics.iter().find(|m| m.0 == "tokens").map_or(0.0, |m| m.1);
+        let text = format!("{}, {:.0} tokens/s", numbers.join(", "), tokens / seconds);
+        match &self.bar {
+            Some(bar) => {
+                bar.set_length(steps);
+                bar.set_position(step);
+                bar.set_message(text);
+            }
+            None => self.line(&format!("{} {step}/{steps}: {text}", self.name)),
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! A model that is trained: its weights, gradients and moments.
+
+use super::settings::Settings;
+use crate::{
+    device::Device,
+    error::{Error, Result},
+    models::{Model, Params, Slot},
+    ops::{
+        adamw::{self, Hyper},
+        grad_norm,
+    },
+};
+
+/// A trained model and its optimizer.
+#[derive(Debug)]
+pub struct Role {
+    /// `policy`, `value` or `reward`: names its tensors in checkpoints and messages.
+    pub name: &'static str,
+    /// The model; its weights are the f32 masters.
+    pub model: Model<f32>,
+    /// Gradients of the present step.
+    pub grads: Params<f32>,
+    /// First moments.
+    pub m: Params<f32>,
+    /// Second moments.
+    pub v: Params<f32>,
+    /// Updates so far.
+    pub updates: u64,
+}
+
+impl Role {
+    /// A model at the start of its training.
+    #[must_use]
+    pub fn new(name: &'static str, model: Model<f32>) -> Self {
+        let layout = model.params().layout().clone();
+        let zeros = || Params::zeros(&layout);
+        Self { name, grads: zeros(), m: zeros(), v: zeros(), model, updates: 0 }
+    }
+
+    /// Forgets the gradients.
+    pub fn zero_grads(&mut self) {
+        self.grads.flat_mut().host().fill(0.0);
+    }
+
+    /// Checks the gradients, clips them, updates the weights and renews what is derived from them.
+    /// Returns the gradient's norm before clipping.
+    ///
+    /// # Errors
+    /// [`Error::BadNumber`] naming the tensor if a gradient is not finite; nothing is changed then.
+    pub fn update(&mut self, dev: &Device, s: &Settings, lr: f64, step: u64) -> Result<f64> {
+        let norm = grad_norm::norm(dev, self.grads.flat());
+        if !norm.is_finite() {
+            return Err(self.bad_gradient(dev, norm, step));
+        }
+        self.updates += 1;
+        let scale = grad_norm::clip_scale(norm, s.max_grad_norm);
+        for (range, decays) in self.groups(s.decay_all) {
+            let hyper = Hyper {
+                learning_rate: lr,
+                beta1: s.beta1,
+                beta2: s.beta2,
+                epsilon: s.epsilon,
+                weight_decay: if decays { s.weight_decay } else { 0.0 },
+            };
+            let state = adamw::State {
+                p: self.model.params_mut().flat_mut().range(range.clone()),
+                m: self.m.flat_mut().range(range.clone()),
+                v: self.v.flat_mut().range(range.clone()),
+            };
+            let g = self.grads.flat().range(range);
+            adamw::step(dev, state, g, scale, self.updates, &hyper)?;
+        }
+        self.model.repack(dev)?;
+        Ok(norm)
+    }
+
+    fn bad_gradient(&self, dev: &Device, norm: f64, step: u64) -> Error {
+        let at = grad_norm::first_bad(dev, self.grads.flat());
+        let tensor = at.and_then(|i| self.grads.layout().at(i)).map_or("all".into(), |t| t.name());
+        let value = at.map_or(norm, |i| f64::from(self.grads.flat().host()[i]));
+        let what = format!("the gradient of {tensor} of the {} model", self.name);
+        Error::BadNumber { step, what, value, samples: Vec::new() }
+    }
+
+    /// Runs of tensors that decay or do not, as ranges of the flat buffer.
+    fn groups(&self, decay_all: bool) -> Vec<(std::ops::Range<usize>, bool)> {
+        let layout = self.grads.layout();
+        if decay_all {
+            return vec![(0..layout.len(), true)];
+        }
+        let decays = |slot: Slot| slot.is_matrix();
+        let mut out: Vec<(std::ops::Range<usize>, bool)> = Vec::new();
+        for t in layout.tensors() {
+            match out.last_mut() {
+                Some((range, d)) if *d == decays(t.slot) => range.end = t.offset + t.len(),
+                _ => out.push((t.offset..t.offset + t.len(), decays(t.slot))),
+            }
+        }
+        out
+    }
+}

@@ -1,0 +1,277 @@
+//! A run on disk: lock, resume, loop, checkpoints, metrics, the final model.
+
+use std::{
+    fs,
+    io::Write,
+    path::{Path, PathBuf},
+    time::Instant,
+};
+
+use serde_json::{Map, Value, json};
+
+use super::{
+    Observer, Settings, Trainer,
+    checkpoint::{self, Tensor},
+    lock::Lock,
+    metrics::Metrics as MetricsFile,
+    rollouts, signals,
+    storage::Disk,
+};
+use crate::{
+    algorithms::{Entry, PpoSettings, SftSettings},
+    config::{self, Section},
+    error::{Error, Result},
+    models,
+};
+
+/// Files of a model folder that a trained model takes along.
+const COMPANIONS: &[&str] = &[
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "generation_config.json",
+    "vocab.json",
+    "merges.txt",
+];
+
+/// Trains, or goes on with the run that is in `settings.out`; returns the folder of the final model.
+///
+/// The folder holds `config.toml`, `metrics.jsonl`, `timing.jsonl`, TensorBoard event files,
+/// `rollouts/step-N.jsonl`, `checkpoints/step-N/` and at the end `final/`.
+///
+/// # Errors
+/// [`Error::Interrupted`] after SIGINT or SIGTERM, with the state committed; [`Error::Locked`] if
+/// another process trains there; [`Error::Config`] if the folder holds a run with other settings;
+/// all others of the parts.
+pub fn run(
+    entry: &Entry,
+    settings: &Settings,
+    section: &dyn Section,
+    seen: &mut dyn Observer,
+) -> Result<PathBuf> {
+    let out = PathBuf::from(&settings.out);
+    fs::create_dir_all(&out).map_err(Error::io("create", &out))?;
+    let _lock = Lock::acquire(&out)?;
+    signals::install()?;
+    let ppo = section.as_any().downcast_ref::<PpoSettings>().cloned().unwrap_or_default();
+    let sft = section.as_any().downcast_ref::<SftSettings>().cloned().unwrap_or_default();
+    let algorithm = (entry.build)(section)?;
+    let trainer = Trainer::new(settings.clone(), ppo, algorithm, sft.completion_only)?;
+    let mut run = Run { checkpoints: out.join("checkpoints"), out, trainer, saved: None };
+    run.describe(entry, seen);
+    let state = run.fixed(entry, section);
+    run.resume(&state, seen)?;
+    run.write_config(entry, section)?;
+    let mut metrics = MetricsFile::open(&run.out, Some(run.trainer.step).filter(|s| *s > 0))?;
+    while run.trainer.step < run.trainer.steps {
+        let start = Instant::now();
+        let at = run.trainer.step;
+        if let Some(mut report) = run.trainer.step(seen)? {
+            let seconds = start.elapsed().as_secs_f64();
+            if run.evaluates() {
+                report.metrics.extend(run.trainer.evaluate()?);
+            }
+            if !run.trainer.rollouts.is_empty() {
+                rollouts::write(&run.out.join("rollouts"), at, &run.trainer.rollouts)?;
+            }
+            metrics.log(at, &report.metrics)?;
+            run.time(at, seconds, &report.metrics)?;
+            seen.step(run.trainer.step, run.trainer.steps, &report.metrics, seconds);
+        }
+        let signal = signals::requested();
+        let every = run.trainer.settings.checkpoint_every;
+        let due = every > 0 && run.trainer.step.is_multiple_of(every);
+        let last = run.trainer.step == run.trainer.steps;
+        if signal.is_some() || due || last {
+            metrics.sync()?;
+            run.save(&state, seen)?;
+        }
+        if let Some(signal) = signal.filter(|_| !last) {
+            return Err(Error::Interrupted { signal, step: run.trainer.step });
+        }
+    }
+    run.finish()
+}
+
+struct Run {
+    out: PathBuf,
+    checkpoints: PathBuf,
+    trainer: Trainer,
+    /// Step of the newest checkpoint.
+    saved: Option<u64>,
+}
+
+impl Run {
+    fn describe(&self, entry: &Entry, seen: &mut dyn Observer) {
+        let t = &self.trainer;
+        let s = &t.stats;
+        seen.note(&format!("{} on {}", entry.name, t.dev.describe()));
+        for role in t.policy.iter().chain(&t.scalar) {
+            let (model, n) = (&role.model, role.model.params().layout().weights());
+            seen.note(&format!("{}: {}, {n} weights", role.name, model.family().model_type));
+        }
+        seen.note(&format!(
+            "data: {} examples, {} tokens, {} truncated, {} dropped",
+            s.examples, s.tokens, s.truncated, s.dropped
+        ));
+        seen.note(&t.equation());
+        let mib = t.planned_bytes() as f64 / (1 << 20) as f64;
+        seen.note(&format!("memory for activations and KV cache: {mib:.1} MiB, planned once"));
+    }
+
+    /// What must be the same when the run is resumed.
+    fn fixed(&self, entry: &Entry, section: &dyn Section) -> Value {
+        let keys = Section::keys(&self.trainer.settings).into_iter().chain(section.keys());
+        let keys = keys.filter(|k| !Settings::FREE.contains(&k.name));
+        let all: Map<String, Value> =
+            keys.map(|k| (k.name.to_owned(), Value::String(k.value))).collect();
+        json!({ "algorithm": entry.name, "settings": all, "data": self.trainer.examples.digest() })
+    }
+
+    fn resume(&mut self, fixed: &Value, seen: &mut dyn Observer) -> Result<()> {
+        for path in checkpoint::clean(&Disk, &self.checkpoints)? {
+            seen.note(&format!("removed {}, which a crash left unfinished", path.display()));
+        }
+        let Some(loaded) = checkpoint::load_newest(&Disk, &self.checkpoints)? else {
+            return Ok(());
+        };
+        for problem in &loaded.skipped {
+            seen.note(&format!("skipped a damaged checkpoint: {problem}"));
+        }
+        same(&loaded.state["run"], fixed, &self.out)?;
+        let t = &mut self.trainer;
+        for role in t.policy.iter_mut().chain(&mut t.scalar) {
+            let name = role.name;
+            let read = |what: &str, out: &mut [f32]| loaded.read(&Disk, name, what, out);
+            read("weights", role.model.params_mut().flat_mut().host())?;
+            read("m", role.m.flat_mut().host())?;
+            read("v", role.v.flat_mut().host())?;
+            role.model.repack(&t.dev)?;
+            role.updates = loaded.state["updates"][name].as_u64().unwrap_or(0);
+        }
+        t.algorithm.restore(&loaded.state["algorithm"])?;
+        t.step = loaded.step;
+        self.saved = Some(loaded.step);
+        seen.note(&format!("resumed at step {} from {}", loaded.step, loaded.path.display()));
+        Ok(())
+    }
+
+    fn save(&mut self, fixed: &Value, seen: &mut dyn Observer) -> Result<()> {
+        let t = &self.trainer;
+        if self.saved == Some(t.step) {
+            return Ok(());
+        }
+        let mut tensors = Vec::new();
+        let mut updates = Map::new();
+        for role in t.policy.iter().chain(&t.scalar) {
+            for (what, x) in [("weights", role.model.params()), ("m", &role.m), ("v", &role.v)] {
+                let x = x.flat().host();
+                tensors.push(Tensor::new(role.name, what, &[x.len()], x));
+            }
+            updates.insert(role.name.into(), role.updates.into());
+        }
+        let state = json!({
+            "run": fixed,
+            "updates": updates,
+            "algorithm": t.algorithm.state(),
+            "version": env!("CARGO_PKG_VERSION"),
+        });
+        let keep = t.settings.keep_checkpoints;
+        let saved = checkpoint::save(&Disk, &self.checkpoints, t.step, keep, tensors, &state)?;
+        for problem in &saved.problems {
+            seen.note(&format!("the checkpoint is safe, but {problem}"));
+        }
+        self.saved = Some(t.step);
+        Ok(())
+    }
+
+    /// Whether the step just done is followed by an evaluation.
+    fn evaluates(&self) -> bool {
+        let (t, every) = (&self.trainer, self.trainer.settings.eval_every);
+        t.held_out.is_some() && (t.step == t.steps || every > 0 && t.step.is_multiple_of(every))
+    }
+
+    fn write_config(&self, entry: &Entry, section: &dyn Section) -> Result<()> {
+        let path = self.out.join("config.toml");
+        let text = format!(
+            "# warpo train {} --config {}\n\n{}",
+            entry.name,
+            path.display(),
+            config::template(&[&self.trainer.settings, section])
+        );
+        fs::write(&path, text).map_err(Error::io("write", &path))
+    }
+
+    /// Wall time stands in a file of its own: metrics.jsonl is the same for every machine.
+    fn time(&self, step: u64, seconds: f64, metrics: &crate::algorithms::Metrics) -> Result<()> {
+        let path = self.out.join("timing.jsonl");
+        let open = fs::OpenOptions::new().create(true).append(true).open(&path);
+        let mut file = open.map_err(Error::io("open", &path))?;
+        let tokens = metrics.iter().find(|m| m.0 == "tokens").map_or(0.0, |m| m.1);
+        let line = json!({
+            "step": step, "seconds": seconds, "tokens_per_second": tokens / seconds
+        });
+        writeln!(file, "{line}").map_err(Error::io("write", &path))
+    }
+
+    /// Exports the trained models: `final/`, and `final-value/` beside a policy.
+    fn finish(self) -> Result<PathBuf> {
+        let t = &self.trainer;
+        let from = Path::new(&t.settings.model);
+        let final_dir = self.out.join("final");
+        for role in t.policy.iter().chain(&t.scalar) {
+            let value = role.name == "value";
+            let dir = if value { self.out.join("final-value") } else { final_dir.clone() };
+            export(role, from, &dir)?;
+        }
+        Ok(final_dir)
+    }
+}
+
+/// Writes a model folder aside and renames it into place.
+fn export(role: &super::role::Role, from: &Path, dir: &Path) -> Result<()> {
+    let aside = dir.with_extension("tmp");
+    if aside.exists() {
+        fs::remove_dir_all(&aside).map_err(Error::io("remove", &aside))?;
+    }
+    fs::create_dir_all(&aside).map_err(Error::io("create", &aside))?;
+    models::save(&role.model, &aside)?;
+    for name in COMPANIONS {
+        let file = from.join(name);
+        if file.exists() {
+            fs::copy(&file, aside.join(name)).map_err(Error::io("copy", &file))?;
+        }
+    }
+    if dir.exists() {
+        fs::remove_dir_all(dir).map_err(Error::io("replace", dir))?;
+    }
+    fs::rename(&aside, dir).map_err(Error::io("rename", &aside))
+}
+
+/// Refuses to go on with a run under other settings or on other data.
+fn same(was: &Value, now: &Value, out: &Path) -> Result<()> {
+    let hint = || Some("use the run's config.toml, or another --out folder".to_owned());
+    for (key, want) in [("algorithm", &was["algorithm"]), ("data", &was["data"])] {
+        if *want != now[key] {
+            let message = format!(
+                "{} holds a run with {key} {want}, this one has {}",
+                out.display(),
+                now[key]
+            );
+            return Err(Error::Config { key: key.into(), message, hint: hint() });
+        }
+    }
+    let empty = Map::new();
+    let was = was["settings"].as_object().unwrap_or(&empty);
+    let now = now["settings"].as_object().unwrap_or(&empty);
+    let differs = now.iter().find(|(k, v)| was.get(*k) != Some(v));
+    let Some((key, value)) = differs else { return Ok(()) };
+    let text = |v: Option<&Value>| v.and_then(Value::as_str).unwrap_or("nothing").to_owned();
+    let message = format!(
+        "{} holds a run with {}, this one has {}",
+        out.display(),
+        text(was.get(key)),
+        text(Some(value))
+    );
+    Err(Error::Config { key: key.clone(), message, hint: hint() })
+}
