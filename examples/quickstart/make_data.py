@@ -44,3 +44,4 @@ words = [" ".join(r["text"].split()[:2]) for r in take(600)]
 prompts = sorted({w for w in words if 6 <= len(w) <= 16 and w[-1].isalpha()})
 random.Random(1).shuffle(prompts)
 write("prompts.jsonl", [{"prompt": p} for p in prompts[:512]])
+write("heldout_prompts.jsonl", [{"prompt": p} for p in prompts[512:640]])

@@ -111,7 +111,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
         }
     };
     for (i, (p, c)) in all.iter().zip(&done).enumerate() {
-        let text = tokenizer.as_ref().map(|t| t.decode(&c.ids)).transpose()?;
+        let text = tokenizer.as_ref().map(|t| t.decode_continuation(&p.ids, &c.ids)).transpose()?;
         let mut line = json!({
             "input_ids": p.ids,
             "output_ids": c.ids,

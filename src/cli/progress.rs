@@ -1,6 +1,9 @@
 //! Progress on standard error: bars on a terminal, one line a step otherwise.
 
-use std::{io::IsTerminal, time::Duration};
+use std::{
+    io::IsTerminal,
+    time::{Duration, Instant},
+};
 
 use indicatif::{ProgressBar, ProgressStyle};
 
@@ -11,6 +14,8 @@ pub(super) struct Progress {
     name: &'static str,
     bar: Option<ProgressBar>,
     phase: String,
+    /// When the last line of a step was printed.
+    printed: Option<Instant>,
 }
 
 impl Progress {
@@ -24,7 +29,7 @@ impl Progress {
             bar.enable_steady_tick(Duration::from_millis(250));
             bar
         });
-        Self { name, bar, phase: String::new() }
+        Self { name, bar, phase: String::new(), printed: None }
     }
 
     pub(super) fn finish(&self) {
@@ -33,7 +38,7 @@ impl Progress {
         }
     }
 
-    fn line(&self, text: &str) {
+    pub(super) fn line(&self, text: &str) {
         match &self.bar {
             Some(bar) => bar.println(text),
             // If stderr is gone, there is nobody to tell.
@@ -44,6 +49,9 @@ impl Progress {
         }
     }
 }
+
+/// Between lines of a log.
+const EVERY: Duration = Duration::from_secs(1);
 
 /// The numbers worth a line, where a step has them.
 const SHOWN: &[&str] = &[
@@ -81,7 +89,12 @@ impl Observer for Progress {
                 bar.set_position(step);
                 bar.set_message(text);
             }
-            None => self.line(&format!("{} {step}/{steps}: {text}", self.name)),
+            // In a log, short steps share a line: the last of each second stands for it.
+            None if step == steps || self.printed.is_none_or(|t| t.elapsed() >= EVERY) => {
+                self.printed = Some(Instant::now());
+                self.line(&format!("{} {step}/{steps}: {text}", self.name));
+            }
+            None => {}
         }
     }
 }

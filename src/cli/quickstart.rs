@@ -1,11 +1,244 @@
 //! `warpo quickstart`: the whole job on a small real model.
 
-use crate::error::Result;
+use std::{path::PathBuf, time::Instant};
 
-/// Train a small model from real human labels: SFT, reward model, PPO, report
+use serde_json::json;
+
+use super::{
+    progress::Progress,
+    train::{algorithm, defaults},
+};
+use crate::{
+    config::{self, Section, Value_ as Value},
+    data::{self, Limits, Tokenizer},
+    device::Device,
+    error::{Error, Result},
+    eval::{Evaluation, Evaluator},
+    models::{Head, Model},
+    ops::sample,
+    rollout,
+    train::{self, Settings},
+};
+
+/// Train a small model from real human labels: SFT, reward model, PPO; then compare
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {}
+pub(super) struct Args {
+    /// Model, data and settings
+    #[arg(long, value_name = "DIR", default_value = "examples/quickstart")]
+    from: PathBuf,
+    /// Folder of the runs; the same command again goes on where it stopped
+    #[arg(long, value_name = "DIR", default_value = "quickstart")]
+    out: PathBuf,
+    /// At most so many steps a stage: shows that all works, teaches little
+    #[arg(long, value_name = "N")]
+    steps: Option<u64>,
+    /// A setting of the PPO stage, for experiments; may be given again
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Threads; 0 takes all cores
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+}
 
-pub(super) fn run(_args: &Args) -> Result<()> {
-    Ok(())
+/// A stage: its folder and settings file, its algorithm, its data, the model it starts from.
+struct Stage {
+    name: &'static str,
+    algorithm: &'static str,
+    data: &'static str,
+    title: &'static str,
+}
+
+const STAGES: [Stage; 4] = [
+    Stage {
+        name: "sft",
+        algorithm: "sft",
+        data: "reviews.jsonl",
+        title: "a story teller learns to write review sentences",
+    },
+    Stage {
+        name: "reward",
+        algorithm: "reward",
+        data: "reviews.jsonl",
+        title: "a reward model from human labels: pros above cons",
+    },
+    Stage {
+        name: "judge",
+        algorithm: "reward",
+        data: "judge.jsonl",
+        title: "a judge from other people's labels, which PPO never sees",
+    },
+    Stage {
+        name: "ppo",
+        algorithm: "ppo",
+        data: "prompts.jsonl",
+        title: "PPO continues review openings to please the reward model",
+    },
+];
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    let start = Instant::now();
+    let ppo = args.settings(&STAGES[3])?;
+    for (i, stage) in STAGES.iter().enumerate() {
+        let (settings, section) = args.settings(stage)?;
+        let mut progress = Progress::new(stage.name);
+        progress.line(&format!("\n{}/{} {}: {}", i + 1, STAGES.len(), stage.name, stage.title));
+        let done = train::run(algorithm(stage.algorithm)?, &settings, &*section, &mut progress);
+        progress.finish();
+        done?;
+    }
+    let [before, after] = args.compare(&ppo.0, &*ppo.1)?;
+    args.save(&before, &after)?;
+    let minutes = start.elapsed().as_secs_f64() / 60.0;
+    let mut text = format!("\n{}\n{}\n", table(&before, &after), samples(&before, &after));
+    text += &format!("All runs, rollouts and models are under {}.\n", args.out.display());
+    text += &format!("{minutes:.1} minutes. Next: warpo generate --model ");
+    text += &format!("{} --data -\n", args.out.join("ppo/final").display());
+    super::print(&text)
+}
+
+impl Args {
+    /// The settings of a stage: its file, with folders as this command was given them.
+    fn settings(&self, stage: &Stage) -> Result<(Settings, Box<dyn Section>)> {
+        let (mut settings, mut section) = defaults(algorithm(stage.algorithm)?)?;
+        let file = self.from.join(stage.name).with_extension("toml");
+        let text =
+            std::fs::read_to_string(&file).map_err(Error::io("read", &file)).map_err(|e| {
+                let hint = "run it in a checkout of Warpo, or say --from DIR";
+                Error::Config {
+                    key: "--from".into(),
+                    message: e.to_string(),
+                    hint: Some(hint.into()),
+                }
+            })?;
+        let sections: &mut [&mut dyn Section] = &mut [&mut settings, &mut *section];
+        config::set_all(sections, &text, &file.display().to_string())?;
+        let path = |p: PathBuf| Value::String(p.to_string_lossy().into_owned());
+        let model = match stage.name {
+            "sft" => self.from.join("model"),
+            _ => self.out.join("sft/final"),
+        };
+        config::set(sections, "model", &path(model))?;
+        config::set(sections, "data", &path(self.from.join(stage.data)))?;
+        config::set(sections, "out", &path(self.out.join(stage.name)))?;
+        config::set(sections, "device", &Value::String(self.device.clone()))?;
+        config::set(sections, "threads", &Value::Integer(self.threads as i64))?;
+        if stage.name == "ppo" {
+            config::set(sections, "reward_model", &path(self.out.join("reward/final")))?;
+            self.set.iter().try_for_each(|pair| config::set_pair(sections, pair))?;
+        } else {
+            config::set(sections, "eval_data", &path(self.from.join("heldout.jsonl")))?;
+        }
+        if let Some(n) = self.steps {
+            settings.steps = n;
+        }
+        Ok((settings, section))
+    }
+
+    /// The policy before and after PPO, on prompts that no stage has seen.
+    fn compare(&self, settings: &Settings, section: &dyn Section) -> Result<[Evaluation; 2]> {
+        let dev = Device::from_name(&self.device, self.threads)?;
+        let load = |name: &str, head| {
+            Model::<f32>::load(&dev, &self.out.join(name).join("final"), head, settings.seed)
+        };
+        let before = load("sft", Head::Lm)?;
+        let after = load("ppo", Head::Lm)?;
+        let judges = [load("reward", Head::Scalar)?, load("judge", Head::Scalar)?];
+        let tokenizer = Tokenizer::open(&self.out.join("sft/final"))?;
+        let Some(ppo) = section.as_any().downcast_ref::<crate::algorithms::PpoSettings>() else {
+            return Err(Error::value("quickstart", "the settings of PPO", "others"));
+        };
+        let room = before.spec().max_positions.saturating_sub(ppo.max_new_tokens);
+        let limits = Limits { max_length: room, vocab: before.spec().vocab, eos: None };
+        let records = data::read(&self.from.join("heldout_prompts.jsonl"))?;
+        let (prompts, _) = data::prompts(&records, Some(&tokenizer), limits, None)?;
+        let generation = rollout::Settings {
+            sampling: sample::Params {
+                temperature: ppo.temperature as f32,
+                top_k: 0,
+                top_p: 1.0,
+                min_p: 0.0,
+            },
+            max_new_tokens: ppo.max_new_tokens,
+            stop_ids: tokenizer.eos().to_vec(),
+            seed: settings.seed,
+            step: 0,
+        };
+        let evaluator = Evaluator {
+            dev: &dev,
+            tokenizer: Some(&tokenizer),
+            prompts: &prompts,
+            settings: &generation,
+            reference: &before,
+            judges: &[&judges[0], &judges[1]],
+        };
+        Ok([evaluator.run(&before)?, evaluator.run(&after)?])
+    }
+
+    /// `summary.json`: the table for programs.
+    fn save(&self, before: &Evaluation, after: &Evaluation) -> Result<()> {
+        let one = |e: &Evaluation| {
+            let rows = rows(e).into_iter().map(|r| (r.key.to_owned(), json!(r.value)));
+            rows.collect::<serde_json::Map<_, _>>()
+        };
+        let pairs = before.samples.iter().zip(&after.samples);
+        let all: Vec<_> = pairs
+            .map(|(a, b)| json!({ "prompt": a.prompt, "before": a.text, "after": b.text }))
+            .collect();
+        let text = json!({ "before": one(before), "after": one(after), "samples": all });
+        let path = self.out.join("summary.json");
+        std::fs::write(&path, format!("{text:#}\n")).map_err(Error::io("write", path))
+    }
+}
+
+/// A row of the table.
+struct Row {
+    key: &'static str,
+    title: &'static str,
+    value: f64,
+    digits: usize,
+}
+
+fn rows(e: &Evaluation) -> Vec<Row> {
+    let row = |key, title, value, digits| Row { key, title, value, digits };
+    vec![
+        row("reward", "score of the reward model", e.scores[0], 2),
+        row("judge", "score of the judge, never trained on", e.scores[1], 2),
+        row("kl", "KL to the SFT model, nats a text", e.kl, 2),
+        row("entropy", "entropy, nats a token", e.entropy, 2),
+        row("length", "length, tokens", e.tokens, 1),
+        row("stopped", "ended by itself, of all texts", e.stopped, 2),
+        row("distinct_1", "distinct words, of all words", e.distinct[0], 2),
+        row("distinct_2", "distinct word pairs, of all pairs", e.distinct[1], 2),
+    ]
+}
+
+fn table(before: &Evaluation, after: &Evaluation) -> String {
+    let prompts = before.samples.len();
+    let mut out = format!("{:<38}{:>10}{:>10}\n", "", "SFT", "PPO");
+    for (a, b) in rows(before).iter().zip(rows(after)) {
+        let (x, y, d) = (a.value, b.value, a.digits);
+        out += &format!("{:<38}{x:>10.d$}{y:>10.d$}\n", a.title);
+    }
+    out + &format!("One sample for each of {prompts} openings that no stage has seen.\n")
+}
+
+/// Samples side by side, the judge's score before each.
+fn samples(before: &Evaluation, after: &Evaluation) -> String {
+    const WIDTH: usize = 44;
+    const SHOWN: usize = 10;
+    let mut out = format!("{:<18}{:<width$}PPO\n", "opening", "SFT", width = WIDTH + 2);
+    for (a, b) in before.samples.iter().zip(&after.samples).take(SHOWN) {
+        let cell = |s: &crate::eval::Sample| {
+            let text: String = format!("{:>5.1} {}", s.scores[1], s.text.trim());
+            let text = text.replace(['\n', '\r', '\t'], " ");
+            let short: String = text.chars().take(WIDTH).collect();
+            if short.len() < text.len() { format!("{short}…") } else { text }
+        };
+        let prompt: String = a.prompt.chars().take(17).collect();
+        out += &format!("{prompt:<18}{:<width$}{}\n", cell(a), cell(b), width = WIDTH + 2);
+    }
+    out
 }

@@ -93,7 +93,7 @@ fn logprobs(dev: &Device, model: &Model<f32>, all: &[&[u32]], t: f32) -> Result<
         batch.clear();
         all[group].iter().for_each(|s| batch.push_predicted(s, 1));
         let mut flat = Vec::new();
-        scorer.logprobs(dev, model, &arena.scope(), &batch, t, &mut flat)?;
+        scorer.logprobs(dev, model, &arena.scope(), &batch, t, &mut flat, None)?;
         let parts = batch.offsets().windows(2);
         out.extend(parts.map(|w| flat[w[0] as usize..w[1] as usize].to_vec()));
     }

@@ -142,7 +142,10 @@ pub fn texts(
                 let runs = learn.iter().enumerate().skip(1).filter(|l| *l.1).map(|l| l.0..l.0 + 1);
                 (input_ids.clone(), runs.collect())
             }
-            Record::Ids { input_ids } => (input_ids.clone(), vec![1..input_ids.len()]),
+            Record::Ids { input_ids } => {
+                let all = 1..input_ids.len();
+                (input_ids.clone(), vec![all])
+            }
             _ => return Err(unfit(at, "texts to learn")),
         };
         m.check(at, &ids)?;

@@ -138,6 +138,20 @@ impl Tokenizer {
         }
     }
 
+    /// Text of ids that continue others: what they add to the text of both, so that a space at the
+    /// seam is kept.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::decode`].
+    pub fn decode_continuation(&self, before: &[u32], ids: &[u32]) -> Result<String> {
+        let (start, whole) = (self.decode(before)?, self.decode(&[before, ids].concat())?);
+        // A character whose bytes lie on both sides belongs to neither text.
+        match whole.strip_prefix(&start) {
+            Some(rest) => Ok(rest.to_owned()),
+            None => self.decode(ids),
+        }
+    }
+
     /// Beginning of a sequence.
     #[must_use]
     pub fn bos(&self) -> Option<u32> {

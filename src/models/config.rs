@@ -176,7 +176,7 @@ impl Config {
     /// # Errors
     /// [`Error::File`] naming both keys.
     pub fn divide(&self, a_key: &str, a: usize, b_key: &str, b: usize) -> Result<usize> {
-        if b == 0 || a % b != 0 {
+        if b == 0 || !a.is_multiple_of(b) {
             return Err(self.wrong(a_key, &format!("a multiple of `{b_key}` = {b}"), &a));
         }
         Ok(a / b)

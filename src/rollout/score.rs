@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::{
-    device::{Arena, Buffer, Device, Float, Scope},
+    device::{Arena, Buffer, Device, Float, Scope, ViewMut},
     error::Result,
     models::{Activations, Batch, Cache, Head, Model, Selected, Spec},
     ops::{attention::PAGE, logprob, scalar_head},
@@ -50,7 +50,8 @@ impl Scorer {
         groups
     }
 
-    /// Log-prob of each selected row's target, at `temperature`, in the order of the batch.
+    /// Log-prob of each selected row's target at `temperature`, in the order of the batch, and the
+    /// entropy of the distribution it was drawn from if asked for; both are appended.
     ///
     /// # Errors
     /// [`crate::Error::Value`] for ids out of range, [`crate::Error::Memory`] if the plan has no
@@ -63,18 +64,24 @@ impl Scorer {
         batch: &Batch,
         temperature: F,
         out: &mut Vec<F>,
+        entropy: Option<&mut Vec<F>>,
     ) -> Result<()> {
         let n = batch.selected().len();
         let mut pass = Pass::<F>::of(scope, model, batch)?;
         pass.run(dev, model, batch)?;
         let at = out.len();
         out.resize(at + n, F::ZERO);
+        let entropy = entropy.map(|e| {
+            let at = e.len();
+            e.resize(at + n, F::ZERO);
+            ViewMut::from(&mut e[at..])
+        });
         let (_, packed) = model.lm_head()?;
         logprob::forward(
             dev,
             (&mut out[at..]).into(),
             pass.lse.view_mut(),
-            None,
+            entropy,
             pass.selected.hidden(),
             packed,
             batch.targets().into(),

@@ -68,9 +68,7 @@ impl Rollout {
         // Text is for people: a piece that is no whole character shows as a replacement character.
         if let Some(t) = tokenizer {
             self.prompt = t.decode(&self.prompt_ids).unwrap_or_default();
-            let all = [&self.prompt_ids[..], &self.ids].concat();
-            let whole = t.decode(&all).unwrap_or_default();
-            self.text = whole.strip_prefix(&self.prompt).unwrap_or(&whole).to_owned();
+            self.text = t.decode_continuation(&self.prompt_ids, &self.ids).unwrap_or_default();
             self.pieces = self.ids.iter().map(|id| t.decode(&[*id]).unwrap_or_default()).collect();
         }
     }

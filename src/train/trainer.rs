@@ -492,7 +492,7 @@ impl Trainer {
             }
             if let Some(model) = &self.reference {
                 let scope = self.arena.scope();
-                scorer.logprobs(dev, model, &scope, &self.batch, t, &mut c.ref_logp)?;
+                scorer.logprobs(dev, model, &scope, &self.batch, t, &mut c.ref_logp, None)?;
             }
             if let Some(role) = &self.scalar {
                 let scope = self.arena.scope();
@@ -537,7 +537,7 @@ impl Trainer {
             let scope = self.arena.scope();
             match (&self.policy, &self.scalar) {
                 (Some(role), _) => {
-                    scorer.logprobs(dev, &role.model, &scope, &self.batch, 1.0, &mut out)?;
+                    scorer.logprobs(dev, &role.model, &scope, &self.batch, 1.0, &mut out, None)?;
                 }
                 (None, Some(role)) => {
                     scorer.scalars(dev, &role.model, &scope, &self.batch, &mut out)?;

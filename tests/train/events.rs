@@ -8,7 +8,7 @@ fn crc32c(bytes: &[u8]) -> u32 {
     for b in bytes {
         crc ^= u32::from(*b);
         for _ in 0..8 {
-            crc = if crc % 2 == 1 { crc / 2 ^ 0x82F6_3B78 } else { crc / 2 };
+            crc = if crc % 2 == 1 { (crc / 2) ^ 0x82F6_3B78 } else { crc / 2 };
         }
     }
     !crc
@@ -16,7 +16,7 @@ fn crc32c(bytes: &[u8]) -> u32 {
 
 fn masked(bytes: &[u8]) -> [u8; 4] {
     let crc = crc32c(bytes);
-    (crc >> 15 | crc << 17).wrapping_add(0xA282_EAD8).to_le_bytes()
+    crc.rotate_right(15).wrapping_add(0xA282_EAD8).to_le_bytes()
 }
 
 #[derive(Debug, PartialEq)]

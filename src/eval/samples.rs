@@ -1,0 +1,167 @@
+//! Samples of a policy on held-out prompts, rated by models.
+
+use super::distinct;
+use crate::{
+    data::{self, Tokenizer},
+    device::{Arena, Device},
+    error::Result,
+    models::{Batch, Model},
+    rollout::{Completion, Generator, Prompt, Scorer, Settings, last_scores},
+};
+
+/// Rows of a pass: enough to keep a CPU busy, little memory.
+const ROWS: usize = 2048;
+
+/// What policies are compared on: the same prompts, the same draws, the same judges.
+#[derive(Debug)]
+pub struct Evaluator<'a> {
+    /// Where to compute.
+    pub dev: &'a Device,
+    /// Of the policy.
+    pub tokenizer: Option<&'a Tokenizer>,
+    /// Prompts that training has not seen.
+    pub prompts: &'a [data::Prompt],
+    /// How to continue them.
+    pub settings: &'a Settings,
+    /// The policy that training started from.
+    pub reference: &'a Model<f32>,
+    /// Models with a scalar head, each of which rates every sample.
+    pub judges: &'a [&'a Model<f32>],
+}
+
+/// One sample.
+#[derive(Clone, Debug)]
+pub struct Sample {
+    /// Text of the prompt.
+    pub prompt: String,
+    /// Text of the completion.
+    pub text: String,
+    /// One score for each judge.
+    pub scores: Vec<f32>,
+    /// log(policy / reference) of the completion, in nats.
+    pub kl: f64,
+    /// New tokens.
+    pub tokens: usize,
+    /// Ended by itself.
+    pub stopped: bool,
+}
+
+/// What a policy wrote, and its means.
+#[derive(Clone, Debug)]
+pub struct Evaluation {
+    /// One for each prompt.
+    pub samples: Vec<Sample>,
+    /// Mean score of each judge.
+    pub scores: Vec<f64>,
+    /// KL to the reference in nats a completion: the mean of log(policy / reference), an unbiased
+    /// estimate.
+    pub kl: f64,
+    /// Entropy of the policy in nats a token, over the tokens it sampled.
+    pub entropy: f64,
+    /// New tokens a completion.
+    pub tokens: f64,
+    /// Share of completions that ended by themselves.
+    pub stopped: f64,
+    /// Distinct 1-grams and 2-grams of words over all; see [`distinct`].
+    pub distinct: [f64; 2],
+}
+
+impl Evaluator<'_> {
+    /// Samples one completion a prompt from `policy` and rates all of them.
+    ///
+    /// # Errors
+    /// Those of generation and scoring.
+    pub fn run(&self, policy: &Model<f32>) -> Result<Evaluation> {
+        let all: Vec<Prompt> = self
+            .prompts
+            .iter()
+            .zip(0..)
+            .map(|(p, sample)| Prompt { sample, ids: p.ids.clone() })
+            .collect();
+        let generator = Generator::for_prompts(&all, self.settings.max_new_tokens, 64, 512);
+        let mut arena = Arena::new(generator.plan::<f32>(policy.spec())?);
+        let scope = arena.scope();
+        let done = generator.run(self.dev, policy, &scope, &all, self.settings, |_| true)?;
+        drop(scope);
+        let done = done.unwrap_or_default();
+        let whole: Vec<Vec<u32>> =
+            all.iter().zip(&done).map(|(p, c)| [&p.ids[..], &c.ids].concat()).collect();
+        let (ours, entropy) = self.logprobs(policy, &all, &whole)?;
+        let (theirs, _) = self.logprobs(self.reference, &all, &whole)?;
+        let scores =
+            self.judges.iter().map(|j| self.rate(j, &whole)).collect::<Result<Vec<_>>>()?;
+        let mut samples = Vec::with_capacity(all.len());
+        let mut at = 0;
+        for (i, (p, c)) in all.iter().zip(&done).enumerate() {
+            let span = at..at + c.ids.len();
+            at = span.end;
+            let ratio = |t: usize| f64::from(ours[t]) - f64::from(theirs[t]);
+            let text = self.tokenizer.map(|t| t.decode_continuation(&p.ids, &c.ids)).transpose()?;
+            samples.push(Sample {
+                prompt: self.prompts[i].text.clone(),
+                text: text.unwrap_or_default(),
+                scores: scores.iter().map(|s| s[i]).collect(),
+                kl: span.map(ratio).sum(),
+                tokens: c.ids.len(),
+                stopped: c.stopped,
+            });
+        }
+        Ok(summary(samples, &scores, &entropy, &done))
+    }
+
+    /// Log-probs and entropies of all completions, one after another.
+    fn logprobs(
+        &self,
+        model: &Model<f32>,
+        prompts: &[Prompt],
+        whole: &[Vec<u32>],
+    ) -> Result<(Vec<f32>, Vec<f32>)> {
+        let scorer = scorer(whole);
+        let mut arena = Arena::new(scorer.plan::<f32>(model.spec())?);
+        let (mut logp, mut entropy, mut batch) = (Vec::new(), Vec::new(), Batch::default());
+        let temperature = self.settings.sampling.temperature;
+        let temperature = if temperature == 0.0 { 1.0 } else { temperature };
+        for group in scorer.groups(whole.iter().map(Vec::len)) {
+            batch.clear();
+            for (ids, p) in whole[group.clone()].iter().zip(&prompts[group]) {
+                batch.push_predicted(ids, p.ids.len());
+            }
+            let (scope, entropy) = (arena.scope(), Some(&mut entropy));
+            scorer.logprobs(self.dev, model, &scope, &batch, temperature, &mut logp, entropy)?;
+        }
+        Ok((logp, entropy))
+    }
+
+    fn rate(&self, judge: &Model<f32>, whole: &[Vec<u32>]) -> Result<Vec<f32>> {
+        let scorer = scorer(whole);
+        let mut arena = Arena::new(scorer.plan::<f32>(judge.spec())?);
+        let all: Vec<&[u32]> = whole.iter().map(Vec::as_slice).collect();
+        last_scores(self.dev, judge, &mut arena, scorer, &all)
+    }
+}
+
+fn scorer(whole: &[Vec<u32>]) -> Scorer {
+    let longest = whole.iter().map(Vec::len).max().unwrap_or(1);
+    Scorer { rows: longest.max(ROWS), sequences: 256 }
+}
+
+fn summary(
+    samples: Vec<Sample>,
+    scores: &[Vec<f32>],
+    entropy: &[f32],
+    done: &[Completion<f32>],
+) -> Evaluation {
+    let wide = |x: &[f32]| x.iter().map(|x| f64::from(*x)).sum::<f64>() / x.len().max(1) as f64;
+    let n = samples.len().max(1) as f64;
+    let mean = |f: &dyn Fn(&Sample) -> f64| samples.iter().map(f).sum::<f64>() / n;
+    let grams = |k| distinct(samples.iter().map(|s| s.text.as_str()), k);
+    Evaluation {
+        scores: scores.iter().map(|s| wide(s)).collect(),
+        kl: mean(&|s| s.kl),
+        entropy: wide(entropy),
+        tokens: mean(&|s| s.tokens as f64),
+        stopped: done.iter().filter(|c| c.stopped).count() as f64 / n,
+        distinct: [grams(1), grams(2)],
+        samples,
+    }
+}
