@@ -21,5 +21,6 @@ mod train {
     mod events;
     mod lock;
     mod metrics;
+    mod run;
     mod signals;
 }

@@ -19,7 +19,7 @@ pub use model::{Head, Model};
 pub use params::{Layout, Params, Slot, Tensor};
 pub use spec::{Family, Mlp, Norm, Position, Spec};
 pub use transformer::{Activations, Cache, Gradients, Rows, Selected};
-pub use weights::{load, named, save};
+pub use weights::{load, named, save, tensor_at};
 
 /// All model families, found by `model_type` in `config.json`.
 pub const FAMILIES: &[&Family] = &[&gpt2::FAMILY, &llama::FAMILY];

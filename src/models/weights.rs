@@ -272,6 +272,19 @@ pub fn named<F: Float>(model: &Model<F>, params: &Params<F>) -> Vec<(String, Vec
     stored(model, params).map(|(name, s)| (name, s.shape.clone(), numbers(&s))).collect()
 }
 
+/// The Hugging Face name of the tensor that holds element `i` of all weights (or gradients).
+#[must_use]
+pub fn tensor_at<F: Float>(model: &Model<F>, i: usize) -> Option<String> {
+    let t = model.params.layout().at(i)?;
+    let row = (i - t.offset) / if t.slot.is_vector() { 1 } else { t.cols };
+    let mut end = 0;
+    let holds = |s: &Source| {
+        end += s.rows;
+        row < end
+    };
+    sources(model.family, t, model).into_iter().find(holds).map(|s| s.name)
+}
+
 /// Writes `config.json` and `model.safetensors` into an existing folder, in the layout that
 /// `transformers` loads: a value or reward model as `AutoModelForSequenceClassification` with
 /// `score.weight`. Weights are stored as f32, whatever they were loaded from.

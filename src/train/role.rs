@@ -4,7 +4,7 @@ use super::settings::Settings;
 use crate::{
     device::Device,
     error::{Error, Result},
-    models::{Model, Params, Slot},
+    models::{self, Model, Params, Slot},
     ops::{
         adamw::{self, Hyper},
         grad_norm,
@@ -76,7 +76,9 @@ impl Role {
 
     fn bad_gradient(&self, dev: &Device, norm: f64, step: u64) -> Error {
         let at = grad_norm::first_bad(dev, self.grads.flat());
-        let tensor = at.and_then(|i| self.grads.layout().at(i)).map_or("all".into(), |t| t.name());
+        let tensor = at.and_then(|i| models::tensor_at(&self.model, i));
+        // Finite numbers whose squares overflow have no first culprit.
+        let tensor = tensor.unwrap_or_else(|| "all tensors".into());
         let value = at.map_or(norm, |i| f64::from(self.grads.flat().host()[i]));
         let what = format!("the gradient of {tensor} of the {} model", self.name);
         Error::BadNumber { step, what, value, samples: Vec::new() }

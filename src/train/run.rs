@@ -65,9 +65,8 @@ pub fn run(
     let mut metrics = MetricsFile::open(&run.out, Some(run.trainer.step).filter(|s| *s > 0))?;
     while run.trainer.step < run.trainer.steps {
         let start = Instant::now();
-        let at = run.trainer.step;
         if let Some(mut report) = run.trainer.step(seen)? {
-            let seconds = start.elapsed().as_secs_f64();
+            let (seconds, at) = (start.elapsed().as_secs_f64(), run.trainer.step);
             if run.evaluates() {
                 report.metrics.extend(run.trainer.evaluate()?);
             }

@@ -56,7 +56,7 @@ pub struct Trainer {
     pub(super) held_out: Option<Examples>,
     pub(super) stats: Stats,
     pub(super) eos: Vec<u32>,
-    /// Steps done.
+    /// Steps done. People count from 1: the next step is `step + 1` in messages and files.
     pub(super) step: u64,
     pub(super) steps: u64,
     order: Order,
@@ -226,6 +226,18 @@ impl Trainer {
         Generator { slots, max_len: self.longest(), rows: self.sizes.rows.max(slots) }
     }
 
+    /// The language model that is trained.
+    #[must_use]
+    pub fn policy(&self) -> Option<&Model<f32>> {
+        self.policy.as_ref().map(|role| &role.model)
+    }
+
+    /// The reward or value model that is trained.
+    #[must_use]
+    pub fn scalar(&self) -> Option<&Model<f32>> {
+        self.scalar.as_ref().map(|role| &role.model)
+    }
+
     /// How prompts, samples, minibatches and micro-batches multiply, in one line.
     #[must_use]
     pub fn equation(&self) -> String {
@@ -326,7 +338,7 @@ impl Trainer {
         let dev = self.dev.clone();
         if let Some(mut role) = self.policy.take() {
             let done = self.policy_gradient(&dev, &mut role, sequences, columns, &groups, first);
-            let done = done.and_then(|()| role.update(&dev, &self.settings, lr, self.step));
+            let done = done.and_then(|()| role.update(&dev, &self.settings, lr, self.step + 1));
             self.policy = Some(role);
             norms.policy.push(done?);
         }
@@ -336,7 +348,7 @@ impl Trainer {
                 None => lr,
             };
             let done = self.scalar_gradient(&dev, &mut role, sequences, columns, &groups, unit);
-            let done = done.and_then(|()| role.update(&dev, &self.settings, lr, self.step));
+            let done = done.and_then(|()| role.update(&dev, &self.settings, lr, self.step + 1));
             self.scalar = Some(role);
             norms.scalar.push(done?);
         }
@@ -355,7 +367,7 @@ impl Trainer {
         role.zero_grads();
         let temperature =
             if self.needs.inputs == Inputs::Prompts { self.ppo.temperature } else { 1.0 };
-        let (step, entropy) = (self.step, self.needs.entropy);
+        let (step, entropy) = (self.step + 1, self.needs.entropy);
         for group in groups {
             self.batch.clear();
             for s in &sequences[group.clone()] {
@@ -396,7 +408,7 @@ impl Trainer {
         unit: usize,
     ) -> Result<()> {
         role.zero_grads();
-        let (step, name) = (self.step, role.name);
+        let (step, name) = (self.step + 1, role.name);
         for group in groups {
             let group = group.start * unit..group.end * unit;
             self.batch.clear();
@@ -445,7 +457,7 @@ impl Trainer {
             columns.offsets.push(columns.old_logp.len() as u32);
             columns.samples.push(p.sample);
             columns.stopped.push(c.stopped);
-            self.rollouts.push(Rollout::new(self.step, p, c));
+            self.rollouts.push(Rollout::new(self.step + 1, p, c));
         }
         seen.phase("score", 0, 1);
         self.score(&sequences, &mut columns)?;

@@ -4,6 +4,7 @@
 
 pub mod disk;
 pub mod golden;
+pub mod runs;
 
 use warpo::{
     device::{Cpu, Device, Float, cpu::Isa},

@@ -1,0 +1,298 @@
+//! Properties 2, 4, 7, 8 and 9 of whole runs: what a run leaves does not depend on how often it was
+//! stopped, on threads or on micro-batches, and a bad number never reaches the weights.
+
+use std::{path::Path, time::Duration};
+
+use warpo::{
+    Error, Result,
+    algorithms::{Algorithm, Micro, Needs, PpoSettings},
+    config,
+    device::{Device, View, ViewMut},
+    rng::{Philox, Purpose},
+    train::{Settings, Silent, Trainer},
+};
+
+use crate::support::{
+    golden,
+    runs::{assert_same, copy, data, entry, metrics, outcome, small, train, train_command},
+    temp_dir,
+};
+
+/// G1: a run that is resumed from the checkpoint of any of its 40 steps ends with the bytes of the
+/// straight run: weights, moments, metrics, rollouts. Resumed runs use another number of threads.
+fn resumes_at_every_step(algorithm: &str) {
+    let dir = temp_dir(&format!("resume_{algorithm}"));
+    let (straight, resumed) = (dir.join("straight"), dir.join("resumed"));
+    let pairs = small(&dir, algorithm, &straight);
+    let with = |more: &[&str]| {
+        [&pairs[..], &more.iter().map(|s| s.to_string()).collect::<Vec<_>>()].concat()
+    };
+    train(algorithm, &with(&["checkpoint_every=1", "keep_checkpoints=50", "threads=1"])).unwrap();
+    let wanted = outcome(&straight);
+    assert_eq!(metrics(&straight).len(), 40);
+    for step in 1..=40 {
+        let _ = std::fs::remove_dir_all(&resumed);
+        let name = format!("checkpoints/step-{step}");
+        copy(&straight.join(&name), &resumed.join(&name));
+        for kept in ["metrics.jsonl", "rollouts"] {
+            let from = straight.join(kept);
+            if from.is_dir() {
+                copy(&from, &resumed.join(kept));
+            } else if from.exists() {
+                std::fs::copy(&from, resumed.join(kept)).unwrap();
+            }
+        }
+        let out = format!("out={}", resumed.display());
+        train(algorithm, &with(&[&out, "checkpoint_every=0", "threads=2"])).unwrap();
+        assert_same(&format!("{algorithm} resumed at {step}"), &wanted, &outcome(&resumed));
+    }
+}
+
+#[test]
+fn sft_resumes_at_every_step() {
+    resumes_at_every_step("sft");
+}
+
+#[test]
+fn reward_resumes_at_every_step() {
+    resumes_at_every_step("reward");
+}
+
+#[test]
+fn ppo_resumes_at_every_step() {
+    resumes_at_every_step("ppo");
+}
+
+/// G2, G8: SIGKILL, SIGTERM and SIGINT at random instants; the same command goes on, and ends with
+/// the bytes of the straight run.
+#[test]
+fn nothing_is_lost_when_a_run_is_killed() {
+    let dir = temp_dir("killed");
+    let (straight, killed) = (dir.join("straight"), dir.join("killed"));
+    train("ppo", &small(&dir, "ppo", &straight)).unwrap();
+    let mut pairs = small(&dir, "ppo", &killed);
+    pairs.push("checkpoint_every=2".into());
+    let draw = Philox::new(1, 0, 0, Purpose::Draw);
+    let (mut codes, mut kills) = (Vec::new(), 0);
+    let finished = (0..200).any(|attempt| {
+        let mut child = train_command("ppo", &pairs).spawn().unwrap();
+        let wait = Duration::from_millis(15 + u64::from(draw.below(attempt, 120)));
+        std::thread::sleep(wait);
+        let signal = ["KILL", "TERM", "INT"][attempt as usize % 3];
+        kills += 1;
+        let sent = std::process::Command::new("kill")
+            .args(["-s", signal, &child.id().to_string()])
+            .output()
+            .unwrap();
+        let status = child.wait().unwrap();
+        codes.push((signal, status.code()));
+        // A signal before the handlers are there ends the process as any other program.
+        let expected = match signal {
+            "KILL" => [None, Some(0)].to_vec(),
+            "TERM" => [None, Some(143), Some(0)].to_vec(),
+            _ => [None, Some(130), Some(0)].to_vec(),
+        };
+        assert!(expected.contains(&status.code()), "{signal}: {status} ({sent:?})");
+        status.success()
+    });
+    if !finished {
+        assert!(train_command("ppo", &pairs).status().unwrap().success());
+    }
+    assert_same(
+        &format!("after {kills} signals {codes:?}"),
+        &outcome(&straight),
+        &outcome(&killed),
+    );
+}
+
+/// Property 8, on purpose: the first signal lets the step finish, commits and says so.
+#[test]
+fn a_signal_commits_the_step_and_exits_with_its_code() {
+    for (signal, code) in [("TERM", 143), ("INT", 130)] {
+        let dir = temp_dir(&format!("signal_{signal}"));
+        let run = dir.join("run");
+        let mut pairs = small(&dir, "sft", &run);
+        pairs.extend(["steps=1000000".into(), "checkpoint_every=0".into()]);
+        let mut child = train_command("sft", &pairs).spawn().unwrap();
+        crate::support::wait_for(&run.join("metrics.jsonl"));
+        std::process::Command::new("kill")
+            .args(["-s", signal, &child.id().to_string()])
+            .status()
+            .unwrap();
+        assert_eq!(child.wait().unwrap().code(), Some(code));
+        let steps = metrics(&run).len();
+        assert!(run.join(format!("checkpoints/step-{steps}/manifest.json")).exists(), "{steps}");
+        assert!(!run.join("final").exists());
+    }
+}
+
+#[test]
+fn a_second_trainer_in_the_folder_is_refused() {
+    let dir = temp_dir("second");
+    let run = dir.join("run");
+    let mut pairs = small(&dir, "sft", &run);
+    pairs.push("steps=1000000".into());
+    let mut first = train_command("sft", &pairs).spawn().unwrap();
+    crate::support::wait_for(&run.join("metrics.jsonl"));
+    assert_eq!(train_command("sft", &pairs).status().unwrap().code(), Some(5));
+    first.kill().unwrap();
+    first.wait().unwrap();
+}
+
+#[test]
+fn other_settings_or_data_do_not_resume() {
+    let dir = temp_dir("other_settings");
+    let run = dir.join("run");
+    let pairs = small(&dir, "sft", &run);
+    let with = |pair: &str| [&pairs[..], &[pair.to_owned()]].concat();
+    train("sft", &with("steps=40")).unwrap();
+    let error = train("sft", &with("learning_rate=0.5")).unwrap_err();
+    assert!(matches!(&error, Error::Config { key, .. } if key == "learning_rate"), "{error}");
+    assert!(error.to_string().contains("0.003") && error.to_string().contains("0.5"), "{error}");
+    data(&dir, "sft", 76);
+    let error = train("sft", &pairs).unwrap_err();
+    assert!(matches!(&error, Error::Config { key, .. } if key == "data"), "{error}");
+    let error = train("reward", &small(&dir, "reward", &run)).unwrap_err();
+    assert!(matches!(&error, Error::Config { key, .. } if key == "algorithm"), "{error}");
+}
+
+/// Property 4: splitting a step into micro-batches changes nothing but rounding.
+#[test]
+fn whole_step_denominators() {
+    for algorithm in ["sft", "reward", "ppo"] {
+        let dir = temp_dir(&format!("micro_{algorithm}"));
+        let losses = |tokens: usize| {
+            let run = dir.join(tokens.to_string());
+            let mut pairs = small(&dir, algorithm, &run);
+            pairs.extend([format!("micro_batch_tokens={tokens}"), "steps=3".into()]);
+            pairs.push("batch_size=16".into());
+            train(algorithm, &pairs).unwrap();
+            metrics(&run)
+        };
+        let (whole, split) = (losses(4096), losses(1));
+        for (a, b) in whole.iter().zip(&split) {
+            for name in ["loss", "grad_norm"] {
+                let (a, b) = (a[name].as_f64().unwrap(), b[name].as_f64().unwrap());
+                assert!((a - b).abs() <= 2e-5 * a.abs(), "{algorithm} {name}: {a} and {b}");
+            }
+            assert_eq!(a["tokens"], b["tokens"]);
+        }
+    }
+}
+
+/// Property 2, and soak G19: at learning rate 0 the policy stays the reference, so every KL is
+/// exactly 0, nothing is clipped, and the weights end as they began.
+#[test]
+fn rollout_equals_training_when_nothing_is_learned() {
+    let dir = temp_dir("soak");
+    let run = dir.join("run");
+    let mut pairs = small(&dir, "ppo", &run);
+    pairs.extend(["learning_rate=0".into(), "steps=60".into(), "kl_target=none".into()]);
+    train("ppo", &pairs).unwrap();
+    for m in metrics(&run) {
+        for name in ["kl", "kl_per_token", "clip_fraction", "approx_kl", "max_log_ratio"] {
+            assert_eq!(m[name].as_f64(), Some(0.0), "step {}: {name}", m["step"]);
+        }
+    }
+    let read = |p: &Path| {
+        let bytes = std::fs::read(p.join("model.safetensors")).unwrap();
+        let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+        let mut all: Vec<_> =
+            file.tensors().into_iter().map(|(n, t)| (n, t.data().to_vec())).collect();
+        all.sort();
+        all
+    };
+    let (before, after) = (read(&golden::path("llama_tied")), read(&run.join("final")));
+    let skip = |n: &str| n == "lm_head.weight"; // tied: saved once
+    let keep =
+        |v: Vec<(String, Vec<u8>)>| v.into_iter().filter(|x| !skip(&x.0)).collect::<Vec<_>>();
+    assert_eq!(keep(before), keep(after));
+}
+
+/// Property 9: a step whose numbers blow up is stopped before its update; the checkpoint before it
+/// stays, and so does the line of metrics before it.
+#[test]
+fn a_bad_number_stops_the_step() {
+    let dir = temp_dir("bad_number");
+    let run = dir.join("run");
+    let mut pairs = small(&dir, "sft", &run);
+    pairs.extend(["learning_rate=1e30", "warmup_steps=0", "checkpoint_every=1"].map(String::from));
+    let error = train("sft", &pairs).unwrap_err();
+    let Error::BadNumber { step, what, .. } = &error else { panic!("{error}") };
+    let gradient = "the gradient of model.embed_tokens.weight of the policy model";
+    assert_eq!((*step, what.as_str()), (2, gradient));
+    assert_eq!(error.exit_code(), 4);
+    assert_eq!(metrics(&run).len(), 1);
+    assert!(run.join("checkpoints/step-1/manifest.json").exists());
+    assert!(!run.join("checkpoints/step-2").exists());
+}
+
+/// An algorithm whose loss gives one sample a bad gradient.
+struct Poison {
+    sample: u64,
+    value: f32,
+}
+
+impl Algorithm for Poison {
+    fn needs(&self) -> Needs {
+        let sft = entry("sft");
+        (sft.build)(&*(sft.section)()).unwrap().needs()
+    }
+
+    fn policy_loss(
+        &mut self,
+        _: &Device,
+        micro: &Micro<'_, f32>,
+        _: View<'_, f32>,
+        _: Option<View<'_, f32>>,
+        dlogp: ViewMut<'_, f32>,
+        _: Option<ViewMut<'_, f32>>,
+    ) -> Result<()> {
+        let dlogp = dlogp.host();
+        dlogp.fill(0.1);
+        for s in micro.sequences.clone() {
+            if micro.columns.samples[s] == self.sample {
+                let tokens = micro.columns.span(&(s..s + 1));
+                dlogp[tokens.end - 1 - micro.tokens().start] = self.value;
+            }
+        }
+        Ok(())
+    }
+
+    fn finish(&mut self, _: &mut Vec<(&'static str, f64)>) {}
+}
+
+/// Property 9: whichever sample of a step is bad, in whichever micro-batch, it is named.
+#[test]
+fn the_bad_sample_is_named() {
+    let dir = temp_dir("bad_sample");
+    let mut settings = Settings::default();
+    for pair in small(&dir, "sft", &dir.join("run")) {
+        config::set_pair(&mut [&mut settings], &pair).unwrap();
+    }
+    settings.warmup_steps = 0;
+    for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        for sample in 0..12 {
+            let poison = Box::new(Poison { sample, value });
+            let ppo = PpoSettings::default();
+            let mut trainer = Trainer::new(settings.clone(), ppo, poison, false).unwrap();
+            let before = trainer.policy().unwrap().params().flat().host().to_vec();
+            let mut step = 0;
+            let error = loop {
+                step += 1;
+                match trainer.step(&mut Silent) {
+                    Ok(_) => assert!(step < 4),
+                    Err(error) => break error,
+                }
+            };
+            let Error::BadNumber { step: at, what, samples, .. } = &error else {
+                panic!("{error}")
+            };
+            assert_eq!((*at, what.as_str()), (step, "d loss / d log-prob"));
+            assert_eq!(samples[..], [sample], "{value}");
+            assert_eq!(step, sample / 4 + 1);
+            let after = trainer.policy().unwrap().params().flat().host();
+            assert_eq!(step == 1, before == after, "only the steps before the bad one update");
+        }
+    }
+}
