@@ -1,6 +1,9 @@
 //! `warpo generate`: continue prompts.
 
-use std::path::{Path, PathBuf};
+use std::{
+    path::{Path, PathBuf},
+    time::Instant,
+};
 
 use serde_json::json;
 
@@ -98,8 +101,13 @@ pub(super) fn run(args: &Args) -> Result<()> {
     };
     let generator = Generator::for_prompts(&all, args.max_new_tokens, args.slots.max(1), 512);
     let mut arena = Arena::new(generator.plan::<f32>(model.spec())?);
+    let start = Instant::now();
     let done = generator.run(&dev, &model, &arena.scope(), &all, &settings, |_| true)?;
     let done = done.unwrap_or_default();
+    let (seconds, tokens) = (start.elapsed().as_secs_f64(), done.iter().map(|c| c.ids.len()));
+    let tokens: usize = tokens.sum();
+    let speed = tokens as f64 / seconds;
+    note(&format!("{tokens} tokens in {seconds:.3} s, {speed:.0} tokens/s on {}", dev.describe()));
     let rewards = match &args.reward_model {
         None => Vec::new(),
         Some(dir) => {
@@ -143,7 +151,11 @@ pub(super) fn score_all(dev: &Device, judge: &Model<f32>, all: &[&[u32]]) -> Res
 
 /// A line on standard error.
 pub(super) fn warn(message: &str) {
-    let text = format!("warning: {message}\n");
+    note(&format!("warning: {message}"));
+}
+
+fn note(line: &str) {
+    let text = format!("{line}\n");
     // If stderr is gone, there is nobody to tell.
     let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
 }

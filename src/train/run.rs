@@ -10,7 +10,7 @@ use std::{
 use serde_json::{Map, Value, json};
 
 use super::{
-    Observer, Settings, Trainer,
+    Observer, Report, Settings, Trainer,
     checkpoint::{self, Tensor},
     lock::Lock,
     metrics::Metrics as MetricsFile,
@@ -74,7 +74,7 @@ pub fn run(
                 rollouts::write(&run.out.join("rollouts"), at, &run.trainer.rollouts)?;
             }
             metrics.log(at, &report.metrics)?;
-            run.time(at, seconds, &report.metrics)?;
+            run.time(at, seconds, &report)?;
             seen.step(run.trainer.step, run.trainer.steps, &report.metrics, seconds);
         }
         let signal = signals::requested();
@@ -202,13 +202,16 @@ impl Run {
     }
 
     /// Wall time stands in a file of its own: metrics.jsonl is the same for every machine.
-    fn time(&self, step: u64, seconds: f64, metrics: &crate::algorithms::Metrics) -> Result<()> {
+    fn time(&self, step: u64, seconds: f64, report: &Report) -> Result<()> {
         let path = self.out.join("timing.jsonl");
         let open = fs::OpenOptions::new().create(true).append(true).open(&path);
         let mut file = open.map_err(Error::io("open", &path))?;
-        let tokens = metrics.iter().find(|m| m.0 == "tokens").map_or(0.0, |m| m.1);
+        let tokens = report.metrics.iter().find(|m| m.0 == "tokens").map_or(0.0, |m| m.1);
+        let phases: Map<String, Value> =
+            report.seconds.iter().map(|(name, s)| ((*name).to_owned(), json!(s))).collect();
         let line = json!({
-            "step": step, "seconds": seconds, "tokens_per_second": tokens / seconds
+            "step": step, "seconds": seconds, "tokens_per_second": tokens / seconds,
+            "phases": phases,
         });
         writeln!(file, "{line}").map_err(Error::io("write", &path))
     }

@@ -1,6 +1,6 @@
 //! The training loop: one for all algorithms.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Instant};
 
 use super::{
     feed::{self, Examples, Sequence},
@@ -65,6 +65,7 @@ pub struct Trainer {
     batch: Batch,
     /// Samples of the last step, for the records of the run.
     pub(super) rollouts: Vec<Rollout>,
+    clock: Vec<(&'static str, f64)>,
 }
 
 /// What a step did.
@@ -72,6 +73,8 @@ pub struct Trainer {
 pub struct Report {
     /// Named numbers, in order.
     pub metrics: Metrics,
+    /// Seconds of each phase: `sample` and `score`, where the algorithm rolls out, and `update`.
+    pub seconds: Vec<(&'static str, f64)>,
 }
 
 impl Trainer {
@@ -141,6 +144,7 @@ impl Trainer {
             sizes: Sizes { rows: 0, sequences: 0 },
             batch: Batch::default(),
             rollouts: Vec::new(),
+            clock: Vec::new(),
             step: 0,
             dev,
             settings,
@@ -275,6 +279,7 @@ impl Trainer {
     pub fn step(&mut self, seen: &mut dyn Observer) -> Result<Option<Report>> {
         let mut metrics = Metrics::new();
         self.rollouts.clear();
+        self.clock.clear();
         let draws = match self.needs.inputs {
             Inputs::Prompts => self.settings.batch_size / self.ppo.samples_per_prompt,
             _ => self.settings.batch_size,
@@ -291,6 +296,7 @@ impl Trainer {
         };
         self.algorithm.prepare(&self.dev, &mut columns, &mut metrics)?;
         self.finish_rollouts(&columns);
+        let start = Instant::now();
         let lr = self.settings.learning_rate * self.schedule();
         let (epochs, parts) = (self.needs.epochs, self.needs.minibatches);
         let tokens: usize = sequences.iter().map(|s| s.ids.len()).sum();
@@ -314,7 +320,8 @@ impl Trainer {
         metrics.push(("learning_rate", lr));
         metrics.push(("tokens", tokens as f64));
         self.step += 1;
-        Ok(Some(Report { metrics }))
+        self.clock.push(("update", start.elapsed().as_secs_f64()));
+        Ok(Some(Report { metrics, seconds: self.clock.clone() }))
     }
 
     fn schedule(&self) -> f64 {
@@ -446,7 +453,10 @@ impl Trainer {
             .zip(base..)
             .map(|(p, sample)| Prompt { sample, ids: p.ids.clone() })
             .collect();
+        let start = Instant::now();
         let Some(completions) = self.generate(&prompts, seen)? else { return Ok(None) };
+        self.clock.push(("sample", start.elapsed().as_secs_f64()));
+        let start = Instant::now();
         let mut columns = Columns { offsets: vec![0], ..Columns::default() };
         let mut sequences = Vec::with_capacity(prompts.len());
         for (p, c) in prompts.iter().zip(&completions) {
@@ -461,6 +471,7 @@ impl Trainer {
         }
         seen.phase("score", 0, 1);
         self.score(&sequences, &mut columns)?;
+        self.clock.push(("score", start.elapsed().as_secs_f64()));
         Ok(Some((sequences, columns)))
     }
 
