@@ -2,12 +2,16 @@
 
 #![allow(clippy::unwrap_used, clippy::print_stdout, clippy::print_stderr)]
 
+mod cli;
 mod house;
 mod support;
 
 mod device {
     mod gemm;
     mod math;
+}
+mod eval {
+    mod report;
 }
 mod models {
     mod golden;

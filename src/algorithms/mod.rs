@@ -128,11 +128,24 @@ pub struct Entry {
     pub about: &'static str,
     /// Defaults of shared settings that differ for it.
     pub defaults: &'static [(&'static str, &'static str)],
+    /// Its metrics and what each means.
+    pub metrics: &'static [(&'static str, &'static str)],
     /// Its configuration with defaults.
     pub section: fn() -> Box<dyn Section>,
     /// Made from its configuration.
     pub build: fn(&dyn Section) -> Result<Box<dyn Algorithm>>,
 }
+
+/// Metrics that the trainer adds to every algorithm's own.
+pub const SHARED_METRICS: &[(&str, &str)] = &[
+    ("grad_norm", "Norm of the whole gradient before clipping; mean over the step's updates."),
+    ("value_grad_norm", "The same for the value model."),
+    ("learning_rate", "Step size of the policy's or reward model's optimizer."),
+    ("tokens", "Tokens of the step's sequences, prompts included."),
+    ("eval_loss", "The loss on held-out data."),
+    ("eval_perplexity", "e to the held-out loss."),
+    ("eval_accuracy", "Held-out pairs whose chosen text scores higher."),
+];
 
 /// All algorithms.
 pub const ALGORITHMS: &[Entry] = &[sft::ENTRY, reward::ENTRY, ppo::ENTRY];

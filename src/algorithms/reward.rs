@@ -29,6 +29,12 @@ pub(super) const ENTRY: Entry = Entry {
     name: "reward",
     about: "Reward model on pairs of which people chose one",
     defaults: &[("learning_rate", "1e-4")],
+    metrics: &[
+        ("loss", "Mean of -log sigmoid(chosen - rejected - margin), with the centring term."),
+        ("accuracy", "Pairs of the step whose chosen text scores higher."),
+        ("reward_margin", "Mean of chosen - rejected."),
+        ("reward_mean", "Mean score of all texts, chosen and rejected."),
+    ],
     section: || Box::new(RewardSettings::default()),
     build: |s: &dyn Section| {
         let settings = s.as_any().downcast_ref::<RewardSettings>().cloned().unwrap_or_default();

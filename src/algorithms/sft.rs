@@ -30,6 +30,11 @@ pub(super) const ENTRY: Entry = Entry {
     name: "sft",
     about: "Supervised fine-tuning on texts, prompt-completion pairs or chosen answers",
     defaults: &[],
+    metrics: &[
+        ("loss", "Mean negative log-likelihood of the learned tokens, in nats a token."),
+        ("perplexity", "e to the loss."),
+        ("learned_tokens", "Tokens that the loss is a mean over."),
+    ],
     section: || Box::new(SftSettings::default()),
     build: |_: &dyn Section| Ok(Box::new(Sft::default())),
 };

@@ -5,6 +5,7 @@ mod doctor;
 mod generate;
 mod progress;
 mod quickstart;
+mod report;
 mod score;
 mod train;
 
@@ -38,6 +39,7 @@ enum Command {
     Generate(generate::Args),
     Score(score::Args),
     Config(config::Args),
+    Report(report::Args),
     Quickstart(quickstart::Args),
     Doctor(doctor::Args),
 }
@@ -50,6 +52,7 @@ pub fn run() -> ExitCode {
         Command::Generate(args) => generate::run(&args),
         Command::Score(args) => score::run(&args),
         Command::Config(args) => config::run(&args),
+        Command::Report(args) => report::run(&args),
         Command::Quickstart(args) => quickstart::run(&args),
         Command::Doctor(args) => doctor::run(&args),
     };

@@ -2,18 +2,18 @@
 
 use std::{path::PathBuf, time::Instant};
 
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{
     progress::Progress,
     train::{algorithm, defaults},
 };
 use crate::{
-    config::{self, Section, Value_ as Value},
+    config::{self, Section, Value_ as Toml},
     data::{self, Limits, Tokenizer},
     device::Device,
     error::{Error, Result},
-    eval::{Evaluation, Evaluator},
+    eval::{self, Evaluation, Evaluator},
     models::{Head, Model},
     ops::sample,
     rollout,
@@ -91,9 +91,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
     }
     let [before, after] = args.compare(&ppo.0, &*ppo.1)?;
     args.save(&before, &after)?;
+    let page = args.out.join("report.html");
+    eval::report(&args.out, &page, 1000)?;
     let minutes = start.elapsed().as_secs_f64() / 60.0;
     let mut text = format!("\n{}\n{}\n", table(&before, &after), samples(&before, &after));
-    text += &format!("All runs, rollouts and models are under {}.\n", args.out.display());
+    text += &format!("Report: {}. Runs and models: {}.\n", page.display(), args.out.display());
     text += &format!("{minutes:.1} minutes. Next: warpo generate --model ");
     text += &format!("{} --data -\n", args.out.join("ppo/final").display());
     super::print(&text)
@@ -115,7 +117,7 @@ impl Args {
             })?;
         let sections: &mut [&mut dyn Section] = &mut [&mut settings, &mut *section];
         config::set_all(sections, &text, &file.display().to_string())?;
-        let path = |p: PathBuf| Value::String(p.to_string_lossy().into_owned());
+        let path = |p: PathBuf| Toml::String(p.to_string_lossy().into_owned());
         let model = match stage.name {
             "sft" => self.from.join("model"),
             _ => self.out.join("sft/final"),
@@ -123,8 +125,8 @@ impl Args {
         config::set(sections, "model", &path(model))?;
         config::set(sections, "data", &path(self.from.join(stage.data)))?;
         config::set(sections, "out", &path(self.out.join(stage.name)))?;
-        config::set(sections, "device", &Value::String(self.device.clone()))?;
-        config::set(sections, "threads", &Value::Integer(self.threads as i64))?;
+        config::set(sections, "device", &Toml::String(self.device.clone()))?;
+        config::set(sections, "threads", &Toml::Integer(self.threads as i64))?;
         if stage.name == "ppo" {
             config::set(sections, "reward_model", &path(self.out.join("reward/final")))?;
             self.set.iter().try_for_each(|pair| config::set_pair(sections, pair))?;
@@ -177,17 +179,31 @@ impl Args {
         Ok([evaluator.run(&before)?, evaluator.run(&after)?])
     }
 
-    /// `summary.json`: the table for programs.
+    /// `summary.json`: the table and the samples for programs and for the report.
     fn save(&self, before: &Evaluation, after: &Evaluation) -> Result<()> {
-        let one = |e: &Evaluation| {
-            let rows = rows(e).into_iter().map(|r| (r.key.to_owned(), json!(r.value)));
-            rows.collect::<serde_json::Map<_, _>>()
-        };
-        let pairs = before.samples.iter().zip(&after.samples);
-        let all: Vec<_> = pairs
-            .map(|(a, b)| json!({ "prompt": a.prompt, "before": a.text, "after": b.text }))
+        let both = rows(before).into_iter().zip(rows(after));
+        let rows: Vec<Value> = both
+            .map(|(a, b)| {
+                let values = [a.value, b.value];
+                json!({ "key": a.key, "title": a.title, "values": values, "digits": a.digits })
+            })
             .collect();
-        let text = json!({ "before": one(before), "after": one(after), "samples": all });
+        let pairs = before.samples.iter().zip(&after.samples);
+        let samples: Vec<Value> = pairs
+            .map(|(a, b)| {
+                let scores = [a.scores[1], b.scores[1]];
+                json!({ "prompt": a.prompt, "texts": [a.text, b.text], "scores": scores })
+            })
+            .collect();
+        let note = format!(
+            "One sample for each of {} openings that no stage has seen, before PPO (SFT) and after. \
+             The judge was trained on other people's labels and took no part in PPO.",
+            samples.len()
+        );
+        let text = json!({
+            "note": note, "columns": ["SFT", "PPO"], "rows": rows, "samples": samples,
+            "score": "judge",
+        });
         let path = self.out.join("summary.json");
         std::fs::write(&path, format!("{text:#}\n")).map_err(Error::io("write", path))
     }

@@ -1,7 +1,10 @@
-//! Evaluation: what a policy writes, how models rate it, how far it went from where it started.
+//! Evaluation: what a policy writes, how models rate it, how far it went from where it started, and
+//! a page that shows it.
 
 mod diversity;
+mod report;
 mod samples;
 
 pub use diversity::distinct;
+pub use report::report;
 pub use samples::{Evaluation, Evaluator, Sample};

@@ -69,7 +69,11 @@ impl Rollout {
         if let Some(t) = tokenizer {
             self.prompt = t.decode(&self.prompt_ids).unwrap_or_default();
             self.text = t.decode_continuation(&self.prompt_ids, &self.ids).unwrap_or_default();
-            self.pieces = self.ids.iter().map(|id| t.decode(&[*id]).unwrap_or_default()).collect();
+            // Each after its predecessor, which keeps the space between words.
+            let before = self.prompt_ids.last().into_iter().chain(&self.ids);
+            let piece = |(b, id): (&u32, &u32)| t.decode_continuation(&[*b], &[*id]);
+            let pieces = before.zip(&self.ids).map(piece);
+            self.pieces = pieces.map(|p| p.unwrap_or_default()).collect();
         }
     }
 

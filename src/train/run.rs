@@ -4,10 +4,11 @@ use std::{
     fs,
     io::Write,
     path::{Path, PathBuf},
-    time::Instant,
+    time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
 use serde_json::{Map, Value, json};
+use sha2::{Digest, Sha256};
 
 use super::{
     Observer, Report, Settings, Trainer,
@@ -21,7 +22,7 @@ use crate::{
     algorithms::{Entry, PpoSettings, SftSettings},
     config::{self, Section},
     error::{Error, Result},
-    models,
+    models::{self, Model},
 };
 
 /// Files of a model folder that a trained model takes along.
@@ -36,7 +37,7 @@ const COMPANIONS: &[&str] = &[
 
 /// Trains, or goes on with the run that is in `settings.out`; returns the folder of the final model.
 ///
-/// The folder holds `config.toml`, `metrics.jsonl`, `timing.jsonl`, TensorBoard event files,
+/// The folder holds `run.json`, `config.toml`, `metrics.jsonl`, `timing.jsonl`, TensorBoard event files,
 /// `rollouts/step-N.jsonl`, `checkpoints/step-N/` and at the end `final/`.
 ///
 /// # Errors
@@ -58,7 +59,7 @@ pub fn run(
     let algorithm = (entry.build)(section)?;
     let trainer = Trainer::new(settings.clone(), ppo, algorithm, sft.completion_only)?;
     let mut run = Run { checkpoints: out.join("checkpoints"), out, trainer, saved: None };
-    run.describe(entry, seen);
+    run.describe(entry, seen)?;
     let state = run.fixed(entry, section);
     run.resume(&state, seen)?;
     run.write_config(entry, section)?;
@@ -101,21 +102,47 @@ struct Run {
 }
 
 impl Run {
-    fn describe(&self, entry: &Entry, seen: &mut dyn Observer) {
+    /// What the run is, in lines for people and in `run.json`.
+    fn describe(&self, entry: &Entry, seen: &mut dyn Observer) -> Result<()> {
         let t = &self.trainer;
-        let s = &t.stats;
-        seen.note(&format!("{} on {}", entry.name, t.dev.describe()));
+        let (s, mib) = (&t.stats, t.planned_bytes() as f64 / (1 << 20) as f64);
+        let size = |m: &Model<f32>| {
+            format!("{}, {} weights", m.family().model_type, m.params().layout().weights())
+        };
+        let mut about = vec![("algorithm", entry.name.to_owned()), ("device", t.dev.describe())];
         for role in t.policy.iter().chain(&t.scalar) {
-            let (model, n) = (&role.model, role.model.params().layout().weights());
-            seen.note(&format!("{}: {}, {n} weights", role.name, model.family().model_type));
+            about.push((role.name, size(&role.model)));
         }
-        seen.note(&format!(
-            "data: {} examples, {} tokens, {} truncated, {} dropped",
-            s.examples, s.tokens, s.truncated, s.dropped
+        // Frozen models are told by their weights: the hash is that of every run against them.
+        for (name, model) in [("reference", &t.reference), ("reward_model", &t.judge)] {
+            if let Some(m) = model {
+                let hash =
+                    Sha256::digest(bytemuck::cast_slice::<f32, u8>(m.params().flat().host()));
+                let hash: String = hash[..8].iter().map(|b| format!("{b:02x}")).collect();
+                about.push((name, format!("{}, frozen, sha256 {hash}", size(m))));
+            }
+        }
+        about.push((
+            "data",
+            format!(
+                "{} examples, {} tokens, {} truncated, {} dropped",
+                s.examples, s.tokens, s.truncated, s.dropped
+            ),
         ));
-        seen.note(&t.equation());
-        let mib = t.planned_bytes() as f64 / (1 << 20) as f64;
-        seen.note(&format!("memory for activations and KV cache: {mib:.1} MiB, planned once"));
+        about.push(("step", t.equation()));
+        about.push(("memory", format!("{mib:.1} MiB for activations and KV cache, planned once")));
+        about.iter().for_each(|(name, text)| seen.note(&format!("{name}: {text}")));
+
+        let path = self.out.join("run.json");
+        let before = fs::read_to_string(&path).ok().and_then(|t| serde_json::from_str(&t).ok());
+        let before = before.unwrap_or(Value::Null);
+        let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |t| t.as_secs_f64());
+        let mut all: Map<String, Value> =
+            about.into_iter().map(|(name, text)| (name.to_owned(), text.into())).collect();
+        all.insert("version".into(), env!("CARGO_PKG_VERSION").into());
+        all.insert("started".into(), before["started"].as_f64().unwrap_or(now).into());
+        let text = format!("{:#}\n", Value::from(all));
+        fs::write(&path, text).map_err(Error::io("write", &path))
     }
 
     /// What must be the same when the run is resumed.

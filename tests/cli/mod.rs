@@ -1,0 +1,279 @@
+//! The command line as a user meets it: help, wrong input, pipes, exit codes.
+
+use std::{
+    io::{Read, Write},
+    path::Path,
+    process::{Output, Stdio},
+};
+
+use serde_json::Value;
+use warpo::{algorithms::ALGORITHMS, config};
+
+use crate::support::{
+    golden,
+    runs::{small, warpo},
+    temp_dir,
+};
+
+fn model() -> String {
+    golden::path("../../examples/quickstart/model").display().to_string()
+}
+
+fn run(args: &[&str]) -> Output {
+    warpo(args).output().unwrap()
+}
+
+/// Runs with text on standard input.
+fn feed(args: &[&str], input: &str) -> Output {
+    let mut child = warpo(args)
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    // A command that refuses its arguments never reads.
+    let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+    child.wait_with_output().unwrap()
+}
+
+/// What a failed command says, and its code; it never panics.
+#[track_caller]
+fn refused(out: &Output) -> (i32, String) {
+    let text = String::from_utf8(out.stderr.clone()).unwrap();
+    assert!(!text.contains("panicked"), "{text}");
+    (out.status.code().unwrap(), text)
+}
+
+#[track_caller]
+fn lines(out: &Output) -> Vec<Value> {
+    assert!(out.status.success(), "{}", String::from_utf8_lossy(&out.stderr));
+    let text = String::from_utf8(out.stdout.clone()).unwrap();
+    text.lines().map(|l| serde_json::from_str(l).unwrap()).collect()
+}
+
+fn floats(v: &Value) -> Vec<f64> {
+    v.as_array().unwrap().iter().map(|x| x.as_f64().unwrap()).collect()
+}
+
+#[test]
+fn help_names_every_command_and_the_exit_codes() {
+    let out = run(&["--help"]);
+    let text = String::from_utf8(out.stdout).unwrap();
+    for word in
+        ["train", "generate", "score", "config", "quickstart", "report", "doctor", "Exit codes"]
+    {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+    assert_eq!(refused(&run(&[])).0, 2);
+    assert_eq!(refused(&run(&["dance"])).0, 2);
+}
+
+/// The registry: every algorithm has help, a complete configuration that reads back as it was, and
+/// metrics that are explained.
+#[test]
+fn every_algorithm_prints_a_configuration_that_reads_back() {
+    for entry in ALGORITHMS {
+        let out = run(&["config", entry.name]);
+        let text = String::from_utf8(out.stdout).unwrap();
+        assert!(text.contains(entry.about), "{text}");
+        let (mut settings, mut section) = (warpo::train::Settings::default(), (entry.section)());
+        config::set_all(&mut [&mut settings, &mut *section], &text, "text").unwrap();
+        let keys = config::template(&[&settings, &*section]);
+        for line in keys.lines().filter(|l| !l.starts_with('#') && !l.is_empty()) {
+            assert!(text.lines().any(|l| l == line), "{}: {line}", entry.name);
+        }
+        // Each key stands below what it means.
+        let above: Vec<&str> = text.lines().collect();
+        for (i, line) in above.iter().enumerate().filter(|l| l.1.contains(" = ")) {
+            if !line.starts_with('#') {
+                assert!(
+                    above[i - 1].starts_with("# (") && above[i - 2].starts_with("# "),
+                    "{line}"
+                );
+            }
+        }
+        assert!(entry.metrics.iter().any(|m| m.0 == "loss"), "{}", entry.name);
+        assert!(entry.metrics.iter().all(|m| m.1.ends_with('.')), "{}", entry.name);
+    }
+    let (code, text) = refused(&run(&["config", "dpoo"]));
+    assert_eq!(code, 2);
+    assert!(text.contains("there is no `dpoo`") && text.contains("sft ("), "{text}");
+}
+
+#[test]
+fn a_wrong_setting_is_named_with_the_nearest_known_one() {
+    let dir = temp_dir("cli_settings");
+    let file = dir.join("run.toml");
+    for (text, code, words) in [
+        (
+            "learning_rte = 1e-3",
+            2,
+            ["`learning_rte`", "run.toml:1", "did you mean `learning_rate`?"],
+        ),
+        ("steps = 3\nbatch_size = \"many\"", 2, ["`batch_size`", "run.toml:2", "a whole number"]),
+        ("steps = ", 2, ["run.toml", "not TOML", "line 1"]),
+        ("schedule = \"cosin\"", 2, ["`schedule`", "\"cosin\"", "\"cosine\""]),
+        (
+            "learning_rate = -1.0\nmodel = \"m\"\ndata = \"d\"",
+            2,
+            ["`learning_rate`", "wanted", "0 or more"],
+        ),
+        ("model = \"nowhere\"\ndata = \"d\"", 1, ["nowhere", "cannot read", "No such file"]),
+    ] {
+        std::fs::write(&file, text).unwrap();
+        let out = dir.join("out").display().to_string();
+        let out = run(&["train", "sft", "--config", file.to_str().unwrap(), "--out", &out]);
+        let (got, message) = refused(&out);
+        assert_eq!(got, code, "{text}: {message}");
+        for word in words {
+            assert!(message.contains(word), "{text}: no {word} in {message}");
+        }
+    }
+    let (code, text) = refused(&run(&["train", "sft", "--set", "steps"]));
+    assert_eq!((code, text.contains("wanted key=value")), (2, true), "{text}");
+    let (code, text) = refused(&run(&["train", "sft", "--config", "no/such.toml"]));
+    assert_eq!((code, text.contains("cannot read no/such.toml")), (1, true), "{text}");
+    let missing =
+        ["train", "sft", "--model", &model(), "--data", "none.jsonl", "--set", "out=/dev/null/x"];
+    assert_ne!(refused(&run(&missing)).0, 0);
+}
+
+#[test]
+fn a_missing_device_has_an_exit_code_of_its_own() {
+    let (code, text) =
+        refused(&run(&["generate", "--model", &model(), "--device", "cuda", "--data", "x"]));
+    assert_eq!(code, 3, "{text}");
+    let (code, text) =
+        refused(&run(&["generate", "--model", &model(), "--device", "tpu", "--data", "x"]));
+    assert_eq!((code, text.contains("known devices are auto, cpu")), (3, true), "{text}");
+}
+
+#[test]
+fn a_bad_line_of_data_is_named() {
+    let args = ["generate", "--model", &model(), "--data", "-"];
+    for (input, words) in [
+        ("{\"prompt\": \"a\"}\n{\"prompt\": 3}\n", ["<stdin>:2", "`prompt` is 3, wanted a text"]),
+        ("{\"prompt\": \"a\"}\nhello\n", ["<stdin>:2", "not JSON"]),
+        ("{\"input_ids\": [1, 512]}\n", ["<stdin>:1", "token id 512, wanted less than 512"]),
+        ("\n\n", ["<stdin>", "has no records"]),
+    ] {
+        let (code, text) = refused(&feed(&args, input));
+        assert_eq!(code, 1);
+        assert!(words.iter().all(|w| text.contains(w)), "{input}: {text}");
+    }
+}
+
+/// `generate` and `score` agree: the same tokens, the same log-probs.
+#[test]
+fn generate_and_score_write_the_same_numbers() {
+    let m = model();
+    let prompts = "{\"prompt\": \"Once upon\"}\n{\"prompt\": \"Lily and Tom\"}\n";
+    let args = ["generate", "--model", &m, "--samples", "2", "--max-new-tokens", "9"];
+    let out =
+        lines(&feed(&[&args[..], &["--temperature", "0.7", "--top-k", "9"]].concat(), prompts));
+    assert_eq!(out.len(), 4);
+    assert_ne!(out[0]["output_ids"], out[1]["output_ids"], "two samples of one prompt");
+    for line in &out {
+        let ids = |key: &str| line[key].as_array().unwrap().clone();
+        let all = [ids("input_ids"), ids("output_ids")].concat();
+        let input = format!("{}\n", serde_json::json!({ "input_ids": all }));
+        let scored = lines(&feed(&["score", "--model", &m, "--temperature", "0.7"], &input));
+        let (ours, theirs) = (floats(&line["logprobs"]), floats(&scored[0]["logprobs"]));
+        assert_eq!(theirs.len(), all.len() - 1);
+        assert_eq!(ours, theirs[theirs.len() - ours.len()..]);
+        let sum: f64 = theirs.iter().sum();
+        assert_eq!(scored[0]["sum_logprob"].as_f64().unwrap(), sum);
+        let perplexity = scored[0]["perplexity"].as_f64().unwrap();
+        assert!((perplexity - (-sum / theirs.len() as f64).exp()).abs() < 1e-9 * perplexity);
+    }
+    let (code, text) = refused(&feed(&[&args[..], &["--top-p", "1.5"]].concat(), prompts));
+    assert_eq!((code, text.contains("top_p: got 1.5, wanted in (0, 1]")), (1, true), "{text}");
+}
+
+#[test]
+fn a_reward_model_adds_rewards() {
+    let (m, rm) = (golden::path("llama_tied"), golden::path("llama_tied/rm"));
+    let (m, rm) = (m.to_str().unwrap(), rm.to_str().unwrap());
+    let input = "{\"input_ids\": [5, 6, 7]}\n";
+    let args = ["--reward-model", rm];
+    let out = lines(&feed(
+        &[&["generate", "--model", m, "--max-new-tokens", "4"], &args[..]].concat(),
+        input,
+    ));
+    let ids = |key: &str| out[0][key].as_array().unwrap().clone();
+    let all = [ids("input_ids"), ids("output_ids")].concat();
+    let all = serde_json::json!({ "input_ids": all });
+    let scored = lines(&feed(&[&["score"], &args[..]].concat(), &format!("{all}\n")));
+    assert_eq!(out[0]["reward"], scored[0]["reward"]);
+    assert!(scored[0].get("logprobs").is_none(), "no language model was asked for");
+}
+
+/// `warpo generate | head -1` ends quietly when the reader goes away.
+#[test]
+fn a_reader_that_goes_away_is_no_error() {
+    let prompts = "{\"prompt\": \"Once\"}\n".repeat(400);
+    let mut child = warpo(&["score", "--model", &model()])
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(prompts.as_bytes()).unwrap();
+    let mut out = child.stdout.take().unwrap();
+    out.read_exact(&mut [0; 10]).unwrap();
+    drop(out);
+    let done = child.wait_with_output().unwrap();
+    let text = String::from_utf8(done.stderr).unwrap();
+    assert!(done.status.success() && !text.contains("error"), "{text}");
+}
+
+/// Data from standard input trains, and the run explains itself.
+#[test]
+fn training_reads_standard_input_and_leaves_a_whole_folder() {
+    let dir = temp_dir("cli_stdin");
+    let out = dir.join("run");
+    let data = std::fs::read_to_string(crate::support::runs::data(&dir, "sft", 20)).unwrap();
+    let model = golden::path("llama_tied");
+    let args = ["train", "sft", "--model", model.to_str().unwrap(), "--data", "-", "--out"];
+    let sets = ["--set", "steps=3", "--set", "batch_size=4", "--set", "eos_id=54"];
+    let done = feed(&[&args[..], &[out.to_str().unwrap()], &sets[..]].concat(), &data);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    assert_eq!(String::from_utf8(done.stdout).unwrap().trim(), out.join("final").to_str().unwrap());
+    for file in ["run.json", "config.toml", "metrics.jsonl", "timing.jsonl", "final/config.json"] {
+        assert!(out.join(file).exists(), "{file}");
+    }
+    let text = String::from_utf8(done.stderr).unwrap();
+    for words in ["algorithm: sft", "4 texts a step", "sft 3/3: loss", "tokens/s"] {
+        assert!(text.contains(words), "{words}: {text}");
+    }
+    let page = run(&["report", out.to_str().unwrap()]);
+    assert!(page.status.success() && out.join("report.html").exists());
+}
+
+/// A disk that fills up stops the run with its name, and frees no checkpoint.
+#[test]
+fn a_full_disk_is_named() {
+    if !Path::new("/dev/full").exists() {
+        return;
+    }
+    let dir = temp_dir("cli_full");
+    let run = dir.join("run");
+    std::fs::create_dir_all(&run).unwrap();
+    std::os::unix::fs::symlink("/dev/full", run.join("timing.jsonl")).unwrap();
+    let mut args = vec!["train".to_owned(), "sft".to_owned()];
+    for pair in small(&dir, "sft", &run) {
+        args.extend(["--set".into(), pair]);
+    }
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let (code, text) = refused(&warpo(&args).output().unwrap());
+    assert_eq!(code, 1);
+    assert!(text.contains("timing.jsonl") && text.contains("No space left"), "{text}");
+}
+
+#[test]
+fn doctor_says_what_is_there() {
+    let text = String::from_utf8(run(&["doctor"]).stdout).unwrap();
+    for word in ["warpo 0.", "device: cpu, ", "instruction sets: portable", "cuda: "] {
+        assert!(text.contains(word), "{word}: {text}");
+    }
+}
