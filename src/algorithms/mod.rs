@@ -14,36 +14,74 @@ pub use ppo::{Ppo, PpoSettings};
 pub use reward::{Reward, RewardSettings};
 pub use sft::{Sft, SftSettings};
 
+use std::path::PathBuf;
+
 use crate::{
     config::Section,
     device::{Device, View, ViewMut},
     error::Result,
+    ops::sample,
 };
 
 /// What a step's sequences are made of.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub enum Inputs {
-    /// Texts with the tokens to learn.
-    Texts,
+    /// Texts to learn.
+    Texts {
+        /// Not the tokens of the prompt, where the data has one.
+        completion_only: bool,
+    },
     /// Pairs of texts of which people chose the first; they lie side by side.
     Pairs,
     /// Prompts, which the policy continues.
-    Prompts,
+    Prompts(Sampling),
+}
+
+/// How prompts are continued, and what scores the samples.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sampling {
+    /// Samples of each prompt.
+    pub samples_per_prompt: usize,
+    /// The most new tokens of a sample.
+    pub max_new_tokens: usize,
+    /// Temperature and filters. The temperature divides the logits in training and under the
+    /// reference too.
+    pub params: sample::Params,
+    /// Sequences generated at once.
+    pub slots: usize,
+    /// Folder of the frozen reward model that scores every sample.
+    pub reward_model: Option<PathBuf>,
+}
+
+/// A scalar model that is trained: the reward model, or the value model beside a policy.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scalar {
+    /// Where its weights come from.
+    pub from: Origin,
+    /// Its peak step size, if another than the run's.
+    pub learning_rate: Option<f64>,
+}
+
+/// The model that another one starts as.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Origin {
+    /// The model that the run is given.
+    Model,
+    /// The reward model that scores samples.
+    RewardModel,
 }
 
 /// What an algorithm asks of the trainer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Needs {
     /// The data.
     pub inputs: Inputs,
     /// A language model is trained.
     pub policy: bool,
-    /// A scalar model is trained: the reward model, or the value model beside a policy.
-    pub scalar: bool,
+    /// A scalar model is trained.
+    pub scalar: Option<Scalar>,
     /// Log-probs of a frozen copy of the policy.
     pub reference: bool,
-    /// Scores of a frozen reward model.
-    pub scores: bool,
     /// The entropy of each prediction.
     pub entropy: bool,
     /// Passes over a step's sequences.

@@ -9,7 +9,9 @@
 //!   is exactly 1 (the trainer asserts it) and no second pass computes it;
 //! - policy and value model are clipped and updated by optimizers of their own.
 
-use super::{Algorithm, Columns, Entry, Inputs, Metrics, Micro, Needs};
+use std::path::PathBuf;
+
+use super::{Algorithm, Columns, Entry, Inputs, Metrics, Micro, Needs, Origin, Sampling, Scalar};
 use crate::{
     config::Section,
     device::{Device, View, ViewMut},
@@ -18,7 +20,7 @@ use crate::{
         gae,
         kl::KlEstimator,
         ppo_loss::{self, KlTerm},
-        value_loss,
+        sample, value_loss,
         whiten::{self, Moments, Variance},
     },
 };
@@ -34,6 +36,11 @@ crate::choices! {
 }
 
 crate::choices! {
+    /// Where the value model starts.
+    pub enum ValueInit { Reward = "reward", Policy = "policy" }
+}
+
+crate::choices! {
     /// Which variance whitening divides by.
     pub enum WhitenVariance { Unbiased = "unbiased", Biased = "biased" }
 }
@@ -42,10 +49,10 @@ crate::settings! {
     /// Settings of PPO.
     pub struct PpoSettings {
         /// The reward model's folder: a model with a scalar head, as `warpo train reward` saves it.
-        pub reward_model: String = String::new(),
+        pub reward_model: PathBuf = PathBuf::new(),
         /// Where the value model starts: "reward" copies the reward model (N+ details), "policy"
         /// takes the policy's trunk with a new head.
-        pub value_init: String = "reward".into(),
+        pub value_init: ValueInit = ValueInit::Reward,
         /// Samples a prompt; `batch_size` counts samples, so prompts a step are
         /// batch_size / samples_per_prompt.
         pub samples_per_prompt: usize = 1,
@@ -178,8 +185,11 @@ impl Ppo {
             ("ppo_epochs", s.ppo_epochs > 0, "1 or more"),
             ("minibatches", s.minibatches > 0, "1 or more"),
             ("kl_horizon", s.kl_horizon > 0.0, "above 0"),
-            ("value_init", matches!(&*s.value_init, "reward" | "policy"), "reward or policy"),
-            ("reward_model", !s.reward_model.is_empty(), "a folder with a reward model"),
+            (
+                "reward_model",
+                !s.reward_model.as_os_str().is_empty(),
+                "a folder with a reward model",
+            ),
         ] {
             if !ok {
                 let message = format!("wanted {want}");
@@ -241,15 +251,30 @@ impl Ppo {
 
 impl Algorithm for Ppo {
     fn needs(&self) -> Needs {
+        let s = &self.settings;
+        let from = match s.value_init {
+            ValueInit::Reward => Origin::RewardModel,
+            ValueInit::Policy => Origin::Model,
+        };
         Needs {
-            inputs: Inputs::Prompts,
+            inputs: Inputs::Prompts(Sampling {
+                samples_per_prompt: s.samples_per_prompt,
+                max_new_tokens: s.max_new_tokens,
+                params: sample::Params {
+                    temperature: s.temperature as f32,
+                    top_k: s.top_k,
+                    top_p: s.top_p as f32,
+                    min_p: s.min_p as f32,
+                },
+                slots: s.rollout_slots,
+                reward_model: Some(s.reward_model.clone()),
+            }),
             policy: true,
-            scalar: true,
+            scalar: Some(Scalar { from, learning_rate: s.value_learning_rate }),
             reference: true,
-            scores: true,
-            entropy: self.settings.entropy_coef != 0.0,
-            epochs: self.settings.ppo_epochs,
-            minibatches: self.settings.minibatches,
+            entropy: s.entropy_coef != 0.0,
+            epochs: s.ppo_epochs,
+            minibatches: s.minibatches,
         }
     }
 

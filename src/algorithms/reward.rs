@@ -1,7 +1,7 @@
 //! A reward model from human preferences: Bradley-Terry on pairs, a scalar head at the last token.
 //! Departures from TRL: none; an optional margin column, centring off by default as there.
 
-use super::{Algorithm, Entry, Inputs, Metrics, Micro, Needs};
+use super::{Algorithm, Entry, Inputs, Metrics, Micro, Needs, Origin, Scalar};
 use crate::{
     config::Section,
     device::{Device, View, ViewMut},
@@ -50,9 +50,8 @@ impl Algorithm for Reward {
         Needs {
             inputs: Inputs::Pairs,
             policy: false,
-            scalar: true,
+            scalar: Some(Scalar { from: Origin::Model, learning_rate: None }),
             reference: false,
-            scores: false,
             entropy: false,
             epochs: 1,
             minibatches: 1,

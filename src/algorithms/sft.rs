@@ -20,8 +20,9 @@ crate::settings! {
 }
 
 /// The algorithm.
-#[derive(Debug, Default)]
+#[derive(Debug)]
 pub struct Sft {
+    settings: SftSettings,
     loss: f64,
     tokens: f64,
 }
@@ -36,17 +37,19 @@ pub(super) const ENTRY: Entry = Entry {
         ("learned_tokens", "Tokens that the loss is a mean over."),
     ],
     section: || Box::new(SftSettings::default()),
-    build: |_: &dyn Section| Ok(Box::new(Sft::default())),
+    build: |s: &dyn Section| {
+        let settings = s.as_any().downcast_ref::<SftSettings>().cloned().unwrap_or_default();
+        Ok(Box::new(Sft { settings, loss: 0.0, tokens: 0.0 }))
+    },
 };
 
 impl Algorithm for Sft {
     fn needs(&self) -> Needs {
         Needs {
-            inputs: Inputs::Texts,
+            inputs: Inputs::Texts { completion_only: self.settings.completion_only },
             policy: true,
-            scalar: false,
+            scalar: None,
             reference: false,
-            scores: false,
             entropy: false,
             epochs: 1,
             minibatches: 1,
@@ -74,6 +77,6 @@ impl Algorithm for Sft {
         out.push(("loss", self.loss));
         out.push(("perplexity", self.loss.exp()));
         out.push(("learned_tokens", self.tokens));
-        *self = Self::default();
+        (self.loss, self.tokens) = (0.0, 0.0);
     }
 }

@@ -9,6 +9,7 @@ use super::{
     train::{algorithm, defaults},
 };
 use crate::{
+    algorithms::Inputs,
     config::{self, Section, Value_ as Toml},
     data::{self, Limits, Tokenizer},
     device::Device,
@@ -149,21 +150,19 @@ impl Args {
         let after = load("ppo", Head::Lm)?;
         let judges = [load("reward", Head::Scalar)?, load("judge", Head::Scalar)?];
         let tokenizer = Tokenizer::open(&self.out.join("sft/final"))?;
-        let Some(ppo) = section.as_any().downcast_ref::<crate::algorithms::PpoSettings>() else {
-            return Err(Error::value("quickstart", "the settings of PPO", "others"));
+        let Inputs::Prompts(sampling) = (algorithm("ppo")?.build)(section)?.needs().inputs else {
+            return Err(Error::value("quickstart", "an algorithm that samples", "another"));
         };
-        let room = before.spec().max_positions.saturating_sub(ppo.max_new_tokens);
+        let room = before.spec().max_positions.saturating_sub(sampling.max_new_tokens);
         let limits = Limits { max_length: room, vocab: before.spec().vocab, eos: None };
         let records = data::read(&self.from.join("heldout_prompts.jsonl"))?;
         let (prompts, _) = data::prompts(&records, Some(&tokenizer), limits, None)?;
         let generation = rollout::Settings {
             sampling: sample::Params {
-                temperature: ppo.temperature as f32,
-                top_k: 0,
-                top_p: 1.0,
-                min_p: 0.0,
+                temperature: sampling.params.temperature,
+                ..sample::Params::default()
             },
-            max_new_tokens: ppo.max_new_tokens,
+            max_new_tokens: sampling.max_new_tokens,
             stop_ids: tokenizer.eos().to_vec(),
             seed: settings.seed,
             step: 0,

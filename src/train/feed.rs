@@ -44,26 +44,25 @@ impl Examples {
     /// Those of [`data::read`], and [`crate::Error::Data`] naming a record that does not fit.
     pub fn load(
         files: &[String],
-        inputs: Inputs,
+        inputs: &Inputs,
         tokenizer: Option<&Tokenizer>,
         limits: Limits,
         settings: &Settings,
-        completion_only: bool,
     ) -> Result<(Self, Stats)> {
         let mut records = Vec::new();
         for file in files {
             records.extend(data::read(Path::new(file))?);
         }
         let (this, stats) = match inputs {
-            Inputs::Texts => {
-                let (x, s) = data::texts(&records, tokenizer, limits, completion_only)?;
+            Inputs::Texts { completion_only } => {
+                let (x, s) = data::texts(&records, tokenizer, limits, *completion_only)?;
                 (Self::Texts(x), s)
             }
             Inputs::Pairs => {
                 let (x, s) = data::pairs(&records, tokenizer, limits, settings.seed)?;
                 (Self::Pairs(x), s)
             }
-            Inputs::Prompts => {
+            Inputs::Prompts(_) => {
                 let n = settings.prompt_tokens;
                 let (x, s) = data::prompts(&records, tokenizer, limits, n)?;
                 (Self::Prompts(x), s)

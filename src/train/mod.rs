@@ -1,7 +1,9 @@
 //! Training runs: the loop, what it is told, what it writes, and how it survives.
 
 pub mod checkpoint;
+mod evaluate;
 pub mod events;
+mod experience;
 pub mod feed;
 pub mod lock;
 pub mod metrics;

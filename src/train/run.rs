@@ -19,7 +19,7 @@ use super::{
     storage::Disk,
 };
 use crate::{
-    algorithms::{Entry, PpoSettings, SftSettings},
+    algorithms::Entry,
     config::{self, Section},
     error::{Error, Result},
     models::{self, Model},
@@ -54,10 +54,7 @@ pub fn run(
     fs::create_dir_all(&out).map_err(Error::io("create", &out))?;
     let _lock = Lock::acquire(&out)?;
     signals::install()?;
-    let ppo = section.as_any().downcast_ref::<PpoSettings>().cloned().unwrap_or_default();
-    let sft = section.as_any().downcast_ref::<SftSettings>().cloned().unwrap_or_default();
-    let algorithm = (entry.build)(section)?;
-    let trainer = Trainer::new(settings.clone(), ppo, algorithm, sft.completion_only)?;
+    let trainer = Trainer::new(settings.clone(), (entry.build)(section)?)?;
     let mut run = Run { checkpoints: out.join("checkpoints"), out, trainer, saved: None };
     run.describe(entry, seen)?;
     let state = run.fixed(entry, section);

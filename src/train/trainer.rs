@@ -9,17 +9,16 @@ use super::{
     rollouts::Rollout,
     schedule,
     settings::Settings,
-    signals,
 };
 use crate::{
-    algorithms::{Algorithm, Columns, Inputs, Metrics, Micro, Needs, PpoSettings},
+    algorithms::{Algorithm, Columns, Inputs, Metrics, Micro, Needs, Origin, Sampling},
     data::{Limits, Order, Stats, Tokenizer},
     device::{Arena, Device},
     error::{Error, Result},
     models::{Batch, Config, Head, Model},
-    ops::{grad_norm, sample},
+    ops::grad_norm,
     rng::{Philox, Purpose},
-    rollout::{Completion, Generator, Prompt, Scorer, Settings as Generation},
+    rollout::{Generator, Scorer},
 };
 
 /// Hears how a run goes.
@@ -44,7 +43,6 @@ impl Observer for Silent {
 pub struct Trainer {
     pub(super) dev: Device,
     pub(super) settings: Settings,
-    pub(super) ppo: PpoSettings,
     pub(super) algorithm: Box<dyn Algorithm>,
     pub(super) needs: Needs,
     pub(super) policy: Option<Role>,
@@ -60,12 +58,12 @@ pub struct Trainer {
     pub(super) step: u64,
     pub(super) steps: u64,
     order: Order,
-    arena: Arena,
+    pub(super) arena: Arena,
     sizes: Sizes,
-    batch: Batch,
+    pub(super) batch: Batch,
     /// Samples of the last step, for the records of the run.
     pub(super) rollouts: Vec<Rollout>,
-    clock: Vec<(&'static str, f64)>,
+    pub(super) clock: Vec<(&'static str, f64)>,
 }
 
 /// What a step did.
@@ -82,12 +80,7 @@ impl Trainer {
     ///
     /// # Errors
     /// Those of the parts, naming file and key.
-    pub fn new(
-        settings: Settings,
-        ppo: PpoSettings,
-        algorithm: Box<dyn Algorithm>,
-        completion_only: bool,
-    ) -> Result<Self> {
+    pub fn new(settings: Settings, algorithm: Box<dyn Algorithm>) -> Result<Self> {
         settings.validate()?;
         let dev = Device::from_name(&settings.device, settings.threads)?;
         let needs = algorithm.needs();
@@ -105,23 +98,25 @@ impl Trainer {
             0 => spec.max_positions,
             n => n.min(spec.max_positions),
         };
-        let prompts = needs.inputs == Inputs::Prompts;
-        let new = if prompts { ppo.max_new_tokens } else { 0 };
+        let sampling = match &needs.inputs {
+            Inputs::Prompts(s) => Some(s),
+            _ => None,
+        };
+        let new = sampling.map_or(0, |s| s.max_new_tokens);
         let Some(max_length) = room.checked_sub(new).filter(|n| *n > 1) else {
             let message = format!("{new} leave no room for a prompt in {room} positions");
             return Err(Error::Config { key: "max_new_tokens".into(), message, hint: None });
         };
         let limits = Limits { max_length, vocab: spec.vocab, eos: eos.first().copied() };
         let load = |files: &[String]| {
-            let t = tokenizer.as_ref();
-            Examples::load(files, needs.inputs, t, limits, &settings, completion_only)
+            Examples::load(files, &needs.inputs, tokenizer.as_ref(), limits, &settings)
         };
         let (examples, stats) = load(&settings.data)?;
-        let held_out = match (settings.eval_data.is_empty(), prompts) {
-            (false, false) => Some(load(&settings.eval_data)?.0),
+        let held_out = match (settings.eval_data.is_empty(), sampling) {
+            (false, None) => Some(load(&settings.eval_data)?.0),
             _ => None,
         };
-        let per_prompt = if prompts { ppo.samples_per_prompt } else { 1 };
+        let per_prompt = sampling.map_or(1, |s| s.samples_per_prompt);
         if !settings.batch_size.is_multiple_of(per_prompt * needs.minibatches.max(1)) {
             let message = format!(
                 "{} is no multiple of samples_per_prompt {per_prompt} x minibatches {}",
@@ -148,7 +143,6 @@ impl Trainer {
             step: 0,
             dev,
             settings,
-            ppo,
             algorithm,
             needs,
             tokenizer,
@@ -174,33 +168,54 @@ impl Trainer {
         if self.needs.reference {
             self.reference = Some(policy.copy_as(dev, Head::Lm, seed)?);
         }
-        if self.needs.scores {
-            let folder = PathBuf::from(&self.ppo.reward_model);
-            let judge = Model::load(dev, &folder, Head::Scalar, seed)?;
+        if let Some(folder) = self.sampling().and_then(|s| s.reward_model.as_ref()) {
+            let judge = Model::load(dev, folder, Head::Scalar, seed)?;
             let (want, got) = (policy.spec().vocab, judge.spec().vocab);
             if want != got {
                 let message = format!("has a vocabulary of {got}, the policy one of {want}");
                 return Err(Error::file(folder, message));
             }
-            let from = if self.ppo.value_init == "reward" { &judge } else { &policy };
-            let value = from.copy_as(dev, Head::Scalar, seed)?;
-            self.scalar = Some(Role::new("value", value));
             self.judge = Some(judge);
+        }
+        if let Some(scalar) = self.needs.scalar {
+            let from = match (scalar.from, &self.judge) {
+                (Origin::RewardModel, Some(judge)) => judge,
+                _ => &policy,
+            };
+            self.scalar = Some(Role::new("value", from.copy_as(dev, Head::Scalar, seed)?));
         }
         self.policy = Some(Role::new("policy", policy));
         Ok(())
     }
 
+    /// How samples are made, if the algorithm samples.
+    pub(super) fn sampling(&self) -> Option<&Sampling> {
+        match &self.needs.inputs {
+            Inputs::Prompts(sampling) => Some(sampling),
+            _ => None,
+        }
+    }
+
+    /// Divides the logits of the policy and of the reference.
+    pub(super) fn temperature(&self) -> f32 {
+        self.sampling().map_or(1.0, |s| s.params.temperature)
+    }
+
+    /// Sequences that must stay in one micro-batch.
+    fn unit(&self) -> usize {
+        if self.needs.inputs == Inputs::Pairs { 2 } else { 1 }
+    }
+
     /// The longest sequence of a step.
     fn longest(&self) -> usize {
         let held_out = self.held_out.as_ref().map_or(0, Examples::longest);
-        let new = if self.needs.inputs == Inputs::Prompts { self.ppo.max_new_tokens } else { 0 };
+        let new = self.sampling().map_or(0, |s| s.max_new_tokens);
         self.examples.longest().max(held_out) + new
     }
 
     /// Takes the memory that the largest phase needs.
     fn plan(&mut self) -> Result<()> {
-        let unit = if self.needs.inputs == Inputs::Pairs { 2 } else { 1 };
+        let unit = self.unit();
         let rows = self.settings.micro_batch_tokens.max(unit * self.longest());
         self.sizes = Sizes { rows, sequences: unit * self.settings.batch_size };
         let mut bytes = 0;
@@ -213,20 +228,21 @@ impl Trainer {
         for model in self.reference.iter().chain(&self.judge) {
             bytes = bytes.max(scorer.plan::<f32>(model.spec())?);
         }
-        if let (Inputs::Prompts, Some(policy)) = (self.needs.inputs, &self.policy) {
-            bytes = bytes.max(self.generator().plan::<f32>(policy.model.spec())?);
+        if let (Some(sampling), Some(policy)) = (self.sampling(), &self.policy) {
+            let generator = self.generator(sampling);
+            bytes = bytes.max(generator.plan::<f32>(policy.model.spec())?);
         }
         self.arena = Arena::new(bytes);
         self.batch = Batch::with_capacity(rows);
         Ok(())
     }
 
-    fn scorer(&self) -> Scorer {
+    pub(super) fn scorer(&self) -> Scorer {
         Scorer { rows: self.sizes.rows, sequences: self.sizes.sequences }
     }
 
-    fn generator(&self) -> Generator {
-        let slots = self.ppo.rollout_slots.min(self.settings.batch_size);
+    pub(super) fn generator(&self, sampling: &Sampling) -> Generator {
+        let slots = sampling.slots.min(self.settings.batch_size);
         Generator { slots, max_len: self.longest(), rows: self.sizes.rows.max(slots) }
     }
 
@@ -246,16 +262,16 @@ impl Trainer {
     #[must_use]
     pub fn equation(&self) -> String {
         let (s, n) = (&self.settings, &self.needs);
-        let head = match n.inputs {
-            Inputs::Texts => format!("{} texts a step", s.batch_size),
+        let head = match &n.inputs {
+            Inputs::Texts { .. } => format!("{} texts a step", s.batch_size),
             Inputs::Pairs => {
                 format!("{0} pairs = {1} texts a step", s.batch_size, 2 * s.batch_size)
             }
-            Inputs::Prompts => format!(
+            Inputs::Prompts(p) => format!(
                 "{} prompts x {} samples = {} sequences a step; x {} passes in {} minibatches of {} \
                  = {} updates a step",
-                s.batch_size / self.ppo.samples_per_prompt,
-                self.ppo.samples_per_prompt,
+                s.batch_size / p.samples_per_prompt,
+                p.samples_per_prompt,
                 s.batch_size,
                 n.epochs,
                 n.minibatches,
@@ -280,13 +296,9 @@ impl Trainer {
         let mut metrics = Metrics::new();
         self.rollouts.clear();
         self.clock.clear();
-        let draws = match self.needs.inputs {
-            Inputs::Prompts => self.settings.batch_size / self.ppo.samples_per_prompt,
-            _ => self.settings.batch_size,
-        };
-        let chosen = self.order.batch(self.step, draws);
-        let per = if self.needs.inputs == Inputs::Pairs { 2 } else { 1 };
-        let base = self.step * (self.settings.batch_size * per) as u64;
+        let per_prompt = self.sampling().map_or(1, |s| s.samples_per_prompt);
+        let chosen = self.order.batch(self.step, self.settings.batch_size / per_prompt);
+        let base = self.step * (self.settings.batch_size * self.unit()) as u64;
         let (sequences, mut columns) = match self.examples.sequences(&chosen, base) {
             Some(ready) => ready,
             None => match self.roll_out(&chosen, base, seen)? {
@@ -339,7 +351,7 @@ impl Trainer {
         lr: f64,
         norms: &mut Norms,
     ) -> Result<()> {
-        let unit = if self.needs.inputs == Inputs::Pairs { 2 } else { 1 };
+        let unit = self.unit();
         let lens = sequences.chunks(unit).map(|u| u.iter().map(|s| s.ids.len()).sum());
         let groups = self.scorer().groups(lens);
         let dev = self.dev.clone();
@@ -350,7 +362,7 @@ impl Trainer {
             norms.policy.push(done?);
         }
         if let Some(mut role) = self.scalar.take() {
-            let lr = match self.ppo.value_learning_rate.filter(|_| self.needs.policy) {
+            let lr = match self.needs.scalar.and_then(|s| s.learning_rate) {
                 Some(peak) => peak * self.schedule(),
                 None => lr,
             };
@@ -372,8 +384,7 @@ impl Trainer {
         first: bool,
     ) -> Result<()> {
         role.zero_grads();
-        let temperature =
-            if self.needs.inputs == Inputs::Prompts { self.ppo.temperature } else { 1.0 };
+        let temperature = self.temperature();
         let (step, entropy) = (self.step + 1, self.needs.entropy);
         for group in groups {
             self.batch.clear();
@@ -383,24 +394,15 @@ impl Trainer {
             let micro = Micro { columns, sequences: group.clone() };
             let (algorithm, scope) = (&mut self.algorithm, self.arena.scope());
             let (model, grads, batch) = (&role.model, &mut role.grads, &self.batch);
-            pass::policy(
-                dev,
-                model,
-                grads,
-                &scope,
-                batch,
-                temperature as f32,
-                entropy,
-                |mut c| {
-                    check(dev, &micro, c.logp.host(), step, "log-prob")?;
-                    if first {
-                        exact(&micro, c.logp.host(), step)?;
-                    }
-                    let (dlogp, dentropy) = (c.dlogp.reborrow(), c.dentropy);
-                    algorithm.policy_loss(dev, &micro, c.logp, c.entropy, dlogp, dentropy)?;
-                    check(dev, &micro, c.dlogp.view().host(), step, "d loss / d log-prob")
-                },
-            )?;
+            pass::policy(dev, model, grads, &scope, batch, temperature, entropy, |mut c| {
+                check(dev, &micro, c.logp.host(), step, "log-prob")?;
+                if first {
+                    exact(&micro, c.logp.host(), step)?;
+                }
+                let (dlogp, dentropy) = (c.dlogp.reborrow(), c.dentropy);
+                algorithm.policy_loss(dev, &micro, c.logp, c.entropy, dlogp, dentropy)?;
+                check(dev, &micro, c.dlogp.view().host(), step, "d loss / d log-prob")
+            })?;
         }
         Ok(())
     }
@@ -436,148 +438,6 @@ impl Trainer {
             })?;
         }
         Ok(())
-    }
-
-    /// Continues prompts, and fills the columns that need a model.
-    fn roll_out(
-        &mut self,
-        chosen: &[usize],
-        base: u64,
-        seen: &mut dyn Observer,
-    ) -> Result<Option<(Vec<Sequence>, Columns<f32>)>> {
-        let Examples::Prompts(all) = &self.examples else { return Ok(None) };
-        let per = self.ppo.samples_per_prompt;
-        let prompts: Vec<Prompt> = chosen
-            .iter()
-            .flat_map(|i| std::iter::repeat_n(&all[*i], per))
-            .zip(base..)
-            .map(|(p, sample)| Prompt { sample, ids: p.ids.clone() })
-            .collect();
-        let start = Instant::now();
-        let Some(completions) = self.generate(&prompts, seen)? else { return Ok(None) };
-        self.clock.push(("sample", start.elapsed().as_secs_f64()));
-        let start = Instant::now();
-        let mut columns = Columns { offsets: vec![0], ..Columns::default() };
-        let mut sequences = Vec::with_capacity(prompts.len());
-        for (p, c) in prompts.iter().zip(&completions) {
-            let ids = [&p.ids[..], &c.ids].concat();
-            let learn = p.ids.len()..ids.len();
-            sequences.push(Sequence { predicted: vec![learn], ids });
-            columns.old_logp.extend_from_slice(&c.logprobs);
-            columns.offsets.push(columns.old_logp.len() as u32);
-            columns.samples.push(p.sample);
-            columns.stopped.push(c.stopped);
-            self.rollouts.push(Rollout::new(self.step + 1, p, c));
-        }
-        seen.phase("score", 0, 1);
-        self.score(&sequences, &mut columns)?;
-        self.clock.push(("score", start.elapsed().as_secs_f64()));
-        Ok(Some((sequences, columns)))
-    }
-
-    fn generate(
-        &mut self,
-        prompts: &[Prompt],
-        seen: &mut dyn Observer,
-    ) -> Result<Option<Vec<Completion<f32>>>> {
-        let generator = self.generator();
-        let Some(policy) = &self.policy else { return Ok(None) };
-        let settings = Generation {
-            sampling: sample::Params {
-                temperature: self.ppo.temperature as f32,
-                top_k: self.ppo.top_k,
-                top_p: self.ppo.top_p as f32,
-                min_p: self.ppo.min_p as f32,
-            },
-            max_new_tokens: self.ppo.max_new_tokens,
-            stop_ids: self.eos.iter().chain(&self.settings.stop_ids).copied().collect(),
-            seed: self.settings.seed,
-            step: self.step,
-        };
-        let total = prompts.len() * settings.max_new_tokens;
-        let mut made = 0;
-        let scope = self.arena.scope();
-        generator.run(&self.dev, &policy.model, &scope, prompts, &settings, |n| {
-            made += n;
-            seen.phase("sample", made, total);
-            signals::requested().is_none()
-        })
-    }
-
-    /// Reference log-probs, values and scores of the sampled sequences.
-    fn score(&mut self, sequences: &[Sequence], c: &mut Columns<f32>) -> Result<()> {
-        let (scorer, dev) = (self.scorer(), &self.dev);
-        let t = self.ppo.temperature as f32;
-        for group in scorer.groups(sequences.iter().map(|s| s.ids.len())) {
-            self.batch.clear();
-            for s in &sequences[group.clone()] {
-                self.batch.push_masked(&s.ids, s.predicted.iter().cloned());
-            }
-            if let Some(model) = &self.reference {
-                let scope = self.arena.scope();
-                scorer.logprobs(dev, model, &scope, &self.batch, t, &mut c.ref_logp, None)?;
-            }
-            if let Some(role) = &self.scalar {
-                let scope = self.arena.scope();
-                scorer.scalars(dev, &role.model, &scope, &self.batch, &mut c.old_values)?;
-            }
-            if let Some(model) = &self.judge {
-                self.batch.clear();
-                sequences[group].iter().for_each(|s| self.batch.push_last(&s.ids));
-                scorer.scalars(dev, model, &self.arena.scope(), &self.batch, &mut c.scores)?;
-            }
-        }
-        Ok(())
-    }
-
-    /// Writes scores, values and advantages into the records of the step.
-    fn finish_rollouts(&mut self, c: &Columns<f32>) {
-        for (s, r) in self.rollouts.iter_mut().enumerate() {
-            r.fill(c, s, self.tokenizer.as_ref());
-        }
-    }
-
-    /// Loss, and accuracy of a reward model, on the held-out data.
-    ///
-    /// # Errors
-    /// Those of the passes.
-    pub fn evaluate(&mut self) -> Result<Metrics> {
-        let Some(held_out) = &self.held_out else { return Ok(Metrics::new()) };
-        let all: Vec<usize> = (0..held_out.len()).collect();
-        let Some((sequences, columns)) = held_out.sequences(&all, 0) else {
-            return Ok(Metrics::new());
-        };
-        let (scorer, dev) = (self.scorer(), &self.dev);
-        let mut out = Vec::new();
-        for group in scorer.groups(sequences.iter().map(|s| s.ids.len())) {
-            self.batch.clear();
-            for s in &sequences[group] {
-                match &self.policy {
-                    Some(_) => self.batch.push_masked(&s.ids, s.predicted.iter().cloned()),
-                    None => self.batch.push_last(&s.ids),
-                }
-            }
-            let scope = self.arena.scope();
-            match (&self.policy, &self.scalar) {
-                (Some(role), _) => {
-                    scorer.logprobs(dev, &role.model, &scope, &self.batch, 1.0, &mut out, None)?;
-                }
-                (None, Some(role)) => {
-                    scorer.scalars(dev, &role.model, &scope, &self.batch, &mut out)?;
-                }
-                (None, None) => {}
-            }
-        }
-        if self.policy.is_some() {
-            let nll = -out.iter().map(|x| f64::from(*x)).sum::<f64>() / out.len() as f64;
-            return Ok(vec![("eval_loss", nll), ("eval_perplexity", nll.exp())]);
-        }
-        let pairs = (out.len() / 2) as f64;
-        let right = out.chunks_exact(2).filter(|p| p[0] > p[1]).count() as f64;
-        let mut d = vec![0.0; out.len()];
-        let (d, y, m) = ((&mut d).into(), (&out).into(), (&columns.margins).into());
-        let stats = crate::ops::bradley_terry::forward(dev, d, y, m, 0.0, pairs)?;
-        Ok(vec![("eval_loss", stats.loss), ("eval_accuracy", right / pairs)])
     }
 }
 

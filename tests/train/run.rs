@@ -5,7 +5,7 @@ use std::{path::Path, time::Duration};
 
 use warpo::{
     Error, Result,
-    algorithms::{Algorithm, Micro, Needs, PpoSettings},
+    algorithms::{Algorithm, Micro, Needs},
     config,
     device::{Device, View, ViewMut},
     rng::{Philox, Purpose},
@@ -274,8 +274,7 @@ fn the_bad_sample_is_named() {
     for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         for sample in 0..12 {
             let poison = Box::new(Poison { sample, value });
-            let ppo = PpoSettings::default();
-            let mut trainer = Trainer::new(settings.clone(), ppo, poison, false).unwrap();
+            let mut trainer = Trainer::new(settings.clone(), poison).unwrap();
             let before = trainer.policy().unwrap().params().flat().host().to_vec();
             let mut step = 0;
             let error = loop {

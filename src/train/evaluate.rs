@@ -1,0 +1,48 @@
+//! What the trained model makes of data that it is not trained on.
+
+use super::Trainer;
+use crate::{algorithms::Metrics, error::Result, ops::bradley_terry};
+
+impl Trainer {
+    /// Loss, and accuracy of a reward model, on the held-out data.
+    ///
+    /// # Errors
+    /// Those of the passes.
+    pub fn evaluate(&mut self) -> Result<Metrics> {
+        let Some(held_out) = &self.held_out else { return Ok(Metrics::new()) };
+        let all: Vec<usize> = (0..held_out.len()).collect();
+        let Some((sequences, columns)) = held_out.sequences(&all, 0) else {
+            return Ok(Metrics::new());
+        };
+        let (scorer, dev) = (self.scorer(), &self.dev);
+        let mut out = Vec::new();
+        for group in scorer.groups(sequences.iter().map(|s| s.ids.len())) {
+            self.batch.clear();
+            for s in &sequences[group] {
+                match &self.policy {
+                    Some(_) => self.batch.push_masked(&s.ids, s.predicted.iter().cloned()),
+                    None => self.batch.push_last(&s.ids),
+                }
+            }
+            let scope = self.arena.scope();
+            match (&self.policy, &self.scalar) {
+                (Some(role), _) => {
+                    scorer.logprobs(dev, &role.model, &scope, &self.batch, 1.0, &mut out, None)?;
+                }
+                (None, Some(role)) => {
+                    scorer.scalars(dev, &role.model, &scope, &self.batch, &mut out)?;
+                }
+                (None, None) => {}
+            }
+        }
+        if self.policy.is_some() {
+            let nll = -out.iter().map(|x| f64::from(*x)).sum::<f64>() / out.len() as f64;
+            return Ok(vec![("eval_loss", nll), ("eval_perplexity", nll.exp())]);
+        }
+        let pairs = (out.len() / 2) as f64;
+        let mut d = vec![0.0; out.len()];
+        let (d, y, m) = ((&mut d).into(), (&out).into(), (&columns.margins).into());
+        let stats = bradley_terry::forward(dev, d, y, m, 0.0, pairs)?;
+        Ok(vec![("eval_loss", stats.loss), ("eval_accuracy", stats.right / pairs)])
+    }
+}

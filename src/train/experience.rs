@@ -1,0 +1,114 @@
+//! Where a step's samples come from: prompts continued by the policy, and judged by the other models.
+
+use std::time::Instant;
+
+use super::{
+    Observer, Trainer,
+    feed::{Examples, Sequence},
+    rollouts::Rollout,
+    signals,
+};
+use crate::{
+    algorithms::Columns,
+    error::Result,
+    rollout::{Completion, Prompt, Settings as Generation},
+};
+
+impl Trainer {
+    /// Continues prompts, and fills the columns that need a model.
+    pub(super) fn roll_out(
+        &mut self,
+        chosen: &[usize],
+        base: u64,
+        seen: &mut dyn Observer,
+    ) -> Result<Option<(Vec<Sequence>, Columns<f32>)>> {
+        let (Examples::Prompts(all), Some(sampling)) = (&self.examples, self.sampling()) else {
+            return Ok(None);
+        };
+        let per = sampling.samples_per_prompt;
+        let prompts: Vec<Prompt> = chosen
+            .iter()
+            .flat_map(|i| std::iter::repeat_n(&all[*i], per))
+            .zip(base..)
+            .map(|(p, sample)| Prompt { sample, ids: p.ids.clone() })
+            .collect();
+        let start = Instant::now();
+        let Some(completions) = self.generate(&prompts, seen)? else { return Ok(None) };
+        self.clock.push(("sample", start.elapsed().as_secs_f64()));
+        let start = Instant::now();
+        let mut columns = Columns { offsets: vec![0], ..Columns::default() };
+        let mut sequences = Vec::with_capacity(prompts.len());
+        for (p, c) in prompts.iter().zip(&completions) {
+            let ids = [&p.ids[..], &c.ids].concat();
+            let learn = p.ids.len()..ids.len();
+            sequences.push(Sequence { predicted: vec![learn], ids });
+            columns.old_logp.extend_from_slice(&c.logprobs);
+            columns.offsets.push(columns.old_logp.len() as u32);
+            columns.samples.push(p.sample);
+            columns.stopped.push(c.stopped);
+            self.rollouts.push(Rollout::new(self.step + 1, p, c));
+        }
+        seen.phase("score", 0, 1);
+        self.score(&sequences, &mut columns)?;
+        self.clock.push(("score", start.elapsed().as_secs_f64()));
+        Ok(Some((sequences, columns)))
+    }
+
+    fn generate(
+        &mut self,
+        prompts: &[Prompt],
+        seen: &mut dyn Observer,
+    ) -> Result<Option<Vec<Completion<f32>>>> {
+        let (Some(policy), Some(sampling)) = (&self.policy, self.sampling()) else {
+            return Ok(None);
+        };
+        let generator = self.generator(sampling);
+        let settings = Generation {
+            sampling: sampling.params,
+            max_new_tokens: sampling.max_new_tokens,
+            stop_ids: self.eos.iter().chain(&self.settings.stop_ids).copied().collect(),
+            seed: self.settings.seed,
+            step: self.step,
+        };
+        let total = prompts.len() * settings.max_new_tokens;
+        let mut made = 0;
+        let scope = self.arena.scope();
+        generator.run(&self.dev, &policy.model, &scope, prompts, &settings, |n| {
+            made += n;
+            seen.phase("sample", made, total);
+            signals::requested().is_none()
+        })
+    }
+
+    /// Reference log-probs, values and scores of the sampled sequences.
+    fn score(&mut self, sequences: &[Sequence], c: &mut Columns<f32>) -> Result<()> {
+        let (scorer, dev, t) = (self.scorer(), &self.dev, self.temperature());
+        for group in scorer.groups(sequences.iter().map(|s| s.ids.len())) {
+            self.batch.clear();
+            for s in &sequences[group.clone()] {
+                self.batch.push_masked(&s.ids, s.predicted.iter().cloned());
+            }
+            if let Some(model) = &self.reference {
+                let scope = self.arena.scope();
+                scorer.logprobs(dev, model, &scope, &self.batch, t, &mut c.ref_logp, None)?;
+            }
+            if let Some(role) = &self.scalar {
+                let scope = self.arena.scope();
+                scorer.scalars(dev, &role.model, &scope, &self.batch, &mut c.old_values)?;
+            }
+            if let Some(model) = &self.judge {
+                self.batch.clear();
+                sequences[group].iter().for_each(|s| self.batch.push_last(&s.ids));
+                scorer.scalars(dev, model, &self.arena.scope(), &self.batch, &mut c.scores)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Writes scores, values and advantages into the records of the step.
+    pub(super) fn finish_rollouts(&mut self, c: &Columns<f32>) {
+        for (s, r) in self.rollouts.iter_mut().enumerate() {
+            r.fill(c, s, self.tokenizer.as_ref());
+        }
+    }
+}
