@@ -1,0 +1,368 @@
+//! Every op, forward and backward, at the sizes of GPT-2 small (hidden 768, 12 heads of 64,
+//! vocabulary 50,257) and 2,048 tokens, and at decoding sizes.
+//!
+//! `cargo bench --bench ops` runs all, `cargo bench --bench ops -- matmul` one group.
+
+#![allow(missing_docs, clippy::unwrap_used)]
+
+mod support;
+
+use criterion::{Criterion, criterion_group, criterion_main};
+use support::{Work, bench, device, fma, moves, randn};
+use warpo::{
+    device::{Arena, Buffer, View},
+    ops::{
+        activation::{self, Activation},
+        adamw,
+        attention::{self, KvLayer, PAGE, Segment, Shape},
+        bradley_terry, embedding, gae, grad_norm,
+        kl::KlEstimator,
+        layer_norm, logprob,
+        matmul::{self, Packed},
+        nll,
+        ppo_loss::{self, KlTerm, Tokens},
+        residual, rms_norm,
+        rope::{self, Rope, Table},
+        sample, scalar_head, value_loss,
+        whiten::{self, Moments, Variance},
+    },
+};
+
+const ROWS: usize = 2048;
+const HIDDEN: usize = 768;
+const MLP: usize = 3072;
+const VOCAB: usize = 50_257;
+
+fn matmul(c: &mut Criterion) {
+    let dev = device();
+    let mut g = c.benchmark_group("matmul");
+    for (m, n, k) in [(ROWS, MLP, HIDDEN), (ROWS, HIDDEN, MLP), (512, 768, 256), (8, MLP, HIDDEN)] {
+        let (x, w, mut y) = (randn(1, m * k), randn(2, n * k), vec![0.0; m * n]);
+        let mut packed = Packed::new(n, k);
+        packed.pack(dev, (&w).into()).unwrap();
+        let name = |what: &str| format!("{what}/cpu/f32/{m}x{n}x{k}");
+        let work = fma(m * n * k);
+        bench(&mut g, &name("forward"), work, || {
+            matmul::forward(dev, (&mut y).into(), (&x).into(), &packed, None).unwrap();
+        });
+        let (dy, mut dx, mut dw) = (randn(3, m * n), vec![0.0; m * k], vec![0.0; n * k]);
+        bench(&mut g, &name("backward_input"), work, || {
+            let (dx, dy) = ((&mut dx).into(), (&dy).into());
+            matmul::backward_input(dev, dx, dy, (&w).into(), (n, k), false).unwrap();
+        });
+        bench(&mut g, &name("backward_weight"), work, || {
+            let (dw, dy) = ((&mut dw).into(), (&dy).into());
+            matmul::backward_weight(dev, dw, None, dy, (&x).into(), (n, k)).unwrap();
+        });
+    }
+}
+
+fn attention(c: &mut Criterion) {
+    let dev = device();
+    let mut g = c.benchmark_group("attention");
+    for (q_heads, kv_heads, head_dim, len) in
+        [(12, 12, 64, 128), (12, 12, 64, 1024), (8, 2, 128, 512)]
+    {
+        let shape = Shape { q_heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f64).sqrt() };
+        let (cols, out_cols) = (shape.qkv_cols(), q_heads * head_dim);
+        let (n, per) = (ROWS / len, len.div_ceil(PAGE));
+        let segments: Vec<Segment> = (0..n)
+            .map(|i| Segment {
+                first: 0,
+                rows: len as u32,
+                at: (i * len) as u32,
+                pages: (i * per) as u32..((i + 1) * per) as u32,
+            })
+            .collect();
+        let pages: Vec<u32> = (0..(n * per) as u32).collect();
+        let mut arena = Arena::new(1 << 28);
+        let scope = arena.scope();
+        let mut kv = KvLayer::new(&scope, &shape, n * per).unwrap();
+        let (qkv, mut out) = (randn(1, ROWS * cols), vec![0.0; ROWS * out_cols]);
+        let mut lse = vec![0.0; ROWS * q_heads];
+        let name = |what: &str| format!("{what}/cpu/f32/{n}x{len}x{q_heads}:{kv_heads}x{head_dim}");
+        bench(&mut g, &name("append"), moves(4 * ROWS * kv_heads * head_dim), || {
+            attention::append(dev, &mut kv, (&qkv).into(), &segments, (&pages).into(), &shape)
+                .unwrap();
+        });
+        let visible = n * len * (len + 1) / 2;
+        bench(&mut g, &name("forward"), fma(2 * q_heads * head_dim * visible), || {
+            let (out, lse) = ((&mut out).into(), (&mut lse).into());
+            let pages = (&pages).into();
+            attention::forward(dev, out, lse, (&qkv).into(), &kv, &segments, pages, &shape)
+                .unwrap();
+        });
+        let (dout, mut dqkv) = (randn(2, ROWS * out_cols), vec![0.0; ROWS * cols]);
+        let mut scratch = vec![0.0; attention::scratch_len(&shape, ROWS)];
+        bench(&mut g, &name("backward"), fma(5 * q_heads * head_dim * visible), || {
+            attention::backward(
+                dev,
+                (&mut dqkv).into(),
+                (&dout).into(),
+                (&out).into(),
+                (&qkv).into(),
+                (&lse).into(),
+                &segments,
+                &shape,
+                (&mut scratch).into(),
+            )
+            .unwrap();
+        });
+        // One new row of each of 64 sequences against a full cache of one of them.
+        let decode: Vec<Segment> = (0..64)
+            .map(|i| Segment { first: len as u32 - 1, rows: 1, at: i, pages: 0..per as u32 })
+            .collect();
+        let read = Work { flops: 0.0, bytes: 64.0 * 8.0 * (len * kv_heads * head_dim) as f64 };
+        bench(&mut g, &name("decode"), read, || {
+            let (out, lse) =
+                ((&mut out[..64 * out_cols]).into(), (&mut lse[..64 * q_heads]).into());
+            let (qkv, pages) = (View::from(&qkv[..64 * cols]), (&pages).into());
+            attention::forward(dev, out, lse, qkv, &kv, &decode, pages, &shape).unwrap();
+        });
+    }
+}
+
+fn lm_head(c: &mut Criterion) {
+    let dev = device();
+    let mut g = c.benchmark_group("logprob");
+    g.sample_size(10);
+    for (rows, vocab, d) in [(512, VOCAB, HIDDEN), (2048, 5000, 256)] {
+        let (h, w) = (randn(1, rows * d), randn(2, vocab * d));
+        let mut packed = Packed::new(vocab, d);
+        packed.pack(dev, (&w).into()).unwrap();
+        let targets: Vec<u32> = (0..rows as u32).map(|r| r * 7 % vocab as u32).collect();
+        let (mut logp, mut lse, mut entropy) = (vec![0.0; rows], vec![0.0; rows], vec![0.0; rows]);
+        let mut scratch = vec![0.0; logprob::scratch_len(rows, vocab)];
+        let name = |what: &str| format!("{what}/cpu/f32/{rows}x{vocab}x{d}");
+        bench(&mut g, &name("forward"), fma(rows * vocab * d), || {
+            logprob::forward(
+                dev,
+                (&mut logp).into(),
+                (&mut lse).into(),
+                Some((&mut entropy).into()),
+                (&h).into(),
+                &packed,
+                (&targets).into(),
+                0.7,
+                (&mut scratch).into(),
+            )
+            .unwrap();
+        });
+        let (dlogp, mut dh, mut dw) = (randn(3, rows), vec![0.0; rows * d], vec![0.0; vocab * d]);
+        bench(&mut g, &name("backward"), fma(3 * rows * vocab * d), || {
+            let f = logprob::Forward {
+                h: (&h).into(),
+                packed: &packed,
+                w: (&w).into(),
+                targets: (&targets).into(),
+                lse: (&lse).into(),
+                entropy: None,
+                temperature: 0.7,
+            };
+            let (dh, dw) = ((&mut dh).into(), Some((&mut dw).into()));
+            logprob::backward(dev, dh, dw, (&dlogp).into(), None, f, (&mut scratch).into())
+                .unwrap();
+        });
+    }
+}
+
+fn norms(c: &mut Criterion) {
+    let dev = device();
+    let mut g = c.benchmark_group("norm");
+    let n = ROWS * HIDDEN;
+    let (x, w, b, dy) = (randn(1, n), randn(2, HIDDEN), randn(3, HIDDEN), randn(4, n));
+    let (mut y, mut dx) = (vec![0.0; n], vec![0.0; n]);
+    let (mut mean, mut rstd) = (vec![0.0; ROWS], vec![0.0; ROWS]);
+    let (mut dw, mut db) = (vec![0.0; HIDDEN], vec![0.0; HIDDEN]);
+    bench(&mut g, "rms_norm/forward/cpu/f32/2048x768", moves(2 * n), || {
+        let (y, rstd) = ((&mut y).into(), (&mut rstd).into());
+        rms_norm::forward(dev, y, rstd, (&x).into(), (&w).into(), 1e-6).unwrap();
+    });
+    bench(&mut g, "rms_norm/backward/cpu/f32/2048x768", moves(3 * n), || {
+        let (dx, dw) = ((&mut dx).into(), (&mut dw).into());
+        let (x, w, rstd) = ((&x).into(), (&w).into(), (&rstd).into());
+        rms_norm::backward(dev, dx, dw, (&dy).into(), x, w, rstd).unwrap();
+    });
+    bench(&mut g, "layer_norm/forward/cpu/f32/2048x768", moves(2 * n), || {
+        let (y, mean, rstd) = ((&mut y).into(), (&mut mean).into(), (&mut rstd).into());
+        layer_norm::forward(dev, y, mean, rstd, (&x).into(), (&w).into(), (&b).into(), 1e-5)
+            .unwrap();
+    });
+    bench(&mut g, "layer_norm/backward/cpu/f32/2048x768", moves(3 * n), || {
+        let (dx, dw, db) = ((&mut dx).into(), (&mut dw).into(), (&mut db).into());
+        let (mean, rstd) = ((&mean).into(), (&rstd).into());
+        let (dy, x, w) = ((&dy).into(), (&x).into(), (&w).into());
+        layer_norm::backward(dev, dx, dw, db, dy, x, w, mean, rstd).unwrap();
+    });
+}
+
+fn elementwise(c: &mut Criterion) {
+    let dev = device();
+    let mut g = c.benchmark_group("elementwise");
+    let n = ROWS * MLP;
+    let (x, up, dy) = (randn(1, n), randn(2, 2 * n), randn(3, n));
+    let (mut y, mut dx) = (vec![0.0; n], vec![0.0; 2 * n]);
+    for (name, act) in [("gelu_tanh", Activation::GeluTanh), ("silu", Activation::Silu)] {
+        bench(&mut g, &format!("{name}/forward/cpu/f32/2048x3072"), moves(2 * n), || {
+            activation::forward(dev, act, (&mut y).into(), (&x).into()).unwrap();
+        });
+        bench(&mut g, &format!("{name}/backward/cpu/f32/2048x3072"), moves(3 * n), || {
+            let dx = (&mut dx[..n]).into();
+            activation::backward(dev, act, dx, (&dy).into(), (&x).into()).unwrap();
+        });
+    }
+    bench(&mut g, "swiglu/forward/cpu/f32/2048x3072", moves(3 * n), || {
+        let act = Activation::Silu;
+        activation::gated_forward(dev, act, (&mut y).into(), (&up).into(), MLP).unwrap();
+    });
+    bench(&mut g, "swiglu/backward/cpu/f32/2048x3072", moves(5 * n), || {
+        let (act, dx) = (Activation::Silu, (&mut dx).into());
+        activation::gated_backward(dev, act, dx, (&dy).into(), (&up).into(), MLP).unwrap();
+    });
+    bench(&mut g, "residual/add/cpu/f32/2048x3072", moves(3 * n), || {
+        residual::add(dev, (&mut y).into(), (&x).into()).unwrap();
+    });
+    let (table, ids) =
+        (randn(4, VOCAB * HIDDEN), (0..ROWS as u32).map(|r| r * 17).collect::<Vec<_>>());
+    let (mut rows, mut dtable) = (vec![0.0; ROWS * HIDDEN], vec![0.0; VOCAB * HIDDEN]);
+    bench(&mut g, "embedding/forward/cpu/f32/2048x768", moves(2 * ROWS * HIDDEN), || {
+        embedding::forward(dev, (&mut rows).into(), (&ids).into(), (&table).into(), false).unwrap();
+    });
+    bench(&mut g, "embedding/backward/cpu/f32/2048x768", moves(3 * ROWS * HIDDEN), || {
+        let (d, ids) = ((&mut dtable).into(), (&ids).into());
+        embedding::backward(dev, d, ids, (&rows).into(), HIDDEN).unwrap();
+    });
+    let turn = Table::new(&Rope::Plain { theta: 1e4 }, 64, ROWS);
+    let positions: Vec<u32> = (0..ROWS as u32).collect();
+    bench(&mut g, "rope/forward/cpu/f32/2048x12x64", moves(2 * ROWS * HIDDEN), || {
+        let x = (&mut rows).into();
+        rope::forward(dev, x, HIDDEN, 12, 64, (&positions).into(), &turn).unwrap();
+    });
+    bench(&mut g, "scalar_head/forward/cpu/f32/2048x768", moves(ROWS * HIDDEN), || {
+        let (y, h) = ((&mut y[..ROWS]).into(), (&rows).into());
+        scalar_head::forward(dev, y, h, (&table[..HIDDEN]).into()).unwrap();
+    });
+    bench(&mut g, "scalar_head/backward/cpu/f32/2048x768", moves(2 * ROWS * HIDDEN), || {
+        let (dh, dw) = ((&mut dx[..ROWS * HIDDEN]).into(), (&mut dtable[..HIDDEN]).into());
+        let (dy, w) = ((&dy[..ROWS]).into(), (&table[..HIDDEN]).into());
+        scalar_head::backward(dev, dh, dw, dy, (&rows).into(), w).unwrap();
+    });
+}
+
+fn losses(c: &mut Criterion) {
+    let dev = device();
+    let mut g = c.benchmark_group("loss");
+    let n = 64 * 1024;
+    let col = |s: u64| randn(s, n);
+    let (logp, old, reference, adv) = (col(1), col(2), col(3), col(4));
+    let (mut d, mut e) = (vec![0.0; n], vec![0.0; n]);
+    let kl = Some(KlTerm { coef: 0.05, estimator: KlEstimator::K3, unbiased: true });
+    let settings = ppo_loss::Settings {
+        clip_low: 0.2,
+        clip_high: 0.28,
+        dual_clip: Some(3.0),
+        kl,
+        entropy_coef: 0.01,
+    };
+    bench(&mut g, "ppo_loss/cpu/f32/65536", moves(7 * n), || {
+        let tokens = Tokens {
+            logp: (&logp).into(),
+            old_logp: (&old).into(),
+            ref_logp: Some((&reference).into()),
+            entropy: Some((&adv).into()),
+            advantages: (&adv).into(),
+        };
+        let (d, e) = ((&mut d).into(), Some((&mut e).into()));
+        ppo_loss::policy(dev, d, e, tokens, &settings, n as f64).unwrap();
+    });
+    bench(&mut g, "value_loss/cpu/f32/65536", moves(4 * n), || {
+        let (d, v) = ((&mut d).into(), (&logp).into());
+        value_loss::forward(dev, d, v, (&old).into(), (&adv).into(), Some(0.2), 0.1, n as f64)
+            .unwrap();
+    });
+    bench(&mut g, "nll/cpu/f32/65536", moves(3 * n), || {
+        nll::forward(dev, (&mut d).into(), (&logp).into(), (&old).into(), n as f64).unwrap();
+    });
+    bench(&mut g, "bradley_terry/cpu/f32/65536", moves(2 * n), || {
+        let margins = View::from(&[][..]);
+        bradley_terry::forward(dev, (&mut d).into(), (&logp).into(), margins, 0.01, n as f64 / 2.0)
+            .unwrap();
+    });
+    let offsets: Vec<u32> = (0..=n as u32).step_by(256).collect();
+    bench(&mut g, "gae/cpu/f32/65536", moves(4 * n), || {
+        let (a, r) = ((&mut d).into(), (&mut e).into());
+        gae::forward(dev, a, r, (&logp).into(), (&old).into(), (&offsets).into(), 1.0, 0.95)
+            .unwrap();
+    });
+    bench(&mut g, "whiten/cpu/f32/65536", moves(4 * n), || {
+        let moments = Moments::of(View::from(&d));
+        whiten::apply(dev, (&mut d).into(), &moments, true, Variance::Unbiased, 1e-8).unwrap();
+    });
+    let (mut sum, a) = (0.0f32, KlEstimator::K3);
+    bench(&mut g, "kl/cpu/f32/65536", moves(2 * n), || {
+        sum += logp.iter().zip(&old).map(|(l, r)| a.value(*l, *r)).sum::<f32>();
+        std::hint::black_box(sum);
+    });
+}
+
+fn sampling(c: &mut Criterion) {
+    let dev = device();
+    let mut g = c.benchmark_group("sample");
+    let rows = 32;
+    let logits = randn(1, rows * VOCAB);
+    let (mut tokens, mut scratch) = (vec![0; rows], vec![0.0; sample::scratch_len(rows, VOCAB)]);
+    let samples: Vec<u64> = (0..rows as u64).collect();
+    let positions = vec![5; rows];
+    let all = sample::Params::default();
+    for (name, params) in [
+        ("greedy", sample::Params::greedy()),
+        ("whole", all),
+        ("top_k", sample::Params { top_k: 50, ..all }),
+        ("top_p", sample::Params { top_p: 0.9, ..all }),
+        ("min_p", sample::Params { min_p: 0.1, ..all }),
+    ] {
+        bench(&mut g, &format!("{name}/cpu/f32/32x50257"), moves(rows * VOCAB), || {
+            let (t, s, p) = ((&mut tokens).into(), (&samples).into(), (&positions).into());
+            let (z, room) = ((&logits).into(), (&mut scratch).into());
+            sample::next(dev, t, z, &params, 1, 2, s, p, room).unwrap();
+        });
+    }
+}
+
+fn optimizer(c: &mut Criterion) {
+    let dev = device();
+    let mut g = c.benchmark_group("optimizer");
+    let n = 16 << 20;
+    let (mut p, grad) = (Buffer::from_host(&randn(1, n)), Buffer::from_host(&randn(2, n)));
+    let (mut m, mut v) = (Buffer::<f32>::zeros(n), Buffer::<f32>::zeros(n));
+    let hyper = adamw::Hyper {
+        learning_rate: 1e-4,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        weight_decay: 0.01,
+    };
+    bench(&mut g, "adamw/cpu/f32/16M", moves(7 * n), || {
+        let state = adamw::State { p: p.view_mut(), m: m.view_mut(), v: v.view_mut() };
+        adamw::step(dev, state, grad.view(), 0.5, 3, &hyper).unwrap();
+    });
+    bench(&mut g, "grad_norm/cpu/f32/16M", moves(n), || {
+        std::hint::black_box(grad_norm::norm(dev, grad.view()));
+    });
+    bench(&mut g, "first_bad/cpu/f32/16M", moves(n), || {
+        std::hint::black_box(grad_norm::first_bad(dev, grad.view()));
+    });
+}
+
+criterion_group!(
+    benches,
+    matmul,
+    attention,
+    lm_head,
+    norms,
+    elementwise,
+    losses,
+    sampling,
+    optimizer
+);
+criterion_main!(benches);

@@ -1,0 +1,159 @@
+//! What benches share: the machine's own ceilings, measured in the same run, and a line beside
+//! criterion's that relates a time to them.
+
+#![allow(dead_code, clippy::print_stdout, clippy::unwrap_used)]
+
+use std::{
+    cell::RefCell,
+    hint::black_box,
+    sync::OnceLock,
+    time::{Duration, Instant},
+};
+
+use criterion::{BenchmarkGroup, Throughput, measurement::WallTime};
+use warpo::{
+    device::{Cpu, Device},
+    rng::{Philox, Purpose},
+};
+
+/// What one call does.
+#[derive(Clone, Copy, Default)]
+pub struct Work {
+    /// Floating-point operations, a multiply-add counted as two.
+    pub flops: f64,
+    /// Bytes that must be read or written, each once.
+    pub bytes: f64,
+}
+
+/// `n` multiply-adds.
+pub fn fma(n: usize) -> Work {
+    Work { flops: 2.0 * n as f64, bytes: 0.0 }
+}
+
+/// `n` f32 numbers read or written.
+pub fn moves(n: usize) -> Work {
+    Work { flops: 0.0, bytes: 4.0 * n as f64 }
+}
+
+/// Ceilings of this machine, in FLOP/s and bytes/s.
+#[derive(Clone, Copy, Debug)]
+pub struct Peak {
+    /// Fused multiply-adds on registers, all threads.
+    pub flops: f64,
+    /// A copy of 256 MiB, bytes read and written, all threads.
+    pub copy: f64,
+}
+
+warpo::simd! {
+    /// `n` rounds over `N` independent vectors of 16 numbers.
+    fn chains_6(acc: &mut [[f32; 16]; 6], n: usize) {
+        rounds(acc, n);
+    }
+
+    fn chains_12(acc: &mut [[f32; 16]; 12], n: usize) {
+        rounds(acc, n);
+    }
+}
+
+#[inline(always)]
+fn rounds<const N: usize>(acc: &mut [[f32; 16]; N], n: usize) {
+    let mut local = *acc;
+    for _ in 0..n {
+        for v in &mut local {
+            for x in v {
+                *x = x.mul_add(0.999, 0.001);
+            }
+        }
+    }
+    *acc = local;
+}
+
+/// The best of several tries: the peak is a ceiling, not a mean.
+fn best(tries: usize, mut f: impl FnMut()) -> f64 {
+    let one = |f: &mut dyn FnMut()| {
+        let start = Instant::now();
+        f();
+        start.elapsed().as_secs_f64()
+    };
+    (0..tries).map(|_| one(&mut f)).fold(f64::INFINITY, f64::min)
+}
+
+pub fn peak() -> Peak {
+    static PEAK: OnceLock<Peak> = OnceLock::new();
+    *PEAK.get_or_init(|| {
+        let Device::Cpu(cpu) = device();
+        const ROUNDS: usize = 2_000_000;
+        let run = |width: usize, f: &(dyn Fn(usize) + Sync)| {
+            let seconds = best(5, || cpu.run(cpu.threads(), f));
+            2.0 * (cpu.threads() * ROUNDS * width) as f64 / seconds
+        };
+        let six = run(6 * 16, &|t| {
+            let mut acc = [[t as f32; 16]; 6];
+            chains_6(cpu.isa(), &mut acc, ROUNDS);
+            black_box(acc);
+        });
+        let twelve = run(12 * 16, &|t| {
+            let mut acc = [[t as f32; 16]; 12];
+            chains_12(cpu.isa(), &mut acc, ROUNDS);
+            black_box(acc);
+        });
+        let n = 64 << 20;
+        let (from, mut to) = (vec![1.0f32; n], vec![0.0f32; n]);
+        let seconds = best(5, || {
+            cpu.rows(n, 1 << 16, (&mut to[..], 1), |range, to| to.copy_from_slice(&from[range]));
+        });
+        let peak = Peak { flops: six.max(twelve), copy: 8.0 * n as f64 / seconds };
+        println!(
+            "peak of {}: {:.1} GFLOP/s, copy {:.1} GB/s",
+            device().describe(),
+            peak.flops / 1e9,
+            peak.copy / 1e9
+        );
+        peak
+    })
+}
+
+/// The device of all benches: one pool for the process.
+pub fn device() -> &'static Device {
+    static DEVICE: OnceLock<Device> = OnceLock::new();
+    DEVICE.get_or_init(|| Device::Cpu(Cpu::new(0)))
+}
+
+/// `n` numbers from N(0, 1).
+pub fn randn(stream: u64, n: usize) -> Vec<f32> {
+    let draw = Philox::new(1, stream, 0, Purpose::Init);
+    (0..n).map(|i| draw.normal(i as u32) as f32).collect()
+}
+
+/// Measures `f` and prints its rate and share of the peak under criterion's own lines.
+pub fn bench(group: &mut BenchmarkGroup<'_, WallTime>, id: &str, work: Work, mut f: impl FnMut()) {
+    let peak = peak();
+    let amount = if work.flops > 0.0 { work.flops } else { work.bytes };
+    // criterion calls them elements; they are FLOPs, or bytes
+    group.throughput(Throughput::Elements(amount as u64));
+    let seconds = RefCell::new(Vec::new());
+    group.bench_function(id, |b| {
+        b.iter_custom(|n| {
+            let start = Instant::now();
+            for _ in 0..n {
+                f();
+            }
+            let took = start.elapsed();
+            seconds.borrow_mut().push(took.as_secs_f64() / n as f64);
+            took
+        });
+    });
+    let mut all = seconds.into_inner();
+    all.sort_by(f64::total_cmp);
+    let Some(median) = all.get(all.len() / 2) else { return };
+    let mut line = format!("    {:>10.3?}", Duration::from_secs_f64(*median));
+    for (amount, unit, peak) in
+        [(work.flops, "GFLOP/s", peak.flops), (work.bytes, "GB/s", peak.copy)]
+    {
+        if amount > 0.0 {
+            let rate = amount / median;
+            line += &format!("  {:.1} {unit}, {:.0} % of peak", rate / 1e9, 100.0 * rate / peak);
+        }
+    }
+    println!("{line}");
+}

@@ -1,0 +1,136 @@
+//! Whole phases on random GPT-2 models of the size `tiny` of `benches/peers` (4 layers, hidden 256,
+//! vocabulary 5,000): generation, a training step of SFT, an iteration of PPO.
+//!
+//! `cargo bench --bench train`; the share of the peak counts matrix products only.
+
+#![allow(missing_docs, clippy::unwrap_used, clippy::print_stdout)]
+
+mod support;
+
+use std::{fmt::Write, path::PathBuf};
+
+use criterion::{Criterion, SamplingMode, criterion_group, criterion_main};
+use support::{Work, bench, device, randn};
+use warpo::{
+    algorithms::ALGORITHMS,
+    config,
+    device::Arena,
+    models::{self, Config, Head, Model, Slot},
+    ops::sample,
+    rng::{Philox, Purpose},
+    rollout::{Generator, Prompt, Settings as Generation},
+    train::{Settings, Silent, Trainer},
+};
+
+const CONFIG: &str = r#"{
+    "model_type": "gpt2", "vocab_size": 5000, "n_positions": 256, "n_embd": 256, "n_layer": 4,
+    "n_head": 4
+}"#;
+
+fn random(head: Head) -> Model<f32> {
+    let mut model = Model::zeros(Config::parse(CONFIG, "config.json").unwrap(), head).unwrap();
+    let layout = model.params().layout().clone();
+    for (i, t) in layout.tensors().iter().enumerate() {
+        let to = model.params_mut().tensor_mut(t).host();
+        match t.slot {
+            Slot::Norm1 | Slot::Norm2 | Slot::FinalNorm => to.fill(1.0),
+            s if s.is_matrix() => {
+                to.iter_mut().zip(randn(i as u64, t.len())).for_each(|(w, x)| *w = 0.02 * x);
+            }
+            _ => {}
+        }
+    }
+    model.repack(device()).unwrap();
+    model
+}
+
+fn folder(name: &str) -> PathBuf {
+    let dir = std::env::temp_dir().join(format!("warpo-bench-{}", std::process::id())).join(name);
+    std::fs::create_dir_all(&dir).unwrap();
+    dir
+}
+
+fn ids(stream: u64, n: usize) -> Vec<u32> {
+    let draw = Philox::new(2, stream, 0, Purpose::Init);
+    (0..n as u32).map(|i| 3 + draw.below(i, 4997)).collect()
+}
+
+fn trainer(algorithm: &str, len: usize, more: &[&str]) -> Trainer {
+    let (model, judge) = (folder("model"), folder("judge"));
+    models::save(&random(Head::Lm), &model).unwrap();
+    models::save(&random(Head::Scalar), &judge).unwrap();
+    let data = folder("data").join(format!("{algorithm}.jsonl"));
+    let text = (0..64).fold(String::new(), |mut text, i| {
+        writeln!(text, "{{\"input_ids\": {:?}}}", ids(i, len)).unwrap();
+        text
+    });
+    std::fs::write(&data, text).unwrap();
+    let entry = ALGORITHMS.iter().find(|e| e.name == algorithm).unwrap();
+    let (mut settings, mut section) = (Settings::default(), (entry.section)());
+    let (model, data, judge) = (model.display(), data.display(), judge.display());
+    let mut pairs = vec![format!("model={model}"), format!("data={data}"), "steps=1000000".into()];
+    if algorithm == "ppo" {
+        pairs.push(format!("reward_model={judge}"));
+    }
+    for pair in pairs.iter().map(String::as_str).chain(more.iter().copied()) {
+        config::set_pair(&mut [&mut settings, &mut *section], pair).unwrap();
+    }
+    Trainer::new(settings, (entry.build)(&*section).unwrap()).unwrap()
+}
+
+/// FLOPs of matrix products over `tokens` tokens, of which `predicted` go through the LM head.
+fn flops(model: &Model<f32>, tokens: usize, predicted: usize) -> f64 {
+    let spec = model.spec();
+    tokens as f64 * spec.block_flops() + 2.0 * (predicted * spec.vocab * spec.hidden) as f64
+}
+
+fn generate(c: &mut Criterion) {
+    let (dev, model) = (device(), random(Head::Lm));
+    let prompts: Vec<Prompt> =
+        (0..32).map(|sample| Prompt { sample, ids: ids(sample, 32) }).collect();
+    let settings = Generation {
+        sampling: sample::Params::default(),
+        max_new_tokens: 64,
+        stop_ids: Vec::new(),
+        seed: 0,
+        step: 0,
+    };
+    let generator = Generator::for_prompts(&prompts, 64, 32, 1024);
+    let mut arena = Arena::new(generator.plan::<f32>(model.spec()).unwrap());
+    let mut g = c.benchmark_group("rollout");
+    g.sample_size(10).sampling_mode(SamplingMode::Flat);
+    let work = Work { flops: flops(&model, 32 * 95, 32 * 64), bytes: 0.0 };
+    bench(&mut g, "generate/cpu/f32/tiny/32x(32+64)", work, || {
+        let scope = arena.scope();
+        generator.run(dev, &model, &scope, &prompts, &settings, |_| true).unwrap();
+    });
+}
+
+fn sft(c: &mut Criterion) {
+    let mut t = trainer("sft", 128, &["batch_size=16", "micro_batch_tokens=2048"]);
+    let mut g = c.benchmark_group("train");
+    g.sample_size(10).sampling_mode(SamplingMode::Flat);
+    let work = Work { flops: 3.0 * flops(t.policy().unwrap(), 16 * 127, 16 * 127), bytes: 0.0 };
+    bench(&mut g, "sft_step/cpu/f32/tiny/16x128", work, || {
+        t.step(&mut Silent).unwrap();
+    });
+}
+
+fn ppo(c: &mut Criterion) {
+    let more = ["batch_size=32", "max_new_tokens=64", "temperature=1.0", "ppo_epochs=4"];
+    let mut t = trainer("ppo", 32, &[&more[..], &["minibatches=4"]].concat());
+    let mut g = c.benchmark_group("train");
+    g.sample_size(10).sampling_mode(SamplingMode::Flat);
+    let (policy, value) = (t.policy().unwrap(), t.scalar().unwrap());
+    let (tokens, new) = (32 * 95, 32 * 64);
+    // sampling and reference; values and rewards; then four passes of both trained models
+    let once = 2.0 * flops(policy, tokens, new) + 2.0 * flops(value, tokens, 0);
+    let passes = 12.0 * (flops(policy, tokens, new) + flops(value, tokens, 0));
+    let work = Work { flops: once + passes, bytes: 0.0 };
+    bench(&mut g, "ppo_iteration/cpu/f32/tiny/32x(32+64)", work, || {
+        t.step(&mut Silent).unwrap();
+    });
+}
+
+criterion_group!(benches, generate, sft, ppo);
+criterion_main!(benches);
