@@ -13,7 +13,8 @@ use crate::{algorithms::Metrics, train::Observer};
 pub(super) struct Progress {
     name: &'static str,
     bar: Option<ProgressBar>,
-    phase: String,
+    /// Of the last step.
+    numbers: String,
     /// When the last line of a step was printed.
     printed: Option<Instant>,
 }
@@ -21,7 +22,7 @@ pub(super) struct Progress {
 impl Progress {
     pub(super) fn new(name: &'static str) -> Self {
         let bar = std::io::stderr().is_terminal().then(|| {
-            let style = "{prefix} {bar:28} {pos}/{len} {elapsed} eta {eta} {msg}";
+            let style = "{prefix} {bar:20} {pos}/{len} {elapsed} eta {eta} {wide_msg}";
             let bar = ProgressBar::new(0).with_prefix(name);
             if let Ok(style) = ProgressStyle::with_template(style) {
                 bar.set_style(style);
@@ -29,7 +30,7 @@ impl Progress {
             bar.enable_steady_tick(Duration::from_millis(250));
             bar
         });
-        Self { name, bar, phase: String::new(), printed: None }
+        Self { name, bar, numbers: String::new(), printed: None }
     }
 
     pub(super) fn finish(&self) {
@@ -70,10 +71,18 @@ impl Observer for Progress {
         self.line(line);
     }
 
+    fn begin(&mut self, step: u64, steps: u64) {
+        if let Some(bar) = &self.bar {
+            bar.set_length(steps);
+            bar.set_position(step);
+            // What was done before a resumption took none of this run's time.
+            bar.reset_eta();
+        }
+    }
+
     fn phase(&mut self, name: &str, done: usize, total: usize) {
         if let Some(bar) = &self.bar {
-            self.phase = format!("[{name} {done}/{total}]");
-            bar.set_message(self.phase.clone());
+            bar.set_message(format!("[{name} {done}/{total}] {}", self.numbers));
         }
     }
 
@@ -82,12 +91,12 @@ impl Observer for Progress {
         let numbers: Vec<String> =
             metrics.iter().filter(shown).map(|(name, x)| format!("{name} {x:.4}")).collect();
         let tokens = metrics.iter().find(|m| m.0 == "tokens").map_or(0.0, |m| m.1);
-        let text = format!("{}, {:.0} tokens/s", numbers.join(", "), tokens / seconds);
+        let text = format!("{:.0} tokens/s, {}", tokens / seconds, numbers.join(", "));
         match &self.bar {
             Some(bar) => {
-                bar.set_length(steps);
                 bar.set_position(step);
-                bar.set_message(text);
+                bar.set_message(text.clone());
+                self.numbers = text;
             }
             // In a log, short steps share a line: the last of each second stands for it.
             None if step == steps || self.printed.is_none_or(|t| t.elapsed() >= EVERY) => {

@@ -60,6 +60,7 @@ pub fn run(
     let state = run.fixed(entry, section);
     run.resume(&state, seen)?;
     run.write_config(entry, section)?;
+    seen.begin(run.trainer.step, run.trainer.steps);
     let mut metrics = MetricsFile::open(&run.out, Some(run.trainer.step).filter(|s| *s > 0))?;
     while run.trainer.step < run.trainer.steps {
         let start = Instant::now();

@@ -25,6 +25,8 @@ use crate::{
 pub trait Observer {
     /// A line for people.
     fn note(&mut self, line: &str);
+    /// The run goes on after `step` of `steps`.
+    fn begin(&mut self, _step: u64, _steps: u64) {}
     /// `done` of `total` units of a phase of the present step.
     fn phase(&mut self, _name: &str, _done: usize, _total: usize) {}
     /// A finished step.
