@@ -68,6 +68,9 @@ fn is_one_fused_chain_per_output() {
     all_forms::<f32>(&sizes);
     all_forms::<f64>(&sizes);
     all_forms::<f32>(&[(61, 97, 300)]);
+    // more than one block of rows and of k, and a left operand that is copied on the way
+    all_forms::<f32>(&[(250, 40, 270), (770, 5, 33)]);
+    all_forms::<f64>(&[(250, 40, 270)]);
 }
 
 /// Property 1 for the matrix product: a row has the same bits for every M, thread count and

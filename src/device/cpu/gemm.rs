@@ -6,6 +6,8 @@
 
 #![allow(unsafe_code)]
 
+use std::mem::MaybeUninit;
+
 use super::{super::Float, Cpu, Isa, simd::Level};
 
 /// Columns of a panel: two 512-bit vectors of f32.
@@ -13,6 +15,9 @@ pub const NR: usize = 32;
 
 /// Rows of k that one pass over A and C covers: a panel of 256 x 32 f32 is 32 KiB, one L1 cache.
 const KC: usize = 256;
+
+/// Rows of A that all panels pass over before the next: 240 x 256 f32 are 240 KiB, which stay in L2.
+const MC: usize = 240;
 
 /// The left operand, row-major with leading dimension `ld`, or its transpose.
 #[derive(Clone, Copy, Debug)]
@@ -60,8 +65,49 @@ pub enum Rhs<'a, F> {
     },
 }
 
-/// One packed pass, on the stack.
-type Room<F> = [F; KC * NR];
+/// Memory on the stack for a block of A and a panel of B: only what was written is read.
+struct Room<F, const N: usize>(MaybeUninit<[F; N]>);
+
+impl<F: Float, const N: usize> Room<F, N> {
+    fn new() -> Self {
+        Self(MaybeUninit::uninit())
+    }
+
+    /// `rows` rows of `width`, the first `from.len()` of each copied from `row(i)`, the others 0.
+    fn fill<'a>(&mut self, rows: usize, width: usize, row: impl Fn(usize) -> &'a [F]) -> &[F] {
+        assert!(rows * width <= N);
+        let start = self.0.as_mut_ptr().cast::<F>();
+        for i in 0..rows {
+            let from = row(i);
+            assert!(from.len() <= width);
+            // SAFETY: row `i` is within the array.
+            let to = unsafe { start.add(i * width) };
+            // The common width as one block: a call for every 128 bytes would cost more.
+            match <&[F; NR]>::try_from(from) {
+                // SAFETY: row `i` has at least NR elements.
+                Ok(block) => unsafe { to.cast::<[F; NR]>().write_unaligned(*block) },
+                // SAFETY: `from` fits the row, and is not in this array.
+                Err(_) => unsafe { to.copy_from_nonoverlapping(from.as_ptr(), from.len()) },
+            }
+            // SAFETY: the end of `from`, at most that of the row.
+            let rest = unsafe { to.add(from.len()) };
+            // SAFETY: what is left of the row; all zeros is a value of F.
+            unsafe { rest.write_bytes(0, width - from.len()) };
+        }
+        // SAFETY: all rows were just written.
+        unsafe { std::slice::from_raw_parts(start, rows * width) }
+    }
+
+    /// The first `n` elements as zeros, to write.
+    fn zeros(&mut self, n: usize) -> &mut [F] {
+        assert!(n <= N);
+        let start = self.0.as_mut_ptr().cast::<F>();
+        // SAFETY: `n` elements fit the array; all zeros is a value of F.
+        unsafe { start.write_bytes(0, n) };
+        // SAFETY: just initialised, and borrowed exclusively through `self`.
+        unsafe { std::slice::from_raw_parts_mut(start, n) }
+    }
+}
 
 impl<'a, F: Float> Rhs<'a, F> {
     fn check(&self, k: usize, n: usize) {
@@ -82,7 +128,7 @@ impl<'a, F: Float> Rhs<'a, F> {
         p: usize,
         (k, n): (usize, usize),
         k0: usize,
-        room: &'r mut Option<Room<F>>,
+        room: &'r mut Room<F, { KC * NR }>,
     ) -> &'r [F]
     where
         'a: 'r,
@@ -92,12 +138,11 @@ impl<'a, F: Float> Rhs<'a, F> {
         match *self {
             Self::Packed(panels) => &panels[(p * k + k0) * NR..][..kc * NR],
             Self::Rows { data, ld } => {
-                let room = &mut room.get_or_insert([F::ZERO; KC * NR])[..kc * NR];
-                pack_rows(room, &data[k0 * ld + j..], ld, nc);
-                room
+                let data = &data[k0 * ld + j..];
+                room.fill(kc, NR, |i| &data[i * ld..i * ld + nc])
             }
             Self::Columns { data, ld } => {
-                let room = &mut room.get_or_insert([F::ZERO; KC * NR])[..kc * NR];
+                let room = room.zeros(kc * NR);
                 pack_columns(room, &data[j * ld + k0..], ld, kc, nc);
                 room
             }
@@ -148,13 +193,6 @@ fn pack_columns<F: Float>(panel: &mut [F], w: &[F], ld: usize, k: usize, nc: usi
     }
 }
 
-fn pack_rows<F: Float>(panel: &mut [F], b: &[F], ld: usize, nc: usize) {
-    for (i, row) in panel.chunks_exact_mut(NR).enumerate() {
-        row[..nc].copy_from_slice(&b[i * ld..i * ld + nc]);
-        row[nc..].fill(F::ZERO);
-    }
-}
-
 /// `C(i, j) (+)= sum_k A(i, k) B(k, j)`, `C(i, j) = c[i * ldc + j]`, on all threads. `add`
 /// continues the chain from C, else it starts at 0. Then `bias` `[n]` is added, if any.
 ///
@@ -174,13 +212,10 @@ pub fn product<F: Float>(
     check(c, ldc, (m, n, k), a, b, bias);
     let out = Out { c: c.as_mut_ptr(), ldc };
     let panels = n.div_ceil(NR);
-    // Whole panels first; where there are few, rows are split too. A task below about 10^5
-    // multiply-adds costs more to hand over than to run.
+    // A task below about 10^5 multiply-adds costs more to hand over than to run.
     let want = if m * n * k < 100_000 { 1 } else { cpu.threads() * 4 };
-    let per = panels.div_ceil(want).max(1);
-    let tasks_n = panels.div_ceil(per);
-    let rows = m.div_ceil(want.div_ceil(tasks_n.max(1))).next_multiple_of(12).max(48);
-    let tasks_m = m.div_ceil(rows);
+    let (rows, per) = split((m, panels), want, a.copied(k), b, block_rows(a, b));
+    let (tasks_m, tasks_n) = (m.div_ceil(rows), panels.div_ceil(per));
     cpu.run(tasks_n * tasks_m, |task| {
         let (tm, tn) = (task / tasks_n, task % tasks_n);
         let (i0, i1) = (tm * rows, ((tm + 1) * rows).min(m));
@@ -188,6 +223,35 @@ pub fn product<F: Float>(
         // SAFETY: `check` bounds C, A and B; tasks own disjoint rectangles of C.
         unsafe { block(cpu.isa(), &out, (i0, i1), (p0, p1), (n, k), a, b, add, bias) };
     });
+}
+
+/// Rows and panels of each of about `want` tasks, so that the least is packed: a task packs its part
+/// of B for every block of its rows, and copies its rows of A once for all its panels.
+fn split<F>(
+    (m, panels): (usize, usize),
+    want: usize,
+    copies: bool,
+    b: Rhs<'_, F>,
+    mc: usize,
+) -> (usize, usize) {
+    let packs = !matches!(b, Rhs::Packed(_));
+    let sizes = (1..=want).map(|tasks_m| {
+        let rows = m.div_ceil(tasks_m).next_multiple_of(12).max(48);
+        let tasks_m = m.div_ceil(rows).max(1);
+        let per = panels.div_ceil(want.div_ceil(tasks_m)).max(1);
+        let tasks_n = panels.div_ceil(per);
+        let cost_b = if packs { panels * NR * m.div_ceil(rows) * rows.div_ceil(mc) } else { 0 };
+        let cost_a = if copies { m * tasks_n } else { 0 };
+        // Else the squarest: it reads the least of both operands.
+        (cost_a + cost_b, rows.max(per * NR), rows, per)
+    });
+    sizes.min().map_or((m.max(1), panels.max(1)), |best| (best.2, best.3))
+}
+
+/// Rows of A between two visits of a panel. Where B is packed on the way and A is not, packing less
+/// often is worth reading A from L3.
+fn block_rows<F>(a: Lhs<'_, F>, b: Rhs<'_, F>) -> usize {
+    if a.transposed || matches!(b, Rhs::Packed(_)) { MC } else { 3 * MC }
 }
 
 /// [`product`] on this thread alone, for callers that are already parallel.
@@ -260,37 +324,71 @@ unsafe fn block<F: Float>(
     if m == 0 || n == 0 {
         return;
     }
-    let mut room = None; // stays untouched where B is packed
-    for p in p0..p1 {
-        let nc = NR.min(n - p * NR);
-        // SAFETY: row i0 and column 32 p are inside C.
-        let c = unsafe { out.c.add(i0 * out.ldc + p * NR) };
-        for k0 in (0..k.max(1)).step_by(KC) {
-            let panel = if k == 0 { &[][..] } else { b.panel(p, (k, n), k0, &mut room) };
-            let skip = if a.transposed { k0 * a.ld + i0 } else { i0 * a.ld + k0 };
-            let tile = Tile {
-                a: a.data[skip.min(a.data.len())..].as_ptr(),
-                lda: a.ld,
-                transposed: a.transposed,
-                b: panel.as_ptr(),
-                k: panel.len() / NR,
-                add: add || k0 > 0,
-            };
-            // SAFETY: `check` bounds every access of `m` rows, `nc` columns, `tile.k` steps.
-            unsafe { F::run(isa, tile, m, nc, c, out.ldc) };
-        }
-        if let Some(bias) = bias {
-            let bias = &bias[p * NR..][..nc];
-            for i in 0..m {
-                // SAFETY: row `i` of this rectangle has `nc` columns.
-                let row = unsafe { c.add(i * out.ldc) };
-                // SAFETY: as above, and the rectangle is this task's own.
-                let row = unsafe { std::slice::from_raw_parts_mut(row, nc) };
-                for (y, b) in row.iter_mut().zip(bias) {
-                    *y += *b;
-                }
+    let (mut room_a, mut room_b) = (Room::new(), Room::new());
+    let mc = block_rows(a, b);
+    // A block of A stays in L2 while all panels pass over it, a panel of B in L1 while all tiles
+    // of the block do.
+    for k0 in (0..k.max(1)).step_by(KC) {
+        let kc = KC.min(k - k0);
+        for i in (i0..i1).step_by(mc) {
+            let rows = mc.min(i1 - i);
+            let (data, lda) = a.block((i, rows), (k0, kc), &mut room_a);
+            for p in p0..p1 {
+                let nc = NR.min(n - p * NR);
+                let panel = if k == 0 { &[][..] } else { b.panel(p, (k, n), k0, &mut room_b) };
+                let tile = Tile {
+                    a: data.as_ptr(),
+                    lda,
+                    transposed: a.transposed,
+                    b: panel.as_ptr(),
+                    k: kc,
+                    add: add || k0 > 0,
+                };
+                // SAFETY: row i and column 32 p are inside C.
+                let c = unsafe { out.c.add(i * out.ldc + p * NR) };
+                // SAFETY: `check` bounds every access of `rows` rows, `nc` columns, `kc` steps.
+                unsafe { F::run(isa, tile, rows, nc, c, out.ldc) };
             }
         }
+    }
+    let Some(bias) = bias else { return };
+    for i in i0..i1 {
+        for p in p0..p1 {
+            let nc = NR.min(n - p * NR);
+            // SAFETY: row i and column 32 p are inside C.
+            let c = unsafe { out.c.add(i * out.ldc + p * NR) };
+            // SAFETY: `nc` columns from there are, too, and the rectangle is this task's own.
+            let row = unsafe { std::slice::from_raw_parts_mut(c, nc) };
+            for (y, b) in row.iter_mut().zip(&bias[p * NR..]) {
+                *y += *b;
+            }
+        }
+    }
+}
+
+impl<'a, F: Float> Lhs<'a, F> {
+    /// Whether [`Lhs::block`] copies: a transposed operand with long rows, whose columns would all
+    /// fall into a few sets of the cache.
+    fn copied(&self, k: usize) -> bool {
+        self.transposed && self.ld > 4 * NR && k >= NR
+    }
+
+    /// `rows` rows from `i` and `kc` columns from `k`, and their leading dimension.
+    fn block<'r>(
+        &self,
+        (i, rows): (usize, usize),
+        (k, kc): (usize, usize),
+        room: &'r mut Room<F, { KC * MC }>,
+    ) -> (&'r [F], usize)
+    where
+        'a: 'r,
+    {
+        let skip = if self.transposed { k * self.ld + i } else { i * self.ld + k };
+        let data = &self.data[skip.min(self.data.len())..];
+        if !self.copied(kc) {
+            return (data, self.ld);
+        }
+        (room.fill(kc, rows, |k| &data[k * self.ld..k * self.ld + rows]), rows)
     }
 }
 
