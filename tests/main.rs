@@ -10,7 +10,7 @@ mod device {
     mod math;
 }
 mod models {
-    mod golden;
+    pub mod golden;
 }
 mod ops {
     mod rms_norm;
@@ -21,6 +21,7 @@ mod train {
     mod events;
     mod lock;
     mod metrics;
+    mod role;
     mod run;
     mod signals;
 }
