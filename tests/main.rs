@@ -11,6 +11,7 @@ mod device {
 }
 mod models {
     pub mod golden;
+    mod gradients;
 }
 mod ops {
     mod rms_norm;
