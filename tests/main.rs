@@ -10,8 +10,10 @@ mod device {
     mod math;
 }
 mod models {
+    mod config;
     pub mod golden;
     mod gradients;
+    mod weights;
 }
 mod ops {
     mod rms_norm;
