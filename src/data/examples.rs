@@ -242,8 +242,8 @@ fn drawn(labelled: &[(i64, Vec<u32>)], seed: u64) -> Vec<Pair> {
         .collect()
 }
 
-/// Prompts: `prompt` of any record that has one, ids, or texts of which the first `tokens` tokens
-/// are the prompt.
+/// Prompts: `prompt` of any record that has one, as it is; ids or texts, of which the first `tokens`
+/// tokens are the prompt.
 ///
 /// # Errors
 /// [`Error::Data`] naming the record that does not fit.
@@ -256,21 +256,21 @@ pub fn prompts(
     let mut m = Maker { tokenizer, limits, stats: Stats::default() };
     let mut out = Vec::with_capacity(records.len());
     for at in records {
+        let first = tokens.unwrap_or(usize::MAX);
         let mut ids = match &at.record {
             Record::Prompt { prompt }
             | Record::Completion { prompt, .. }
             | Record::Preference { prompt, .. } => m.tokenizer(at)?.encode_start(prompt)?,
-            Record::Ids { input_ids } => input_ids.clone(),
             Record::PreferenceIds { prompt, .. } => prompt.clone(),
+            Record::Ids { input_ids } => input_ids[..first.min(input_ids.len())].to_vec(),
             Record::Text { text } | Record::Labelled { text, .. } if tokens.is_some() => {
-                m.tokenizer(at)?.encode_start(text)?
+                let mut ids = m.tokenizer(at)?.encode_start(text)?;
+                ids.truncate(first);
+                ids
             }
             _ => return Err(unfit(at, "prompts (or `prompt_tokens` to cut them from texts)")),
         };
         m.check(at, &ids)?;
-        if let Some(n) = tokens {
-            ids.truncate(n);
-        }
         if ids.len() > limits.max_length {
             ids.drain(..ids.len() - limits.max_length);
             m.stats.truncated += 1;
