@@ -5,6 +5,12 @@
 mod house;
 mod support;
 
+mod data {
+    mod examples;
+    mod order;
+    mod records;
+    mod tokenizer;
+}
 mod device {
     mod gemm;
     mod math;
@@ -13,6 +19,7 @@ mod models {
     mod config;
     pub mod golden;
     mod gradients;
+    mod stories;
     mod weights;
 }
 mod ops {

@@ -45,8 +45,8 @@ pub fn unpad(g: &Golden, ids: &str, mask: &str) -> Vec<Vec<u32>> {
         .collect()
 }
 
-struct Pass<F> {
-    logits: Vec<F>,
+pub struct Pass<F> {
+    pub logits: Vec<F>,
     streams: Vec<Vec<F>>,
     hidden: Vec<F>,
 }
@@ -57,7 +57,7 @@ fn hidden<F: Float>(model: &Model<F>, rows: &[Vec<u32>]) -> Vec<F> {
 }
 
 /// Logits at every position of every sequence, packed; none for a scalar head.
-fn forward<F: Float>(model: &Model<F>, rows: &[Vec<u32>]) -> Pass<F> {
+pub fn forward<F: Float>(model: &Model<F>, rows: &[Vec<u32>]) -> Pass<F> {
     let dev = Device::cpu();
     let mut batch = Batch::default();
     rows.iter().for_each(|r| batch.push_last(r));
