@@ -26,6 +26,10 @@ mod ops {
     mod rms_norm;
 }
 mod rng;
+mod rollout {
+    mod engine;
+    mod score;
+}
 mod train {
     mod checkpoint;
     mod events;

@@ -48,7 +48,7 @@ pub fn unpad(g: &Golden, ids: &str, mask: &str) -> Vec<Vec<u32>> {
 pub struct Pass<F> {
     pub logits: Vec<F>,
     streams: Vec<Vec<F>>,
-    hidden: Vec<F>,
+    pub hidden: Vec<F>,
 }
 
 /// What the head reads at every position of every sequence, packed.
