@@ -5,6 +5,12 @@
 mod house;
 mod support;
 
+mod algorithms {
+    mod ppo;
+    mod registry;
+    mod reward;
+    mod sft;
+}
 mod data {
     mod examples;
     mod order;
@@ -33,9 +39,12 @@ mod rollout {
 mod train {
     mod checkpoint;
     mod events;
+    mod feed;
     mod lock;
     mod metrics;
+    mod pass;
     mod role;
     mod run;
     mod signals;
+    mod trainer;
 }

@@ -1,0 +1,92 @@
+//! The table of algorithms: the command line, the configuration and the tests follow from it.
+
+use std::collections::BTreeSet;
+
+use warpo::{
+    Error,
+    algorithms::{ALGORITHMS, Inputs},
+    config::{self, Section},
+    train::Settings,
+};
+
+use crate::support::runs::warpo;
+
+fn output(args: &[&str]) -> String {
+    let out = warpo(args).output().unwrap();
+    assert!(out.status.success(), "{args:?}");
+    String::from_utf8(out.stdout).unwrap()
+}
+
+#[test]
+fn every_algorithm_is_in_the_registry() {
+    let help = output(&["train", "--help"]);
+    let mut names = BTreeSet::new();
+    for e in ALGORITHMS {
+        assert!(names.insert(e.name), "{} is there twice", e.name);
+        assert!(e.about.len() > 10 && !e.about.ends_with('.'), "{}", e.about);
+        assert!(help.contains(e.name), "{help}");
+
+        // no key of its own hides a shared one
+        let shared: Vec<&str> = Settings::default().keys().iter().map(|k| k.name).collect();
+        let own = (e.section)().keys();
+        assert!(own.iter().all(|k| !shared.contains(&k.name) && !k.doc.trim().is_empty()));
+
+        // what is printed is a configuration, with the algorithm's defaults in it
+        let mut settings = Settings::default();
+        for (key, value) in e.defaults {
+            config::set_pair(&mut [&mut settings], &format!("{key}={value}")).unwrap();
+        }
+        let section = (e.section)();
+        let text = output(&["config", e.name]);
+        assert!(text.contains(e.about), "{text}");
+        assert!(text.ends_with(&config::template(&[&settings, &*section])));
+        let (mut read, mut read_section) = (Settings::default(), (e.section)());
+        config::set_all(&mut [&mut read, &mut *read_section], &text, e.name).unwrap();
+        assert_eq!(read, settings);
+        assert_eq!(read_section.keys(), section.keys());
+
+        // it is built, or says which key is missing
+        match (e.build)(&*section) {
+            Ok(algorithm) => {
+                let needs = algorithm.needs();
+                assert!(needs.policy || needs.scalar, "{} trains nothing", e.name);
+                assert!(needs.epochs > 0 && needs.minibatches > 0);
+                assert_eq!(needs.reference || needs.scores, needs.inputs == Inputs::Prompts);
+            }
+            Err(Error::Config { key, .. }) => {
+                assert!(own.iter().any(|k| k.name == key), "{}: {key}", e.name);
+            }
+            Err(error) => panic!("{}: {error}", e.name),
+        }
+    }
+    let out = warpo(&["train", "nope"]).output().unwrap();
+    let error = String::from_utf8(out.stderr).unwrap();
+    assert_eq!(out.status.code(), Some(2));
+    assert!(error.starts_with("error: config key `algorithm`: there is no `nope`\n"), "{error}");
+    assert!(ALGORITHMS.iter().all(|e| error.contains(e.name) && error.contains(e.about)));
+}
+
+/// Every key of every algorithm, changed, comes back from the text that is printed for it.
+#[test]
+fn every_setting_survives_the_template() {
+    for e in ALGORITHMS {
+        let mut section = (e.section)();
+        let mut settings = Settings::default();
+        for key in settings.keys().into_iter().chain(section.keys()) {
+            let candidates =
+                ["true", "false", "7", "0.25", "\"none\"", "\"k3\"", "\"loss\"", "\"é = # x\""];
+            let change = candidates.iter().find(|v| {
+                let pair = format!("{}={v}", key.name);
+                **v != key.value
+                    && config::set_pair(&mut [&mut settings, &mut *section], &pair).is_ok()
+            });
+            // an enum that has none of these texts keeps its value
+            let fixed = ["schedule", "whiten_variance"];
+            assert!(change.is_some() || fixed.contains(&key.name), "{}", key.name);
+        }
+        let text = config::template(&[&settings, &*section]);
+        let (mut read, mut read_section) = (Settings::default(), (e.section)());
+        config::set_all(&mut [&mut read, &mut *read_section], &text, "text").unwrap();
+        assert_eq!((read, read_section.keys()), (settings, section.keys()));
+    }
+}
