@@ -115,7 +115,7 @@ fn a_minibatch_keeps_what_belongs_together() {
         offsets: vec![0, 2, 3, 6],
         old_logp: vec![0.0, 1.0, 10.0, 20.0, 21.0, 22.0],
         scores: vec![0.5, 1.5, 2.5],
-        stopped: vec![true, false, true],
+        stopped: vec![true, false, false],
         ..Columns::default()
     };
     assert_eq!((columns.sequences(), columns.tokens(), columns.span(&(1..3))), (3, 6, 2..6));
@@ -124,6 +124,6 @@ fn a_minibatch_keeps_what_belongs_together() {
     let mini = columns.subset(&[2, 0]);
     assert_eq!((mini.samples, mini.offsets), (vec![9, 7], vec![0, 3, 5]));
     assert_eq!(mini.old_logp, [20.0, 21.0, 22.0, 0.0, 1.0]);
-    assert_eq!((mini.scores, mini.stopped), (vec![2.5, 0.5], vec![true, true]));
+    assert_eq!((mini.scores, mini.stopped), (vec![2.5, 0.5], vec![false, true]));
     assert!(mini.ref_logp.is_empty() && mini.weights.is_empty());
 }
