@@ -6,6 +6,18 @@ mod cli;
 mod house;
 mod support;
 
+mod algorithms {
+    mod ppo;
+    mod registry;
+    mod reward;
+    mod sft;
+}
+mod data {
+    mod examples;
+    mod order;
+    mod records;
+    mod tokenizer;
+}
 mod device {
     mod gemm;
     mod math;
@@ -14,17 +26,29 @@ mod eval {
     mod report;
 }
 mod models {
-    mod golden;
+    mod config;
+    pub mod golden;
+    mod gradients;
+    mod stories;
+    mod weights;
 }
 mod ops {
     mod rms_norm;
 }
 mod rng;
+mod rollout {
+    mod engine;
+    mod score;
+}
 mod train {
     mod checkpoint;
     mod events;
+    mod feed;
     mod lock;
     mod metrics;
+    mod pass;
+    mod role;
     mod run;
     mod signals;
+    mod trainer;
 }

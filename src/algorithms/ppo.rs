@@ -176,6 +176,8 @@ impl Ppo {
             ("max_new_tokens", s.max_new_tokens > 0, "1 or more"),
             ("rollout_slots", s.rollout_slots > 0, "1 or more"),
             ("temperature", s.temperature > 0.0, "above 0: PPO needs a distribution"),
+            ("top_p", s.top_p > 0.0 && s.top_p <= 1.0, "above 0, up to 1"),
+            ("min_p", (0.0..=1.0).contains(&s.min_p), "from 0 to 1"),
             ("clip_range", s.clip_range > 0.0 && s.clip_range < 1.0, "between 0 and 1"),
             ("clip_range_high", s.clip_range_high.is_none_or(|c| c > 0.0), "above 0"),
             ("dual_clip", s.dual_clip.is_none_or(|c| c > 1.0), "above 1"),
@@ -184,7 +186,9 @@ impl Ppo {
             ("lambda", (0.0..=1.0).contains(&s.lambda), "from 0 to 1"),
             ("ppo_epochs", s.ppo_epochs > 0, "1 or more"),
             ("minibatches", s.minibatches > 0, "1 or more"),
+            ("kl_target", s.kl_target.is_none_or(|k| k > 0.0), "above 0"),
             ("kl_horizon", s.kl_horizon > 0.0, "above 0"),
+            ("reward_clip", s.reward_clip.is_none_or(|c| c > 0.0), "above 0"),
             (
                 "reward_model",
                 !s.reward_model.as_os_str().is_empty(),

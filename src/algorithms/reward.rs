@@ -39,7 +39,8 @@ pub(super) const ENTRY: Entry = Entry {
     build: |s: &dyn Section| {
         let settings = s.as_any().downcast_ref::<RewardSettings>().cloned().unwrap_or_default();
         if settings.center_coef < 0.0 {
-            return Err(Error::value("center_coef", "0 or more", settings.center_coef));
+            let message = "wanted 0 or more".into();
+            return Err(Error::Config { key: "center_coef".into(), message, hint: None });
         }
         Ok(Box::new(Reward { settings, stats: Stats::default() }))
     },

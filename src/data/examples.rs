@@ -164,11 +164,12 @@ pub fn texts(
     Ok((out, m.stats))
 }
 
-/// Pairs: preferences, or labelled texts, of which every text with the higher label is paired with
-/// one of the lower, drawn with `seed`; each text is used once where the counts allow.
+/// Pairs: preferences, or labelled texts, of which every text with the highest label is paired with
+/// one of the lowest, drawn with `seed`; each text is used once where the counts allow. Texts with
+/// labels between count as dropped.
 ///
 /// # Errors
-/// [`Error::Data`] naming the record that does not fit.
+/// [`Error::Data`] naming the record that does not fit; [`Error::Value`] if all labels are one.
 pub fn pairs(
     records: &[Located],
     tokenizer: Option<&Tokenizer>,
@@ -176,7 +177,7 @@ pub fn pairs(
     seed: u64,
 ) -> Result<(Vec<Pair>, Stats)> {
     let mut m = Maker { tokenizer, limits, stats: Stats::default() };
-    let mut raw: Vec<Pair> = Vec::new();
+    let mut raw = Vec::new();
     let mut labelled: Vec<(i64, Vec<u32>)> = Vec::new();
     for at in records {
         let (chosen, rejected, margin) = match &at.record {
@@ -200,10 +201,14 @@ pub fn pairs(
         raw.push(Pair { chosen, rejected, margin });
     }
     if !labelled.is_empty() {
-        raw = drawn(&labelled, seed);
-        if raw.is_empty() {
-            return Err(records[0].error("and all others have one label, wanted two"));
+        let (low, high) = labelled.iter().fold((i64::MAX, i64::MIN), |(low, high), (label, _)| {
+            (low.min(*label), high.max(*label))
+        });
+        if low == high {
+            return Err(Error::value("labels of all texts", "two or more", format!("only {low}")));
         }
+        m.stats.dropped += labelled.iter().filter(|l| l.0 != low && l.0 != high).count();
+        raw.extend(drawn(&labelled, (low, high), seed));
     }
     let mut out = Vec::with_capacity(raw.len());
     for mut pair in raw {
@@ -221,12 +226,7 @@ pub fn pairs(
 }
 
 /// Pairs of the highest label against the lowest, both shuffled; the shorter list repeats.
-fn drawn(labelled: &[(i64, Vec<u32>)], seed: u64) -> Vec<Pair> {
-    let labels = || labelled.iter().map(|l| l.0);
-    let (Some(low), Some(high)) = (labels().min(), labels().max()) else { return Vec::new() };
-    if low == high {
-        return Vec::new();
-    }
+fn drawn(labelled: &[(i64, Vec<u32>)], (low, high): (i64, i64), seed: u64) -> Vec<Pair> {
     let of = |label: i64, stream: u64| {
         let all: Vec<&Vec<u32>> = labelled.iter().filter(|l| l.0 == label).map(|l| &l.1).collect();
         let order = Philox::new(seed, 0, stream, Purpose::Pairs).permutation(all.len());
@@ -242,8 +242,8 @@ fn drawn(labelled: &[(i64, Vec<u32>)], seed: u64) -> Vec<Pair> {
         .collect()
 }
 
-/// Prompts: `prompt` of any record that has one, ids, or texts of which the first `tokens` tokens
-/// are the prompt.
+/// Prompts: `prompt` of any record that has one, as it is; ids or texts, of which the first `tokens`
+/// tokens are the prompt.
 ///
 /// # Errors
 /// [`Error::Data`] naming the record that does not fit.
@@ -256,21 +256,21 @@ pub fn prompts(
     let mut m = Maker { tokenizer, limits, stats: Stats::default() };
     let mut out = Vec::with_capacity(records.len());
     for at in records {
+        let first = tokens.unwrap_or(usize::MAX);
         let mut ids = match &at.record {
             Record::Prompt { prompt }
             | Record::Completion { prompt, .. }
             | Record::Preference { prompt, .. } => m.tokenizer(at)?.encode_start(prompt)?,
-            Record::Ids { input_ids } => input_ids.clone(),
             Record::PreferenceIds { prompt, .. } => prompt.clone(),
+            Record::Ids { input_ids } => input_ids[..first.min(input_ids.len())].to_vec(),
             Record::Text { text } | Record::Labelled { text, .. } if tokens.is_some() => {
-                m.tokenizer(at)?.encode_start(text)?
+                let mut ids = m.tokenizer(at)?.encode_start(text)?;
+                ids.truncate(first);
+                ids
             }
             _ => return Err(unfit(at, "prompts (or `prompt_tokens` to cut them from texts)")),
         };
         m.check(at, &ids)?;
-        if let Some(n) = tokens {
-            ids.truncate(n);
-        }
         if ids.len() > limits.max_length {
             ids.drain(..ids.len() - limits.max_length);
             m.stats.truncated += 1;

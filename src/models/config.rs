@@ -7,7 +7,7 @@ use serde_json::Value;
 use super::{FAMILIES, Family, Spec};
 use crate::{
     error::{Error, Result},
-    ops::{activation::Activation, rope::Rope},
+    ops::{activation::Activation, attention::MAX_HEAD_DIM, rope::Rope},
 };
 
 /// The largest `config.json` that is read.
@@ -74,6 +74,13 @@ impl Config {
             if n == 0 || n > 1 << 24 {
                 return Err(self.wrong(key, "a number from 1 to 16777216", &n));
             }
+        }
+        if spec.head_dim > MAX_HEAD_DIM {
+            let want = format!("at most {MAX_HEAD_DIM}");
+            return Err(self.wrong("head_dim", &want, &spec.head_dim));
+        }
+        if !(spec.norm_eps >= 0.0 && spec.norm_eps.is_finite()) {
+            return Err(self.wrong("epsilon of the norms", "0 or more", &spec.norm_eps));
         }
         if !spec.q_heads.is_multiple_of(spec.kv_heads) {
             let want = format!("a divisor of the {} query heads", spec.q_heads);
@@ -209,27 +216,38 @@ impl Config {
             Some(Value::Object(map)) => map,
             Some(other) => return Err(self.wrong(key, "an object", other)),
         };
-        let number = |name: &str| match scaling.get(name) {
-            Some(v) => {
-                v.as_f64().ok_or_else(|| self.wrong(&format!("{key}.{name}"), "a number", v))
-            }
-            None => Err(self.missing(&format!("{key}.{name}"))),
+        let positive = |name: &str, v: &Value| {
+            let x = v.as_f64().filter(|x| *x > 0.0);
+            x.ok_or_else(|| self.wrong(name, "a number above 0", v))
         };
-        let theta = match scaling.get("rope_theta") {
-            Some(_) => number("rope_theta")?,
-            None => self.f64_or("rope_theta", 10_000.0)?,
+        let number = |name: &str| {
+            let full = format!("{key}.{name}");
+            positive(&full, scaling.get(name).ok_or_else(|| self.missing(&full))?)
+        };
+        let theta = match (scaling.get("rope_theta"), self.get("rope_theta")) {
+            (Some(_), _) => number("rope_theta")?,
+            (None, Some(v)) => positive("rope_theta", v)?,
+            (None, None) => 10_000.0,
         };
         // "type" is the oldest spelling
         let kind = scaling.get("rope_type").or_else(|| scaling.get("type"));
-        match kind.and_then(Value::as_str).unwrap_or("default") {
+        let kind = kind.filter(|v| !v.is_null()).map_or(Some("default"), Value::as_str);
+        match kind.unwrap_or("no string") {
             "default" => Ok(Rope::Plain { theta }),
-            "llama3" => Ok(Rope::Llama3 {
-                theta,
-                factor: number("factor")?,
-                low_freq_factor: number("low_freq_factor")?,
-                high_freq_factor: number("high_freq_factor")?,
-                original_max_position: number("original_max_position_embeddings")?,
-            }),
+            "llama3" => {
+                let (low, high) = (number("low_freq_factor")?, number("high_freq_factor")?);
+                if low >= high {
+                    let want = format!("above low_freq_factor = {low}");
+                    return Err(self.wrong(&format!("{key}.high_freq_factor"), &want, &high));
+                }
+                Ok(Rope::Llama3 {
+                    theta,
+                    factor: number("factor")?,
+                    low_freq_factor: low,
+                    high_freq_factor: high,
+                    original_max_position: number("original_max_position_embeddings")?,
+                })
+            }
             other => Err(self.wrong(&format!("{key}.rope_type"), "default or llama3", &other)),
         }
     }

@@ -52,7 +52,7 @@ fn spec(c: &Config) -> Result<Spec> {
         q_heads: heads,
         kv_heads: heads,
         head_dim: c.divide("n_embd", hidden, "n_head", heads)?,
-        mlp_hidden: c.usize_opt("n_inner")?.unwrap_or(4 * hidden),
+        mlp_hidden: c.usize_opt("n_inner")?.unwrap_or(hidden.saturating_mul(4)),
         max_positions: c.usize("n_positions")?,
         norm: Norm::Layer,
         norm_eps: c.f64_or("layer_norm_epsilon", 1e-5)?,

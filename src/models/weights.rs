@@ -11,7 +11,7 @@ use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 
-use super::{Config, Family, Head, Model, Params, Slot, Tensor};
+use super::{Config, Family, Head, Layout, Model, Params, Position, Slot, Spec, Tensor};
 use crate::{
     device::{Device, Float, file},
     error::{Error, Result},
@@ -30,7 +30,7 @@ struct Source {
     rows: usize,
 }
 
-fn sources(family: &Family, t: &Tensor, model: &Model<impl Float>) -> Vec<Source> {
+fn sources(family: &Family, t: &Tensor, spec: &Spec) -> Vec<Source> {
     let layer = t.layer.map(|l| l.to_string()).unwrap_or_default();
     match t.slot {
         Slot::LmHead => return vec![Source { name: LM_HEAD.into(), rows: t.rows }],
@@ -38,7 +38,6 @@ fn sources(family: &Family, t: &Tensor, model: &Model<impl Float>) -> Vec<Source
         _ => {}
     }
     let names = family.names.iter().find(|n| n.0 == t.slot).map_or(&[][..], |n| n.1);
-    let spec = &model.spec;
     let (q, kv) = (spec.q_heads * spec.head_dim, spec.kv_heads * spec.head_dim);
     let total = if t.slot.is_vector() { t.cols } else { t.rows };
     let parts: &[usize] = match (t.slot, names.len()) {
@@ -52,6 +51,9 @@ fn sources(family: &Family, t: &Tensor, model: &Model<impl Float>) -> Vec<Source
     };
     names.iter().zip(parts).map(source).collect()
 }
+
+/// Tensors by name: what each holds, and its file.
+type Tensors<'a> = HashMap<String, (TensorView<'a>, &'a Path)>;
 
 /// The files of a folder, mapped, and the tensors in them.
 struct Folder {
@@ -70,7 +72,7 @@ impl Folder {
     }
 
     /// All tensors by name.
-    fn tensors(&self) -> Result<HashMap<String, (TensorView<'_>, &Path)>> {
+    fn tensors(&self) -> Result<Tensors<'_>> {
         let mut all = HashMap::new();
         for (path, map) in &self.files {
             let file = SafeTensors::deserialize(map)
@@ -116,30 +118,28 @@ fn shards(index: &Path) -> Result<Vec<String>> {
 /// [`Error::Io`] and [`Error::File`], naming file and tensor: missing, of the wrong shape or
 /// dtype, not finite, or unknown (a tensor that would be ignored is a model that is misread).
 pub fn load<F: Float>(dev: &Device, dir: &Path, head: Head, seed: u64) -> Result<Model<F>> {
-    let mut model = Model::zeros(Config::read(dir)?, head)?;
+    let config = Config::read(dir)?;
+    let (family, spec) = config.spec()?;
     let folder = Folder::open(dir)?;
     let mut stored = folder.tensors()?;
-    let family = model.family;
+    check_sizes::<F>(dir, &config, family, &spec, head, &stored)?;
+    let mut model = Model::zeros(config, head)?;
     for t in model.params.layout().clone().tensors() {
-        let at = sources(family, t, &model);
         if t.slot == Slot::Score && !stored.contains_key(SCORE) {
             init_score(model.params.tensor_mut(t).host(), seed);
             continue;
         }
         let out = model.params.tensor_mut(t).host();
         let mut row = 0;
-        for source in at {
-            let bare = source.name.strip_prefix(family.prefix).unwrap_or(&source.name);
-            let found = stored.remove(&source.name).or_else(|| stored.remove(bare));
-            let Some((view, path)) = found else {
-                return Err(Error::file(dir, format!("`{}` is missing", source.name)));
+        for source in sources(family, t, &spec) {
+            let name = stored_name(&stored, family, &source.name);
+            let Some((view, path)) = stored.remove(name) else {
+                return Err(Error::file(dir, format!("`{name}` is missing")));
             };
-            let transposed = family.transposed && t.slot.is_block_linear();
-            let vector = t.slot.is_vector();
-            let cols = if vector { 1 } else { t.cols };
+            let cols = if t.slot.is_vector() { 1 } else { t.cols };
             let part = &mut out[row * cols..(row + source.rows) * cols];
-            copy(part, &view, (source.rows, cols, vector), transposed)
-                .map_err(|message| Error::file(path, format!("`{}` {message}", source.name)))?;
+            copy(part, &view, (source.rows, cols), is_transposed(family, t))
+                .map_err(|message| Error::file(path, format!("`{name}` {message}")))?;
             row += source.rows;
         }
     }
@@ -154,31 +154,87 @@ pub fn load<F: Float>(dev: &Device, dir: &Path, head: Head, seed: u64) -> Result
     Ok(model)
 }
 
-/// Widens a stored tensor into `out` `[rows, cols]`; the message says what was wanted and came.
+/// The name under which a weight is stored, with the family's prefix or without.
+fn stored_name<'a>(stored: &Tensors<'_>, family: &Family, name: &'a str) -> &'a str {
+    let bare = name.strip_prefix(family.prefix).unwrap_or(name);
+    if !stored.contains_key(name) && stored.contains_key(bare) { bare } else { name }
+}
+
+fn is_transposed(family: &Family, t: &Tensor) -> bool {
+    family.transposed && t.slot.is_block_linear()
+}
+
+/// Refuses a config whose sizes are not those of the stored tensors. It is run before anything is
+/// allocated by the config's word, so that a model never takes memory that its files cannot fill.
+fn check_sizes<F: Float>(
+    dir: &Path,
+    config: &Config,
+    family: &Family,
+    spec: &Spec,
+    head: Head,
+    stored: &Tensors<'_>,
+) -> Result<()> {
+    if spec.layers > stored.len() {
+        let want = format!("at most the number of stored tensors, {}", stored.len());
+        return Err(config.wrong("number of layers", &want, &spec.layers));
+    }
+    // One block first: once its sizes are known to be true, they bound those of all blocks.
+    for layers in [1, spec.layers] {
+        let layout = Layout::new(&Spec { layers, ..spec.clone() }, head);
+        for t in layout.tensors() {
+            if t.slot == Slot::Score && !stored.contains_key(SCORE) {
+                continue;
+            }
+            for source in sources(family, t, spec) {
+                let name = stored_name(stored, family, &source.name);
+                let Some((view, path)) = stored.get(name) else {
+                    return Err(Error::file(dir, format!("`{name}` is missing")));
+                };
+                let want = match (t.slot.is_vector(), is_transposed(family, t)) {
+                    (true, _) => vec![source.rows],
+                    (false, true) => vec![t.cols, source.rows],
+                    (false, false) => vec![source.rows, t.cols],
+                };
+                let got = view.shape();
+                // A scalar head is stored `[1, hidden]`.
+                if got != want && !(t.slot.is_vector() && got == [1, source.rows]) {
+                    let message = format!("`{name}` has shape {got:?}, wanted {want:?}");
+                    return Err(Error::file(*path, message));
+                }
+            }
+        }
+    }
+    if let Position::Rope(_) = spec.position {
+        let files: usize = stored.values().map(|(view, _)| view.data().len()).sum();
+        let table = spec.max_positions * spec.head_dim * size_of::<F>();
+        // No less than this: small models with long contexts exist.
+        if table > files.max(64 << 20) {
+            let want = format!(
+                "fewer: their rotary table would have {table} bytes, the weights have {files}"
+            );
+            return Err(config.wrong("number of positions", &want, &spec.max_positions));
+        }
+    }
+    Ok(())
+}
+
+/// Widens a stored tensor of the right shape into `out` `[rows, cols]`; the message says what was
+/// wanted and came.
 fn copy<F: Float>(
     out: &mut [F],
     view: &TensorView<'_>,
-    (rows, cols, vector): (usize, usize, bool),
+    (rows, cols): (usize, usize),
     transposed: bool,
 ) -> Result<(), String> {
-    let want = match (vector, transposed) {
-        (true, _) => vec![rows],
-        (false, true) => vec![cols, rows],
-        (false, false) => vec![rows, cols],
-    };
-    // A scalar head is stored `[1, hidden]`.
-    let shape = view.shape();
-    if shape != want && !(vector && shape == [1, rows]) {
-        return Err(format!("has shape {shape:?}, wanted {want:?}"));
-    }
     let place = |i: usize| if transposed { i % rows * cols + i / rows } else { i };
     let data = view.data();
     let mut bad = None;
     let mut put = |i: usize, x: f64| {
-        if !x.is_finite() {
+        let y = F::of(x);
+        if !y.is_finite() {
             bad.get_or_insert((i, x));
         }
-        out[place(i)] = F::of(x);
+        out[place(i)] = y;
     };
     let two = |c: &[u8]| u16::from_le_bytes([c[0], c[1]]);
     match view.dtype() {
@@ -197,7 +253,7 @@ fn copy<F: Float>(
         other => return Err(format!("is {other:?}, wanted F32, F16, BF16 or F64")),
     }
     match bad {
-        Some((i, x)) => Err(format!("has {x} at element {i}")),
+        Some((i, x)) => Err(format!("has {x} at element {i}, wanted finite {}", F::NAME)),
         None => Ok(()),
     }
 }
@@ -245,11 +301,11 @@ fn stored<'a, F: Float>(
 ) -> impl Iterator<Item = (String, Stored<'a, F>)> {
     params.layout().tensors().iter().flat_map(move |t| {
         let all = params.tensor(t).host();
-        let transposed = model.family.transposed && t.slot.is_block_linear();
+        let transposed = is_transposed(model.family, t);
         let vector = t.slot.is_vector();
         let cols = if vector { 1 } else { t.cols };
         let mut row = 0;
-        sources(model.family, t, model).into_iter().map(move |source| {
+        sources(model.family, t, &model.spec).into_iter().map(move |source| {
             let data = &all[row * cols..(row + source.rows) * cols];
             row += source.rows;
             let shape = match (t.slot, vector, transposed) {
@@ -282,7 +338,7 @@ pub fn tensor_at<F: Float>(model: &Model<F>, i: usize) -> Option<String> {
         end += s.rows;
         row < end
     };
-    sources(model.family, t, model).into_iter().find(holds).map(|s| s.name)
+    sources(model.family, t, &model.spec).into_iter().find(holds).map(|s| s.name)
 }
 
 /// Writes `config.json` and `model.safetensors` into an existing folder, in the layout that

@@ -62,7 +62,8 @@ pub fn forward<F: Float>(
         let error = v - ret;
         let (mut loss, mut slope) = (0.5 * error * error, error);
         if let Some(c) = clip {
-            let bound = v.clamp(old - c, old + c);
+            // `clamp` would panic over a NaN bound; a bad number must come out as one.
+            let bound = if old.is_finite() { v.clamp(old - c, old + c) } else { f64::NAN };
             let bounded = 0.5 * (bound - ret) * (bound - ret);
             if bound != v {
                 if bounded > loss {
@@ -70,6 +71,8 @@ pub fn forward<F: Float>(
                     (loss, slope) = (bounded, 0.0);
                 } else if bounded == loss {
                     slope *= 0.5; // torch.max at a tie
+                } else if bounded.is_nan() {
+                    (loss, slope) = (bounded, bounded);
                 }
             }
         }

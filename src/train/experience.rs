@@ -10,7 +10,9 @@ use super::{
 };
 use crate::{
     algorithms::Columns,
-    error::Result,
+    device::Device,
+    error::{Error, Result},
+    ops::grad_norm,
     rollout::{Completion, Prompt, Settings as Generation},
 };
 
@@ -50,6 +52,7 @@ impl Trainer {
         }
         seen.phase("score", 0, 1);
         self.score(&sequences, &mut columns)?;
+        check_columns(&self.dev, &columns, self.step + 1)?;
         self.clock.push(("score", start.elapsed().as_secs_f64()));
         Ok(Some((sequences, columns)))
     }
@@ -111,4 +114,22 @@ impl Trainer {
             r.fill(c, s, self.tokenizer.as_ref());
         }
     }
+}
+
+/// Property 9 for what a step is made of, before clipping hides a bad number or whitening spreads it
+/// over all samples.
+fn check_columns(dev: &Device, c: &Columns<f32>, step: u64) -> Result<()> {
+    for (what, x) in [
+        ("the sampled log-prob", &c.old_logp),
+        ("the reference log-prob", &c.ref_logp),
+        ("the value", &c.old_values),
+        ("the score", &c.scores),
+    ] {
+        let Some(i) = grad_norm::first_bad(dev, x.into()) else { continue };
+        // scores are by sequence, all else by token
+        let s = if what == "the score" { i } else { c.sequence_of(i) };
+        let samples = c.samples.get(s).copied().into_iter().collect();
+        return Err(Error::BadNumber { step, what: what.into(), value: f64::from(x[i]), samples });
+    }
+    Ok(())
 }

@@ -6,14 +6,12 @@ use std::{
     process::{Output, Stdio},
 };
 
-use serde_json::Value;
-use warpo::{algorithms::ALGORITHMS, config};
-
 use crate::support::{
     golden,
     runs::{small, warpo},
     temp_dir,
 };
+use serde_json::Value;
 
 fn model() -> String {
     golden::path("../../examples/quickstart/model").display().to_string()
@@ -66,38 +64,6 @@ fn help_names_every_command_and_the_exit_codes() {
     }
     assert_eq!(refused(&run(&[])).0, 2);
     assert_eq!(refused(&run(&["dance"])).0, 2);
-}
-
-/// The registry: every algorithm has help, a complete configuration that reads back as it was, and
-/// metrics that are explained.
-#[test]
-fn every_algorithm_prints_a_configuration_that_reads_back() {
-    for entry in ALGORITHMS {
-        let out = run(&["config", entry.name]);
-        let text = String::from_utf8(out.stdout).unwrap();
-        assert!(text.contains(entry.about), "{text}");
-        let (mut settings, mut section) = (warpo::train::Settings::default(), (entry.section)());
-        config::set_all(&mut [&mut settings, &mut *section], &text, "text").unwrap();
-        let keys = config::template(&[&settings, &*section]);
-        for line in keys.lines().filter(|l| !l.starts_with('#') && !l.is_empty()) {
-            assert!(text.lines().any(|l| l == line), "{}: {line}", entry.name);
-        }
-        // Each key stands below what it means.
-        let above: Vec<&str> = text.lines().collect();
-        for (i, line) in above.iter().enumerate().filter(|l| l.1.contains(" = ")) {
-            if !line.starts_with('#') {
-                assert!(
-                    above[i - 1].starts_with("# (") && above[i - 2].starts_with("# "),
-                    "{line}"
-                );
-            }
-        }
-        assert!(entry.metrics.iter().any(|m| m.0 == "loss"), "{}", entry.name);
-        assert!(entry.metrics.iter().all(|m| m.1.ends_with('.')), "{}", entry.name);
-    }
-    let (code, text) = refused(&run(&["config", "dpoo"]));
-    assert_eq!(code, 2);
-    assert!(text.contains("there is no `dpoo`") && text.contains("sft ("), "{text}");
 }
 
 #[test]
@@ -243,7 +209,7 @@ fn training_reads_standard_input_and_leaves_a_whole_folder() {
         assert!(out.join(file).exists(), "{file}");
     }
     let text = String::from_utf8(done.stderr).unwrap();
-    for words in ["algorithm: sft", "4 texts a step", "sft 3/3: loss", "tokens/s"] {
+    for words in ["algorithm: sft", "4 texts a step", "sft 3/3: ", "tokens/s, loss"] {
         assert!(text.contains(words), "{words}: {text}");
     }
     let page = run(&["report", out.to_str().unwrap()]);

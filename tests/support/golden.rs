@@ -1,7 +1,11 @@
 //! Reads the float64 oracles under `tests/golden` (made by `tests/golden/gen_fixtures.py` from
 //! Hugging Face transformers and TRL).
 
-use std::{collections::HashMap, path::PathBuf};
+use std::{
+    cell::RefCell,
+    collections::{BTreeSet, HashMap},
+    path::PathBuf,
+};
 
 use safetensors::{Dtype, SafeTensors};
 
@@ -10,10 +14,11 @@ pub fn path(name: &str) -> PathBuf {
     PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
 }
 
-/// One safetensors file, all of its numbers widened to f64.
+/// One safetensors file, all of its numbers widened to f64. It remembers which tensors were read.
 pub struct Golden {
     file: String,
     tensors: HashMap<String, (Vec<usize>, Vec<f64>)>,
+    read: RefCell<BTreeSet<String>>,
 }
 
 impl Golden {
@@ -36,12 +41,13 @@ impl Golden {
                 (key, (t.shape().to_vec(), x))
             })
             .collect();
-        Self { file: name.into(), tensors }
+        Self { file: name.into(), tensors, read: RefCell::default() }
     }
 
     /// The numbers of a tensor.
     #[track_caller]
     pub fn get(&self, key: &str) -> &[f64] {
+        self.read.borrow_mut().insert(key.into());
         &self.entry(key).1
     }
 
@@ -71,6 +77,18 @@ impl Golden {
             self.tensors.keys().filter_map(|k| Some(k.strip_prefix(prefix)?.to_owned())).collect();
         keys.sort();
         keys
+    }
+
+    /// Every tensor was read, but those whose keys begin with one of `except`.
+    #[track_caller]
+    pub fn all_read(&self, except: &[&str]) {
+        let read = self.read.borrow();
+        let skipped = |key: &&String| {
+            !read.contains(*key) && !except.iter().any(|prefix| key.starts_with(prefix))
+        };
+        let mut unread: Vec<&String> = self.tensors.keys().filter(skipped).collect();
+        unread.sort();
+        assert!(unread.is_empty(), "{}: not compared: {unread:?}", self.file);
     }
 
     #[track_caller]

@@ -4,6 +4,7 @@
 
 pub mod disk;
 pub mod golden;
+pub mod losses;
 pub mod runs;
 
 use warpo::{

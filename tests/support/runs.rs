@@ -12,7 +12,7 @@ use warpo::{
     algorithms::{ALGORITHMS, Entry},
     config,
     rng::{Philox, Purpose},
-    train::{self, Settings, Silent},
+    train::{self, Settings, Silent, Trainer},
 };
 
 use super::golden;
@@ -87,6 +87,18 @@ pub fn train(algorithm: &str, pairs: &[String]) -> Result<PathBuf> {
         config::set_pair(&mut [&mut settings, &mut *section], pair)?;
     }
     train::run(entry, &settings, &*section, &mut Silent)
+}
+
+/// A small run in memory, on one thread; later pairs win.
+pub fn trainer(dir: &Path, algorithm: &str, more: &[&str]) -> Result<Trainer> {
+    let (entry, mut settings) = (entry(algorithm), Settings::default());
+    let mut section = (entry.section)();
+    let mut pairs = small(dir, algorithm, &dir.join("run"));
+    pairs.push("threads=1".into());
+    for pair in pairs.iter().map(String::as_str).chain(more.iter().copied()) {
+        config::set_pair(&mut [&mut settings, &mut *section], pair)?;
+    }
+    Trainer::new(settings, (entry.build)(&*section)?)
 }
 
 /// The `warpo` command.

@@ -1,0 +1,355 @@
+//! Records to token sequences: what is learned, what is cut, and that all of it is counted.
+
+use std::path::{Path, PathBuf};
+
+use warpo::{
+    Error,
+    data::{self, Limits, Located, Pair, Record, Stats, Text, Tokenizer},
+    train::{self, Observer, Settings},
+};
+
+use crate::support::{
+    golden,
+    runs::{entry, small, warpo},
+    temp_dir,
+};
+
+/// The tokenizer of the quick-start: BOS 1, EOS 2.
+fn tokenizer() -> Tokenizer {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/quickstart/model");
+    Tokenizer::open(&dir).unwrap()
+}
+
+fn located(records: impl IntoIterator<Item = Record>) -> Vec<Located> {
+    let at = |(record, line)| Located { path: PathBuf::from("data.jsonl"), line, record };
+    records.into_iter().zip(1..).map(at).collect()
+}
+
+const LIMITS: Limits = Limits { max_length: 100, vocab: 512, eos: Some(2) };
+
+fn text(s: &str) -> Record {
+    Record::Text { text: s.into() }
+}
+
+fn labelled(s: &str, label: i64) -> Record {
+    Record::Labelled { text: s.into(), label }
+}
+
+fn completion(prompt: &str, completion: &str) -> Record {
+    Record::Completion { prompt: prompt.into(), completion: completion.into() }
+}
+
+fn preference(prompt: &str, chosen: &str, rejected: &str, margin: Option<f64>) -> Record {
+    let text = str::to_owned;
+    Record::Preference {
+        prompt: text(prompt),
+        chosen: text(chosen),
+        rejected: text(rejected),
+        margin,
+    }
+}
+
+fn learned(ids: &[u32], learn: &[(usize, usize)]) -> Text {
+    Text { ids: ids.to_vec(), learn: learn.iter().map(|(from, to)| *from..*to).collect() }
+}
+
+fn ids(n: std::ops::Range<u32>) -> Record {
+    Record::Ids { input_ids: n.collect() }
+}
+
+#[test]
+fn texts_are_learned_whole_and_completions_after_their_prompt() {
+    let t = tokenizer();
+    let (prompt, end) =
+        (t.encode_start("Once upon").unwrap(), t.encode_continuation(" a time").unwrap());
+    let joined = [&prompt[..], &end, &[2]].concat();
+    let whole = [&t.encode_start("Once upon a time").unwrap()[..], &[2]].concat();
+    let one = |record: Record, completion_only| {
+        data::texts(&located([record]), Some(&t), LIMITS, completion_only).unwrap().0.remove(0)
+    };
+    for record in [text("Once upon a time"), labelled("Once upon a time", 7)] {
+        for only in [true, false] {
+            let want = learned(&whole, &[(1, whole.len())]);
+            assert_eq!(one(record.clone(), only), want);
+        }
+    }
+    for record in
+        [completion("Once upon", " a time"), preference("Once upon", " a time", " a day", None)]
+    {
+        let n = joined.len();
+        let want = |from| learned(&joined, &[(from, n)]);
+        assert_eq!(one(record.clone(), true), want(prompt.len()));
+        assert_eq!(one(record, false), want(1));
+    }
+    // ids are taken as they are: no BOS, no EOS; -100 is not learned, the first token never
+    let learn = vec![true, false, true, true, false];
+    let record = Record::LabelledIds { input_ids: vec![9, 8, 7, 6, 5], learn };
+    assert_eq!(one(record, true), learned(&[9, 8, 7, 6, 5], &[(2, 3), (3, 4)]));
+    assert_eq!(one(ids(5..8), true), learned(&[5, 6, 7], &[(1, 3)]));
+    // without an EOS id nothing is appended
+    let limits = Limits { eos: None, ..LIMITS };
+    let (texts, _) = data::texts(&located([text("a")]), Some(&t), limits, true).unwrap();
+    assert_eq!(texts[0].ids, t.encode_start("a").unwrap());
+}
+
+#[test]
+fn what_is_cut_or_left_out_is_counted() {
+    let limits = Limits { max_length: 4, ..LIMITS };
+    let never = Record::LabelledIds { input_ids: vec![1, 2, 3], learn: vec![true, false, false] };
+    let late = Record::LabelledIds {
+        input_ids: vec![1, 2, 3, 4, 5, 6],
+        learn: vec![false, false, false, false, true, true],
+    };
+    let across = Record::LabelledIds {
+        input_ids: vec![1, 2, 3, 4, 5, 6],
+        learn: vec![false, true, false, true, true, true],
+    };
+    let records = [ids(0..4), ids(0..5), ids(0..1), ids(0..0), never, late, across];
+    let (texts, stats) = data::texts(&located(records), None, limits, true).unwrap();
+    let want = [
+        learned(&[0, 1, 2, 3], &[(1, 4)]),
+        learned(&[0, 1, 2, 3], &[(1, 4)]),
+        learned(&[1, 2, 3, 4], &[(1, 2), (3, 4)]),
+    ];
+    assert_eq!(texts, want);
+    assert_eq!(stats, Stats { examples: 3, tokens: 12, truncated: 3, dropped: 4 });
+
+    // of a pair either side may be cut; two equal sides teach nothing
+    let pair = |chosen: &[u32], rejected: &[u32]| Record::PreferenceIds {
+        prompt: vec![7, 8],
+        chosen: chosen.to_vec(),
+        rejected: rejected.to_vec(),
+        margin: None,
+    };
+    let records = [
+        pair(&[1, 2], &[3]),
+        pair(&[1], &[2, 3, 4]),
+        pair(&[1, 2, 3], &[1, 2, 4]),
+        pair(&[5], &[5]),
+    ];
+    let (pairs, stats) = data::pairs(&located(records), None, limits, 0).unwrap();
+    let want = |chosen: &[u32], rejected: &[u32]| Pair {
+        chosen: chosen.to_vec(),
+        rejected: rejected.to_vec(),
+        margin: None,
+    };
+    assert_eq!(pairs, [want(&[7, 8, 1, 2], &[7, 8, 3]), want(&[7, 8, 1], &[7, 8, 2, 3])]);
+    assert_eq!(stats, Stats { examples: 2, tokens: 14, truncated: 2, dropped: 2 });
+
+    // prompts lose their beginning
+    let (prompts, stats) =
+        data::prompts(&located([ids(0..6), ids(0..2), ids(0..0)]), None, limits, None).unwrap();
+    let ids: Vec<&[u32]> = prompts.iter().map(|p| &p.ids[..]).collect();
+    assert_eq!(ids, [&[2, 3, 4, 5][..], &[0, 1]]);
+    assert_eq!(stats, Stats { examples: 2, tokens: 6, truncated: 1, dropped: 1 });
+}
+
+#[test]
+fn pairs_hold_prompt_and_completion_with_eos() {
+    let t = tokenizer();
+    let join = |completion: &str| {
+        let (p, c) =
+            (t.encode_start("A story:").unwrap(), t.encode_continuation(completion).unwrap());
+        [&p[..], &c, &[2]].concat()
+    };
+    let records = [
+        preference("A story:", " good", " bad", Some(1.5)),
+        preference("A story:", "", " bad", None),
+    ];
+    let (pairs, stats) = data::pairs(&located(records), Some(&t), LIMITS, 0).unwrap();
+    assert_eq!((&pairs[0].chosen, &pairs[0].rejected), (&join(" good"), &join(" bad")));
+    assert_eq!((pairs[0].margin, pairs[1].margin), (Some(1.5), None));
+    assert_eq!(pairs[1].chosen, join(""));
+    let tokens = pairs.iter().map(|p| p.chosen.len() + p.rejected.len()).sum();
+    assert_eq!(stats, Stats { examples: 2, tokens, truncated: 0, dropped: 0 });
+    // ids are taken as they are
+    let (prompt, chosen, rejected) = (vec![9], vec![1], vec![]);
+    let record = Record::PreferenceIds { prompt, chosen, rejected, margin: Some(-2.0) };
+    let (pairs, _) = data::pairs(&located([record]), None, LIMITS, 0).unwrap();
+    let want = Pair { chosen: vec![9, 1], rejected: vec![9], margin: Some(-2.0) };
+    assert_eq!(pairs, [want]);
+}
+
+/// Every text with the highest label once (the shorter side repeats), drawn by the seed alone.
+#[test]
+fn labelled_texts_are_paired_each_once() {
+    let t = tokenizer();
+    let whole = |s: &str| [&t.encode_start(s).unwrap()[..], &[2]].concat();
+    let good: Vec<String> = (0..20).map(|i| format!("good {i}")).collect();
+    let bad: Vec<String> = (0..7).map(|i| format!("bad {i}")).collect();
+    let records =
+        located(good.iter().map(|s| labelled(s, 1)).chain(bad.iter().map(|s| labelled(s, -1))));
+    let draw = |seed| data::pairs(&records, Some(&t), LIMITS, seed).unwrap();
+    let (pairs, stats) = draw(3);
+    assert_eq!((pairs.len(), stats.dropped), (20, 0));
+    let mut chosen: Vec<_> = pairs.iter().map(|p| p.chosen.clone()).collect();
+    assert!(chosen != good.iter().map(|s| whole(s)).collect::<Vec<_>>(), "they are drawn");
+    chosen.sort();
+    let mut want: Vec<_> = good.iter().map(|s| whole(s)).collect();
+    want.sort();
+    assert_eq!(chosen, want);
+    for s in &bad {
+        let times = pairs.iter().filter(|p| p.rejected == whole(s)).count();
+        assert!((2..=3).contains(&times), "{s}: {times}");
+    }
+    assert_eq!(draw(3).0, pairs);
+    assert_ne!(draw(4).0, pairs);
+    assert!(pairs.iter().all(|p| p.margin.is_none()));
+}
+
+/// A fixed bug: preferences were lost where labelled texts stood beside them, and texts with labels
+/// between the extremes were left out without being counted.
+#[test]
+fn preferences_stay_beside_labelled_texts_and_middle_labels_are_counted() {
+    let t = tokenizer();
+    let records = located([
+        preference("p", " c", " r", None),
+        labelled("five", 5),
+        labelled("three", 3),
+        labelled("four", 4),
+        labelled("one", 1),
+    ]);
+    let (pairs, stats) = data::pairs(&records, Some(&t), LIMITS, 0).unwrap();
+    assert_eq!((pairs.len(), stats.examples, stats.dropped), (2, 2, 2));
+    let whole = |s: &str| [&t.encode_start(s).unwrap()[..], &[2]].concat();
+    assert_eq!((&pairs[1].chosen, &pairs[1].rejected), (&whole("five"), &whole("one")));
+    let error = data::pairs(&records[1..2], Some(&t), LIMITS, 0).unwrap_err().to_string();
+    assert_eq!(error, "labels of all texts: got only 5, wanted two or more");
+}
+
+#[test]
+fn prompts_come_from_prompts_or_from_the_first_tokens_of_texts() {
+    let t = tokenizer();
+    let prompt = t.encode_start("Once upon a time").unwrap();
+    assert!(prompt.len() > 3);
+    let one = |record: Record, tokens| {
+        data::prompts(&located([record]), Some(&t), LIMITS, tokens).unwrap().0.remove(0)
+    };
+    for record in [
+        Record::Prompt { prompt: "Once upon a time".into() },
+        completion("Once upon a time", "x"),
+        preference("Once upon a time", "x", "y", None),
+    ] {
+        // A fixed bug: `prompt_tokens` also cut the prompts of data that has prompts.
+        for tokens in [None, Some(3)] {
+            let p = one(record.clone(), tokens);
+            assert_eq!((p.ids, &*p.text), (prompt.clone(), "Once upon a time"));
+        }
+    }
+    for record in [text("Once upon a time"), labelled("Once upon a time", 0)] {
+        assert_eq!(one(record.clone(), Some(3)).ids, prompt[..3]);
+        assert_eq!(one(record.clone(), Some(99)).ids, prompt);
+        let error = data::prompts(&located([record.clone()]), Some(&t), LIMITS, None);
+        let want = format!(
+            "data.jsonl:1: has columns {}, wanted prompts (or `prompt_tokens` to cut them from texts)",
+            record.format()
+        );
+        assert_eq!(error.unwrap_err().to_string(), want);
+    }
+    assert_eq!(one(ids(5..9), None).ids, [5, 6, 7, 8]);
+    assert_eq!(one(ids(5..9), Some(3)).ids, [5, 6, 7]);
+}
+
+#[test]
+fn a_record_that_does_not_fit_is_named() {
+    let t = tokenizer();
+    let fail = |record: Record, which: &str, tokenizer: Option<&Tokenizer>| {
+        let records = located([ids(5..6), record]);
+        let records = &records[1..];
+        let error = match which {
+            "texts" => data::texts(records, tokenizer, LIMITS, true).map(drop),
+            "pairs" => data::pairs(records, tokenizer, LIMITS, 0).map(drop),
+            _ => data::prompts(records, tokenizer, LIMITS, Some(3)).map(drop),
+        };
+        let error = error.unwrap_err();
+        assert!(matches!(error, Error::Data { line: 2, .. }), "{error:?}");
+        error.to_string().strip_prefix("data.jsonl:2: ").unwrap().to_owned()
+    };
+    let with = Some(&t);
+    let prompt = || Record::Prompt { prompt: "p".into() };
+    assert_eq!(fail(prompt(), "texts", with), "has columns prompt, wanted texts to learn");
+    let want = "has columns text, wanted preferences, or texts with labels";
+    assert_eq!(fail(text("a"), "pairs", with), want);
+    let learned = Record::LabelledIds { input_ids: vec![1], learn: vec![true] };
+    let want = "has columns input_ids, labels, wanted prompts (or `prompt_tokens` to cut them from \
+                texts)";
+    assert_eq!(fail(learned, "prompts", with), want);
+    // ids beyond the vocabulary, on any side
+    let want = "has token id 512, wanted less than 512";
+    assert_eq!(fail(ids(510..513), "texts", None), want);
+    assert_eq!(fail(ids(510..513), "prompts", None), want);
+    let pair = |prompt: u32, chosen: u32, rejected: u32| Record::PreferenceIds {
+        prompt: vec![prompt],
+        chosen: vec![chosen],
+        rejected: vec![rejected],
+        margin: None,
+    };
+    for record in [pair(512, 1, 2), pair(1, 512, 2), pair(1, 2, 512)] {
+        assert_eq!(fail(record, "pairs", None), want);
+    }
+    let want = "is text, but the model folder has no tokenizer.json";
+    for which in ["texts", "pairs", "prompts"] {
+        assert_eq!(fail(labelled("a", 1), which, None), want);
+    }
+}
+
+#[test]
+fn the_digest_knows_structure_and_tokens() {
+    let digest = |x: &[&[u32]]| data::digest(x.iter().copied());
+    // SHA-256 of lengths as u64 and ids as u32, little-endian
+    assert_eq!(digest(&[]), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+    let all = [
+        digest(&[&[1, 2], &[3]]),
+        digest(&[&[1], &[2, 3]]),
+        digest(&[&[1, 2, 3]]),
+        digest(&[&[3], &[1, 2]]),
+        digest(&[&[1, 2], &[4]]),
+        digest(&[&[1, 2], &[3], &[]]),
+    ];
+    for (i, a) in all.iter().enumerate() {
+        assert!(all[..i].iter().all(|b| a != b), "{i}");
+    }
+}
+
+/// What is said of the data when a run begins.
+#[derive(Default)]
+struct Notes(Vec<String>);
+
+impl Observer for Notes {
+    fn note(&mut self, line: &str) {
+        self.0.push(line.into());
+    }
+}
+
+#[test]
+fn a_run_and_a_command_say_what_was_cut() {
+    let dir = temp_dir("examples_said");
+    let mut settings = Settings::default();
+    let mut pairs = small(&dir, "sft", &dir.join("run"));
+    pairs.extend(["max_length=10".into(), "steps=1".into()]);
+    let path = dir.join("more.jsonl");
+    std::fs::write(&path, "{\"input_ids\": [5, 6, 7]}\n{\"input_ids\": [5]}\n").unwrap();
+    pairs.push(format!("data=[{:?}, {:?}]", dir.join("sft.jsonl"), path));
+    for pair in &pairs {
+        warpo::config::set_pair(&mut [&mut settings], pair).unwrap();
+    }
+    let (sft, mut notes) = (entry("sft"), Notes::default());
+    train::run(sft, &settings, &*(sft.section)(), &mut notes).unwrap();
+    // 77 examples of 5 to 17 tokens
+    let lens = (0..77).map(|i| 2 + (i * 7) % 13 + 3);
+    let long = lens.clone().filter(|n| *n > 10).count();
+    let tokens = lens.map(|n| n.min(10)).sum::<usize>() + 3;
+    let want = format!("data: 78 examples, {tokens} tokens, {long} truncated, 1 dropped");
+    assert!(notes.0.contains(&want), "{want}: {:?}", notes.0);
+
+    let long = dir.join("long.jsonl");
+    let line = format!("{{\"input_ids\": {:?}}}\n", vec![5; 127]);
+    std::fs::write(&long, line).unwrap();
+    let model = golden::path("llama_tied");
+    let (model, long) = (model.to_str().unwrap(), long.to_str().unwrap());
+    let args = ["generate", "--model", model, "--data", long, "--max-new-tokens", "3"];
+    let out = warpo(&args).output().unwrap();
+    let error = String::from_utf8(out.stderr).unwrap();
+    let want = "warning: 1 prompts lost their beginning: longer than 125\n";
+    assert!(out.status.success() && error.contains(want), "{error}");
+}

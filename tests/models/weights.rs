@@ -1,0 +1,529 @@
+//! Model folders: what is saved is loaded to the bit, every layout that Hugging Face stores is read,
+//! and a folder that lies is refused by file and tensor, before memory is taken on its word.
+
+use std::{
+    collections::BTreeMap,
+    path::{Path, PathBuf},
+};
+
+use half::{bf16, f16};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
+use serde_json::{Value, json};
+use warpo::{
+    Error,
+    device::{Cpu, Device, Float},
+    models::{self, Head, Model, Slot},
+    rng::{Philox, Purpose},
+};
+
+use super::golden::{MODELS, load};
+use crate::support::{assert_bits, golden, temp_dir};
+
+/// A stored tensor.
+#[derive(Clone, Debug, PartialEq)]
+struct Tensor {
+    dtype: Dtype,
+    shape: Vec<usize>,
+    data: Vec<u8>,
+}
+
+impl Tensor {
+    fn f32(shape: &[usize], x: &[f32]) -> Self {
+        let data = bytemuck::cast_slice(x).to_vec();
+        Self { dtype: Dtype::F32, shape: shape.to_vec(), data }
+    }
+
+    fn numbers(&self) -> Vec<f32> {
+        bytemuck::pod_collect_to_vec(&self.data)
+    }
+
+    /// Each number rewritten in another format.
+    fn map<const N: usize>(&self, dtype: Dtype, f: impl Fn(f32) -> [u8; N]) -> Self {
+        let data = self.numbers().into_iter().flat_map(f).collect();
+        Self { dtype, shape: self.shape.clone(), data }
+    }
+}
+
+type Tensors = BTreeMap<String, Tensor>;
+
+fn write(path: &Path, tensors: &Tensors) {
+    let mut views = Vec::new();
+    for (name, t) in tensors {
+        views.push((name, TensorView::new(t.dtype, t.shape.clone(), &t.data).unwrap()));
+    }
+    safetensors::serialize_to_file(views, None, path).unwrap();
+}
+
+/// A new file: file systems flush what is written over an old one.
+pub fn put(path: &Path, bytes: impl AsRef<[u8]>) {
+    let _ = std::fs::remove_file(path);
+    std::fs::write(path, bytes).unwrap();
+}
+
+fn read(path: &Path) -> Tensors {
+    let bytes = std::fs::read(path).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let tensor = |t: &TensorView<'_>| Tensor {
+        dtype: t.dtype(),
+        shape: t.shape().to_vec(),
+        data: t.data().to_vec(),
+    };
+    file.tensors().iter().map(|(name, t)| (name.clone(), tensor(t))).collect()
+}
+
+/// A folder that a test changes before it is loaded.
+pub struct Folder {
+    pub dir: PathBuf,
+    pub config: Value,
+    tensors: Tensors,
+}
+
+impl Folder {
+    /// A copy of a golden folder, in a folder of the test's own.
+    pub fn copy(test: &str, golden: &str) -> Self {
+        let from = golden::path(golden);
+        let config = std::fs::read_to_string(from.join("config.json")).unwrap();
+        Self {
+            dir: temp_dir(&format!("weights_{test}")),
+            config: serde_json::from_str(&config).unwrap(),
+            tensors: read(&from.join("model.safetensors")),
+        }
+    }
+
+    fn file(&self) -> PathBuf {
+        self.dir.join("model.safetensors")
+    }
+
+    /// One file.
+    pub fn write(&self) -> &Self {
+        put(&self.dir.join("config.json"), self.config.to_string());
+        write(&self.file(), &self.tensors);
+        self
+    }
+
+    /// `n` shards and an index.
+    fn write_shards(&self, n: usize) {
+        put(&self.dir.join("config.json"), self.config.to_string());
+        let mut index = serde_json::Map::new();
+        for i in 0..n {
+            let name = format!("model-{:05}-of-{n:05}.safetensors", i + 1);
+            let part: Tensors = self.tensors.clone().into_iter().skip(i).step_by(n).collect();
+            index.extend(part.keys().map(|k| (k.clone(), json!(name))));
+            write(&self.dir.join(name), &part);
+        }
+        self.write_index(&json!({ "metadata": {}, "weight_map": index }).to_string());
+    }
+
+    fn write_index(&self, text: &str) {
+        put(&self.dir.join("model.safetensors.index.json"), text);
+    }
+
+    pub fn load<F: Float>(&self, head: Head) -> Result<Model<F>, Error> {
+        // no threads: many folders are refused before there is work
+        Model::load(&Device::Cpu(Cpu::new(1)), &self.dir, head, 0)
+    }
+
+    /// Loads, and must be refused; the message, with the folder's name left out.
+    #[track_caller]
+    pub fn refused(&self, head: Head) -> String {
+        let error = self.load::<f32>(head).unwrap_err();
+        assert!(matches!(error, Error::File { .. } | Error::Io { .. }), "{error:?}");
+        error.to_string().replace(self.dir.to_str().unwrap(), "DIR")
+    }
+}
+
+fn flat<F: Float>(model: &Model<F>) -> &[F] {
+    model.params().flat().host()
+}
+
+/// Saving what was loaded gives the file that Hugging Face wrote: names, shapes, bytes.
+#[test]
+fn what_is_saved_is_what_hugging_face_stored() {
+    let dir = temp_dir("weights_saved");
+    for name in MODELS {
+        for (folder, head) in [(name.to_owned(), Head::Lm), (format!("{name}/rm"), Head::Scalar)] {
+            let model = load::<f32>(&folder, head);
+            models::save(&model, &dir).unwrap();
+            let from = golden::path(&folder);
+            let file = "model.safetensors";
+            assert!(read(&dir.join(file)) == read(&from.join(file)), "{folder}");
+            let json = |dir: &Path| -> Value {
+                serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap()
+            };
+            let (mut saved, stored) = (json(&dir), json(&from));
+            if head == Head::Scalar {
+                assert_eq!(saved.as_object_mut().unwrap().remove("num_labels"), Some(json!(1)));
+            }
+            assert_eq!(saved, stored, "{folder}");
+
+            let again = Model::<f32>::load(&Device::cpu(), &dir, head, 0).unwrap();
+            assert_bits(&folder, flat(&again), flat(&model));
+            assert_eq!(again.spec(), model.spec());
+        }
+    }
+}
+
+/// A value model made of a policy is one that Hugging Face loads; f64 weights stay f64.
+#[test]
+fn a_new_head_and_a_new_dtype_stand_in_the_saved_config() {
+    let dir = temp_dir("weights_new_head");
+    for name in MODELS {
+        let model = load::<f64>(name, Head::Lm);
+        let value = model.copy_as(&Device::cpu(), Head::Scalar, 3).unwrap();
+        models::save(&value, &dir).unwrap();
+        let config: Value =
+            serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap();
+        let architecture = if name == "gpt2" { "GPT2" } else { "Llama" };
+        let architecture = format!("{architecture}ForSequenceClassification");
+        assert_eq!(config["architectures"], json!([architecture]));
+        assert_eq!((&config["num_labels"], &config["dtype"]), (&json!(1), &json!("float64")));
+        let score = &read(&dir.join("model.safetensors"))["score.weight"];
+        assert_eq!((score.dtype, &score.shape[..]), (Dtype::F64, &[1, model.spec().hidden][..]));
+        let again = Model::<f64>::load(&Device::cpu(), &dir, Head::Scalar, 0).unwrap();
+        assert_bits(name, flat(&again), flat(&value));
+    }
+}
+
+#[test]
+fn shards_are_one_model() {
+    for n in [1, 3, 40] {
+        let folder = Folder::copy("shards", "llama");
+        folder.write_shards(n);
+        let model = folder.load::<f32>(Head::Lm).unwrap();
+        assert_bits(&n.to_string(), flat(&model), flat(&load::<f32>("llama", Head::Lm)));
+    }
+}
+
+/// Each stored format is widened exactly; f64 is rounded once.
+#[test]
+fn half_precision_widens_exactly() {
+    let mut folder = Folder::copy("half", "llama_tied");
+    let plain = folder.tensors.clone();
+    // the largest, the smallest normal, subnormals, negative zero
+    let edges = [65504.0, 6.1035e-5, 5.9604645e-8, -3.0e-6, -0.0, f32::from_bits(1)];
+    let edge = |i: usize, x: f32| edges.get(i).copied().unwrap_or(x);
+    type Round = fn(f32) -> Vec<u8>;
+    type Widen = fn(&[u8]) -> f32;
+    let formats: [(Dtype, Round, Widen); 3] = [
+        (
+            Dtype::BF16,
+            |x| bf16::from_f32(x).to_le_bytes().to_vec(),
+            |b| bf16::from_le_bytes([b[0], b[1]]).to_f32(),
+        ),
+        (
+            Dtype::F16,
+            |x| f16::from_f32(x).to_le_bytes().to_vec(),
+            |b| f16::from_le_bytes([b[0], b[1]]).to_f32(),
+        ),
+        (
+            Dtype::F64,
+            |x| (f64::from(x) * (1.0 + 1e-9)).to_le_bytes().to_vec(),
+            |b| f64::from_le_bytes(b.try_into().unwrap()) as f32,
+        ),
+    ];
+    for (dtype, round, widen) in formats {
+        let mut want = BTreeMap::new();
+        for (name, t) in &plain {
+            let x = t.numbers().into_iter().enumerate();
+            let stored: Vec<Vec<u8>> = x.map(|(i, x)| round(edge(i, x))).collect();
+            want.insert(name.clone(), stored.iter().map(|b| widen(b)).collect::<Vec<f32>>());
+            let data = stored.concat();
+            folder.tensors.insert(name.clone(), Tensor { dtype, shape: t.shape.clone(), data });
+        }
+        let model = folder.write().load::<f32>(Head::Lm).unwrap();
+        for (name, _, got) in models::named(&model, model.params()) {
+            assert_bits(&format!("{dtype:?} {name}"), &got, &want[&name]);
+        }
+    }
+}
+
+/// GPT-2 stores the linear weights of a block `[in, out]`; ours are `[out, in]`, fused in order.
+#[test]
+fn rows_are_where_the_formulas_want_them() {
+    let stored = Folder::copy("rows", "gpt2").tensors;
+    let model = load::<f32>("gpt2", Head::Lm);
+    for (slot, name) in [
+        (Slot::Qkv, "attn.c_attn"),
+        (Slot::Out, "attn.c_proj"),
+        (Slot::Up, "mlp.c_fc"),
+        (Slot::Down, "mlp.c_proj"),
+    ] {
+        let t = &stored[&format!("transformer.h.1.{name}.weight")];
+        let (x, ours) = (t.numbers(), model.params().get(slot, Some(1)).unwrap().host());
+        let (k, n) = (t.shape[0], t.shape[1]);
+        for (i, o) in (0..k).flat_map(|i| (0..n).map(move |o| (i, o))) {
+            assert_eq!(ours[o * k + i].to_bits(), x[i * n + o].to_bits(), "{name} {i} {o}");
+        }
+    }
+    let stored = Folder::copy("rows", "llama").tensors;
+    let model = load::<f32>("llama", Head::Lm);
+    for (slot, parts) in [
+        (Slot::Qkv, &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"][..]),
+        (Slot::Up, &["mlp.gate_proj", "mlp.up_proj"]),
+        (Slot::Down, &["mlp.down_proj"]),
+    ] {
+        let part = |p: &&str| stored[&format!("model.layers.1.{p}.weight")].numbers();
+        let all: Vec<f32> = parts.iter().flat_map(part).collect();
+        assert_bits(parts[0], model.params().get(slot, Some(1)).unwrap().host(), &all);
+    }
+}
+
+#[test]
+fn the_prefix_may_be_missing() {
+    for (name, prefix) in [("gpt2", "transformer."), ("llama", "model.")] {
+        let mut folder = Folder::copy("prefix", name);
+        let bare = |n: String| n.strip_prefix(prefix).map(str::to_owned).unwrap_or(n);
+        folder.tensors = folder.tensors.into_iter().map(|(n, t)| (bare(n), t)).collect();
+        let model = folder.write().load::<f32>(Head::Lm).unwrap();
+        assert_bits(name, flat(&model), flat(&load::<f32>(name, Head::Lm)));
+    }
+    // the same weight under both names: which one is meant?
+    let mut folder = Folder::copy("prefix", "llama");
+    let norm = folder.tensors["model.norm.weight"].clone();
+    folder.tensors.insert("norm.weight".into(), norm);
+    assert_eq!(
+        folder.write().refused(Head::Lm),
+        "DIR/model.safetensors: `norm.weight` is no weight of a llama model"
+    );
+}
+
+/// Where the head is tied, the embedding is the head, whatever else the file holds; where it is
+/// not, its own weight is.
+#[test]
+fn a_tied_head_is_the_embedding() {
+    let mut folder = Folder::copy("tied", "llama_tied");
+    let embedding = folder.tensors["model.embed_tokens.weight"].clone();
+    let other = Tensor::f32(&embedding.shape, &vec![7.0; embedding.numbers().len()]);
+    folder.tensors.insert("lm_head.weight".into(), other);
+    let tied = folder.write().load::<f32>(Head::Lm).unwrap();
+    assert_bits("tied", flat(&tied), flat(&load::<f32>("llama_tied", Head::Lm)));
+    assert_bits("head", tied.lm_head().unwrap().0.host(), &embedding.numbers());
+
+    folder.config["tie_word_embeddings"] = json!(false);
+    let untied = folder.write().load::<f32>(Head::Lm).unwrap();
+    assert!(untied.lm_head().unwrap().0.host().iter().all(|x| *x == 7.0));
+
+    // GPT-2 with a head of its own, which is stored `[out, in]` as everywhere
+    let mut folder = Folder::copy("tied", "gpt2");
+    let wte = folder.tensors["transformer.wte.weight"].clone();
+    let head: Vec<f32> = (0..wte.numbers().len()).map(|i| i as f32).collect();
+    folder.tensors.insert("lm_head.weight".into(), Tensor::f32(&wte.shape, &head));
+    folder.config["tie_word_embeddings"] = json!(false);
+    let untied = folder.write().load::<f32>(Head::Lm).unwrap();
+    assert_bits("gpt2 head", untied.lm_head().unwrap().0.host(), &head);
+}
+
+/// N(0, 1/(hidden + 1)) of the seed, where the folder has no scalar head; the stored one where it
+/// has.
+#[test]
+fn a_scalar_head_is_read_or_drawn() {
+    for name in MODELS {
+        let path = golden::path(name);
+        let draw = |seed| {
+            let model = Model::<f32>::load(&Device::cpu(), &path, Head::Scalar, seed).unwrap();
+            model.score_head().unwrap().host().to_vec()
+        };
+        let head = draw(5);
+        let normal = Philox::new(5, 0, 0, Purpose::Init);
+        let std = 1.0 / ((head.len() + 1) as f64).sqrt();
+        let want: Vec<f32> =
+            (0..head.len()).map(|i| (std * normal.normal(i as u32)) as f32).collect();
+        assert_bits(name, &head, &want);
+        assert_ne!(head, draw(6));
+
+        let folder = Folder::copy("scalar", &format!("{name}/rm"));
+        let stored = folder.tensors["score.weight"].numbers();
+        let model = folder.write().load::<f32>(Head::Scalar).unwrap();
+        assert_bits(name, model.score_head().unwrap().host(), &stored);
+    }
+}
+
+#[test]
+fn copies_are_equal_and_apart() {
+    let dev = Device::cpu();
+    for name in MODELS {
+        let policy = load::<f32>(name, Head::Lm);
+        let mut reference = policy.copy_as(&dev, Head::Lm, 0).unwrap();
+        assert_bits(name, flat(&reference), flat(&policy));
+        reference.params_mut().flat_mut().host().fill(1.0);
+        assert_bits(name, flat(&policy), flat(&load::<f32>(name, Head::Lm)));
+
+        // a value model of a policy: its trunk, and the head that loading would have drawn
+        let value = policy.copy_as(&dev, Head::Scalar, 9).unwrap();
+        let want = Model::<f32>::load(&dev, &golden::path(name), Head::Scalar, 9).unwrap();
+        assert_bits(name, flat(&value), flat(&want));
+        assert!(value.lm_head().is_err());
+
+        // of a reward model: its head too, whatever the seed
+        let judge = load::<f32>(&format!("{name}/rm"), Head::Scalar);
+        let value = judge.copy_as(&dev, Head::Scalar, 9).unwrap();
+        assert_bits(name, flat(&value), flat(&judge));
+    }
+    let judge = load::<f32>("llama/rm", Head::Scalar);
+    let error = judge.copy_as(&dev, Head::Lm, 0).unwrap_err().to_string();
+    assert_eq!(error, "model: got a model without LmHead, wanted one with an LM head");
+    let error = judge.lm_head().unwrap_err().to_string();
+    assert_eq!(error, "head: got a scalar head, wanted an LM head");
+    let error = load::<f32>("llama", Head::Lm).score_head().unwrap_err().to_string();
+    assert_eq!(error, "head: got an LM head, wanted a scalar head");
+}
+
+/// Property 10: file, tensor, what was wanted and what came.
+#[test]
+fn a_wrong_tensor_is_named() {
+    let with = |change: &dyn Fn(&mut Tensors)| {
+        let mut folder = Folder::copy("wrong_tensor", "llama_tied");
+        change(&mut folder.tensors);
+        folder.write().refused(Head::Lm)
+    };
+    let norm = "model.layers.2.input_layernorm.weight";
+    let get = |t: &Tensors| t[norm].numbers();
+    let put = |t: &mut Tensors, shape: &[usize], x: &[f32]| {
+        t.insert(norm.into(), Tensor::f32(shape, x));
+    };
+    let file = format!("DIR/model.safetensors: `{norm}`");
+    assert_eq!(with(&|t| drop(t.remove(norm))), format!("DIR: `{norm}` is missing"));
+    assert_eq!(
+        with(&|t| put(t, &[35], &get(t)[1..])),
+        format!("{file} has shape [35], wanted [36]")
+    );
+    assert_eq!(
+        with(&|t| put(t, &[6, 6], &get(t))),
+        format!("{file} has shape [6, 6], wanted [36]")
+    );
+    assert_eq!(with(&|t| put(t, &[0], &[])), format!("{file} has shape [0], wanted [36]"));
+    for (i, bad) in [(0, f32::NAN), (17, f32::INFINITY), (35, f32::NEG_INFINITY)] {
+        let change = |t: &mut Tensors| {
+            let mut x = get(t);
+            x[i] = bad;
+            put(t, &[36], &x);
+        };
+        assert_eq!(with(&change), format!("{file} has {bad} at element {i}, wanted finite F32"));
+    }
+    // finite as it is stored, but not in f32
+    let big = |t: &mut Tensors| {
+        let wide = t[norm].map(Dtype::F64, |x| (f64::from(x) * 1e39).to_le_bytes());
+        t.insert(norm.into(), wide);
+    };
+    assert!(with(&big).ends_with("at element 0, wanted finite F32"), "{}", with(&big));
+    let whole = |t: &mut Tensors| {
+        let ints = t[norm].map(Dtype::I64, |x| (x as i64).to_le_bytes());
+        t.insert(norm.into(), ints);
+    };
+    assert_eq!(with(&whole), format!("{file} is I64, wanted F32, F16, BF16 or F64"));
+    let extra =
+        |t: &mut Tensors| drop(t.insert("model.norm.bias".into(), Tensor::f32(&[1], &[0.0])));
+    let want = "DIR/model.safetensors: `model.norm.bias` is no weight of a llama model";
+    assert_eq!(with(&extra), want);
+    // a matrix the wrong way round
+    let turned = |t: &mut Tensors| {
+        t.get_mut("model.layers.0.mlp.up_proj.weight").unwrap().shape.reverse();
+    };
+    let want = "DIR/model.safetensors: `model.layers.0.mlp.up_proj.weight` has shape [36, 52], \
+                wanted [52, 36]";
+    assert_eq!(with(&turned), want);
+    // a language model wanted of a reward model
+    let folder = Folder::copy("wrong_tensor", "llama/rm");
+    assert_eq!(folder.write().refused(Head::Lm), "DIR: `lm_head.weight` is missing");
+    // two labels are no score
+    let mut folder = Folder::copy("wrong_tensor", "llama_tied/rm");
+    let two = Tensor::f32(&[2, 36], &[0.5; 72]);
+    folder.tensors.insert("score.weight".into(), two);
+    let want = "DIR/model.safetensors: `score.weight` has shape [2, 36], wanted [36]";
+    assert_eq!(folder.write().refused(Head::Scalar), want);
+}
+
+#[test]
+fn a_wrong_file_is_named() {
+    let folder = Folder::copy("wrong_file", "llama_tied");
+    let no = "No such file or directory (os error 2)";
+    assert_eq!(folder.refused(Head::Lm), format!("cannot read DIR/config.json: {no}"));
+    folder.write();
+    std::fs::remove_file(folder.file()).unwrap();
+    assert_eq!(folder.refused(Head::Lm), format!("cannot open DIR/model.safetensors: {no}"));
+    for junk in
+        [&b""[..], b"x", b"PK\x03\x04pickle", &[0; 64], &[0xFF; 64], b"\x02\0\0\0\0\0\0\0{}"]
+    {
+        put(&folder.file(), junk);
+        let message = folder.refused(Head::Lm);
+        let want = match junk.ends_with(b"{}") {
+            true => "DIR/config.json: `number of layers` is 3, wanted at most the number of stored",
+            false => "DIR/model.safetensors: no safetensors file: ",
+        };
+        assert!(message.starts_with(want), "{junk:?}: {message}");
+    }
+    for text in ["", "{", "[]", "7", "{\"model_type\": 7}"] {
+        put(&folder.dir.join("config.json"), text);
+        let message = folder.refused(Head::Lm);
+        assert!(message.starts_with("DIR/config.json: "), "{message}");
+    }
+    std::fs::write(folder.dir.join("config.json"), " ".repeat((1 << 20) + 1)).unwrap();
+    let want = "DIR/config.json: 1048577 bytes long, wanted at most 1048576";
+    assert_eq!(folder.refused(Head::Lm), want);
+}
+
+/// Truncations, and flipped bits in the header: refused, or the same weights.
+#[test]
+fn a_torn_file_is_refused() {
+    let folder = Folder::copy("torn", "llama_tied");
+    folder.write();
+    let bytes = std::fs::read(folder.file()).unwrap();
+    let header = 8 + u64::from_le_bytes(bytes[..8].try_into().unwrap()) as usize;
+    let ends = (0..header).step_by(31).chain((header..bytes.len()).step_by(4099));
+    for end in ends.chain([header - 1, header, bytes.len() - 1]) {
+        put(&folder.file(), &bytes[..end]);
+        let message = folder.refused(Head::Lm);
+        let want = "DIR/model.safetensors: no safetensors file: ";
+        assert!(message.starts_with(want), "{end}: {message}");
+    }
+    let want = load::<f32>("llama_tied", Head::Lm);
+    let mut torn = bytes.clone();
+    for at in (0..8).chain((8..header).step_by(3)) {
+        torn[at] = bytes[at] ^ 1 << (at % 7);
+        put(&folder.file(), &torn);
+        match folder.load::<f32>(Head::Lm) {
+            Ok(model) => assert_bits(&at.to_string(), flat(&model), flat(&want)),
+            Err(error) => assert!(matches!(error, Error::File { .. }), "{at}: {error:?}"),
+        }
+        torn[at] = bytes[at];
+    }
+}
+
+#[test]
+fn a_wrong_index_is_named() {
+    let folder = Folder::copy("wrong_index", "llama_tied");
+    folder.write_shards(2);
+    let index = "DIR/model.safetensors.index.json";
+    folder.write_index("{\"weight_map\": ");
+    assert!(folder.refused(Head::Lm).starts_with(&format!("{index}: not JSON: ")));
+    for text in ["{}", "[]", "{\"weight_map\": [1]}"] {
+        folder.write_index(text);
+        assert_eq!(folder.refused(Head::Lm), format!("{index}: `weight_map` is missing"));
+    }
+    // no path leads out of the folder
+    for name in ["../x", "/etc/passwd", "a/b", "..", ".", "", "shard/"] {
+        folder.write_index(&json!({"weight_map": {"t": name}}).to_string());
+        let want = format!("{index}: shard of `t` is {name:?}, wanted a file name");
+        assert_eq!(folder.refused(Head::Lm), want);
+    }
+    folder.write_index(&json!({"weight_map": {"t": 7}}).to_string());
+    let want = format!("{index}: shard of `t` is \"\", wanted a file name");
+    assert_eq!(folder.refused(Head::Lm), want);
+    folder.write_index(&json!({"weight_map": {"t": "gone.safetensors"}}).to_string());
+    let want = "cannot open DIR/gone.safetensors: No such file or directory (os error 2)";
+    assert_eq!(folder.refused(Head::Lm), want);
+
+    // a tensor in two shards, and one in none
+    folder.write_shards(2);
+    let second = folder.dir.join("model-00002-of-00002.safetensors");
+    let mut part = read(&second);
+    let (name, tensor) = part.pop_last().unwrap();
+    write(&second, &part);
+    assert_eq!(folder.refused(Head::Lm), format!("DIR: `{name}` is missing"));
+    part.insert(name, tensor);
+    let twice = "model.embed_tokens.weight";
+    part.insert(twice.into(), folder.tensors[twice].clone());
+    write(&second, &part);
+    let want = format!("DIR/model-00002-of-00002.safetensors: `{twice}` is in two shards");
+    assert_eq!(folder.refused(Head::Lm), want);
+}

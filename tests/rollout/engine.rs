@@ -1,0 +1,325 @@
+//! Property 2 and G4: the log-prob that is recorded when a token is sampled is the one of the
+//! training forward, bit for bit; and no sample sees the batch it was made in.
+
+use warpo::{
+    Error,
+    device::{Arena, Cpu, Device, Float},
+    models::{Batch, Head, Model, Params, Slot},
+    ops::sample,
+    rng::{Philox, Purpose},
+    rollout::{Completion, Generator, Prompt, Settings},
+    train::pass::{self, Sizes},
+};
+
+use crate::{
+    models::golden::{forward, load},
+    support::{assert_bits, devices},
+};
+
+/// `n` prompts of ragged length, 1 to 40: shorter and longer than a page of the cache. Every third
+/// is asked for twice.
+fn prompts(n: u64, vocab: usize) -> Vec<Prompt> {
+    let ids = |i: u64| {
+        let draw = Philox::new(11, i - u64::from(i % 3 == 1), 0, Purpose::Init);
+        (0..1 + draw.below(1000, 40)).map(|t| draw.below(t, vocab as u32)).collect()
+    };
+    (0..n).map(|i| Prompt { sample: 100 + i, ids: ids(i) }).collect()
+}
+
+fn settings(sampling: sample::Params, max_new_tokens: usize) -> Settings {
+    Settings { sampling, max_new_tokens, stop_ids: Vec::new(), seed: 5, step: 3 }
+}
+
+/// Completions by `slots` slots and passes of `rows` rows, in just the memory that was planned.
+fn generate<F: Float>(
+    dev: &Device,
+    model: &Model<F>,
+    prompts: &[Prompt],
+    settings: &Settings,
+    (slots, rows): (usize, usize),
+) -> Vec<Completion<F>> {
+    let generator = Generator::for_prompts(prompts, settings.max_new_tokens, slots, rows);
+    let mut arena = Arena::new(generator.plan::<F>(model.spec()).unwrap());
+    let scope = arena.scope();
+    generator.run(dev, model, &scope, prompts, settings, |_| true).unwrap().unwrap()
+}
+
+/// Log-probs of the completions by the training pass, `per` sequences a micro-batch. The loss that
+/// reads them ends the pass.
+fn trained<F: Float>(
+    dev: &Device,
+    model: &Model<F>,
+    prompts: &[Prompt],
+    completions: &[Completion<F>],
+    temperature: F,
+    per: usize,
+) -> Vec<F> {
+    let mut grads = Params::zeros(model.params().layout());
+    let (mut out, mut batch) = (Vec::new(), Batch::default());
+    for (prompts, completions) in prompts.chunks(per).zip(completions.chunks(per)) {
+        batch.clear();
+        for (p, c) in prompts.iter().zip(completions) {
+            batch.push_predicted(&[&p.ids[..], &c.ids].concat(), p.ids.len());
+        }
+        let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
+        let mut arena = Arena::new(sizes.plan::<F>(model.spec(), Head::Lm, false).unwrap());
+        let scope = arena.scope();
+        let done = pass::policy(dev, model, &mut grads, &scope, &batch, temperature, false, |c| {
+            out.extend_from_slice(c.logp.host());
+            Err(Error::value("enough", "no backward pass", "a forward pass"))
+        });
+        assert!(done.unwrap_err().to_string().starts_with("enough"));
+    }
+    out
+}
+
+fn logprobs<F: Float>(completions: &[Completion<F>]) -> Vec<F> {
+    completions.iter().flat_map(|c| c.logprobs.clone()).collect()
+}
+
+const FILTERS: [sample::Params; 4] = [
+    sample::Params { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 },
+    sample::Params { temperature: 1.0, top_k: 5, top_p: 1.0, min_p: 0.0 },
+    sample::Params { temperature: 1.0, top_k: 0, top_p: 0.8, min_p: 0.0 },
+    sample::Params { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.1 },
+];
+
+#[test]
+fn rollout_equals_training() {
+    let dev = Device::cpu();
+    let (mut tokens, mut run) = (0, 0);
+    for name in ["gpt2", "llama_tied"] {
+        let model = load::<f32>(name, Head::Lm);
+        let prompts = prompts(12, model.spec().vocab);
+        for temperature in [0.3, 0.6, 1.0, 1.7] {
+            for filter in FILTERS {
+                let sampling = sample::Params { temperature, ..filter };
+                let slots = [1, 2, 3, 7, 64][run % 5];
+                let rows = [1, 41, 64, 100, 512, 37][run % 6];
+                let settings = settings(sampling, 28);
+                let done = generate(&dev, &model, &prompts, &settings, (slots, rows));
+                let (ours, per) = (logprobs(&done), [1, 3, 12][run % 3]);
+                let train = |t: f32| trained(&dev, &model, &prompts, &done, t, per);
+                let what = format!("{name} {sampling:?} {slots} slots {rows} rows");
+                assert_bits(&what, &ours, &train(temperature));
+                // The same check must fail on another distribution, but where a token is certain.
+                let other = train(temperature * 1.001);
+                let differ = ours.iter().zip(&other).filter(|(a, b)| a.to_bits() != b.to_bits());
+                assert!(differ.count() * 4 > ours.len(), "{what}: the check does not bite");
+                tokens += ours.len();
+                run += 1;
+            }
+        }
+    }
+    assert!(tokens >= 10_000, "{tokens}");
+}
+
+/// Another way to compute the same numbers, f64, is seen by the check too.
+#[test]
+fn another_computation_is_not_bit_equal() {
+    let (dev, model) = (Device::cpu(), load::<f32>("llama_tied", Head::Lm));
+    let prompts = prompts(12, model.spec().vocab);
+    let done = generate(&dev, &model, &prompts, &settings(FILTERS[0], 10), (4, 64));
+    let wide: Vec<Completion<f64>> = done
+        .iter()
+        .map(|c| Completion {
+            sample: c.sample,
+            ids: c.ids.clone(),
+            logprobs: Vec::new(),
+            stopped: false,
+        })
+        .collect();
+    let other = trained(&dev, &load::<f64>("llama_tied", Head::Lm), &prompts, &wide, 1.0, 4);
+    let ours = logprobs(&done);
+    let worst = ours.iter().zip(&other).map(|(a, b)| (f64::from(*a) - b).abs());
+    let worst = worst.fold(0.0, f64::max);
+    assert!(worst > 0.0 && worst < 1e-4, "{worst}");
+    let same = ours.iter().zip(&other).filter(|(a, b)| a.to_bits() == (**b as f32).to_bits());
+    assert!(same.count() < ours.len());
+}
+
+/// Properties 1 and 3: slots, rows of a pass, order, threads and instruction set change no bit.
+#[test]
+fn samples_do_not_see_their_batch() {
+    for name in ["gpt2", "llama_tied"] {
+        let model = load::<f32>(name, Head::Lm);
+        let prompts = prompts(9, model.spec().vocab);
+        let settings = settings(sample::Params { top_p: 0.9, ..FILTERS[0] }, 8);
+        let want = generate(&Device::cpu(), &model, &prompts, &settings, (64, 4096));
+        let sizes = [(1, 1), (2, 41), (3, 64), (7, 100), (64, 37)];
+        let own = (1..=3).flat_map(|t| sizes.map(|s| (Device::Cpu(Cpu::new(t)), s)));
+        // the portable set is slow: one size each
+        let every = devices().into_iter().map(|d| (d, (3, 64)));
+        for (run, (dev, size)) in own.chain(every).enumerate() {
+            let order = match run % 3 {
+                0 => (0..prompts.len()).collect(),
+                1 => (0..prompts.len()).rev().collect(),
+                _ => Philox::new(1, run as u64, 0, Purpose::Shuffle).permutation(prompts.len()),
+            };
+            let shuffled: Vec<Prompt> = order.iter().map(|i| prompts[*i].clone()).collect();
+            let done = generate(&dev, &model, &shuffled, &settings, size);
+            for (c, i) in done.iter().zip(order) {
+                let what = format!("{name} {dev:?} {size:?} sample {}", c.sample);
+                assert_eq!((c.sample, &c.ids), (want[i].sample, &want[i].ids), "{what}");
+                assert_bits(&what, &c.logprobs, &want[i].logprobs);
+            }
+        }
+        // a prompt alone
+        let alone = generate(&Device::cpu(), &model, &prompts[4..5], &settings, (1, 1));
+        assert_eq!(alone[0], want[4]);
+    }
+}
+
+/// Samples of one prompt differ by their number, and are drawn again by seed and step.
+#[test]
+fn randomness_is_addressed_not_consumed() {
+    let (dev, model) = (Device::cpu(), load::<f32>("llama_tied", Head::Lm));
+    let ids = vec![5, 6, 7];
+    let prompts: Vec<Prompt> = (0..16).map(|sample| Prompt { sample, ids: ids.clone() }).collect();
+    let draw = |seed, step| {
+        let settings = Settings { seed, step, ..settings(FILTERS[0], 8) };
+        let done = generate(&dev, &model, &prompts, &settings, (5, 64));
+        done.into_iter().map(|c| c.ids).collect::<Vec<_>>()
+    };
+    let first = draw(1, 2);
+    let mut different = first.clone();
+    different.sort();
+    different.dedup();
+    assert_eq!(different.len(), 16);
+    assert_eq!(draw(1, 2), first);
+    assert!(draw(2, 2) != first && draw(1, 3) != first);
+}
+
+/// Greedy decoding takes the largest logit of the forward pass, and reports log-probs at 1.
+#[test]
+fn greedy_tokens_are_the_likeliest() {
+    let (dev, model) = (Device::cpu(), load::<f32>("gpt2", Head::Lm));
+    let (prompts, vocab) = (prompts(8, model.spec().vocab), model.spec().vocab);
+    let greedy = sample::Params::greedy();
+    let done = generate(&dev, &model, &prompts, &settings(greedy, 9), (3, 64));
+    let train = trained(&dev, &model, &prompts, &done, 1.0, 8);
+    assert_bits("log-probs", &logprobs(&done), &train);
+    for (p, c) in prompts.iter().zip(&done) {
+        let whole = [&p.ids[..], &c.ids].concat();
+        let logits = forward(&model, std::slice::from_ref(&whole)).logits;
+        for (t, id) in c.ids.iter().enumerate() {
+            let row = &logits[(p.ids.len() + t - 1) * vocab..][..vocab];
+            let top = row.iter().enumerate().max_by(|a, b| a.1.total_cmp(b.1)).unwrap().0;
+            assert_eq!(*id as usize, top, "sample {} token {t}", p.sample);
+        }
+    }
+}
+
+#[test]
+fn a_stop_id_ends_a_sample_and_is_kept() {
+    let (dev, model) = (Device::cpu(), load::<f32>("llama_tied", Head::Lm));
+    let prompts = prompts(16, model.spec().vocab);
+    let free = generate(&dev, &model, &prompts, &settings(FILTERS[0], 20), (4, 64));
+    let stop_ids: Vec<u32> = (0..12).map(|i| i * 9).collect();
+    let settings = Settings { stop_ids: stop_ids.clone(), ..settings(FILTERS[0], 20) };
+    let done = generate(&dev, &model, &prompts, &settings, (4, 64));
+    let (mut stopped, mut whole) = (0, 0);
+    for (c, free) in done.iter().zip(&free) {
+        let end = free.ids.iter().position(|id| stop_ids.contains(id));
+        let n = end.map_or(20, |i| i + 1);
+        assert_eq!((&c.ids[..], c.stopped), (&free.ids[..n], end.is_some()));
+        assert_bits("log-probs", &c.logprobs, &free.logprobs[..n]);
+        *(if c.stopped { &mut stopped } else { &mut whole }) += 1;
+    }
+    assert!(stopped > 3 && whole > 0, "{stopped} {whole}");
+}
+
+/// A slot that a broken sequence left full of NaN serves the next one without a trace, and so does
+/// one that was never used (NaN in debug builds).
+#[test]
+fn what_a_slot_held_does_not_matter() {
+    let (dev, mut model) = (Device::cpu(), load::<f32>("llama", Head::Lm));
+    let h = model.spec().hidden;
+    let embedding = model.params_mut().get_mut(Slot::Embedding, None).unwrap().host();
+    embedding[3 * h..4 * h].fill(f32::NAN); // token 3; the head is not tied
+    let bad = |sample| Prompt { sample, ids: [vec![3; 20], vec![9; 20]].concat() };
+    let good = |sample: u64| Prompt { sample, ids: (4..14 + sample as u32).collect() };
+    let greedy = settings(sample::Params::greedy(), 6);
+    let alone = generate(&dev, &model, &[good(1), good(2)], &greedy, (2, 64));
+    assert!(logprobs(&alone).iter().all(|x| x.is_finite()));
+    for slots in [1, 2, 3] {
+        let prompts = [bad(7), good(1), bad(8), bad(9), good(2), bad(10)];
+        let done = generate(&dev, &model, &prompts, &greedy, (slots, 64));
+        assert!(done[0].logprobs[0].is_nan());
+        assert_eq!((&done[1], &done[4]), (&alone[0], &alone[1]), "{slots} slots");
+    }
+}
+
+#[test]
+fn nothing_is_asked_for_and_nothing_comes() {
+    let (dev, model) = (Device::cpu(), load::<f32>("llama_tied", Head::Lm));
+    let none = generate(&dev, &model, &prompts(3, 50), &settings(FILTERS[0], 0), (2, 64));
+    let samples: Vec<u64> = none.iter().map(|c| c.sample).collect();
+    assert_eq!(samples, [100, 101, 102]);
+    assert!(none.iter().all(|c| c.ids.is_empty() && c.logprobs.is_empty() && !c.stopped));
+    assert!(generate(&dev, &model, &[], &settings(FILTERS[0], 4), (2, 64)).is_empty());
+}
+
+#[test]
+fn what_does_not_fit_is_named() {
+    let (dev, model) = (Device::cpu(), load::<f32>("llama_tied", Head::Lm));
+    let fail = |ids: Vec<u32>, generator: Generator, settings: &Settings| {
+        let mut arena = Arena::new(generator.plan::<f32>(model.spec()).unwrap());
+        let prompts = [Prompt { sample: 1, ids: vec![1] }, Prompt { sample: 42, ids }];
+        let scope = arena.scope();
+        let error = generator.run(&dev, &model, &scope, &prompts, settings, |_| true).unwrap_err();
+        assert!(matches!(error, Error::Value { .. }), "{error:?}");
+        error.to_string()
+    };
+    let five = settings(FILTERS[0], 5);
+    let generator = Generator { slots: 2, max_len: 20, rows: 12 };
+    assert_eq!(
+        fail(vec![], generator, &five),
+        "prompt of sample 42: got none, wanted at least one token"
+    );
+    assert_eq!(
+        fail(vec![1; 16], generator, &five),
+        "prompt of sample 42: got 21, wanted at most 20 tokens with its completion"
+    );
+    assert_eq!(
+        fail(vec![1; 13], generator, &five),
+        "prompt of sample 42: got 13, wanted at most 12 tokens (rows of a pass)"
+    );
+    let long = Generator { slots: 2, max_len: 500, rows: 300 };
+    assert_eq!(
+        fail(vec![1; 124], long, &five),
+        "prompt of sample 42: got 129, wanted at most 128 tokens with its completion"
+    );
+    assert_eq!(
+        fail(vec![1, 113], generator, &five),
+        "embedding: id of row 2: got 113, wanted less than 113"
+    );
+    let cold = settings(sample::Params { temperature: -1.0, ..FILTERS[0] }, 5);
+    assert_eq!(fail(vec![1], generator, &cold), "temperature: got -1, wanted 0 or more");
+}
+
+/// Progress hears every new token, and can end the generation.
+#[test]
+fn progress_is_heard_and_obeyed() {
+    let (dev, model) = (Device::cpu(), load::<f32>("llama_tied", Head::Lm));
+    let prompts = prompts(5, model.spec().vocab);
+    let generator = Generator::for_prompts(&prompts, 6, 2, 64);
+    let mut arena = Arena::new(generator.plan::<f32>(model.spec()).unwrap());
+    let settings = settings(FILTERS[0], 6);
+    let mut heard = 0;
+    let mut count = |n| {
+        heard += n;
+        true
+    };
+    let done = generator.run(&dev, &model, &arena.scope(), &prompts, &settings, &mut count);
+    assert_eq!(done.unwrap().unwrap().len(), 5);
+    assert_eq!(heard, 30);
+    let mut passes = 0;
+    let mut stop = |_| {
+        passes += 1;
+        passes < 3
+    };
+    let done = generator.run(&dev, &model, &arena.scope(), &prompts, &settings, &mut stop);
+    assert!(done.unwrap().is_none());
+    assert_eq!(passes, 3);
+}

@@ -1,0 +1,157 @@
+//! One pass over a micro-batch: gradients add up to those of the whole step, whatever the split.
+
+use warpo::{
+    Error,
+    device::{Arena, Device, Float},
+    models::{Batch, Head, Model, Params},
+    train::pass::{self, Sizes},
+};
+
+use crate::{
+    models::golden::{MODELS, load},
+    support::{assert_bits, devices, randn},
+};
+
+/// Ragged sequences, and from which token each is learned.
+fn sequences() -> Vec<(Vec<u32>, usize)> {
+    let ids = |s: usize, n: usize| (0..n).map(|t| ((5 * s + 3 * t + t * t) % 90) as u32).collect();
+    let lens = [(9, 2), (2, 1), (35, 30), (1, 1), (17, 1), (5, 4), (33, 1), (12, 6)];
+    lens.iter().enumerate().map(|(s, (n, from))| (ids(s, *n), *from)).collect()
+}
+
+/// Gradients of `sum w logp + v entropy` over all learned tokens (or of `sum w y` over last
+/// tokens), in micro-batches of `per` sequences, all in memory for the largest.
+fn gradients<F: Float>(dev: &Device, model: &Model<F>, per: usize) -> (Params<F>, Vec<F>) {
+    let all = sequences();
+    let policy = model.head() == Head::Lm;
+    let mut batches: Vec<Batch> = Vec::new();
+    for group in all.chunks(per) {
+        let mut batch = Batch::default();
+        for (ids, from) in group {
+            if policy { batch.push_predicted(ids, *from) } else { batch.push_last(ids) }
+        }
+        batches.push(batch);
+    }
+    let rows = batches.iter().map(Batch::len).max().unwrap();
+    let sizes = Sizes { rows, sequences: per };
+    let mut arena = Arena::new(sizes.plan::<F>(model.spec(), model.head(), policy).unwrap());
+    let (w, v): (Vec<F>, Vec<F>) = (randn("w", 400), randn("v", 400));
+    let (mut grads, mut outputs) = (Params::zeros(model.params().layout()), Vec::new());
+    for batch in &batches {
+        let at = outputs.len();
+        let scope = arena.scope();
+        let fill = |d: &mut [F], x: &[F]| d.copy_from_slice(&x[at..at + d.len()]);
+        if policy {
+            pass::policy(dev, model, &mut grads, &scope, batch, F::of(0.7), true, |c| {
+                fill(c.dlogp.host(), &w);
+                fill(c.dentropy.unwrap().host(), &v);
+                outputs.extend_from_slice(c.logp.host());
+                Ok(())
+            })
+            .unwrap();
+        } else {
+            pass::scalar(dev, model, &mut grads, &scope, batch, |y, dy| {
+                fill(dy.host(), &w);
+                outputs.extend_from_slice(y.host());
+                Ok(())
+            })
+            .unwrap();
+        }
+    }
+    (grads, outputs)
+}
+
+fn check<F: Float>(name: &str, head: Head, tolerance: f64) {
+    let (dev, model) = (Device::cpu(), load::<F>(name, head));
+    let (whole, outputs) = gradients(&dev, &model, 8);
+    let truth = whole.flat().host();
+    let norm = truth.iter().map(|g| g.f64() * g.f64()).sum::<f64>().sqrt();
+    for per in [1, 2, 3, 4] {
+        let (split, same) = gradients(&dev, &model, per);
+        assert_bits(&format!("{name} {per} a micro-batch"), &same, &outputs);
+        let off = split.flat().host().iter().zip(truth);
+        let off = off.map(|(a, b)| (a.f64() - b.f64()).powi(2)).sum::<f64>().sqrt();
+        assert!(off <= tolerance * norm, "{name} {head:?} {per}: {:e}", off / norm);
+    }
+}
+
+/// Property 4: the same gradient however the step is split, but for the rounding of sums; and the
+/// outputs to the bit. Relative to its norm: 1e-12 in f64, and 1e-5 in f32 (G5).
+#[test]
+fn whole_step_denominators() {
+    for name in MODELS {
+        check::<f64>(name, Head::Lm, 1e-12);
+        check::<f64>(&format!("{name}/rm"), Head::Scalar, 1e-12);
+        check::<f32>(name, Head::Lm, 1e-5);
+        check::<f32>(&format!("{name}/rm"), Head::Scalar, 1e-5);
+    }
+}
+
+/// Threads and instruction sets change no bit of a gradient.
+#[test]
+fn gradients_do_not_see_their_device() {
+    for (name, head) in [("gpt2", Head::Lm), ("llama/rm", Head::Scalar)] {
+        let model = load::<f32>(name, head);
+        let (want, _) = gradients(&Device::cpu(), &model, 4);
+        for dev in devices() {
+            let (got, _) = gradients(&dev, &model, 4);
+            assert_bits(&format!("{name} {dev:?}"), got.flat().host(), want.flat().host());
+        }
+    }
+}
+
+/// What follows the last learned token is not computed, and what is not learned has no gradient:
+/// only the tokens before it, as context, matter.
+#[test]
+fn only_what_is_read_is_computed() {
+    let (dev, model) = (Device::cpu(), load::<f32>("llama", Head::Lm));
+    let run = |ids: &[u32], learn: std::ops::Range<usize>| {
+        let mut batch = Batch::default();
+        batch.push_masked(ids, std::iter::once(learn));
+        let sizes = Sizes { rows: batch.len(), sequences: 1 };
+        let mut arena = Arena::new(sizes.plan::<f32>(model.spec(), Head::Lm, false).unwrap());
+        let (scope, mut grads) = (arena.scope(), Params::zeros(model.params().layout()));
+        let mut logp = Vec::new();
+        pass::policy(&dev, &model, &mut grads, &scope, &batch, 1.0, false, |c| {
+            logp = c.logp.host().to_vec();
+            c.dlogp.host().fill(1.0);
+            Ok(())
+        })
+        .unwrap();
+        drop(scope);
+        (logp, grads.flat().host().to_vec(), batch.len())
+    };
+    let (logp, grads, rows) = run(&[3, 4, 5, 6, 7, 8], 2..4);
+    assert_eq!((logp.len(), rows), (2, 5), "the last token has no row");
+    // tokens after the learned ones
+    let (same, _, _) = run(&[3, 4, 5, 6, 60, 61], 2..4);
+    assert_bits("log-probs", &same, &logp);
+    let (_, other, _) = run(&[3, 4, 5, 6, 7, 61], 2..4);
+    assert_bits("the last token", &other, &grads);
+    // the first token is never predicted, whatever is asked for
+    let (all, _, _) = run(&[3, 4, 5], 0..9);
+    assert_eq!(all.len(), 2);
+}
+
+/// A pass larger than its plan says so; it takes no more memory.
+#[test]
+fn the_plan_is_kept() {
+    let (dev, model) = (Device::cpu(), load::<f32>("gpt2", Head::Lm));
+    let sizes = Sizes { rows: 8, sequences: 1 };
+    let mut arena = Arena::new(sizes.plan::<f32>(model.spec(), Head::Lm, false).unwrap());
+    let (mut batch, mut grads) = (Batch::default(), Params::zeros(model.params().layout()));
+    batch.push_predicted(&[1; 9], 1);
+    let mut run = |batch: &Batch| {
+        let scope = arena.scope();
+        pass::policy(&dev, &model, &mut grads, &scope, batch, 1.0, false, |c| {
+            c.dlogp.host().fill(0.0);
+            Ok(())
+        })
+    };
+    run(&batch).unwrap();
+    batch.clear();
+    batch.push_predicted(&[1; 20], 1);
+    let error = run(&batch).unwrap_err();
+    assert!(matches!(error, Error::Memory { .. }), "{error:?}");
+    assert!(error.hint().unwrap().contains("micro_batch_tokens"));
+}
