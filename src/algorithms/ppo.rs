@@ -182,6 +182,7 @@ impl Ppo {
             ("clip_range_high", s.clip_range_high.is_none_or(|c| c > 0.0), "above 0"),
             ("dual_clip", s.dual_clip.is_none_or(|c| c > 1.0), "above 1"),
             ("value_clip", s.value_clip.is_none_or(|c| c > 0.0), "above 0"),
+            ("value_learning_rate", s.value_learning_rate.is_none_or(|r| r >= 0.0), "0 or more"),
             ("gamma", (0.0..=1.0).contains(&s.gamma), "from 0 to 1"),
             ("lambda", (0.0..=1.0).contains(&s.lambda), "from 0 to 1"),
             ("ppo_epochs", s.ppo_epochs > 0, "1 or more"),

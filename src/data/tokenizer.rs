@@ -10,7 +10,10 @@ use std::{
 
 use serde_json::Value;
 
-use crate::error::{Error, Result};
+use crate::{
+    device::file,
+    error::{Error, Result},
+};
 
 /// A Hugging Face tokenizer.
 #[derive(Debug)]
@@ -36,9 +39,9 @@ impl Tokenizer {
     /// [`Error::Io`] or [`Error::File`] if `tokenizer.json` is missing or not understood.
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
-        let bytes = std::fs::read(&path).map_err(Error::io("read", &path))?;
+        let text = file::read_text(&path, 256 << 20)?;
         // The library panics on some malformed files.
-        let parsed = catch_unwind(|| tokenizers::Tokenizer::from_bytes(&bytes));
+        let parsed = catch_unwind(|| tokenizers::Tokenizer::from_bytes(text.as_bytes()));
         let mut inner = match parsed {
             Ok(Ok(t)) => t,
             Ok(Err(e)) => return Err(Error::file(path, format!("not a tokenizer: {e}"))),
@@ -49,7 +52,7 @@ impl Tokenizer {
         // Special tokens spelled in text stay text.
         inner.set_encode_special_tokens(true);
         let json = |name: &str| -> Value {
-            let text = std::fs::read_to_string(dir.join(name)).unwrap_or_default();
+            let text = file::read_text(&dir.join(name), 16 << 20).unwrap_or_default();
             serde_json::from_str(&text).unwrap_or(Value::Null)
         };
         let settings = json("tokenizer_config.json");

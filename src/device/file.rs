@@ -1,4 +1,4 @@
-//! Memory-mapped files.
+//! Files of a model folder, which may be anybody's.
 
 #![allow(unsafe_code)]
 
@@ -8,14 +8,33 @@ use memmap2::Mmap;
 
 use crate::error::{Error, Result};
 
+/// The size of a regular file. Others are refused: opening a FIFO would wait for ever.
+fn size(path: &Path) -> Result<u64> {
+    let about = std::fs::metadata(path).map_err(Error::io("read", path))?;
+    if about.is_file() { Ok(about.len()) } else { Err(Error::file(path, "is no regular file")) }
+}
+
+/// Reads a text file of a model folder whole, if it has at most `limit` bytes.
+///
+/// # Errors
+/// [`Error::Io`]; [`Error::File`] if it is no regular file, or larger.
+pub fn read_text(path: &Path, limit: u64) -> Result<String> {
+    let bytes = size(path)?;
+    if bytes > limit {
+        return Err(Error::file(path, format!("{bytes} bytes long, wanted at most {limit}")));
+    }
+    std::fs::read_to_string(path).map_err(Error::io("read", path))
+}
+
 /// Maps a file for reading.
 ///
 /// As everywhere, a file that another process truncates while it is mapped kills the reader;
 /// Warpo itself never writes over a file, it renames new ones into place.
 ///
 /// # Errors
-/// [`Error::Io`] if it cannot be opened or mapped.
+/// [`Error::Io`] if it cannot be opened or mapped, [`Error::File`] if it is no regular file.
 pub fn map(path: &Path) -> Result<Mmap> {
+    size(path)?;
     let file = File::open(path).map_err(Error::io("open", path))?;
     // SAFETY: the mapping is private and read-only; see above for writers.
     unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))

@@ -6,6 +6,7 @@ use serde_json::Value;
 
 use super::{FAMILIES, Family, Spec};
 use crate::{
+    device::file,
     error::{Error, Result},
     ops::{activation::Activation, attention::MAX_HEAD_DIM, rope::Rope},
 };
@@ -27,13 +28,7 @@ impl Config {
     /// [`Error::Io`] or [`Error::File`] if it is missing, too large, or no JSON object.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
-        let bytes = std::fs::metadata(&path).map_err(Error::io("read", &path))?.len();
-        if bytes > LIMIT {
-            let message = format!("{bytes} bytes long, wanted at most {LIMIT}");
-            return Err(Error::file(path, message));
-        }
-        let text = std::fs::read_to_string(&path).map_err(Error::io("read", &path))?;
-        Self::parse(&text, path)
+        Self::parse(&file::read_text(&path, LIMIT)?, path)
     }
 
     /// Parses the text of a `config.json`; `path` is for messages.

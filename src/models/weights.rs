@@ -89,7 +89,7 @@ impl Folder {
 
 /// The shard names of an index, each once, in order of first use.
 fn shards(index: &Path) -> Result<Vec<String>> {
-    let text = std::fs::read_to_string(index).map_err(Error::io("read", index))?;
+    let text = file::read_text(index, 64 << 20)?;
     let json: Value =
         serde_json::from_str(&text).map_err(|e| Error::file(index, format!("not JSON: {e}")))?;
     let map = json.get("weight_map").and_then(Value::as_object);

@@ -343,6 +343,7 @@ fn a_wrong_setting_is_a_wrong_configuration() {
         ("kl_target=0", "above 0"),
         ("kl_horizon=0", "above 0"),
         ("reward_clip=-1", "above 0"),
+        ("value_learning_rate=-1", "0 or more"),
         ("reward_model=", "a folder with a reward model"),
     ] {
         let key = pair.split('=').next().unwrap();

@@ -440,7 +440,7 @@ fn a_wrong_file_is_named() {
     assert_eq!(folder.refused(Head::Lm), format!("cannot read DIR/config.json: {no}"));
     folder.write();
     std::fs::remove_file(folder.file()).unwrap();
-    assert_eq!(folder.refused(Head::Lm), format!("cannot open DIR/model.safetensors: {no}"));
+    assert_eq!(folder.refused(Head::Lm), format!("cannot read DIR/model.safetensors: {no}"));
     for junk in
         [&b""[..], b"x", b"PK\x03\x04pickle", &[0; 64], &[0xFF; 64], b"\x02\0\0\0\0\0\0\0{}"]
     {
@@ -510,7 +510,7 @@ fn a_wrong_index_is_named() {
     let want = format!("{index}: shard of `t` is \"\", wanted a file name");
     assert_eq!(folder.refused(Head::Lm), want);
     folder.write_index(&json!({"weight_map": {"t": "gone.safetensors"}}).to_string());
-    let want = "cannot open DIR/gone.safetensors: No such file or directory (os error 2)";
+    let want = "cannot read DIR/gone.safetensors: No such file or directory (os error 2)";
     assert_eq!(folder.refused(Head::Lm), want);
 
     // a tensor in two shards, and one in none
@@ -526,4 +526,18 @@ fn a_wrong_index_is_named() {
     write(&second, &part);
     let want = format!("DIR/model-00002-of-00002.safetensors: `{twice}` is in two shards");
     assert_eq!(folder.refused(Head::Lm), want);
+}
+
+/// A FIFO in a folder would keep a reader waiting for ever.
+#[test]
+fn what_is_no_regular_file_is_refused() {
+    for name in ["config.json", "model.safetensors"] {
+        let folder = Folder::copy("fifo", "llama_tied");
+        folder.write();
+        let path = folder.dir.join(name);
+        std::fs::remove_file(&path).unwrap();
+        assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+        let error = folder.refused(Head::Lm);
+        assert_eq!(error, format!("DIR/{name}: is no regular file"));
+    }
 }
