@@ -43,6 +43,7 @@ mod rollout {
 mod train {
     mod checkpoint;
     mod events;
+    mod experience;
     mod feed;
     mod lock;
     mod metrics;
