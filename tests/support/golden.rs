@@ -1,7 +1,11 @@
 //! Reads the float64 oracles under `tests/golden` (made by `tests/golden/gen_fixtures.py` from
 //! Hugging Face transformers and TRL).
 
-use std::{collections::HashMap, path::PathBuf};
+use std::{
+    cell::RefCell,
+    collections::{BTreeSet, HashMap},
+    path::PathBuf,
+};
 
 use safetensors::{Dtype, SafeTensors};
 
@@ -14,6 +18,7 @@ pub fn path(name: &str) -> PathBuf {
 pub struct Golden {
     file: String,
     tensors: HashMap<String, (Vec<usize>, Vec<f64>)>,
+    read: RefCell<BTreeSet<String>>,
 }
 
 impl Golden {
@@ -36,12 +41,13 @@ impl Golden {
                 (key, (t.shape().to_vec(), x))
             })
             .collect();
-        Self { file: name.into(), tensors }
+        Self { file: name.into(), tensors, read: RefCell::default() }
     }
 
     /// The numbers of a tensor.
     #[track_caller]
     pub fn get(&self, key: &str) -> &[f64] {
+        self.read.borrow_mut().insert(key.into());
         &self.entry(key).1
     }
 
@@ -63,6 +69,29 @@ impl Golden {
     #[track_caller]
     pub fn ints(&self, key: &str) -> Vec<i64> {
         self.get(key).iter().map(|x| *x as i64).collect()
+    }
+
+    /// The cells of a padded tensor that `mask` keeps, back to back.
+    #[track_caller]
+    pub fn kept(&self, key: &str, mask: &[bool]) -> Vec<f64> {
+        let x = self.get(key);
+        assert_eq!(x.len(), mask.len(), "{}: {key} and its mask", self.file);
+        x.iter().zip(mask).filter(|x| *x.1).map(|x| *x.0).collect()
+    }
+
+    /// Panics if a tensor was never read, so that none is skipped by mistake. `except` are prefixes
+    /// of those that nothing computes yet; one that excuses no tensor is out of date.
+    #[track_caller]
+    pub fn all_read(&self, except: &[&str]) {
+        let mut unread: Vec<&str> = self.tensors.keys().map(String::as_str).collect();
+        unread.retain(|key| !self.read.borrow().contains(*key));
+        for prefix in except {
+            let some = unread.iter().any(|key| key.starts_with(prefix));
+            assert!(some, "{}: nothing unread starts with {prefix}", self.file);
+        }
+        unread.retain(|key| !except.iter().any(|prefix| key.starts_with(prefix)));
+        unread.sort_unstable();
+        assert!(unread.is_empty(), "{}: never read: {unread:?}", self.file);
     }
 
     /// All keys that start with `prefix`, without it, sorted.
