@@ -13,6 +13,7 @@ mod models {
     mod golden;
 }
 mod ops {
+    mod activation;
     mod rms_norm;
 }
 mod rng;
