@@ -14,6 +14,7 @@ mod models {
 }
 mod ops {
     mod activation;
+    mod grad_norm;
     mod rms_norm;
 }
 mod rng;
