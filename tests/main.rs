@@ -15,6 +15,7 @@ mod models {
 mod ops {
     mod activation;
     mod grad_norm;
+    mod matmul;
     mod rms_norm;
 }
 mod rng;
