@@ -17,6 +17,7 @@ mod ops {
     mod grad_norm;
     mod matmul;
     mod rms_norm;
+    mod value_loss;
 }
 mod rng;
 mod train {
