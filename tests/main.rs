@@ -16,6 +16,7 @@ mod ops {
     mod activation;
     mod grad_norm;
     mod matmul;
+    mod ppo_loss;
     mod rms_norm;
     mod value_loss;
 }
