@@ -18,6 +18,7 @@ mod ops {
     mod matmul;
     mod ppo_loss;
     mod rms_norm;
+    mod rope;
     mod value_loss;
 }
 mod rng;
