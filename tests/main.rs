@@ -15,6 +15,7 @@ mod models {
 mod ops {
     mod activation;
     mod grad_norm;
+    mod logprob;
     mod matmul;
     mod ppo_loss;
     mod rms_norm;
