@@ -14,6 +14,7 @@ mod models {
 }
 mod ops {
     mod activation;
+    mod attention;
     mod grad_norm;
     mod logprob;
     mod matmul;
