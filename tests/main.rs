@@ -6,6 +6,7 @@ mod house;
 mod support;
 
 mod device {
+    mod arena;
     mod gemm;
     mod math;
 }
