@@ -9,6 +9,7 @@ mod device {
     mod arena;
     mod gemm;
     mod math;
+    mod pool;
 }
 mod models {
     mod golden;
