@@ -16,13 +16,18 @@ mod models {
 }
 mod ops {
     mod activation;
+    mod adamw;
     mod attention;
+    mod embedding;
     mod grad_norm;
+    mod layer_norm;
     mod logprob;
     mod matmul;
     mod ppo_loss;
+    mod residual;
     mod rms_norm;
     mod rope;
+    mod scalar_head;
     mod value_loss;
 }
 mod rng;
