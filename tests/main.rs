@@ -18,17 +18,22 @@ mod ops {
     mod activation;
     mod adamw;
     mod attention;
+    mod bradley_terry;
     mod embedding;
+    mod gae;
     mod grad_norm;
+    mod kl;
     mod layer_norm;
     mod logprob;
     mod matmul;
+    mod nll;
     mod ppo_loss;
     mod residual;
     mod rms_norm;
     mod rope;
     mod scalar_head;
     mod value_loss;
+    mod whiten;
 }
 mod rng;
 mod train {
