@@ -31,6 +31,7 @@ mod ops {
     mod residual;
     mod rms_norm;
     mod rope;
+    mod sample;
     mod scalar_head;
     mod value_loss;
     mod whiten;
