@@ -7,6 +7,7 @@ mod support;
 
 mod device {
     mod arena;
+    mod buffer;
     mod gemm;
     mod math;
     mod pool;
@@ -43,5 +44,6 @@ mod train {
     mod lock;
     mod metrics;
     mod run;
+    mod schedule;
     mod signals;
 }
