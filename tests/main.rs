@@ -19,8 +19,11 @@ mod data {
     mod tokenizer;
 }
 mod device {
+    mod arena;
+    mod buffer;
     mod gemm;
     mod math;
+    mod pool;
 }
 mod eval {
     mod report;
@@ -33,7 +36,26 @@ mod models {
     mod weights;
 }
 mod ops {
+    mod activation;
+    mod adamw;
+    mod attention;
+    mod bradley_terry;
+    mod embedding;
+    mod gae;
+    mod grad_norm;
+    mod kl;
+    mod layer_norm;
+    mod logprob;
+    mod matmul;
+    mod nll;
+    mod ppo_loss;
+    mod residual;
     mod rms_norm;
+    mod rope;
+    mod sample;
+    mod scalar_head;
+    mod value_loss;
+    mod whiten;
 }
 mod rng;
 mod rollout {
@@ -50,6 +72,7 @@ mod train {
     mod pass;
     mod role;
     mod run;
+    mod schedule;
     mod signals;
     mod trainer;
 }

@@ -72,10 +72,6 @@ impl Arena {
     /// Starts a phase. The borrow makes sure that phases do not overlap.
     #[must_use]
     pub fn scope(&mut self) -> Scope<'_> {
-        if cfg!(debug_assertions) {
-            // SAFETY: the arena owns these bytes and no scope is alive.
-            unsafe { self.block.ptr().as_ptr().write_bytes(0xFF, self.block.bytes()) };
-        }
         Scope {
             base: Some(self.block.ptr()),
             capacity: self.block.bytes(),
@@ -108,7 +104,8 @@ impl<'a> Scope<'a> {
     pub fn alloc<T: Pod>(&self, what: &'static str, len: usize) -> Result<Buffer<'_, T>> {
         let overflow = || Error::Memory { what, want: usize::MAX, have: self.capacity };
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(overflow)?;
-        let bytes = bytes.checked_next_multiple_of(ALIGN).ok_or_else(overflow)? + REDZONE;
+        let bytes = bytes.checked_next_multiple_of(ALIGN).and_then(|b| b.checked_add(REDZONE));
+        let bytes = bytes.ok_or_else(overflow)?;
         let start = self.used.get();
         let have = self.capacity - start;
         if bytes > have {
@@ -122,6 +119,11 @@ impl<'a> Scope<'a> {
         };
         // SAFETY: `start + bytes` is within the block.
         let ptr = unsafe { base.add(start) };
+        if cfg!(debug_assertions) {
+            // An earlier phase or child may have left numbers here.
+            // SAFETY: `bytes` bytes from here are within the block and nobody else's.
+            unsafe { ptr.as_ptr().write_bytes(0xFF, bytes) };
+        }
         if REDZONE > 0 {
             // SAFETY: the last REDZONE bytes of this allocation, within the block.
             let zone = unsafe { ptr.add(bytes - REDZONE) };

@@ -85,13 +85,13 @@ pub trait Float:
     fn clamp(self, low: Self, high: Self) -> Self {
         self.max(low).min(high)
     }
-    /// Logistic function, without overflow on either side.
+    /// Logistic function, without overflow or cancellation on either side.
     #[inline(always)]
     #[must_use]
     fn sigmoid(self) -> Self {
         let e = (-self.abs()).exp();
         let s = Self::ONE / (Self::ONE + e);
-        if self < Self::ZERO { Self::ONE - s } else { s }
+        if self < Self::ZERO { e * s } else { s }
     }
 }
 

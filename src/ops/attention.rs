@@ -123,6 +123,23 @@ impl Segment {
     }
 }
 
+/// Checks that segments cover `rows` rows in order.
+fn check_rows(op: &'static str, segments: &[Segment], rows: usize) -> Result<()> {
+    let mut next = 0;
+    for (i, s) in segments.iter().enumerate() {
+        if s.at != next {
+            let what = format!("{op}: first row of segment {i}");
+            return Err(Error::value(what, next.to_string(), s.at));
+        }
+        next = s.at.saturating_add(s.rows);
+    }
+    if next as usize == rows {
+        return Ok(());
+    }
+    Err(Error::value(format!("{op}: rows of all segments"), rows.to_string(), next))
+}
+
+/// As [`check_rows`], and that the pages of each segment exist.
 fn check_segments(
     op: &'static str,
     segments: &[Segment],
@@ -130,27 +147,20 @@ fn check_segments(
     list: &[u32],
     pages: usize,
 ) -> Result<()> {
-    let mut next = 0;
+    check_rows(op, segments, rows)?;
     for (i, s) in segments.iter().enumerate() {
         let what = |part| format!("{op}: {part} of segment {i}");
-        if s.at != next {
-            return Err(Error::value(what("first row"), next.to_string(), s.at));
-        }
-        next = s.at.saturating_add(s.rows);
         let used = (s.first as usize + s.rows as usize).div_ceil(PAGE);
-        if s.pages.len() < used || s.pages.end as usize > list.len() {
+        let ids = list.get(s.pages.start as usize..s.pages.end as usize);
+        let Some(ids) = ids.filter(|ids| ids.len() >= used) else {
             let want = format!("{used} within a list of {}", list.len());
             return Err(Error::value(what("pages"), want, format!("{:?}", s.pages)));
-        }
-        let ids = &list[s.pages.start as usize..s.pages.end as usize];
+        };
         if let Some(id) = ids.iter().find(|id| **id as usize >= pages) {
             return Err(Error::value(what("page id"), format!("less than {pages}"), id));
         }
     }
-    if next as usize == rows {
-        return Ok(());
-    }
-    Err(Error::value(format!("{op}: rows of all segments"), rows.to_string(), next))
+    Ok(())
 }
 
 /// Writes keys and values of new rows to their pages. `qkv` `[rows, (q_heads + 2 kv_heads)
@@ -377,7 +387,8 @@ pub fn scratch_len(shape: &Shape, rows: usize) -> usize {
 /// heads of the group for a key.
 ///
 /// # Errors
-/// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] if a segment starts late.
+/// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] if a segment starts late or segments
+/// do not cover the rows in order.
 #[allow(clippy::too_many_arguments)]
 pub fn backward<F: Float>(
     dev: &Device,
@@ -407,8 +418,7 @@ pub fn backward<F: Float>(
         let what = format!("{OP}: first position of segment {i}");
         return Err(Error::value(what, "0", segments[i].first));
     }
-    let total: usize = segments.iter().map(|s| s.rows as usize).sum();
-    shape::check(OP, "rows of all segments", &[rows], total)?;
+    check_rows(OP, segments, rows)?;
 
     let Device::Cpu(cpu) = dev;
     let isa = cpu.isa();

@@ -32,10 +32,13 @@ pub fn norm<F: Float>(dev: &Device, x: View<'_, F>) -> f64 {
 }
 
 /// The factor that brings a gradient of this norm down to `max_norm`:
-/// `min(1, max_norm / (norm + 1e-6))`, as `torch.nn.utils.clip_grad_norm_`.
+/// `min(1, max_norm / (norm + 1e-6))`, as `torch.nn.utils.clip_grad_norm_`; NaN for a norm of NaN,
+/// always 1 for a `max_norm` of 0.
 #[must_use]
 pub fn clip_scale(norm: f64, max_norm: f64) -> f64 {
-    if max_norm <= 0.0 { 1.0 } else { (max_norm / (norm + 1e-6)).min(1.0) }
+    // `f64::min` would turn NaN into 1.
+    let scale = max_norm / (norm + 1e-6);
+    if max_norm <= 0.0 || scale > 1.0 { 1.0 } else { scale }
 }
 
 /// Index of the first NaN or infinity.

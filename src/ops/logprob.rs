@@ -1,7 +1,7 @@
 //! The LM head fused with log-prob gathering: the logits of all tokens are never held.
 //!
 //! `z = h Wᵀ / temperature`, `lse = log sum_v e^z_v`, `logp = z_target - lse`,
-//! `entropy = lse - sum_v p_v z_v`, `p = e^(z - lse)`.
+//! `entropy = -sum_v p_v log p_v`, `p = e^(z - lse)`.
 //!
 //! The vocabulary is visited in chunks of [`CHUNK`] from column 0, merged online (Milakov and
 //! Gimelshein 2018); chunks, lanes and merge order depend on nothing but the vocabulary. So a
@@ -273,7 +273,7 @@ struct Online<F> {
     top: F,
     /// sum of e^(z - top)
     sum: F,
-    /// sum of e^(z - top) z
+    /// sum of e^(z - top) (z - top): relative, or large logits would cancel in the entropy
     weighted: F,
     target: F,
 }
@@ -294,7 +294,7 @@ impl<F: Float> Online<F> {
         lse[row] = self.top + self.sum.ln();
         logp[row] = self.target - lse[row];
         if let Some(entropy) = entropy {
-            entropy[row] = lse[row] - self.weighted / self.sum;
+            entropy[row] = self.sum.ln() - self.weighted / self.sum;
         }
     }
 }
@@ -307,21 +307,24 @@ simd! {
         let mut chunks = raw.chunks_exact(LANES);
         for raw in &mut chunks {
             for l in 0..LANES {
-                let z = raw[l] * scale;
-                let e = (z - top).exp();
+                let z = raw[l] * scale - top;
+                let e = z.exp();
                 sum[l] += e;
                 weighted[l] = e.mul_add(z, weighted[l]);
             }
         }
         for (l, raw) in chunks.remainder().iter().enumerate() {
-            let z = *raw * scale;
-            let e = (z - top).exp();
+            let z = *raw * scale - top;
+            let e = z.exp();
             sum[l] += e;
             weighted[l] = e.mul_add(z, weighted[l]);
         }
-        let keep = if state.top == F::NEG_INFINITY { F::ZERO } else { (state.top - top).exp() };
-        state.sum = state.sum.mul_add(keep, math::tree(sum));
+        let first = state.top == F::NEG_INFINITY;
+        let moved = if first { F::ZERO } else { state.top - top };
+        let keep = if first { F::ZERO } else { moved.exp() };
+        state.weighted = state.sum.mul_add(moved, state.weighted);
         state.weighted = state.weighted.mul_add(keep, math::tree(weighted));
+        state.sum = state.sum.mul_add(keep, math::tree(sum));
         state.top = top;
     }
 

@@ -122,12 +122,14 @@ pub fn backward_weight<F: Float>(
     let m = shape::rows("matmul::backward_weight", "dy", dy.len(), n)?;
     shape::check("matmul::backward_weight", "x", &[m, k], x.len())?;
     shape::check("matmul::backward_weight", "dw", &[n, k], dw.len())?;
+    if let Some(dbias) = &dbias {
+        shape::check("matmul::backward_weight", "dbias", &[n], dbias.len())?;
+    }
     let (dy, x) = (dy.host(), x.host());
     let Device::Cpu(cpu) = dev;
     let (a, b) = (Lhs::columns(dy, n), Rhs::Rows { data: x, ld: k });
     gemm::product(cpu, dw.host(), k, (n, k, m), a, b, true, None);
     if let Some(dbias) = dbias {
-        shape::check("matmul::backward_weight", "dbias", &[n], dbias.len())?;
         cpu.rows(n, 64, (dbias.host(), 1), |range, dbias| {
             for r in 0..m {
                 add_row(cpu.isa(), dbias, &dy[r * n..][range.clone()]);

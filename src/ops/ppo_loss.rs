@@ -92,7 +92,8 @@ impl Stats {
         self.clipped_high += o.clipped_high;
         self.dual_clipped += o.dual_clipped;
         self.approx_kl += o.approx_kl;
-        self.max_log_ratio = self.max_log_ratio.max(o.max_log_ratio);
+        // `f64::max` would drop a NaN.
+        self.max_log_ratio = self.max_log_ratio.max_nan(o.max_log_ratio);
     }
 }
 

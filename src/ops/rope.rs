@@ -125,7 +125,8 @@ fn turn<F: Float>(
 ) -> Result<()> {
     let (rows, half) = (positions.len(), head_dim / 2);
     shape::check("rope", "x", &[rows, row_len], x.len())?;
-    if heads * head_dim > row_len || half != table.half {
+    // An odd head has an element without a partner.
+    if half == 0 || head_dim != 2 * table.half || heads > row_len / head_dim {
         return Err(Error::shape("rope", "heads", &[row_len, 2 * table.half], &[heads, head_dim]));
     }
     let (x, positions, angles) = (x.host(), positions.host(), table.rows.host());

@@ -62,10 +62,10 @@ pub fn forward<F: Float>(
         let error = v - ret;
         let (mut loss, mut slope) = (0.5 * error * error, error);
         if let Some(c) = clip {
-            // `clamp` would panic over a NaN bound; a bad number must come out as one.
-            let bound = if old.is_finite() { v.clamp(old - c, old + c) } else { f64::NAN };
-            let bounded = 0.5 * (bound - ret) * (bound - ret);
-            if bound != v {
+            // Not `f64::clamp`, which panics where `old` is NaN.
+            if !(old - c..=old + c).contains(&v) {
+                let bound = if v < old { old - c } else { old + c };
+                let bounded = 0.5 * (bound - ret) * (bound - ret);
                 if bounded > loss {
                     stats.clipped += 1.0;
                     (loss, slope) = (bounded, 0.0);

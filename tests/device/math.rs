@@ -64,6 +64,21 @@ fn edges() {
     assert_eq!(math::max::<f32>(&[]), f32::NEG_INFINITY);
 }
 
+/// In whole blocks of lanes and in the rest, first and last.
+#[test]
+fn a_nan_never_leaves_a_maximum() {
+    for n in 1..=50 {
+        let mut x: Vec<f32> = (0..n).map(|i| (i * 7 % 11) as f32 - 20.0).collect();
+        let want = x.iter().copied().fold(f32::NEG_INFINITY, f32::max);
+        assert_eq!(math::max(&x), want);
+        for i in 0..n {
+            let good = std::mem::replace(&mut x[i], f32::NAN);
+            assert!(math::max(&x).is_nan(), "{i} of {n}");
+            x[i] = good;
+        }
+    }
+}
+
 #[test]
 fn erf_agrees_with_tables() {
     // Abramowitz and Stegun, table 7.1, and Wolfram Alpha

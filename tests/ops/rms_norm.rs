@@ -1,20 +1,36 @@
 //! RMSNorm: hand-worked values, central differences, and bits that do not depend on the batch.
 
-use warpo::{device::Device, ops::rms_norm};
+use warpo::{
+    device::{Device, Float},
+    ops::rms_norm,
+};
 
-use crate::support::{OP, assert_bits, assert_close, devices, gradcheck, inner, randn};
+use crate::support::{
+    OP, assert_bits, assert_close, assert_earned, assert_nan_only, assert_norm, devices, gather,
+    gradcheck, inner, randn, refusal, shuffled, wide,
+};
 
-fn run(x: &[f64], w: &[f64]) -> (Vec<f64>, Vec<f64>) {
-    let (mut y, mut rstd) = (vec![0.0; x.len()], vec![0.0; x.len() / w.len()]);
-    let dev = Device::cpu();
-    rms_norm::forward(&dev, (&mut y).into(), (&mut rstd).into(), x.into(), w.into(), 1e-5).unwrap();
+fn forward<F: Float>(dev: &Device, x: &[F], w: &[F]) -> (Vec<F>, Vec<F>) {
+    let nan = |n| vec![F::of(f64::NAN); n];
+    let (mut y, mut rstd) = (nan(x.len()), nan(x.len() / w.len()));
+    let (y_, rstd_) = ((&mut y).into(), (&mut rstd).into());
+    rms_norm::forward(dev, y_, rstd_, x.into(), w.into(), F::of(1e-5)).unwrap();
     (y, rstd)
+}
+
+/// Writes dx, adds to `dw`.
+fn backward<F: Float>(dev: &Device, dw: &mut [F], dy: &[F], x: &[F], w: &[F]) -> Vec<F> {
+    let mut dx = vec![F::of(f64::NAN); x.len()];
+    let rstd = forward(dev, x, w).1;
+    let (dx_, dw, dy) = ((&mut dx).into(), dw.into(), dy.into());
+    rms_norm::backward(dev, dx_, dw, dy, x.into(), w.into(), (&rstd).into()).unwrap();
+    dx
 }
 
 #[test]
 fn hand_worked() {
     // mean square of (3, 4) is 12.5
-    let (y, rstd) = run(&[3.0, 4.0], &[1.0, -2.0]);
+    let (y, rstd) = forward(&Device::cpu(), &[3.0, 4.0], &[1.0, -2.0]);
     let r = 1.0 / 12.500_01f64.sqrt();
     assert_close("rstd", &rstd, &[r], 0.0, 1e-15);
     assert_close("y", &y, &[3.0 * r, -8.0 * r], 0.0, 1e-15);
@@ -22,60 +38,111 @@ fn hand_worked() {
 
 #[test]
 fn gradients() {
-    for (rows, cols) in [(1, 1), (3, 7), (5, 33)] {
+    let dev = Device::cpu();
+    for (rows, cols) in [(1, 1), (3, 7), (5, 33), (17, 3), (2, 67)] {
         let x: Vec<f64> = randn("x", rows * cols);
         let w: Vec<f64> = randn("w", cols);
         let dy: Vec<f64> = randn("dy", rows * cols);
-        let (_, rstd) = run(&x, &w);
-        let mut dx = vec![f64::NAN; x.len()];
         let mut dw = vec![0.5; cols]; // the gradient is added to what is there
-        rms_norm::backward(
-            &Device::cpu(),
-            (&mut dx).into(),
-            (&mut dw).into(),
-            (&dy).into(),
-            (&x).into(),
-            (&w).into(),
-            (&rstd).into(),
-        )
-        .unwrap();
+        let dx = backward(&dev, &mut dw, &dy, &x, &w);
         dw.iter_mut().for_each(|d| *d -= 0.5);
-        gradcheck("dx", &x, &dx, OP, |x| inner(&run(x, &w).0, &dy));
-        gradcheck("dw", &w, &dw, OP, |w| inner(&run(&x, w).0, &dy));
+        gradcheck("dx", &x, &dx, OP, |x| inner(&forward(&dev, x, &w).0, &dy));
+        gradcheck("dw", &w, &dw, OP, |w| inner(&forward(&dev, &x, w).0, &dy));
     }
 }
 
 #[test]
-fn rows_do_not_see_their_batch() {
-    let (rows, cols) = (37, 50);
-    let x: Vec<f32> = randn("x", rows * cols);
+fn f32_is_as_exact_as_a_plain_version() {
+    let (dev, cols) = (Device::cpu(), 300);
+    let (x, dy): (Vec<f32>, Vec<f32>) = (randn("x", 5 * cols), randn("dy", 5 * cols));
     let w: Vec<f32> = randn("w", cols);
-    let mut want: Option<Vec<f32>> = None;
-    for dev in devices() {
-        for start in [0, 5] {
-            let x = &x[start * cols..];
-            let (mut y, mut rstd) = (vec![0.0; x.len()], vec![0.0; rows - start]);
-            let (y_, r_) = ((&mut y).into(), (&mut rstd).into());
-            rms_norm::forward(&dev, y_, r_, x.into(), (&w).into(), 1e-5).unwrap();
-            let want = want.get_or_insert_with(|| y.clone());
-            assert_bits(&format!("{dev:?}"), &y, &want[start * cols..]);
+    let mut plain = Vec::new();
+    for x in x.chunks(cols) {
+        let square = x.iter().map(|x| x * x).sum::<f32>() / cols as f32;
+        plain.extend(x.iter().zip(&w).map(|(x, w)| x / (square + 1e-5).sqrt() * w));
+    }
+    let truth = forward(&dev, &wide(&x), &wide(&w)).0;
+    assert_earned("y", &forward(&dev, &x, &w).0, &plain, &truth);
+    let (mut dw, mut truth_w) = (vec![0.0; cols], vec![0.0; cols]);
+    let dx = backward(&dev, &mut dw, &dy, &x, &w);
+    let truth_x = backward(&dev, &mut truth_w, &wide(&dy), &wide(&x), &wide(&w));
+    assert_norm("dx", &dx, &truth_x, 1e-5);
+    assert_norm("dw", &dw, &truth_w, 1e-5);
+}
+
+/// Tasks have 16 rows, or 64 columns of the weight's gradient.
+#[test]
+fn rows_do_not_see_their_batch() {
+    let rows = 67;
+    for cols in [1, 15, 50, 64, 65, 131] {
+        let (x, dy): (Vec<f32>, Vec<f32>) = (randn("x", rows * cols), randn("dy", rows * cols));
+        let (w, start): (Vec<f32>, Vec<f32>) = (randn("w", cols), randn("dw", cols));
+        let one = &devices()[0];
+        let (y, rstd) = forward(one, &x, &w);
+        let mut dw = start.clone();
+        for (i, (x, dy)) in x.iter().zip(&dy).enumerate() {
+            dw[i % cols] = dy.mul_add(x * rstd[i / cols], dw[i % cols]);
+        }
+        let alone = |r: usize| {
+            let at = r * cols..(r + 1) * cols;
+            backward(one, &mut start.clone(), &dy[at.clone()], &x[at], &w)
+        };
+        let dx: Vec<f32> = (0..rows).flat_map(alone).collect();
+        let order = shuffled("order", rows);
+        for dev in devices() {
+            for n in [0, 1, 15, 16, 17, rows] {
+                let (at, what) = ((rows - n) * cols, format!("{cols} {n} {dev:?}"));
+                assert_bits(&what, &forward(&dev, &x[at..], &w).0, &y[at..]);
+                // Two micro-batches add up to the bits of one.
+                let mut sum = start.clone();
+                let low = backward(&dev, &mut sum, &dy[..at], &x[..at], &w);
+                let high = backward(&dev, &mut sum, &dy[at..], &x[at..], &w);
+                assert_bits(&what, &[low, high].concat(), &dx);
+                assert_bits(&what, &sum, &dw);
+            }
+            let got = forward(&dev, &gather(&x, cols, &order), &w).0;
+            assert_bits("permuted", &got, &gather(&y, cols, &order));
         }
     }
 }
 
 #[test]
+fn a_nan_stays_in_its_row() {
+    let dev = Device::cpu();
+    let (mut x, w): (Vec<f32>, Vec<f32>) = (randn("x", 100), randn("w", 20));
+    let mut dy = x.clone();
+    let dx = backward(&dev, &mut [0.0; 20], &dy, &x, &w);
+    dy[59] = f32::NAN;
+    assert_nan_only("dx", &backward(&dev, &mut [0.0; 20], &dy, &x, &w), &dx, 40..60);
+    let clean = forward(&dev, &x, &w);
+    x[42] = f32::NAN;
+    let got = forward(&dev, &x, &w);
+    assert_nan_only("y", &got.0, &clean.0, 40..60);
+    assert_nan_only("rstd", &got.1, &clean.1, 2..3);
+}
+
+#[test]
 fn wrong_shapes_are_refused() {
-    let mut y = vec![0.0f32; 6];
-    let mut rstd = vec![0.0f32; 2];
-    let (x, w) = (vec![0.0f32; 5], vec![0.0f32; 3]);
-    let e = rms_norm::forward(
-        &Device::cpu(),
-        (&mut y).into(),
-        (&mut rstd).into(),
-        (&x).into(),
-        (&w).into(),
-        1e-5,
-    )
-    .unwrap_err();
-    assert_eq!(e.to_string(), "rms_norm: `x` has shape [5], wanted [2, 3]");
+    let (dev, x, mut y, mut rstd) = (Device::cpu(), vec![0.0f32; 6], vec![0.0; 6], vec![0.0; 2]);
+    let mut refused = |y_: usize, x_: usize| {
+        let (y, rstd) = ((&mut y[..y_]).into(), (&mut rstd).into());
+        refusal(rms_norm::forward(&dev, y, rstd, x[..x_].into(), x[..3].into(), 1e-5))
+    };
+    assert_eq!(refused(6, 5), "rms_norm: `x` has shape [5], wanted [2, 3]");
+    assert_eq!(refused(5, 6), "rms_norm: `y` has shape [5], wanted [2, 3]");
+    let (mut dx, mut dw) = (vec![0.0f32; 6], vec![0.0; 3]);
+    // lengths of dx, dw, dy, x
+    let mut refused = |n: [usize; 4]| {
+        let (dx, dw) = ((&mut dx[..n[0]]).into(), (&mut dw[..n[1]]).into());
+        let (dy, w, rstd) = (x[..n[2]].into(), x[..3].into(), x[..2].into());
+        refusal(rms_norm::backward(&dev, dx, dw, dy, x[..n[3]].into(), w, rstd))
+    };
+    for (n, says) in [
+        ([5, 3, 6, 6], "`dx` has shape [5], wanted [2, 3]"),
+        ([6, 2, 6, 6], "`dw` has shape [2], wanted [3]"),
+        ([6, 3, 5, 6], "`dy` has shape [5], wanted [2, 3]"),
+        ([6, 3, 6, 5], "`x` has shape [5], wanted [2, 3]"),
+    ] {
+        assert_eq!(refused(n), format!("rms_norm::backward: {says}"));
+    }
 }

@@ -71,24 +71,35 @@ impl Golden {
         self.get(key).iter().map(|x| *x as i64).collect()
     }
 
+    /// The cells of a padded tensor that `mask` keeps, back to back.
+    #[track_caller]
+    pub fn kept(&self, key: &str, mask: &[bool]) -> Vec<f64> {
+        let x = self.get(key);
+        assert_eq!(x.len(), mask.len(), "{}: {key} and its mask", self.file);
+        x.iter().zip(mask).filter(|x| *x.1).map(|x| *x.0).collect()
+    }
+
+    /// Panics if a tensor was never read, so that none is skipped by mistake. `except` are prefixes
+    /// of those that nothing computes yet; one that excuses no tensor is out of date.
+    #[track_caller]
+    pub fn all_read(&self, except: &[&str]) {
+        let mut unread: Vec<&str> = self.tensors.keys().map(String::as_str).collect();
+        unread.retain(|key| !self.read.borrow().contains(*key));
+        for prefix in except {
+            let some = unread.iter().any(|key| key.starts_with(prefix));
+            assert!(some, "{}: nothing unread starts with {prefix}", self.file);
+        }
+        unread.retain(|key| !except.iter().any(|prefix| key.starts_with(prefix)));
+        unread.sort_unstable();
+        assert!(unread.is_empty(), "{}: never read: {unread:?}", self.file);
+    }
+
     /// All keys that start with `prefix`, without it, sorted.
     pub fn keys(&self, prefix: &str) -> Vec<String> {
         let mut keys: Vec<String> =
             self.tensors.keys().filter_map(|k| Some(k.strip_prefix(prefix)?.to_owned())).collect();
         keys.sort();
         keys
-    }
-
-    /// Every tensor was read, but those whose keys begin with one of `except`.
-    #[track_caller]
-    pub fn all_read(&self, except: &[&str]) {
-        let read = self.read.borrow();
-        let skipped = |key: &&String| {
-            !read.contains(*key) && !except.iter().any(|prefix| key.starts_with(prefix))
-        };
-        let mut unread: Vec<&String> = self.tensors.keys().filter(skipped).collect();
-        unread.sort();
-        assert!(unread.is_empty(), "{}: not compared: {unread:?}", self.file);
     }
 
     #[track_caller]

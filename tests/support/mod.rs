@@ -55,6 +55,25 @@ pub fn randn<F: Float>(name: &str, n: usize) -> Vec<F> {
     (0..n).map(|i| F::of(s.normal(i as u32))).collect()
 }
 
+/// A permutation of `0..n`.
+pub fn shuffled(name: &str, n: usize) -> Vec<usize> {
+    let keys: Vec<f64> = randn(name, n);
+    let mut order: Vec<usize> = (0..n).collect();
+    order.sort_by(|a, b| keys[*a].total_cmp(&keys[*b]));
+    order
+}
+
+/// The rows `order` of `x` `[rows, cols]`, in that order.
+pub fn gather<T: Copy>(x: &[T], cols: usize, order: &[usize]) -> Vec<T> {
+    order.iter().flat_map(|r| &x[r * cols..][..cols]).copied().collect()
+}
+
+/// What an op's error says.
+#[track_caller]
+pub fn refusal<T: std::fmt::Debug>(result: warpo::Result<T>) -> String {
+    result.unwrap_err().to_string()
+}
+
 /// f64 copies.
 pub fn wide<F: Float>(x: &[F]) -> Vec<f64> {
     x.iter().map(|x| x.f64()).collect()
@@ -79,7 +98,19 @@ fn worst(x: &[f64], truth: &[f64]) -> f64 {
 #[track_caller]
 pub fn assert_earned<F: Float>(what: &str, ours: &[F], plain: &[f32], truth: &[f64]) {
     let largest = truth.iter().fold(0.0f64, |m, t| m.max(t.abs()));
-    let allowed = 2.0 * worst(&wide(plain), truth) + f64::from(f32::EPSILON) * largest;
+    assert_earned_to(f64::from(f32::EPSILON) * largest, what, ours, plain, truth);
+}
+
+/// As [`assert_earned`], where one rounding is more than that of the output.
+#[track_caller]
+pub fn assert_earned_to<F: Float>(
+    one_ulp: f64,
+    what: &str,
+    ours: &[F],
+    plain: &[f32],
+    truth: &[f64],
+) {
+    let allowed = 2.0 * worst(&wide(plain), truth) + one_ulp;
     let got = worst(&wide(ours), truth);
     assert!(got <= allowed, "{what}: max error {got:.3e} > allowed {allowed:.3e}");
 }
@@ -104,6 +135,24 @@ pub fn assert_bits<F: Float>(what: &str, a: &[F], b: &[F]) {
         let i = i.unwrap();
         panic!("{what}: bits differ first at {i}: {:e} and {:e}", a[i].f64(), b[i].f64());
     }
+}
+
+/// The norm of the error, relative to the norm of the truth (goal G5: 1e-5 for gradients in f32).
+#[track_caller]
+pub fn assert_norm<F: Float>(what: &str, ours: &[F], truth: &[f64], allowed: f64) {
+    assert_eq!(ours.len(), truth.len(), "{what}: lengths");
+    let errors: Vec<f64> = ours.iter().zip(truth).map(|(a, t)| a.f64() - t).collect();
+    let got = (inner(&errors, &errors) / inner(truth, truth)).sqrt();
+    assert!(got <= allowed, "{what}: relative error {got:.3e} > {allowed:e}");
+}
+
+/// The elements of `bad` are NaN, all others have the bits of `clean`.
+#[track_caller]
+pub fn assert_nan_only<F: Float>(what: &str, got: &[F], clean: &[F], bad: std::ops::Range<usize>) {
+    assert!(clean.iter().all(|x| x.is_finite()), "{what}: a bad number without a cause");
+    assert!(got[bad.clone()].iter().all(|x| x.is_nan()), "{what}: a NaN was lost");
+    assert_bits(what, &got[..bad.start], &clean[..bad.start]);
+    assert_bits(what, &got[bad.end..], &clean[bad.end..]);
 }
 
 /// Checks `grad` of `f` at `x` by central differences in f64, every element:

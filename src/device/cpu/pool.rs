@@ -109,10 +109,12 @@ impl Pool {
             spins += 1;
             if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
+        // Taken in any case, or the next job would be blamed.
+        let theirs = shared.panicked.swap(false, Ordering::Relaxed);
         if let Err(panic) = mine {
             resume_unwind(panic);
         }
-        assert!(!shared.panicked.swap(false, Ordering::Relaxed), "a worker thread panicked");
+        assert!(!theirs, "a worker thread panicked");
     }
 }
 

@@ -1,0 +1,270 @@
+//! Activations, plain and gated: hand-worked values, goldens, central differences, bits.
+
+use warpo::{
+    device::{Device, Float, cpu::math},
+    ops::activation::{self, Activation},
+};
+
+use crate::support::{
+    OP, assert_bits, assert_close, assert_earned, assert_nan_only, devices, golden::Golden,
+    gradcheck, inner, narrow, randn, refusal,
+};
+
+const ALL: [Activation; 5] = [
+    Activation::GeluTanh,
+    Activation::Gelu,
+    Activation::Silu,
+    Activation::Relu,
+    Activation::QuickGelu,
+];
+
+fn forward<F: Float>(dev: &Device, act: Activation, x: &[F]) -> Vec<F> {
+    let mut y = vec![F::of(f64::NAN); x.len()];
+    activation::forward(dev, act, (&mut y).into(), x.into()).unwrap();
+    y
+}
+
+fn backward<F: Float>(dev: &Device, act: Activation, dy: &[F], x: &[F]) -> Vec<F> {
+    let mut dx = vec![F::of(f64::NAN); x.len()];
+    activation::backward(dev, act, (&mut dx).into(), dy.into(), x.into()).unwrap();
+    dx
+}
+
+fn gated_forward<F: Float>(dev: &Device, act: Activation, x: &[F], cols: usize) -> Vec<F> {
+    let mut y = vec![F::of(f64::NAN); x.len() / 2];
+    activation::gated_forward(dev, act, (&mut y).into(), x.into(), cols).unwrap();
+    y
+}
+
+fn gated_backward<F: Float>(
+    dev: &Device,
+    act: Activation,
+    dy: &[F],
+    x: &[F],
+    cols: usize,
+) -> Vec<F> {
+    let mut dx = vec![F::of(f64::NAN); x.len()];
+    activation::gated_backward(dev, act, (&mut dx).into(), dy.into(), x.into(), cols).unwrap();
+    dx
+}
+
+#[test]
+fn hand_worked() {
+    let dev = Device::cpu();
+    let ln3 = 3f64.ln(); // sigmoid(ln 3) = 3/4
+    for (act, x, y, slope) in [
+        (Activation::Relu, 3.0, 3.0, 1.0),
+        (Activation::Relu, -2.0, 0.0, 0.0),
+        (Activation::Relu, 0.0, 0.0, 0.0), // at the kink: 0, as PyTorch
+        (Activation::Silu, 0.0, 0.0, 0.5),
+        (Activation::Silu, ln3, 0.75 * ln3, 0.75 * (1.0 + 0.25 * ln3)),
+        (Activation::Silu, -ln3, -0.25 * ln3, 0.25 * (1.0 - 0.75 * ln3)),
+        (Activation::QuickGelu, ln3 / 1.702, 0.75 * ln3 / 1.702, 0.75 * (1.0 + 0.25 * ln3)),
+        (Activation::Gelu, 0.0, 0.0, 0.5),
+        // the normal distribution at 1: cumulative and density
+        (
+            Activation::Gelu,
+            1.0,
+            0.841_344_746_068_542_9,
+            0.841_344_746_068_542_9 + 0.241_970_724_519_143_37,
+        ),
+        (Activation::GeluTanh, 0.0, 0.0, 0.5),
+        (Activation::GeluTanh, 1.0, 0.841_191_990_608_276_8, 1.082_964_083_845_782_8),
+    ] {
+        assert_close(&format!("{act:?}({x})"), &forward(&dev, act, &[x]), &[y], 0.0, 1e-15);
+        let d = backward(&dev, act, &[-2.0], &[x]);
+        assert_close(&format!("{act:?}'({x})"), &d, &[-2.0 * slope], 0.0, 1e-15);
+    }
+    // silu(ln 3) * -2 and relu(-1) * 5, gate and up side by side
+    let y = gated_forward(&dev, Activation::Silu, &[ln3, -2.0], 1);
+    assert_close("silu gated", &y, &[-1.5 * ln3], 0.0, 1e-15);
+    let y = gated_forward(&dev, Activation::Relu, &[-1.0, 2.0, 5.0, 7.0], 2);
+    assert_close("relu gated", &y, &[0.0, 14.0], 0.0, 0.0);
+    let d = gated_backward(&dev, Activation::Relu, &[10.0, 100.0], &[-1.0, 2.0, 5.0, 7.0], 2);
+    assert_close("relu gated", &d, &[0.0, 700.0, 0.0, 200.0], 0.0, 0.0);
+}
+
+#[test]
+fn names_are_those_of_hugging_face() {
+    for (name, act) in [
+        ("gelu_new", Some(Activation::GeluTanh)),
+        ("gelu_pytorch_tanh", Some(Activation::GeluTanh)),
+        ("gelu_fast", Some(Activation::GeluTanh)),
+        ("gelu", Some(Activation::Gelu)),
+        ("silu", Some(Activation::Silu)),
+        ("swish", Some(Activation::Silu)),
+        ("relu", Some(Activation::Relu)),
+        ("quick_gelu", Some(Activation::QuickGelu)),
+        ("GELU", None),
+        ("", None),
+    ] {
+        assert_eq!(Activation::from_hf_name(name), act, "{name}");
+    }
+}
+
+/// Value and slope in f32, written plainly.
+fn plain(act: Activation, x: f32) -> (f32, f32) {
+    let sigmoid = |x: f32| 1.0 / (1.0 + (-x).exp());
+    match act {
+        Activation::GeluTanh => {
+            let c = std::f32::consts::FRAC_2_PI.sqrt();
+            let t = (c * (x + 0.044_715 * x * x * x)).tanh();
+            let inner = c * (1.0 + 3.0 * 0.044_715 * x * x);
+            (0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner)
+        }
+        Activation::Gelu => {
+            let cdf = 0.5 * (1.0 + math::erf(f64::from(x / 2f32.sqrt())) as f32);
+            (x * cdf, cdf + x * (-0.5 * x * x).exp() / std::f32::consts::TAU.sqrt())
+        }
+        Activation::Silu => (x * sigmoid(x), sigmoid(x) * (1.0 + x * (1.0 - sigmoid(x)))),
+        Activation::Relu => (x.max(0.0), f32::from(x > 0.0)),
+        Activation::QuickGelu => {
+            let s = sigmoid(1.702 * x);
+            (x * s, s * (1.0 + 1.702 * x * (1.0 - s)))
+        }
+    }
+}
+
+#[test]
+fn values_and_slopes_are_those_of_hugging_face() {
+    let g = Golden::open("pure/activations.safetensors");
+    let (dev, x) = (Device::cpu(), g.get("x"));
+    let (x32, ones) = (narrow(x), vec![1.0; x.len()]);
+    for name in ["gelu_new", "gelu_pytorch_tanh", "gelu", "silu", "relu", "quick_gelu"] {
+        let act = Activation::from_hf_name(name).unwrap();
+        let (y, slope) = (g.get(name), g.get(&format!("d_{name}")));
+        // 1 + tanh and 1 + erf lose what is below 1e-16, times |x| = 40, on both sides
+        assert_close(name, &forward(&dev, act, x), y, 1e-14, 1e-14);
+        assert_close(name, &backward(&dev, act, &ones, x), slope, 1e-14, 1e-14);
+
+        let (p, dp): (Vec<f32>, Vec<f32>) = x32.iter().map(|x| plain(act, *x)).unzip();
+        assert_earned(name, &forward(&dev, act, &x32), &p, y);
+        let d = backward(&dev, act, &vec![1.0; x.len()], &x32);
+        assert_earned(name, &d, &dp, slope);
+    }
+    g.all_read(&[]);
+}
+
+/// Far to the left nothing is lost: the result is small, its relative error too.
+#[test]
+fn sigmoid_is_as_exact_left_as_right() {
+    let x: Vec<f32> = (1..=80).map(|i| -(i as f32)).collect();
+    for act in [Activation::Silu, Activation::QuickGelu] {
+        let k = if act == Activation::Silu { 1.0 } else { 1.702 };
+        let truth: Vec<f64> =
+            x.iter().map(|x| f64::from(*x)).map(|x| x / (1.0 + (-k * x).exp())).collect();
+        let y = forward(&Device::cpu(), act, &x);
+        // The argument 1.702 x is rounded: 2^-24 of up to 87, and a few roundings more.
+        for (y, t) in y.iter().zip(truth).filter(|y| y.1.abs() > 1e-36) {
+            assert_close(&format!("{act:?}"), &[*y], &[t], 0.0, 1e-5);
+        }
+    }
+}
+
+/// Random numbers, none near relu's kink.
+fn points(name: &str, n: usize) -> Vec<f64> {
+    randn::<f64>(name, n).iter().map(|x| 2.0 * x + 0.01f64.copysign(*x)).collect()
+}
+
+#[test]
+fn gradients() {
+    let dev = Device::cpu();
+    for act in ALL {
+        let (x, dy) = (points("x", 50), randn::<f64>("dy", 50));
+        let dx = backward(&dev, act, &dy, &x);
+        gradcheck(&format!("{act:?}"), &x, &dx, OP, |x| inner(&forward(&dev, act, x), &dy));
+        for cols in [1, 5, 25] {
+            let dy = &dy[..25];
+            let dx = gated_backward(&dev, act, dy, &x, cols);
+            let f = |x: &[f64]| inner(&gated_forward(&dev, act, x, cols), dy);
+            gradcheck(&format!("{act:?} gated {cols}"), &x, &dx, OP, f);
+        }
+    }
+}
+
+/// Tasks have 2048 elements.
+#[test]
+fn rows_do_not_see_their_batch() {
+    let (x, dy): (Vec<f32>, Vec<f32>) = (randn("x", 4099), randn("dy", 4099));
+    let one = Device::cpu();
+    for act in ALL {
+        let y: Vec<f32> = x.iter().flat_map(|x| forward(&one, act, &[*x])).collect();
+        let d: Vec<f32> =
+            x.iter().zip(&dy).flat_map(|(x, dy)| backward(&one, act, &[*dy], &[*x])).collect();
+        for dev in devices() {
+            for n in [0, 1, 2047, 2048, 2049, 4099] {
+                let part = 4099 - n..4099;
+                let what = format!("{act:?} {n} {dev:?}");
+                assert_bits(&what, &forward(&dev, act, &x[part.clone()]), &y[part.clone()]);
+                let got = backward(&dev, act, &dy[part.clone()], &x[part.clone()]);
+                assert_bits(&what, &got, &d[part]);
+            }
+        }
+    }
+}
+
+/// Tasks have 2048 / cols rows.
+#[test]
+fn gated_rows_do_not_see_their_batch() {
+    let (rows, cols) = (130, 33);
+    let (x, dy): (Vec<f32>, Vec<f32>) = (randn("x", rows * 2 * cols), randn("dy", rows * cols));
+    let one = Device::cpu();
+    for act in ALL {
+        let alone = |r: usize| gated_forward(&one, act, &x[r * 2 * cols..][..2 * cols], cols);
+        let y: Vec<f32> = (0..rows).flat_map(alone).collect();
+        let alone = |r: usize| {
+            gated_backward(&one, act, &dy[r * cols..][..cols], &x[r * 2 * cols..][..2 * cols], cols)
+        };
+        let d: Vec<f32> = (0..rows).flat_map(alone).collect();
+        for dev in devices() {
+            for n in [0, 1, 62, 63, 64, 130] {
+                let (at, what) = ((rows - n) * cols, format!("{act:?} {n} {dev:?}"));
+                assert_bits(&what, &gated_forward(&dev, act, &x[2 * at..], cols), &y[at..]);
+                let got = gated_backward(&dev, act, &dy[at..], &x[2 * at..], cols);
+                assert_bits(&what, &got, &d[2 * at..]);
+            }
+        }
+    }
+}
+
+#[test]
+fn a_nan_stays_where_it_is() {
+    let dev = Device::cpu();
+    let clean: Vec<f32> = randn("x", 40);
+    for act in ALL {
+        for i in [0, 7, 39] {
+            let mut x = clean.clone();
+            x[i] = f32::NAN;
+            let what = format!("{act:?} {i}");
+            let want = forward(&dev, act, &clean);
+            assert_nan_only(&what, &forward(&dev, act, &x), &want, i..i + 1);
+            // 4 rows of 5 gates and 5 ups
+            let y = i / 10 * 5 + i % 5;
+            let want = gated_forward(&dev, act, &clean, 5);
+            assert_nan_only(&what, &gated_forward(&dev, act, &x, 5), &want, y..y + 1);
+        }
+    }
+}
+
+#[test]
+fn wrong_shapes_are_refused() {
+    let (dev, act) = (Device::cpu(), Activation::Silu);
+    let (mut out, x) = (vec![0.0f32; 6], vec![0.0f32; 5]);
+    let e = activation::forward(&dev, act, (&mut out).into(), (&x).into());
+    assert_eq!(refusal(e), "activation: `y` has shape [6], wanted [5]");
+    let e = activation::backward(&dev, act, (&mut out).into(), (&x).into(), (&x).into());
+    assert_eq!(refusal(e), "activation::backward: `dx` has shape [6], wanted [5]");
+    let e = activation::backward(&dev, act, (&mut out[..5]).into(), x[..4].into(), (&x).into());
+    assert_eq!(refusal(e), "activation::backward: `dy` has shape [4], wanted [5]");
+    let e = activation::gated_forward(&dev, act, (&mut out).into(), (&x).into(), 3);
+    assert_eq!(refusal(e), "gated activation: `gate_up` has shape [5], wanted [2, 6]");
+    for cols in [0, 4] {
+        let e = activation::gated_forward(&dev, act, (&mut out).into(), (&x).into(), cols);
+        assert!(refusal(e).starts_with("gated activation: `y` has shape [6]"), "{cols}");
+    }
+    let e = activation::gated_backward(&dev, act, (&mut out).into(), (&x).into(), (&x).into(), 5);
+    assert_eq!(refusal(e), "gated activation::backward: `gate_up` has shape [5], wanted [1, 10]");
+    let e =
+        activation::gated_backward(&dev, act, (&mut out).into(), x[..2].into(), x[..4].into(), 2);
+    assert_eq!(refusal(e), "gated activation::backward: `dgate_up` has shape [6], wanted [1, 4]");
+}

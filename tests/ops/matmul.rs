@@ -1,0 +1,197 @@
+//! Linear layers: hand-worked values, central differences, bits that depend on neither batch nor
+//! micro-batches. The chain of multiply-adds itself is held by `tests/device/gemm.rs`.
+
+use warpo::{
+    device::{Device, Float},
+    ops::matmul::{self, Packed},
+};
+
+use crate::support::{
+    OP, assert_bits, assert_earned, assert_nan_only, devices, gather, gradcheck, inner, randn,
+    refusal, shuffled, wide,
+};
+
+fn packed<F: Float>(dev: &Device, w: &[F], (n, k): (usize, usize)) -> Packed<F> {
+    let mut packed = Packed::new(n, k);
+    packed.pack(dev, w.into()).unwrap();
+    packed
+}
+
+fn forward<F: Float>(dev: &Device, x: &[F], w: &Packed<F>, bias: Option<&[F]>) -> Vec<F> {
+    let mut y = vec![F::of(f64::NAN); x.len() / w.k() * w.n()];
+    matmul::forward(dev, (&mut y).into(), x.into(), w, bias.map(Into::into)).unwrap();
+    y
+}
+
+#[test]
+fn hand_worked() {
+    let dev = Device::cpu();
+    let (x, w, dy) = ([1.0, 2.0, 3.0, 4.0], [1.0, 0.5, -1.0, 2.0, 0.0, 10.0], [1.0, 2.0, 3.0]);
+    let p = packed(&dev, &w, (3, 2));
+    assert_eq!((p.n(), p.k()), (3, 2));
+    assert_eq!(forward(&dev, &x, &p, None), [2.0, 3.0, 20.0, 5.0, 5.0, 40.0]);
+    let y = forward(&dev, &x, &p, Some(&[100.0, 200.0, 300.0]));
+    assert_eq!(y, [102.0, 203.0, 320.0, 105.0, 205.0, 340.0]);
+    for (add, want) in [(false, [-1.0, 34.5]), (true, [9.0, 44.5])] {
+        let mut dx = [10.0; 2];
+        let (dx_, dy, w) = ((&mut dx[..]).into(), dy[..].into(), w[..].into());
+        matmul::backward_input(&dev, dx_, dy, w, (3, 2), add).unwrap();
+        assert_eq!(dx, want, "add={add}");
+    }
+    let (mut dw, mut dbias) = ([10.0; 6], [100.0; 3]);
+    for bias in [None, Some((&mut dbias[..]).into())] {
+        let (dw, dy, x) = ((&mut dw[..]).into(), dy[..].into(), x[..2].into());
+        matmul::backward_weight(&dev, dw, bias, dy, x, (3, 2)).unwrap();
+    }
+    assert_eq!(dw, [12.0, 14.0, 14.0, 18.0, 16.0, 22.0], "added twice");
+    assert_eq!(dbias, [101.0, 102.0, 103.0]);
+}
+
+#[test]
+fn gradients() {
+    let dev = Device::cpu();
+    for (m, n, k) in [(1, 1, 1), (3, 7, 5), (5, 33, 2), (13, 67, 3)] {
+        let (x, w): (Vec<f64>, Vec<f64>) = (randn("x", m * k), randn("w", n * k));
+        let (bias, dy): (Vec<f64>, Vec<f64>) = (randn("b", n), randn("dy", m * n));
+        let sizes = (n, k);
+        let (mut dx, mut added) = (vec![f64::NAN; m * k], vec![0.5; m * k]);
+        for (add, dx) in [(false, &mut dx), (true, &mut added)] {
+            let (dy, w) = ((&dy).into(), (&w).into());
+            matmul::backward_input(&dev, dx.into(), dy, w, sizes, add).unwrap();
+        }
+        added.iter_mut().for_each(|d| *d -= 0.5);
+        let (mut dw, mut db) = (vec![0.5; n * k], vec![0.5; n]);
+        let (dw_, db_) = ((&mut dw).into(), Some((&mut db).into()));
+        matmul::backward_weight(&dev, dw_, db_, (&dy).into(), (&x).into(), sizes).unwrap();
+        dw.iter_mut().chain(&mut db).for_each(|d| *d -= 0.5);
+        let f = |x: &[f64], w: &[f64], b: &[f64]| {
+            inner(&forward(&dev, x, &packed(&dev, w, sizes), Some(b)), &dy)
+        };
+        gradcheck("dx", &x, &dx, OP, |x| f(x, &w, &bias));
+        gradcheck("dx added", &x, &added, OP, |x| f(x, &w, &bias));
+        gradcheck("dw", &w, &dw, OP, |w| f(&x, w, &bias));
+        gradcheck("dbias", &bias, &db, OP, |b| f(&x, &w, b));
+    }
+}
+
+#[test]
+fn f32_is_as_exact_as_a_plain_sum() {
+    let (dev, m, n, k) = (Device::cpu(), 7, 40, 500);
+    let (x, w): (Vec<f32>, Vec<f32>) = (randn("x", m * k), randn("w", n * k));
+    let bias: Vec<f32> = randn("b", n);
+    let at = |r: usize, c: usize| x[r * k..][..k].iter().zip(&w[c * k..][..k]);
+    let cells = || (0..m).flat_map(|r| (0..n).map(move |c| (r, c)));
+    let plain = cells().map(|(r, c)| at(r, c).map(|(x, w)| x * w).sum::<f32>() + bias[c]);
+    let truth = forward(&dev, &wide(&x), &packed(&dev, &wide(&w), (n, k)), Some(&wide(&bias)));
+    let exact = |(r, c)| at(r, c).map(|(x, w)| f64::from(*x) * f64::from(*w)).sum::<f64>();
+    let definition: Vec<f64> = cells().map(|(r, c)| exact((r, c)) + f64::from(bias[c])).collect();
+    crate::support::assert_close("f64", &truth, &definition, 1e-12, 1e-12);
+    let y = forward(&dev, &x, &packed(&dev, &w, (n, k)), Some(&bias));
+    assert_earned("y", &y, &plain.collect::<Vec<_>>(), &truth);
+}
+
+/// Panels have 32 columns, tiles up to 12 rows, tasks of dbias 64 columns.
+#[test]
+fn rows_do_not_see_their_batch() {
+    let m = 61;
+    for (n, k) in [(1, 5), (31, 8), (32, 17), (33, 40), (97, 300)] {
+        let (x, w): (Vec<f32>, Vec<f32>) = (randn("x", m * k), randn("w", n * k));
+        let (bias, dy): (Vec<f32>, Vec<f32>) = (randn("b", n), randn("dy", m * n));
+        let start: Vec<f32> = randn("start", m * k);
+        let one = &devices()[0];
+        let alone =
+            |r: usize| forward(one, &x[r * k..][..k], &packed(one, &w, (n, k)), Some(&bias));
+        let y: Vec<f32> = (0..m).flat_map(alone).collect();
+        let chain = |i: usize| {
+            let (r, c) = (i / k, i % k);
+            (0..n).fold(start[i], |s, j| dy[r * n + j].mul_add(w[j * k + c], s))
+        };
+        let dx: Vec<f32> = (0..m * k).map(chain).collect();
+        let order = shuffled("order", m);
+        for dev in devices() {
+            let p = packed(&dev, &w, (n, k));
+            for rows in [0, 1, 11, 12, 13, 31, m] {
+                let (at, what) = (m - rows, format!("{n}x{k} {rows} {dev:?}"));
+                assert_bits(&what, &forward(&dev, &x[at * k..], &p, Some(&bias)), &y[at * n..]);
+                let mut got = start[at * k..].to_vec();
+                let (dy, w) = (dy[at * n..].into(), (&w).into());
+                matmul::backward_input(&dev, (&mut got).into(), dy, w, (n, k), true).unwrap();
+                assert_bits(&what, &got, &dx[at * k..]);
+            }
+            let got = forward(&dev, &gather(&x, k, &order), &p, Some(&bias));
+            assert_bits("permuted", &got, &gather(&y, n, &order));
+        }
+    }
+}
+
+#[test]
+fn weight_gradients_do_not_see_micro_batches() {
+    let (m, n, k) = (61, 97, 35);
+    let (x, dy): (Vec<f32>, Vec<f32>) = (randn("x", m * k), randn("dy", m * n));
+    let (dw, dbias): (Vec<f32>, Vec<f32>) = (randn("dw", n * k), randn("db", n));
+    let chain = |i: usize| {
+        let (j, c) = (i / k, i % k);
+        (0..m).fold(dw[i], |s, r| dy[r * n + j].mul_add(x[r * k + c], s))
+    };
+    let want: Vec<f32> = (0..n * k).map(chain).collect();
+    let want_bias: Vec<f32> =
+        (0..n).map(|j| (0..m).fold(dbias[j], |s, r| s + dy[r * n + j])).collect();
+    for dev in devices() {
+        for cuts in [vec![0, m], vec![0, 1, m], vec![0, 0, 12, 13, 60, m]] {
+            let (mut sum, mut sum_bias) = (dw.clone(), dbias.clone());
+            for part in cuts.windows(2) {
+                let dy = dy[part[0] * n..part[1] * n].into();
+                let x = x[part[0] * k..part[1] * k].into();
+                let (sum, bias) = ((&mut sum).into(), Some((&mut sum_bias).into()));
+                matmul::backward_weight(&dev, sum, bias, dy, x, (n, k)).unwrap();
+            }
+            assert_bits(&format!("dw {cuts:?} {dev:?}"), &sum, &want);
+            assert_bits(&format!("dbias {cuts:?} {dev:?}"), &sum_bias, &want_bias);
+        }
+    }
+}
+
+#[test]
+fn a_nan_stays_in_its_row() {
+    let dev = Device::cpu();
+    let (mut x, w): (Vec<f32>, Vec<f32>) = (randn("x", 15 * 9), randn("w", 40 * 9));
+    let p = packed(&dev, &w, (40, 9));
+    let clean = forward(&dev, &x, &p, None);
+    x[7 * 9 + 8] = f32::NAN;
+    assert_nan_only("y", &forward(&dev, &x, &p, None), &clean, 280..320);
+}
+
+#[test]
+fn wrong_shapes_are_refused() {
+    let (dev, x) = (Device::cpu(), vec![1.0f32; 12]);
+    let (mut out, mut dbias) = (vec![0.0f32; 12], vec![0.0; 4]);
+    let mut p = Packed::new(3, 2);
+    let e = p.pack(&dev, x[..5].into());
+    assert_eq!(refusal(e), "matmul::pack: `w` has shape [5], wanted [3, 2]");
+    p.pack(&dev, x[..6].into()).unwrap();
+    let mut refused = |y: usize, x_: usize, bias: usize| {
+        let (y, bias) = ((&mut out[..y]).into(), Some(x[..bias].into()));
+        refusal(matmul::forward(&dev, y, x[..x_].into(), &p, bias))
+    };
+    assert_eq!(refused(6, 5, 3), "matmul: `x` has shape [5], wanted [2, 2]");
+    assert_eq!(refused(5, 4, 3), "matmul: `y` has shape [5], wanted [2, 3]");
+    assert_eq!(refused(6, 4, 2), "matmul: `bias` has shape [2], wanted [3]");
+    let mut refused = |dx: usize, dy: usize, w: usize| {
+        let (dx, dy, w) = ((&mut out[..dx]).into(), x[..dy].into(), x[..w].into());
+        refusal(matmul::backward_input(&dev, dx, dy, w, (3, 2), false))
+    };
+    let what = "matmul::backward_input";
+    assert_eq!(refused(4, 5, 6), format!("{what}: `dy` has shape [5], wanted [1, 3]"));
+    assert_eq!(refused(4, 6, 5), format!("{what}: `w` has shape [5], wanted [3, 2]"));
+    assert_eq!(refused(5, 6, 6), format!("{what}: `dx` has shape [5], wanted [2, 2]"));
+    let mut refused = |dw: usize, bias: usize, dy: usize, x_: usize| {
+        let (dw, bias) = ((&mut out[..dw]).into(), Some((&mut dbias[..bias]).into()));
+        refusal(matmul::backward_weight(&dev, dw, bias, x[..dy].into(), x[..x_].into(), (3, 2)))
+    };
+    let what = "matmul::backward_weight";
+    assert_eq!(refused(6, 3, 5, 4), format!("{what}: `dy` has shape [5], wanted [1, 3]"));
+    assert_eq!(refused(6, 3, 6, 5), format!("{what}: `x` has shape [5], wanted [2, 2]"));
+    assert_eq!(refused(5, 3, 6, 4), format!("{what}: `dw` has shape [5], wanted [3, 2]"));
+    assert_eq!(refused(6, 4, 6, 4), format!("{what}: `dbias` has shape [4], wanted [3]"));
+    assert_eq!((out, dbias), (vec![0.0; 12], vec![0.0; 4]), "nothing was written");
+}

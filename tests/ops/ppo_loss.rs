@@ -1,0 +1,425 @@
+//! The policy loss of PPO: hand-worked branches, central differences, micro-batches, and TRL's
+//! whole chain from log-probs to gradients.
+
+use warpo::{
+    device::{Device, Float},
+    ops::{
+        gae,
+        kl::KlEstimator::{self, K1, K2, K3},
+        ppo_loss::{self, KlTerm, Settings, Stats, Tokens},
+        value_loss,
+        whiten::{self, Moments, Variance},
+    },
+};
+
+use crate::support::{
+    OP, assert_bits, assert_close, assert_earned, assert_nan_only, gather, golden::Golden,
+    gradcheck, narrow, randn, refusal, shuffled, wide,
+};
+
+const PLAIN: Settings =
+    Settings { clip_low: 0.2, clip_high: 0.3, dual_clip: None, kl: None, entropy_coef: 0.0 };
+
+/// Columns of a micro-batch.
+#[derive(Clone)]
+struct Columns<F> {
+    logp: Vec<F>,
+    old: Vec<F>,
+    reference: Vec<F>,
+    entropy: Vec<F>,
+    advantages: Vec<F>,
+}
+
+impl<F: Float> Columns<F> {
+    fn random(n: usize) -> Self {
+        let (old, moved): (Vec<F>, Vec<F>) = (randn("old", n), randn("moved", n));
+        let logp = old.iter().zip(&moved).map(|(o, m)| *o + F::of(0.4) * *m).collect();
+        let [reference, entropy, advantages] = ["ref", "entropy", "adv"].map(|s| randn(s, n));
+        Self { logp, old, reference, entropy, advantages }
+    }
+
+    fn map(&self, f: impl Fn(&[F]) -> Vec<F>) -> Self {
+        Self {
+            logp: f(&self.logp),
+            old: f(&self.old),
+            reference: f(&self.reference),
+            entropy: f(&self.entropy),
+            advantages: f(&self.advantages),
+        }
+    }
+
+    /// Stats, dlogp and dentropy.
+    fn policy(&self, s: &Settings, n: f64) -> (Stats, Vec<F>, Vec<F>) {
+        let nan = vec![F::of(f64::NAN); self.logp.len()];
+        let (mut dlogp, mut dentropy) = (nan.clone(), nan);
+        let tokens = Tokens {
+            logp: (&self.logp).into(),
+            old_logp: (&self.old).into(),
+            ref_logp: Some((&self.reference).into()),
+            entropy: Some((&self.entropy).into()),
+            advantages: (&self.advantages).into(),
+        };
+        let (d, dent) = ((&mut dlogp).into(), Some((&mut dentropy).into()));
+        let stats = ppo_loss::policy(&Device::cpu(), d, dent, tokens, s, n).unwrap();
+        (stats, dlogp, dentropy)
+    }
+}
+
+/// One token of ratio `ratio` whose probability is a fifth of the reference's.
+fn token(ratio: f64, advantage: f64) -> Columns<f64> {
+    Columns {
+        logp: vec![ratio.ln()],
+        old: vec![0.0],
+        reference: vec![ratio.ln() + 5f64.ln()],
+        entropy: vec![7.0],
+        advantages: vec![advantage],
+    }
+}
+
+#[test]
+fn hand_worked() {
+    let dual = Settings { dual_clip: Some(3.0), ..PLAIN };
+    for (s, advantage, ratio, loss, slope, [low, high, bounded]) in [
+        (&PLAIN, 2.0, 1.25, -2.5, -2.5, [0.0, 0.0, 0.0]),
+        (&PLAIN, 2.0, 1.5, -2.6, 0.0, [0.0, 1.0, 0.0]), // no more than 1.3 is earned
+        (&PLAIN, 2.0, 0.5, -1.0, -1.0, [0.0, 0.0, 0.0]), // the way back is free
+        (&PLAIN, -2.0, 1.5, 3.0, 3.0, [0.0, 0.0, 0.0]),
+        (&PLAIN, -2.0, 0.5, 1.6, 0.0, [1.0, 0.0, 0.0]), // no less than 0.8
+        (&PLAIN, -2.0, 4.0, 8.0, 8.0, [0.0, 0.0, 0.0]),
+        (&PLAIN, 0.0, 1.5, 0.0, 0.0, [0.0, 0.0, 0.0]), // a tie outside the range
+        (&dual, -2.0, 4.0, 6.0, 0.0, [0.0, 0.0, 1.0]), // at most 3 * 2
+        (&dual, -2.0, 2.5, 5.0, 5.0, [0.0, 0.0, 0.0]),
+        (&dual, -2.0, 0.5, 1.6, 0.0, [1.0, 0.0, 0.0]),
+        (&dual, 2.0, 4.0, -2.6, 0.0, [0.0, 1.0, 0.0]), // only where the advantage is negative
+    ] {
+        let what = format!("A {advantage}, ratio {ratio}, dual {:?}", s.dual_clip);
+        let (stats, d, dentropy) = token(ratio, advantage).policy(s, 4.0);
+        assert_close(&what, &[stats.policy, 4.0 * stats.loss], &[loss, loss], 0.0, 1e-15);
+        assert_close(&what, &d, &[slope / 4.0], 0.0, 1e-15);
+        let counts = [stats.clipped_low, stats.clipped_high, stats.dual_clipped];
+        assert_eq!(counts, [low, high, bounded], "{what}");
+        assert_close(&what, &[stats.approx_kl], &[ratio - 1.0 - ratio.ln()], 1e-15, 1e-15);
+        assert_eq!(stats.max_log_ratio, ratio.ln().abs(), "{what}");
+        assert_eq!(
+            (stats.tokens, stats.kl, stats.entropy, &dentropy[..]),
+            (1.0, 0.0, 7.0, &[0.0][..])
+        );
+    }
+    // On the border of the range the gradient is whole: 1 + (e^0.5 - 1) is e^0.5 exactly.
+    let edge = Settings { clip_high: 0.5f64.exp() - 1.0, ..PLAIN };
+    let (stats, d, _) = Columns { logp: vec![0.5], ..token(1.0, 2.0) }.policy(&edge, 1.0);
+    assert_eq!((stats.clipped_high, d[0]), (0.0, -2.0 * 0.5f64.exp()));
+    let nothing = token(1.0, 1.0).map(|_| vec![]);
+    assert_eq!(nothing.policy(&PLAIN, 1.0).0, Stats::default());
+}
+
+#[test]
+fn kl_and_entropy_terms_are_added() {
+    let (ln5, ratio) = (5f64.ln(), 1.25);
+    for (estimator, k, dk) in [(K1, -ln5, 1.0), (K2, ln5 * ln5 / 2.0, -ln5), (K3, 4.0 - ln5, -4.0)]
+    {
+        for unbiased in [false, true] {
+            let what = format!("{estimator:?} unbiased={unbiased}");
+            let kl = Some(KlTerm { coef: 0.1, estimator, unbiased });
+            let s = Settings { kl, entropy_coef: 0.01, ..PLAIN };
+            let (stats, d, dentropy) = token(ratio, 2.0).policy(&s, 4.0);
+            let (term, slope) = if unbiased { (ratio * k, ratio * (dk + k)) } else { (k, dk) };
+            let loss = -2.5 + 0.1 * term - 0.01 * 7.0;
+            assert_close(&what, &[4.0 * stats.loss], &[loss], 0.0, 1e-14);
+            assert_close(&what, &d, &[(-2.5 + 0.1 * slope) / 4.0], 0.0, 1e-14);
+            assert_close(&what, &[stats.policy, stats.kl], &[-2.5, k], 1e-14, 0.0);
+            assert_close(&what, &dentropy, &[-0.0025], 0.0, 1e-15);
+        }
+    }
+    // A clipped token still feels the KL.
+    let kl = Some(KlTerm { coef: 0.1, estimator: K1, unbiased: false });
+    let d = token(1.5, 2.0).policy(&Settings { kl, ..PLAIN }, 1.0).1;
+    assert_close("clipped", &d, &[0.1], 0.0, 1e-15);
+}
+
+#[test]
+fn the_first_pass_has_ratio_1() {
+    let mut c = Columns::<f32>::random(50);
+    c.old = c.logp.clone();
+    let (stats, d, _) = c.policy(&PLAIN, 50.0);
+    assert_eq!((stats.approx_kl, stats.max_log_ratio), (0.0, 0.0));
+    assert_eq!((stats.clipped_low, stats.clipped_high), (0.0, 0.0));
+    let want: Vec<f32> = c.advantages.iter().map(|a| (-f64::from(*a) / 50.0) as f32).collect();
+    assert_bits("the gradient is that of REINFORCE", &d, &want);
+}
+
+/// All settings that change the formula.
+fn all_settings() -> Vec<Settings> {
+    let mut all = Vec::new();
+    for dual_clip in [None, Some(1.5)] {
+        all.push(Settings { dual_clip, ..PLAIN });
+        for estimator in [K1, K2, K3] {
+            for unbiased in [false, true] {
+                let kl = Some(KlTerm { coef: 0.3, estimator, unbiased });
+                all.push(Settings { dual_clip, kl, entropy_coef: 0.05, ..PLAIN });
+            }
+        }
+    }
+    all
+}
+
+#[test]
+fn gradients() {
+    let c = Columns::<f64>::random(60);
+    for s in all_settings() {
+        let what = format!("{s:?}");
+        let (stats, d, dentropy) = c.policy(&s, 60.0);
+        assert!(stats.clipped_low > 3.0 && stats.clipped_high > 3.0, "both sides are visited");
+        assert_eq!(stats.dual_clipped > 0.0, s.dual_clip.is_some());
+        let loss = |logp: &[f64], entropy: &[f64]| {
+            let c = Columns { logp: logp.to_vec(), entropy: entropy.to_vec(), ..c.clone() };
+            c.policy(&s, 60.0).0.loss
+        };
+        gradcheck(&what, &c.logp, &d, OP, |logp| loss(logp, &c.entropy));
+        gradcheck(&what, &c.entropy, &dentropy, OP, |entropy| loss(&c.logp, entropy));
+    }
+}
+
+fn list(s: &Stats) -> [f64; 10] {
+    let counts = [s.clipped_low, s.clipped_high, s.dual_clipped, s.approx_kl, s.max_log_ratio];
+    let [a, b, c, d, e] = counts;
+    [s.tokens, s.loss, s.policy, s.kl, s.entropy, a, b, c, d, e]
+}
+
+#[test]
+fn micro_batches_add_up() {
+    let c = Columns::<f32>::random(60);
+    let order = shuffled("order", 60);
+    for s in all_settings() {
+        let (whole, d, _) = c.policy(&s, 60.0);
+        for cut in [0, 1, 29, 60] {
+            let (mut sum, low, _) = c.map(|x| x[..cut].to_vec()).policy(&s, 60.0);
+            let (rest, high, _) = c.map(|x| x[cut..].to_vec()).policy(&s, 60.0);
+            sum.merge(&rest);
+            assert_bits(&format!("{cut} {s:?}"), &[low, high].concat(), &d);
+            assert_close(&format!("{cut} {s:?}"), &list(&sum), &list(&whole), 1e-13, 1e-13);
+        }
+        let got = c.map(|x| gather(x, 1, &order)).policy(&s, 60.0).1;
+        assert_bits("permuted", &got, &gather(&d, 1, &order));
+    }
+}
+
+#[test]
+fn sums_are_made_in_f64() {
+    let c = Columns::<f32>::random(60);
+    let same = Columns {
+        logp: wide(&c.logp),
+        old: wide(&c.old),
+        reference: wide(&c.reference),
+        entropy: wide(&c.entropy),
+        advantages: wide(&c.advantages),
+    };
+    for s in all_settings() {
+        assert_eq!(c.policy(&s, 60.0).0, same.policy(&s, 60.0).0, "{s:?}");
+    }
+}
+
+#[test]
+fn a_nan_stays_in_its_token() {
+    let kl = Some(KlTerm { coef: 0.3, estimator: K3, unbiased: true });
+    let s = Settings { kl, dual_clip: Some(3.0), entropy_coef: 0.1, ..PLAIN };
+    let clean = Columns::<f32>::random(9);
+    let want = clean.policy(&s, 9.0).1;
+    let spoil: [fn(&mut Columns<f32>); 4] = [
+        |c| c.logp[4] = f32::NAN,
+        |c| c.old[4] = f32::NAN,
+        |c| c.reference[4] = f32::NAN,
+        |c| c.advantages[4] = f32::NAN,
+    ];
+    for (i, spoil) in spoil.iter().enumerate() {
+        let mut c = clean.clone();
+        spoil(&mut c);
+        let (stats, d, _) = c.policy(&s, 9.0);
+        assert!(stats.loss.is_nan(), "column {i}");
+        assert_nan_only(&format!("column {i}"), &d, &want, 4..5);
+    }
+    let mut c = clean.clone();
+    c.entropy[4] = f32::NAN;
+    assert!(c.policy(&s, 9.0).0.loss.is_nan(), "entropy");
+}
+
+/// The largest log-ratio used to forget a NaN when the next micro-batch was merged.
+#[test]
+fn a_nan_does_not_disappear_from_the_maximum() {
+    let mut c = Columns::<f32>::random(9);
+    let good = c.policy(&PLAIN, 9.0).0;
+    for i in [0, 4, 8] {
+        let old = std::mem::replace(&mut c.logp[i], f32::NAN);
+        let bad = c.policy(&PLAIN, 9.0).0;
+        c.logp[i] = old;
+        assert!(bad.max_log_ratio.is_nan(), "token {i}");
+        for (mut first, second) in [(bad, good), (good, bad)] {
+            first.merge(&second);
+            assert!(first.max_log_ratio.is_nan(), "token {i}, merged");
+        }
+    }
+    let mut sum = Stats { max_log_ratio: 0.5, ..good };
+    sum.merge(&Stats { max_log_ratio: 0.25, ..good });
+    assert_eq!(sum.max_log_ratio, 0.5);
+}
+
+#[test]
+fn missing_and_wrong_columns_are_refused() {
+    let (dev, x) = (Device::cpu(), [0.0f32; 3]);
+    let kl = Some(KlTerm { coef: 0.1, estimator: K1, unbiased: false });
+    let all = Settings { kl, entropy_coef: 0.1, ..PLAIN };
+    // lengths of old_logp, advantages, dlogp, ref_logp, entropy, dentropy
+    let refused = |n: [usize; 4], optional: [Option<usize>; 2]| {
+        let (mut d, mut dent) = ([0.0f32; 3], [0.0f32; 3]);
+        let [reference, entropy] = optional.map(|n| n.map(|n| x[..n].into()));
+        let tokens = Tokens {
+            logp: x[..].into(),
+            old_logp: x[..n[0]].into(),
+            ref_logp: reference,
+            entropy,
+            advantages: x[..n[1]].into(),
+        };
+        let (d, dent) = ((&mut d[..n[2]]).into(), Some((&mut dent[..n[3]]).into()));
+        refusal(ppo_loss::policy(&dev, d, dent, tokens, &all, 1.0))
+    };
+    let there = [Some(3), Some(3)];
+    for (n, optional, says) in [
+        ([2, 3, 3, 3], there, "`old_logp` has shape [2], wanted [3]"),
+        ([3, 2, 3, 3], there, "`advantages` has shape [2], wanted [3]"),
+        ([3, 3, 2, 3], there, "`dlogp` has shape [2], wanted [3]"),
+        ([3, 3, 3, 2], there, "`dentropy` has shape [2], wanted [3]"),
+        ([3; 4], [None, Some(3)], "`ref_logp` has shape [0], wanted [3]"),
+        ([3; 4], [Some(2), Some(3)], "`ref_logp` has shape [2], wanted [3]"),
+        ([3; 4], [Some(3), None], "`entropy` has shape [0], wanted [3]"),
+        ([3; 4], [Some(3), Some(2)], "`entropy` has shape [2], wanted [3]"),
+    ] {
+        assert_eq!(refused(n, optional), format!("ppo_loss: {says}"));
+    }
+}
+
+/// One variant of TRL's PPO, from log-probs and scores to gradients. TRL keeps the value after the
+/// last token where there is room, and puts the score there: its sequences of values are `longer`
+/// than the responses by one.
+fn chain(g: &Golden, tag: &str, estimator: KlEstimator, whitened: bool, gamma: f64) {
+    let dev = Device::cpu();
+    let get = |key: &str| g.get(&format!("{tag}/{key}"));
+    let (last, cols) = (g.ints("seq_last"), g.shape("old_logp")[1]);
+    let mask = |extra: i64| -> Vec<bool> {
+        last.iter().flat_map(|l| (0..cols as i64).map(move |t| t <= l + extra)).collect()
+    };
+    let (valid, longer) = (mask(0), mask(1));
+    let bools = |x: &[f64]| x.iter().map(|x| *x == 1.0).collect::<Vec<bool>>();
+    assert_eq!((bools(get("valid")), bools(get("valid_p1"))), (valid.clone(), longer.clone()));
+    let slots: Vec<f64> = last.iter().map(|l| (l + 1).min(cols as i64 - 1) as f64).collect();
+    assert_eq!(get("reward_slot"), slots);
+    let close = |key: &str, got: &[f64], mask: &[bool]| {
+        let what = format!("{tag}/{key}");
+        assert_close(&what, got, &g.kept(&what, mask), 1e-13, 1e-13);
+        let rest: Vec<bool> = mask.iter().map(|m| !m).collect();
+        let outside = if key == "ratio" { 1.0 } else { 0.0 };
+        assert!(g.kept(&what, &rest).iter().all(|x| *x == outside), "{what}: padding");
+    };
+
+    let [old, reference, new] = ["old_logp", "ref_logp", "new_logp"].map(|key| g.kept(key, &valid));
+    let kl: Vec<f64> = old.iter().zip(&reference).map(|(a, b)| estimator.value(*a, *b)).collect();
+    close("kl", &kl, &valid);
+
+    let (mut rewards, mut offsets, mut t) = (Vec::new(), vec![0], 0);
+    for (row, l) in last.iter().enumerate() {
+        let n = *l as usize + 1;
+        rewards.extend(kl[t..t + n].iter().map(|k| -0.05 * k));
+        rewards.extend((n < cols).then_some(0.0));
+        *rewards.last_mut().unwrap() += g.get("scores")[row];
+        offsets.push(rewards.len() as u32);
+        t += n;
+    }
+    if whitened {
+        let m = Moments::of((&rewards).into());
+        let rewards = (&mut rewards).into();
+        whiten::apply(&dev, rewards, &m, false, Variance::Unbiased, 1e-8).unwrap();
+    }
+    close("rewards", &rewards, &longer);
+    let old_values = g.kept("old_values", &longer);
+    close("values", &old_values, &longer);
+    let nan = vec![f64::NAN; rewards.len()];
+    let (mut raw, mut returns) = (nan.clone(), nan);
+    let (a, r, v) = ((&mut raw).into(), (&mut returns).into(), (&old_values).into());
+    gae::forward(&dev, a, r, (&rewards).into(), v, (&offsets).into(), gamma, 0.95).unwrap();
+    close("raw_advantages", &raw, &longer);
+    close("returns", &returns, &longer);
+    let both = longer.iter().zip(&valid).filter(|m| *m.0).map(|m| *m.1);
+    let mut advantages: Vec<f64> = raw.iter().zip(both).filter(|x| x.1).map(|x| *x.0).collect();
+    let m = Moments::of((&advantages).into());
+    let a = (&mut advantages).into();
+    whiten::apply(&dev, a, &m, true, Variance::Unbiased, 1e-8).unwrap();
+    close("advantages", &advantages, &valid);
+
+    let c = Columns { logp: new, old, reference, entropy: kl.clone(), advantages };
+    let s = Settings { clip_high: 0.2, ..PLAIN };
+    let n = c.logp.len() as f64;
+    let (p, dlogp, _) = c.policy(&s, n);
+    close("d_new_logp", &dlogp, &valid);
+    let vpred = g.kept("vpred", &longer);
+    let mut dv = vec![f64::NAN; vpred.len()];
+    let (d, v, old, r) =
+        ((&mut dv).into(), (&vpred).into(), (&old_values).into(), (&returns).into());
+    let tokens = vpred.len() as f64;
+    let v = value_loss::forward(&dev, d, v, old, r, Some(0.2), 0.1, tokens).unwrap();
+    close("d_vpred", &dv, &longer);
+    // The ratio is the slope of the unclipped loss at advantage -1.
+    let free = Settings { clip_high: f64::INFINITY, clip_low: 1.0, ..PLAIN };
+    let unit = Columns { advantages: vec![-1.0; c.logp.len()], ..c.clone() };
+    close("ratio", &unit.policy(&free, 1.0).1, &valid);
+    // TRL's approxkl is k2, over all cells, padding too.
+    let k2: f64 = c.logp.iter().zip(&c.old).map(|(a, b)| K2.value(*a, *b)).sum();
+    for (key, got) in [
+        ("pg_loss", p.policy / n),
+        ("vf_loss", v.loss / 0.1),
+        ("loss", p.loss + v.loss),
+        ("pg_clipfrac", (p.clipped_low + p.clipped_high) / n),
+        ("vf_clipfrac", v.clipped / tokens),
+        ("approxkl", k2 / valid.len() as f64),
+    ] {
+        assert_close(&format!("{tag}/{key}"), &[got], get(key), 1e-14, 1e-13);
+    }
+
+    // f32: the gradients of the rounded columns against a plain version.
+    let c = Columns {
+        logp: narrow(&c.logp),
+        old: narrow(&c.old),
+        reference: vec![],
+        entropy: narrow(&c.entropy),
+        advantages: narrow(&c.advantages),
+    };
+    let dlogp = c.policy(&s, n).1;
+    let plain = (0..c.logp.len()).map(|i| {
+        let (a, ratio) = (c.advantages[i], (c.logp[i] - c.old[i]).exp());
+        let (free, bound) = (-a * ratio, -a * ratio.clamp(0.8, 1.2));
+        if free >= bound { free / n as f32 } else { 0.0 }
+    });
+    let plain: Vec<f32> = plain.collect();
+    let truth = g.kept(&format!("{tag}/d_new_logp"), &valid);
+    assert_earned(&format!("{tag}/d_new_logp"), &dlogp, &plain, &truth);
+    let [v, old, r] = [&vpred, &old_values, &returns].map(|x| narrow(x));
+    let plain = (0..v.len()).map(|i| {
+        let bound = v[i].clamp(old[i] - 0.2, old[i] + 0.2);
+        let (free, clipped) = ((v[i] - r[i]).powi(2), (bound - r[i]).powi(2));
+        if free >= clipped { 0.1 * (v[i] - r[i]) / tokens as f32 } else { 0.0 }
+    });
+    let plain: Vec<f32> = plain.collect();
+    let mut dv = vec![f32::NAN; v.len()];
+    let (d, v, old, r) = ((&mut dv).into(), (&v).into(), (&old).into(), (&r).into());
+    value_loss::forward(&dev, d, v, old, r, Some(0.2), 0.1, tokens).unwrap();
+    let truth = g.kept(&format!("{tag}/d_vpred"), &longer);
+    assert_earned(&format!("{tag}/d_vpred"), &dv, &plain, &truth);
+}
+
+#[test]
+fn the_whole_chain_is_that_of_trl() {
+    let g = Golden::open("pure/ppo.safetensors");
+    chain(&g, "default", K1, false, 1.0);
+    chain(&g, "k3", K3, false, 1.0);
+    chain(&g, "k1_whiten", K1, true, 1.0);
+    chain(&g, "k3_whiten_g099", K3, true, 0.99);
+    g.all_read(&[]);
+}

@@ -1,0 +1,206 @@
+//! Rotary positions: hand-worked turns, goldens, central differences, bits.
+
+use warpo::{
+    device::{Device, Float},
+    ops::rope::{self, Rope, Table},
+};
+
+use crate::support::{
+    OP, assert_bits, assert_close, assert_nan_only, devices, gather, golden::Golden, gradcheck,
+    inner, randn, refusal, shuffled,
+};
+
+const PLAIN: Rope = Rope::Plain { theta: 10_000.0 };
+const LLAMA3: Rope = Rope::Llama3 {
+    theta: 500_000.0,
+    factor: 8.0,
+    low_freq_factor: 1.0,
+    high_freq_factor: 4.0,
+    original_max_position: 8192.0,
+};
+
+/// Turns the first `heads` heads of each row, of `row_len` elements, or back.
+fn turn<F: Float>(
+    dev: &Device,
+    x: &[F],
+    (row_len, heads, head_dim): (usize, usize, usize),
+    positions: &[u32],
+    table: &Table<F>,
+    back: bool,
+) -> Vec<F> {
+    let mut x = x.to_vec();
+    let op = if back { rope::backward } else { rope::forward };
+    op(dev, (&mut x).into(), row_len, heads, head_dim, positions.into(), table).unwrap();
+    x
+}
+
+#[test]
+fn hand_worked() {
+    let dev = Device::cpu();
+    // theta 100, four elements: element 0 turns with 2 by 1 rad a position, 1 with 3 by 0.1 rad
+    let table = Table::<f64>::new(&Rope::Plain { theta: 100.0 }, 4, 4);
+    let x = [1.0, 10.0, 2.0, 20.0, 7.0, 8.0, 9.0, 5.0];
+    for (p, a) in [(0, 0.0f64), (1, 1.0), (3, 3.0)] {
+        let b = 0.1 * a;
+        let want = [
+            a.cos() - 2.0 * a.sin(),
+            10.0 * b.cos() - 20.0 * b.sin(),
+            2.0 * a.cos() + a.sin(),
+            20.0 * b.cos() + 10.0 * b.sin(),
+            7.0, // beyond the heads, as the values of attention
+            8.0,
+            9.0,
+            5.0,
+        ];
+        let y = turn(&dev, &x, (8, 1, 4), &[p], &table, false);
+        assert_close(&format!("position {p}"), &y, &want, 1e-15, 1e-15);
+        let back = turn(&dev, &y, (8, 1, 4), &[p], &table, true);
+        assert_close(&format!("back from {p}"), &back, &x, 1e-14, 0.0);
+    }
+    // each row by its own position, each head by the same angle
+    let (x, two) = ([1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0], Table::new(&PLAIN, 2, 3));
+    let y = turn(&dev, &x, (4, 2, 2), &[2, 1], &two, false);
+    let (c, s) = (1f64.cos(), 1f64.sin());
+    assert_close("rows", &y, &[2f64.cos(), 2f64.sin(), 0.0, 0.0, -s, c, 0.0, 0.0], 1e-15, 0.0);
+    assert!(turn(&dev, &[], (4, 1, 4), &[], &table, false).is_empty());
+}
+
+#[test]
+fn llama3_stretches_long_wavelengths() {
+    let plain = Rope::Plain { theta: 500_000.0 }.inv_freq(64);
+    for (f, g) in plain.iter().zip(LLAMA3.inv_freq(64)) {
+        // turns within the original context: 4 or more are kept, 1 or fewer slowed by 8
+        let turns = 8192.0 * f / std::f64::consts::TAU;
+        let keep = ((turns - 1.0) / 3.0).clamp(0.0, 1.0);
+        assert_close(&format!("{turns}"), &[g / f], &[keep + (1.0 - keep) / 8.0], 0.0, 1e-14);
+    }
+    let ratio = |i: usize| LLAMA3.inv_freq(64)[i] / plain[i];
+    assert_eq!((ratio(0), ratio(31)), (1.0, 0.125));
+    let between = (0..32).filter(|i| ratio(*i) > 0.125 && ratio(*i) < 1.0).count();
+    assert_eq!(between, 3);
+}
+
+#[test]
+fn angles_are_those_of_hugging_face() {
+    let g = Golden::open("pure/rope.safetensors");
+    let dev = Device::cpu();
+    let positions: Vec<u32> = g.ints("positions").iter().map(|p| *p as u32).collect();
+    let entries = *positions.iter().max().unwrap() as usize + 1;
+    for (name, rope) in [("default", PLAIN), ("llama3", LLAMA3)] {
+        let freq = g.get(&format!("{name}/inv_freq"));
+        assert_close(name, &rope.inv_freq(64), freq, 0.0, 1e-14);
+        assert_eq!(g.scalar(&format!("{name}/attention_scaling")), 1.0);
+        // (1, 0) turned is (cos, sin)
+        let x: Vec<f64> = (0..7 * 64).map(|i| f64::from(u8::from(i % 64 < 32))).collect();
+        let y = turn(&dev, &x, (64, 1, 64), &positions, &Table::new(&rope, 64, entries), false);
+        let x: Vec<f32> = x.iter().map(|x| *x as f32).collect();
+        let table = Table::new(&rope, 64, entries);
+        let y32 = turn(&dev, &x, (64, 1, 64), &positions, &table, false);
+        for (at, key) in [(0, "cos"), (32, "sin")] {
+            // Golden rows hold the 32 frequencies twice.
+            let want = g.get(&format!("{name}/{key}"));
+            for (r, want) in want.chunks(64).enumerate() {
+                let (got, what) = (r * 64 + at..r * 64 + at + 32, format!("{name} {key} {r}"));
+                assert_eq!(want[..32], want[32..], "{what}");
+                // An angle of 12345 rad is known to 2e-12; in f32 one rounding comes on top.
+                assert_close(&what, &y[got.clone()], &want[..32], 4e-12, 0.0);
+                assert_close(&what, &y32[got], &want[..32], 4e-12 + 2f64.powi(-25), 0.0);
+            }
+        }
+    }
+    // Linear scaling and YaRN are not implemented.
+    g.all_read(&["linear/", "yarn/"]);
+}
+
+/// Scores of a query and a key depend on the distance of their positions only.
+#[test]
+fn scores_depend_on_the_distance() {
+    let (q, k): (Vec<f64>, Vec<f64>) = (randn("q", 16), randn("k", 16));
+    let table = Table::new(&PLAIN, 16, 200);
+    let at = |x: &[f64], p: u32| turn(&Device::cpu(), x, (16, 1, 16), &[p], &table, false);
+    let score = |m: u32, n: u32| inner(&at(&q, m), &at(&k, n));
+    for (m, n) in [(5, 0), (105, 100), (199, 194)] {
+        assert_close(&format!("{m} {n}"), &[score(m, n)], &[score(7, 2)], 1e-13, 0.0);
+    }
+    assert!((score(7, 2) - score(2, 7)).abs() > 0.1);
+}
+
+#[test]
+fn gradients() {
+    let (dev, row_len) = (Device::cpu(), 15);
+    let positions = [3, 0, 11, 7];
+    let table = Table::new(&LLAMA3, 6, 12);
+    let (x, dy): (Vec<f64>, Vec<f64>) = (randn("x", 4 * row_len), randn("dy", 4 * row_len));
+    let dx = turn(&dev, &dy, (15, 2, 6), &positions, &table, true);
+    gradcheck("x", &x, &dx, OP, |x| {
+        inner(&turn(&dev, x, (15, 2, 6), &positions, &table, false), &dy)
+    });
+}
+
+/// Tasks have 16 rows.
+#[test]
+fn rows_do_not_see_their_batch() {
+    let (rows, row_len) = (37, 3 * 34);
+    let heads = (row_len, 2, 34);
+    let x: Vec<f32> = randn("x", rows * row_len);
+    let positions: Vec<u32> = (0..rows as u32).map(|r| r * 29 % 101).collect();
+    let table = Table::new(&PLAIN, 34, 101);
+    let one = &devices()[0];
+    let order = shuffled("order", rows);
+    for back in [false, true] {
+        let alone = |r: usize| {
+            turn(one, &x[r * row_len..][..row_len], heads, &positions[r..=r], &table, back)
+        };
+        let want: Vec<f32> = (0..rows).flat_map(alone).collect();
+        for dev in devices() {
+            for n in [0, 1, 15, 16, 17, rows] {
+                let at = rows - n;
+                let got = turn(&dev, &x[at * row_len..], heads, &positions[at..], &table, back);
+                assert_bits(&format!("{n} {dev:?}"), &got, &want[at * row_len..]);
+            }
+            let (x, positions) = (gather(&x, row_len, &order), gather(&positions, 1, &order));
+            let got = turn(&dev, &x, heads, &positions, &table, back);
+            assert_bits("permuted", &got, &gather(&want, row_len, &order));
+        }
+    }
+}
+
+#[test]
+fn a_nan_stays_in_its_pair() {
+    let (dev, table) = (Device::cpu(), Table::new(&PLAIN, 2, 40));
+    let (mut x, positions): (Vec<f32>, Vec<u32>) = (randn("x", 80), (0..40).collect());
+    let clean = turn(&dev, &x, (2, 1, 2), &positions, &table, false);
+    x[35] = f32::NAN;
+    let got = turn(&dev, &x, (2, 1, 2), &positions, &table, false);
+    assert_nan_only("x", &got, &clean, 34..36);
+}
+
+#[test]
+fn positions_beyond_the_table_and_wrong_shapes_are_refused() {
+    let (dev, table) = (Device::cpu(), Table::<f32>::new(&PLAIN, 4, 10));
+    let refused = |len: usize, row_len: usize, heads: usize, head_dim: usize, positions: &[u32]| {
+        let mut x = vec![1.0f32; len];
+        let e = rope::forward(
+            &dev,
+            (&mut x).into(),
+            row_len,
+            heads,
+            head_dim,
+            positions.into(),
+            &table,
+        );
+        assert!(x.iter().all(|x| *x == 1.0), "nothing was written");
+        refusal(e)
+    };
+    assert_eq!(refused(9, 4, 1, 4, &[0, 1]), "rope: `x` has shape [9], wanted [2, 4]");
+    assert_eq!(refused(8, 8, 3, 4, &[0]), "rope: `heads` has shape [3, 4], wanted [8, 4]");
+    assert_eq!(refused(8, 8, 1, 6, &[0]), "rope: `heads` has shape [1, 6], wanted [8, 4]");
+    let says = "rope: position of row 1: got 10, wanted less than 10";
+    assert_eq!(refused(8, 4, 1, 4, &[9, 10]), says);
+    // An odd head has an element without a partner; none at all used to panic.
+    assert_eq!(refused(8, 8, 1, 5, &[0]), "rope: `heads` has shape [1, 5], wanted [8, 4]");
+    let none = Table::<f32>::new(&PLAIN, 0, 10);
+    let mut x = vec![1.0f32; 8];
+    let e = rope::forward(&dev, (&mut x).into(), 8, 1, 0, [0][..].into(), &none);
+    assert_eq!(refusal(e), "rope: `heads` has shape [1, 0], wanted [8, 0]");
+}

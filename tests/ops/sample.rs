@@ -1,0 +1,342 @@
+//! Choosing tokens: ties and filters by hand, the distributions of Hugging Face, and draws that
+//! follow them and depend on nothing but their address.
+
+use warpo::{
+    device::{Device, Float},
+    ops::sample::{self, Params},
+};
+
+use crate::support::{
+    assert_close, assert_earned, devices, gather, golden::Golden, narrow, randn, refusal, shuffled,
+    wide,
+};
+
+/// An address: sample and position.
+type Address = (u64, u32);
+
+fn next<F: Float>(
+    dev: &Device,
+    logits: &[F],
+    params: &Params,
+    (seed, step): (u64, u64),
+    at: &[Address],
+) -> Vec<u32> {
+    let (rows, samples) = (at.len(), at.iter().map(|a| a.0).collect::<Vec<_>>());
+    let positions: Vec<u32> = at.iter().map(|a| a.1).collect();
+    let mut tokens = vec![u32::MAX; rows];
+    let mut scratch = vec![F::of(f64::NAN); sample::scratch_len(rows, logits.len() / rows.max(1))];
+    sample::next(
+        dev,
+        (&mut tokens).into(),
+        logits.into(),
+        params,
+        seed,
+        step,
+        (&samples).into(),
+        (&positions).into(),
+        (&mut scratch).into(),
+    )
+    .unwrap();
+    tokens
+}
+
+fn probabilities<F: Float>(logits: &[F], params: &Params) -> Vec<F> {
+    let mut p = vec![F::of(f64::NAN); logits.len()];
+    sample::probabilities(&Device::cpu(), &mut p, logits, params).unwrap();
+    p
+}
+
+/// The logits of 1/2, 1/4, 1/8, 1/8, shuffled and shifted.
+fn halves() -> Vec<f64> {
+    [0.25, 0.125, 0.5, 0.125].map(|p: f64| p.ln() + 100.0).to_vec()
+}
+
+#[test]
+fn hand_worked() {
+    let base = Params::default();
+    for (params, want) in [
+        (base, [0.25, 0.125, 0.5, 0.125]),
+        // temperature 1/2 squares the probabilities: 4 : 1 : 16 : 1
+        (Params { temperature: 0.5, ..base }, [4.0 / 22.0, 1.0 / 22.0, 16.0 / 22.0, 1.0 / 22.0]),
+        (Params { top_k: 1, ..base }, [0.0, 0.0, 1.0, 0.0]),
+        (Params { top_k: 2, ..base }, [1.0 / 3.0, 0.0, 2.0 / 3.0, 0.0]),
+        (Params { top_k: 3, ..base }, [0.25, 0.125, 0.5, 0.125]), // both of a tie stay
+        (Params { top_k: 9, ..base }, [0.25, 0.125, 0.5, 0.125]),
+        (Params { top_p: 0.4, ..base }, [0.0, 0.0, 1.0, 0.0]),
+        (Params { top_p: 0.7, ..base }, [1.0 / 3.0, 0.0, 2.0 / 3.0, 0.0]),
+        // of a tie, the lowest id stays
+        (Params { top_p: 0.8, ..base }, [2.0 / 7.0, 1.0 / 7.0, 4.0 / 7.0, 0.0]),
+        (Params { top_p: 1e-6, ..base }, [0.0, 0.0, 1.0, 0.0]),
+        (Params { min_p: 0.2, ..base }, [0.25, 0.125, 0.5, 0.125]),
+        (Params { min_p: 0.3, ..base }, [1.0 / 3.0, 0.0, 2.0 / 3.0, 0.0]),
+        (Params { min_p: 1.0, ..base }, [0.0, 0.0, 1.0, 0.0]),
+        // top-p counts what top-k left: 2/3 is enough
+        (Params { top_k: 2, top_p: 0.6, ..base }, [0.0, 0.0, 1.0, 0.0]),
+        (Params::greedy(), [0.0, 0.0, 1.0, 0.0]),
+    ] {
+        let what = format!("{params:?}");
+        assert_close(&what, &probabilities(&halves(), &params), &want, 1e-14, 1e-14);
+        let got = probabilities(&narrow(&halves()), &params);
+        // Logits near 100 are rounded by 4e-6.
+        assert_close(&what, &got, &want, 0.0, 1e-5);
+    }
+    // Two of four equal tokens reach 1/2 exactly, and stay alone.
+    let p = probabilities(&[7.0; 4], &Params { top_p: 0.5, ..base });
+    assert_eq!(p, [0.5, 0.5, 0.0, 0.0]);
+}
+
+#[test]
+fn greedy_takes_the_first_of_the_largest() {
+    let rows = [
+        [1.0, 3.0, 3.0, 2.0],
+        [0.0, 0.0, 0.0, 0.0],
+        [-5.0, -7.0, -6.0, -5.0],
+        [1.0, 2.0, 3.0, 4.0],
+    ];
+    for dev in devices() {
+        let tokens = next(&dev, &rows.concat(), &Params::greedy(), (1, 2), &[(0, 0); 4]);
+        assert_eq!(tokens, [1, 0, 0, 3]);
+    }
+    assert_eq!(probabilities(&rows[0], &Params::greedy()), [0.0, 1.0, 0.0, 0.0]);
+    // top-k 1 keeps all that tie
+    let p = probabilities(&rows[0], &Params { top_k: 1, ..Params::default() });
+    assert_eq!(p, [0.0, 0.5, 0.5, 0.0]);
+}
+
+/// `temperature=0.7,top_k=20` as parameters, and the temperature in f64.
+fn parse(name: &str) -> (Params, f64) {
+    let (mut params, mut temperature) = (Params::default(), 1.0);
+    for part in name.split(',') {
+        let (key, value) = part.split_once('=').unwrap();
+        match key {
+            "temperature" => temperature = value.parse().unwrap(),
+            "top_k" => params.top_k = value.parse().unwrap(),
+            "top_p" => params.top_p = value.parse().unwrap(),
+            "min_p" => params.min_p = value.parse().unwrap(),
+            _ => panic!("{name}"),
+        }
+    }
+    params.temperature = temperature as f32;
+    (params, temperature)
+}
+
+#[test]
+fn distributions_are_those_of_hugging_face() {
+    let g = Golden::open("pure/warpers.safetensors");
+    let vocab = g.shape("logits")[1];
+    let mut seen = 0;
+    for name in g.keys("probs/") {
+        if name.contains("repetition_penalty") {
+            continue;
+        }
+        seen += 1;
+        let (params, temperature) = parse(&name);
+        let rows = g.get("logits").chunks(vocab).zip(g.get(&format!("probs/{name}")).chunks(vocab));
+        let (mut ours, mut plain, mut truth) = (Vec::new(), Vec::new(), Vec::new());
+        for (r, (logits, want)) in rows.enumerate() {
+            let what = format!("{name} row {r}");
+            // Parameters are f32: the logits are scaled to the very temperature of the golden.
+            let exact = f64::from(params.temperature) / temperature;
+            let z: Vec<f64> = logits.iter().map(|z| z * exact).collect();
+            let mut got = probabilities(&z, &params);
+            let mut got32 = probabilities(&narrow(&z), &params);
+            let mut want = want.to_vec();
+            let z = narrow(&z);
+            let top = z.iter().copied().fold(f32::MIN, f32::max);
+            // Plainly: exp of the rounded logits over their sum.
+            let mut e: Vec<f32> =
+                z.iter().map(|z| ((z - top) / params.temperature).exp()).collect();
+            if r >= 4 && params.top_p < 1.0 {
+                // Many tie: which of them stay depends on the sort, how many does not.
+                [&mut got, &mut want].into_iter().for_each(|p| p.sort_by(|a, b| b.total_cmp(a)));
+                [&mut got32, &mut e].into_iter().for_each(|p| p.sort_by(|a, b| b.total_cmp(a)));
+            }
+            let kept = |p: &[f64]| p.iter().map(|p| *p > 0.0).collect::<Vec<bool>>();
+            assert_eq!(kept(&got), kept(&want), "{what}");
+            assert_eq!(kept(&wide(&got32)), kept(&want), "{what} f32");
+            assert_close(&what, &got, &want, 0.0, 1e-13);
+            e.iter_mut().zip(&want).filter(|x| *x.1 == 0.0).for_each(|x| *x.0 = 0.0);
+            let total: f32 = e.iter().sum();
+            ours.extend(got32);
+            plain.extend(e.iter().map(|e| e / total));
+            truth.extend(want);
+        }
+        assert_earned(&name, &ours, &plain, &truth);
+    }
+    assert_eq!(seen, 12);
+    // There is no repetition penalty, which alone reads the history.
+    g.all_read(&["probs/repetition_penalty", "history"]);
+}
+
+/// Sum of (observed - expected)^2 / expected over tokens with probability; draws of others fail.
+fn chi_squared(tokens: &[u32], p: &[f64]) -> f64 {
+    let mut counts = vec![0.0; p.len()];
+    tokens.iter().for_each(|t| counts[*t as usize] += 1.0);
+    let n = tokens.len() as f64;
+    let term = |(c, p): (&f64, &f64)| {
+        assert!(*p > 0.0 || *c == 0.0, "a token without probability was drawn");
+        if *p > 0.0 { (c - n * p) * (c - n * p) / (n * p) } else { 0.0 }
+    };
+    counts.iter().zip(p).map(term).sum()
+}
+
+/// Chi-squared of 20,000 draws at distinct addresses. Of up to 9 tokens, 8 degrees of freedom, a
+/// true sampler exceeds 42.7 once in 10^6 times; the seed is fixed, so it either does or does not.
+const LIMIT: f64 = 42.7;
+
+#[test]
+fn draws_follow_the_distribution() {
+    let logits: Vec<f64> = randn("logits", 9);
+    let at: Vec<Address> = (0..20_000).map(|i| (i / 100, (i % 100) as u32)).collect();
+    let base = Params::default();
+    for params in [
+        base,
+        Params { temperature: 0.6, ..base },
+        Params { temperature: 1.7, ..base },
+        Params { top_k: 3, ..base },
+        Params { top_p: 0.8, ..base },
+        Params { min_p: 0.2, ..base },
+        Params { temperature: 1.3, top_k: 7, top_p: 0.9, min_p: 0.05 },
+    ] {
+        let p = probabilities(&logits, &params);
+        assert_close("sum", &[p.iter().sum::<f64>()], &[1.0], 1e-14, 0.0);
+        let dropped = p.iter().filter(|p| **p == 0.0).count();
+        assert_eq!(dropped > 0, params.top_k > 0 || params.top_p < 1.0 || params.min_p > 0.0);
+        let tokens = next(&Device::cpu(), &logits.repeat(at.len()), &params, (7, 3), &at);
+        let x = chi_squared(&tokens, &p);
+        assert!(x < LIMIT, "{params:?}: {x}");
+        let tokens = next(&Device::cpu(), &narrow(&logits).repeat(at.len()), &params, (8, 3), &at);
+        let x = chi_squared(&tokens, &p);
+        assert!(x < LIMIT, "{params:?}, f32: {x}");
+    }
+    // The test can fail: a distribution that is off by a tenth is found out.
+    let tokens = next(&Device::cpu(), &logits.repeat(at.len()), &base, (7, 3), &at);
+    let off: Vec<f64> = logits.iter().map(|z| 0.9 * z).collect();
+    assert!(chi_squared(&tokens, &probabilities(&off, &base)) > LIMIT);
+}
+
+/// Draws at neighbouring addresses are independent: pairs follow the product distribution.
+#[test]
+fn neighbouring_draws_are_independent() {
+    let p = [0.5f64, 0.25, 0.25];
+    let logits = p.map(f64::ln);
+    let at: Vec<Address> = (0..20_000).map(|i| (i / 100, (i % 100) as u32)).collect();
+    let draw = |key, at: &[Address]| {
+        next(&Device::cpu(), &logits.repeat(at.len()), &Params::default(), key, at)
+    };
+    let base = draw((7, 3), &at);
+    let moved = |f: fn(Address) -> Address| at.iter().map(|a| f(*a)).collect::<Vec<Address>>();
+    for (what, other) in [
+        ("position", draw((7, 3), &moved(|(s, p)| (s, p + 1)))),
+        ("sample", draw((7, 3), &moved(|(s, p)| (s + 1, p)))),
+        ("high half of sample", draw((7, 3), &moved(|(s, p)| (s | 1 << 32, p)))),
+        ("step", draw((7, 4), &at)),
+        ("seed", draw((8, 3), &at)),
+        ("high half of seed", draw((7 | 1 << 32, 3), &at)),
+    ] {
+        let pairs: Vec<u32> = base.iter().zip(&other).map(|(a, b)| 3 * a + b).collect();
+        let product: Vec<f64> = p.iter().flat_map(|a| p.map(|b| a * b)).collect();
+        let x = chi_squared(&pairs, &product);
+        assert!(x < LIMIT, "{what}: {x}");
+    }
+    assert_eq!(draw((7, 3), &at), base);
+}
+
+/// Property 3: a draw depends on its logits and its address, not on its row.
+#[test]
+fn rows_do_not_see_their_batch() {
+    let (rows, vocab) = (23, 77);
+    let logits: Vec<f32> = randn("logits", rows * vocab);
+    let at: Vec<Address> = (0..rows as u64).map(|r| (r * r, (r * 5 % 7) as u32)).collect();
+    let order = shuffled("order", rows);
+    for params in [
+        Params::greedy(),
+        Params::default(),
+        Params { temperature: 0.8, top_k: 9, top_p: 0.9, min_p: 0.05 },
+    ] {
+        let alone = |r: usize| {
+            next(&devices()[0], &logits[r * vocab..][..vocab], &params, (1, 2), &at[r..=r])[0]
+        };
+        let want: Vec<u32> = (0..rows).map(alone).collect();
+        for dev in devices() {
+            for n in [1, 2, rows] {
+                let from = rows - n;
+                let got = next(&dev, &logits[from * vocab..], &params, (1, 2), &at[from..]);
+                assert_eq!(got, want[from..], "{n} {dev:?}");
+            }
+            let (logits, at) = (gather(&logits, vocab, &order), gather(&at, 1, &order));
+            assert_eq!(next(&dev, &logits, &params, (1, 2), &at), gather(&want, 1, &order));
+        }
+    }
+    assert!(next::<f32>(&Device::cpu(), &[], &Params::default(), (1, 2), &[]).is_empty());
+}
+
+#[test]
+fn a_nan_stays_in_its_row() {
+    let (dev, params) = (Device::cpu(), Params { top_k: 3, top_p: 0.9, ..Params::default() });
+    let mut logits: Vec<f32> = randn("logits", 50);
+    let at = [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0)];
+    let clean = next(&dev, &logits, &params, (1, 2), &at);
+    for i in [20, 25, 29] {
+        let mut bad = logits.clone();
+        bad[i] = f32::NAN;
+        let got = next(&dev, &bad, &params, (1, 2), &at);
+        assert_eq!((&got[..2], &got[3..]), (&clean[..2], &clean[3..]));
+        assert!(got[2] < 10, "some token, whose log-prob is NaN and stops the step");
+    }
+    for params in [params, Params::default()] {
+        logits[25] = f32::NAN;
+        let p = probabilities(&logits[20..30], &params);
+        assert!(p.iter().all(|p| p.is_nan()), "{p:?}");
+    }
+}
+
+#[test]
+fn parameters_out_of_range_and_wrong_shapes_are_refused() {
+    let base = Params::default();
+    for (params, says) in [
+        (Params { temperature: -1.0, ..base }, "temperature: got -1, wanted 0 or more"),
+        (Params { temperature: f32::NAN, ..base }, "temperature: got NaN, wanted 0 or more"),
+        (Params { temperature: f32::INFINITY, ..base }, "temperature: got inf, wanted 0 or more"),
+        (Params { top_p: 0.0, ..base }, "top_p: got 0, wanted in (0, 1]"),
+        (Params { top_p: 1.5, ..base }, "top_p: got 1.5, wanted in (0, 1]"),
+        (Params { top_p: f32::NAN, ..base }, "top_p: got NaN, wanted in (0, 1]"),
+        (Params { min_p: -0.5, ..base }, "min_p: got -0.5, wanted in [0, 1]"),
+        (Params { min_p: 1.5, ..base }, "min_p: got 1.5, wanted in [0, 1]"),
+        (Params { min_p: f32::NAN, ..base }, "min_p: got NaN, wanted in [0, 1]"),
+    ] {
+        assert_eq!(refusal(params.validate()), says);
+        let e = sample::probabilities(&Device::cpu(), &mut [0.0; 2], &[0.0, 1.0], &params);
+        assert_eq!(refusal(e), says);
+        assert_eq!(refused([1, 2, 1, 1, 4], &params), says);
+    }
+    assert!(Params::greedy().validate().is_ok() && base.validate().is_ok());
+    let e = sample::probabilities(&Device::cpu(), &mut [0.0; 3], &[0.0, 1.0], &base);
+    assert_eq!(refusal(e), "sample::probabilities: `probs` has shape [3], wanted [2]");
+    for (n, says) in [
+        ([2, 5, 2, 2, 99], "`logits` has shape [5], wanted [2, 2]"),
+        ([2, 4, 3, 2, 99], "`samples` has shape [3], wanted [2]"),
+        ([2, 4, 2, 1, 99], "`positions` has shape [1], wanted [2]"),
+        ([2, 4, 2, 2, 7], "`scratch` has shape [7], wanted [2, 2, 2]"),
+        ([2, 0, 2, 2, 99], "`scratch` has shape [99], wanted [2, 2, 0]"),
+    ] {
+        assert_eq!(refused(n, &base), format!("sample: {says}"));
+    }
+}
+
+/// With lengths of tokens, logits, samples, positions, scratch.
+fn refused(n: [usize; 5], params: &Params) -> String {
+    let (mut tokens, mut scratch) = (vec![0; n[0]], vec![0.0f32; n[4]]);
+    let (logits, samples, positions) = (vec![0.0; n[1]], vec![0; n[2]], vec![0; n[3]]);
+    refusal(sample::next(
+        &Device::cpu(),
+        (&mut tokens).into(),
+        (&logits).into(),
+        params,
+        0,
+        0,
+        (&samples).into(),
+        (&positions).into(),
+        (&mut scratch).into(),
+    ))
+}
