@@ -19,8 +19,8 @@ pub const NR: usize = 32;
 /// Rows of k that one pass over A and C covers: a panel of 256 x 32 f32 is 32 KiB, one L1 cache.
 const KC: usize = 256;
 
-/// Rows of A that all panels pass over before the next: 240 x 256 f32 are 240 KiB, which stay in L2.
-const MC: usize = 240;
+/// Rows of A that all panels pass over before the next: 264 x 256 f32 are 264 KiB, which stay in L2.
+const MC: usize = 264;
 
 /// The left operand, row-major with leading dimension `ld`, or its transpose.
 #[derive(Clone, Copy, Debug)]
@@ -130,13 +130,12 @@ impl<'a, F: Float> Rhs<'a, F> {
         &self,
         p: usize,
         (k, n): (usize, usize),
-        k0: usize,
+        (k0, kc): (usize, usize),
         room: &'r mut Room<F, { KC * NR }>,
     ) -> &'r [F]
     where
         'a: 'r,
     {
-        let kc = KC.min(k - k0);
         let (j, nc) = (p * NR, NR.min(n - p * NR));
         match *self {
             Self::Packed(panels) => &panels[(p * k + k0) * NR..][..kc * NR],
@@ -254,7 +253,7 @@ fn split<F>(
 /// Rows of A between two visits of a panel. Where B is packed on the way and A is not, packing less
 /// often is worth reading A from L3.
 fn block_rows<F>(a: Lhs<'_, F>, b: Rhs<'_, F>) -> usize {
-    if a.transposed || matches!(b, Rhs::Packed(_)) { MC } else { 3 * MC }
+    if a.transposed || matches!(b, Rhs::Packed(_)) { MC } else { 8 * MC }
 }
 
 /// [`product`] on this thread alone, for callers that are already parallel.
@@ -330,15 +329,17 @@ unsafe fn block<F: Float>(
     let (mut room_a, mut room_b) = (Room::new(), Room::new());
     let mc = block_rows(a, b);
     // A block of A stays in L2 while all panels pass over it, a panel of B in L1 while all tiles
-    // of the block do.
-    for k0 in (0..k.max(1)).step_by(KC) {
-        let kc = KC.min(k - k0);
+    // of the block do; where A is copied, half as deep, to leave room for the copy.
+    let depth = if a.copied(k) { KC / 2 } else { KC };
+    for k0 in (0..k.max(1)).step_by(depth) {
+        let kc = depth.min(k - k0);
         for i in (i0..i1).step_by(mc) {
             let rows = mc.min(i1 - i);
             let (data, lda) = a.block((i, rows), (k0, kc), &mut room_a);
             for p in p0..p1 {
                 let nc = NR.min(n - p * NR);
-                let panel = if k == 0 { &[][..] } else { b.panel(p, (k, n), k0, &mut room_b) };
+                let panel =
+                    if k == 0 { &[][..] } else { b.panel(p, (k, n), (k0, kc), &mut room_b) };
                 let tile = Tile {
                     a: data.as_ptr(),
                     lda,
@@ -351,19 +352,16 @@ unsafe fn block<F: Float>(
                 let c = unsafe { out.c.add(i * out.ldc + p * NR) };
                 // SAFETY: `check` bounds every access of `rows` rows, `nc` columns, `kc` steps.
                 unsafe { F::run(isa, tile, rows, nc, c, out.ldc) };
-            }
-        }
-    }
-    let Some(bias) = bias else { return };
-    for i in i0..i1 {
-        for p in p0..p1 {
-            let nc = NR.min(n - p * NR);
-            // SAFETY: row i and column 32 p are inside C.
-            let c = unsafe { out.c.add(i * out.ldc + p * NR) };
-            // SAFETY: `nc` columns from there are, too, and the rectangle is this task's own.
-            let row = unsafe { std::slice::from_raw_parts_mut(c, nc) };
-            for (y, b) in row.iter_mut().zip(&bias[p * NR..]) {
-                *y += *b;
+                let Some(bias) = bias.filter(|_| k0 + depth >= k) else { continue };
+                for r in 0..rows {
+                    // SAFETY: row `i + r` of C has `nc` columns from 32 p on.
+                    let row = unsafe { c.add(r * out.ldc) };
+                    // SAFETY: as above, and the rectangle is this task's own.
+                    let row = unsafe { std::slice::from_raw_parts_mut(row, nc) };
+                    for (y, b) in row.iter_mut().zip(&bias[p * NR..]) {
+                        *y += *b;
+                    }
+                }
             }
         }
     }
@@ -381,7 +379,7 @@ impl<'a, F: Float> Lhs<'a, F> {
         &self,
         (i, rows): (usize, usize),
         (k, kc): (usize, usize),
-        room: &'r mut Room<F, { KC * MC }>,
+        room: &'r mut Room<F, { KC / 2 * MC }>,
     ) -> (&'r [F], usize)
     where
         'a: 'r,

@@ -59,7 +59,7 @@ pub(super) unsafe fn avx512<const R: usize, const T: bool>(
     }
 }
 
-/// 6 x 16 twice: 12 accumulators, two of B and one of A: 15 of 16 registers.
+/// 6 x 16 once or twice: 12 accumulators, two of B and one of A: 15 of 16 registers.
 ///
 /// # Safety
 /// As [`super::Micro::run`], for R rows; AVX2 and FMA.
@@ -71,11 +71,37 @@ pub(super) unsafe fn avx2<const R: usize, const T: bool>(
     ldc: usize,
 ) {
     if nc < NR {
+        // A whole tile in a room of its own, of which C gets its columns.
+        let mut room = [[0.0; NR]; R];
+        for (r, row) in room.iter_mut().enumerate() {
+            // SAFETY: row `r` of C has `nc` columns.
+            unsafe { row.as_mut_ptr().copy_from_nonoverlapping(c.add(r * ldc), nc) };
+        }
+        let halves = nc.div_ceil(16) * 16;
+        // SAFETY: `room` has all columns; A and B are the caller's promise.
+        unsafe { avx2_halves::<R, T>(t, halves, room.as_mut_ptr().cast(), NR) };
+        for (r, row) in room.iter().enumerate() {
+            // SAFETY: as above.
+            unsafe { c.add(r * ldc).copy_from_nonoverlapping(row.as_ptr(), nc) };
+        }
+    } else {
         // SAFETY: the caller's promise.
-        return unsafe { portable::<R, T, f32>(t, nc, c, ldc) };
+        unsafe { avx2_halves::<R, T>(t, NR, c, ldc) };
     }
-    for half in [0, 16] {
-        // SAFETY: all 32 columns of R rows are in bounds, as the caller promised.
+}
+
+/// # Safety
+/// As [`avx2`], for 16 or 32 columns.
+#[inline]
+#[target_feature(enable = "avx2,fma")]
+unsafe fn avx2_halves<const R: usize, const T: bool>(
+    t: Tile<f32>,
+    nc: usize,
+    c: *mut f32,
+    ldc: usize,
+) {
+    for half in (0..nc).step_by(16) {
+        // SAFETY: `nc` columns of R rows are in bounds, as the caller promised.
         unsafe {
             let (b, c) = (t.b.add(half), c.add(half));
             let mut acc = [[_mm256_setzero_ps(); 2]; R];
