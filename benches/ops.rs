@@ -26,6 +26,7 @@ use warpo::{
         sample, scalar_head, value_loss,
         whiten::{self, Moments, Variance},
     },
+    rng::{Purpose, Stream},
 };
 
 const ROWS: usize = 2048;
@@ -38,7 +39,7 @@ fn matmul(c: &mut Criterion) {
     let mut g = c.benchmark_group("matmul");
     for (m, n, k) in [(ROWS, MLP, HIDDEN), (ROWS, HIDDEN, MLP), (512, 768, 256), (8, MLP, HIDDEN)] {
         let (x, w, mut y) = (randn(1, m * k), randn(2, n * k), vec![0.0; m * n]);
-        let mut packed = Packed::new(n, k);
+        let mut packed = Packed::new(dev, n, k).unwrap();
         packed.pack(dev, (&w).into()).unwrap();
         let name = |what: &str| format!("{what}/cpu/f32/{m}x{n}x{k}");
         let work = fma(m * n * k);
@@ -75,7 +76,7 @@ fn attention(c: &mut Criterion) {
             })
             .collect();
         let pages: Vec<u32> = (0..(n * per) as u32).collect();
-        let mut arena = Arena::new(1 << 28);
+        let mut arena = Arena::new(dev, 1 << 28).unwrap();
         let scope = arena.scope();
         let mut kv = KvLayer::new(&scope, &shape, n * per).unwrap();
         let (qkv, mut out) = (randn(1, ROWS * cols), vec![0.0; ROWS * out_cols]);
@@ -128,7 +129,7 @@ fn lm_head(c: &mut Criterion) {
     g.sample_size(10);
     for (rows, vocab, d) in [(512, VOCAB, HIDDEN), (2048, 5000, 256)] {
         let (h, w) = (randn(1, rows * d), randn(2, vocab * d));
-        let mut packed = Packed::new(vocab, d);
+        let mut packed = Packed::new(dev, vocab, d).unwrap();
         packed.pack(dev, (&w).into()).unwrap();
         let targets: Vec<u32> = (0..rows as u32).map(|r| r * 7 % vocab as u32).collect();
         let (mut logp, mut lse, mut entropy) = (vec![0.0; rows], vec![0.0; rows], vec![0.0; rows]);
@@ -232,7 +233,7 @@ fn elementwise(c: &mut Criterion) {
         let (d, ids) = ((&mut dtable).into(), (&ids).into());
         embedding::backward(dev, d, ids, (&rows).into(), HIDDEN).unwrap();
     });
-    let turn = Table::new(&Rope::Plain { theta: 1e4 }, 64, ROWS);
+    let turn = Table::new(dev, &Rope::Plain { theta: 1e4 }, 64, ROWS).unwrap();
     let positions: Vec<u32> = (0..ROWS as u32).collect();
     bench(&mut g, "rope/forward/cpu/f32/2048x12x64", moves(2 * ROWS * HIDDEN), || {
         let x = (&mut rows).into();
@@ -314,6 +315,7 @@ fn sampling(c: &mut Criterion) {
     let samples: Vec<u64> = (0..rows as u64).collect();
     let positions = vec![5; rows];
     let all = sample::Params::default();
+    let stream = Stream { seed: 1, step: 2, purpose: Purpose::Sample };
     for (name, params) in [
         ("greedy", sample::Params::greedy()),
         ("whole", all),
@@ -324,7 +326,7 @@ fn sampling(c: &mut Criterion) {
         bench(&mut g, &format!("{name}/cpu/f32/32x50257"), moves(rows * VOCAB), || {
             let (t, s, p) = ((&mut tokens).into(), (&samples).into(), (&positions).into());
             let (z, room) = ((&logits).into(), (&mut scratch).into());
-            sample::next(dev, t, z, &params, 1, 2, s, p, room).unwrap();
+            sample::next(dev, t, z, &params, stream, s, p, room).unwrap();
         });
     }
 }
@@ -333,8 +335,10 @@ fn optimizer(c: &mut Criterion) {
     let dev = device();
     let mut g = c.benchmark_group("optimizer");
     let n = 16 << 20;
-    let (mut p, grad) = (Buffer::from_host(&randn(1, n)), Buffer::from_host(&randn(2, n)));
-    let (mut m, mut v) = (Buffer::<f32>::zeros(n), Buffer::<f32>::zeros(n));
+    let (mut p, grad) =
+        (Buffer::of(dev, "x", &randn(1, n)).unwrap(), Buffer::of(dev, "x", &randn(2, n)).unwrap());
+    let (mut m, mut v) =
+        (Buffer::<f32>::zeros(dev, "m", n).unwrap(), Buffer::<f32>::zeros(dev, "v", n).unwrap());
     let hyper = adamw::Hyper {
         learning_rate: 1e-4,
         beta1: 0.9,

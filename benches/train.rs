@@ -17,7 +17,7 @@ use warpo::{
     device::Arena,
     models::{self, Config, Head, Model, Slot},
     ops::sample,
-    rng::{Philox, Purpose},
+    rng::{Philox, Purpose, Stream},
     rollout::{Generator, Prompt, Settings as Generation},
     train::{Settings, Silent, Trainer},
 };
@@ -28,7 +28,8 @@ const CONFIG: &str = r#"{
 }"#;
 
 fn random(head: Head) -> Model<f32> {
-    let mut model = Model::zeros(Config::parse(CONFIG, "config.json").unwrap(), head).unwrap();
+    let mut model =
+        Model::zeros(device(), Config::parse(CONFIG, "config.json").unwrap(), head).unwrap();
     let layout = model.params().layout().clone();
     for (i, t) in layout.tensors().iter().enumerate() {
         let to = model.params_mut().tensor_mut(t).host();
@@ -92,11 +93,10 @@ fn generate(c: &mut Criterion) {
         sampling: sample::Params::default(),
         max_new_tokens: 64,
         stop_ids: Vec::new(),
-        seed: 0,
-        step: 0,
+        stream: Stream { seed: 0, step: 0, purpose: Purpose::Sample },
     };
     let generator = Generator::for_prompts(&prompts, 64, 32, 1024);
-    let mut arena = Arena::new(generator.plan::<f32>(model.spec()).unwrap());
+    let mut arena = Arena::new(dev, generator.plan::<f32>(model.spec()).unwrap()).unwrap();
     let mut g = c.benchmark_group("rollout");
     g.sample_size(10).sampling_mode(SamplingMode::Flat);
     let work = Work { flops: flops(&model, 32 * 95, 32 * 64), bytes: 0.0 };

@@ -28,6 +28,11 @@ pub trait Section: Any + Debug + Send {
     fn keys(&self) -> Vec<Key>;
     /// Sets a key; `None` if it is not of this section.
     fn set(&mut self, key: &str, value: &Value) -> Option<Result<()>>;
+    /// Checks the range of every value, and that those without a default were given.
+    ///
+    /// # Errors
+    /// [`Error::Config`] naming the first key that is wrong.
+    fn validate(&self) -> Result<()>;
     /// For the owner to get the struct back.
     fn as_any(&self) -> &dyn Any;
 }
@@ -173,22 +178,28 @@ macro_rules! choices {
 #[doc(hidden)]
 pub use toml::Value as Value_;
 
-/// Declares a section: docs and defaults beside each field.
+/// Declares a section: docs, defaults and ranges beside each field.
 ///
 /// ```
 /// warpo::settings! {
 ///     /// How to walk.
 ///     pub struct Walk {
 ///         /// Steps a minute.
-///         pub pace: f64 = 100.0,
+///         pub pace: f64 = 100.0 => "above 0" if |pace| *pace > 0.0,
+///         /// Whistling.
+///         pub whistle: bool = false,
 ///     }
 /// }
-/// assert_eq!(Walk::default().pace, 100.0);
+/// let mut walk = Walk::default();
+/// assert_eq!(walk.pace, 100.0);
+/// let error = warpo::config::set_pair(&mut [&mut walk], "pace=-3").unwrap_err();
+/// assert_eq!(error.to_string(), "config key `pace`: got -3, wanted above 0");
 /// ```
 #[macro_export]
 macro_rules! settings {
     ($(#[$meta:meta])* pub struct $name:ident {
-        $($(#[doc = $doc:literal])* pub $field:ident: $ty:ty = $default:expr),* $(,)?
+        $($(#[doc = $doc:literal])* pub $field:ident: $ty:ty = $default:expr
+            $(=> $want:literal if $check:expr)?),* $(,)?
     }) => {
         $(#[$meta])*
         #[derive(Clone, Debug, PartialEq)]
@@ -204,16 +215,36 @@ macro_rules! settings {
             fn keys(&self) -> Vec<$crate::config::Key> {
                 vec![$($crate::config::Key {
                     name: $crate::config::key_name(stringify!($field)),
-                    kind: <$ty as $crate::config::Field>::kind(),
+                    kind: [<$ty as $crate::config::Field>::kind() $(, $want.to_owned())?].join("; "),
                     value: $crate::config::Field::show(&self.$field),
                     doc: concat!($($doc, "\n"),*),
                 }),*]
             }
             fn set(&mut self, key: &str, value: &$crate::config::Value_) -> Option<$crate::Result<()>> {
                 $(if key == $crate::config::key_name(stringify!($field)) {
-                    return Some($crate::config::read(key, value).map(|x| self.$field = x));
+                    let found: $crate::Result<$ty> = $crate::config::read(key, value);
+                    $(let found = found.and_then(|x| {
+                        let check: fn(&$ty) -> bool = $check;
+                        // What must be given has a default out of range, and a template shows it.
+                        let default: $ty = $default;
+                        let shown = $crate::config::Field::show;
+                        let ok = check(&x) || shown(&x) == shown(&default);
+                        if ok { Ok(x) } else { Err($crate::Error::config(key, $want, value)) }
+                    });)?
+                    return Some(found.map(|x| self.$field = x));
                 })*
                 None
+            }
+            fn validate(&self) -> $crate::Result<()> {
+                $($({
+                    let check: fn(&$ty) -> bool = $check;
+                    if !check(&self.$field) {
+                        let got = $crate::config::Field::show(&self.$field);
+                        let key = $crate::config::key_name(stringify!($field));
+                        return Err($crate::Error::config(key, $want, got));
+                    }
+                })?)*
+                Ok(())
             }
             fn as_any(&self) -> &dyn std::any::Any {
                 self
@@ -232,11 +263,7 @@ pub fn key_name(field: &'static str) -> &'static str {
 /// Parses a value, with a message that names the key.
 #[doc(hidden)]
 pub fn read<T: Field>(key: &str, value: &Value) -> Result<T> {
-    T::parse(value).ok_or_else(|| Error::Config {
-        key: key.into(),
-        message: format!("got {value}, wanted {}", T::kind()),
-        hint: None,
-    })
+    T::parse(value).ok_or_else(|| Error::config(key, T::kind(), value))
 }
 
 /// Sets one key in whichever section has it.
@@ -249,12 +276,74 @@ pub fn set(sections: &mut [&mut dyn Section], key: &str, value: &Value) -> Resul
             return done;
         }
     }
-    let names = sections.iter().flat_map(|s| s.keys()).map(|k| k.name);
-    let near = names.map(|n| (distance(key, n), n)).min();
-    let hint =
-        near.filter(|(d, n)| *d <= 2.max(n.len() / 3)).map(|(_, n)| format!("did you mean `{n}`?"));
+    let hint = match value {
+        Value::Table(_) => Some(format!("keys stand by themselves: leave out `[{key}]`")),
+        _ => nearest(sections, key).map(|name| format!("did you mean `{name}`?")),
+    };
     Err(Error::Config { key: key.into(), message: "there is no such key".into(), hint })
 }
+
+/// The known key that a user most likely meant.
+fn nearest(sections: &[&mut dyn Section], key: &str) -> Option<&'static str> {
+    let names: Vec<&'static str> = sections.iter().flat_map(|s| s.keys()).map(|k| k.name).collect();
+    let other = ELSEWHERE.iter().find(|(theirs, ours)| *theirs == key && names.contains(ours));
+    let near = names.into_iter().map(|n| (distance(key, n), n)).min();
+    let near = near.filter(|(d, n)| *d <= 2.max(n.len() / 3)).map(|(_, n)| n);
+    other.map(|o| o.1).or(near)
+}
+
+/// What settings are called elsewhere (TRL, Hugging Face Trainer, OpenRLHF, verl), and here.
+const ELSEWHERE: &[(&str, &str)] = &[
+    ("lr", "learning_rate"),
+    ("actor_learning_rate", "learning_rate"),
+    ("critic_learning_rate", "value_learning_rate"),
+    ("lr_scheduler_type", "schedule"),
+    ("lr_scheduler", "schedule"),
+    ("warmup_ratio", "warmup_steps"),
+    ("min_lr_rate", "min_learning_rate_ratio"),
+    ("adam_beta1", "beta1"),
+    ("adam_beta2", "beta2"),
+    ("adam_epsilon", "epsilon"),
+    ("per_device_train_batch_size", "batch_size"),
+    ("train_batch_size", "batch_size"),
+    ("rollout_batch_size", "batch_size"),
+    ("gradient_accumulation_steps", "micro_batch_tokens"),
+    ("num_train_epochs", "epochs"),
+    ("max_steps", "steps"),
+    ("eval_steps", "eval_every"),
+    ("save_steps", "checkpoint_every"),
+    ("save_total_limit", "keep_checkpoints"),
+    ("output_dir", "out"),
+    ("model_name_or_path", "model"),
+    ("sft_model_path", "model"),
+    ("pretrain", "model"),
+    ("train_file", "data"),
+    ("dataset_name", "data"),
+    ("reward_model_path", "reward_model"),
+    ("reward_pretrain", "reward_model"),
+    ("max_seq_length", "max_length"),
+    ("max_len", "max_length"),
+    ("response_length", "max_new_tokens"),
+    ("max_tokens", "max_new_tokens"),
+    ("generate_max_len", "max_new_tokens"),
+    ("num_generations", "samples_per_prompt"),
+    ("n_samples_per_prompt", "samples_per_prompt"),
+    ("num_ppo_epochs", "ppo_epochs"),
+    ("num_mini_batches", "minibatches"),
+    ("init_kl_coef", "kl_coef"),
+    ("beta", "kl_coef"),
+    ("target_kl", "kl_target"),
+    ("cliprange", "clip_range"),
+    ("eps_clip", "clip_range"),
+    ("clip_ratio", "clip_range"),
+    ("cliprange_value", "value_clip"),
+    ("vf_coef", "value_coef"),
+    ("lam", "lambda"),
+    ("gae_lambda", "lambda"),
+    ("ent_coef", "entropy_coef"),
+    ("center_rewards_coefficient", "center_coef"),
+    ("completion_only_loss", "completion_only"),
+];
 
 /// Sets all keys of a TOML text; `name` is the file, for messages.
 ///

@@ -69,18 +69,18 @@ pub enum Error {
         /// What was wanted and what came.
         message: String,
     },
-    /// The memory plan was exceeded.
-    #[error("{what} needs {want} bytes, but {have} are left of the plan")]
+    /// Neither the memory plan nor the machine has so much.
+    #[error("{what} needs {want} bytes, {have} are free")]
     Memory {
         /// What asked.
         what: &'static str,
         /// Bytes asked for.
         want: usize,
-        /// Bytes left.
+        /// Bytes left of the plan, or of the device.
         have: usize,
     },
-    /// NaN, infinity, or a first ratio that is not 1: the step was not applied.
-    #[error("step {step} was stopped before the update: {what} is {value} (samples {samples:?})")]
+    /// NaN, infinity, or a first ratio that is not 1: nothing of the step was kept.
+    #[error("step {step} was abandoned: {what} is {value}{}", of(samples, places))]
     BadNumber {
         /// The optimizer step.
         step: u64,
@@ -90,6 +90,8 @@ pub enum Error {
         value: f64,
         /// Ids of the samples in the step that are affected; empty if all are.
         samples: Vec<u64>,
+        /// Data lines that they come from.
+        places: Vec<String>,
     },
     /// Another process holds the run's folder.
     #[error("{} is in use by process {pid}", path.display())]
@@ -117,6 +119,15 @@ pub enum Error {
     },
 }
 
+/// Whose number it is, where one knows.
+fn of(samples: &[u64], places: &[String]) -> String {
+    match (samples, places) {
+        ([], _) => String::new(),
+        (_, []) => format!(" (samples {samples:?})"),
+        _ => format!(" (samples {samples:?}, from {})", places.join(", ")),
+    }
+}
+
 impl Error {
     /// A shape error.
     #[must_use]
@@ -131,6 +142,16 @@ impl Error {
         got: impl std::fmt::Display,
     ) -> Self {
         Self::Value { what: what.into(), want: want.into(), got: got.to_string() }
+    }
+
+    /// A setting out of range.
+    pub fn config(
+        key: impl Into<String>,
+        want: impl std::fmt::Display,
+        got: impl std::fmt::Display,
+    ) -> Self {
+        let message = format!("got {got}, wanted {want}");
+        Self::Config { key: key.into(), message, hint: None }
     }
 
     /// A wrong file.

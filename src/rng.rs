@@ -18,8 +18,27 @@ pub enum Purpose {
     Init = 4,
     /// Drawing preference pairs from labelled texts.
     Pairs = 5,
-    /// Drawing prompts, evaluation subsets and the like.
-    Draw = 6,
+    /// Choosing the next token of a sample that rates a policy: no draw of its training.
+    Evaluate = 6,
+}
+
+/// What a batch of draws shares; each of them adds its sample and its position.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Stream {
+    /// Of the run.
+    pub seed: u64,
+    /// Optimizer step.
+    pub step: u64,
+    /// What the draws are for.
+    pub purpose: Purpose,
+}
+
+impl Stream {
+    /// The draws of one sample.
+    #[must_use]
+    pub fn sample(self, sample: u64) -> Philox {
+        Philox::new(self.seed, self.step, sample, self.purpose)
+    }
 }
 
 /// A stream of draws for one (seed, step, sample, purpose); index it by position.

@@ -36,7 +36,7 @@ fn randomness_is_addressed_not_consumed() {
 
 #[test]
 fn distributions() {
-    let s = Philox::new(1, 0, 0, Purpose::Draw);
+    let s = Philox::new(1, 0, 0, Purpose::Pairs);
     let n = 20_000;
     let u: Vec<f64> = (0..n).map(|i| f64::from(s.uniform(i))).collect();
     let mean = u.iter().sum::<f64>() / f64::from(n);

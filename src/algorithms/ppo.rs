@@ -49,52 +49,56 @@ crate::settings! {
     /// Settings of PPO.
     pub struct PpoSettings {
         /// The reward model's folder: a model with a scalar head, as `warpo train reward` saves it.
-        pub reward_model: PathBuf = PathBuf::new(),
+        pub reward_model: PathBuf = PathBuf::new()
+            => "a folder with a reward model" if |p| !p.as_os_str().is_empty(),
         /// Where the value model starts: "reward" copies the reward model (N+ details), "policy"
         /// takes the policy's trunk with a new head.
         pub value_init: ValueInit = ValueInit::Reward,
         /// Samples a prompt; `batch_size` counts samples, so prompts a step are
         /// batch_size / samples_per_prompt.
-        pub samples_per_prompt: usize = 1,
+        pub samples_per_prompt: usize = 1
+            => "from 1 to 1000000" if |n| (1..=1_000_000).contains(n),
         /// The most new tokens of a sample (TRL: response_length 53).
-        pub max_new_tokens: usize = 53,
+        pub max_new_tokens: usize = 53 => "1 or more" if |n| *n > 0,
         /// Divides the logits, in sampling, in training and for the reference (TRL and N+: 0.7).
-        pub temperature: f64 = 0.7,
+        pub temperature: f64 = 0.7
+            => "above 0, up to 100: PPO needs a distribution" if |t| *t > 0.0 && *t <= 100.0,
         /// Keeps the k most likely tokens; 0 is off (TRL: off).
         pub top_k: usize = 0,
         /// Keeps the most likely tokens up to this probability; 1 is off (TRL: off).
-        pub top_p: f64 = 1.0,
+        pub top_p: f64 = 1.0 => "above 0, up to 1" if |p| *p > 0.0 && *p <= 1.0,
         /// Keeps tokens at least this fraction as likely as the likeliest; 0 is off.
-        pub min_p: f64 = 0.0,
+        pub min_p: f64 = 0.0 => "from 0 to 1" if |p| (0.0..=1.0).contains(p),
         /// Sequences generated at once.
-        pub rollout_slots: usize = 64,
+        pub rollout_slots: usize = 64 => "1 or more" if |n| *n > 0,
         /// Weight of the KL to the reference (TRL and N+: 0.05).
-        pub kl_coef: f64 = 0.05,
+        pub kl_coef: f64 = 0.05 => "0 or more" if |c| *c >= 0.0 && c.is_finite(),
         /// Its estimator (TRL: k1).
         pub kl_estimator: Estimator = Estimator::K1,
         /// In the reward of each token (TRL, N+), or in the loss (GRPO's place; with the unbiased
         /// gradient of NeMo RL).
         pub kl_in: KlIn = KlIn::Reward,
         /// Adapts kl_coef to reach this KL of a sequence, in nats (Ziegler et al. 2019; off in TRL).
-        pub kl_target: Option<f64> = None,
+        pub kl_target: Option<f64> = None => "above 0" if |k| k.is_none_or(|k| k > 0.0),
         /// Samples over which the adaptation works (lm-human-preferences: 10000).
-        pub kl_horizon: f64 = 10_000.0,
+        pub kl_horizon: f64 = 10_000.0 => "above 0" if |h| *h > 0.0,
         /// Clip range of the ratio (0.2 everywhere).
-        pub clip_range: f64 = 0.2,
+        pub clip_range: f64 = 0.2 => "between 0 and 1" if |c| *c > 0.0 && *c < 1.0,
         /// Clip range above 1, if another than below (DAPO: 0.28).
-        pub clip_range_high: Option<f64> = None,
+        pub clip_range_high: Option<f64> = None => "above 0" if |c| c.is_none_or(|c| c > 0.0),
         /// Bound for negative advantages, as a multiple (verl: 3; off in TRL and OpenRLHF).
-        pub dual_clip: Option<f64> = None,
+        pub dual_clip: Option<f64> = None => "above 1" if |c| c.is_none_or(|c| c > 1.0),
         /// Clip range of the value (TRL, N+: 0.2; OpenRLHF, verl: 0.5).
-        pub value_clip: Option<f64> = Some(0.2),
+        pub value_clip: Option<f64> = Some(0.2) => "above 0" if |c| c.is_none_or(|c| c > 0.0),
         /// Weight of the value loss (TRL, N+: 0.1).
-        pub value_coef: f64 = 0.1,
+        pub value_coef: f64 = 0.1 => "0 or more" if |c| *c >= 0.0 && c.is_finite(),
         /// Step size of the value model, if another than learning_rate (OpenRLHF: 9x the actor's).
-        pub value_learning_rate: Option<f64> = None,
+        pub value_learning_rate: Option<f64> = None
+            => "0 or more" if |r| r.is_none_or(|r| r >= 0.0),
         /// Discount (1 everywhere).
-        pub gamma: f64 = 1.0,
+        pub gamma: f64 = 1.0 => "from 0 to 1" if |g| (0.0..=1.0).contains(g),
         /// GAE's lambda (TRL, N+: 0.95; OpenRLHF, verl: 1).
-        pub lambda: f64 = 0.95,
+        pub lambda: f64 = 0.95 => "from 0 to 1" if |l| (0.0..=1.0).contains(l),
         /// Advantages to mean 0 and variance 1 over the step (TRL, N+).
         pub whiten_advantages: bool = true,
         /// Rewards to variance 1 over the step (TRL: off).
@@ -102,18 +106,19 @@ crate::settings! {
         /// The variance both divide by (TRL, verl: unbiased; N+, OpenRLHF: biased).
         pub whiten_variance: WhitenVariance = WhitenVariance::Unbiased,
         /// Passes over a step's samples (TRL, N+: 4).
-        pub ppo_epochs: usize = 4,
+        pub ppo_epochs: usize = 4 => "1 or more" if |n| *n > 0,
         /// Updates a pass (TRL: 1).
-        pub minibatches: usize = 1,
+        pub minibatches: usize = 1 => "1 or more" if |n| *n > 0,
         /// Weight of an entropy bonus (0 everywhere).
-        pub entropy_coef: f64 = 0.0,
+        pub entropy_coef: f64 = 0.0 => "0 or more" if |c| *c >= 0.0 && c.is_finite(),
         /// Subtracted from the score of a sample that did not end by itself (TRL: off; N+ gives a
         /// fixed -1).
-        pub missing_eos_penalty: Option<f64> = None,
+        pub missing_eos_penalty: Option<f64> = None
+            => "0 or more" if |p| p.is_none_or(|p| p >= 0.0),
         /// Multiplies the score.
         pub reward_scale: f64 = 1.0,
         /// Bounds the score to ± this, after scaling (OpenRLHF: 10; DeepSpeed-Chat: 5; off in TRL).
-        pub reward_clip: Option<f64> = None,
+        pub reward_clip: Option<f64> = None => "above 0" if |c| c.is_none_or(|c| c > 0.0),
     }
 }
 
@@ -125,7 +130,9 @@ pub struct Ppo {
     policy: ppo_loss::Stats,
     value: value_loss::Stats,
     updates: f64,
-    returns: Moments,
+    /// KL of a sequence and number of sequences of the step, for the adaptation of `kl_coef`.
+    kl: f64,
+    sequences: f64,
 }
 
 pub(super) const ENTRY: Entry = Entry {
@@ -153,8 +160,11 @@ pub(super) const ENTRY: Entry = Entry {
         ("value_clip_fraction", "Tokens whose clipped value is the loss."),
         ("approx_kl", "Estimate of KL(old || new) a token: how far the updates of a step go."),
         ("max_log_ratio", "Largest |log ratio| of new to old policy."),
-        ("value", "Mean value."),
-        ("explained_variance", "1 - squared error of the values / variance of the returns."),
+        ("value", "Mean value of the sampled tokens, before the step."),
+        (
+            "explained_variance",
+            "1 - variance of (return - value) / variance of the returns, before the step.",
+        ),
         ("entropy", "Entropy of the predictions, in nats a token (with an entropy bonus)."),
     ],
     section: || Box::new(PpoSettings::default()),
@@ -170,44 +180,15 @@ impl Ppo {
     /// # Errors
     /// [`Error::Config`] naming the key.
     pub fn new(settings: PpoSettings) -> Result<Self> {
-        let s = &settings;
-        for (key, ok, want) in [
-            ("samples_per_prompt", s.samples_per_prompt > 0, "1 or more"),
-            ("max_new_tokens", s.max_new_tokens > 0, "1 or more"),
-            ("rollout_slots", s.rollout_slots > 0, "1 or more"),
-            ("temperature", s.temperature > 0.0, "above 0: PPO needs a distribution"),
-            ("top_p", s.top_p > 0.0 && s.top_p <= 1.0, "above 0, up to 1"),
-            ("min_p", (0.0..=1.0).contains(&s.min_p), "from 0 to 1"),
-            ("clip_range", s.clip_range > 0.0 && s.clip_range < 1.0, "between 0 and 1"),
-            ("clip_range_high", s.clip_range_high.is_none_or(|c| c > 0.0), "above 0"),
-            ("dual_clip", s.dual_clip.is_none_or(|c| c > 1.0), "above 1"),
-            ("value_clip", s.value_clip.is_none_or(|c| c > 0.0), "above 0"),
-            ("value_learning_rate", s.value_learning_rate.is_none_or(|r| r >= 0.0), "0 or more"),
-            ("gamma", (0.0..=1.0).contains(&s.gamma), "from 0 to 1"),
-            ("lambda", (0.0..=1.0).contains(&s.lambda), "from 0 to 1"),
-            ("ppo_epochs", s.ppo_epochs > 0, "1 or more"),
-            ("minibatches", s.minibatches > 0, "1 or more"),
-            ("kl_target", s.kl_target.is_none_or(|k| k > 0.0), "above 0"),
-            ("kl_horizon", s.kl_horizon > 0.0, "above 0"),
-            ("reward_clip", s.reward_clip.is_none_or(|c| c > 0.0), "above 0"),
-            (
-                "reward_model",
-                !s.reward_model.as_os_str().is_empty(),
-                "a folder with a reward model",
-            ),
-        ] {
-            if !ok {
-                let message = format!("wanted {want}");
-                return Err(Error::Config { key: key.into(), message, hint: None });
-            }
-        }
+        settings.validate()?;
         Ok(Self {
             kl_coef: settings.kl_coef,
             settings,
             policy: ppo_loss::Stats::default(),
             value: value_loss::Stats::default(),
             updates: 0.0,
-            returns: Moments::default(),
+            kl: 0.0,
+            sequences: 0.0,
         })
     }
 
@@ -252,6 +233,19 @@ impl Ppo {
         }
         total
     }
+}
+
+/// How much of the returns' variance the values knew before the step: `1 - Var(return - value) /
+/// Var(return)`, NaN-free: 0 where all returns are equal. (Stable-Baselines3)
+fn explained_variance(values: &[f32], returns: &[f32]) -> f64 {
+    let variance = |x: &dyn Fn(usize) -> f64| {
+        let n = returns.len() as f64;
+        let mean = (0..returns.len()).map(x).sum::<f64>() / n;
+        (0..returns.len()).map(|i| (x(i) - mean).powi(2)).sum::<f64>() / n
+    };
+    let all = variance(&|i| f64::from(returns[i]));
+    let left = variance(&|i| f64::from(returns[i]) - f64::from(values[i]));
+    if all > 0.0 { 1.0 - left / all } else { 0.0 }
 }
 
 impl Algorithm for Ppo {
@@ -307,7 +301,7 @@ impl Algorithm for Ppo {
             s.gamma as f32,
             s.lambda as f32,
         )?;
-        self.returns = Moments::of(View::from(&c.returns));
+        let explained = explained_variance(&c.old_values, &c.returns);
         if s.whiten_advantages {
             let moments = Moments::of(View::from(&c.advantages));
             whiten::apply(dev, (&mut c.advantages).into(), &moments, true, variance, 1e-8)?;
@@ -323,10 +317,10 @@ impl Algorithm for Ppo {
         out.push(("response_tokens", n as f64 / sequences));
         let stopped = c.stopped.iter().filter(|s| **s).count() as f64;
         out.push(("stopped", stopped / sequences));
-        if let Some(target) = s.kl_target {
-            let error = ((kl / sequences) / target - 1.0).clamp(-0.2, 0.2);
-            self.kl_coef *= 1.0 + error * sequences / s.kl_horizon;
-        }
+        out.push(("value", mean(&c.old_values)));
+        out.push(("explained_variance", explained));
+        self.kl = kl / sequences;
+        self.sequences = sequences;
         Ok(())
     }
 
@@ -395,15 +389,17 @@ impl Algorithm for Ppo {
         out.push(("value_clip_fraction", v.clipped / v.tokens));
         out.push(("approx_kl", p.approx_kl / p.tokens));
         out.push(("max_log_ratio", p.max_log_ratio));
-        out.push(("value", v.value / v.tokens));
-        let spread = self.returns.squares / self.returns.count.max(1.0);
-        out.push(("explained_variance", 1.0 - v.squared_error / v.tokens / spread));
         if self.settings.entropy_coef != 0.0 {
             out.push(("entropy", p.entropy / p.tokens));
         }
         self.policy = ppo_loss::Stats::default();
         self.value = value_loss::Stats::default();
         self.updates = 0.0;
+        // After the last update: all of a step's updates see one coefficient.
+        if let Some(target) = self.settings.kl_target {
+            let error = (self.kl / target - 1.0).clamp(-0.2, 0.2);
+            self.kl_coef *= 1.0 + error * self.sequences / self.settings.kl_horizon;
+        }
     }
 
     fn state(&self) -> serde_json::Value {

@@ -5,7 +5,7 @@ use super::{Algorithm, Entry, Inputs, Metrics, Micro, Needs, Origin, Scalar};
 use crate::{
     config::Section,
     device::{Device, View, ViewMut},
-    error::{Error, Result},
+    error::Result,
     ops::bradley_terry::{self, Stats},
 };
 
@@ -14,7 +14,7 @@ crate::settings! {
     pub struct RewardSettings {
         /// Weight of (chosen + rejected)², which keeps scores near 0 (TRL:
         /// center_rewards_coefficient, off by default; its docs suggest 0.01).
-        pub center_coef: f64 = 0.0,
+        pub center_coef: f64 = 0.0 => "0 or more" if |c| *c >= 0.0 && c.is_finite(),
     }
 }
 
@@ -38,10 +38,7 @@ pub(super) const ENTRY: Entry = Entry {
     section: || Box::new(RewardSettings::default()),
     build: |s: &dyn Section| {
         let settings = s.as_any().downcast_ref::<RewardSettings>().cloned().unwrap_or_default();
-        if settings.center_coef < 0.0 {
-            let message = "wanted 0 or more".into();
-            return Err(Error::Config { key: "center_coef".into(), message, hint: None });
-        }
+        settings.validate()?;
         Ok(Box::new(Reward { settings, stats: Stats::default() }))
     },
 };

@@ -6,7 +6,7 @@ use crate::{config, error::Result};
 /// Print a complete commented configuration of an algorithm
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// sft, reward or ppo
+    #[arg(help = super::algorithms())]
     algorithm: String,
 }
 

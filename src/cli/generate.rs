@@ -1,19 +1,20 @@
 //! `warpo generate`: continue prompts.
 
-use std::{
-    path::{Path, PathBuf},
-    time::Instant,
-};
+use std::{io::IsTerminal, path::PathBuf, time::Instant};
 
+use indicatif::ProgressBar;
 use serde_json::json;
 
+use super::{Place, note, warn};
 use crate::{
     data::{self, Limits, Tokenizer},
-    device::{Arena, Device},
+    device::Arena,
     error::{Error, Result},
+    eval,
     models::{Head, Model},
     ops::sample,
-    rollout::{Generator, Prompt, Scorer, Settings, last_scores},
+    rng::{Purpose, Stream},
+    rollout::{Generator, Prompt, Settings},
 };
 
 /// Continue prompts (JSONL with `prompt`, `text` or `input_ids`) and write JSONL
@@ -29,11 +30,11 @@ pub(super) struct Args {
     #[arg(long, value_name = "DIR")]
     reward_model: Option<PathBuf>,
     /// The most new tokens
-    #[arg(long, default_value_t = 64)]
-    max_new_tokens: usize,
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    max_new_tokens: u32,
     /// Samples a prompt
-    #[arg(long, default_value_t = 1)]
-    samples: usize,
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    samples: u32,
     /// Divides the logits; 0 takes the likeliest token
     #[arg(long, default_value_t = 1.0)]
     temperature: f32,
@@ -52,110 +53,116 @@ pub(super) struct Args {
     /// Seed of the draws
     #[arg(long, default_value_t = 0)]
     seed: u64,
-    /// Sequences at once
-    #[arg(long, default_value_t = 64)]
-    slots: usize,
-    /// auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto")]
-    device: String,
-    /// Threads; 0 takes all cores
-    #[arg(long, default_value_t = 0)]
-    threads: usize,
+    /// Sequences at once; changes no token
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    slots: u32,
+    #[command(flatten)]
+    place: Place,
 }
 
+/// Samples between two writes, as a multiple of the slots: the last sequences of a part run in a batch
+/// that empties.
+const PART: usize = 8;
+
 pub(super) fn run(args: &Args) -> Result<()> {
-    let dev = Device::from_name(&args.device, args.threads)?;
-    let model = Model::<f32>::load(&dev, &args.model, Head::Lm, 0)?;
-    let tokenizer = tokenizer(&args.model)?;
-    let room = model.spec().max_positions.checked_sub(args.max_new_tokens).filter(|n| *n > 0);
-    let Some(max_length) = room else {
-        let want = format!("less than the model's {} positions", model.spec().max_positions);
-        return Err(Error::value("--max-new-tokens", want, args.max_new_tokens));
+    let sampling = args.sampling()?;
+    let dev = args.place.device()?;
+    let model = Model::<f32>::load(&dev, &args.model, Head::Lm, None)?;
+    let tokenizer = Tokenizer::open_if_there(&args.model)?;
+    let (spec, new) = (model.spec(), args.max_new_tokens as usize);
+    let Some(max_length) = spec.max_positions.checked_sub(new).filter(|n| *n > 0) else {
+        let want = format!("less than the model's {} positions", spec.max_positions);
+        return Err(Error::config("--max-new-tokens", want, new));
     };
-    let limits = Limits { max_length, vocab: model.spec().vocab, eos: None };
+    let limits = Limits { max_length, vocab: spec.vocab, eos: None };
     let records = data::read(&args.data)?;
     let (prompts, stats) = data::prompts(&records, tokenizer.as_ref(), limits, Some(usize::MAX))?;
-    if stats.truncated > 0 {
-        let message =
-            format!("{} prompts lost their beginning: longer than {max_length}", stats.truncated);
-        warn(&message);
+    let given = |at: &&data::Located| !prompts.iter().any(|p| p.place == at.place);
+    if stats.dropped > 0
+        && let Some(empty) = records.iter().find(given)
+    {
+        return Err(empty.error("has no tokens to continue, wanted at least one"));
     }
-    let all: Vec<Prompt> = prompts
-        .iter()
-        .flat_map(|p| std::iter::repeat_n(&p.ids, args.samples))
-        .zip(0..)
-        .map(|(ids, sample)| Prompt { sample, ids: ids.clone() })
-        .collect();
+    if stats.truncated > 0 {
+        let n = stats.truncated;
+        warn(&format!("{n} prompts lost their beginning: longer than {max_length} tokens"));
+    }
+    let longest = prompts.iter().map(|p| p.ids.len()).max().unwrap_or(1);
+    let reward_model = match &args.reward_model {
+        None => None,
+        Some(dir) => {
+            let longest = longest + new;
+            Some(eval::load_reward_model(&dev, dir, spec, tokenizer.as_ref(), longest)?)
+        }
+    };
+    let (each, slots) = (u64::from(args.samples), args.slots as usize);
+    let total = prompts.len() as u64 * each;
+    let slots = slots.min(usize::try_from(total).unwrap_or(slots));
+    let generator = Generator { slots, max_len: longest + new, rows: longest.max(slots).max(512) };
+    let mut arena = Arena::new(&dev, generator.plan::<f32>(spec)?)?;
     let eos = tokenizer.iter().flat_map(|t| t.eos().to_vec());
     let settings = Settings {
-        sampling: sample::Params {
-            temperature: args.temperature,
-            top_k: args.top_k,
-            top_p: args.top_p,
-            min_p: args.min_p,
-        },
-        max_new_tokens: args.max_new_tokens,
+        sampling,
+        max_new_tokens: new,
         stop_ids: eos.chain(args.stop_id.iter().copied()).collect(),
-        seed: args.seed,
-        step: 0,
+        stream: Stream { seed: args.seed, step: 0, purpose: Purpose::Sample },
     };
-    let generator = Generator::for_prompts(&all, args.max_new_tokens, args.slots.max(1), 512);
-    let mut arena = Arena::new(generator.plan::<f32>(model.spec())?);
-    let start = Instant::now();
-    let done = generator.run(&dev, &model, &arena.scope(), &all, &settings, |_| true)?;
-    let done = done.unwrap_or_default();
-    let (seconds, tokens) = (start.elapsed().as_secs_f64(), done.iter().map(|c| c.ids.len()));
-    let tokens: usize = tokens.sum();
+    let bar = bar(total);
+    let (start, mut tokens, mut next) = (Instant::now(), 0, 0);
+    while next < total {
+        let end = (next + (PART * slots) as u64).min(total);
+        let prompt = |i: u64| prompts[(i / each) as usize].ids.clone();
+        let part: Vec<Prompt> =
+            (next..end).map(|sample| Prompt { sample, ids: prompt(sample) }).collect();
+        let done = generator.run(&dev, &model, &arena.scope(), &part, &settings, |_| true)?;
+        let done = done.unwrap_or_default();
+        let whole: Vec<Vec<u32>> =
+            part.iter().zip(&done).map(|(p, c)| [&p.ids[..], &c.ids].concat()).collect();
+        let rewards = match &reward_model {
+            Some(model) => eval::rate(&dev, model, &whole)?,
+            None => Vec::new(),
+        };
+        for (i, (p, c)) in part.iter().zip(&done).enumerate() {
+            let text = tokenizer.as_ref().map(|t| t.decode_continuation(&p.ids, &c.ids));
+            let mut line = json!({
+                "input_ids": p.ids,
+                "output_ids": c.ids,
+                "text": text.transpose()?,
+                "logprobs": c.logprobs,
+                "sum_logprob": c.logprobs.iter().map(|x| f64::from(*x)).sum::<f64>(),
+                "stopped": c.stopped,
+            });
+            if let Some(reward) = rewards.get(i) {
+                line["reward"] = json!(reward);
+            }
+            tokens += c.ids.len();
+            super::print(&format!("{line}\n"))?;
+        }
+        bar.inc(end - next);
+        next = end;
+    }
+    bar.finish_and_clear();
+    let seconds = start.elapsed().as_secs_f64();
     let speed = tokens as f64 / seconds;
     note(&format!("{tokens} tokens in {seconds:.3} s, {speed:.0} tokens/s on {}", dev.describe()));
-    let rewards = match &args.reward_model {
-        None => Vec::new(),
-        Some(dir) => {
-            let judge = Model::<f32>::load(&dev, dir, Head::Scalar, 0)?;
-            let whole: Vec<Vec<u32>> =
-                all.iter().zip(&done).map(|(p, c)| [&p.ids[..], &c.ids].concat()).collect();
-            let refs: Vec<&[u32]> = whole.iter().map(Vec::as_slice).collect();
-            score_all(&dev, &judge, &refs)?
-        }
-    };
-    for (i, (p, c)) in all.iter().zip(&done).enumerate() {
-        let text = tokenizer.as_ref().map(|t| t.decode_continuation(&p.ids, &c.ids)).transpose()?;
-        let mut line = json!({
-            "input_ids": p.ids,
-            "output_ids": c.ids,
-            "text": text,
-            "logprobs": c.logprobs,
-            "sum_logprob": c.logprobs.iter().map(|x| f64::from(*x)).sum::<f64>(),
-            "stopped": c.stopped,
-        });
-        if let Some(reward) = rewards.get(i) {
-            line["reward"] = json!(reward);
-        }
-        super::print(&format!("{line}\n"))?;
-    }
     Ok(())
 }
 
-/// The tokenizer of a folder, if it has one.
-pub(super) fn tokenizer(dir: &Path) -> Result<Option<Tokenizer>> {
-    dir.join("tokenizer.json").exists().then(|| Tokenizer::open(dir)).transpose()
+impl Args {
+    fn sampling(&self) -> Result<sample::Params> {
+        let Self { temperature, top_k, top_p, min_p, .. } = *self;
+        let params = sample::Params { temperature, top_k, top_p, min_p };
+        params.validate().map_err(|e| match e {
+            Error::Value { what, want, got } => {
+                Error::config(format!("--{}", what.replace('_', "-")), want, got)
+            }
+            e => e,
+        })?;
+        Ok(params)
+    }
 }
 
-/// Scores of whole sequences.
-pub(super) fn score_all(dev: &Device, judge: &Model<f32>, all: &[&[u32]]) -> Result<Vec<f32>> {
-    let longest = all.iter().map(|s| s.len()).max().unwrap_or(1);
-    let scorer = Scorer { rows: longest.max(2048), sequences: 256 };
-    let mut arena = Arena::new(scorer.plan::<f32>(judge.spec())?);
-    last_scores(dev, judge, &mut arena, scorer, all)
-}
-
-/// A line on standard error.
-pub(super) fn warn(message: &str) {
-    note(&format!("warning: {message}"));
-}
-
-fn note(line: &str) {
-    let text = format!("{line}\n");
-    // If stderr is gone, there is nobody to tell.
-    let _ = std::io::Write::write_all(&mut std::io::stderr(), text.as_bytes());
+/// A bar of samples on a terminal, unless the samples themselves go there.
+fn bar(total: u64) -> ProgressBar {
+    if std::io::stdout().is_terminal() { ProgressBar::hidden() } else { ProgressBar::new(total) }
 }

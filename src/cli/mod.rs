@@ -13,7 +13,7 @@ use std::{io::Write, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
-use crate::error::Error;
+use crate::{algorithms::ALGORITHMS, device::Device, error::Error};
 
 /// Train language models from human feedback: SFT, reward models and PPO in one process.
 #[derive(Debug, Parser)]
@@ -76,6 +76,40 @@ fn fail(error: &Error) -> ExitCode {
     // If stderr is gone, there is nobody to tell.
     let _ = std::io::stderr().write_all(text.as_bytes());
     ExitCode::from(error.exit_code())
+}
+
+/// Where to compute.
+#[derive(Debug, clap::Args)]
+struct Place {
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long, default_value = "auto")]
+    device: String,
+    /// Threads of the CPU device; 0 takes all cores
+    #[arg(long, default_value_t = 0)]
+    threads: usize,
+}
+
+impl Place {
+    fn device(&self) -> crate::Result<Device> {
+        Device::from_name(&self.device, self.threads)
+    }
+}
+
+/// The names of all algorithms, for help.
+fn algorithms() -> String {
+    let names: Vec<&str> = ALGORITHMS.iter().map(|e| e.name).collect();
+    names.join(", ")
+}
+
+/// A line on standard error.
+fn warn(message: &str) {
+    note(&format!("warning: {message}"));
+}
+
+/// A line on standard error.
+fn note(line: &str) {
+    // If stderr is gone, there is nobody to tell.
+    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
 }
 
 /// Writes to standard output.

@@ -5,6 +5,7 @@ use std::{path::PathBuf, time::Instant};
 use serde_json::{Value, json};
 
 use super::{
+    Place,
     progress::Progress,
     train::{algorithm, defaults},
 };
@@ -12,11 +13,11 @@ use crate::{
     algorithms::Inputs,
     config::{self, Section, Value_ as Toml},
     data::{self, Limits, Tokenizer},
-    device::Device,
     error::{Error, Result},
     eval::{self, Evaluation, Evaluator},
     models::{Head, Model},
     ops::sample,
+    rng::{Purpose, Stream},
     rollout,
     train::{self, Settings},
 };
@@ -30,18 +31,14 @@ pub(super) struct Args {
     /// Folder of the runs; the same command again goes on where it stopped
     #[arg(long, value_name = "DIR", default_value = "quickstart")]
     out: PathBuf,
-    /// At most so many steps a stage: shows that all works, teaches little
-    #[arg(long, value_name = "N")]
+    /// So many steps in each stage, whatever its settings say: a few show that all works
+    #[arg(long, value_name = "N", value_parser = clap::value_parser!(u64).range(1..))]
     steps: Option<u64>,
     /// A setting of the PPO stage, for experiments; may be given again
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
-    /// auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto")]
-    device: String,
-    /// Threads; 0 takes all cores
-    #[arg(long, default_value_t = 0)]
-    threads: usize,
+    #[command(flatten)]
+    place: Place,
 }
 
 /// A stage: its folder and settings file, its algorithm, its data, the model it starts from.
@@ -69,7 +66,7 @@ const STAGES: [Stage; 4] = [
         name: "judge",
         algorithm: "reward",
         data: "judge.jsonl",
-        title: "a judge from other people's labels, which PPO never sees",
+        title: "a judge from sentences that no other stage sees",
     },
     Stage {
         name: "ppo",
@@ -126,8 +123,8 @@ impl Args {
         config::set(sections, "model", &path(model))?;
         config::set(sections, "data", &path(self.from.join(stage.data)))?;
         config::set(sections, "out", &path(self.out.join(stage.name)))?;
-        config::set(sections, "device", &Toml::String(self.device.clone()))?;
-        config::set(sections, "threads", &Toml::Integer(self.threads as i64))?;
+        config::set(sections, "device", &Toml::String(self.place.device.clone()))?;
+        config::set(sections, "threads", &Toml::Integer(self.place.threads as i64))?;
         if stage.name == "ppo" {
             config::set(sections, "reward_model", &path(self.out.join("reward/final")))?;
             self.set.iter().try_for_each(|pair| config::set_pair(sections, pair))?;
@@ -142,9 +139,9 @@ impl Args {
 
     /// The policy before and after PPO, on prompts that no stage has seen.
     fn compare(&self, settings: &Settings, section: &dyn Section) -> Result<[Evaluation; 2]> {
-        let dev = Device::from_name(&self.device, self.threads)?;
+        let dev = self.place.device()?;
         let load = |name: &str, head| {
-            Model::<f32>::load(&dev, &self.out.join(name).join("final"), head, settings.seed)
+            Model::<f32>::load(&dev, &self.out.join(name).join("final"), head, None)
         };
         let before = load("sft", Head::Lm)?;
         let after = load("ppo", Head::Lm)?;
@@ -164,8 +161,7 @@ impl Args {
             },
             max_new_tokens: sampling.max_new_tokens,
             stop_ids: tokenizer.eos().to_vec(),
-            seed: settings.seed,
-            step: 0,
+            stream: Stream { seed: settings.seed, step: 0, purpose: Purpose::Evaluate },
         };
         let evaluator = Evaluator {
             dev: &dev,
@@ -196,7 +192,7 @@ impl Args {
             .collect();
         let note = format!(
             "One sample for each of {} openings that no stage has seen, before PPO (SFT) and after. \
-             The judge was trained on other people's labels and took no part in PPO.",
+             The judge was trained on sentences of its own and took no part in PPO.",
             samples.len()
         );
         let text = json!({

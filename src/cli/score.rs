@@ -2,18 +2,21 @@
 
 use std::path::PathBuf;
 
-use serde_json::json;
+use serde_json::{Value, json};
 
-use super::generate::{score_all, tokenizer, warn};
+use super::{Place, warn};
 use crate::{
-    data::{self, Limits},
+    data::{self, Limits, Record, Text, Tokenizer},
     device::{Arena, Device},
     error::{Error, Result},
+    eval,
     models::{Batch, Head, Model},
     rollout::Scorer,
 };
 
-/// Log-probs, perplexity and rewards of texts (JSONL with `text`, `prompt` or `input_ids`)
+/// Log-probs, perplexity and rewards of texts, one line for each line of data: of a `text` or
+/// `input_ids` all tokens but the first count, of `prompt, completion` (or `input_ids, output_ids`)
+/// those of the completion; `chosen` and `rejected` are scored both
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     /// The folder of a language model
@@ -28,46 +31,52 @@ pub(super) struct Args {
     /// Divides the logits
     #[arg(long, default_value_t = 1.0)]
     temperature: f32,
-    /// Append the end-of-text token, as reward models are trained
+    /// Append the end-of-text token to texts, as reward models are trained
     #[arg(long)]
     eos: bool,
-    /// auto, cpu, cuda or cuda:N
-    #[arg(long, default_value = "auto")]
-    device: String,
-    /// Threads; 0 takes all cores
-    #[arg(long, default_value_t = 0)]
-    threads: usize,
+    #[command(flatten)]
+    place: Place,
 }
 
 pub(super) fn run(args: &Args) -> Result<()> {
-    let dev = Device::from_name(&args.device, args.threads)?;
-    let model =
-        args.model.as_ref().map(|d| Model::<f32>::load(&dev, d, Head::Lm, 0)).transpose()?;
-    let judge = args
-        .reward_model
-        .as_ref()
-        .map(|d| Model::<f32>::load(&dev, d, Head::Scalar, 0))
-        .transpose()?;
+    if !(args.temperature > 0.0 && args.temperature.is_finite()) {
+        return Err(Error::config("--temperature", "above 0", args.temperature));
+    }
+    let dev = args.place.device()?;
+    let load = |d: &PathBuf| Model::<f32>::load(&dev, d, Head::Lm, None);
+    let model = args.model.as_ref().map(load).transpose()?;
     let Some(dir) = args.model.as_ref().or(args.reward_model.as_ref()) else {
-        return Err(Error::value("--model", "a model or a reward model", "neither"));
+        return Err(Error::config("--model", "a model or a reward model", "neither"));
     };
-    let tokenizer = tokenizer(dir)?;
-    let spec = model.iter().chain(&judge).map(Model::spec);
+    let tokenizer = Tokenizer::open_if_there(dir)?;
+    let reward_model = match (&args.reward_model, &model) {
+        (None, _) => None,
+        (Some(dir), Some(model)) => {
+            Some(eval::load_reward_model(&dev, dir, model.spec(), tokenizer.as_ref(), 0)?)
+        }
+        (Some(dir), None) => Some(Model::load(&dev, dir, Head::Scalar, None)?),
+    };
+    let spec = model.iter().chain(&reward_model).map(Model::spec);
     let (max_length, vocab) =
         spec.fold((usize::MAX, usize::MAX), |(l, v), s| (l.min(s.max_positions), v.min(s.vocab)));
-    let limits = Limits { max_length, vocab, eos: None };
-    let records = data::read(&args.data)?;
-    let (mut texts, stats) = data::prompts(&records, tokenizer.as_ref(), limits, Some(usize::MAX))?;
-    if stats.truncated > 0 {
-        warn(&format!("{} texts lost their beginning: longer than {max_length}", stats.truncated));
+    let eos = tokenizer.as_ref().and_then(|t| t.eos().first().copied());
+    if args.eos && eos.is_none() {
+        let want = format!("a tokenizer in {} that names an end of text", dir.display());
+        return Err(Error::config("--eos", want, "none"));
     }
-    let eos = tokenizer.as_ref().and_then(|t| t.eos().first().copied()).filter(|_| args.eos);
-    texts.iter_mut().for_each(|t| t.ids.extend(eos));
-    let all: Vec<&[u32]> = texts.iter().map(|t| &t.ids[..]).collect();
-    let rewards = judge.map(|j| score_all(&dev, &j, &all)).transpose()?;
-    let logprobs = model.map(|m| logprobs(&dev, &m, &all, args.temperature)).transpose()?;
-    for (i, t) in texts.iter().enumerate() {
-        let mut line = json!({ "input_ids": t.ids, "text": t.text });
+    let limits = Limits { max_length, vocab, eos: eos.filter(|_| args.eos) };
+    let records = data::read(&args.data)?;
+    let (texts, stats) = data::scored(&records, tokenizer.as_ref(), limits)?;
+    if stats.truncated > 0 {
+        let n = stats.truncated;
+        warn(&format!("{n} texts lost their end: longer than {max_length} tokens"));
+    }
+    let ids: Vec<&[u32]> = texts.iter().map(|t| &t.ids[..]).collect();
+    let rewards = reward_model.map(|m| eval::rate(&dev, &m, &ids)).transpose()?;
+    let logprobs = model.map(|m| logprobs(&dev, &m, &texts, args.temperature)).transpose()?;
+    let line = |i: usize| -> Result<Value> {
+        let text = tokenizer.as_ref().map(|t| t.decode(&texts[i].ids)).transpose()?;
+        let mut line = json!({ "input_ids": texts[i].ids, "text": text });
         if let Some(all) = &logprobs {
             let sum: f64 = all[i].iter().map(|x| f64::from(*x)).sum();
             line["logprobs"] = json!(all[i]);
@@ -77,21 +86,31 @@ pub(super) fn run(args: &Args) -> Result<()> {
         if let Some(all) = &rewards {
             line["reward"] = json!(all[i]);
         }
+        Ok(line)
+    };
+    let mut next = 0..texts.len();
+    let mut next = || next.next().map_or(Ok(Value::Null), line);
+    for at in &records {
+        let line = match at.record {
+            Record::Preference { .. } | Record::PreferenceIds { .. } => {
+                json!({ "chosen": next()?, "rejected": next()? })
+            }
+            _ => next()?,
+        };
         super::print(&format!("{line}\n"))?;
     }
     Ok(())
 }
 
-/// Log-probs of the tokens at positions 1.. of each sequence.
-fn logprobs(dev: &Device, model: &Model<f32>, all: &[&[u32]], t: f32) -> Result<Vec<Vec<f32>>> {
-    let longest = all.iter().map(|s| s.len()).max().unwrap_or(1);
-    let scorer = Scorer { rows: longest.max(2048), sequences: 256 };
-    let mut arena = Arena::new(scorer.plan::<f32>(model.spec())?);
+/// Log-probs of the tokens that count in each text.
+fn logprobs(dev: &Device, model: &Model<f32>, texts: &[Text], t: f32) -> Result<Vec<Vec<f32>>> {
+    let scorer = Scorer::for_lengths(texts.iter().map(|t| t.ids.len()));
+    let mut arena = Arena::new(dev, scorer.plan::<f32>(model.spec())?)?;
     let mut batch = Batch::default();
-    let mut out = Vec::with_capacity(all.len());
-    for group in scorer.groups(all.iter().map(|s| s.len())) {
+    let mut out = Vec::with_capacity(texts.len());
+    for group in scorer.groups(texts.iter().map(|t| t.ids.len())) {
         batch.clear();
-        all[group].iter().for_each(|s| batch.push_predicted(s, 1));
+        texts[group].iter().for_each(|t| batch.push_masked(&t.ids, &t.learn));
         let mut flat = Vec::new();
         scorer.logprobs(dev, model, &arena.scope(), &batch, t, &mut flat, None)?;
         let parts = batch.offsets().windows(2);

@@ -13,7 +13,7 @@ use crate::{
 /// Train a model; the same command again goes on with an interrupted run
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
-    /// sft, reward or ppo
+    #[arg(help = super::algorithms())]
     algorithm: String,
     /// Settings in TOML; `warpo config ALGORITHM` prints all of them
     #[arg(long, value_name = "FILE")]
@@ -27,6 +27,9 @@ pub(super) struct Args {
     /// Folder of the run
     #[arg(long, value_name = "DIR")]
     out: Option<String>,
+    /// auto, cpu, cuda or cuda:N
+    #[arg(long)]
+    device: Option<String>,
     /// One setting, as in the TOML; may be given again
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
@@ -54,13 +57,30 @@ pub(super) fn defaults(entry: &Entry) -> Result<(Settings, Box<dyn Section>)> {
     Ok((settings, (entry.section)()))
 }
 
+/// Says of an unknown key whose it is, if another algorithm has it.
+fn other_algorithm(entry: &Entry, error: Error) -> Error {
+    let Error::Config { key, message, hint } = error else { return error };
+    let has =
+        |e: &&Entry| e.name != entry.name && (e.section)().keys().iter().any(|k| k.name == key);
+    let owner = ALGORITHMS.iter().find(has).filter(|_| message.starts_with("there is no such key"));
+    let hint = owner
+        .map(|e| format!("`{key}` is a setting of {}, not of {}", e.name, entry.name))
+        .or(hint);
+    Error::Config { key, message, hint }
+}
+
 pub(super) fn run(args: &Args) -> Result<()> {
     let entry = algorithm(&args.algorithm)?;
     let (mut settings, mut section) = defaults(entry)?;
     if let Some(path) = &args.config {
-        let text = std::fs::read_to_string(path).map_err(Error::io("read", path))?;
+        let text = std::fs::read_to_string(path).map_err(|e| Error::Config {
+            key: "--config".into(),
+            message: Error::io("read", path)(e).to_string(),
+            hint: Some(format!("warpo config {} prints one", entry.name)),
+        })?;
         let name = path.display().to_string();
-        config::set_all(&mut [&mut settings, &mut *section], &text, &name)?;
+        let done = config::set_all(&mut [&mut settings, &mut *section], &text, &name);
+        done.map_err(|e| other_algorithm(entry, e))?;
     }
     if let Some(model) = &args.model {
         settings.model.clone_from(model);
@@ -71,8 +91,12 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if let Some(out) = &args.out {
         settings.out.clone_from(out);
     }
+    if let Some(device) = &args.device {
+        settings.device.clone_from(device);
+    }
     for pair in &args.set {
-        config::set_pair(&mut [&mut settings, &mut *section], pair)?;
+        let done = config::set_pair(&mut [&mut settings, &mut *section], pair);
+        done.map_err(|e| other_algorithm(entry, e))?;
     }
     let mut progress = Progress::new(entry.name);
     let done = train::run(entry, &settings, &*section, &mut progress);

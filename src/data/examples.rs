@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{Located, Record, Tokenizer};
+use super::{Located, Place, Record, Tokenizer};
 use crate::{
     error::{Error, Result},
     rng::{Philox, Purpose},
@@ -15,6 +15,8 @@ pub struct Text {
     pub ids: Vec<u32>,
     /// Positions of the tokens to learn, ascending; the first token is never learned.
     pub learn: Vec<Range<usize>>,
+    /// Where it came from.
+    pub place: Place,
 }
 
 /// Two texts of which people chose the first.
@@ -26,6 +28,8 @@ pub struct Pair {
     pub rejected: Vec<u32>,
     /// By how much, if people said so.
     pub margin: Option<f64>,
+    /// Where chosen and rejected came from.
+    pub places: [Place; 2],
 }
 
 /// A prompt to continue.
@@ -35,6 +39,8 @@ pub struct Prompt {
     pub ids: Vec<u32>,
     /// Its text, for people.
     pub text: String,
+    /// Where it came from.
+    pub place: Place,
 }
 
 /// What bounds an example.
@@ -99,6 +105,49 @@ impl Maker<'_> {
         Ok(ids)
     }
 
+    /// The sequence of a record that has one, and what is learned of it.
+    fn text(&mut self, at: &Located, completion_only: bool) -> Result<Text> {
+        let (ids, learn): (Vec<u32>, Vec<Range<usize>>) = match &at.record {
+            Record::Text { text } | Record::Labelled { text, .. } => {
+                let ids = self.whole(at, text)?;
+                let all = 1..ids.len();
+                (ids, vec![all])
+            }
+            Record::Completion { prompt, completion }
+            | Record::Preference { prompt, chosen: completion, .. } => {
+                let (ids, start) = self.join(at, prompt, completion)?;
+                let from = if completion_only { start.max(1) } else { 1 };
+                let learn = from..ids.len();
+                (ids, vec![learn])
+            }
+            Record::CompletionIds { prompt, completion } => {
+                let ids = [&prompt[..], completion].concat();
+                let from = if completion_only { prompt.len().max(1) } else { 1 };
+                let learn = from..ids.len();
+                (ids, vec![learn])
+            }
+            Record::LabelledIds { input_ids, learn } => {
+                let runs = learn.iter().enumerate().skip(1).filter(|l| *l.1).map(|l| l.0..l.0 + 1);
+                (input_ids.clone(), runs.collect())
+            }
+            Record::Ids { input_ids } => {
+                let all = 1..input_ids.len();
+                (input_ids.clone(), vec![all])
+            }
+            _ => return Err(unfit(at, "one text")),
+        };
+        self.fit(at, ids, learn)
+    }
+
+    /// Checks the ids and cuts the end.
+    fn fit(&mut self, at: &Located, mut ids: Vec<u32>, learn: Vec<Range<usize>>) -> Result<Text> {
+        self.check(at, &ids)?;
+        self.stats.truncated += usize::from(self.cut(&mut ids));
+        let clip = |r: Range<usize>| r.start..r.end.min(ids.len());
+        let learn = learn.into_iter().map(clip).filter(|r| !r.is_empty()).collect();
+        Ok(Text { ids, learn, place: at.place.clone() })
+    }
+
     /// Cuts the end, and says whether it did.
     fn cut(&self, ids: &mut Vec<u32>) -> bool {
         let long = ids.len() > self.limits.max_length;
@@ -125,41 +174,64 @@ pub fn texts(
     let mut m = Maker { tokenizer, limits, stats: Stats::default() };
     let mut out = Vec::with_capacity(records.len());
     for at in records {
-        let (mut ids, learn): (Vec<u32>, Vec<Range<usize>>) = match &at.record {
-            Record::Text { text } | Record::Labelled { text, .. } => {
-                let ids = m.whole(at, text)?;
-                let all = 1..ids.len();
-                (ids, vec![all])
+        let text = match &at.record {
+            Record::Prompt { .. } | Record::PreferenceIds { .. } => {
+                return Err(unfit(at, "texts to learn"));
             }
-            Record::Completion { prompt, completion }
-            | Record::Preference { prompt, chosen: completion, .. } => {
-                let (ids, start) = m.join(at, prompt, completion)?;
-                let from = if completion_only { start.max(1) } else { 1 };
-                let learn = from..ids.len();
-                (ids, vec![learn])
-            }
-            Record::LabelledIds { input_ids, learn } => {
-                let runs = learn.iter().enumerate().skip(1).filter(|l| *l.1).map(|l| l.0..l.0 + 1);
-                (input_ids.clone(), runs.collect())
-            }
-            Record::Ids { input_ids } => {
-                let all = 1..input_ids.len();
-                (input_ids.clone(), vec![all])
-            }
-            _ => return Err(unfit(at, "texts to learn")),
+            _ => m.text(at, completion_only)?,
         };
-        m.check(at, &ids)?;
-        let long = m.cut(&mut ids);
-        let clip = |r: Range<usize>| r.start..r.end.min(ids.len());
-        let learn: Vec<_> = learn.into_iter().map(clip).filter(|r| !r.is_empty()).collect();
-        m.stats.truncated += usize::from(long);
-        if learn.is_empty() {
+        if text.learn.is_empty() {
             m.stats.dropped += 1;
             continue;
         }
-        m.stats.tokens += ids.len();
-        out.push(Text { ids, learn });
+        m.stats.tokens += text.ids.len();
+        out.push(text);
     }
+    m.stats.examples = out.len();
+    Ok((out, m.stats))
+}
+
+/// Texts to score: one for each record, its prompt not scored; two, chosen and rejected, for each
+/// preference.
+///
+/// # Errors
+/// [`Error::Data`] naming the record without a token, or with an id out of range.
+pub fn scored(
+    records: &[Located],
+    tokenizer: Option<&Tokenizer>,
+    limits: Limits,
+) -> Result<(Vec<Text>, Stats)> {
+    let mut m = Maker { tokenizer, limits, stats: Stats::default() };
+    let mut out = Vec::with_capacity(records.len());
+    for at in records {
+        let first = out.len();
+        match &at.record {
+            Record::Prompt { prompt } => {
+                let ids = m.tokenizer(at)?.encode_start(prompt)?;
+                let all = 1..ids.len();
+                out.push(m.fit(at, ids, vec![all])?);
+            }
+            Record::Preference { prompt, chosen, rejected, .. } => {
+                for side in [chosen, rejected] {
+                    let (ids, start) = m.join(at, prompt, side)?;
+                    let end = start.max(1)..ids.len();
+                    out.push(m.fit(at, ids, vec![end])?);
+                }
+            }
+            Record::PreferenceIds { prompt, chosen, rejected, .. } => {
+                for side in [chosen, rejected] {
+                    let ids = [&prompt[..], side].concat();
+                    let end = prompt.len().max(1)..ids.len();
+                    out.push(m.fit(at, ids, vec![end])?);
+                }
+            }
+            _ => out.push(m.text(at, true)?),
+        }
+        if out[first..].iter().any(|t| t.ids.is_empty()) {
+            return Err(at.error("has no tokens, wanted at least one"));
+        }
+    }
+    m.stats.tokens = out.iter().map(|t| t.ids.len()).sum();
     m.stats.examples = out.len();
     Ok((out, m.stats))
 }
@@ -178,7 +250,7 @@ pub fn pairs(
 ) -> Result<(Vec<Pair>, Stats)> {
     let mut m = Maker { tokenizer, limits, stats: Stats::default() };
     let mut raw = Vec::new();
-    let mut labelled: Vec<(i64, Vec<u32>)> = Vec::new();
+    let mut labelled: Vec<Labelled> = Vec::new();
     for at in records {
         let (chosen, rejected, margin) = match &at.record {
             Record::Preference { prompt, chosen, rejected, margin } => {
@@ -191,23 +263,24 @@ pub fn pairs(
             Record::Labelled { text, label } => {
                 let ids = m.whole(at, text)?;
                 m.check(at, &ids)?;
-                labelled.push((*label, ids));
+                labelled.push(Labelled { label: *label, ids, place: at.place.clone() });
                 continue;
             }
             _ => return Err(unfit(at, "preferences, or texts with labels")),
         };
         m.check(at, &chosen)?;
         m.check(at, &rejected)?;
-        raw.push(Pair { chosen, rejected, margin });
+        let places = [at.place.clone(), at.place.clone()];
+        raw.push(Pair { chosen, rejected, margin, places });
     }
     if !labelled.is_empty() {
-        let (low, high) = labelled.iter().fold((i64::MAX, i64::MIN), |(low, high), (label, _)| {
-            (low.min(*label), high.max(*label))
-        });
+        let (low, high) = labelled
+            .iter()
+            .fold((i64::MAX, i64::MIN), |(low, high), l| (low.min(l.label), high.max(l.label)));
         if low == high {
             return Err(Error::value("labels of all texts", "two or more", format!("only {low}")));
         }
-        m.stats.dropped += labelled.iter().filter(|l| l.0 != low && l.0 != high).count();
+        m.stats.dropped += labelled.iter().filter(|l| l.label != low && l.label != high).count();
         raw.extend(drawn(&labelled, (low, high), seed));
     }
     let mut out = Vec::with_capacity(raw.len());
@@ -225,21 +298,31 @@ pub fn pairs(
     Ok((out, m.stats))
 }
 
+/// A text that people judged.
+struct Labelled {
+    label: i64,
+    ids: Vec<u32>,
+    place: Place,
+}
+
 /// Pairs of the highest label against the lowest, both shuffled; the shorter list repeats.
-fn drawn(labelled: &[(i64, Vec<u32>)], (low, high): (i64, i64), seed: u64) -> Vec<Pair> {
+fn drawn(labelled: &[Labelled], (low, high): (i64, i64), seed: u64) -> Vec<Pair> {
     let of = |label: i64, stream: u64| {
-        let all: Vec<&Vec<u32>> = labelled.iter().filter(|l| l.0 == label).map(|l| &l.1).collect();
+        let all: Vec<&Labelled> = labelled.iter().filter(|l| l.label == label).collect();
         let order = Philox::new(seed, 0, stream, Purpose::Pairs).permutation(all.len());
         order.into_iter().map(|i| all[i]).collect::<Vec<_>>()
     };
     let (good, bad) = (of(high, 0), of(low, 1));
-    (0..good.len().max(bad.len()))
-        .map(|i| Pair {
-            chosen: good[i % good.len()].clone(),
-            rejected: bad[i % bad.len()].clone(),
+    let pair = |i: usize| {
+        let (good, bad) = (good[i % good.len()], bad[i % bad.len()]);
+        Pair {
+            chosen: good.ids.clone(),
+            rejected: bad.ids.clone(),
             margin: None,
-        })
-        .collect()
+            places: [good.place.clone(), bad.place.clone()],
+        }
+    };
+    (0..good.len().max(bad.len())).map(pair).collect()
 }
 
 /// Prompts: `prompt` of any record that has one, as it is; ids or texts, of which the first `tokens`
@@ -261,7 +344,9 @@ pub fn prompts(
             Record::Prompt { prompt }
             | Record::Completion { prompt, .. }
             | Record::Preference { prompt, .. } => m.tokenizer(at)?.encode_start(prompt)?,
-            Record::PreferenceIds { prompt, .. } => prompt.clone(),
+            Record::PreferenceIds { prompt, .. } | Record::CompletionIds { prompt, .. } => {
+                prompt.clone()
+            }
             Record::Ids { input_ids } => input_ids[..first.min(input_ids.len())].to_vec(),
             Record::Text { text } | Record::Labelled { text, .. } if tokens.is_some() => {
                 let mut ids = m.tokenizer(at)?.encode_start(text)?;
@@ -281,7 +366,7 @@ pub fn prompts(
         }
         m.stats.tokens += ids.len();
         let text = m.tokenizer.map_or(Ok(String::new()), |t| t.decode(&ids))?;
-        out.push(Prompt { ids, text });
+        out.push(Prompt { ids, text, place: at.place.clone() });
     }
     m.stats.examples = out.len();
     Ok((out, m.stats))

@@ -3,7 +3,8 @@
 use std::{
     fs::File,
     io::{BufRead, BufReader, Read, stdin},
-    path::{Path, PathBuf},
+    path::Path,
+    sync::Arc,
 };
 
 use serde_json::{Map, Value};
@@ -31,6 +32,8 @@ pub enum Record {
     LabelledIds { input_ids: Vec<u32>, learn: Vec<bool> },
     /// `input_ids`
     Ids { input_ids: Vec<u32> },
+    /// `input_ids`, `output_ids`: a prompt and its continuation, as `warpo generate` writes them
+    CompletionIds { prompt: Vec<u32>, completion: Vec<u32> },
     /// `prompt_ids`, `chosen_ids`, `rejected_ids`
     PreferenceIds { prompt: Vec<u32>, chosen: Vec<u32>, rejected: Vec<u32>, margin: Option<f64> },
 }
@@ -47,18 +50,32 @@ impl Record {
             Self::Prompt { .. } => "prompt",
             Self::LabelledIds { .. } => "input_ids, labels",
             Self::Ids { .. } => "input_ids",
+            Self::CompletionIds { .. } => "input_ids, output_ids",
             Self::PreferenceIds { .. } => "prompt_ids, chosen_ids, rejected_ids",
         }
+    }
+}
+
+/// A line of a data file.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Place {
+    /// The file, or `<stdin>`.
+    pub path: Arc<Path>,
+    /// Its line, from 1.
+    pub line: usize,
+}
+
+impl std::fmt::Display for Place {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}:{}", self.path.display(), self.line)
     }
 }
 
 /// A record and where it came from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Located {
-    /// The file, or `<stdin>`.
-    pub path: PathBuf,
-    /// Its line, from 1.
-    pub line: usize,
+    /// Its line.
+    pub place: Place,
     /// What it says.
     pub record: Record,
 }
@@ -67,7 +84,8 @@ impl Located {
     /// An error about this record.
     #[must_use]
     pub fn error(&self, message: impl Into<String>) -> Error {
-        Error::Data { path: self.path.clone(), line: self.line, message: message.into() }
+        let Place { path, line } = &self.place;
+        Error::Data { path: path.to_path_buf(), line: *line, message: message.into() }
     }
 }
 
@@ -78,8 +96,8 @@ impl Located {
 /// [`Error::Io`] if it cannot be read, [`Error::Data`] naming the line that is not JSON, lacks a
 /// column or has one of the wrong type; [`Error::File`] if there is no record.
 pub fn read(path: &Path) -> Result<Vec<Located>> {
-    let (path, mut reader): (PathBuf, Box<dyn BufRead>) = if path == Path::new("-") {
-        ("<stdin>".into(), Box::new(BufReader::new(stdin())))
+    let (path, mut reader): (Arc<Path>, Box<dyn BufRead>) = if path == Path::new("-") {
+        (Path::new("<stdin>").into(), Box::new(BufReader::new(stdin())))
     } else {
         let file = File::open(path).map_err(Error::io("open", path))?;
         (path.into(), Box::new(BufReader::new(file)))
@@ -89,10 +107,10 @@ pub fn read(path: &Path) -> Result<Vec<Located>> {
     for line in 1.. {
         bytes.clear();
         let n = (&mut reader).take(MAX_LINE + 1).read_until(b'\n', &mut bytes);
-        if n.map_err(Error::io("read", &path))? == 0 {
+        if n.map_err(Error::io("read", &*path))? == 0 {
             break;
         }
-        let bad = |message: String| Error::Data { path: path.clone(), line, message };
+        let bad = |message: String| Error::Data { path: path.to_path_buf(), line, message };
         if bytes.len() as u64 > MAX_LINE {
             return Err(bad(format!("longer than {MAX_LINE} bytes")));
         }
@@ -103,7 +121,7 @@ pub fn read(path: &Path) -> Result<Vec<Located>> {
         if text.is_empty() {
             continue;
         }
-        let json: Value = serde_json::from_str(text).map_err(|e| bad(format!("not JSON: {e}")))?;
+        let json: Value = serde_json::from_str(text).map_err(|e| bad(not_json(&e)))?;
         let Value::Object(columns) = json else {
             return Err(bad(format!("wanted a JSON object, got {}", brief(&json))));
         };
@@ -111,16 +129,24 @@ pub fn read(path: &Path) -> Result<Vec<Located>> {
         if let Some(first) = out.first() {
             let (want, got) = (first.record.format(), record.format());
             if want != got {
-                let message = format!("has columns {got}, wanted {want} as in line {}", first.line);
+                let line = first.place.line;
+                let message = format!("has columns {got}, wanted {want} as in line {line}");
                 return Err(bad(message));
             }
         }
-        out.push(Located { path: path.clone(), line, record });
+        out.push(Located { place: Place { path: path.clone(), line }, record });
     }
     if out.is_empty() {
-        return Err(Error::file(path, "has no records, wanted JSON objects, one a line"));
+        return Err(Error::file(&*path, "has no records, wanted JSON objects, one a line"));
     }
     Ok(out)
+}
+
+/// What is wrong with a line. The parser's own "line 1" would contradict the file's.
+fn not_json(e: &serde_json::Error) -> String {
+    let (text, column) = (e.to_string(), e.column());
+    let what = text.split(" at line ").next().unwrap_or_default();
+    format!("not JSON: {what} at column {column}")
 }
 
 fn brief(v: &Value) -> String {
@@ -153,6 +179,9 @@ fn parse(c: &Map<String, Value>) -> Result<Record, String> {
     }
     if has("input_ids") {
         let input_ids = ids("input_ids")?;
+        if has("output_ids") {
+            return Ok(Record::CompletionIds { prompt: input_ids, completion: ids("output_ids")? });
+        }
         if !has("labels") {
             return Ok(Record::Ids { input_ids });
         }
@@ -195,7 +224,7 @@ fn parse(c: &Map<String, Value>) -> Result<Record, String> {
     }
     Err(format!(
         "has columns {found:?}, wanted text | text, label | prompt | prompt, completion | \
-         [prompt,] chosen, rejected | input_ids[, labels] | prompt_ids, chosen_ids, rejected_ids"
+         [prompt,] chosen, rejected | input_ids[, labels | output_ids] | prompt_ids, chosen_ids, rejected_ids"
     ))
 }
 

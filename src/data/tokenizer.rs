@@ -9,6 +9,7 @@ use std::{
 };
 
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use crate::{
     device::file,
@@ -19,6 +20,8 @@ use crate::{
 #[derive(Debug)]
 pub struct Tokenizer {
     path: PathBuf,
+    /// SHA-256 of the file.
+    digest: String,
     inner: tokenizers::Tokenizer,
     bos: Option<u32>,
     eos: Vec<u32>,
@@ -73,7 +76,8 @@ impl Tokenizer {
         };
         let bos = named("bos_token").or_else(|| numbered("bos_token_id").first().copied());
         let eos = named("eos_token").map_or_else(|| numbered("eos_token_id"), |id| vec![id]);
-        let mut this = Self { path, inner, bos, eos, adds_bos: false, anchor: None };
+        let digest = Sha256::digest(&text).iter().map(|b| format!("{b:02x}")).collect();
+        let mut this = Self { path, digest, inner, bos, eos, adds_bos: false, anchor: None };
         let (with, without) = (this.raw("a", true)?, this.raw("a", false)?);
         this.adds_bos = bos.is_some()
             && (with.first().copied() == bos && with.len() > without.len()
@@ -83,6 +87,14 @@ impl Tokenizer {
             this.anchor = Some(this.raw(ANCHOR, false)?);
         }
         Ok(this)
+    }
+
+    /// The tokenizer of a model folder that may have none.
+    ///
+    /// # Errors
+    /// As [`Tokenizer::open`], but for a missing file.
+    pub fn open_if_there(dir: &Path) -> Result<Option<Self>> {
+        dir.join("tokenizer.json").exists().then(|| Self::open(dir)).transpose()
     }
 
     fn raw(&self, text: &str, special: bool) -> Result<Vec<u32>> {
@@ -171,6 +183,30 @@ impl Tokenizer {
     #[must_use]
     pub fn adds_bos(&self) -> bool {
         self.adds_bos
+    }
+
+    /// SHA-256 of `tokenizer.json`.
+    #[must_use]
+    pub fn digest(&self) -> String {
+        self.digest.clone()
+    }
+
+    /// Checks that the tokenizer of another model's folder gives the same ids; that it has none is no
+    /// error.
+    ///
+    /// # Errors
+    /// [`Error::File`] naming a token whose id differs, and those of [`Tokenizer::open`].
+    pub fn agrees(&self, dir: &Path) -> Result<()> {
+        if !dir.join("tokenizer.json").exists() {
+            return Ok(());
+        }
+        let other = Self::open(dir)?;
+        let (ours, theirs) = (self.inner.get_vocab(true), other.inner.get_vocab(true));
+        let differs = ours.iter().filter(|(token, id)| theirs.get(*token) != Some(*id)).min();
+        let Some((token, id)) = differs else { return Ok(()) };
+        let got = theirs.get(token).map_or("no id".to_owned(), |id| format!("id {id}"));
+        let ours = self.path.display();
+        Err(Error::file(other.path, format!("has {got} for {token:?}, wanted {id} as in {ours}")))
     }
 
     /// Number of ids, special ones included.

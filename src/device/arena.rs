@@ -14,7 +14,10 @@ use std::{
 
 use bytemuck::Pod;
 
-use super::buffer::{ALIGN, Block, Buffer};
+use super::{
+    Device,
+    buffer::{ALIGN, Block, Buffer},
+};
 use crate::error::{Error, Result};
 
 /// Bytes after each buffer that nobody may write, checked when a scope ends (debug builds).
@@ -42,10 +45,12 @@ pub struct Scope<'a> {
 }
 
 impl Arena {
-    /// `bytes` of memory, as [`Arena::plan`] returned them.
-    #[must_use]
-    pub fn new(bytes: usize) -> Self {
-        Self { block: Block::new(bytes), peak: Cell::new(0) }
+    /// `bytes` of memory on `dev`, as [`Arena::plan`] returned them.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if there is no room.
+    pub fn new(dev: &Device, bytes: usize) -> Result<Self> {
+        Ok(Self { block: Block::new(dev, "the plan of a step", bytes)?, peak: Cell::new(0) })
     }
 
     /// The bytes that `layout` needs: it is run on a scope without memory, whose buffers are
@@ -102,6 +107,7 @@ impl<'a> Scope<'a> {
     /// # Errors
     /// [`Error::Memory`] if the plan has no room.
     pub fn alloc<T: Pod>(&self, what: &'static str, len: usize) -> Result<Buffer<'_, T>> {
+        const { assert!(align_of::<T>() <= ALIGN) };
         let overflow = || Error::Memory { what, want: usize::MAX, have: self.capacity };
         let bytes = len.checked_mul(size_of::<T>()).ok_or_else(overflow)?;
         let bytes = bytes.checked_next_multiple_of(ALIGN).and_then(|b| b.checked_add(REDZONE));

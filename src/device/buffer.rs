@@ -7,7 +7,7 @@
 #![allow(unsafe_code)]
 
 use std::{
-    alloc::{Layout, alloc, dealloc, handle_alloc_error},
+    alloc::{Layout, alloc, alloc_zeroed, dealloc},
     marker::PhantomData,
     ops::Range,
     ptr::NonNull,
@@ -16,8 +16,15 @@ use std::{
 
 use bytemuck::Pod;
 
+use super::{Device, system};
+use crate::error::{Error, Result};
+
 /// Alignment of every buffer: a cache line, and one 512-bit vector.
 pub(super) const ALIGN: usize = 64;
+
+/// Blocks from this size on are compared with the memory that is free before they are taken: beyond
+/// it the system would not refuse, but kill the process once the memory is written.
+const LARGE: usize = 64 << 20;
 
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 
@@ -31,8 +38,11 @@ pub fn allocations() -> u64 {
 #[derive(Debug)]
 pub(super) struct Block {
     ptr: NonNull<u8>,
-    bytes: usize,
+    layout: Layout,
 }
+
+/// Fresh memory is NaN, to catch what reads before it writes.
+const POISON: bool = cfg!(debug_assertions);
 
 // SAFETY: a `Block` is plain memory with one owner; access goes through views that borrow it.
 unsafe impl Send for Block {}
@@ -40,22 +50,26 @@ unsafe impl Send for Block {}
 unsafe impl Sync for Block {}
 
 impl Block {
-    /// Zeroed memory, or 0xFF bytes (NaN) where debug assertions are on.
-    pub(super) fn new(bytes: usize) -> Self {
+    /// Memory that `dev` works on: zeroed, or 0xFF bytes (NaN) where debug assertions are on.
+    pub(super) fn new(dev: &Device, what: &'static str, bytes: usize) -> Result<Self> {
+        let Device::Cpu(_) = dev;
+        let free = if bytes < LARGE { None } else { system::free_memory_bytes() };
+        let error = |have| Error::Memory { what, want: bytes, have };
+        if let Some(have) = free.filter(|have| bytes > *have) {
+            return Err(error(have));
+        }
         ALLOCATIONS.fetch_add(1, Ordering::Relaxed);
-        let bytes = bytes.next_multiple_of(ALIGN).max(ALIGN);
-        let layout = Self::layout(bytes);
+        let rounded = bytes.checked_next_multiple_of(ALIGN).map(|b| b.max(ALIGN));
+        let layout = rounded.and_then(|b| Layout::from_size_align(b, ALIGN).ok());
+        let layout = layout.ok_or_else(|| error(isize::MAX as usize))?;
         // SAFETY: `layout` has a size of at least ALIGN bytes.
-        let ptr = unsafe { alloc(layout) };
-        let Some(ptr) = NonNull::new(ptr) else { handle_alloc_error(layout) };
-        let fill = if cfg!(debug_assertions) { 0xFF } else { 0 };
-        // SAFETY: `ptr` owns `bytes` bytes, just allocated.
-        unsafe { ptr.as_ptr().write_bytes(fill, bytes) };
-        Self { ptr, bytes }
-    }
-
-    fn layout(bytes: usize) -> Layout {
-        Layout::from_size_align(bytes, ALIGN).expect("a block smaller than isize::MAX")
+        let ptr = unsafe { (if POISON { alloc } else { alloc_zeroed })(layout) };
+        let ptr = NonNull::new(ptr).ok_or_else(|| error(free.unwrap_or(0)))?;
+        if POISON {
+            // SAFETY: `ptr` owns that many bytes, just allocated.
+            unsafe { ptr.as_ptr().write_bytes(0xFF, layout.size()) };
+        }
+        Ok(Self { ptr, layout })
     }
 
     pub(super) fn ptr(&self) -> NonNull<u8> {
@@ -63,14 +77,14 @@ impl Block {
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.bytes
+        self.layout.size()
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
         // SAFETY: allocated in `new` with this very layout.
-        unsafe { dealloc(self.ptr.as_ptr(), Self::layout(self.bytes)) };
+        unsafe { dealloc(self.ptr.as_ptr(), self.layout) };
     }
 }
 
@@ -90,27 +104,39 @@ unsafe impl<T: Send> Send for Buffer<'_, T> {}
 unsafe impl<T: Sync> Sync for Buffer<'_, T> {}
 
 impl<T: Pod> Buffer<'static, T> {
-    /// `len` elements of 0.
-    #[must_use]
-    pub fn zeros(len: usize) -> Self {
-        let mut buffer = Self::poisoned(len);
-        buffer.host_mut().fill(T::zeroed());
-        buffer
+    /// `len` elements on `dev` that must be written before they are read; NaN in debug builds. `what`
+    /// names them in messages.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if there is no room.
+    pub fn new(dev: &Device, what: &'static str, len: usize) -> Result<Self> {
+        const { assert!(align_of::<T>() <= ALIGN) };
+        // What overflows is refused by `Block::new`.
+        let block = Block::new(dev, what, len.saturating_mul(size_of::<T>()))?;
+        Ok(Self { ptr: block.ptr().cast(), len, _own: Some(block), _arena: PhantomData })
     }
 
-    /// `len` elements that must be written before they are read; NaN in debug builds.
-    #[must_use]
-    pub fn poisoned(len: usize) -> Self {
-        let block = Block::new(len * size_of::<T>());
-        Self { ptr: block.ptr().cast(), len, _own: Some(block), _arena: PhantomData }
+    /// `len` elements of 0.
+    ///
+    /// # Errors
+    /// As [`Buffer::new`].
+    pub fn zeros(dev: &Device, what: &'static str, len: usize) -> Result<Self> {
+        let mut buffer = Self::new(dev, what, len)?;
+        // A block that is not poisoned is zeroed already, and its pages are not there yet.
+        if POISON {
+            buffer.host_mut().fill(T::zeroed());
+        }
+        Ok(buffer)
     }
 
     /// A copy of host memory.
-    #[must_use]
-    pub fn from_host(x: &[T]) -> Self {
-        let mut buffer = Self::poisoned(x.len());
+    ///
+    /// # Errors
+    /// As [`Buffer::new`].
+    pub fn of(dev: &Device, what: &'static str, x: &[T]) -> Result<Self> {
+        let mut buffer = Self::new(dev, what, x.len())?;
         buffer.host_mut().copy_from_slice(x);
-        buffer
+        Ok(buffer)
     }
 }
 

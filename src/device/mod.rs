@@ -6,17 +6,20 @@
 mod arena;
 mod buffer;
 pub mod cpu;
-mod disk;
 pub mod file;
 mod float;
+mod system;
 
 pub use arena::{Arena, Scope};
 pub use buffer::{Buffer, View, ViewMut, allocations};
 pub use cpu::Cpu;
-pub use disk::free_disk_bytes;
 pub use float::Float;
+pub use system::free_disk_bytes;
 
 use crate::error::{Error, Result};
+
+/// The most threads that can be asked for.
+const MAX_THREADS: usize = 1024;
 
 /// A compute device.
 #[derive(Clone, Debug)]
@@ -35,13 +38,17 @@ impl Device {
     /// Parses `auto`, `cpu`, `cuda` or `cuda:N`; `threads` is 0 for all cores.
     ///
     /// # Errors
-    /// [`Error::Device`] if the name is unknown or the device is not there.
+    /// [`Error::Device`] if the name is unknown or the device is not there, [`Error::Config`] if
+    /// `threads` is no number of threads.
     pub fn from_name(name: &str, threads: usize) -> Result<Self> {
+        if threads > MAX_THREADS {
+            return Err(Error::config("threads", format!("0 to {MAX_THREADS}"), threads));
+        }
         match name {
             "auto" | "cpu" => Ok(Self::Cpu(Cpu::new(threads))),
             _ if name == "cuda" || name.starts_with("cuda:") => Err(Error::Device {
                 wanted: name.into(),
-                reason: "this version has no CUDA kernels yet; use `--device cpu`".into(),
+                reason: "this version has no CUDA kernels yet; the CPU is `cpu`".into(),
             }),
             _ => Err(Error::Device {
                 wanted: name.into(),

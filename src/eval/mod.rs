@@ -3,8 +3,10 @@
 
 mod diversity;
 mod report;
+mod reward_model;
 mod samples;
 
 pub use diversity::distinct;
 pub use report::report;
-pub use samples::{Evaluation, Evaluator, Sample};
+pub use reward_model::load_reward_model;
+pub use samples::{Evaluation, Evaluator, Sample, rate};

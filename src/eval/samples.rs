@@ -9,9 +9,6 @@ use crate::{
     rollout::{Completion, Generator, Prompt, Scorer, Settings, last_scores},
 };
 
-/// Rows of a pass: enough to keep a CPU busy, little memory.
-const ROWS: usize = 2048;
-
 /// What policies are compared on: the same prompts, the same draws, the same judges.
 #[derive(Debug)]
 pub struct Evaluator<'a> {
@@ -79,7 +76,7 @@ impl Evaluator<'_> {
             .map(|(p, sample)| Prompt { sample, ids: p.ids.clone() })
             .collect();
         let generator = Generator::for_prompts(&all, self.settings.max_new_tokens, 64, 512);
-        let mut arena = Arena::new(generator.plan::<f32>(policy.spec())?);
+        let mut arena = Arena::new(self.dev, generator.plan::<f32>(policy.spec())?)?;
         let scope = arena.scope();
         let done = generator.run(self.dev, policy, &scope, &all, self.settings, |_| true)?;
         drop(scope);
@@ -89,7 +86,7 @@ impl Evaluator<'_> {
         let (ours, entropy) = self.logprobs(policy, &all, &whole)?;
         let (theirs, _) = self.logprobs(self.reference, &all, &whole)?;
         let scores =
-            self.judges.iter().map(|j| self.rate(j, &whole)).collect::<Result<Vec<_>>>()?;
+            self.judges.iter().map(|j| rate(self.dev, j, &whole)).collect::<Result<Vec<_>>>()?;
         let mut samples = Vec::with_capacity(all.len());
         let mut at = 0;
         for (i, (p, c)) in all.iter().zip(&done).enumerate() {
@@ -116,8 +113,8 @@ impl Evaluator<'_> {
         prompts: &[Prompt],
         whole: &[Vec<u32>],
     ) -> Result<(Vec<f32>, Vec<f32>)> {
-        let scorer = scorer(whole);
-        let mut arena = Arena::new(scorer.plan::<f32>(model.spec())?);
+        let scorer = Scorer::for_lengths(whole.iter().map(Vec::len));
+        let mut arena = Arena::new(self.dev, scorer.plan::<f32>(model.spec())?)?;
         let (mut logp, mut entropy, mut batch) = (Vec::new(), Vec::new(), Batch::default());
         let temperature = self.settings.sampling.temperature;
         let temperature = if temperature == 0.0 { 1.0 } else { temperature };
@@ -131,18 +128,17 @@ impl Evaluator<'_> {
         }
         Ok((logp, entropy))
     }
-
-    fn rate(&self, judge: &Model<f32>, whole: &[Vec<u32>]) -> Result<Vec<f32>> {
-        let scorer = scorer(whole);
-        let mut arena = Arena::new(scorer.plan::<f32>(judge.spec())?);
-        let all: Vec<&[u32]> = whole.iter().map(Vec::as_slice).collect();
-        last_scores(self.dev, judge, &mut arena, scorer, &all)
-    }
 }
 
-fn scorer(whole: &[Vec<u32>]) -> Scorer {
-    let longest = whole.iter().map(Vec::len).max().unwrap_or(1);
-    Scorer { rows: longest.max(ROWS), sequences: 256 }
+/// The score of each text by a model with a scalar head.
+///
+/// # Errors
+/// Those of scoring.
+pub fn rate<S: AsRef<[u32]>>(dev: &Device, judge: &Model<f32>, whole: &[S]) -> Result<Vec<f32>> {
+    let all: Vec<&[u32]> = whole.iter().map(AsRef::as_ref).collect();
+    let scorer = Scorer::for_lengths(all.iter().map(|s| s.len()));
+    let mut arena = Arena::new(dev, scorer.plan::<f32>(judge.spec())?)?;
+    last_scores(dev, judge, &mut arena, scorer, &all)
 }
 
 fn summary(

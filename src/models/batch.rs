@@ -48,18 +48,19 @@ impl Batch {
     }
 
     /// A whole sequence whose tokens `from..` are predicted: rows `from - 1 .. len - 1` are
-    /// selected, with the next token as target. The last token's row is not computed: nothing
-    /// reads it.
+    /// selected, with the next token as target.
     pub fn push_predicted(&mut self, ids: &[u32], from: usize) {
-        self.push_masked(ids, (from.max(1)..ids.len()).map(|t| t..t + 1));
+        let all = from.max(1)..ids.len();
+        self.push_masked(ids, &[all]);
     }
 
-    /// A whole sequence of which the tokens in `predicted` (ascending positions) are predicted.
-    pub fn push_masked(&mut self, ids: &[u32], predicted: impl Iterator<Item = Range<usize>>) {
+    /// A whole sequence of which the tokens in `predicted` (ascending positions) are predicted. Rows
+    /// from the last predicted token on are not computed: nothing reads them.
+    pub fn push_masked(&mut self, ids: &[u32], predicted: &[Range<usize>]) {
         let at = self.ids.len();
-        let used = ids.len().saturating_sub(1);
-        self.push_rows(&ids[..used]);
-        for t in predicted.flatten().filter(|t| *t > 0 && *t < ids.len()) {
+        let end = predicted.iter().map(|r| r.end).max().unwrap_or(0).min(ids.len());
+        self.push_rows(&ids[..end.saturating_sub(1)]);
+        for t in predicted.iter().cloned().flatten().filter(|t| *t > 0 && *t < ids.len()) {
             self.selected.push((at + t - 1) as u32);
             self.targets.push(ids[t]);
         }

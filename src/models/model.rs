@@ -44,19 +44,21 @@ impl<F: Float> Model<F> {
     /// A model of `config` with all weights 0, to be filled through [`Model::params_mut`].
     ///
     /// # Errors
-    /// [`Error::File`] if the config is unknown or wrong.
-    pub fn zeros(config: Config, head: Head) -> Result<Self> {
+    /// [`Error::File`] if the config is unknown or wrong, [`Error::Memory`] if there is no room.
+    pub fn zeros(dev: &Device, config: Config, head: Head) -> Result<Self> {
         let (family, spec) = config.spec()?;
-        let params = Params::zeros(&Arc::new(Layout::new(&spec, head)));
+        let params = Params::zeros(dev, "weights", &Arc::new(Layout::new(&spec, head)))?;
         let h = spec.hidden;
-        let block = |_| PackedBlock {
-            qkv: Packed::new(spec.qkv_cols(), h),
-            out: Packed::new(h, spec.attention_cols()),
-            up: Packed::new(spec.up_cols(), h),
-            down: Packed::new(h, spec.mlp_hidden),
+        let block = |_| {
+            Ok(PackedBlock {
+                qkv: Packed::new(dev, spec.qkv_cols(), h)?,
+                out: Packed::new(dev, h, spec.attention_cols())?,
+                up: Packed::new(dev, spec.up_cols(), h)?,
+                down: Packed::new(dev, h, spec.mlp_hidden)?,
+            })
         };
         let rope = match &spec.position {
-            Position::Rope(r) => Some(rope::Table::new(r, spec.head_dim, spec.max_positions)),
+            Position::Rope(r) => Some(rope::Table::new(dev, r, spec.head_dim, spec.max_positions)?),
             Position::Learned => None,
         };
         Ok(Self {
@@ -64,8 +66,8 @@ impl<F: Float> Model<F> {
             config,
             head,
             params,
-            blocks: (0..spec.layers).map(block).collect(),
-            lm: (head == Head::Lm).then(|| Packed::new(spec.vocab, h)),
+            blocks: (0..spec.layers).map(block).collect::<Result<_>>()?,
+            lm: (head == Head::Lm).then(|| Packed::new(dev, spec.vocab, h)).transpose()?,
             rope,
             spec,
         })
@@ -75,8 +77,8 @@ impl<F: Float> Model<F> {
     ///
     /// # Errors
     /// Those of [`super::load`].
-    pub fn load(dev: &Device, dir: &Path, head: Head, seed: u64) -> Result<Self> {
-        weights::load(dev, dir, head, seed)
+    pub fn load(dev: &Device, dir: &Path, head: Head, new_head: Option<u64>) -> Result<Self> {
+        weights::load(dev, dir, head, new_head)
     }
 
     /// The spec.
@@ -144,7 +146,7 @@ impl<F: Float> Model<F> {
     /// # Errors
     /// [`Error::Value`] if an LM head is wanted and this model has none.
     pub fn copy_as(&self, dev: &Device, head: Head, seed: u64) -> Result<Self> {
-        let mut copy = Self::zeros(self.config.clone(), head)?;
+        let mut copy = Self::zeros(dev, self.config.clone(), head)?;
         for t in copy.params.layout().clone().tensors() {
             if let Some(from) = self.params.get(t.slot, t.layer) {
                 copy.params.tensor_mut(t).host().copy_from_slice(from.host());

@@ -4,7 +4,10 @@
 use std::sync::Arc;
 
 use super::{Head, Norm, Position, Spec};
-use crate::device::{Buffer, Float, View, ViewMut};
+use crate::{
+    device::{Buffer, Device, Float, View, ViewMut},
+    error::Result,
+};
 
 /// A weight's place in the block, the same for every family. Linear weights are `[out, in]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
@@ -206,10 +209,12 @@ pub struct Params<F: 'static> {
 }
 
 impl<F: Float> Params<F> {
-    /// All 0.
-    #[must_use]
-    pub fn zeros(layout: &Arc<Layout>) -> Self {
-        Self { layout: layout.clone(), data: Buffer::zeros(layout.len()) }
+    /// All 0. `what` names them in messages.
+    ///
+    /// # Errors
+    /// [`crate::Error::Memory`] if there is no room.
+    pub fn zeros(dev: &Device, what: &'static str, layout: &Arc<Layout>) -> Result<Self> {
+        Ok(Self { layout: layout.clone(), data: Buffer::zeros(dev, what, layout.len())? })
     }
 
     /// The layout.

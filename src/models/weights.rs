@@ -109,23 +109,33 @@ fn shards(index: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
-/// Loads a model. Weights may be f32, f16 or bf16, with or without the family's prefix. With
-/// [`Head::Scalar`] and no `score.weight` in the folder, the head is drawn from
-/// N(0, 1/(hidden + 1)) with `seed` (Stiennon et al. 2020; the form that N+ and
-/// lm-human-preferences use: standard deviation 1/sqrt(hidden + 1)).
+/// Loads a model. Weights may be f32, f16 or bf16, with or without the family's prefix.
+///
+/// A folder without `score.weight` has no scalar head. If one is wanted all the same, to be trained,
+/// `new_head` is the seed with which it is drawn from N(0, 1/(hidden + 1)) (Stiennon et al. 2020; the
+/// form that N+ and lm-human-preferences use: standard deviation 1/sqrt(hidden + 1)).
 ///
 /// # Errors
 /// [`Error::Io`] and [`Error::File`], naming file and tensor: missing, of the wrong shape or
 /// dtype, not finite, or unknown (a tensor that would be ignored is a model that is misread).
-pub fn load<F: Float>(dev: &Device, dir: &Path, head: Head, seed: u64) -> Result<Model<F>> {
+pub fn load<F: Float>(
+    dev: &Device,
+    dir: &Path,
+    head: Head,
+    new_head: Option<u64>,
+) -> Result<Model<F>> {
     let config = Config::read(dir)?;
     let (family, spec) = config.spec()?;
     let folder = Folder::open(dir)?;
     let mut stored = folder.tensors()?;
+    if head == Head::Scalar && new_head.is_none() && !stored.contains_key(SCORE) {
+        let message = format!("`{SCORE}` is missing: it is no reward model");
+        return Err(Error::file(dir, message));
+    }
     check_sizes::<F>(dir, &config, family, &spec, head, &stored)?;
-    let mut model = Model::zeros(config, head)?;
+    let mut model = Model::zeros(dev, config, head)?;
     for t in model.params.layout().clone().tensors() {
-        if t.slot == Slot::Score && !stored.contains_key(SCORE) {
+        if let (Slot::Score, Some(seed), false) = (t.slot, new_head, stored.contains_key(SCORE)) {
             init_score(model.params.tensor_mut(t).host(), seed);
             continue;
         }

@@ -24,9 +24,12 @@ pub struct Packed<F: 'static> {
 
 impl<F: Float> Packed<F> {
     /// Room for a weight of `n` outputs and `k` inputs.
-    #[must_use]
-    pub fn new(n: usize, k: usize) -> Self {
-        Self { panels: Buffer::poisoned(gemm::packed_len(k, n)), n, k }
+    ///
+    /// # Errors
+    /// [`crate::Error::Memory`] if there is no room.
+    pub fn new(dev: &Device, n: usize, k: usize) -> Result<Self> {
+        let panels = Buffer::new(dev, "a packed weight", gemm::packed_len(k, n))?;
+        Ok(Self { panels, n, k })
     }
 
     /// Outputs.

@@ -66,18 +66,20 @@ pub struct Table<F: 'static> {
 
 impl<F: Float> Table<F> {
     /// For heads of `head_dim` and positions below `positions`.
-    #[must_use]
-    pub fn new(rope: &Rope, head_dim: usize, positions: usize) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if there is no room.
+    pub fn new(dev: &Device, rope: &Rope, head_dim: usize, positions: usize) -> Result<Self> {
         let freq = rope.inv_freq(head_dim);
         let half = freq.len();
-        let mut rows = Buffer::poisoned(positions * 2 * half);
+        let mut rows = Buffer::new(dev, "the rotary table", positions * 2 * half)?;
         for (p, row) in rows.host_mut().chunks_exact_mut((2 * half).max(1)).enumerate() {
             for (i, f) in freq.iter().enumerate() {
                 let (sin, cos) = (p as f64 * f).sin_cos();
                 (row[i], row[half + i]) = (F::of(cos), F::of(sin));
             }
         }
-        Self { rows, half, positions }
+        Ok(Self { rows, half, positions })
     }
 }
 

@@ -9,7 +9,7 @@
 use crate::{
     device::{Device, Float, View, ViewMut, cpu::math},
     error::{Error, Result},
-    rng::{Philox, Purpose},
+    rng::Stream,
     shape, simd,
 };
 
@@ -84,8 +84,7 @@ pub fn next<F: Float>(
     tokens: ViewMut<'_, u32>,
     logits: View<'_, F>,
     params: &Params,
-    seed: u64,
-    step: u64,
+    stream: Stream,
     samples: View<'_, u64>,
     positions: View<'_, u32>,
     scratch: ViewMut<'_, F>,
@@ -114,8 +113,8 @@ pub fn next<F: Float>(
             } else {
                 let total = weights(cpu.isa(), p, z, F::of(1.0 / f64::from(params.temperature)));
                 let total = if params.filters() { filter(p, order, params, total) } else { total };
-                let draw = Philox::new(seed, step, samples[r], Purpose::Sample);
-                pick(p, F::of(f64::from(draw.uniform(positions[r]))) * total)
+                let u = stream.sample(samples[r]).uniform(positions[r]);
+                pick(p, F::of(f64::from(u)) * total)
             };
         }
     });

@@ -11,6 +11,7 @@ use crate::{
     error::{Error, Result},
     models::{Activations, Batch, Cache, Model, Selected, Spec},
     ops::{attention::PAGE, logprob, matmul, sample},
+    rng::Stream,
 };
 
 /// What to continue.
@@ -31,10 +32,8 @@ pub struct Settings {
     pub max_new_tokens: usize,
     /// A sequence ends with the first of these, which is kept.
     pub stop_ids: Vec<u32>,
-    /// Seed of the random stream.
-    pub seed: u64,
-    /// Step of the random stream.
-    pub step: u64,
+    /// Where the random numbers come from.
+    pub stream: Stream,
 }
 
 /// A finished sample.
@@ -211,14 +210,12 @@ impl Generator {
         draws.reset(live, prompts);
         let scratch = pass.scratch.view_mut();
         let (samples, positions) = ((&draws.samples).into(), (&draws.positions).into());
-        let (seed, step) = (settings.seed, settings.step);
         sample::next(
             dev,
             (&mut draws.tokens).into(),
             pass.logits.view(),
             &settings.sampling,
-            seed,
-            step,
+            settings.stream,
             samples,
             positions,
             scratch,

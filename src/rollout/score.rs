@@ -19,6 +19,12 @@ pub struct Scorer {
 }
 
 impl Scorer {
+    /// Sizes for sequences of these lengths: enough rows to keep a CPU busy, little memory.
+    #[must_use]
+    pub fn for_lengths(lens: impl Iterator<Item = usize>) -> Self {
+        Self { rows: lens.max().unwrap_or(1).max(2048), sequences: 256 }
+    }
+
     /// Bytes that a pass needs of an arena.
     ///
     /// # Errors

@@ -19,7 +19,7 @@ use std::{
 
 use serde_json::Value;
 
-use super::storage::{Storage, uninterrupted};
+use super::storage::{Storage, check_room, uninterrupted};
 use crate::error::{Error, Result};
 pub use format::{Dtype, Element, Tensor};
 pub use verify::{Loaded, TensorInfo, load};
@@ -205,14 +205,7 @@ fn make_dir(storage: &dyn Storage, dir: &Path) -> Result<()> {
 fn pre_flight(storage: &dyn Storage, dir: &Path, tensors: &[Tensor<'_>]) -> Result<()> {
     // per tensor: its lines in the header and the manifest; once: the state
     let want = tensors.iter().map(|t| t.bytes.len() as u64 + 1024).sum::<u64>() + (1 << 20);
-    match storage.free_space(dir) {
-        Some(free) if free < want => {
-            let message = format!("the checkpoint needs {want} bytes, the disk has {free} left");
-            let source = io::Error::new(io::ErrorKind::StorageFull, message);
-            Err(Error::Io { doing: "write a checkpoint to", path: dir.into(), source })
-        }
-        _ => Ok(()),
-    }
+    check_room(storage, "the checkpoint", dir, want)
 }
 
 /// Gives the finished folder its name. A folder that has the name already is moved aside first,

@@ -20,7 +20,7 @@ impl Trainer {
             self.batch.clear();
             for s in &sequences[group] {
                 match &self.policy {
-                    Some(_) => self.batch.push_masked(&s.ids, s.predicted.iter().cloned()),
+                    Some(_) => self.batch.push_masked(&s.ids, &s.predicted),
                     None => self.batch.push_last(&s.ids),
                 }
             }

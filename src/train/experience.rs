@@ -13,6 +13,7 @@ use crate::{
     device::Device,
     error::{Error, Result},
     ops::grad_norm,
+    rng::{Purpose, Stream},
     rollout::{Completion, Prompt, Settings as Generation},
 };
 
@@ -70,8 +71,7 @@ impl Trainer {
             sampling: sampling.params,
             max_new_tokens: sampling.max_new_tokens,
             stop_ids: self.eos.iter().chain(&self.settings.stop_ids).copied().collect(),
-            seed: self.settings.seed,
-            step: self.step,
+            stream: Stream { seed: self.settings.seed, step: self.step, purpose: Purpose::Sample },
         };
         let total = prompts.len() * settings.max_new_tokens;
         let mut made = 0;
@@ -89,7 +89,7 @@ impl Trainer {
         for group in scorer.groups(sequences.iter().map(|s| s.ids.len())) {
             self.batch.clear();
             for s in &sequences[group.clone()] {
-                self.batch.push_masked(&s.ids, s.predicted.iter().cloned());
+                self.batch.push_masked(&s.ids, &s.predicted);
             }
             if let Some(model) = &self.reference {
                 let scope = self.arena.scope();
@@ -99,7 +99,7 @@ impl Trainer {
                 let scope = self.arena.scope();
                 scorer.scalars(dev, &role.model, &scope, &self.batch, &mut c.old_values)?;
             }
-            if let Some(model) = &self.judge {
+            if let Some(model) = &self.reward_model {
                 self.batch.clear();
                 sequences[group].iter().for_each(|s| self.batch.push_last(&s.ids));
                 scorer.scalars(dev, model, &self.arena.scope(), &self.batch, &mut c.scores)?;
@@ -129,7 +129,13 @@ fn check_columns(dev: &Device, c: &Columns<f32>, step: u64) -> Result<()> {
         // scores are by sequence, all else by token
         let s = if what == "the score" { i } else { c.sequence_of(i) };
         let samples = c.samples.get(s).copied().into_iter().collect();
-        return Err(Error::BadNumber { step, what: what.into(), value: f64::from(x[i]), samples });
+        return Err(Error::BadNumber {
+            step,
+            what: what.into(),
+            value: f64::from(x[i]),
+            samples,
+            places: Vec::new(),
+        });
     }
     Ok(())
 }

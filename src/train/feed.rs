@@ -5,7 +5,7 @@ use std::{ops::Range, path::Path};
 use super::settings::Settings;
 use crate::{
     algorithms::{Columns, Inputs},
-    data::{self, Limits, Order, Pair, Prompt, Stats, Text, Tokenizer},
+    data::{self, Limits, Order, Pair, Place, Prompt, Stats, Text, Tokenizer},
     error::Result,
 };
 
@@ -102,13 +102,33 @@ impl Examples {
         longest.unwrap_or(0)
     }
 
-    /// SHA-256 of all tokens.
+    /// SHA-256 of all that is learned: tokens, which of them, margins.
     #[must_use]
     pub fn digest(&self) -> String {
         match self {
-            Self::Texts(x) => data::digest(x.iter().map(|t| &t.ids[..])),
-            Self::Pairs(x) => data::digest(x.iter().flat_map(|p| [&p.chosen[..], &p.rejected])),
-            Self::Prompts(x) => data::digest(x.iter().map(|p| &p.ids[..])),
+            Self::Texts(x) => {
+                let ranges = |r: &Range<usize>| [r.start as u32, r.end as u32];
+                let learn = |t: &Text| t.learn.iter().flat_map(ranges).collect();
+                data::digest(x.iter().flat_map(|t| [t.ids.clone(), learn(t)]))
+            }
+            Self::Pairs(x) => {
+                let halves = |m: f64| [m.to_bits() as u32, (m.to_bits() >> 32) as u32];
+                let margin = |p: &Pair| p.margin.into_iter().flat_map(halves).collect();
+                let parts = |p: &Pair| [p.chosen.clone(), p.rejected.clone(), margin(p)];
+                data::digest(x.iter().flat_map(parts))
+            }
+            Self::Prompts(x) => data::digest(x.iter().map(|p| p.ids.clone())),
+        }
+    }
+
+    /// Where each sequence came from that [`Examples::sequences`] makes of an example; for prompts,
+    /// where the prompt did.
+    #[must_use]
+    pub fn places(&self, example: usize) -> Vec<&Place> {
+        match self {
+            Self::Texts(x) => vec![&x[example].place],
+            Self::Pairs(x) => x[example].places.iter().collect(),
+            Self::Prompts(x) => vec![&x[example].place],
         }
     }
 

@@ -30,11 +30,14 @@ pub struct Role {
 
 impl Role {
     /// A model at the start of its training.
-    #[must_use]
-    pub fn new(name: &'static str, model: Model<f32>) -> Self {
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if there is no room for gradients and moments.
+    pub fn new(dev: &Device, name: &'static str, model: Model<f32>) -> Result<Self> {
         let layout = model.params().layout().clone();
-        let zeros = || Params::zeros(&layout);
-        Self { name, grads: zeros(), m: zeros(), v: zeros(), model, updates: 0 }
+        let zeros = |what| Params::zeros(dev, what, &layout);
+        let (grads, m, v) = (zeros("gradients")?, zeros("moments")?, zeros("moments")?);
+        Ok(Self { name, grads, m, v, model, updates: 0 })
     }
 
     /// Forgets the gradients.
@@ -42,16 +45,28 @@ impl Role {
         self.grads.flat_mut().host().fill(0.0);
     }
 
-    /// Checks the gradients, clips them, updates the weights and renews what is derived from them.
-    /// Returns the gradient's norm before clipping.
+    /// Norm of all gradients.
     ///
     /// # Errors
-    /// [`Error::BadNumber`] naming the tensor if a gradient is not finite; nothing is changed then.
-    pub fn update(&mut self, dev: &Device, s: &Settings, lr: f64, step: u64) -> Result<f64> {
+    /// [`Error::BadNumber`] naming the tensor if a gradient is not finite.
+    pub fn gradient_norm(&self, dev: &Device, step: u64) -> Result<f64> {
         let norm = grad_norm::norm(dev, self.grads.flat());
-        if !norm.is_finite() {
-            return Err(self.bad_gradient(dev, norm, step));
-        }
+        if norm.is_finite() { Ok(norm) } else { Err(self.bad(dev, "gradient", norm, step)) }
+    }
+
+    /// Clips the gradients, whose norm is `norm`, updates the weights and renews what is derived from
+    /// them.
+    ///
+    /// # Errors
+    /// [`Error::BadNumber`] naming the tensor if a weight is not finite any more: a step too large.
+    pub fn update(
+        &mut self,
+        dev: &Device,
+        s: &Settings,
+        lr: f64,
+        norm: f64,
+        step: u64,
+    ) -> Result<()> {
         self.updates += 1;
         let scale = grad_norm::clip_scale(norm, s.max_grad_norm);
         for (range, decays) in self.groups(s.decay_all) {
@@ -70,18 +85,22 @@ impl Role {
             let g = self.grads.flat().range(range);
             adamw::step(dev, state, g, scale, self.updates, &hyper)?;
         }
-        self.model.repack(dev)?;
-        Ok(norm)
+        if grad_norm::first_bad(dev, self.model.params().flat()).is_some() {
+            return Err(self.bad(dev, "new weight", f64::NAN, step));
+        }
+        self.model.repack(dev)
     }
 
-    fn bad_gradient(&self, dev: &Device, norm: f64, step: u64) -> Error {
-        let at = grad_norm::first_bad(dev, self.grads.flat());
+    /// An error about the first gradient or weight that is not finite; `whole` is for finite numbers
+    /// whose squares overflow: they have no first culprit.
+    fn bad(&self, dev: &Device, what: &str, whole: f64, step: u64) -> Error {
+        let all = if what == "gradient" { &self.grads } else { self.model.params() };
+        let at = grad_norm::first_bad(dev, all.flat());
         let tensor = at.and_then(|i| models::tensor_at(&self.model, i));
-        // Finite numbers whose squares overflow have no first culprit.
         let tensor = tensor.unwrap_or_else(|| "all tensors".into());
-        let value = at.map_or(norm, |i| f64::from(self.grads.flat().host()[i]));
-        let what = format!("the gradient of {tensor} of the {} model", self.name);
-        Error::BadNumber { step, what, value, samples: Vec::new() }
+        let value = at.map_or(whole, |i| f64::from(all.flat().host()[i]));
+        let what = format!("the {what} of {tensor} of the {} model", self.name);
+        Error::BadNumber { step, what, value, samples: Vec::new(), places: Vec::new() }
     }
 
     /// Runs of tensors that decay or do not, as ranges of the flat buffer.

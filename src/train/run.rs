@@ -15,12 +15,14 @@ use super::{
     checkpoint::{self, Tensor},
     lock::Lock,
     metrics::Metrics as MetricsFile,
+    role::Role,
     rollouts, signals,
-    storage::Disk,
+    storage::{Disk, check_room},
 };
 use crate::{
     algorithms::Entry,
     config::{self, Section},
+    data::Tokenizer,
     error::{Error, Result},
     models::{self, Model},
 };
@@ -51,14 +53,26 @@ pub fn run(
     seen: &mut dyn Observer,
 ) -> Result<PathBuf> {
     let out = PathBuf::from(&settings.out);
-    fs::create_dir_all(&out).map_err(Error::io("create", &out))?;
-    let _lock = Lock::acquire(&out)?;
+    let algorithm = (entry.build)(section)?;
+    // A folder that is there may be another trainer's, which is asked before models take memory; one
+    // that is not there is made once the run is known to be possible.
+    let early = out.is_dir().then(|| Lock::acquire(&out)).transpose()?;
     signals::install()?;
-    let trainer = Trainer::new(settings.clone(), (entry.build)(section)?)?;
-    let mut run = Run { checkpoints: out.join("checkpoints"), out, trainer, saved: None };
-    run.describe(entry, seen)?;
+    let trainer = Trainer::new(settings.clone(), algorithm)?;
+    fs::create_dir_all(&out).map_err(Error::io("create", &out))?;
+    let _lock = early.map_or_else(|| Lock::acquire(&out), Ok)?;
+    let models = hashes(&trainer);
+    let mut run = Run { checkpoints: out.join("checkpoints"), out, trainer, models, saved: None };
+    let about = run.about(entry);
+    about.iter().for_each(|(name, text)| seen.note(&format!("{name}: {text}")));
     let state = run.fixed(entry, section);
     run.resume(&state, seen)?;
+    if run.is_finished() {
+        seen.note("the run is finished");
+        return Ok(run.out.join("final"));
+    }
+    run.pre_flight()?;
+    run.write_about(about)?;
     run.write_config(entry, section)?;
     seen.begin(run.trainer.step, run.trainer.steps);
     let mut metrics = MetricsFile::open(&run.out, Some(run.trainer.step).filter(|s| *s > 0))?;
@@ -95,13 +109,15 @@ struct Run {
     out: PathBuf,
     checkpoints: PathBuf,
     trainer: Trainer,
+    /// SHA-256 of the weights that the run began with, by model.
+    models: Vec<(&'static str, String)>,
     /// Step of the newest checkpoint.
     saved: Option<u64>,
 }
 
 impl Run {
     /// What the run is, in lines for people and in `run.json`.
-    fn describe(&self, entry: &Entry, seen: &mut dyn Observer) -> Result<()> {
+    fn about(&self, entry: &Entry) -> Vec<(&'static str, String)> {
         let t = &self.trainer;
         let (s, mib) = (&t.stats, t.planned_bytes() as f64 / (1 << 20) as f64);
         let size = |m: &Model<f32>| {
@@ -112,11 +128,9 @@ impl Run {
             about.push((role.name, size(&role.model)));
         }
         // Frozen models are told by their weights: the hash is that of every run against them.
-        for (name, model) in [("reference", &t.reference), ("reward_model", &t.judge)] {
+        for (name, model) in [("reference", &t.reference), ("reward_model", &t.reward_model)] {
             if let Some(m) = model {
-                let hash =
-                    Sha256::digest(bytemuck::cast_slice::<f32, u8>(m.params().flat().host()));
-                let hash: String = hash[..8].iter().map(|b| format!("{b:02x}")).collect();
+                let hash = self.models.iter().find(|m| m.0 == name).map_or("", |m| &m.1[..16]);
                 about.push((name, format!("{}, frozen, sha256 {hash}", size(m))));
             }
         }
@@ -129,8 +143,10 @@ impl Run {
         ));
         about.push(("step", t.equation()));
         about.push(("memory", format!("{mib:.1} MiB for activations and KV cache, planned once")));
-        about.iter().for_each(|(name, text)| seen.note(&format!("{name}: {text}")));
+        about
+    }
 
+    fn write_about(&self, about: Vec<(&'static str, String)>) -> Result<()> {
         let path = self.out.join("run.json");
         let before = fs::read_to_string(&path).ok().and_then(|t| serde_json::from_str(&t).ok());
         let before = before.unwrap_or(Value::Null);
@@ -149,7 +165,31 @@ impl Run {
         let keys = keys.filter(|k| !Settings::FREE.contains(&k.name));
         let all: Map<String, Value> =
             keys.map(|k| (k.name.to_owned(), Value::String(k.value))).collect();
-        json!({ "algorithm": entry.name, "settings": all, "data": self.trainer.examples.digest() })
+        let tokenizer = self.trainer.tokenizer.as_ref().map(Tokenizer::digest);
+        let models: Map<String, Value> =
+            self.models.iter().map(|(name, hash)| ((*name).to_owned(), json!(hash))).collect();
+        json!({
+            "algorithm": entry.name, "settings": all, "models": models, "tokenizer": tokenizer,
+            "data": self.trainer.examples.digest(),
+        })
+    }
+
+    /// All steps are done and all models exported.
+    fn is_finished(&self) -> bool {
+        let t = &self.trainer;
+        t.step == t.steps && self.exports().all(|(_, dir)| dir.is_dir())
+    }
+
+    /// Checks that the disk has room for the checkpoints and models that the run will leave, so that
+    /// a run of days does not find out at its end.
+    fn pre_flight(&self) -> Result<()> {
+        let t = &self.trainer;
+        let numbers: u64 =
+            t.policy.iter().chain(&t.scalar).map(|r| r.grads.layout().len() as u64).sum();
+        // Weights and two moments; while one is written, all that are kept are still there.
+        let kept = checkpoint::list(&Disk, &self.checkpoints)?.len();
+        let more = (t.settings.keep_checkpoints.max(2) + 1).saturating_sub(kept) as u64;
+        check_room(&Disk, "the run", &self.out, (12 * more + 4) * numbers)
     }
 
     fn resume(&mut self, fixed: &Value, seen: &mut dyn Observer) -> Result<()> {
@@ -163,6 +203,12 @@ impl Run {
             seen.note(&format!("skipped a damaged checkpoint: {problem}"));
         }
         same(&loaded.state["run"], fixed, &self.out)?;
+        let (was, is) = (&loaded.state["version"], env!("CARGO_PKG_VERSION"));
+        if was != is {
+            seen.note(&format!(
+                "the run was begun by version {was}, this is {is}: bits may differ"
+            ));
+        }
         let t = &mut self.trainer;
         for role in t.policy.iter_mut().chain(&mut t.scalar) {
             let name = role.name;
@@ -243,20 +289,34 @@ impl Run {
 
     /// Exports the trained models: `final/`, and `final-value/` beside a policy.
     fn finish(self) -> Result<PathBuf> {
-        let t = &self.trainer;
-        let from = Path::new(&t.settings.model);
-        let final_dir = self.out.join("final");
-        for role in t.policy.iter().chain(&t.scalar) {
-            let value = role.name == "value";
-            let dir = if value { self.out.join("final-value") } else { final_dir.clone() };
-            export(role, from, &dir)?;
-        }
-        Ok(final_dir)
+        let from = Path::new(&self.trainer.settings.model);
+        self.exports().try_for_each(|(role, dir)| export(role, from, &dir))?;
+        Ok(self.out.join("final"))
+    }
+
+    /// Each trained model and the folder that it is exported to.
+    fn exports(&self) -> impl Iterator<Item = (&Role, PathBuf)> {
+        let name = |r: &Role| if r.name == "value" { "final-value" } else { "final" };
+        let roles = self.trainer.policy.iter().chain(&self.trainer.scalar);
+        roles.map(move |role| (role, self.out.join(name(role))))
     }
 }
 
+/// SHA-256 of the weights of the models that are given to a run; all others are made from them.
+fn hashes(t: &Trainer) -> Vec<(&'static str, String)> {
+    let roles = t.policy.iter().chain(&t.scalar).filter(|r| r.name != "value");
+    let trained = roles.map(|r| (r.name, &r.model));
+    let frozen = [("reference", &t.reference), ("reward_model", &t.reward_model)];
+    let frozen = frozen.into_iter().filter_map(|(name, m)| Some((name, m.as_ref()?)));
+    let hash = |m: &Model<f32>| {
+        let bytes = bytemuck::cast_slice::<f32, u8>(m.params().flat().host());
+        Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+    };
+    trained.chain(frozen).map(|(name, m)| (name, hash(m))).collect()
+}
+
 /// Writes a model folder aside and renames it into place.
-fn export(role: &super::role::Role, from: &Path, dir: &Path) -> Result<()> {
+fn export(role: &Role, from: &Path, dir: &Path) -> Result<()> {
     let aside = dir.with_extension("tmp");
     if aside.exists() {
         fs::remove_dir_all(&aside).map_err(Error::io("remove", &aside))?;
@@ -278,13 +338,13 @@ fn export(role: &super::role::Role, from: &Path, dir: &Path) -> Result<()> {
 /// Refuses to go on with a run under other settings or on other data.
 fn same(was: &Value, now: &Value, out: &Path) -> Result<()> {
     let hint = || Some("use the run's config.toml, or another --out folder".to_owned());
-    for (key, want) in [("algorithm", &was["algorithm"]), ("data", &was["data"])] {
-        if *want != now[key] {
-            let message = format!(
-                "{} holds a run with {key} {want}, this one has {}",
-                out.display(),
-                now[key]
-            );
+    let models = now["models"].as_object().into_iter().flatten();
+    let models = models.map(|(name, hash)| (name.as_str(), &was["models"][name], hash));
+    let others = ["algorithm", "data", "tokenizer"].map(|key| (key, &was[key], &now[key]));
+    for (key, before, after) in others.into_iter().chain(models) {
+        if before != after {
+            let message =
+                format!("{} holds a run with {before}, this one has {after}", out.display());
             return Err(Error::Config { key: key.into(), message, hint: hint() });
         }
     }

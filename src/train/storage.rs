@@ -186,6 +186,21 @@ pub fn read_small(storage: &dyn Storage, path: &Path, limit: u64) -> Result<Vec<
     Ok(bytes)
 }
 
+/// Checks that `want` bytes can be written under `dir`, if the system tells.
+///
+/// # Errors
+/// [`Error::Io`] of kind `StorageFull`.
+pub fn check_room(storage: &dyn Storage, what: &str, dir: &Path, want: u64) -> Result<()> {
+    match storage.free_space(dir) {
+        Some(free) if free < want => {
+            let message = format!("{what} needs {want} bytes, the disk has {free} left");
+            let source = io::Error::new(io::ErrorKind::StorageFull, message);
+            Err(Error::io("write to", dir)(source))
+        }
+        _ => Ok(()),
+    }
+}
+
 /// Opens a file at an offset.
 ///
 /// # Errors

@@ -12,9 +12,11 @@ use super::{
 };
 use crate::{
     algorithms::{Algorithm, Columns, Inputs, Metrics, Micro, Needs, Origin, Sampling},
+    config::Section,
     data::{Limits, Order, Stats, Tokenizer},
     device::{Arena, Device},
     error::{Error, Result},
+    eval::load_reward_model,
     models::{Batch, Config, Head, Model},
     ops::grad_norm,
     rng::{Philox, Purpose},
@@ -50,7 +52,7 @@ pub struct Trainer {
     pub(super) policy: Option<Role>,
     pub(super) scalar: Option<Role>,
     pub(super) reference: Option<Model<f32>>,
-    pub(super) judge: Option<Model<f32>>,
+    pub(super) reward_model: Option<Model<f32>>,
     pub(super) tokenizer: Option<Tokenizer>,
     pub(super) examples: Examples,
     pub(super) held_out: Option<Examples>,
@@ -88,10 +90,7 @@ impl Trainer {
         let needs = algorithm.needs();
         let dir = PathBuf::from(&settings.model);
         let (_, spec) = Config::read(&dir)?.spec()?;
-        let tokenizer = match dir.join("tokenizer.json").exists() {
-            true => Some(Tokenizer::open(&dir)?),
-            false => None,
-        };
+        let tokenizer = Tokenizer::open_if_there(&dir)?;
         let mut eos: Vec<u32> = settings.eos_id.into_iter().collect();
         if eos.is_empty() {
             eos.extend(tokenizer.iter().flat_map(|t| t.eos().to_vec()));
@@ -104,27 +103,40 @@ impl Trainer {
             Inputs::Prompts(s) => Some(s),
             _ => None,
         };
+        if room < 2 {
+            return Err(Error::config("max_length", "2 or more, or 0", settings.max_length));
+        }
         let new = sampling.map_or(0, |s| s.max_new_tokens);
-        let Some(max_length) = room.checked_sub(new).filter(|n| *n > 1) else {
-            let message = format!("{new} leave no room for a prompt in {room} positions");
-            return Err(Error::Config { key: "max_new_tokens".into(), message, hint: None });
+        let Some(max_length) = room.checked_sub(new).filter(|n| *n > 0) else {
+            let want = format!("less than the {room} positions of a prompt and its sample");
+            return Err(Error::config("max_new_tokens", want, new));
         };
+        if !settings.eval_data.is_empty() && sampling.is_some() {
+            let want = "none for an algorithm that samples; its metrics are of new samples";
+            return Err(Error::config("eval_data", want, settings.eval_data.join(", ")));
+        }
+        let ids = |key: &str, ids: &[u32]| {
+            let bad = ids.iter().find(|id| **id as usize >= spec.vocab);
+            let want = format!("below the vocabulary of {}", spec.vocab);
+            bad.map_or(Ok(()), |id| Err(Error::config(key, want, id)))
+        };
+        ids("eos_id", &eos)?;
+        ids("stop_ids", &settings.stop_ids)?;
         let limits = Limits { max_length, vocab: spec.vocab, eos: eos.first().copied() };
         let load = |files: &[String]| {
             Examples::load(files, &needs.inputs, tokenizer.as_ref(), limits, &settings)
         };
         let (examples, stats) = load(&settings.data)?;
-        let held_out = match (settings.eval_data.is_empty(), sampling) {
-            (false, None) => Some(load(&settings.eval_data)?.0),
-            _ => None,
+        let held_out = match settings.eval_data.is_empty() {
+            false => Some(load(&settings.eval_data)?.0),
+            true => None,
         };
         let per_prompt = sampling.map_or(1, |s| s.samples_per_prompt);
-        if !settings.batch_size.is_multiple_of(per_prompt * needs.minibatches.max(1)) {
-            let message = format!(
-                "{} is no multiple of samples_per_prompt {per_prompt} x minibatches {}",
-                settings.batch_size, needs.minibatches
-            );
-            return Err(Error::Config { key: "batch_size".into(), message, hint: None });
+        if !settings.batch_size.is_multiple_of(per_prompt.saturating_mul(needs.minibatches)) {
+            let parts = needs.minibatches;
+            let want =
+                format!("a multiple of samples_per_prompt {per_prompt} x minibatches {parts}");
+            return Err(Error::config("batch_size", want, settings.batch_size));
         }
         let draws = settings.batch_size / per_prompt;
         let steps = match settings.steps {
@@ -135,9 +147,9 @@ impl Trainer {
             policy: None,
             scalar: None,
             reference: None,
-            judge: None,
+            reward_model: None,
             order: feed::order(&examples, &settings),
-            arena: Arena::new(0),
+            arena: Arena::new(&dev, 0)?,
             sizes: Sizes { rows: 0, sequences: 0 },
             batch: Batch::default(),
             rollouts: Vec::new(),
@@ -162,31 +174,27 @@ impl Trainer {
     fn load_models(&mut self, dir: &std::path::Path) -> Result<()> {
         let (dev, seed) = (&self.dev, self.settings.seed);
         if !self.needs.policy {
-            let model = Model::load(dev, dir, Head::Scalar, seed)?;
-            self.scalar = Some(Role::new("reward", model));
+            let model = Model::load(dev, dir, Head::Scalar, Some(seed))?;
+            self.scalar = Some(Role::new(dev, "reward", model)?);
             return Ok(());
         }
-        let policy = Model::load(dev, dir, Head::Lm, seed)?;
+        let policy = Model::load(dev, dir, Head::Lm, None)?;
         if self.needs.reference {
             self.reference = Some(policy.copy_as(dev, Head::Lm, seed)?);
         }
         if let Some(folder) = self.sampling().and_then(|s| s.reward_model.as_ref()) {
-            let judge = Model::load(dev, folder, Head::Scalar, seed)?;
-            let (want, got) = (policy.spec().vocab, judge.spec().vocab);
-            if want != got {
-                let message = format!("has a vocabulary of {got}, the policy one of {want}");
-                return Err(Error::file(folder, message));
-            }
-            self.judge = Some(judge);
+            let (spec, tokenizer) = (policy.spec(), self.tokenizer.as_ref());
+            let model = load_reward_model(dev, folder, spec, tokenizer, self.longest())?;
+            self.reward_model = Some(model);
         }
         if let Some(scalar) = self.needs.scalar {
-            let from = match (scalar.from, &self.judge) {
-                (Origin::RewardModel, Some(judge)) => judge,
+            let from = match (scalar.from, &self.reward_model) {
+                (Origin::RewardModel, Some(model)) => model,
                 _ => &policy,
             };
-            self.scalar = Some(Role::new("value", from.copy_as(dev, Head::Scalar, seed)?));
+            self.scalar = Some(Role::new(dev, "value", from.copy_as(dev, Head::Scalar, seed)?)?);
         }
-        self.policy = Some(Role::new("policy", policy));
+        self.policy = Some(Role::new(dev, "policy", policy)?);
         Ok(())
     }
 
@@ -219,7 +227,8 @@ impl Trainer {
     fn plan(&mut self) -> Result<()> {
         let unit = self.unit();
         let rows = self.settings.micro_batch_tokens.max(unit * self.longest());
-        self.sizes = Sizes { rows, sequences: unit * self.settings.batch_size };
+        // A sequence has at least one row.
+        self.sizes = Sizes { rows, sequences: (unit * self.settings.batch_size).min(rows) };
         let mut bytes = 0;
         for role in self.policy.iter().chain(&self.scalar) {
             let (spec, head) = (role.model.spec(), role.model.head());
@@ -227,14 +236,14 @@ impl Trainer {
             bytes = bytes.max(self.sizes.plan::<f32>(spec, head, entropy)?);
         }
         let scorer = self.scorer();
-        for model in self.reference.iter().chain(&self.judge) {
+        for model in self.reference.iter().chain(&self.reward_model) {
             bytes = bytes.max(scorer.plan::<f32>(model.spec())?);
         }
         if let (Some(sampling), Some(policy)) = (self.sampling(), &self.policy) {
             let generator = self.generator(sampling);
             bytes = bytes.max(generator.plan::<f32>(policy.model.spec())?);
         }
-        self.arena = Arena::new(bytes);
+        self.arena = Arena::new(&self.dev, bytes)?;
         self.batch = Batch::with_capacity(rows);
         Ok(())
     }
@@ -293,17 +302,40 @@ impl Trainer {
     /// One optimizer step. `None` if a signal came while it was sampling: nothing has changed then.
     ///
     /// # Errors
-    /// [`Error::BadNumber`] before an update that would have spoilt the weights.
+    /// [`Error::BadNumber`] naming what is no number any more, and whose. The models may then be
+    /// in the middle of the step: go on from a checkpoint.
     pub fn step(&mut self, seen: &mut dyn Observer) -> Result<Option<Report>> {
-        let mut metrics = Metrics::new();
-        self.rollouts.clear();
-        self.clock.clear();
         let per_prompt = self.sampling().map_or(1, |s| s.samples_per_prompt);
         let chosen = self.order.batch(self.step, self.settings.batch_size / per_prompt);
         let base = self.step * (self.settings.batch_size * self.unit()) as u64;
-        let (sequences, mut columns) = match self.examples.sequences(&chosen, base) {
+        self.step_on(&chosen, base, seen).map_err(|mut e| {
+            if let Error::BadNumber { samples, places, .. } = &mut e {
+                *places = samples.iter().filter_map(|s| self.place(&chosen, base, *s)).collect();
+            }
+            e
+        })
+    }
+
+    /// The line of data that a sample of this step comes from.
+    fn place(&self, chosen: &[usize], base: u64, sample: u64) -> Option<String> {
+        let i = sample.checked_sub(base)? as usize;
+        let each = self.sampling().map_or(self.unit(), |s| s.samples_per_prompt);
+        let places = self.examples.places(*chosen.get(i / each)?);
+        places.get(i % each).or(places.first()).map(ToString::to_string)
+    }
+
+    fn step_on(
+        &mut self,
+        chosen: &[usize],
+        base: u64,
+        seen: &mut dyn Observer,
+    ) -> Result<Option<Report>> {
+        let mut metrics = Metrics::new();
+        self.rollouts.clear();
+        self.clock.clear();
+        let (sequences, mut columns) = match self.examples.sequences(chosen, base) {
             Some(ready) => ready,
-            None => match self.roll_out(&chosen, base, seen)? {
+            None => match self.roll_out(chosen, base, seen)? {
                 Some(sampled) => sampled,
                 None => return Ok(None),
             },
@@ -357,23 +389,34 @@ impl Trainer {
         let lens = sequences.chunks(unit).map(|u| u.iter().map(|s| s.ids.len()).sum());
         let groups = self.scorer().groups(lens);
         let dev = self.dev.clone();
-        if let Some(mut role) = self.policy.take() {
-            let done = self.policy_gradient(&dev, &mut role, sequences, columns, &groups, first);
-            let done = done.and_then(|()| role.update(&dev, &self.settings, lr, self.step + 1));
-            self.policy = Some(role);
-            norms.policy.push(done?);
-        }
-        if let Some(mut role) = self.scalar.take() {
-            let lr = match self.needs.scalar.and_then(|s| s.learning_rate) {
-                Some(peak) => peak * self.schedule(),
-                None => lr,
-            };
-            let done = self.scalar_gradient(&dev, &mut role, sequences, columns, &groups, unit);
-            let done = done.and_then(|()| role.update(&dev, &self.settings, lr, self.step + 1));
-            self.scalar = Some(role);
-            norms.scalar.push(done?);
-        }
-        Ok(())
+        let (mut policy, mut scalar) = (self.policy.take(), self.scalar.take());
+        let mut run = || {
+            // Both gradients are there and known to be good before either model changes.
+            if let Some(role) = &mut policy {
+                self.policy_gradient(&dev, role, sequences, columns, &groups, first)?;
+            }
+            if let Some(role) = &mut scalar {
+                self.scalar_gradient(&dev, role, sequences, columns, &groups, unit)?;
+            }
+            let step = self.step + 1;
+            let norm = |role: &Role| role.gradient_norm(&dev, step);
+            let policy_norm = policy.as_ref().map(norm).transpose()?;
+            let scalar_norm = scalar.as_ref().map(norm).transpose()?;
+            if let (Some(role), Some(norm)) = (&mut policy, policy_norm) {
+                role.update(&dev, &self.settings, lr, norm, step)?;
+            }
+            if let (Some(role), Some(norm)) = (&mut scalar, scalar_norm) {
+                let own = self.needs.scalar.and_then(|s| s.learning_rate);
+                let lr = own.map_or(lr, |peak| peak * self.schedule());
+                role.update(&dev, &self.settings, lr, norm, step)?;
+            }
+            norms.policy.extend(policy_norm);
+            norms.scalar.extend(scalar_norm);
+            Ok(())
+        };
+        let done = run();
+        (self.policy, self.scalar) = (policy, scalar);
+        done
     }
 
     fn policy_gradient(
@@ -391,7 +434,7 @@ impl Trainer {
         for group in groups {
             self.batch.clear();
             for s in &sequences[group.clone()] {
-                self.batch.push_masked(&s.ids, s.predicted.iter().cloned());
+                self.batch.push_masked(&s.ids, &s.predicted);
             }
             let micro = Micro { columns, sequences: group.clone() };
             let (algorithm, scope) = (&mut self.algorithm, self.arena.scope());
@@ -425,7 +468,7 @@ impl Trainer {
             self.batch.clear();
             for s in &sequences[group.clone()] {
                 if self.needs.policy {
-                    self.batch.push_masked(&s.ids, s.predicted.iter().cloned());
+                    self.batch.push_masked(&s.ids, &s.predicted);
                 } else {
                     self.batch.push_last(&s.ids);
                 }
@@ -470,7 +513,8 @@ fn check(dev: &Device, micro: &Micro<'_, f32>, x: &[f32], step: u64, what: &str)
     let Some(i) = grad_norm::first_bad(dev, x.into()) else { return Ok(()) };
     let sample = sample_of(micro, i);
     let value = f64::from(x[i]);
-    Err(Error::BadNumber { step, what: what.into(), value, samples: vec![sample] })
+    let (what, samples) = (what.into(), vec![sample]);
+    Err(Error::BadNumber { step, what, value, samples, places: Vec::new() })
 }
 
 /// Property 2: before the first update of a step, the training forward gives the very log-prob
@@ -485,7 +529,8 @@ fn exact(micro: &Micro<'_, f32>, logp: &[f32], step: u64) -> Result<()> {
     };
     let value = (f64::from(logp[i]) - f64::from(old[i])).exp();
     let what = "the first ratio (training against sampled log-prob, wanted exactly 1)".into();
-    Err(Error::BadNumber { step, what, value, samples: vec![sample_of(micro, i)] })
+    let samples = vec![sample_of(micro, i)];
+    Err(Error::BadNumber { step, what, value, samples, places: Vec::new() })
 }
 
 /// The sample that holds number `i` of a micro-batch.

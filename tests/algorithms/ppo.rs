@@ -6,16 +6,16 @@ use std::{collections::BTreeMap, path::Path};
 use warpo::{
     Error,
     algorithms::{Algorithm, Columns, Metrics},
-    device::{Arena, Device},
+    device::Device,
     models::{self, Batch, Config, Head, Model, Slot},
     rollout::Scorer,
     train::Silent,
 };
 
 use crate::support::{
-    assert_bits, assert_close,
+    assert_bits, assert_close, host,
     losses::{build, finish, policy_loss, scalar_loss},
-    randn,
+    randn, room,
     runs::trainer,
     temp_dir, wide,
 };
@@ -144,6 +144,7 @@ fn the_kl_coefficient_adapts_as_the_formula() {
         for _ in 0..3 {
             let coef = prepare(&mut *a, &mut columns())["kl_coef"];
             assert_close("kl_coef", &[coef], &[want], 0.0, 1e-12);
+            finish(&mut *a);
             want *= 1.0 + error * 5.0 / 50.0;
         }
         // a restart goes on from there
@@ -324,10 +325,10 @@ fn settings_reach_the_loss() {
 #[test]
 fn a_wrong_setting_is_a_wrong_configuration() {
     for (pair, want) in [
-        ("samples_per_prompt=0", "1 or more"),
+        ("samples_per_prompt=0", "from 1 to 1000000"),
         ("max_new_tokens=0", "1 or more"),
         ("rollout_slots=0", "1 or more"),
-        ("temperature=0", "above 0: PPO needs a distribution"),
+        ("temperature=0", "above 0, up to 100: PPO needs a distribution"),
         ("top_p=0", "above 0, up to 1"),
         ("top_p=1.5", "above 0, up to 1"),
         ("min_p=-0.1", "from 0 to 1"),
@@ -344,19 +345,25 @@ fn a_wrong_setting_is_a_wrong_configuration() {
         ("kl_horizon=0", "above 0"),
         ("reward_clip=-1", "above 0"),
         ("value_learning_rate=-1", "0 or more"),
+        ("kl_coef=-0.1", "0 or more"),
+        ("value_coef=-1", "0 or more"),
+        ("entropy_coef=-0.01", "0 or more"),
+        ("missing_eos_penalty=-1", "0 or more"),
         ("reward_model=", "a folder with a reward model"),
     ] {
-        let key = pair.split('=').next().unwrap();
+        let (key, got) = pair.split_once('=').unwrap();
+        let got = if key == "reward_model" { "\"\"" } else { got };
         let Err(error) = build("ppo", &["reward_model=judge", pair]) else { panic!("{pair}") };
         assert!(matches!(&error, Error::Config { key: k, .. } if k == key), "{pair}: {error:?}");
-        assert_eq!(error.to_string(), format!("config key `{key}`: wanted {want}"));
+        assert_eq!(error.to_string(), format!("config key `{key}`: got {got}, wanted {want}"));
     }
 }
 
 /// A model over two tokens whose last score is 1 after `arm` and 0 after the other.
 fn judge(dir: &Path, arm: usize) {
     let mut judge =
-        Model::<f32>::zeros(Config::parse(BANDIT, "config.json").unwrap(), Head::Scalar).unwrap();
+        Model::<f32>::zeros(host(), Config::parse(BANDIT, "config.json").unwrap(), Head::Scalar)
+            .unwrap();
     let h = judge.spec().hidden;
     let params = judge.params_mut();
     for slot in [Slot::Norm1, Slot::Norm2] {
@@ -384,7 +391,8 @@ fn ppo_learns_a_bandit() {
         std::fs::create_dir_all(&reward).unwrap();
         judge(&reward, arm);
         let mut model =
-            Model::<f32>::zeros(Config::parse(BANDIT, "config.json").unwrap(), Head::Lm).unwrap();
+            Model::<f32>::zeros(host(), Config::parse(BANDIT, "config.json").unwrap(), Head::Lm)
+                .unwrap();
         for t in model.params().layout().clone().tensors() {
             let x: Vec<f32> = randn(&t.name(), t.len());
             let w = model.params_mut().tensor_mut(t).host();
@@ -433,7 +441,7 @@ fn probability(model: &Model<f32>, arm: usize) -> f32 {
     let mut batch = Batch::default();
     batch.push_predicted(&[0, 1, arm as u32], 2);
     let scorer = Scorer { rows: 2, sequences: 1 };
-    let mut arena = Arena::new(scorer.plan::<f32>(model.spec()).unwrap());
+    let mut arena = room(scorer.plan::<f32>(model.spec()).unwrap());
     let mut logp = Vec::new();
     let (dev, scope) = (Device::cpu(), arena.scope());
     scorer.logprobs(&dev, model, &scope, &batch, 1.0, &mut logp, None).unwrap();

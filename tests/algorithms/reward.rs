@@ -120,6 +120,6 @@ fn a_wrong_setting_is_a_wrong_configuration() {
     assert!(matches!(&error, Error::Config { key, .. } if key == "center_coef"), "{error:?}");
     assert_eq!(
         (error.to_string(), error.exit_code()),
-        ("config key `center_coef`: wanted 0 or more".into(), 2)
+        ("config key `center_coef`: got -0.5, wanted 0 or more".into(), 2)
     );
 }

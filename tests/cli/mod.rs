@@ -78,6 +78,11 @@ fn a_wrong_setting_is_named_with_the_nearest_known_one() {
         ),
         ("steps = 3\nbatch_size = \"many\"", 2, ["`batch_size`", "run.toml:2", "a whole number"]),
         ("steps = ", 2, ["run.toml", "not TOML", "line 1"]),
+        ("lr = 1e-3", 2, ["`lr`", "run.toml:1", "did you mean `learning_rate`?"]),
+        ("num_train_epochs = 3", 2, ["no such key", "run.toml:1", "did you mean `epochs`?"]),
+        ("kl_coef = 0.1", 2, ["`kl_coef`", "run.toml:1", "is a setting of ppo, not of sft"]),
+        ("[sft]\nsteps = 3", 2, ["`sft`", "no such key", "leave out `[sft]`"]),
+        ("\nbatch_size = 0", 2, ["got 0, wanted from 1 to", "`batch_size`", "run.toml:2"]),
         ("schedule = \"cosin\"", 2, ["`schedule`", "\"cosin\"", "\"cosine\""]),
         (
             "learning_rate = -1.0\nmodel = \"m\"\ndata = \"d\"",
@@ -98,7 +103,7 @@ fn a_wrong_setting_is_named_with_the_nearest_known_one() {
     let (code, text) = refused(&run(&["train", "sft", "--set", "steps"]));
     assert_eq!((code, text.contains("wanted key=value")), (2, true), "{text}");
     let (code, text) = refused(&run(&["train", "sft", "--config", "no/such.toml"]));
-    assert_eq!((code, text.contains("cannot read no/such.toml")), (1, true), "{text}");
+    assert_eq!((code, text.contains("cannot read no/such.toml")), (2, true), "{text}");
     let missing =
         ["train", "sft", "--model", &model(), "--data", "none.jsonl", "--set", "out=/dev/null/x"];
     assert_ne!(refused(&run(&missing)).0, 0);
@@ -153,7 +158,48 @@ fn generate_and_score_write_the_same_numbers() {
         assert!((perplexity - (-sum / theirs.len() as f64).exp()).abs() < 1e-9 * perplexity);
     }
     let (code, text) = refused(&feed(&[&args[..], &["--top-p", "1.5"]].concat(), prompts));
-    assert_eq!((code, text.contains("top_p: got 1.5, wanted in (0, 1]")), (1, true), "{text}");
+    assert_eq!((code, text.contains("`--top-p`: got 1.5, wanted in (0, 1]")), (2, true), "{text}");
+}
+
+/// One line of scores for each line of data, of what the prompt does not hold.
+#[test]
+fn every_format_is_scored() {
+    let m = model();
+    let score = |input: &str, more: &[&str]| {
+        lines(&feed(&[&["score", "--model", &m], more].concat(), input))
+    };
+    let text = &score("{\"text\": \"Once upon a time\"}\n", &[])[0];
+    let (ids, all) = (text["input_ids"].as_array().unwrap(), floats(&text["logprobs"]));
+    assert_eq!(all.len(), ids.len() - 1);
+    let pair = &score("{\"prompt\": \"Once upon\", \"completion\": \" a time\"}\n", &[])[0];
+    assert_eq!(pair["input_ids"], text["input_ids"]);
+    let part = floats(&pair["logprobs"]);
+    assert!(part.len() < all.len());
+    assert_eq!(part, all[all.len() - part.len()..]);
+    let input = "{\"prompt\": \"Once upon\", \"chosen\": \" a time\", \"rejected\": \" a cat\"}\n";
+    let both = &score(input, &[])[0];
+    assert_eq!(both["chosen"], *pair);
+    assert_ne!(both["rejected"]["sum_logprob"], both["chosen"]["sum_logprob"]);
+    // what `generate` writes, `score` reads
+    let made =
+        feed(&["generate", "--model", &m, "--max-new-tokens", "5"], "{\"prompt\": \"Once\"}\n");
+    let again = &score(std::str::from_utf8(&made.stdout).unwrap(), &[])[0];
+    assert_eq!(again["logprobs"], lines(&made)[0]["logprobs"]);
+    // the end of the text is appended to texts, and has a log-prob of its own
+    let ended = &score("{\"text\": \"Once upon a time\"}\n", &["--eos"])[0];
+    assert_eq!(floats(&ended["logprobs"])[..all.len()], all);
+    assert_eq!(floats(&ended["logprobs"]).len(), all.len() + 1);
+    // a text that is too long loses its end, and keeps its beginning
+    let long = format!("{{\"text\": \"{}\"}}\n", "Once upon a time ".repeat(400));
+    let long = &score(&long, &["--eos"])[0];
+    let ids = long["input_ids"].as_array().unwrap();
+    assert_eq!((ids.len(), &ids[0]), (512, &text["input_ids"][0]));
+    for (command, what) in [("score", "wanted at least one"), ("generate", "no tokens to continue")]
+    {
+        let input = "{\"input_ids\": [5]}\n{\"input_ids\": []}\n";
+        let (code, text) = refused(&feed(&[command, "--model", &m], input));
+        assert!(code == 1 && text.contains("<stdin>:2: ") && text.contains(what), "{text}");
+    }
 }
 
 #[test]

@@ -1,10 +1,10 @@
 //! Records to token sequences: what is learned, what is cut, and that all of it is counted.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 
 use warpo::{
     Error,
-    data::{self, Limits, Located, Pair, Record, Stats, Text, Tokenizer},
+    data::{self, Limits, Located, Pair, Place, Record, Stats, Text, Tokenizer},
     train::{self, Observer, Settings},
 };
 
@@ -21,8 +21,12 @@ fn tokenizer() -> Tokenizer {
 }
 
 fn located(records: impl IntoIterator<Item = Record>) -> Vec<Located> {
-    let at = |(record, line)| Located { path: PathBuf::from("data.jsonl"), line, record };
+    let at = |(record, line)| Located { place: place(line), record };
     records.into_iter().zip(1..).map(at).collect()
+}
+
+fn place(line: usize) -> Place {
+    Place { path: Path::new("data.jsonl").into(), line }
 }
 
 const LIMITS: Limits = Limits { max_length: 100, vocab: 512, eos: Some(2) };
@@ -49,8 +53,10 @@ fn preference(prompt: &str, chosen: &str, rejected: &str, margin: Option<f64>) -
     }
 }
 
-fn learned(ids: &[u32], learn: &[(usize, usize)]) -> Text {
-    Text { ids: ids.to_vec(), learn: learn.iter().map(|(from, to)| *from..*to).collect() }
+/// The text of a line.
+fn learned(line: usize, ids: &[u32], learn: &[(usize, usize)]) -> Text {
+    let learn = learn.iter().map(|(from, to)| *from..*to).collect();
+    Text { ids: ids.to_vec(), learn, place: place(line) }
 }
 
 fn ids(n: std::ops::Range<u32>) -> Record {
@@ -69,7 +75,7 @@ fn texts_are_learned_whole_and_completions_after_their_prompt() {
     };
     for record in [text("Once upon a time"), labelled("Once upon a time", 7)] {
         for only in [true, false] {
-            let want = learned(&whole, &[(1, whole.len())]);
+            let want = learned(1, &whole, &[(1, whole.len())]);
             assert_eq!(one(record.clone(), only), want);
         }
     }
@@ -77,15 +83,15 @@ fn texts_are_learned_whole_and_completions_after_their_prompt() {
         [completion("Once upon", " a time"), preference("Once upon", " a time", " a day", None)]
     {
         let n = joined.len();
-        let want = |from| learned(&joined, &[(from, n)]);
+        let want = |from| learned(1, &joined, &[(from, n)]);
         assert_eq!(one(record.clone(), true), want(prompt.len()));
         assert_eq!(one(record, false), want(1));
     }
     // ids are taken as they are: no BOS, no EOS; -100 is not learned, the first token never
     let learn = vec![true, false, true, true, false];
     let record = Record::LabelledIds { input_ids: vec![9, 8, 7, 6, 5], learn };
-    assert_eq!(one(record, true), learned(&[9, 8, 7, 6, 5], &[(2, 3), (3, 4)]));
-    assert_eq!(one(ids(5..8), true), learned(&[5, 6, 7], &[(1, 3)]));
+    assert_eq!(one(record, true), learned(1, &[9, 8, 7, 6, 5], &[(2, 3), (3, 4)]));
+    assert_eq!(one(ids(5..8), true), learned(1, &[5, 6, 7], &[(1, 3)]));
     // without an EOS id nothing is appended
     let limits = Limits { eos: None, ..LIMITS };
     let (texts, _) = data::texts(&located([text("a")]), Some(&t), limits, true).unwrap();
@@ -107,9 +113,9 @@ fn what_is_cut_or_left_out_is_counted() {
     let records = [ids(0..4), ids(0..5), ids(0..1), ids(0..0), never, late, across];
     let (texts, stats) = data::texts(&located(records), None, limits, true).unwrap();
     let want = [
-        learned(&[0, 1, 2, 3], &[(1, 4)]),
-        learned(&[0, 1, 2, 3], &[(1, 4)]),
-        learned(&[1, 2, 3, 4], &[(1, 2), (3, 4)]),
+        learned(1, &[0, 1, 2, 3], &[(1, 4)]),
+        learned(2, &[0, 1, 2, 3], &[(1, 4)]),
+        learned(7, &[1, 2, 3, 4], &[(1, 2), (3, 4)]),
     ];
     assert_eq!(texts, want);
     assert_eq!(stats, Stats { examples: 3, tokens: 12, truncated: 3, dropped: 4 });
@@ -128,12 +134,13 @@ fn what_is_cut_or_left_out_is_counted() {
         pair(&[5], &[5]),
     ];
     let (pairs, stats) = data::pairs(&located(records), None, limits, 0).unwrap();
-    let want = |chosen: &[u32], rejected: &[u32]| Pair {
+    let want = |line, chosen: &[u32], rejected: &[u32]| Pair {
         chosen: chosen.to_vec(),
         rejected: rejected.to_vec(),
         margin: None,
+        places: [place(line), place(line)],
     };
-    assert_eq!(pairs, [want(&[7, 8, 1, 2], &[7, 8, 3]), want(&[7, 8, 1], &[7, 8, 2, 3])]);
+    assert_eq!(pairs, [want(1, &[7, 8, 1, 2], &[7, 8, 3]), want(2, &[7, 8, 1], &[7, 8, 2, 3])]);
     assert_eq!(stats, Stats { examples: 2, tokens: 14, truncated: 2, dropped: 2 });
 
     // prompts lose their beginning
@@ -166,8 +173,8 @@ fn pairs_hold_prompt_and_completion_with_eos() {
     let (prompt, chosen, rejected) = (vec![9], vec![1], vec![]);
     let record = Record::PreferenceIds { prompt, chosen, rejected, margin: Some(-2.0) };
     let (pairs, _) = data::pairs(&located([record]), None, LIMITS, 0).unwrap();
-    let want = Pair { chosen: vec![9, 1], rejected: vec![9], margin: Some(-2.0) };
-    assert_eq!(pairs, [want]);
+    let (chosen, rejected, places) = (vec![9, 1], vec![9], [place(1), place(1)]);
+    assert_eq!(pairs, [Pair { chosen, rejected, margin: Some(-2.0), places }]);
 }
 
 /// Every text with the highest label once (the shorter side repeats), drawn by the seed alone.
@@ -195,6 +202,12 @@ fn labelled_texts_are_paired_each_once() {
     assert_eq!(draw(3).0, pairs);
     assert_ne!(draw(4).0, pairs);
     assert!(pairs.iter().all(|p| p.margin.is_none()));
+    // each says which two lines it was drawn from: the good ones are 1 to 20
+    for p in &pairs {
+        let [good, bad] = &p.places;
+        assert_eq!(p.chosen, whole(&format!("good {}", good.line - 1)));
+        assert_eq!(p.rejected, whole(&format!("bad {}", bad.line - 21)));
+    }
 }
 
 /// A fixed bug: preferences were lost where labelled texts stood beside them, and texts with labels
@@ -295,7 +308,7 @@ fn a_record_that_does_not_fit_is_named() {
 
 #[test]
 fn the_digest_knows_structure_and_tokens() {
-    let digest = |x: &[&[u32]]| data::digest(x.iter().copied());
+    let digest = |x: &[&[u32]]| data::digest(x.iter().map(|x| x.to_vec()));
     // SHA-256 of lengths as u64 and ids as u32, little-endian
     assert_eq!(digest(&[]), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
     let all = [
@@ -350,6 +363,6 @@ fn a_run_and_a_command_say_what_was_cut() {
     let args = ["generate", "--model", model, "--data", long, "--max-new-tokens", "3"];
     let out = warpo(&args).output().unwrap();
     let error = String::from_utf8(out.stderr).unwrap();
-    let want = "warning: 1 prompts lost their beginning: longer than 125\n";
+    let want = "warning: 1 prompts lost their beginning: longer than 125 tokens\n";
     assert!(out.status.success() && error.contains(want), "{error}");
 }

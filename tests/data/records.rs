@@ -98,8 +98,8 @@ fn the_format_is_told_by_the_columns() {
         let path = file("format", line);
         let read = data::read(&path).unwrap();
         assert_eq!(read.len(), 1);
-        assert_eq!((&read[0].record, read[0].line), (&record, 1), "{line}");
-        assert_eq!((record.format(), &read[0].path), (format, &path));
+        assert_eq!((&read[0].record, read[0].place.line), (&record, 1), "{line}");
+        assert_eq!((record.format(), &*read[0].place.path), (format, &*path));
     }
 }
 
@@ -137,9 +137,9 @@ fn transcripts_are_split_where_they_part() {
 fn a_bad_line_is_named() {
     let long = format!(r#"{{"text": {:?}}}"#, vec![1234567; 20]);
     for (line, want) in [
-        ("nope", "not JSON: expected ident at line 1 column 2"),
-        (r#"{"text": "a""#, "not JSON: EOF while parsing an object at line 1 column 12"),
-        (r#"{"text": "a"} {"#, "not JSON: trailing characters at line 1 column 15"),
+        ("nope", "not JSON: expected ident at column 2"),
+        (r#"{"text": "a""#, "not JSON: EOF while parsing an object at column 12"),
+        (r#"{"text": "a"} {"#, "not JSON: trailing characters at column 15"),
         ("[1, 2]", "wanted a JSON object, got [1,2]"),
         (r#""text""#, r#"wanted a JSON object, got "text""#),
         (r#"{"text": 5}"#, "`text` is 5, wanted a text"),
@@ -174,8 +174,8 @@ fn a_bad_line_is_named() {
         (
             r#"{"chosen": "c", "instruction": "i"}"#,
             "has columns [\"chosen\", \"instruction\"], wanted text | text, label | prompt | \
-             prompt, completion | [prompt,] chosen, rejected | input_ids[, labels] | prompt_ids, \
-             chosen_ids, rejected_ids",
+             prompt, completion | [prompt,] chosen, rejected | input_ids[, labels | output_ids] | \
+             prompt_ids, chosen_ids, rejected_ids",
         ),
     ] {
         assert_eq!(refused("bad_line", line), format!("FILE:1: {want}"), "{line}");
@@ -202,7 +202,7 @@ fn marks_blank_lines_and_line_ends_are_no_content() {
     let text =
         "\u{feff}{\"text\": \"a\"}\r\n\r\n  \t\n  {\"text\": \"b\\n\"}  \r\n{\"text\": \"c\"}";
     let read = data::read(&file("blank", text)).unwrap();
-    let texts: Vec<(usize, Record)> = read.into_iter().map(|r| (r.line, r.record)).collect();
+    let texts: Vec<(usize, Record)> = read.into_iter().map(|r| (r.place.line, r.record)).collect();
     let text = |s: &str| Record::Text { text: s.into() };
     assert_eq!(texts, [(1, text("a")), (4, text("b\n")), (5, text("c"))]);
 }

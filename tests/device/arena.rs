@@ -6,7 +6,7 @@ use warpo::{
     device::{Arena, Buffer, Scope},
 };
 
-use crate::support::refusal;
+use crate::support::{refusal, room};
 
 /// The bytes that a buffer takes: whole cache lines, and one more as redzone in debug builds.
 fn taken(bytes: usize) -> usize {
@@ -34,26 +34,26 @@ fn phase(scope: &Scope<'_>) -> Result<()> {
 fn the_plan_is_what_the_run_uses() {
     let plan = Arena::plan(phase).unwrap();
     assert_eq!(plan, taken(400) + taken(4000));
-    let mut arena = Arena::new(plan);
+    let mut arena = room(plan);
     assert_eq!((arena.bytes(), arena.peak()), (plan, 0));
     for _ in 0..3 {
         phase(&arena.scope()).unwrap();
         assert_eq!(arena.peak(), plan);
     }
     // A cache line less is not enough, and the error names what did not fit.
-    let e = refusal(phase(&Arena::new(plan - 64).scope()));
+    let e = refusal(phase(&room(plan - 64).scope()));
     let (want, have) = (taken(4000), taken(4000) - 64);
-    assert_eq!(e, format!("c needs {want} bytes, but {have} are left of the plan"));
+    assert_eq!(e, format!("c needs {want} bytes, {have} are free"));
     assert_eq!(Arena::plan(|_| Ok(())).unwrap(), 0);
     assert_eq!(refusal(Arena::plan(|s| s.alloc::<f32>("huge", usize::MAX / 4).map(drop))), {
         let (want, have) = (usize::MAX, usize::MAX / 2);
-        format!("huge needs {want} bytes, but {have} are left of the plan")
+        format!("huge needs {want} bytes, {have} are free")
     });
 }
 
 #[test]
 fn scopes_nest() {
-    let mut arena = Arena::new(4 * taken(64));
+    let mut arena = room(4 * taken(64));
     let scope = arena.scope();
     let mut x: Buffer<'_, u32> = scope.alloc("x", 16).unwrap();
     x.host_mut().fill(7);
@@ -78,7 +78,7 @@ fn scopes_nest() {
 
 #[test]
 fn buffers_are_aligned_and_apart() {
-    let mut arena = Arena::new(1 << 16);
+    let mut arena = room(1 << 16);
     let scope = arena.scope();
     let mut buffers: Vec<Buffer<'_, u8>> =
         [1, 63, 64, 65, 0, 127].map(|n| scope.alloc("x", n).unwrap()).into();
@@ -95,7 +95,7 @@ fn buffers_are_aligned_and_apart() {
 #[test]
 #[cfg(debug_assertions)]
 fn buffers_start_as_nan() {
-    let mut arena = Arena::new(1 << 12);
+    let mut arena = room(1 << 12);
     for _ in 0..2 {
         let scope = arena.scope();
         for _ in 0..2 {
@@ -113,7 +113,7 @@ fn buffers_start_as_nan() {
 /// Writes one byte past the `len` bytes of a buffer, in a scope or its child.
 #[cfg(debug_assertions)]
 fn overrun(len: usize, nested: bool) {
-    let mut arena = Arena::new(1 << 12);
+    let mut arena = room(1 << 12);
     let scope = arena.scope();
     let child = scope.child();
     let mut x: Buffer<'_, u8> = child.alloc("x", len).unwrap();
@@ -151,11 +151,11 @@ fn a_write_past_the_end_is_caught_in_a_child() {
 
 #[test]
 fn sizes_that_overflow_are_refused() {
-    let mut arena = Arena::new(1 << 12);
+    let mut arena = room(1 << 12);
     let scope = arena.scope();
     for n in [usize::MAX, usize::MAX - 63, usize::MAX - 64, usize::MAX - 127, usize::MAX - 128] {
         let e = refusal(scope.alloc::<u8>("x", n));
-        assert!(e.starts_with("x needs ") && e.ends_with(" are left of the plan"), "{e}");
+        assert!(e.starts_with("x needs ") && e.ends_with(" are free"), "{e}");
     }
     let e = refusal(scope.alloc::<f64>("x", usize::MAX / 8 + 1));
     assert!(e.starts_with(&format!("x needs {} bytes", usize::MAX)), "{e}");

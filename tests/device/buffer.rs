@@ -5,18 +5,19 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
+use crate::support::host;
 use warpo::device::{Buffer, View, ViewMut, allocations};
 
 #[test]
 fn buffers_hold_what_they_were_given() {
-    let mut x = Buffer::from_host(&[1.0f32, 2.0, 3.0]);
+    let mut x = Buffer::of(host(), "x", &[1.0f32, 2.0, 3.0]).unwrap();
     assert_eq!((x.len(), x.is_empty(), x.host()), (3, false, &[1.0, 2.0, 3.0][..]));
     x.host_mut()[1] = 5.0;
     x.view_mut().host()[2] = 7.0;
     assert_eq!(x.view().host(), [1.0, 5.0, 7.0]);
-    assert_eq!(Buffer::<u64>::zeros(5).host(), [0; 5]);
+    assert_eq!(Buffer::<u64>::zeros(host(), "x", 5).unwrap().host(), [0; 5]);
     for n in [0, 1, 15, 16, 17, 1000] {
-        let x = Buffer::<f32>::zeros(n);
+        let x = Buffer::<f32>::zeros(host(), "x", n).unwrap();
         assert_eq!((x.len(), x.is_empty()), (n, n == 0));
         assert_eq!(x.host().as_ptr() as usize % 64, 0, "aligned to a cache line");
     }
@@ -25,15 +26,16 @@ fn buffers_hold_what_they_were_given() {
 #[test]
 #[cfg(debug_assertions)]
 fn poisoned_buffers_are_nan() {
-    assert!(Buffer::<f32>::poisoned(100).host().iter().all(|x| x.is_nan()));
-    assert!(Buffer::<f64>::poisoned(100).host().iter().all(|x| x.is_nan()));
+    assert!(Buffer::<f32>::new(host(), "x", 100).unwrap().host().iter().all(|x| x.is_nan()));
+    assert!(Buffer::<f64>::new(host(), "x", 100).unwrap().host().iter().all(|x| x.is_nan()));
 }
 
 #[test]
 fn allocations_are_counted() {
     // Other tests allocate at the same time: only a lower bound is sure.
     let before = allocations();
-    let buffers: Vec<Buffer<'_, u8>> = (0..10).map(Buffer::zeros).collect();
+    let buffers: Vec<Buffer<'_, u8>> =
+        (0..10).map(|n| Buffer::zeros(host(), "x", n).unwrap()).collect();
     assert!(allocations() >= before + buffers.len() as u64);
 }
 
@@ -77,7 +79,7 @@ fn ranges_beyond_a_view_panic_like_slices() {
 
 #[test]
 fn views_may_be_read_on_other_threads() {
-    let x = Buffer::from_host(&(0..100).collect::<Vec<u64>>());
+    let x = Buffer::of(host(), "x", &(0..100).collect::<Vec<u64>>()).unwrap();
     let view = x.view();
     let sums: Vec<u64> = std::thread::scope(|s| {
         let halves = [0..50, 50..100].map(|r| s.spawn(move || view.range(r).host().iter().sum()));

@@ -15,18 +15,19 @@ use warpo::{
         sample, value_loss,
         whiten::{self, Moments, Variance},
     },
+    rng::{Purpose, Stream},
     rollout::{Generator, Prompt, Scorer, Settings, last_scores},
     train::pass::{self, Sizes},
 };
 
 use crate::support::{
-    assert_bits, assert_close, assert_earned, golden, golden::Golden, temp_dir, wide,
+    assert_bits, assert_close, assert_earned, golden, golden::Golden, params, room, temp_dir, wide,
 };
 
 pub const MODELS: [&str; 3] = ["gpt2", "llama", "llama_tied"];
 
 pub fn load<F: Float>(name: &str, head: Head) -> Model<F> {
-    Model::load(&Device::cpu(), &golden::path(name), head, 0).unwrap()
+    Model::load(&Device::cpu(), &golden::path(name), head, Some(0)).unwrap()
 }
 
 /// Tolerance of gradients and weights: those of `llama_tied` are rounded to f32, but for SFT.
@@ -63,7 +64,7 @@ pub fn forward<F: Float>(model: &Model<F>, rows: &[Vec<u32>]) -> Pass<F> {
     rows.iter().for_each(|r| batch.push_last(r));
     let n = batch.len();
     let spec = model.spec();
-    let mut arena = Arena::new(1 << 23);
+    let mut arena = room(1 << 23);
     let scope = arena.scope();
     let mut acts = Activations::new(&scope, spec, n, true).unwrap();
     let pages = n / PAGE + rows.len();
@@ -153,7 +154,7 @@ fn both_spellings_of_a_config_are_one_model() {
             std::fs::write(dir.join("config.json"), text).unwrap();
             let weights = "model.safetensors";
             std::fs::copy(from.join(weights), dir.join(weights)).unwrap();
-            let old = Model::<f32>::load(&Device::cpu(), &dir, head, 0).unwrap();
+            let old = Model::<f32>::load(&Device::cpu(), &dir, head, Some(0)).unwrap();
             let ids = [vec![5, 7, 11, 13, 17, 19, 23]];
             let (a, b) = (hidden(&old, &ids), hidden(&load(&folder, head), &ids));
             assert_bits(&folder, &a, &b);
@@ -171,8 +172,7 @@ fn logprobs_and_entropy_are_those_of_hugging_face() {
             let rows = unpad(&g, &format!("{side}/input_ids"), &format!("{side}/attention_mask"));
             let mut batch = Batch::default();
             rows.iter().for_each(|r| batch.push_predicted(r, 1));
-            let (logp, entropy) =
-                policy(&model, &batch, &mut Params::zeros(model.params().layout()));
+            let (logp, entropy) = policy(&model, &batch, &mut params(model.params().layout()));
             // Golden rows: [b, t] is the log-prob of token t + 1, 0 where either is padding.
             let mask = g.ints(&format!("{side}/attention_mask"));
             let cols = g.shape(&format!("{side}/attention_mask"))[1];
@@ -194,14 +194,14 @@ fn logprobs_and_entropy_are_those_of_hugging_face() {
 }
 
 /// Memory for one pass.
-fn arena<F: Float>(model: &Model<F>, batch: &Batch, entropy: bool) -> Arena {
+fn pass_arena<F: Float>(model: &Model<F>, batch: &Batch, entropy: bool) -> Arena {
     let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
-    Arena::new(sizes.plan::<F>(model.spec(), model.head(), entropy).unwrap())
+    room(sizes.plan::<F>(model.spec(), model.head(), entropy).unwrap())
 }
 
 /// Runs a policy pass with gradient 0.
 fn policy<F: Float>(model: &Model<F>, batch: &Batch, grads: &mut Params<F>) -> (Vec<F>, Vec<F>) {
-    let mut arena = arena(model, batch, true);
+    let mut arena = pass_arena(model, batch, true);
     let (mut logp, mut entropy) = (Vec::new(), Vec::new());
     let (dev, scope) = (Device::cpu(), arena.scope());
     pass::policy(&dev, model, grads, &scope, batch, F::ONE, true, |c| {
@@ -235,11 +235,10 @@ fn greedy_tokens_are_those_of_hugging_face() {
             sampling: sample::Params::greedy(),
             max_new_tokens: 64,
             stop_ids: vec![eos],
-            seed: 0,
-            step: 0,
+            stream: Stream { seed: 0, step: 0, purpose: Purpose::Sample },
         };
         let generator = Generator::for_prompts(&prompts, 64, 3, 16);
-        let mut arena = Arena::new(generator.plan::<f32>(model.spec()).unwrap());
+        let mut arena = room(generator.plan::<f32>(model.spec()).unwrap());
         let dev = Device::cpu();
         let out = generator.run(&dev, &model, &arena.scope(), &prompts, &settings, |_| true);
         let out = out.unwrap().unwrap();
@@ -315,11 +314,11 @@ pub fn sft<F: Float>(model: &Model<F>, g: &Golden) -> (Params<F>, f64) {
     let mut batch = Batch::default();
     for (b, row) in rows.iter().enumerate() {
         let learn = (1..row.len()).filter(|t| labels[b * cols + t] != -100);
-        batch.push_masked(row, learn.map(|t| t..t + 1));
+        batch.push_masked(row, &learn.map(|t| t..t + 1).collect::<Vec<_>>());
     }
     let n = batch.selected().len() as f64;
-    let mut grads = Params::zeros(model.params().layout());
-    let mut arena = arena(model, &batch, false);
+    let mut grads = params(model.params().layout());
+    let mut arena = pass_arena(model, &batch, false);
     let (dev, scope) = (Device::cpu(), arena.scope());
     let mut loss = 0.0;
     pass::policy(&dev, model, &mut grads, &scope, &batch, F::ONE, false, |c| {
@@ -343,8 +342,8 @@ fn reward_scores_losses_and_gradients_are_those_of_hugging_face() {
         let order: Vec<usize> = (0..n).flat_map(|i| [i, n + i]).collect();
         order.iter().for_each(|i| batch.push_last(&rows[*i]));
         let want: Vec<f64> = order.iter().map(|i| g.get("scores")[*i]).collect();
-        let mut grads = Params::zeros(model.params().layout());
-        let mut arena = arena(&model, &batch, false);
+        let mut grads = params(model.params().layout());
+        let mut arena = pass_arena(&model, &batch, false);
         let (dev, scope) = (Device::cpu(), arena.scope());
         pass::scalar(&dev, &model, &mut grads, &scope, &batch, |y, mut dy| {
             assert_close("scores", y.host(), &want, 1e-11, 1e-10);
@@ -487,9 +486,9 @@ fn ppo_losses_and_gradients_are_those_of_trl() {
         let mut policy_loss = std::collections::HashMap::new();
 
         let model = load::<f64>(name, Head::Lm);
-        let (mut batch, mut grads) = (Batch::default(), Params::zeros(model.params().layout()));
+        let (mut batch, mut grads) = (Batch::default(), params(model.params().layout()));
         m.rows.iter().zip(&m.lens).for_each(|(r, n)| batch.push_predicted(r, r.len() - n));
-        let (dev, mut memory) = (Device::cpu(), arena(&model, &batch, false));
+        let (dev, mut memory) = (Device::cpu(), pass_arena(&model, &batch, false));
         let scope = memory.scope();
         pass::policy(&dev, &model, &mut grads, &scope, &batch, 1.0, false, |mut c| {
             let logp = c.logp.host();
@@ -535,14 +534,14 @@ fn ppo_losses_and_gradients_are_those_of_trl() {
         assert_gradients(&g, "grad_policy/", (&model, &grads), stored(name));
 
         let model = load::<f64>(&format!("{name}/rm"), Head::Scalar);
-        let (mut batch, mut grads) = (Batch::default(), Params::zeros(model.params().layout()));
+        let (mut batch, mut grads) = (Batch::default(), params(model.params().layout()));
         for (b, row) in m.rows.iter().enumerate() {
             // The slot after the response: the row of its last token, "before" a padding token.
             let start = row.len() - m.lens[b];
             let slots = start..start + m.len(b, 1);
-            batch.push_masked(&[row, &[0][..]].concat(), std::iter::once(slots));
+            batch.push_masked(&[row, &[0][..]].concat(), &[slots]);
         }
-        let (n, mut memory) = (m.tokens(1) as f64, arena(&model, &batch, false));
+        let (n, mut memory) = (m.tokens(1) as f64, pass_arena(&model, &batch, false));
         let scope = memory.scope();
         pass::scalar(&dev, &model, &mut grads, &scope, &batch, |y, mut dy| {
             assert_close("vpred", y.host(), &m.packed(g.get("vpred"), 1), 1e-11, 1e-10);
@@ -565,7 +564,7 @@ fn ppo_losses_and_gradients_are_those_of_trl() {
 
         let rows: Vec<&[u32]> = m.rows.iter().map(Vec::as_slice).collect();
         let scorer = Scorer { rows: 64, sequences: 4 };
-        let mut arena = Arena::new(scorer.plan::<f64>(model.spec()).unwrap());
+        let mut arena = room(scorer.plan::<f64>(model.spec()).unwrap());
         let scores = last_scores(&dev, &model, &mut arena, scorer, &rows).unwrap();
         assert_close("scores", &scores, g.get("scores"), 1e-11, 1e-10);
         g.all_read(&[]);

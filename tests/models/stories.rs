@@ -6,14 +6,15 @@ use std::path::PathBuf;
 use serde::Deserialize;
 use warpo::{
     data::Tokenizer,
-    device::{Arena, Device, Float},
+    device::{Device, Float},
     models::{Batch, Head, Model},
     ops::sample,
+    rng::{Purpose, Stream},
     rollout::{Generator, Prompt, Scorer, Settings},
 };
 
 use super::golden::forward;
-use crate::support::{assert_close, golden};
+use crate::support::{assert_close, golden, room};
 
 #[derive(Deserialize)]
 struct Story {
@@ -37,7 +38,7 @@ fn folder() -> PathBuf {
 }
 
 fn model<F: Float>() -> Model<F> {
-    Model::load(&Device::cpu(), &folder(), Head::Lm, 0).unwrap()
+    Model::load(&Device::cpu(), &folder(), Head::Lm, None).unwrap()
 }
 
 /// Half a unit of the last decimal, 1e-6 for the goldens' own float32 (7.6e-7 was measured when
@@ -51,7 +52,7 @@ fn logits_and_logprobs<F: Float>(rounding: f64) {
         let mut batch = Batch::default();
         batch.push_predicted(&s.ids, 1);
         let scorer = Scorer { rows: batch.len(), sequences: 1 };
-        let mut arena = Arena::new(scorer.plan::<F>(model.spec()).unwrap());
+        let mut arena = room(scorer.plan::<F>(model.spec()).unwrap());
         let mut logp = Vec::new();
         let (dev, scope) = (Device::cpu(), arena.scope());
         scorer.logprobs(&dev, &model, &scope, &batch, F::ONE, &mut logp, None).unwrap();
@@ -78,11 +79,10 @@ fn forty_greedy_tokens_of_a_real_model() {
         sampling: sample::Params::greedy(),
         max_new_tokens: 40,
         stop_ids: vec![1],
-        seed: 0,
-        step: 0,
+        stream: Stream { seed: 0, step: 0, purpose: Purpose::Sample },
     };
     let generator = Generator::for_prompts(&prompts, 40, 4, 8);
-    let mut arena = Arena::new(generator.plan::<f32>(model.spec()).unwrap());
+    let mut arena = room(generator.plan::<f32>(model.spec()).unwrap());
     let (dev, scope) = (Device::cpu(), arena.scope());
     let done = generator.run(&dev, &model, &scope, &prompts, &settings, |_| true).unwrap().unwrap();
     for ((s, p), c) in stories.iter().zip(&prompts).zip(&done) {

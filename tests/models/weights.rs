@@ -120,7 +120,7 @@ impl Folder {
 
     pub fn load<F: Float>(&self, head: Head) -> Result<Model<F>, Error> {
         // no threads: many folders are refused before there is work
-        Model::load(&Device::Cpu(Cpu::new(1)), &self.dir, head, 0)
+        Model::load(&Device::Cpu(Cpu::new(1)), &self.dir, head, Some(0))
     }
 
     /// Loads, and must be refused; the message, with the folder's name left out.
@@ -156,7 +156,7 @@ fn what_is_saved_is_what_hugging_face_stored() {
             }
             assert_eq!(saved, stored, "{folder}");
 
-            let again = Model::<f32>::load(&Device::cpu(), &dir, head, 0).unwrap();
+            let again = Model::<f32>::load(&Device::cpu(), &dir, head, Some(0)).unwrap();
             assert_bits(&folder, flat(&again), flat(&model));
             assert_eq!(again.spec(), model.spec());
         }
@@ -179,7 +179,7 @@ fn a_new_head_and_a_new_dtype_stand_in_the_saved_config() {
         assert_eq!((&config["num_labels"], &config["dtype"]), (&json!(1), &json!("float64")));
         let score = &read(&dir.join("model.safetensors"))["score.weight"];
         assert_eq!((score.dtype, &score.shape[..]), (Dtype::F64, &[1, model.spec().hidden][..]));
-        let again = Model::<f64>::load(&Device::cpu(), &dir, Head::Scalar, 0).unwrap();
+        let again = Model::<f64>::load(&Device::cpu(), &dir, Head::Scalar, None).unwrap();
         assert_bits(name, flat(&again), flat(&value));
     }
 }
@@ -320,7 +320,8 @@ fn a_scalar_head_is_read_or_drawn() {
     for name in MODELS {
         let path = golden::path(name);
         let draw = |seed| {
-            let model = Model::<f32>::load(&Device::cpu(), &path, Head::Scalar, seed).unwrap();
+            let model =
+                Model::<f32>::load(&Device::cpu(), &path, Head::Scalar, Some(seed)).unwrap();
             model.score_head().unwrap().host().to_vec()
         };
         let head = draw(5);
@@ -350,7 +351,7 @@ fn copies_are_equal_and_apart() {
 
         // a value model of a policy: its trunk, and the head that loading would have drawn
         let value = policy.copy_as(&dev, Head::Scalar, 9).unwrap();
-        let want = Model::<f32>::load(&dev, &golden::path(name), Head::Scalar, 9).unwrap();
+        let want = Model::<f32>::load(&dev, &golden::path(name), Head::Scalar, Some(9)).unwrap();
         assert_bits(name, flat(&value), flat(&want));
         assert!(value.lm_head().is_err());
 

@@ -10,7 +10,7 @@ use warpo::{
 
 use crate::support::{
     OP, assert_bits, assert_close, assert_earned, assert_nan_only, assert_norm, devices, gradcheck,
-    inner, randn, refusal, shuffled, wide,
+    inner, randn, refusal, room, shuffled, wide,
 };
 
 fn shape(q_heads: usize, kv_heads: usize, head_dim: usize) -> Shape {
@@ -55,9 +55,9 @@ impl<F: Float> Case<F> {
         (0..self.qkv.len()).map(|s| (s, 0..self.rows(s))).collect()
     }
 
-    fn arena(&self) -> Arena {
+    fn room(&self) -> Arena {
         let layer = |s: &Scope<'_>| KvLayer::<F>::new(s, &self.shape, self.list.len()).map(drop);
-        Arena::new(Arena::plan(layer).unwrap())
+        room(Arena::plan(layer).unwrap())
     }
 
     /// A cache full of NaN, as if other sequences had gone bad.
@@ -100,7 +100,7 @@ impl<F: Float> Case<F> {
 
     /// One batch on a fresh cache.
     fn forward(&self, dev: &Device, batch: &[Part]) -> (Vec<F>, Vec<F>) {
-        let mut arena = self.arena();
+        let mut arena = self.room();
         let scope = arena.scope();
         self.step(dev, &mut self.cache(dev, &scope), batch)
     }
@@ -248,7 +248,7 @@ fn chunks_and_decoding_have_the_bits_of_the_whole() {
     for dev in devices() {
         for chunk in [1, 2, 31, 32, 33] {
             for others in [false, true] {
-                let mut arena = case.arena();
+                let mut arena = case.room();
                 let scope = arena.scope();
                 let mut kv = case.cache(&dev, &scope);
                 for start in (0..lens[0]).step_by(chunk) {
@@ -337,7 +337,7 @@ fn a_nan_stays_in_its_sequence() {
 /// What `append` and `forward` say of these segments, on two pages and ten rows of width 3.
 fn refused(segments: &[Segment], list: &[u32]) -> [String; 2] {
     let (dev, s) = (Device::cpu(), shape(1, 1, 1));
-    let mut arena = Arena::new(1 << 16);
+    let mut arena = room(1 << 16);
     let scope = arena.scope();
     let mut kv = KvLayer::<f32>::new(&scope, &s, 2).unwrap();
     let qkv = vec![0.0; 30];
@@ -438,7 +438,7 @@ fn impossible_heads_and_wrong_buffers_are_refused() {
         assert!(says.ends_with("wanted heads in whole groups, head_dim from 1 to 256"), "{says}");
     }
     let (dev, s) = (Device::cpu(), shape(2, 1, 2));
-    let mut arena = Arena::new(1 << 16);
+    let mut arena = room(1 << 16);
     let scope = arena.scope();
     let mut kv = KvLayer::<f32>::new(&scope, &s, 1).unwrap();
     let one = [Segment { first: 0, rows: 3, at: 0, pages: 0..1 }];

@@ -11,7 +11,8 @@ use warpo::{
 
 use crate::support::{
     OP, assert_bits, assert_close, assert_earned, assert_earned_to, assert_nan_only, assert_norm,
-    devices, gather, golden::Golden, gradcheck, inner, narrow, randn, refusal, shuffled, wide,
+    devices, gather, golden::Golden, gradcheck, host, inner, narrow, randn, refusal, shuffled,
+    wide,
 };
 
 /// A head `[vocab, d]`, packed.
@@ -22,7 +23,7 @@ struct Head<F: 'static> {
 
 impl<F: Float> Head<F> {
     fn new(dev: &Device, w: &[F], vocab: usize) -> Self {
-        let mut packed = Packed::new(vocab, w.len() / vocab);
+        let mut packed = Packed::new(host(), vocab, w.len() / vocab).unwrap();
         packed.pack(dev, w.into()).unwrap();
         Self { w: w.to_vec(), packed }
     }

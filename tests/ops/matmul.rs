@@ -7,12 +7,12 @@ use warpo::{
 };
 
 use crate::support::{
-    OP, assert_bits, assert_earned, assert_nan_only, devices, gather, gradcheck, inner, randn,
-    refusal, shuffled, wide,
+    OP, assert_bits, assert_earned, assert_nan_only, devices, gather, gradcheck, host, inner,
+    randn, refusal, shuffled, wide,
 };
 
 fn packed<F: Float>(dev: &Device, w: &[F], (n, k): (usize, usize)) -> Packed<F> {
-    let mut packed = Packed::new(n, k);
+    let mut packed = Packed::new(host(), n, k).unwrap();
     packed.pack(dev, w.into()).unwrap();
     packed
 }
@@ -165,7 +165,7 @@ fn a_nan_stays_in_its_row() {
 fn wrong_shapes_are_refused() {
     let (dev, x) = (Device::cpu(), vec![1.0f32; 12]);
     let (mut out, mut dbias) = (vec![0.0f32; 12], vec![0.0; 4]);
-    let mut p = Packed::new(3, 2);
+    let mut p = Packed::new(host(), 3, 2).unwrap();
     let e = p.pack(&dev, x[..5].into());
     assert_eq!(refusal(e), "matmul::pack: `w` has shape [5], wanted [3, 2]");
     p.pack(&dev, x[..6].into()).unwrap();

@@ -7,7 +7,7 @@ use warpo::{
 
 use crate::support::{
     OP, assert_bits, assert_close, assert_nan_only, devices, gather, golden::Golden, gradcheck,
-    inner, randn, refusal, shuffled,
+    host, inner, randn, refusal, shuffled,
 };
 
 const PLAIN: Rope = Rope::Plain { theta: 10_000.0 };
@@ -38,7 +38,7 @@ fn turn<F: Float>(
 fn hand_worked() {
     let dev = Device::cpu();
     // theta 100, four elements: element 0 turns with 2 by 1 rad a position, 1 with 3 by 0.1 rad
-    let table = Table::<f64>::new(&Rope::Plain { theta: 100.0 }, 4, 4);
+    let table = Table::<f64>::new(host(), &Rope::Plain { theta: 100.0 }, 4, 4).unwrap();
     let x = [1.0, 10.0, 2.0, 20.0, 7.0, 8.0, 9.0, 5.0];
     for (p, a) in [(0, 0.0f64), (1, 1.0), (3, 3.0)] {
         let b = 0.1 * a;
@@ -58,7 +58,8 @@ fn hand_worked() {
         assert_close(&format!("back from {p}"), &back, &x, 1e-14, 0.0);
     }
     // each row by its own position, each head by the same angle
-    let (x, two) = ([1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0], Table::new(&PLAIN, 2, 3));
+    let (x, two) =
+        ([1.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0], Table::new(host(), &PLAIN, 2, 3).unwrap());
     let y = turn(&dev, &x, (4, 2, 2), &[2, 1], &two, false);
     let (c, s) = (1f64.cos(), 1f64.sin());
     assert_close("rows", &y, &[2f64.cos(), 2f64.sin(), 0.0, 0.0, -s, c, 0.0, 0.0], 1e-15, 0.0);
@@ -92,9 +93,16 @@ fn angles_are_those_of_hugging_face() {
         assert_eq!(g.scalar(&format!("{name}/attention_scaling")), 1.0);
         // (1, 0) turned is (cos, sin)
         let x: Vec<f64> = (0..7 * 64).map(|i| f64::from(u8::from(i % 64 < 32))).collect();
-        let y = turn(&dev, &x, (64, 1, 64), &positions, &Table::new(&rope, 64, entries), false);
+        let y = turn(
+            &dev,
+            &x,
+            (64, 1, 64),
+            &positions,
+            &Table::new(host(), &rope, 64, entries).unwrap(),
+            false,
+        );
         let x: Vec<f32> = x.iter().map(|x| *x as f32).collect();
-        let table = Table::new(&rope, 64, entries);
+        let table = Table::new(host(), &rope, 64, entries).unwrap();
         let y32 = turn(&dev, &x, (64, 1, 64), &positions, &table, false);
         for (at, key) in [(0, "cos"), (32, "sin")] {
             // Golden rows hold the 32 frequencies twice.
@@ -116,7 +124,7 @@ fn angles_are_those_of_hugging_face() {
 #[test]
 fn scores_depend_on_the_distance() {
     let (q, k): (Vec<f64>, Vec<f64>) = (randn("q", 16), randn("k", 16));
-    let table = Table::new(&PLAIN, 16, 200);
+    let table = Table::new(host(), &PLAIN, 16, 200).unwrap();
     let at = |x: &[f64], p: u32| turn(&Device::cpu(), x, (16, 1, 16), &[p], &table, false);
     let score = |m: u32, n: u32| inner(&at(&q, m), &at(&k, n));
     for (m, n) in [(5, 0), (105, 100), (199, 194)] {
@@ -129,7 +137,7 @@ fn scores_depend_on_the_distance() {
 fn gradients() {
     let (dev, row_len) = (Device::cpu(), 15);
     let positions = [3, 0, 11, 7];
-    let table = Table::new(&LLAMA3, 6, 12);
+    let table = Table::new(host(), &LLAMA3, 6, 12).unwrap();
     let (x, dy): (Vec<f64>, Vec<f64>) = (randn("x", 4 * row_len), randn("dy", 4 * row_len));
     let dx = turn(&dev, &dy, (15, 2, 6), &positions, &table, true);
     gradcheck("x", &x, &dx, OP, |x| {
@@ -144,7 +152,7 @@ fn rows_do_not_see_their_batch() {
     let heads = (row_len, 2, 34);
     let x: Vec<f32> = randn("x", rows * row_len);
     let positions: Vec<u32> = (0..rows as u32).map(|r| r * 29 % 101).collect();
-    let table = Table::new(&PLAIN, 34, 101);
+    let table = Table::new(host(), &PLAIN, 34, 101).unwrap();
     let one = &devices()[0];
     let order = shuffled("order", rows);
     for back in [false, true] {
@@ -167,7 +175,7 @@ fn rows_do_not_see_their_batch() {
 
 #[test]
 fn a_nan_stays_in_its_pair() {
-    let (dev, table) = (Device::cpu(), Table::new(&PLAIN, 2, 40));
+    let (dev, table) = (Device::cpu(), Table::new(host(), &PLAIN, 2, 40).unwrap());
     let (mut x, positions): (Vec<f32>, Vec<u32>) = (randn("x", 80), (0..40).collect());
     let clean = turn(&dev, &x, (2, 1, 2), &positions, &table, false);
     x[35] = f32::NAN;
@@ -177,7 +185,7 @@ fn a_nan_stays_in_its_pair() {
 
 #[test]
 fn positions_beyond_the_table_and_wrong_shapes_are_refused() {
-    let (dev, table) = (Device::cpu(), Table::<f32>::new(&PLAIN, 4, 10));
+    let (dev, table) = (Device::cpu(), Table::<f32>::new(host(), &PLAIN, 4, 10).unwrap());
     let refused = |len: usize, row_len: usize, heads: usize, head_dim: usize, positions: &[u32]| {
         let mut x = vec![1.0f32; len];
         let e = rope::forward(
@@ -199,7 +207,7 @@ fn positions_beyond_the_table_and_wrong_shapes_are_refused() {
     assert_eq!(refused(8, 4, 1, 4, &[9, 10]), says);
     // An odd head has an element without a partner; none at all used to panic.
     assert_eq!(refused(8, 8, 1, 5, &[0]), "rope: `heads` has shape [1, 5], wanted [8, 4]");
-    let none = Table::<f32>::new(&PLAIN, 0, 10);
+    let none = Table::<f32>::new(host(), &PLAIN, 0, 10).unwrap();
     let mut x = vec![1.0f32; 8];
     let e = rope::forward(&dev, (&mut x).into(), 8, 1, 0, [0][..].into(), &none);
     assert_eq!(refusal(e), "rope: `heads` has shape [1, 0], wanted [8, 0]");

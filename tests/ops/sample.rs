@@ -4,6 +4,7 @@
 use warpo::{
     device::{Device, Float},
     ops::sample::{self, Params},
+    rng::{Purpose, Stream},
 };
 
 use crate::support::{
@@ -30,8 +31,7 @@ fn next<F: Float>(
         (&mut tokens).into(),
         logits.into(),
         params,
-        seed,
-        step,
+        Stream { seed, step, purpose: Purpose::Sample },
         (&samples).into(),
         (&positions).into(),
         (&mut scratch).into(),
@@ -333,8 +333,7 @@ fn refused(n: [usize; 5], params: &Params) -> String {
         (&mut tokens).into(),
         (&logits).into(),
         params,
-        0,
-        0,
+        Stream { seed: 0, step: 0, purpose: Purpose::Sample },
         (&samples).into(),
         (&positions).into(),
         (&mut scratch).into(),

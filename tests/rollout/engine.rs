@@ -3,18 +3,20 @@
 
 use warpo::{
     Error,
-    device::{Arena, Cpu, Device, Float},
-    models::{Batch, Head, Model, Params, Slot},
+    device::{Cpu, Device, Float},
+    models::{Batch, Head, Model, Slot},
     ops::sample,
-    rng::{Philox, Purpose},
+    rng::{Philox, Purpose, Stream},
     rollout::{Completion, Generator, Prompt, Settings},
     train::pass::{self, Sizes},
 };
 
 use crate::{
     models::golden::{forward, load},
-    support::{assert_bits, devices},
+    support::{assert_bits, devices, params, room},
 };
+
+const STREAM: Stream = Stream { seed: 5, step: 3, purpose: Purpose::Sample };
 
 /// `n` prompts of ragged length, 1 to 40: shorter and longer than a page of the cache. Every third
 /// is asked for twice.
@@ -27,7 +29,7 @@ fn prompts(n: u64, vocab: usize) -> Vec<Prompt> {
 }
 
 fn settings(sampling: sample::Params, max_new_tokens: usize) -> Settings {
-    Settings { sampling, max_new_tokens, stop_ids: Vec::new(), seed: 5, step: 3 }
+    Settings { sampling, max_new_tokens, stop_ids: Vec::new(), stream: STREAM }
 }
 
 /// Completions by `slots` slots and passes of `rows` rows, in just the memory that was planned.
@@ -39,7 +41,7 @@ fn generate<F: Float>(
     (slots, rows): (usize, usize),
 ) -> Vec<Completion<F>> {
     let generator = Generator::for_prompts(prompts, settings.max_new_tokens, slots, rows);
-    let mut arena = Arena::new(generator.plan::<F>(model.spec()).unwrap());
+    let mut arena = room(generator.plan::<F>(model.spec()).unwrap());
     let scope = arena.scope();
     generator.run(dev, model, &scope, prompts, settings, |_| true).unwrap().unwrap()
 }
@@ -54,7 +56,7 @@ fn trained<F: Float>(
     temperature: F,
     per: usize,
 ) -> Vec<F> {
-    let mut grads = Params::zeros(model.params().layout());
+    let mut grads = params(model.params().layout());
     let (mut out, mut batch) = (Vec::new(), Batch::default());
     for (prompts, completions) in prompts.chunks(per).zip(completions.chunks(per)) {
         batch.clear();
@@ -62,7 +64,7 @@ fn trained<F: Float>(
             batch.push_predicted(&[&p.ids[..], &c.ids].concat(), p.ids.len());
         }
         let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
-        let mut arena = Arena::new(sizes.plan::<F>(model.spec(), Head::Lm, false).unwrap());
+        let mut arena = room(sizes.plan::<F>(model.spec(), Head::Lm, false).unwrap());
         let scope = arena.scope();
         let done = pass::policy(dev, model, &mut grads, &scope, &batch, temperature, false, |c| {
             out.extend_from_slice(c.logp.host());
@@ -170,24 +172,29 @@ fn samples_do_not_see_their_batch() {
     }
 }
 
-/// Samples of one prompt differ by their number, and are drawn again by seed and step.
+/// Samples of one prompt differ by their number, and are drawn again by seed, step and purpose.
 #[test]
 fn randomness_is_addressed_not_consumed() {
     let (dev, model) = (Device::cpu(), load::<f32>("llama_tied", Head::Lm));
     let ids = vec![5, 6, 7];
     let prompts: Vec<Prompt> = (0..16).map(|sample| Prompt { sample, ids: ids.clone() }).collect();
-    let draw = |seed, step| {
-        let settings = Settings { seed, step, ..settings(FILTERS[0], 8) };
+    let draw = |seed, step, purpose| {
+        let stream = Stream { seed, step, purpose };
+        let settings = Settings { stream, ..settings(FILTERS[0], 8) };
         let done = generate(&dev, &model, &prompts, &settings, (5, 64));
         done.into_iter().map(|c| c.ids).collect::<Vec<_>>()
     };
-    let first = draw(1, 2);
+    let first = draw(1, 2, Purpose::Sample);
     let mut different = first.clone();
     different.sort();
     different.dedup();
     assert_eq!(different.len(), 16);
-    assert_eq!(draw(1, 2), first);
-    assert!(draw(2, 2) != first && draw(1, 3) != first);
+    assert_eq!(draw(1, 2, Purpose::Sample), first);
+    for (seed, step, purpose) in
+        [(2, 2, Purpose::Sample), (1, 3, Purpose::Sample), (1, 2, Purpose::Evaluate)]
+    {
+        assert_ne!(draw(seed, step, purpose), first);
+    }
 }
 
 /// Greedy decoding takes the largest logit of the forward pass, and reports log-probs at 1.
@@ -264,7 +271,7 @@ fn nothing_is_asked_for_and_nothing_comes() {
 fn what_does_not_fit_is_named() {
     let (dev, model) = (Device::cpu(), load::<f32>("llama_tied", Head::Lm));
     let fail = |ids: Vec<u32>, generator: Generator, settings: &Settings| {
-        let mut arena = Arena::new(generator.plan::<f32>(model.spec()).unwrap());
+        let mut arena = room(generator.plan::<f32>(model.spec()).unwrap());
         let prompts = [Prompt { sample: 1, ids: vec![1] }, Prompt { sample: 42, ids }];
         let scope = arena.scope();
         let error = generator.run(&dev, &model, &scope, &prompts, settings, |_| true).unwrap_err();
@@ -304,7 +311,7 @@ fn progress_is_heard_and_obeyed() {
     let (dev, model) = (Device::cpu(), load::<f32>("llama_tied", Head::Lm));
     let prompts = prompts(5, model.spec().vocab);
     let generator = Generator::for_prompts(&prompts, 6, 2, 64);
-    let mut arena = Arena::new(generator.plan::<f32>(model.spec()).unwrap());
+    let mut arena = room(generator.plan::<f32>(model.spec()).unwrap());
     let settings = settings(FILTERS[0], 6);
     let mut heard = 0;
     let mut count = |n| {

@@ -7,8 +7,11 @@ pub mod golden;
 pub mod losses;
 pub mod runs;
 
+use std::sync::{Arc, OnceLock};
+
 use warpo::{
-    device::{Cpu, Device, Float, cpu::Isa},
+    device::{Arena, Cpu, Device, Float, cpu::Isa},
+    models::{Layout, Params},
     rng::{Philox, Purpose},
 };
 
@@ -40,6 +43,22 @@ pub fn wait_for(path: &std::path::Path) {
         std::thread::sleep(std::time::Duration::from_millis(5));
     }
     panic!("{path:?} did not appear in 10 s");
+}
+
+/// A device whose memory tests allocate on.
+pub fn host() -> &'static Device {
+    static HOST: OnceLock<Device> = OnceLock::new();
+    HOST.get_or_init(|| Device::Cpu(Cpu::new(1)))
+}
+
+/// An arena of `bytes` bytes.
+pub fn room(bytes: usize) -> Arena {
+    Arena::new(host(), bytes).unwrap()
+}
+
+/// Zeros in a layout, for gradients.
+pub fn params<F: Float>(layout: &Arc<Layout>) -> Params<F> {
+    Params::zeros(host(), "gradients", layout).unwrap()
 }
 
 /// Devices whose results must be equal to the bit: every instruction set, 1 to 3 threads.

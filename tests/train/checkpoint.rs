@@ -122,7 +122,7 @@ fn fates(waiting: &[Option<usize>], seed: u64) -> HashSet<Vec<Fate>> {
     if all <= 64 {
         return (0..all).map(pick).collect();
     }
-    let draw = Philox::new(seed, 0, 0, Purpose::Draw);
+    let draw = Philox::new(seed, 0, 0, Purpose::Pairs);
     let random = (0..62).map(|i| {
         let one =
             |(j, o): (usize, &Vec<Fate>)| o[draw.below(i * 64 + j as u32, o.len() as u32) as usize];

@@ -5,13 +5,13 @@ use std::path::Path;
 
 use serde_json::Value;
 use warpo::{
-    device::{Arena, Device},
+    device::Device,
     models::{Batch, Head, Model},
     rollout::Scorer,
 };
 
 use crate::support::{
-    golden,
+    golden, room,
     runs::{metrics, small, train},
     temp_dir,
 };
@@ -91,9 +91,9 @@ fn token_in_token_out() {
     pairs.extend(["learning_rate=0".into(), "steps=5".into(), "temperature=1".into()]);
     train("ppo", &pairs).unwrap();
     let dev = Device::cpu();
-    let model = Model::<f32>::load(&dev, &golden::path("llama_tied"), Head::Lm, 0).unwrap();
+    let model = Model::<f32>::load(&dev, &golden::path("llama_tied"), Head::Lm, None).unwrap();
     let scorer = Scorer { rows: 64, sequences: 1 };
-    let mut arena = Arena::new(scorer.plan::<f32>(model.spec()).unwrap());
+    let mut arena = room(scorer.plan::<f32>(model.spec()).unwrap());
     let all = rollouts(&run);
     assert_eq!(all.len(), 20);
     for r in all {

@@ -2,7 +2,7 @@
 
 use warpo::{
     device::Device,
-    models::{Head, Params},
+    models::Head,
     ops::{
         adamw::{self, Hyper},
         grad_norm,
@@ -12,7 +12,7 @@ use warpo::{
 
 use crate::{
     models::golden::{MODELS, assert_gradients, load, named, sft, stored},
-    support::{assert_close, golden::Golden},
+    support::{assert_close, golden::Golden, host, params},
 };
 
 /// Ten steps of AdamW on the SFT batch: run a decays all, run b what Hugging Face's Trainer decays.
@@ -27,7 +27,7 @@ fn ten_steps_of_adamw_are_those_of_torch() {
         for (run, beta2, decay_all) in runs {
             let (dev, mut model) = (Device::cpu(), load::<f64>(name, Head::Lm));
             let layout = model.params().layout().clone();
-            let (mut m, mut v) = (Params::<f64>::zeros(&layout), Params::<f64>::zeros(&layout));
+            let (mut m, mut v) = (params::<f64>(&layout), params::<f64>(&layout));
             let (mut losses, mut norms) = (Vec::new(), Vec::new());
             for step in 1..=10 {
                 let (grads, loss) = sft(&model, &batch);
@@ -72,7 +72,8 @@ fn the_trainer_takes_the_steps_of_torch() {
         let g = Golden::open(&format!("{name}/adamw.safetensors"));
         let runs = RUNS.iter().filter(|(run, ..)| !g.keys(&format!("{run}/")).is_empty());
         for (run, beta2, decay_all) in runs {
-            let (dev, mut role) = (Device::cpu(), Role::new("policy", load(name, Head::Lm)));
+            let (dev, mut role) =
+                (Device::cpu(), Role::new(host(), "policy", load(name, Head::Lm)).unwrap());
             let start = named(role.model.params(), &role.model);
             let settings = Settings {
                 beta2: *beta2,
@@ -83,7 +84,8 @@ fn the_trainer_takes_the_steps_of_torch() {
             for step in 1..=10 {
                 let (grads, _) = sft(&role.model, &batch);
                 role.grads.flat_mut().host().copy_from_slice(grads.flat().host());
-                let norm = role.update(&dev, &settings, 1e-3, step).unwrap();
+                let norm = role.gradient_norm(&dev, step).unwrap();
+                role.update(&dev, &settings, 1e-3, norm, step).unwrap();
                 let want = g.get(&format!("{run}/grad_norms"))[step as usize - 1];
                 assert_close("norm", &[norm], &[want], 0.0, 1e-5);
             }

@@ -72,7 +72,7 @@ fn nothing_is_lost_when_a_run_is_killed() {
     train("ppo", &small(&dir, "ppo", &straight)).unwrap();
     let mut pairs = small(&dir, "ppo", &killed);
     pairs.push("checkpoint_every=2".into());
-    let draw = Philox::new(1, 0, 0, Purpose::Draw);
+    let draw = Philox::new(1, 0, 0, Purpose::Pairs);
     let (mut codes, mut kills) = (Vec::new(), 0);
     let finished = (0..200).any(|attempt| {
         let mut child = train_command("ppo", &pairs).spawn().unwrap();
@@ -156,6 +156,89 @@ fn other_settings_or_data_do_not_resume() {
     assert!(matches!(&error, Error::Config { key, .. } if key == "algorithm"), "{error}");
 }
 
+/// Nor do other models under the same name, another mask, or other margins. A fixed bug: only the
+/// tokens were compared.
+#[test]
+fn other_models_masks_or_margins_do_not_resume() {
+    let dir = temp_dir("other_models");
+    let refused = |run: &Path, algorithm: &str, pairs: &[String]| {
+        let error = train(algorithm, pairs).unwrap_err();
+        let Error::Config { key, message, .. } = &error else { panic!("{error}") };
+        assert!(message.starts_with(&format!("{} holds a run with", run.display())), "{message}");
+        key.clone()
+    };
+    // another reward model, then another policy, in the same folders
+    let (model, judge) = (dir.join("model"), dir.join("judge"));
+    copy(&golden::path("llama_tied"), &model);
+    copy(&golden::path("llama_tied/rm"), &judge);
+    let run = dir.join("ppo");
+    let mut pairs = small(&dir, "ppo", &run);
+    pairs.push(format!("model={}", model.display()));
+    pairs.push(format!("reward_model={}", judge.display()));
+    pairs.push("steps=2".into());
+    train("ppo", &pairs).unwrap();
+    for (folder, key) in [(&judge, "reward_model"), (&model, "policy")] {
+        let file = folder.join("model.safetensors");
+        let whole = std::fs::read(&file).unwrap();
+        let mut changed = whole.clone();
+        let last = changed.len() - 4;
+        changed[last..].copy_from_slice(&0.25f32.to_le_bytes());
+        std::fs::write(&file, changed).unwrap();
+        assert_eq!(refused(&run, "ppo", &pairs), key);
+        std::fs::write(&file, whole).unwrap();
+    }
+    // the same tokens, of which others are learned
+    let run = dir.join("sft");
+    let pairs = small(&dir, "sft", &run);
+    let line = |labels: &str| format!("{{\"input_ids\": [5, 6, 7], \"labels\": {labels}}}\n");
+    std::fs::write(dir.join("sft.jsonl"), line("[5, 6, 7]")).unwrap();
+    train("sft", &pairs).unwrap();
+    std::fs::write(dir.join("sft.jsonl"), line("[5, -100, 7]")).unwrap();
+    assert_eq!(refused(&run, "sft", &pairs), "data");
+    // the same pairs, of which people were surer
+    let run = dir.join("reward");
+    let pairs = small(&dir, "reward", &run);
+    let line = |margin: f64| {
+        let ids = "\"prompt_ids\": [5], \"chosen_ids\": [6], \"rejected_ids\": [7]";
+        format!("{{{ids}, \"margin\": {margin}}}\n")
+    };
+    std::fs::write(dir.join("reward.jsonl"), line(1.0)).unwrap();
+    train("reward", &pairs).unwrap();
+    std::fs::write(dir.join("reward.jsonl"), line(1.5)).unwrap();
+    assert_eq!(refused(&run, "reward", &pairs), "data");
+}
+
+/// A finished run that is started again changes nothing; a refused one leaves nothing.
+#[test]
+fn a_finished_or_refused_run_leaves_its_folder_alone() {
+    let dir = temp_dir("finished");
+    let run = dir.join("run");
+    let pairs = small(&dir, "sft", &run);
+    let listing = || {
+        let mut all: Vec<_> = std::fs::read_dir(&run)
+            .unwrap()
+            .map(|e| e.unwrap())
+            .map(|e| (e.file_name(), e.metadata().unwrap().modified().unwrap()))
+            .filter(|(name, _)| name != "lock")
+            .collect();
+        all.sort();
+        all
+    };
+    train("sft", &pairs).unwrap();
+    let before = listing();
+    assert_eq!(train("sft", &pairs).unwrap(), run.join("final"));
+    assert_eq!(listing(), before);
+    // without its model it is exported again
+    std::fs::remove_dir_all(run.join("final")).unwrap();
+    train("sft", &pairs).unwrap();
+    assert!(run.join("final/model.safetensors").exists());
+    let refused = dir.join("refused");
+    let mut pairs = small(&dir, "sft", &refused);
+    pairs.push("data=none.jsonl".into());
+    train("sft", &pairs).unwrap_err();
+    assert!(!refused.exists());
+}
+
 /// Property 4: splitting a step into micro-batches changes nothing but rounding.
 #[test]
 fn whole_step_denominators() {
@@ -227,6 +310,23 @@ fn a_bad_number_stops_the_step() {
     assert!(!run.join("checkpoints/step-2").exists());
 }
 
+/// Property 9: weights that are no numbers any more are never saved. A fixed bug: a step size beyond
+/// f32 was applied, committed and exported.
+#[test]
+fn a_bad_weight_is_never_saved() {
+    for (algorithm, name) in [("sft", "policy"), ("reward", "reward")] {
+        let dir = temp_dir(&format!("bad_weight_{algorithm}"));
+        let run = dir.join("run");
+        let mut pairs = small(&dir, algorithm, &run);
+        pairs.extend(["learning_rate=1e39", "warmup_steps=0", "steps=1"].map(String::from));
+        let error = train(algorithm, &pairs).unwrap_err();
+        let Error::BadNumber { step: 1, what, value, .. } = &error else { panic!("{error}") };
+        assert!(what.starts_with("the new weight of model.embed_tokens.weight"), "{what}");
+        assert!(what.ends_with(&format!("of the {name} model")) && !value.is_finite(), "{error}");
+        assert!(!run.join("checkpoints").exists() && !run.join("final").exists());
+    }
+}
+
 /// An algorithm whose loss gives one sample a bad gradient.
 struct Poison {
     sample: u64,
@@ -284,9 +384,12 @@ fn the_bad_sample_is_named() {
                     Err(error) => break error,
                 }
             };
-            let Error::BadNumber { step: at, what, samples, .. } = &error else {
+            let Error::BadNumber { step: at, what, samples, places, .. } = &error else {
                 panic!("{error}")
             };
+            assert_eq!(places.len(), 1);
+            let line: usize = places[0].rsplit(':').next().unwrap().parse().unwrap();
+            assert!(places[0].contains("sft.jsonl:") && (1..=77).contains(&line), "{places:?}");
             assert_eq!((*at, what.as_str()), (step, "d loss / d log-prob"));
             assert_eq!(samples[..], [sample], "{value}");
             assert_eq!(step, sample / 4 + 1);

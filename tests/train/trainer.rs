@@ -6,14 +6,14 @@ use std::{collections::HashSet, path::Path};
 use serde_json::Value;
 use warpo::{
     Error,
-    device::{Arena, Device, allocations},
+    device::{Device, allocations},
     models::{self, Batch, Head, Model, Slot},
     rollout::{Scorer, last_scores},
     train::Silent,
 };
 
 use crate::support::{
-    assert_bits, golden, process,
+    assert_bits, golden, process, room,
     runs::{metrics, small, train, trainer},
     temp_dir,
 };
@@ -31,7 +31,8 @@ fn ten_steps() {
         ("ppo", &["entropy_coef=0.01", "kl_in=loss", "minibatches=1", "ppo_epochs=1"]),
     ] {
         let data = format!("eval_data={}", dir.join(format!("{algorithm}.jsonl")).display());
-        let more = [&[&data[..]], more].concat();
+        let data = if algorithm == "ppo" { "eval_data=[]" } else { &data };
+        let more = [&[data], more].concat();
         let mut t = trainer(dir, algorithm, &more).unwrap();
         let before = allocations();
         for step in 1..=10 {
@@ -49,7 +50,7 @@ fn nothing_is_allocated_inside_a_step() {
     assert!(process("train::trainer::ten_steps", &dir).wait().unwrap().success());
     // the count counts
     let before = allocations();
-    drop(warpo::device::Buffer::<f32>::zeros(3));
+    drop(room(3));
     assert!(allocations() > before);
 }
 
@@ -84,19 +85,28 @@ fn what_cannot_be_planned_is_refused() {
     let config = |key: &str, message: &str| (2, format!("config key `{key}`: {message}"));
     assert_eq!(
         refuse("ppo", &["batch_size=5"]),
-        config("batch_size", "5 is no multiple of samples_per_prompt 1 x minibatches 2")
+        config("batch_size", "got 5, wanted a multiple of samples_per_prompt 1 x minibatches 2")
     );
     assert_eq!(
-        refuse("ppo", &["max_new_tokens=127"]),
-        config("max_new_tokens", "127 leave no room for a prompt in 128 positions")
+        refuse("ppo", &["max_new_tokens=128"]),
+        config(
+            "max_new_tokens",
+            "got 128, wanted less than the 128 positions of a prompt and its sample"
+        )
     );
-    assert_eq!(refuse("sft", &["model="]), config("model", "wanted a model folder (--model DIR)"));
+    assert_eq!(
+        refuse("sft", &["model="]),
+        config("model", "got \"\", wanted a model folder (--model DIR)")
+    );
     assert_eq!(
         refuse("sft", &["data=[]"]),
-        config("data", "wanted at least one file (--data FILE)")
+        config("data", "got [], wanted at least one file (--data FILE)")
     );
-    assert_eq!(refuse("sft", &["batch_size=0"]), config("batch_size", "wanted 1 or more"));
-    assert_eq!(refuse("sft", &["beta1=1"]), config("beta1", "wanted from 0 to below 1"));
+    assert_eq!(
+        refuse("sft", &["batch_size=0"]),
+        config("batch_size", "got 0, wanted from 1 to 1000000")
+    );
+    assert_eq!(refuse("sft", &["beta1=1"]), config("beta1", "got 1, wanted from 0 to below 1"));
     let other = format!("reward_model={}", golden::path("gpt2/rm").display());
     let (code, message) = refuse("ppo", &[&other]);
     assert_eq!(code, 1);
@@ -105,6 +115,28 @@ fn what_cannot_be_planned_is_refused() {
         "{message}"
     );
     assert_eq!(refuse("sft", &["device=cuda"]).0, 3);
+    // a language model rates nothing
+    let none = format!("reward_model={}", golden::path("llama_tied").display());
+    let (code, message) = refuse("ppo", &[&none]);
+    assert_eq!(code, 1);
+    let want = "llama_tied: `score.weight` is missing: it is no reward model";
+    assert!(message.ends_with(want), "{message}");
+    assert_eq!(
+        refuse("sft", &["max_length=1"]),
+        config("max_length", "got 1, wanted 2 or more, or 0")
+    );
+    let vocabulary = "got 113, wanted below the vocabulary of 113";
+    assert_eq!(refuse("sft", &["eos_id=113"]), config("eos_id", vocabulary));
+    assert_eq!(refuse("ppo", &["stop_ids=[5, 113]"]), config("stop_ids", vocabulary));
+    let (code, message) = refuse("ppo", &["eval_data=x.jsonl"]);
+    assert!(code == 2 && message.contains("`eval_data`: got x.jsonl, wanted none"), "{message}");
+    // more memory than there is
+    let (code, message) = refuse("sft", &["micro_batch_tokens=100000000", "threads=1"]);
+    assert!(code == 1 && message.starts_with("the plan of a step needs "), "{message}");
+    assert_eq!(
+        refuse("sft", &["threads=100000"]),
+        config("threads", "got 100000, wanted at most 1024")
+    );
 }
 
 fn flat(model: Option<&Model<f32>>) -> Vec<f32> {
@@ -155,7 +187,8 @@ fn the_reference_and_the_judge_stay_as_they_were() {
     train("ppo", &pairs).unwrap();
     assert!(metrics(&run)[7]["kl"].as_f64().unwrap() > 0.0, "the policy went away from it");
     let (dev, mut compared) = (Device::cpu(), 0);
-    let load = |name: &str, head| Model::<f32>::load(&dev, &golden::path(name), head, 0).unwrap();
+    let load =
+        |name: &str, head| Model::<f32>::load(&dev, &golden::path(name), head, Some(0)).unwrap();
     let (reference, judge) = (load("llama_tied", Head::Lm), load("llama_tied/rm", Head::Scalar));
     let text = std::fs::read_to_string(run.join("rollouts/step-8.jsonl")).unwrap();
     for line in text.lines() {
@@ -169,7 +202,7 @@ fn the_reference_and_the_judge_stay_as_they_were() {
         let mut batch = Batch::default();
         batch.push_predicted(&whole, prompt.len());
         let scorer = Scorer { rows: 64, sequences: 1 };
-        let mut arena = Arena::new(scorer.plan::<f32>(reference.spec()).unwrap());
+        let mut arena = room(scorer.plan::<f32>(reference.spec()).unwrap());
         let mut logp = Vec::new();
         // the temperature of `small`
         scorer.logprobs(&dev, &reference, &arena.scope(), &batch, 0.9, &mut logp, None).unwrap();
@@ -186,7 +219,7 @@ fn the_reference_and_the_judge_stay_as_they_were() {
 fn overflowing(dir: &Path, factor: f32) {
     let dev = Device::cpu();
     let mut judge =
-        Model::<f32>::load(&dev, &golden::path("llama_tied/rm"), Head::Scalar, 0).unwrap();
+        Model::<f32>::load(&dev, &golden::path("llama_tied/rm"), Head::Scalar, None).unwrap();
     let params = judge.params_mut();
     params.get_mut(Slot::Score, None).unwrap().host().iter_mut().for_each(|w| *w *= 1e19);
     let norm = params.get_mut(Slot::FinalNorm, None).unwrap().host();
@@ -222,7 +255,7 @@ fn a_bad_score_stops_the_step_and_names_its_sample() {
             (Err(Error::BadNumber { what, .. }), None) => {
                 assert!(what.contains("gradient"), "{what}")
             }
-            (Err(Error::BadNumber { step, what, samples, value }), Some(i)) => {
+            (Err(Error::BadNumber { step, what, samples, value, .. }), Some(i)) => {
                 assert_eq!((step, &*what, &samples[..]), (1, "the score", &[i as u64][..]));
                 assert!(!value.is_finite());
                 named.insert(i);
@@ -246,9 +279,9 @@ fn a_bad_score_stops_the_step_and_names_its_sample() {
 
 fn scores(judge: &Path, sequences: &[Vec<u32>]) -> Vec<f32> {
     let dev = Device::cpu();
-    let judge = Model::<f32>::load(&dev, judge, Head::Scalar, 0).unwrap();
+    let judge = Model::<f32>::load(&dev, judge, Head::Scalar, None).unwrap();
     let scorer = Scorer { rows: 64, sequences: 1 };
-    let mut arena = Arena::new(scorer.plan::<f32>(judge.spec()).unwrap());
+    let mut arena = room(scorer.plan::<f32>(judge.spec()).unwrap());
     let all: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
     last_scores(&dev, &judge, &mut arena, scorer, &all).unwrap()
 }

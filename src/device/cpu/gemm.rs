@@ -117,12 +117,12 @@ impl<'a, F: Float> Rhs<'a, F> {
         if k == 0 {
             return;
         }
-        let (have, want) = match *self {
-            Self::Packed(panels) => (panels.len(), packed_len(k, n)),
-            Self::Rows { data, ld } => (data.len(), (k - 1) * ld + n),
-            Self::Columns { data, ld } => (data.len(), (n - 1) * ld + k),
+        let (have, enough) = match *self {
+            Self::Packed(panels) => (panels.len(), packed_len(k, n) <= panels.len()),
+            Self::Rows { data, ld } => (data.len(), holds(data.len(), ld, (k, n))),
+            Self::Columns { data, ld } => (data.len(), holds(data.len(), ld, (n, k))),
         };
-        assert!(have >= want, "B [{k}, {n}] needs {want} elements, has {have}");
+        assert!(enough, "B [{k}, {n}] is too short: {have}");
     }
 
     /// Rows `k0..k0 + kc` of panel `p` as `[kc, 32]`, packed into `room` where it is not yet.
@@ -152,10 +152,16 @@ impl<'a, F: Float> Rhs<'a, F> {
     }
 }
 
-/// Elements of B `[k, n]` in panels.
+/// Whether `len` elements hold `rows` rows of `cols`, `ld` apart. Sizes that overflow do not fit.
+fn holds(len: usize, ld: usize, (rows, cols): (usize, usize)) -> bool {
+    let before = rows.saturating_sub(1).checked_mul(ld);
+    before.and_then(|n| n.checked_add(cols)).is_some_and(|n| n <= len)
+}
+
+/// Elements of B `[k, n]` in panels; `usize::MAX`, which no memory has, where that overflows.
 #[must_use]
 pub const fn packed_len(k: usize, n: usize) -> usize {
-    n.div_ceil(NR) * NR * k
+    n.div_ceil(NR).saturating_mul(NR).saturating_mul(k)
 }
 
 /// Writes B = Wᵀ, W `[n, k]`, as panels `[ceil(n / 32)][k][32]`; columns beyond `n` are 0.
@@ -215,7 +221,8 @@ pub fn product<F: Float>(
     let out = Out { c: c.as_mut_ptr(), ldc };
     let panels = n.div_ceil(NR);
     // A task below about 10^5 multiply-adds costs more to hand over than to run.
-    let want = if m * n * k < 100_000 { 1 } else { cpu.threads() * 4 };
+    let work = m.saturating_mul(n).saturating_mul(k);
+    let want = if work < 100_000 { 1 } else { cpu.threads() * 4 };
     let (rows, per) = split((m, panels), want, a.copied(k), b, block_rows(a, b));
     let (tasks_m, tasks_n) = (m.div_ceil(rows), panels.div_ceil(per));
     cpu.run(tasks_n * tasks_m, |task| {
@@ -286,10 +293,10 @@ fn check<F: Float>(
     if m == 0 || n == 0 {
         return;
     }
-    assert!(ldc >= n && c.len() >= (m - 1) * ldc + n, "C [{m}, {n}] is too short: {}", c.len());
+    assert!(ldc >= n && holds(c.len(), ldc, (m, n)), "C [{m}, {n}] is too short: {}", c.len());
     let (outer, inner) = if a.transposed { (k, m) } else { (m, k) };
     assert!(
-        k == 0 || (a.ld >= inner && a.data.len() >= (outer - 1) * a.ld + inner),
+        k == 0 || (a.ld >= inner && holds(a.data.len(), a.ld, (outer, inner))),
         "A [{m}, {k}] is too short: {}",
         a.data.len()
     );

@@ -1,5 +1,9 @@
 //! A small thread pool: workers spin briefly for the next job, then sleep. A job is a closure and
 //! a counter; nothing is allocated to run one.
+//!
+//! Nobody waits for a worker that has not begun: it joins a job by entering its name while the job is
+//! open, and the caller, which works too, closes the job when no task is left. So a worker whose core
+//! is taken by another process costs its share of the work, not its turn on the core.
 
 #![allow(unsafe_code)]
 
@@ -25,17 +29,19 @@ struct Job {
     tasks: usize,
 }
 
-// SAFETY: the closure is `Sync`, and `Pool::run` does not return before all workers left it.
+// SAFETY: the closure is `Sync`, and `Pool::run` does not return before all workers left it and no
+// other can enter.
 unsafe impl Send for Job {}
 
 struct Shared {
     /// Counts jobs; workers wait for it to change.
     epoch: AtomicU64,
     next: AtomicUsize,
-    /// Workers that have not finished the current job.
-    busy: AtomicUsize,
+    /// Workers in the current job. They enter under the lock of `job`, while it is open.
+    inside: AtomicUsize,
     panicked: AtomicBool,
     stop: AtomicBool,
+    /// The job, while it is open.
     job: Mutex<Option<Job>>,
     wake: Condvar,
 }
@@ -65,18 +71,18 @@ impl Pool {
         let shared = Arc::new(Shared {
             epoch: AtomicU64::new(0),
             next: AtomicUsize::new(0),
-            busy: AtomicUsize::new(0),
+            inside: AtomicUsize::new(0),
             panicked: AtomicBool::new(false),
             stop: AtomicBool::new(false),
             job: Mutex::new(None),
             wake: Condvar::new(),
         });
-        let workers = (1..threads.max(1))
-            .map(|_| {
-                let shared = shared.clone();
-                std::thread::spawn(move || worker(&shared))
-            })
-            .collect();
+        // Fewer where the system gives no more: that changes no result.
+        let workers = (1..threads.max(1)).map_while(|_| {
+            let shared = shared.clone();
+            std::thread::Builder::new().spawn(move || worker(&shared)).ok()
+        });
+        let workers = workers.collect();
         Self { shared, workers, turn: Mutex::new(()) }
     }
 
@@ -91,12 +97,11 @@ impl Pool {
         }
         let _turn = lock(&self.turn);
         let shared = &*self.shared;
-        // SAFETY: the lifetime is erased only until this function returns, and it waits for every
-        // worker to leave the closure first.
+        // SAFETY: the lifetime is erased only until this function returns, and before that it closes
+        // the job and waits for every worker inside to leave.
         let task: *const (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(task) };
         let job = Job { task, tasks };
         shared.next.store(0, Ordering::Relaxed);
-        shared.busy.store(self.workers.len(), Ordering::Relaxed);
         {
             let mut slot = lock(&shared.job);
             *slot = Some(job);
@@ -104,8 +109,10 @@ impl Pool {
         }
         shared.wake.notify_all();
         let mine = catch_unwind(AssertUnwindSafe(|| work(shared, job)));
+        // Closed: from here on nobody enters.
+        *lock(&shared.job) = None;
         let mut spins = 0usize;
-        while shared.busy.load(Ordering::Acquire) != 0 {
+        while shared.inside.load(Ordering::Acquire) != 0 {
             spins += 1;
             if spins < SPINS { std::hint::spin_loop() } else { std::thread::yield_now() }
         }
@@ -152,7 +159,7 @@ fn work(shared: &Shared, job: Job) {
         if i >= job.tasks {
             return;
         }
-        // SAFETY: `Pool::run` keeps the closure alive until `busy` is 0, which is after this.
+        // SAFETY: `Pool::run` keeps the closure alive until nobody is inside, which is after this.
         let task = unsafe { &*job.task };
         task(i);
     }
@@ -172,6 +179,9 @@ fn worker(shared: &Shared) {
                 slot = shared.wake.wait(slot).unwrap_or_else(std::sync::PoisonError::into_inner);
             }
             seen = shared.epoch.load(Ordering::Acquire);
+            if slot.is_some() {
+                shared.inside.fetch_add(1, Ordering::Relaxed);
+            }
             *slot
         };
         if shared.stop.load(Ordering::Relaxed) {
@@ -181,7 +191,7 @@ fn worker(shared: &Shared) {
             if catch_unwind(AssertUnwindSafe(|| work(shared, job))).is_err() {
                 shared.panicked.store(true, Ordering::Relaxed);
             }
-            shared.busy.fetch_sub(1, Ordering::Release);
+            shared.inside.fetch_sub(1, Ordering::Release);
         }
     }
 }
@@ -219,7 +229,7 @@ impl<'a, T: Send> Rows for (&'a mut [T], usize) {
 
     fn shared(self, rows: usize) -> Self::Shared {
         let (slice, row) = self;
-        assert_eq!(slice.len(), rows * row, "an output of {rows} rows of {row}");
+        assert_eq!(Some(slice.len()), rows.checked_mul(row), "an output of {rows} rows of {row}");
         SharedRows { ptr: slice.as_mut_ptr(), row, rows, _slice: PhantomData }
     }
 

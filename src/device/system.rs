@@ -1,4 +1,4 @@
-//! What the operating system says about a disk.
+//! What the operating system says about disks and memory.
 
 #![allow(unsafe_code)]
 
@@ -19,4 +19,16 @@ pub fn free_disk_bytes(path: &Path) -> io::Result<u64> {
     // SAFETY: `statvfs` returned 0, so it filled `stat`.
     let stat = unsafe { stat.assume_init() };
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
+}
+
+/// Bytes of memory that can be taken without hurting others, swap included; `None` where the system
+/// does not tell.
+pub fn free_memory_bytes() -> Option<usize> {
+    let text = std::fs::read_to_string("/proc/meminfo").ok()?;
+    let kib = |key: &str| {
+        let line = text.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':'))?;
+        line.trim().strip_suffix("kB")?.trim().parse::<usize>().ok()
+    };
+    let all = kib("MemAvailable")?.saturating_add(kib("SwapFree").unwrap_or(0));
+    Some(all.saturating_mul(1024))
 }
