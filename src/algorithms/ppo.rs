@@ -55,7 +55,7 @@ crate::settings! {
         /// takes the policy's trunk with a new head.
         pub value_init: ValueInit = ValueInit::Reward,
         /// Samples a prompt; `batch_size` counts samples, so prompts a step are
-        /// batch_size / samples_per_prompt.
+        /// batch_size / samples_per_prompt (TRL, N+: 1).
         pub samples_per_prompt: usize = 1
             => "from 1 to 1000000" if |n| (1..=1_000_000).contains(n),
         /// The most new tokens of a sample (TRL: response_length 53).
@@ -63,13 +63,15 @@ crate::settings! {
         /// Divides the logits, in sampling, in training and for the reference (TRL and N+: 0.7).
         pub temperature: f64 = 0.7
             => "above 0, up to 100: PPO needs a distribution" if |t| *t > 0.0 && *t <= 100.0,
-        /// Keeps the k most likely tokens; 0 is off (TRL: off).
+        /// Keeps the k most likely tokens; 0 is off (TRL: off). Filters choose samples only: log-probs and
+        /// the ratio are those of the whole distribution at this temperature, so the first ratio is
+        /// exactly 1 under any filter.
         pub top_k: usize = 0,
         /// Keeps the most likely tokens up to this probability; 1 is off (TRL: off).
         pub top_p: f64 = 1.0 => "above 0, up to 1" if |p| *p > 0.0 && *p <= 1.0,
-        /// Keeps tokens at least this fraction as likely as the likeliest; 0 is off.
+        /// Keeps tokens at least this fraction as likely as the likeliest; 0 is off (vLLM: off).
         pub min_p: f64 = 0.0 => "from 0 to 1" if |p| (0.0..=1.0).contains(p),
-        /// Sequences generated at once.
+        /// Sequences generated at once; changes no token (our own: 64 rows fill a CPU).
         pub rollout_slots: usize = 64 => "1 or more" if |n| *n > 0,
         /// Weight of the KL to the reference (TRL and N+: 0.05).
         pub kl_coef: f64 = 0.05 => "0 or more" if |c| *c >= 0.0 && c.is_finite(),
@@ -115,7 +117,7 @@ crate::settings! {
         /// fixed -1).
         pub missing_eos_penalty: Option<f64> = None
             => "0 or more" if |p| p.is_none_or(|p| p >= 0.0),
-        /// Multiplies the score.
+        /// Multiplies the score (1 everywhere).
         pub reward_scale: f64 = 1.0,
         /// Bounds the score to ± this, after scaling (OpenRLHF: 10; DeepSpeed-Chat: 5; off in TRL).
         pub reward_clip: Option<f64> = None => "above 0" if |c| c.is_none_or(|c| c > 0.0),

@@ -94,8 +94,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let minutes = start.elapsed().as_secs_f64() / 60.0;
     let mut text = format!("\n{}\n{}\n", table(&before, &after), samples(&before, &after));
     text += &format!("Report: {}. Runs and models: {}.\n", page.display(), args.out.display());
-    text += &format!("{minutes:.1} minutes. Next: warpo generate --model ");
-    text += &format!("{} --data -\n", args.out.join("ppo/final").display());
+    // As this command was called: `warpo` need not be installed.
+    let warpo = std::env::args().next().unwrap_or_else(|| "warpo".into());
+    let model = args.out.join("ppo/final");
+    text += &format!("{minutes:.1} minutes. Next: echo '{{\"prompt\": \"Easy to\"}}' | {warpo} ");
+    text += &format!("generate --model {}\n", model.display());
     super::print(&text)
 }
 

@@ -142,12 +142,18 @@ fn part(dir: &Path, samples: usize) -> Result<Value> {
     times.insert("phases".into(), columns(&phases).into());
     let (rollouts, total) = rollouts(&dir.join("rollouts"), samples)?;
     let name = dir.file_name().map_or_else(String::new, |n| n.to_string_lossy().into_owned());
+    let metrics = columns(&lines(&dir.join("metrics.jsonl"))?);
+    // A run that is not at its end says so.
+    let last = metrics.get("step").and_then(|s| s.as_array()?.last()?.as_u64()).unwrap_or(0);
+    let unfinished = about["steps"].as_u64().filter(|steps| last < *steps);
+    let unfinished = unfinished.map(|steps| format!("{last} of {steps} steps so far"));
     Ok(json!({
         "name": name,
+        "unfinished": unfinished,
         "about": entry.map(|e| e.about),
         "facts": facts(&about),
         "meanings": meanings,
-        "metrics": columns(&lines(&dir.join("metrics.jsonl"))?),
+        "metrics": metrics,
         "timing": times,
         "rollouts": rollouts,
         "rollouts_total": total,
@@ -158,7 +164,7 @@ fn part(dir: &Path, samples: usize) -> Result<Value> {
 /// What `run.json` says, as names and values.
 fn facts(about: &Value) -> Vec<[String; 2]> {
     let text = |v: &Value| v.as_str().map_or_else(|| v.to_string(), str::to_owned);
-    let hidden = |key: &str| key == "started";
+    let hidden = |key: &str| matches!(key, "started" | "steps");
     let all = about.as_object().into_iter().flatten();
     all.filter(|(k, _)| !hidden(k)).map(|(k, v)| [k.replace('_', " "), text(v)]).collect()
 }

@@ -472,10 +472,10 @@ impl<F: Float> Input<'_, F> {
         let n = rows.len();
         let base = &self.qkv[rows.start * cols..];
         let (k_at, v_at) = (out_cols + g * d, out_cols + (shape.kv_heads + g) * d);
+        let mut k_panel = [F::ZERO; MAX_HEAD_DIM * NR];
+        let mut v_panel = [F::ZERO; MAX_HEAD_DIM * NR];
         for j0 in (0..n).step_by(NR) {
             let keys = NR.min(n - j0);
-            let mut k_panel = [F::ZERO; MAX_HEAD_DIM * NR];
-            let mut v_panel = [F::ZERO; MAX_HEAD_DIM * NR];
             gemm::pack_panel(&mut k_panel[..d * NR], &base[j0 * cols + k_at..], cols, d, keys);
             gemm::pack_panel(&mut v_panel[..d * NR], &base[j0 * cols + v_at..], cols, d, keys);
             for h in 0..group {

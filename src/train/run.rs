@@ -153,6 +153,7 @@ impl Run {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |t| t.as_secs_f64());
         let mut all: Map<String, Value> =
             about.into_iter().map(|(name, text)| (name.to_owned(), text.into())).collect();
+        all.insert("steps".into(), self.trainer.steps.into());
         all.insert("version".into(), env!("CARGO_PKG_VERSION").into());
         all.insert("started".into(), before["started"].as_f64().unwrap_or(now).into());
         let text = format!("{:#}\n", Value::from(all));

@@ -25,27 +25,28 @@ crate::settings! {
         pub threads: usize = 0 => "at most 1024" if |n| *n <= 1024,
         /// Seed of everything that is drawn.
         pub seed: u64 = 0,
-        /// Sequences (for reward: pairs) of an optimizer step.
+        /// Sequences (for reward: pairs) of an optimizer step (Hugging Face Trainer: 8 a device; InstructGPT,
+        /// N+ and OpenRLHF use 32 to 512).
         pub batch_size: usize = 32 => "from 1 to 1000000" if |n| (1..=1_000_000).contains(n),
         /// Optimizer steps; 0 counts `epochs` instead.
         pub steps: u64 = 0,
-        /// Passes over the data, if `steps` is 0.
+        /// Passes over the data, if `steps` is 0 (Hugging Face Trainer: 3).
         pub epochs: f64 = 1.0 => "above 0" if |e| *e > 0.0 && e.is_finite(),
-        /// Draw examples in a new order each epoch.
+        /// Draw examples in a new order each epoch (as everywhere).
         pub shuffle: bool = true,
         /// Peak step size (TRL: 2e-5 for SFT, 1e-4 for reward, 3e-6 for PPO).
         pub learning_rate: f64 = 2e-5 => "0 or more" if |r| *r >= 0.0 && r.is_finite(),
         /// Its course after warm-up (TRL: linear).
         pub schedule: Schedule = Schedule::Linear,
-        /// Steps from 0 to the peak.
+        /// Steps from 0 to the peak (Hugging Face Trainer: 0).
         pub warmup_steps: u64 = 0,
         /// The schedule ends at this fraction of the peak (OpenRLHF: 0.1).
         pub min_learning_rate_ratio: f64 = 0.0 => "from 0 to 1" if |r| (0.0..=1.0).contains(r),
         /// Decoupled weight decay of matrices (Hugging Face Trainer: 0).
         pub weight_decay: f64 = 0.0 => "0 or more" if |w| *w >= 0.0 && w.is_finite(),
-        /// Decay norms and biases too.
+        /// Decay norms and biases too (Hugging Face Trainer: no).
         pub decay_all: bool = false,
-        /// AdamW's first decay.
+        /// AdamW's first decay (torch: 0.9).
         pub beta1: f64 = 0.9 => "from 0 to below 1" if |b| (0.0..1.0).contains(b),
         /// AdamW's second decay (torch: 0.999; OpenRLHF: 0.95).
         pub beta2: f64 = 0.999 => "from 0 to below 1" if |b| (0.0..1.0).contains(b),
@@ -53,10 +54,10 @@ crate::settings! {
         pub epsilon: f64 = 1e-8 => "0 or more" if |e| *e >= 0.0 && e.is_finite(),
         /// Gradients are scaled down to this norm; 0 is off (Hugging Face Trainer: 1).
         pub max_grad_norm: f64 = 1.0 => "0 or more" if |n| *n >= 0.0 && n.is_finite(),
-        /// Tokens of a micro-batch: bounds memory, changes no mean.
+        /// Tokens of a micro-batch: bounds memory, changes no mean (our own; enough rows to fill a CPU).
         pub micro_batch_tokens: usize = 2048
             => "from 1 to 100000000" if |n| (1..=100_000_000).contains(n),
-        /// The longest sequence in tokens; 0 takes the model's limit.
+        /// The longest sequence in tokens, prompt and sample together; 0 takes the model's limit (TRL: 1024).
         pub max_length: usize = 1024,
         /// Prompts are the first so many tokens of texts, where the data has no prompts.
         pub prompt_tokens: Option<usize> = None => "1 or more" if |n| *n != Some(0),

@@ -52,6 +52,7 @@ fn holds_every_metric_and_a_spread_of_rollouts() {
         let n = sample["columns"][column].as_array().unwrap().len();
         assert_eq!(n, sample["ids"].as_array().unwrap().len(), "{column}");
     }
+    assert!(r["unfinished"].is_null());
     assert_eq!(r["timing"]["phases"].as_object().unwrap().len(), 3);
     assert!(r["config"].as_str().unwrap().contains("kl_target = 0.5"));
     let text = std::fs::read_to_string(&page).unwrap();
@@ -118,4 +119,17 @@ fn a_folder_without_a_run_is_refused() {
     assert!(error.contains("report_none") && error.contains("holds no run"), "{error}");
     let error = report(&dir.join("missing"), &dir.join("page.html"), 10).unwrap_err().to_string();
     assert!(error.starts_with("cannot read"), "{error}");
+}
+
+/// Half a run says that it is one.
+#[test]
+fn a_run_that_goes_on_says_how_far_it_is() {
+    let (dir, run) = finished("report_half");
+    let path = run.join("metrics.jsonl");
+    let text = std::fs::read_to_string(&path).unwrap();
+    let half: String = text.lines().take(3).map(|l| format!("{l}\n")).collect();
+    std::fs::write(&path, half).unwrap();
+    let page = dir.join("page.html");
+    report(&run, &page, 12).unwrap();
+    assert_eq!(data(&page)["runs"][0]["unfinished"], "3 of 7 steps so far");
 }
