@@ -177,10 +177,10 @@ impl Error {
                 Some("wait for it, stop it, or choose another --out folder".into())
             }
             Self::Memory { .. } => Some("lower `micro_batch_tokens` or the sequence length".into()),
-            Self::BadNumber { .. } => Some(
-                "the last checkpoint is untouched; lower `learning_rate`, or look at the named samples"
-                    .into(),
-            ),
+            Self::BadNumber { samples, .. } => {
+                let look = if samples.is_empty() { "" } else { ", or look at the named samples" };
+                Some(format!("the last checkpoint is untouched; lower `learning_rate`{look}"))
+            }
             Self::Interrupted { .. } => Some("run the same command again to go on".into()),
             _ => None,
         }
