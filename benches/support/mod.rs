@@ -81,7 +81,7 @@ fn best(tries: usize, mut f: impl FnMut()) -> f64 {
 pub fn peak() -> Peak {
     static PEAK: OnceLock<Peak> = OnceLock::new();
     *PEAK.get_or_init(|| {
-        let Device::Cpu(cpu) = device();
+        let cpu = device().on_cpu("peak").unwrap();
         const ROUNDS: usize = 2_000_000;
         let run = |width: usize, f: &(dyn Fn(usize) + Sync)| {
             let seconds = best(5, || cpu.run(cpu.threads(), f));

@@ -1,8 +1,9 @@
 //! `warpo doctor`: what this machine offers, and what is missing.
 
-use std::path::Path;
-
-use crate::{device::Device, device::cpu::Isa, error::Result};
+use crate::{
+    device::{Cuda, Device, cpu::Isa},
+    error::Result,
+};
 
 /// Show devices, threads, instruction sets, and what is missing for CUDA
 #[derive(Debug, clap::Args)]
@@ -11,14 +12,14 @@ pub(super) struct Args {}
 pub(super) fn run(_args: &Args) -> Result<()> {
     let device = Device::cpu();
     let isas: Vec<String> = Isa::available().iter().map(ToString::to_string).collect();
-    let driver = Path::new("/proc/driver/nvidia/version").exists();
-    let text = format!(
-        "warpo {}\ndevice: {}\ninstruction sets: {}\ncuda: not usable: this version has no CUDA \
-         kernels; {}\n",
+    let mut text = format!(
+        "warpo {}\ndevice: {}\ninstruction sets: {}\n",
         env!("CARGO_PKG_VERSION"),
         device.describe(),
         isas.join(", "),
-        if driver { "an NVIDIA driver is installed" } else { "no NVIDIA driver is installed" },
     );
+    for line in Cuda::survey() {
+        text += &format!("cuda: {line}\n");
+    }
     super::print(&text)
 }

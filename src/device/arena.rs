@@ -9,14 +9,13 @@
 use std::{
     cell::{Cell, RefCell},
     marker::PhantomData,
-    ptr::NonNull,
 };
 
 use bytemuck::Pod;
 
 use super::{
     Device,
-    buffer::{ALIGN, Block, Buffer},
+    buffer::{ALIGN, Block, Buffer, Region},
 };
 use crate::error::{Error, Result};
 
@@ -34,13 +33,15 @@ pub struct Arena {
 /// One phase: buffers allocated from it live as long as it does.
 #[derive(Debug)]
 pub struct Scope<'a> {
-    base: Option<NonNull<u8>>,
+    /// None for a plan.
+    base: Option<Region<'a>>,
     capacity: usize,
     used: Cell<usize>,
     peak: &'a Cell<usize>,
     /// The scope that waits for this one: its `used`, and the value to give back.
     parent: Option<(&'a Cell<usize>, usize)>,
-    zones: RefCell<Vec<NonNull<u8>>>,
+    /// Where the redzones begin.
+    zones: RefCell<Vec<usize>>,
     _arena: PhantomData<&'a mut [u8]>,
 }
 
@@ -78,7 +79,7 @@ impl Arena {
     #[must_use]
     pub fn scope(&mut self) -> Scope<'_> {
         Scope {
-            base: Some(self.block.ptr()),
+            base: Some(self.block.region()),
             capacity: self.block.bytes(),
             used: Cell::new(0),
             peak: &self.peak,
@@ -119,26 +120,25 @@ impl<'a> Scope<'a> {
         }
         self.used.set(start + bytes);
         self.peak.set(self.peak.get().max(start + bytes));
-        let Some(base) = self.base else {
-            // SAFETY: an empty region needs no memory.
-            return Ok(unsafe { Buffer::from_raw(NonNull::dangling(), 0) });
-        };
+        let Some(base) = self.base else { return Ok(Buffer::empty()) };
         // SAFETY: `start + bytes` is within the block.
-        let ptr = unsafe { base.add(start) };
+        let at = unsafe { base.add(start) };
         if cfg!(debug_assertions) {
             // An earlier phase or child may have left numbers here.
             // SAFETY: `bytes` bytes from here are within the block and nobody else's.
-            unsafe { ptr.as_ptr().write_bytes(0xFF, bytes) };
+            unsafe { at.fill(0xFF, bytes)? };
         }
         if REDZONE > 0 {
             // SAFETY: the last REDZONE bytes of this allocation, within the block.
-            let zone = unsafe { ptr.add(bytes - REDZONE) };
-            // SAFETY: as above; `zone` has REDZONE bytes.
-            unsafe { zone.as_ptr().write_bytes(ZONE_BYTE, REDZONE) };
-            self.zones.borrow_mut().push(zone);
+            let zone = unsafe { at.add(bytes - REDZONE) };
+            // SAFETY: as above.
+            unsafe { zone.fill(ZONE_BYTE, REDZONE)? };
+            // SAFETY: as above.
+            unsafe { zone.guard(REDZONE, true) };
+            self.zones.borrow_mut().push(start + bytes - REDZONE);
         }
         // SAFETY: the block is initialised, ALIGN-aligned, and each region is handed out once.
-        Ok(unsafe { Buffer::from_raw(ptr.cast(), len) })
+        Ok(unsafe { at.buffer(len) })
     }
 
     /// A phase inside this one: what it allocates ends with it. Until then this scope cannot
@@ -169,11 +169,17 @@ impl Drop for Scope<'_> {
         if let Some((used, before)) = self.parent {
             used.set(before);
         }
+        let Some(base) = self.base else { return };
         for zone in self.zones.borrow().iter() {
             // SAFETY: a zone that `alloc` wrote, inside the arena that this scope borrows.
-            let zone = unsafe { std::slice::from_raw_parts(zone.as_ptr(), REDZONE) };
+            let zone = unsafe { base.add(*zone) };
+            // SAFETY: as above.
+            unsafe { zone.guard(REDZONE, false) };
+            // SAFETY: as above.
+            let bytes = unsafe { zone.read(REDZONE) };
             if !std::thread::panicking() {
-                assert!(zone.iter().all(|b| *b == ZONE_BYTE), "a buffer was written past its end");
+                let clean = bytes.is_ok_and(|b| b.iter().all(|b| *b == ZONE_BYTE));
+                assert!(clean, "a buffer was written past its end");
             }
         }
     }

@@ -2,12 +2,13 @@
 //! writes it.
 //!
 //! A view of host memory is made from a slice (`View::from(&x[..])`), so tests and embedders call
-//! ops on their own arrays.
+//! ops on their own arrays. Memory of a CUDA device has no host slice: [`Device::read`] copies it.
 
 #![allow(unsafe_code)]
 
 use std::{
     alloc::{Layout, alloc, alloc_zeroed, dealloc},
+    any::TypeId,
     marker::PhantomData,
     ops::Range,
     ptr::NonNull,
@@ -16,11 +17,20 @@ use std::{
 
 use bytemuck::Pod;
 
-use super::{Device, system};
+use super::{Cuda, Device, Element, system};
 use crate::error::{Error, Result};
 
 /// Alignment of every buffer: a cache line, and one 512-bit vector.
 pub(super) const ALIGN: usize = 64;
+
+/// Which processor can reach a region.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Place {
+    /// The CPU.
+    Host,
+    /// A CUDA device.
+    Device,
+}
 
 /// Blocks from this size on are compared with the memory that is free before they are taken: beyond
 /// it the system would not refuse, but kill the process once the memory is written.
@@ -34,11 +44,13 @@ pub fn allocations() -> u64 {
     ALLOCATIONS.load(Ordering::Relaxed)
 }
 
-/// A block of bytes from the system, aligned to [`ALIGN`].
+/// A block of bytes from the system or from a CUDA device, aligned to [`ALIGN`].
 #[derive(Debug)]
 pub(super) struct Block {
     ptr: NonNull<u8>,
-    layout: Layout,
+    bytes: usize,
+    /// Whose memory it is; none for the host's.
+    cuda: Option<Cuda>,
 }
 
 /// Fresh memory is NaN, to catch what reads before it writes.
@@ -50,10 +62,14 @@ unsafe impl Send for Block {}
 unsafe impl Sync for Block {}
 
 impl Block {
-    /// Memory that `dev` works on: zeroed, or 0xFF bytes (NaN) where debug assertions are on.
+    /// Memory that `dev` works on: 0xFF bytes (NaN) where debug assertions are on, else zeroed on the
+    /// CPU and arbitrary on a CUDA device.
     pub(super) fn new(dev: &Device, what: &'static str, bytes: usize) -> Result<Self> {
-        let Device::Cpu(_) = dev;
-        let free = if bytes < LARGE { None } else { system::free_memory_bytes() };
+        let free = match dev {
+            Device::Cuda(cuda) => cuda.free_memory()?,
+            Device::Cpu(_) if bytes < LARGE => None,
+            Device::Cpu(_) => system::free_memory_bytes(),
+        };
         let error = |have| Error::Memory { what, want: bytes, have };
         if let Some(have) = free.filter(|have| bytes > *have) {
             return Err(error(have));
@@ -62,29 +78,117 @@ impl Block {
         let rounded = bytes.checked_next_multiple_of(ALIGN).map(|b| b.max(ALIGN));
         let layout = rounded.and_then(|b| Layout::from_size_align(b, ALIGN).ok());
         let layout = layout.ok_or_else(|| error(isize::MAX as usize))?;
-        // SAFETY: `layout` has a size of at least ALIGN bytes.
-        let ptr = unsafe { (if POISON { alloc } else { alloc_zeroed })(layout) };
-        let ptr = NonNull::new(ptr).ok_or_else(|| error(free.unwrap_or(0)))?;
+        let (ptr, cuda) = match dev {
+            Device::Cuda(cuda) => (Some(cuda.alloc(layout.size())?), Some(cuda.clone())),
+            Device::Cpu(_) => {
+                // SAFETY: `layout` has a size of at least ALIGN bytes.
+                let ptr = unsafe { (if POISON { alloc } else { alloc_zeroed })(layout) };
+                (NonNull::new(ptr), None)
+            }
+        };
+        let ptr = ptr.ok_or_else(|| error(free.unwrap_or(0)))?;
+        let mut block = Self { ptr, bytes: layout.size(), cuda };
         if POISON {
-            // SAFETY: `ptr` owns that many bytes, just allocated.
-            unsafe { ptr.as_ptr().write_bytes(0xFF, layout.size()) };
+            block.fill(0xFF)?;
         }
-        Ok(Self { ptr, layout })
-    }
-
-    pub(super) fn ptr(&self) -> NonNull<u8> {
-        self.ptr
+        Ok(block)
     }
 
     pub(super) fn bytes(&self) -> usize {
-        self.layout.size()
+        self.bytes
+    }
+
+    fn fill(&mut self, byte: u8) -> Result<()> {
+        // SAFETY: `&mut`: nobody else uses the block.
+        unsafe { self.region().fill(byte, self.bytes) }
+    }
+
+    pub(super) fn region(&self) -> Region<'_> {
+        Region { at: self.ptr, cuda: self.cuda.as_ref() }
     }
 }
 
 impl Drop for Block {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new` with this very layout.
-        unsafe { dealloc(self.ptr.as_ptr(), self.layout) };
+        match &self.cuda {
+            None => {
+                // The layout of `new`, which succeeded there.
+                if let Ok(layout) = Layout::from_size_align(self.bytes, ALIGN) {
+                    // SAFETY: allocated in `new` with this very layout.
+                    unsafe { dealloc(self.ptr.as_ptr(), layout) }
+                }
+            }
+            // SAFETY: allocated in `new` by this device; the block was its only owner.
+            Some(cuda) => unsafe { cuda.free(self.ptr) },
+        }
+    }
+}
+
+/// An address inside a [`Block`], and the device that reaches it; for the arena.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Region<'a> {
+    at: NonNull<u8>,
+    cuda: Option<&'a Cuda>,
+}
+
+impl<'a> Region<'a> {
+    /// # Safety
+    /// `bytes` bytes further is inside the block, or at its end.
+    pub(super) unsafe fn add(self, bytes: usize) -> Self {
+        // SAFETY: the caller's promise.
+        Self { at: unsafe { self.at.add(bytes) }, ..self }
+    }
+
+    /// Sets `bytes` bytes to `byte`.
+    ///
+    /// # Safety
+    /// They are inside the block, and nobody else uses them.
+    pub(super) unsafe fn fill(self, byte: u8, bytes: usize) -> Result<()> {
+        match self.cuda {
+            // SAFETY: the caller's promise.
+            None => unsafe { self.at.as_ptr().write_bytes(byte, bytes) },
+            // SAFETY: as above.
+            Some(cuda) => unsafe { cuda.fill(self.at, byte, bytes)? },
+        }
+        Ok(())
+    }
+
+    /// A copy of `bytes` bytes.
+    ///
+    /// # Safety
+    /// They are inside the block.
+    pub(super) unsafe fn read(self, bytes: usize) -> Result<Vec<u8>> {
+        let mut out = vec![0; bytes];
+        match self.cuda {
+            // SAFETY: the caller's promise; `out` is as long.
+            None => unsafe { self.at.as_ptr().copy_to_nonoverlapping(out.as_mut_ptr(), bytes) },
+            // SAFETY: the caller's promise.
+            Some(cuda) => unsafe { cuda.copy_out(&mut out, self.at)? },
+        }
+        Ok(out)
+    }
+
+    /// Forbids or allows kernels to touch `bytes` bytes, where that can be enforced.
+    ///
+    /// # Safety
+    /// They are inside the block.
+    pub(super) unsafe fn guard(self, bytes: usize, on: bool) {
+        if let Some(cuda) = self.cuda {
+            // SAFETY: the caller's promise.
+            unsafe { cuda.guard(self.at, bytes, on) };
+        }
+    }
+
+    /// The `len` elements here.
+    ///
+    /// # Safety
+    /// They are inside the block, initialised, aligned, and reachable through nothing else for `'a`.
+    pub(super) unsafe fn buffer<T>(self, len: usize) -> Buffer<'a, T> {
+        Buffer { ptr: self.at.cast(), len, place: self.place(), _own: None, _arena: PhantomData }
+    }
+
+    fn place(self) -> Place {
+        if self.cuda.is_some() { Place::Device } else { Place::Host }
     }
 }
 
@@ -94,6 +198,7 @@ impl Drop for Block {
 pub struct Buffer<'a, T> {
     ptr: NonNull<T>,
     len: usize,
+    place: Place,
     _own: Option<Block>,
     _arena: PhantomData<&'a mut [T]>,
 }
@@ -113,7 +218,8 @@ impl<T: Pod> Buffer<'static, T> {
         const { assert!(align_of::<T>() <= ALIGN) };
         // What overflows is refused by `Block::new`.
         let block = Block::new(dev, what, len.saturating_mul(size_of::<T>()))?;
-        Ok(Self { ptr: block.ptr().cast(), len, _own: Some(block), _arena: PhantomData })
+        let place = block.region().place();
+        Ok(Self { ptr: block.ptr.cast(), len, place, _own: Some(block), _arena: PhantomData })
     }
 
     /// `len` elements of 0.
@@ -122,9 +228,10 @@ impl<T: Pod> Buffer<'static, T> {
     /// As [`Buffer::new`].
     pub fn zeros(dev: &Device, what: &'static str, len: usize) -> Result<Self> {
         let mut buffer = Self::new(dev, what, len)?;
-        // A block that is not poisoned is zeroed already, and its pages are not there yet.
-        if POISON {
-            buffer.host_mut().fill(T::zeroed());
+        // Of the host, a block that is not poisoned is zeroed already, and its pages are not there yet.
+        let zeroed = !POISON && buffer.place == Place::Host;
+        if let Some(block) = buffer._own.as_mut().filter(|_| !zeroed) {
+            block.fill(0)?;
         }
         Ok(buffer)
     }
@@ -135,16 +242,16 @@ impl<T: Pod> Buffer<'static, T> {
     /// As [`Buffer::new`].
     pub fn of(dev: &Device, what: &'static str, x: &[T]) -> Result<Self> {
         let mut buffer = Self::new(dev, what, x.len())?;
-        buffer.host_mut().copy_from_slice(x);
+        dev.write(buffer.view_mut(), x)?;
         Ok(buffer)
     }
 }
 
 impl<'a, T: Pod> Buffer<'a, T> {
-    /// # Safety
-    /// `ptr..ptr+len` must be initialised, aligned, and reachable through nothing else for `'a`.
-    pub(super) unsafe fn from_raw(ptr: NonNull<T>, len: usize) -> Self {
-        Self { ptr, len, _own: None, _arena: PhantomData }
+    /// No elements, in no memory.
+    pub(super) fn empty() -> Self {
+        let ptr = NonNull::dangling();
+        Self { ptr, len: 0, place: Place::Host, _own: None, _arena: PhantomData }
     }
 
     /// Elements.
@@ -162,26 +269,53 @@ impl<'a, T: Pod> Buffer<'a, T> {
     /// To read.
     #[must_use]
     pub fn view(&self) -> View<'_, T> {
-        View { ptr: self.ptr, len: self.len, _memory: PhantomData }
+        View { ptr: self.ptr, len: self.len, place: self.place, _memory: PhantomData }
     }
 
     /// To write.
     #[must_use]
     pub fn view_mut(&mut self) -> ViewMut<'_, T> {
-        ViewMut { ptr: self.ptr, len: self.len, _memory: PhantomData }
+        ViewMut { ptr: self.ptr, len: self.len, place: self.place, _memory: PhantomData }
     }
 
     /// The elements in host memory.
+    ///
+    /// # Panics
+    /// If they are on a device.
     #[must_use]
     pub fn host(&self) -> &[T] {
         self.view().host()
     }
 
     /// The elements in host memory, to write.
+    ///
+    /// # Panics
+    /// If they are on a device.
     #[must_use]
     pub fn host_mut(&mut self) -> &mut [T] {
         self.view_mut().host()
     }
+}
+
+fn on_device(place: Place) -> Result<()> {
+    match place {
+        Place::Device => Ok(()),
+        Place::Host => Err(Error::Device {
+            wanted: "cuda".into(),
+            reason: "a buffer is in host memory".into(),
+        }),
+    }
+}
+
+/// Whether `T` and `T::Acc` are one type.
+fn computed_on_cpu<T: Element>() -> Result<()> {
+    if TypeId::of::<T>() == TypeId::of::<T::Acc>() {
+        return Ok(());
+    }
+    Err(Error::Device {
+        wanted: "cpu".into(),
+        reason: format!("it does not compute in {}", T::NAME),
+    })
 }
 
 /// Shared access to a region. `Copy`, like `&[T]`.
@@ -189,6 +323,7 @@ impl<'a, T: Pod> Buffer<'a, T> {
 pub struct View<'a, T> {
     ptr: NonNull<T>,
     len: usize,
+    place: Place,
     _memory: PhantomData<&'a [T]>,
 }
 
@@ -218,10 +353,19 @@ impl<'a, T> View<'a, T> {
     }
 
     /// The elements in host memory.
+    ///
+    /// # Panics
+    /// If they are on a device: an op took the CPU's path with a device's buffers.
     #[must_use]
     pub fn host(self) -> &'a [T] {
+        assert_eq!(self.place, Place::Host, "device memory has no host slice");
         // SAFETY: every constructor takes memory that is initialised and shared for `'a`.
         unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
+    }
+
+    /// Its address on the device.
+    pub(super) fn device_ptr(self) -> Result<NonNull<u8>> {
+        on_device(self.place).map(|()| self.ptr.cast())
     }
 
     /// A part of it.
@@ -230,13 +374,32 @@ impl<'a, T> View<'a, T> {
     /// If the range leaves the view, like slicing.
     #[must_use]
     pub fn range(self, range: Range<usize>) -> Self {
-        self.host()[range].into()
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
+        // SAFETY: inside the view, as just checked.
+        let ptr = unsafe { self.ptr.add(range.start) };
+        Self { ptr, len: range.len(), ..self }
+    }
+}
+
+impl<'a, T: Element> View<'a, T> {
+    /// The same elements as what the CPU computes in.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if they are of a type that the CPU does not compute in.
+    pub fn float(self) -> Result<View<'a, T::Acc>> {
+        computed_on_cpu::<T>()?;
+        Ok(View { ptr: self.ptr.cast(), len: self.len, place: self.place, _memory: PhantomData })
     }
 }
 
 impl<'a, T> From<&'a [T]> for View<'a, T> {
     fn from(x: &'a [T]) -> Self {
-        Self { ptr: NonNull::from(x).cast(), len: x.len(), _memory: PhantomData }
+        Self {
+            ptr: NonNull::from(x).cast(),
+            len: x.len(),
+            place: Place::Host,
+            _memory: PhantomData,
+        }
     }
 }
 
@@ -251,6 +414,7 @@ impl<'a, T> From<&'a Vec<T>> for View<'a, T> {
 pub struct ViewMut<'a, T> {
     ptr: NonNull<T>,
     len: usize,
+    place: Place,
     _memory: PhantomData<&'a mut [T]>,
 }
 
@@ -273,8 +437,12 @@ impl<'a, T> ViewMut<'a, T> {
     }
 
     /// The elements in host memory.
+    ///
+    /// # Panics
+    /// If they are on a device: an op took the CPU's path with a device's buffers.
     #[must_use]
     pub fn host(self) -> &'a mut [T] {
+        assert_eq!(self.place, Place::Host, "device memory has no host slice");
         // SAFETY: every constructor takes memory that is initialised and exclusive for `'a`, and
         // `self` is consumed.
         unsafe { std::slice::from_raw_parts_mut(self.ptr.as_ptr(), self.len) }
@@ -283,13 +451,29 @@ impl<'a, T> ViewMut<'a, T> {
     /// A shorter borrow, to pass on and keep.
     #[must_use]
     pub fn reborrow(&mut self) -> ViewMut<'_, T> {
-        ViewMut { ptr: self.ptr, len: self.len, _memory: PhantomData }
+        ViewMut { ptr: self.ptr, len: self.len, place: self.place, _memory: PhantomData }
     }
 
     /// To read.
     #[must_use]
     pub fn view(&self) -> View<'_, T> {
-        View { ptr: self.ptr, len: self.len, _memory: PhantomData }
+        View { ptr: self.ptr, len: self.len, place: self.place, _memory: PhantomData }
+    }
+
+    /// Its address on the device.
+    pub(super) fn device_ptr(self) -> Result<NonNull<u8>> {
+        on_device(self.place).map(|()| self.ptr.cast())
+    }
+
+    /// The first `len` elements, where there may be more.
+    ///
+    /// # Errors
+    /// [`Error::Shape`] about the `scratch` of `op` if there are fewer.
+    pub fn scratch(self, op: &'static str, len: usize) -> Result<Self> {
+        if self.len < len {
+            return Err(Error::shape(op, "scratch", &[len], &[self.len]));
+        }
+        Ok(self.range(0..len))
     }
 
     /// Two parts, before and from `mid`.
@@ -298,8 +482,11 @@ impl<'a, T> ViewMut<'a, T> {
     /// If `mid` is beyond the end, like a slice's.
     #[must_use]
     pub fn split_at(self, mid: usize) -> (Self, Self) {
-        let (low, high) = self.host().split_at_mut(mid);
-        (low.into(), high.into())
+        assert!(mid <= self.len, "split at {mid} of {}", self.len);
+        // SAFETY: inside the view, or at its end.
+        let high = unsafe { self.ptr.add(mid) };
+        let part = |ptr, len| Self { ptr, len, place: self.place, _memory: PhantomData };
+        (part(self.ptr, mid), part(high, self.len - mid))
     }
 
     /// A part of it.
@@ -308,13 +495,32 @@ impl<'a, T> ViewMut<'a, T> {
     /// If the range leaves the view, like slicing.
     #[must_use]
     pub fn range(self, range: Range<usize>) -> Self {
-        (&mut self.host()[range]).into()
+        assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
+        // SAFETY: inside the view, as just checked.
+        let ptr = unsafe { self.ptr.add(range.start) };
+        Self { ptr, len: range.len(), ..self }
+    }
+}
+
+impl<'a, T: Element> ViewMut<'a, T> {
+    /// The same elements as what the CPU computes in.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if they are of a type that the CPU does not compute in.
+    pub fn float(self) -> Result<ViewMut<'a, T::Acc>> {
+        computed_on_cpu::<T>()?;
+        Ok(ViewMut { ptr: self.ptr.cast(), len: self.len, place: self.place, _memory: PhantomData })
     }
 }
 
 impl<'a, T> From<&'a mut [T]> for ViewMut<'a, T> {
     fn from(x: &'a mut [T]) -> Self {
-        Self { len: x.len(), ptr: NonNull::from(x).cast(), _memory: PhantomData }
+        Self {
+            len: x.len(),
+            ptr: NonNull::from(x).cast(),
+            place: Place::Host,
+            _memory: PhantomData,
+        }
     }
 }
 

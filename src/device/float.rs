@@ -1,6 +1,64 @@
-//! The floating-point types that CPU ops are generic over: `f32` to run, `f64` to be right.
+//! The number types that ops are generic over: [`Element`]s are stored, [`Float`]s are computed in.
+
+use half::bf16;
 
 use super::cpu::{gemm::Micro, math};
+
+/// What buffers hold: `f32` or `f64`, in which the CPU computes, or `bf16`, which only a CUDA device
+/// takes. An op that is generic over it serves both devices.
+pub trait Element: bytemuck::Pod + Send + Sync + std::fmt::Debug {
+    /// What sums, statistics and gradients of weights are kept in.
+    type Acc: Float;
+    /// Name in safetensors spelling: `BF16`, `F32`, `F64`
+    const NAME: &'static str;
+
+    /// Rounds from f64.
+    fn of(x: f64) -> Self;
+    /// Widens to f64.
+    fn f64(self) -> f64;
+}
+
+impl Element for bf16 {
+    type Acc = f32;
+    const NAME: &'static str = "BF16";
+
+    #[inline(always)]
+    fn of(x: f64) -> Self {
+        bf16::from_f64(x)
+    }
+    #[inline(always)]
+    fn f64(self) -> f64 {
+        bf16::to_f64(self)
+    }
+}
+
+impl Element for f32 {
+    type Acc = Self;
+    const NAME: &'static str = "F32";
+
+    #[inline(always)]
+    fn of(x: f64) -> Self {
+        x as f32
+    }
+    #[inline(always)]
+    fn f64(self) -> f64 {
+        f64::from(self)
+    }
+}
+
+impl Element for f64 {
+    type Acc = Self;
+    const NAME: &'static str = "F64";
+
+    #[inline(always)]
+    fn of(x: f64) -> Self {
+        x
+    }
+    #[inline(always)]
+    fn f64(self) -> f64 {
+        self
+    }
+}
 
 /// `f32` or `f64`.
 ///
@@ -8,12 +66,9 @@ use super::cpu::{gemm::Micro, math};
 /// same bits on every machine and instruction set. Those of `f64` are the standard library's.
 pub trait Float:
     Micro
-    + bytemuck::Pod
-    + Send
-    + Sync
+    + Element<Acc = Self>
     + PartialOrd
     + Default
-    + std::fmt::Debug
     + std::fmt::Display
     + std::ops::Add<Output = Self>
     + std::ops::Sub<Output = Self>
@@ -23,7 +78,6 @@ pub trait Float:
     + std::ops::AddAssign
     + std::ops::SubAssign
     + std::ops::MulAssign
-    + 'static
 {
     /// 0
     const ZERO: Self;
@@ -31,13 +85,7 @@ pub trait Float:
     const ONE: Self;
     /// Negative infinity
     const NEG_INFINITY: Self;
-    /// Name in safetensors spelling: `F32`, `F64`
-    const NAME: &'static str;
 
-    /// Rounds from f64.
-    fn of(x: f64) -> Self;
-    /// Widens to f64.
-    fn f64(self) -> f64;
     /// `self * a + b`, rounded once.
     #[must_use]
     fn mul_add(self, a: Self, b: Self) -> Self;
@@ -99,16 +147,7 @@ impl Float for f32 {
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
     const NEG_INFINITY: Self = f32::NEG_INFINITY;
-    const NAME: &'static str = "F32";
 
-    #[inline(always)]
-    fn of(x: f64) -> Self {
-        x as f32
-    }
-    #[inline(always)]
-    fn f64(self) -> f64 {
-        f64::from(self)
-    }
     #[inline(always)]
     fn mul_add(self, a: Self, b: Self) -> Self {
         f32::mul_add(self, a, b)
@@ -155,16 +194,7 @@ impl Float for f64 {
     const ZERO: Self = 0.0;
     const ONE: Self = 1.0;
     const NEG_INFINITY: Self = f64::NEG_INFINITY;
-    const NAME: &'static str = "F64";
 
-    #[inline(always)]
-    fn of(x: f64) -> Self {
-        x
-    }
-    #[inline(always)]
-    fn f64(self) -> f64 {
-        self
-    }
     #[inline(always)]
     fn mul_add(self, a: Self, b: Self) -> Self {
         f64::mul_add(self, a, b)

@@ -6,6 +6,7 @@
 mod arena;
 mod buffer;
 pub mod cpu;
+pub mod cuda;
 pub mod file;
 mod float;
 mod system;
@@ -13,10 +14,16 @@ mod system;
 pub use arena::{Arena, Scope};
 pub use buffer::{Buffer, View, ViewMut, allocations};
 pub use cpu::Cpu;
-pub use float::Float;
+pub use cuda::Cuda;
+pub use float::{Element, Float};
 pub use system::free_disk_bytes;
 
-use crate::error::{Error, Result};
+use bytemuck::Pod;
+
+use crate::{
+    error::{Error, Result},
+    shape,
+};
 
 /// The most threads that can be asked for.
 const MAX_THREADS: usize = 1024;
@@ -26,6 +33,8 @@ const MAX_THREADS: usize = 1024;
 pub enum Device {
     /// All cores of this machine.
     Cpu(Cpu),
+    /// A GPU, or the simulator of one.
+    Cuda(Cuda),
 }
 
 impl Device {
@@ -35,7 +44,8 @@ impl Device {
         Self::Cpu(Cpu::new(0))
     }
 
-    /// Parses `auto`, `cpu`, `cuda` or `cuda:N`; `threads` is 0 for all cores.
+    /// Parses `auto`, `cpu`, `cuda` or `cuda:N`; `auto` is the CPU until every op has a CUDA kernel.
+    /// `threads` is 0 for all cores.
     ///
     /// # Errors
     /// [`Error::Device`] if the name is unknown or the device is not there, [`Error::Config`] if
@@ -44,12 +54,11 @@ impl Device {
         if threads > MAX_THREADS {
             return Err(Error::config("threads", format!("0 to {MAX_THREADS}"), threads));
         }
-        match name {
-            "auto" | "cpu" => Ok(Self::Cpu(Cpu::new(threads))),
-            _ if name == "cuda" || name.starts_with("cuda:") => Err(Error::Device {
-                wanted: name.into(),
-                reason: "this version has no CUDA kernels yet; the CPU is `cpu`".into(),
-            }),
+        let cpu = || Self::Cpu(Cpu::new(threads));
+        match (name, name.strip_prefix("cuda:").map(str::parse)) {
+            ("auto" | "cpu", _) => Ok(cpu()),
+            ("cuda", _) => Cuda::new(0).map(Self::Cuda),
+            (_, Some(Ok(ordinal))) => Cuda::new(ordinal).map(Self::Cuda),
             _ => Err(Error::Device {
                 wanted: name.into(),
                 reason: "known devices are auto, cpu, cuda and cuda:N".into(),
@@ -57,11 +66,50 @@ impl Device {
         }
     }
 
+    /// The CPU, for an op that has no CUDA kernel yet.
+    ///
+    /// # Errors
+    /// [`Error::Device`] naming the op on a CUDA device.
+    pub fn on_cpu(&self, op: &str) -> Result<&Cpu> {
+        match self {
+            Self::Cpu(cpu) => Ok(cpu),
+            Self::Cuda(_) => Err(Error::Device {
+                wanted: "cuda".into(),
+                reason: format!("`{op}` has no CUDA kernel yet"),
+            }),
+        }
+    }
+
+    /// A copy of a buffer, after all work on it.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the driver fails, or the buffer is not this device's.
+    pub fn read<T: Pod>(&self, x: View<'_, T>) -> Result<Vec<T>> {
+        match self {
+            Self::Cpu(_) => Ok(x.host().to_vec()),
+            Self::Cuda(cuda) => cuda.read(x),
+        }
+    }
+
+    /// Copies `from` to a buffer.
+    ///
+    /// # Errors
+    /// As [`Device::read`], and [`Error::Shape`] if the lengths differ.
+    pub fn write<T: Pod>(&self, to: ViewMut<'_, T>, from: &[T]) -> Result<()> {
+        shape::check("write", "to", &[from.len()], to.len())?;
+        match self {
+            Self::Cpu(_) => to.host().copy_from_slice(from),
+            Self::Cuda(cuda) => cuda.write(to, from)?,
+        }
+        Ok(())
+    }
+
     /// A line for people: kind, threads, instruction set.
     #[must_use]
     pub fn describe(&self) -> String {
         match self {
             Self::Cpu(cpu) => format!("cpu, {} threads, {}", cpu.threads(), cpu.isa()),
+            Self::Cuda(cuda) => cuda.describe(),
         }
     }
 }

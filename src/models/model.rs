@@ -46,6 +46,7 @@ impl<F: Float> Model<F> {
     /// # Errors
     /// [`Error::File`] if the config is unknown or wrong, [`Error::Memory`] if there is no room.
     pub fn zeros(dev: &Device, config: Config, head: Head) -> Result<Self> {
+        dev.on_cpu("a model")?;
         let (family, spec) = config.spec()?;
         let params = Params::zeros(dev, "weights", &Arc::new(Layout::new(&spec, head)))?;
         let h = spec.hidden;

@@ -173,6 +173,7 @@ pub struct Gradients<'s, F> {
     dup: Buffer<'s, F>,
     dact: Buffer<'s, F>,
     dselected: Buffer<'s, F>,
+    scratch: Buffer<'s, F>,
 }
 
 impl<'s, F: Float> Gradients<'s, F> {
@@ -182,6 +183,10 @@ impl<'s, F: Float> Gradients<'s, F> {
     /// [`Error::Memory`] if the plan has no room.
     pub fn new(scope: &'s Scope<'_>, spec: &Spec, rows: usize, selected: usize) -> Result<Self> {
         let stream = || scope.alloc("gradient of the residual stream", rows * spec.hidden);
+        let scratch = match spec.norm {
+            Norm::Rms => rms_norm::scratch_len(rows.max(selected), spec.hidden),
+            Norm::Layer => 0,
+        };
         Ok(Self {
             dx: stream()?,
             dnorm: stream()?,
@@ -191,6 +196,7 @@ impl<'s, F: Float> Gradients<'s, F> {
             dup: scope.alloc("gradient of MLP inputs", rows * spec.up_cols())?,
             dact: scope.alloc("gradient of MLP activations", rows * spec.mlp_hidden)?,
             dselected: scope.alloc("gradient of selected rows", selected * spec.hidden)?,
+            scratch: scope.alloc("norm scratch", scratch)?,
         })
     }
 }
@@ -351,7 +357,7 @@ impl<F: Float> Model<F> {
         g: &mut Gradients<'_, F>,
     ) -> Result<()> {
         let hidden = self.spec.hidden;
-        let d = g.dselected.view_mut();
+        let d = (g.dselected.view_mut(), g.scratch.view_mut());
         let x = selected.x.view();
         self.norm_backward(dev, grads, d, dh, x, &selected.norm, Slot::FinalNorm, None)?;
         g.dx.host_mut().fill(F::ZERO);
@@ -397,7 +403,7 @@ impl<F: Float> Model<F> {
         matmul::backward_weight(dev, dw, db, g.dup.view(), b.norm2.y.view(), (up, h))?;
         let w = need(&self.params, Slot::Up, at)?;
         matmul::backward_input(dev, g.dnorm.view_mut(), g.dup.view(), w, (up, h), false)?;
-        let (d, dy) = (g.dbranch.view_mut(), g.dnorm.view());
+        let (d, dy) = ((g.dbranch.view_mut(), g.scratch.view_mut()), g.dnorm.view());
         self.norm_backward(dev, grads, d, dy, b.mid.view(), &b.norm2, Slot::Norm2, at)?;
         residual::add(dev, g.dx.view_mut(), g.dbranch.view())
     }
@@ -441,7 +447,7 @@ impl<F: Float> Model<F> {
         matmul::backward_weight(dev, dw, db, g.dqkv.view(), b.norm1.y.view(), (qkv, h))?;
         let w = need(&self.params, Slot::Qkv, at)?;
         matmul::backward_input(dev, g.dnorm.view_mut(), g.dqkv.view(), w, (qkv, h), false)?;
-        let (d, dy) = (g.dbranch.view_mut(), g.dnorm.view());
+        let (d, dy) = ((g.dbranch.view_mut(), g.scratch.view_mut()), g.dnorm.view());
         self.norm_backward(dev, grads, d, dy, x, &b.norm1, Slot::Norm1, at)?;
         residual::add(dev, g.dx.view_mut(), g.dbranch.view())
     }
@@ -451,7 +457,7 @@ impl<F: Float> Model<F> {
         &self,
         dev: &Device,
         grads: &mut Params<F>,
-        dx: ViewMut<'_, F>,
+        (dx, scratch): (ViewMut<'_, F>, ViewMut<'_, F>),
         dy: View<'_, F>,
         x: View<'_, F>,
         kept: &Normed<'_, F>,
@@ -466,7 +472,7 @@ impl<F: Float> Model<F> {
         };
         let (dw, db) = grads.linear_mut(slot, bias, layer);
         match db {
-            None => rms_norm::backward(dev, dx, dw, dy, x, w, kept.rstd.view()),
+            None => rms_norm::backward(dev, dx, dw, scratch, dy, x, w, kept.rstd.view()),
             Some(db) => {
                 let (mean, rstd) = (kept.mean.view(), kept.rstd.view());
                 layer_norm::backward(dev, dx, dw, db, dy, x, w, mean, rstd)

@@ -50,9 +50,9 @@ pub fn forward<F: Float>(
     y: ViewMut<'_, F>,
     x: View<'_, F>,
 ) -> Result<()> {
+    let cpu = dev.on_cpu("activation")?;
     shape::check("activation", "y", &[x.len()], y.len())?;
     let (y, x) = (y.host(), x.host());
-    let Device::Cpu(cpu) = dev;
     cpu.rows(y.len(), GRAIN, (y, 1), |range, y| plain(cpu.isa(), act, y, &x[range]));
     Ok(())
 }
@@ -68,10 +68,10 @@ pub fn backward<F: Float>(
     dy: View<'_, F>,
     x: View<'_, F>,
 ) -> Result<()> {
+    let cpu = dev.on_cpu("activation::backward")?;
     shape::check("activation::backward", "dx", &[x.len()], dx.len())?;
     shape::check("activation::backward", "dy", &[x.len()], dy.len())?;
     let (dx, dy, x) = (dx.host(), dy.host(), x.host());
-    let Device::Cpu(cpu) = dev;
     cpu.rows(dx.len(), GRAIN, (dx, 1), |range, dx| {
         plain_backward(cpu.isa(), act, dx, &dy[range.clone()], &x[range]);
     });
@@ -90,10 +90,10 @@ pub fn gated_forward<F: Float>(
     gate_up: View<'_, F>,
     cols: usize,
 ) -> Result<()> {
+    let cpu = dev.on_cpu("gated activation")?;
     let rows = shape::rows("gated activation", "y", y.len(), cols)?;
     shape::check("gated activation", "gate_up", &[rows, 2 * cols], gate_up.len())?;
     let (y, x) = (y.host(), gate_up.host());
-    let Device::Cpu(cpu) = dev;
     cpu.rows(rows, GRAIN.div_ceil(cols), (y, cols), |range, y| {
         for (y, x) in y.chunks_exact_mut(cols).zip(x[range.start * 2 * cols..].chunks(2 * cols)) {
             let (gate, up) = x.split_at(cols);
@@ -115,11 +115,11 @@ pub fn gated_backward<F: Float>(
     gate_up: View<'_, F>,
     cols: usize,
 ) -> Result<()> {
+    let cpu = dev.on_cpu("gated activation::backward")?;
     let rows = shape::rows("gated activation::backward", "dy", dy.len(), cols)?;
     shape::check("gated activation::backward", "gate_up", &[rows, 2 * cols], gate_up.len())?;
     shape::check("gated activation::backward", "dgate_up", &[rows, 2 * cols], dgate_up.len())?;
     let (dx, dy, x) = (dgate_up.host(), dy.host(), gate_up.host());
-    let Device::Cpu(cpu) = dev;
     cpu.rows(rows, GRAIN.div_ceil(cols), (dx, 2 * cols), |range, dx| {
         for (dx, r) in dx.chunks_exact_mut(2 * cols).zip(range) {
             let (dgate, dup) = dx.split_at_mut(cols);

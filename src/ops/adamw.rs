@@ -47,6 +47,7 @@ pub fn step<F: Float>(
     t: u64,
     hyper: &Hyper,
 ) -> Result<()> {
+    let cpu = dev.on_cpu("adamw")?;
     let n = g.len();
     shape::check("adamw", "p", &[n], state.p.len())?;
     shape::check("adamw", "m", &[n], state.m.len())?;
@@ -68,7 +69,6 @@ pub fn step<F: Float>(
         scale: F::of(scale),
     };
     let g = g.host();
-    let Device::Cpu(cpu) = dev;
     let out = ((state.p.host(), 1), (state.m.host(), 1), (state.v.host(), 1));
     cpu.rows(n, 4096, out, |range, (p, m, v)| update(cpu.isa(), p, m, v, &g[range], k));
     Ok(())

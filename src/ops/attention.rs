@@ -177,13 +177,13 @@ pub fn append<F: Float>(
     shape: &Shape,
 ) -> Result<()> {
     const OP: &str = "attention::append";
+    let cpu = dev.on_cpu(OP)?;
     shape.check(OP)?;
     let (qkv, list, cols) = (qkv.host(), pages.host(), shape.qkv_cols());
     let rows = shape::rows(OP, "qkv", qkv.len(), cols)?;
     let (k_page, v_page) = (shape.k_page(), shape.v_page());
     let total = kv.k.len() / k_page;
     check_segments(OP, segments, rows, list, total)?;
-    let Device::Cpu(cpu) = dev;
     // A task owns a range of pages and copies the rows that belong there.
     let out = ((kv.k.host_mut(), k_page), (kv.v.host_mut(), v_page));
     cpu.rows(total, 1, out, |range, (k, v)| {
@@ -240,6 +240,7 @@ pub fn forward<F: Float>(
     shape: &Shape,
 ) -> Result<()> {
     const OP: &str = "attention";
+    let cpu = dev.on_cpu(OP)?;
     shape.check(OP)?;
     let (qkv, list) = (qkv.host(), pages.host());
     let rows = shape::rows(OP, "qkv", qkv.len(), shape.qkv_cols())?;
@@ -248,7 +249,6 @@ pub fn forward<F: Float>(
     shape::check(OP, "lse", &[rows, shape.q_heads], lse.len())?;
     check_segments(OP, segments, rows, list, kv.k.len() / shape.k_page())?;
     let (k, v) = (kv.k.host(), kv.v.host());
-    let Device::Cpu(cpu) = dev;
     let outputs = ((out.host(), cols), (lse.host(), shape.q_heads));
     cpu.rows(rows, 1, outputs, |range, (out, lse)| {
         for s in segments {
@@ -402,6 +402,7 @@ pub fn backward<F: Float>(
     scratch: ViewMut<'_, F>,
 ) -> Result<()> {
     const OP: &str = "attention::backward";
+    let cpu = dev.on_cpu(OP)?;
     shape.check(OP)?;
     let (d, cols) = (shape.head_dim, shape.qkv_cols());
     let rows = shape::rows(OP, "qkv", qkv.len(), cols)?;
@@ -420,7 +421,6 @@ pub fn backward<F: Float>(
     }
     check_rows(OP, segments, rows)?;
 
-    let Device::Cpu(cpu) = dev;
     let isa = cpu.isa();
     let input =
         Input { dout: dout.host(), out: out.host(), qkv: qkv.host(), lse: lse.host(), shape };

@@ -41,13 +41,14 @@ impl Stats {
 /// # Errors
 /// [`crate::Error::Shape`] if the columns do not fit.
 pub fn forward<F: Float>(
-    _dev: &Device,
+    dev: &Device,
     dscores: ViewMut<'_, F>,
     scores: View<'_, F>,
     margins: View<'_, F>,
     centre: f64,
     denominator: f64,
 ) -> Result<Stats> {
+    dev.on_cpu("bradley_terry")?;
     let pairs = shape::rows("bradley_terry", "scores", scores.len(), 2)?;
     shape::check("bradley_terry", "dscores", &[pairs, 2], dscores.len())?;
     if !margins.is_empty() {

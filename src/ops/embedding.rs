@@ -28,6 +28,7 @@ pub fn forward<F: Float>(
     table: View<'_, F>,
     add: bool,
 ) -> Result<()> {
+    let cpu = dev.on_cpu("embedding")?;
     let (y, ids, table) = (y.host(), ids.host(), table.host());
     if ids.is_empty() {
         return shape::check("embedding", "y", &[0], y.len());
@@ -36,7 +37,6 @@ pub fn forward<F: Float>(
     shape::check("embedding", "y", &[ids.len(), cols], y.len())?;
     let entries = shape::rows("embedding", "table", table.len(), cols)?;
     check_ids("embedding", ids, entries)?;
-    let Device::Cpu(cpu) = dev;
     cpu.rows(ids.len(), 64, (y, cols), |range, y| {
         for (y, id) in y.chunks_exact_mut(cols).zip(&ids[range]) {
             let row = &table[*id as usize * cols..][..cols];
@@ -57,11 +57,11 @@ pub fn backward<F: Float>(
     dy: View<'_, F>,
     cols: usize,
 ) -> Result<()> {
+    let cpu = dev.on_cpu("embedding::backward")?;
     let (dtable, ids, dy) = (dtable.host(), ids.host(), dy.host());
     shape::check("embedding::backward", "dy", &[ids.len(), cols], dy.len())?;
     let entries = shape::rows("embedding::backward", "dtable", dtable.len(), cols)?;
     check_ids("embedding::backward", ids, entries)?;
-    let Device::Cpu(cpu) = dev;
     // A task owns a range of entries and takes the rows that belong to it.
     cpu.rows(entries, 32, (dtable, cols), |range, dtable| {
         for (id, dy) in ids.iter().zip(dy.chunks_exact(cols)) {

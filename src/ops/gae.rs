@@ -37,7 +37,7 @@ pub fn check_offsets(op: &str, offsets: &[u32], len: usize) -> Result<()> {
 /// [`Error::Shape`] if the columns differ in length, [`Error::Value`] if offsets do not cover them.
 #[allow(clippy::too_many_arguments)]
 pub fn forward<F: Float>(
-    _dev: &Device,
+    dev: &Device,
     advantages: ViewMut<'_, F>,
     returns: ViewMut<'_, F>,
     rewards: View<'_, F>,
@@ -46,6 +46,7 @@ pub fn forward<F: Float>(
     gamma: F,
     lambda: F,
 ) -> Result<()> {
+    dev.on_cpu("gae")?;
     let n = rewards.len();
     shape::check("gae", "values", &[n], values.len())?;
     shape::check("gae", "advantages", &[n], advantages.len())?;

@@ -2,6 +2,7 @@
 
 use crate::{
     device::{Device, Float, View, cpu::math},
+    error::Result,
     simd,
 };
 
@@ -12,10 +13,12 @@ const BLOCK: usize = 4096;
 const GROUP: usize = 256;
 
 /// `sqrt(sum x²)`, the same bits for any number of threads. NaN if any element is NaN.
-#[must_use]
-pub fn norm<F: Float>(dev: &Device, x: View<'_, F>) -> f64 {
+///
+/// # Errors
+/// [`crate::Error::Device`] if the device fails.
+pub fn norm<F: Float>(dev: &Device, x: View<'_, F>) -> Result<f64> {
+    let cpu = dev.on_cpu("grad_norm")?;
     let x = x.host();
-    let Device::Cpu(cpu) = dev;
     let mut sum = 0.0;
     for part in x.chunks(BLOCK * GROUP) {
         let mut sums = [0.0f64; GROUP];
@@ -28,7 +31,7 @@ pub fn norm<F: Float>(dev: &Device, x: View<'_, F>) -> f64 {
         });
         sum += sums[..blocks].iter().sum::<f64>();
     }
-    sum.sqrt()
+    Ok(sum.sqrt())
 }
 
 /// The factor that brings a gradient of this norm down to `max_norm`:
@@ -42,9 +45,11 @@ pub fn clip_scale(norm: f64, max_norm: f64) -> f64 {
 }
 
 /// Index of the first NaN or infinity.
-#[must_use]
-pub fn first_bad<F: Float>(dev: &Device, x: View<'_, F>) -> Option<usize> {
-    let Device::Cpu(cpu) = dev;
+///
+/// # Errors
+/// As [`norm`].
+pub fn first_bad<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Option<usize>> {
+    let cpu = dev.on_cpu("grad_norm::first_bad")?;
     let x = x.host();
     let bad = |(i, block): (usize, &[F])| {
         // x * 0 is 0 for every finite x: one sum tells whether the block is clean.
@@ -53,7 +58,7 @@ pub fn first_bad<F: Float>(dev: &Device, x: View<'_, F>) -> Option<usize> {
         }
         block.iter().position(|x| !x.is_finite()).map(|at| i * BLOCK + at)
     };
-    x.chunks(BLOCK).enumerate().find_map(bad)
+    Ok(x.chunks(BLOCK).enumerate().find_map(bad))
 }
 
 simd! {

@@ -24,13 +24,13 @@ pub fn forward<F: Float>(
     b: View<'_, F>,
     eps: F,
 ) -> Result<()> {
+    let cpu = dev.on_cpu("layer_norm")?;
     let (rows, cols) = (rstd.len(), w.len());
     shape::check("layer_norm", "x", &[rows, cols], x.len())?;
     shape::check("layer_norm", "y", &[rows, cols], y.len())?;
     shape::check("layer_norm", "mean", &[rows], mean.len())?;
     shape::check("layer_norm", "b", &[cols], b.len())?;
     let (x, w, b) = (x.host(), w.host(), b.host());
-    let Device::Cpu(cpu) = dev;
     let out = ((y.host(), cols), (mean.host(), 1), (rstd.host(), 1));
     cpu.rows(rows, 16, out, |range, (y, mean, rstd)| {
         for (i, r) in range.enumerate() {
@@ -60,6 +60,7 @@ pub fn backward<F: Float>(
     mean: View<'_, F>,
     rstd: View<'_, F>,
 ) -> Result<()> {
+    let cpu = dev.on_cpu("layer_norm::backward")?;
     let (rows, cols) = (rstd.len(), w.len());
     shape::check("layer_norm::backward", "dx", &[rows, cols], dx.len())?;
     shape::check("layer_norm::backward", "dy", &[rows, cols], dy.len())?;
@@ -68,7 +69,6 @@ pub fn backward<F: Float>(
     shape::check("layer_norm::backward", "dw", &[cols], dw.len())?;
     shape::check("layer_norm::backward", "db", &[cols], db.len())?;
     let (dy, x, w, mean, rstd) = (dy.host(), x.host(), w.host(), mean.host(), rstd.host());
-    let Device::Cpu(cpu) = dev;
     cpu.rows(rows, 16, (dx.host(), cols), |range, dx| {
         for (i, r) in range.enumerate() {
             let at = r * cols..(r + 1) * cols;

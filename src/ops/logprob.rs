@@ -65,6 +65,7 @@ pub fn forward<F: Float>(
     scratch: ViewMut<'_, F>,
 ) -> Result<()> {
     const OP: &str = "logprob";
+    let cpu = dev.on_cpu(OP)?;
     let (rows, vocab, d) = (targets.len(), w.n(), w.k());
     shape::check(OP, "h", &[rows, d], h.len())?;
     let targets = targets.host();
@@ -73,7 +74,6 @@ pub fn forward<F: Float>(
     let (h, panels, width) = (h.host(), w.panels().host(), scratch_len(1, vocab));
     let scratch = room(OP, scratch, rows * width)?;
     let scale = F::ONE / temperature;
-    let Device::Cpu(cpu) = dev;
     cpu.rows(rows, 12, (out.rows(), (scratch, width)), |range, (mut out, z)| {
         for t0 in (0..range.len()).step_by(TILE) {
             let (m, first) = (TILE.min(range.len() - t0), range.start + t0);
@@ -110,6 +110,7 @@ pub fn from_logits<F: Float>(
     temperature: F,
 ) -> Result<()> {
     const OP: &str = "logprob::from_logits";
+    let cpu = dev.on_cpu(OP)?;
     let rows = targets.len();
     let vocab = logits.len().checked_div(rows).unwrap_or(0);
     shape::check(OP, "logits", &[rows, vocab], logits.len())?;
@@ -117,7 +118,6 @@ pub fn from_logits<F: Float>(
     check(OP, targets, vocab, temperature)?;
     let out = Outputs::new(OP, logp, lse, entropy, rows)?;
     let scale = F::ONE / temperature;
-    let Device::Cpu(cpu) = dev;
     cpu.rows(rows, 1, out.rows(), |range, mut out| {
         for (i, r) in range.enumerate() {
             let mut state = Online::EMPTY;
@@ -171,6 +171,7 @@ pub fn backward<F: Float>(
     scratch: ViewMut<'_, F>,
 ) -> Result<()> {
     const OP: &str = "logprob::backward";
+    let cpu = dev.on_cpu(OP)?;
     let (rows, vocab, d) = (f.targets.len(), f.packed.n(), f.packed.k());
     shape::check(OP, "h", &[rows, d], f.h.len())?;
     shape::check(OP, "dh", &[rows, d], dh.len())?;
@@ -195,7 +196,6 @@ pub fn backward<F: Float>(
     let (panels, width) = (f.packed.panels().host(), scratch_len(1, vocab));
     let dz = room(OP, scratch, rows * width)?;
     let scale = F::ONE / f.temperature;
-    let Device::Cpu(cpu) = dev;
     for v0 in (0..vocab).step_by(CHUNK) {
         let n = CHUNK.min(vocab - v0);
         let b = Rhs::Packed(&panels[v0 * d..][..gemm::packed_len(d, n)]);

@@ -55,8 +55,8 @@ impl<F: Float> Packed<F> {
     /// # Errors
     /// [`crate::Error::Shape`] if `w` is not `n * k` long.
     pub fn pack(&mut self, dev: &Device, w: View<'_, F>) -> Result<()> {
+        let cpu = dev.on_cpu("matmul::pack")?;
         shape::check("matmul::pack", "w", &[self.n, self.k], w.len())?;
-        let Device::Cpu(cpu) = dev;
         gemm::pack(cpu, self.panels.host_mut(), w.host(), self.n, self.k);
         Ok(())
     }
@@ -75,13 +75,13 @@ pub fn forward<F: Float>(
     w: &Packed<F>,
     bias: Option<View<'_, F>>,
 ) -> Result<()> {
+    let cpu = dev.on_cpu("matmul")?;
     let (n, k) = (w.n, w.k);
     let m = shape::rows("matmul", "x", x.len(), k)?;
     shape::check("matmul", "y", &[m, n], y.len())?;
     if let Some(bias) = bias {
         shape::check("matmul", "bias", &[n], bias.len())?;
     }
-    let Device::Cpu(cpu) = dev;
     let (a, b) = (Lhs::rows(x.host(), k), Rhs::Packed(w.panels.host()));
     gemm::product(cpu, y.host(), n, (m, n, k), a, b, false, bias.map(View::host));
     Ok(())
@@ -100,10 +100,10 @@ pub fn backward_input<F: Float>(
     (n, k): (usize, usize),
     add: bool,
 ) -> Result<()> {
+    let cpu = dev.on_cpu("matmul::backward_input")?;
     let m = shape::rows("matmul::backward_input", "dy", dy.len(), n)?;
     shape::check("matmul::backward_input", "w", &[n, k], w.len())?;
     shape::check("matmul::backward_input", "dx", &[m, k], dx.len())?;
-    let Device::Cpu(cpu) = dev;
     let (a, b) = (Lhs::rows(dy.host(), n), Rhs::Rows { data: w.host(), ld: k });
     gemm::product(cpu, dx.host(), k, (m, k, n), a, b, add, None);
     Ok(())
@@ -122,6 +122,7 @@ pub fn backward_weight<F: Float>(
     x: View<'_, F>,
     (n, k): (usize, usize),
 ) -> Result<()> {
+    let cpu = dev.on_cpu("matmul::backward_weight")?;
     let m = shape::rows("matmul::backward_weight", "dy", dy.len(), n)?;
     shape::check("matmul::backward_weight", "x", &[m, k], x.len())?;
     shape::check("matmul::backward_weight", "dw", &[n, k], dw.len())?;
@@ -129,7 +130,6 @@ pub fn backward_weight<F: Float>(
         shape::check("matmul::backward_weight", "dbias", &[n], dbias.len())?;
     }
     let (dy, x) = (dy.host(), x.host());
-    let Device::Cpu(cpu) = dev;
     let (a, b) = (Lhs::columns(dy, n), Rhs::Rows { data: x, ld: k });
     gemm::product(cpu, dw.host(), k, (n, k, m), a, b, true, None);
     if let Some(dbias) = dbias {

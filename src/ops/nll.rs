@@ -12,12 +12,13 @@ use crate::{
 /// # Errors
 /// [`crate::Error::Shape`] if the columns differ in length.
 pub fn forward<F: Float>(
-    _dev: &Device,
+    dev: &Device,
     dlogp: ViewMut<'_, F>,
     logp: View<'_, F>,
     weights: View<'_, F>,
     denominator: f64,
 ) -> Result<f64> {
+    dev.on_cpu("nll")?;
     let n = logp.len();
     shape::check("nll", "weights", &[n], weights.len())?;
     shape::check("nll", "dlogp", &[n], dlogp.len())?;

@@ -106,7 +106,7 @@ impl Stats {
 /// # Errors
 /// [`crate::Error::Shape`] if the columns differ in length or one that is needed is missing.
 pub fn policy<F: Float>(
-    _dev: &Device,
+    dev: &Device,
     dlogp: ViewMut<'_, F>,
     dentropy: Option<ViewMut<'_, F>>,
     t: Tokens<'_, F>,
@@ -114,6 +114,7 @@ pub fn policy<F: Float>(
     denominator: f64,
 ) -> Result<Stats> {
     const OP: &str = "ppo_loss";
+    dev.on_cpu(OP)?;
     let n = t.logp.len();
     shape::check(OP, "old_logp", &[n], t.old_logp.len())?;
     shape::check(OP, "advantages", &[n], t.advantages.len())?;

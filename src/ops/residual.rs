@@ -11,9 +11,9 @@ use crate::{
 /// # Errors
 /// [`crate::Error::Shape`] if the lengths differ.
 pub fn add<F: Float>(dev: &Device, y: ViewMut<'_, F>, x: View<'_, F>) -> Result<()> {
+    let cpu = dev.on_cpu("residual")?;
     shape::check("residual", "y", &[x.len()], y.len())?;
     let (y, x) = (y.host(), x.host());
-    let Device::Cpu(cpu) = dev;
     cpu.rows(y.len(), 16 * 1024, (y, 1), |range, y| add_row(cpu.isa(), y, &x[range]));
     Ok(())
 }

@@ -2,7 +2,11 @@
 //! `rstd[r] = 1 / sqrt(mean_c x[r,c]² + eps)`.  (Zhang and Sennrich 2019, eq. 4)
 
 use crate::{
-    device::{Device, Float, View, ViewMut, cpu::math},
+    device::{
+        Device, Element, Float, View, ViewMut,
+        cpu::math,
+        cuda::{self, Launch, kernels::rms_norm as kernel},
+    },
     error::Result,
     shape, simd,
 };
@@ -14,67 +18,102 @@ use crate::{
 /// Reads x, writes y: `2 * rows * cols` elements.
 ///
 /// # Errors
-/// [`crate::Error::Shape`] if a buffer does not fit `rows` x `cols`.
-pub fn forward<F: Float>(
+/// [`crate::Error::Shape`] if a buffer does not fit `rows` x `cols`, [`crate::Error::Value`] if the CUDA
+/// kernel does not take `cols`.
+pub fn forward<T: Element>(
     dev: &Device,
-    y: ViewMut<'_, F>,
-    rstd: ViewMut<'_, F>,
-    x: View<'_, F>,
-    w: View<'_, F>,
-    eps: F,
+    y: ViewMut<'_, T>,
+    rstd: ViewMut<'_, T::Acc>,
+    x: View<'_, T>,
+    w: View<'_, T>,
+    eps: T::Acc,
 ) -> Result<()> {
+    const OP: &str = "rms_norm";
     let (rows, cols) = (rstd.len(), w.len());
-    shape::check("rms_norm", "x", &[rows, cols], x.len())?;
-    shape::check("rms_norm", "y", &[rows, cols], y.len())?;
-    let (y, rstd, x, w) = (y.host(), rstd.host(), x.host(), w.host());
-    let Device::Cpu(cpu) = dev;
-    cpu.rows(rows, 16, ((y, cols), (rstd, 1)), |range, (y, rstd)| {
-        for (i, r) in range.enumerate() {
-            let (x, y) = (&x[r * cols..][..cols], &mut y[i * cols..][..cols]);
-            rstd[i] = forward_row(cpu.isa(), y, x, w, eps);
+    shape::check(OP, "x", &[rows, cols], x.len())?;
+    shape::check(OP, "y", &[rows, cols], y.len())?;
+    match dev {
+        Device::Cpu(cpu) => {
+            let (y, rstd) = (y.float()?.host(), rstd.host());
+            let (x, w) = (x.float()?.host(), w.float()?.host());
+            cpu.rows(rows, 16, ((y, cols), (rstd, 1)), |range, (y, rstd)| {
+                for (i, r) in range.enumerate() {
+                    let (x, y) = (&x[r * cols..][..cols], &mut y[i * cols..][..cols]);
+                    rstd[i] = forward_row(cpu.isa(), y, x, w, eps);
+                }
+            });
+            Ok(())
         }
-    });
-    Ok(())
+        Device::Cuda(cuda) => {
+            let group = cuda::group::<T>(OP, cols, kernel::ELEMENTS, kernel::THREADS)?;
+            let blocks = rows.div_ceil(kernel::THREADS / group);
+            let launch = Launch::row(blocks, kernel::THREADS / 32 * 4)?;
+            kernel::forward(cuda, launch, y, rstd, x, w, rows, cols, eps, group)
+        }
+    }
 }
 
-/// Writes `dx` `[rows, cols]` and adds to `dw` `[cols]`, in ascending row order.
+/// Elements of scratch that [`backward`] needs: sums of `dw` over parts of the rows.
+#[must_use]
+pub fn scratch_len(rows: usize, cols: usize) -> usize {
+    rows.div_ceil(kernel::SHARE) * cols
+}
+
+/// Writes `dx` `[rows, cols]` and adds to `dw` `[cols]`, in an order that depends on `rows` only; on
+/// the CPU in ascending row order.
 ///
 /// `dx = rstd * (dy*w - x * rstd² * mean_c(dy*w*x))`, `dw += sum_r dy * x * rstd`
 ///
 /// # Errors
-/// [`crate::Error::Shape`] if a buffer does not fit `rows` x `cols`.
-pub fn backward<F: Float>(
+/// As [`forward`], and [`crate::Error::Shape`] if `scratch` is too short.
+#[allow(clippy::too_many_arguments)]
+pub fn backward<T: Element>(
     dev: &Device,
-    dx: ViewMut<'_, F>,
-    dw: ViewMut<'_, F>,
-    dy: View<'_, F>,
-    x: View<'_, F>,
-    w: View<'_, F>,
-    rstd: View<'_, F>,
+    dx: ViewMut<'_, T>,
+    dw: ViewMut<'_, T::Acc>,
+    scratch: ViewMut<'_, T::Acc>,
+    dy: View<'_, T>,
+    x: View<'_, T>,
+    w: View<'_, T>,
+    rstd: View<'_, T::Acc>,
 ) -> Result<()> {
+    const OP: &str = "rms_norm::backward";
     let (rows, cols) = (rstd.len(), w.len());
-    shape::check("rms_norm::backward", "dx", &[rows, cols], dx.len())?;
-    shape::check("rms_norm::backward", "dy", &[rows, cols], dy.len())?;
-    shape::check("rms_norm::backward", "x", &[rows, cols], x.len())?;
-    shape::check("rms_norm::backward", "dw", &[cols], dw.len())?;
-    let (dx, dw, dy, x) = (dx.host(), dw.host(), dy.host(), x.host());
-    let (w, rstd) = (w.host(), rstd.host());
-    let Device::Cpu(cpu) = dev;
-    cpu.rows(rows, 16, (dx, cols), |range, dx| {
-        for (i, r) in range.enumerate() {
-            let at = r * cols..(r + 1) * cols;
-            let dx = &mut dx[i * cols..][..cols];
-            backward_row(cpu.isa(), dx, &dy[at.clone()], &x[at], w, rstd[r]);
+    shape::check(OP, "dx", &[rows, cols], dx.len())?;
+    shape::check(OP, "dy", &[rows, cols], dy.len())?;
+    shape::check(OP, "x", &[rows, cols], x.len())?;
+    shape::check(OP, "dw", &[cols], dw.len())?;
+    let mut partial = scratch.scratch(OP, scratch_len(rows, cols))?;
+    match dev {
+        Device::Cpu(cpu) => {
+            let (dx, dw, rstd) = (dx.float()?.host(), dw.host(), rstd.host());
+            let (dy, x, w) = (dy.float()?.host(), x.float()?.host(), w.float()?.host());
+            cpu.rows(rows, 16, (dx, cols), |range, dx| {
+                for (i, r) in range.enumerate() {
+                    let at = r * cols..(r + 1) * cols;
+                    let dx = &mut dx[i * cols..][..cols];
+                    backward_row(cpu.isa(), dx, &dy[at.clone()], &x[at], w, rstd[r]);
+                }
+            });
+            // By columns, so that each weight's sum runs over rows in order on one thread.
+            cpu.rows(cols, 64, (dw, 1), |range, dw| {
+                for r in 0..rows {
+                    let at = r * cols + range.start..r * cols + range.end;
+                    add_weight_row(cpu.isa(), dw, &dy[at.clone()], &x[at], rstd[r]);
+                }
+            });
+            Ok(())
         }
-    });
-    // By columns, so that each weight's sum runs over rows in order on one thread.
-    cpu.rows(cols, 64, (dw, 1), |range, dw| {
-        for r in 0..rows {
-            let at = r * cols + range.start..r * cols + range.end;
-            add_weight_row(cpu.isa(), dw, &dy[at.clone()], &x[at], rstd[r]);
+        Device::Cuda(cuda) => {
+            let group = cuda::group::<T>(OP, cols, kernel::ELEMENTS, kernel::THREADS)?;
+            let (parts, sums) = (rows.div_ceil(kernel::SHARE), kernel::THREADS / group * cols);
+            let launch = Launch::row(parts, (kernel::THREADS / 32 + sums) * 4)?;
+            let to = partial.reborrow();
+            kernel::backward(cuda, launch, dx, to, dy, x, w, rstd, rows, cols, group)?;
+            let launch = Launch::row(cols.div_ceil(32), kernel::THREADS * 4)?;
+            kernel::add_partials(cuda, launch, dw, partial.view(), parts, cols)
         }
-    });
-    Ok(())
+    }
 }
 
 simd! {

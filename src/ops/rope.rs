@@ -125,6 +125,7 @@ fn turn<F: Float>(
     table: &Table<F>,
     sign: F,
 ) -> Result<()> {
+    let cpu = dev.on_cpu("rope")?;
     let (rows, half) = (positions.len(), head_dim / 2);
     shape::check("rope", "x", &[rows, row_len], x.len())?;
     // An odd head has an element without a partner.
@@ -136,7 +137,6 @@ fn turn<F: Float>(
         let want = format!("less than {}", table.positions);
         return Err(Error::value(format!("rope: position of row {r}"), want, positions[r]));
     }
-    let Device::Cpu(cpu) = dev;
     cpu.rows(rows, 16, (x, row_len), |range, x| {
         for (x, p) in x.chunks_exact_mut(row_len.max(1)).zip(&positions[range]) {
             let row = &angles[*p as usize * 2 * half..][..2 * half];

@@ -90,6 +90,7 @@ pub fn next<F: Float>(
     scratch: ViewMut<'_, F>,
 ) -> Result<()> {
     const OP: &str = "sample";
+    let cpu = dev.on_cpu(OP)?;
     params.validate()?;
     let rows = tokens.len();
     if rows == 0 {
@@ -103,7 +104,6 @@ pub fn next<F: Float>(
     }
     let (logits, samples, positions) = (logits.host(), samples.host(), positions.host());
     let scratch = &mut scratch.host()[..scratch_len(rows, vocab)];
-    let Device::Cpu(cpu) = dev;
     cpu.rows(rows, 1, ((tokens.host(), 1), (scratch, 2 * vocab)), |range, (tokens, scratch)| {
         for (i, r) in range.enumerate() {
             let z = &logits[r * vocab..][..vocab];
@@ -131,6 +131,7 @@ pub fn probabilities<F: Float>(
     logits: &[F],
     params: &Params,
 ) -> Result<()> {
+    let cpu = dev.on_cpu("sample::probabilities")?;
     params.validate()?;
     shape::check("sample::probabilities", "probs", &[logits.len()], probs.len())?;
     if params.temperature == 0.0 {
@@ -140,7 +141,6 @@ pub fn probabilities<F: Float>(
         }
         return Ok(());
     }
-    let Device::Cpu(cpu) = dev;
     let scale = F::of(1.0 / f64::from(params.temperature));
     let mut total = weights(cpu.isa(), probs, logits, scale);
     if params.filters() {

@@ -16,10 +16,10 @@ pub fn forward<F: Float>(
     h: View<'_, F>,
     w: View<'_, F>,
 ) -> Result<()> {
+    let cpu = dev.on_cpu("scalar_head")?;
     let d = w.len();
     shape::check("scalar_head", "h", &[y.len(), d], h.len())?;
     let (y, h, w) = (y.host(), h.host(), w.host());
-    let Device::Cpu(cpu) = dev;
     cpu.rows(y.len(), 64, (y, 1), |range, y| {
         for (y, r) in y.iter_mut().zip(range) {
             *y = dot(cpu.isa(), &h[r * d..][..d], w);
@@ -40,12 +40,12 @@ pub fn backward<F: Float>(
     h: View<'_, F>,
     w: View<'_, F>,
 ) -> Result<()> {
+    let cpu = dev.on_cpu("scalar_head::backward")?;
     let (rows, d) = (dy.len(), w.len());
     shape::check("scalar_head::backward", "h", &[rows, d], h.len())?;
     shape::check("scalar_head::backward", "dh", &[rows, d], dh.len())?;
     shape::check("scalar_head::backward", "dw", &[d], dw.len())?;
     let (dh, dw, dy, h, w) = (dh.host(), dw.host(), dy.host(), h.host(), w.host());
-    let Device::Cpu(cpu) = dev;
     cpu.rows(rows, 64, (dh, d), |range, dh| {
         for (dh, r) in dh.chunks_exact_mut(d.max(1)).zip(range) {
             scaled(cpu.isa(), dh, dy[r], w);

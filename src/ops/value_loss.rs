@@ -41,7 +41,7 @@ impl Stats {
 /// [`crate::Error::Shape`] if the columns differ in length.
 #[allow(clippy::too_many_arguments)]
 pub fn forward<F: Float>(
-    _dev: &Device,
+    dev: &Device,
     dv: ViewMut<'_, F>,
     v: View<'_, F>,
     old: View<'_, F>,
@@ -50,6 +50,7 @@ pub fn forward<F: Float>(
     coef: f64,
     denominator: f64,
 ) -> Result<Stats> {
+    dev.on_cpu("value_loss")?;
     let n = v.len();
     shape::check("value_loss", "old", &[n], old.len())?;
     shape::check("value_loss", "returns", &[n], returns.len())?;

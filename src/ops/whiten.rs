@@ -57,13 +57,14 @@ impl Moments {
 /// # Errors
 /// None; the signature is that of an op.
 pub fn apply<F: Float>(
-    _dev: &Device,
+    dev: &Device,
     x: ViewMut<'_, F>,
     moments: &Moments,
     shift_mean: bool,
     variance: Variance,
     eps: f64,
 ) -> Result<()> {
+    dev.on_cpu("whiten")?;
     let rstd = 1.0 / (moments.variance(variance) + eps).sqrt();
     let back = if shift_mean { 0.0 } else { moments.mean };
     for x in x.host() {

@@ -50,7 +50,7 @@ impl Role {
     /// # Errors
     /// [`Error::BadNumber`] naming the tensor if a gradient is not finite.
     pub fn gradient_norm(&self, dev: &Device, step: u64) -> Result<f64> {
-        let norm = grad_norm::norm(dev, self.grads.flat());
+        let norm = grad_norm::norm(dev, self.grads.flat())?;
         if norm.is_finite() { Ok(norm) } else { Err(self.bad(dev, "gradient", norm, step)) }
     }
 
@@ -85,7 +85,7 @@ impl Role {
             let g = self.grads.flat().range(range);
             adamw::step(dev, state, g, scale, self.updates, &hyper)?;
         }
-        if grad_norm::first_bad(dev, self.model.params().flat()).is_some() {
+        if grad_norm::first_bad(dev, self.model.params().flat())?.is_some() {
             return Err(self.bad(dev, "new weight", f64::NAN, step));
         }
         self.model.repack(dev)
@@ -95,7 +95,10 @@ impl Role {
     /// whose squares overflow: they have no first culprit.
     fn bad(&self, dev: &Device, what: &str, whole: f64, step: u64) -> Error {
         let all = if what == "gradient" { &self.grads } else { self.model.params() };
-        let at = grad_norm::first_bad(dev, all.flat());
+        let at = match grad_norm::first_bad(dev, all.flat()) {
+            Ok(at) => at,
+            Err(e) => return e,
+        };
         let tensor = at.and_then(|i| models::tensor_at(&self.model, i));
         let tensor = tensor.unwrap_or_else(|| "all tensors".into());
         let value = at.map_or(whole, |i| f64::from(all.flat().host()[i]));

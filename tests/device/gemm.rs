@@ -1,7 +1,7 @@
 //! The micro-kernels against the definition: one chain of fused multiply-adds per output.
 
 use warpo::device::{
-    Cpu, Device, Float,
+    Cpu, Float,
     cpu::{
         Isa,
         gemm::{self, Lhs, Rhs},
@@ -33,7 +33,7 @@ fn all_forms<F: Float>(sizes: &[(usize, usize, usize)]) {
         let w: Vec<F> = randn("w", n * k);
         let c0: Vec<F> = randn("c", m * n);
         for dev in devices() {
-            let Device::Cpu(cpu) = &dev;
+            let cpu = dev.on_cpu("gemm").unwrap();
             let mut panels = vec![F::ZERO; gemm::packed_len(k, n)];
             gemm::pack(cpu, &mut panels, &w, n, k);
             for add in [false, true] {
@@ -85,7 +85,7 @@ fn rows_do_not_see_their_batch() {
     let cpu = Cpu::with_isa(1, Isa::portable());
     gemm::product(&cpu, &mut want, n, (200, n, k), Lhs::rows(&x, k), b, false, None);
     for dev in devices() {
-        let Device::Cpu(cpu) = &dev;
+        let cpu = dev.on_cpu("gemm").unwrap();
         for m in [1, 2, 3, 5, 8, 11, 12, 13, 31, 48, 49, 100] {
             let from = 200 - m; // rows at the end, so that tiles start elsewhere
             let mut c = vec![0.0; m * n];

@@ -1,8 +1,8 @@
 //! Gradient norm, clipping and the search for bad numbers.
 
 use warpo::{
-    device::Device,
-    ops::grad_norm::{clip_scale, first_bad, norm},
+    device::{Device, Float, View},
+    ops::grad_norm::{self, clip_scale},
 };
 
 use crate::support::{assert_bits, assert_close, devices, randn, wide};
@@ -10,6 +10,14 @@ use crate::support::{assert_bits, assert_close, devices, randn, wide};
 /// Elements of a block, and of the group of blocks that is added up at once.
 const BLOCK: usize = 4096;
 const GROUP: usize = 256 * BLOCK;
+
+fn norm<F: Float>(dev: &Device, x: View<'_, F>) -> f64 {
+    grad_norm::norm(dev, x).unwrap()
+}
+
+fn first_bad<F: Float>(dev: &Device, x: View<'_, F>) -> Option<usize> {
+    grad_norm::first_bad(dev, x).unwrap()
+}
 
 #[test]
 fn hand_worked() {

@@ -22,8 +22,10 @@ fn forward<F: Float>(dev: &Device, x: &[F], w: &[F]) -> (Vec<F>, Vec<F>) {
 fn backward<F: Float>(dev: &Device, dw: &mut [F], dy: &[F], x: &[F], w: &[F]) -> Vec<F> {
     let mut dx = vec![F::of(f64::NAN); x.len()];
     let rstd = forward(dev, x, w).1;
-    let (dx_, dw, dy) = ((&mut dx).into(), dw.into(), dy.into());
-    rms_norm::backward(dev, dx_, dw, dy, x.into(), w.into(), (&rstd).into()).unwrap();
+    let mut scratch = vec![F::ZERO; rms_norm::scratch_len(rstd.len(), w.len())];
+    let (dx_, dw, scratch) = ((&mut dx).into(), dw.into(), (&mut scratch).into());
+    let (dy, x, w) = (dy.into(), x.into(), w.into());
+    rms_norm::backward(dev, dx_, dw, scratch, dy, x, w, (&rstd).into()).unwrap();
     dx
 }
 
@@ -130,18 +132,20 @@ fn wrong_shapes_are_refused() {
     };
     assert_eq!(refused(6, 5), "rms_norm: `x` has shape [5], wanted [2, 3]");
     assert_eq!(refused(5, 6), "rms_norm: `y` has shape [5], wanted [2, 3]");
-    let (mut dx, mut dw) = (vec![0.0f32; 6], vec![0.0; 3]);
-    // lengths of dx, dw, dy, x
-    let mut refused = |n: [usize; 4]| {
+    let (mut dx, mut dw, mut scratch) = (vec![0.0f32; 6], vec![0.0; 3], vec![0.0; 3]);
+    // lengths of dx, dw, scratch, dy, x
+    let mut refused = |n: [usize; 5]| {
         let (dx, dw) = ((&mut dx[..n[0]]).into(), (&mut dw[..n[1]]).into());
-        let (dy, w, rstd) = (x[..n[2]].into(), x[..3].into(), x[..2].into());
-        refusal(rms_norm::backward(&dev, dx, dw, dy, x[..n[3]].into(), w, rstd))
+        let scratch = (&mut scratch[..n[2]]).into();
+        let (dy, w, rstd) = (x[..n[3]].into(), x[..3].into(), x[..2].into());
+        refusal(rms_norm::backward(&dev, dx, dw, scratch, dy, x[..n[4]].into(), w, rstd))
     };
     for (n, says) in [
-        ([5, 3, 6, 6], "`dx` has shape [5], wanted [2, 3]"),
-        ([6, 2, 6, 6], "`dw` has shape [2], wanted [3]"),
-        ([6, 3, 5, 6], "`dy` has shape [5], wanted [2, 3]"),
-        ([6, 3, 6, 5], "`x` has shape [5], wanted [2, 3]"),
+        ([5, 3, 3, 6, 6], "`dx` has shape [5], wanted [2, 3]"),
+        ([6, 2, 3, 6, 6], "`dw` has shape [2], wanted [3]"),
+        ([6, 3, 2, 6, 6], "`scratch` has shape [2], wanted [3]"),
+        ([6, 3, 3, 5, 6], "`dy` has shape [5], wanted [2, 3]"),
+        ([6, 3, 3, 6, 5], "`x` has shape [5], wanted [2, 3]"),
     ] {
         assert_eq!(refused(n), format!("rms_norm::backward: {says}"));
     }

@@ -1,0 +1,270 @@
+//! Compiles `kernels/*.cu` with nvcc, where there is one, and writes the Rust functions that launch them.
+//!
+//! Each file becomes one fatbin: machine code for sm_80 and sm_90a, and PTX that the driver translates for
+//! newer GPUs. What did not change is not compiled again. Without nvcc the images are empty and everything
+//! but the CUDA device works; `WARPO_KERNELS=require` makes that an error, `WARPO_KERNELS=none` does not
+//! look for nvcc.
+
+use std::{
+    collections::hash_map::DefaultHasher,
+    env, fs,
+    hash::{Hash, Hasher},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Mutex,
+};
+
+#[path = "kernels/scan.rs"]
+mod scan;
+use scan::Entry;
+
+const TARGETS: [&str; 3] = [
+    "arch=compute_80,code=sm_80",
+    "arch=compute_90a,code=sm_90a",
+    // `compute_80` PTX runs on whatever comes later
+    "arch=compute_80,code=compute_80",
+];
+
+const FLAGS: [&str; 7] = [
+    "--fatbin",
+    "-O3",
+    "-std=c++17",
+    "-lineinfo",
+    "-Werror=all-warnings",
+    "-Xfatbin=-compress-all",
+    "-Xptxas=-v,--warning-as-error",
+];
+
+fn main() {
+    if let Err(message) = build() {
+        message.lines().for_each(|line| println!("cargo::error={line}"));
+    }
+}
+
+fn build() -> Result<(), String> {
+    println!("cargo::rerun-if-changed=build.rs");
+    println!("cargo::rerun-if-changed=kernels");
+    for name in ["WARPO_KERNELS", "NVCC", "CUDA_HOME", "CUDA_PATH", "PATH", "VIRTUAL_ENV"] {
+        println!("cargo::rerun-if-env-changed={name}");
+    }
+    let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
+    let mut sources: Vec<PathBuf> = read_dir("kernels")?;
+    sources.retain(|p| p.extension().is_some_and(|x| x == "cu"));
+    sources.sort();
+
+    let wanted = env::var("WARPO_KERNELS").unwrap_or_default();
+    let nvcc = if wanted == "none" || env::var_os("DOCS_RS").is_some() { None } else { nvcc() };
+    match (&nvcc, wanted.as_str()) {
+        (Some(nvcc), _) => compile(nvcc, &sources, &out)?,
+        (None, "require") => {
+            return Err("WARPO_KERNELS=require, but there is no nvcc in $NVCC, $CUDA_HOME/bin, \
+                        $PATH, /usr/local/cuda/bin or the Python environment $VIRTUAL_ENV"
+                .into());
+        }
+        (None, "none") => {}
+        (None, _) => println!(
+            "cargo::warning=nvcc was not found: this build has no CUDA kernels and computes on the CPU. \
+             Set NVCC=/path/to/nvcc to have them."
+        ),
+    }
+    let mut code = format!(
+        "/// Whether this binary has kernels for a GPU.\npub const BUILT: bool = {};\n",
+        nvcc.is_some()
+    );
+    for source in &sources {
+        code += &module(source, nvcc.is_some())?;
+    }
+    write(&out.join("kernels.rs"), &code)
+}
+
+/// $NVCC, then the toolkit's usual places, then the wheels of a Python environment.
+fn nvcc() -> Option<PathBuf> {
+    if let Some(path) = env::var_os("NVCC") {
+        return Some(path.into());
+    }
+    let home = |name| env::var_os(name).map(|d| Path::new(&d).join("bin/nvcc"));
+    let path = env::var_os("PATH").unwrap_or_default();
+    let mut places: Vec<PathBuf> =
+        ["CUDA_HOME", "CUDA_PATH"].into_iter().filter_map(home).collect();
+    places.extend(env::split_paths(&path).map(|d| d.join("nvcc")));
+    places.push("/usr/local/cuda/bin/nvcc".into());
+    if let Some(env) = env::var_os("VIRTUAL_ENV") {
+        let pythons = read_dir(Path::new(&env).join("lib")).unwrap_or_default();
+        places.extend(pythons.iter().map(|p| p.join("site-packages/nvidia/cu13/bin/nvcc")));
+    }
+    places.into_iter().find(|p| p.is_file())
+}
+
+/// One fatbin a file, as many at a time as cargo allows; compiled again only if the compiler, its flags, the
+/// file or anything that it includes changed.
+fn compile(nvcc: &Path, sources: &[PathBuf], out: &Path) -> Result<(), String> {
+    let version = run(Command::new(nvcc).arg("--version"))?;
+    let jobs = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
+    let (queue, failed) = (Mutex::new(sources.iter()), Mutex::new(Vec::new()));
+    let next = || queue.lock().ok().and_then(|mut q| q.next());
+    std::thread::scope(|scope| {
+        for _ in 0..jobs {
+            scope.spawn(|| {
+                while let Some(source) = next() {
+                    if let (Err(e), Ok(mut all)) = (one(nvcc, &version, source, out), failed.lock())
+                    {
+                        all.push(e);
+                    }
+                }
+            });
+        }
+    });
+    let failed = failed.into_inner().unwrap_or_default();
+    if failed.is_empty() { Ok(()) } else { Err(failed.join("\n")) }
+}
+
+fn one(nvcc: &Path, version: &str, source: &Path, out: &Path) -> Result<(), String> {
+    let file = |end: &str| out.join(stem(source)).with_extension(end);
+    let (fatbin, depends, key) = (file("fatbin"), file("d"), file("key"));
+    let hash = || {
+        let mut h = DefaultHasher::new();
+        (version, FLAGS, TARGETS).hash(&mut h);
+        let names = fs::read_to_string(&depends).unwrap_or_default().replace("\\\n", " ");
+        for name in names.split_once(": ").map_or("", |n| n.1).split_whitespace() {
+            fs::read(name).ok().hash(&mut h);
+        }
+        h.finish().to_string()
+    };
+    if fatbin.exists() && fs::read_to_string(&key).is_ok_and(|k| k == hash()) {
+        return Ok(());
+    }
+    let aside = file("tmp");
+    let mut command = Command::new(nvcc);
+    command.args(FLAGS).args(TARGETS.iter().flat_map(|t| ["-gencode", t]));
+    command.arg("-MD").arg("-MF").arg(&depends).arg("-o").arg(&aside).arg(source);
+    let report = run(&mut command)?;
+    // registers, spills and shared memory of every kernel, which a test reads
+    write(&file("ptxas"), &report)?;
+    fs::rename(&aside, &fatbin).map_err(|e| format!("{}: {e}", fatbin.display()))?;
+    write(&key, &hash())
+}
+
+/// What a command prints, on both streams.
+fn run(command: &mut Command) -> Result<String, String> {
+    let name = command.get_program().to_string_lossy().into_owned();
+    let done = command.output().map_err(|e| format!("cannot run {name}: {e}"))?;
+    let text = [done.stdout, done.stderr].concat();
+    let text = String::from_utf8_lossy(&text).into_owned();
+    if done.status.success() { Ok(text) } else { Err(format!("{name} failed:\n{text}")) }
+}
+
+fn stem(source: &Path) -> String {
+    source.file_stem().map_or_else(String::new, |s| s.to_string_lossy().into_owned())
+}
+
+fn read_dir(dir: impl AsRef<Path>) -> Result<Vec<PathBuf>, String> {
+    let dir = dir.as_ref();
+    let entries = fs::read_dir(dir).map_err(|e| format!("{}: {e}", dir.display()))?;
+    Ok(entries.flatten().map(|e| e.path()).collect())
+}
+
+fn write(path: &Path, text: &str) -> Result<(), String> {
+    fs::write(path, text).map_err(|e| format!("{}: {e}", path.display()))
+}
+
+/// The Rust module of a .cu file: its image, its constants, and a function for each kernel.
+///
+/// Kernels whose names differ in `_bf16` and `_f32` only are one function, generic over what is stored.
+fn module(source: &Path, compiled: bool) -> Result<String, String> {
+    let text = fs::read_to_string(source).map_err(|e| format!("{}: {e}", source.display()))?;
+    let stem = stem(source);
+    let image = match compiled {
+        true => format!("include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{stem}.fatbin\"))"),
+        false => "&[]".into(),
+    };
+    let mut code = format!(
+        "/// `kernels/{stem}.cu`\npub mod {stem} {{\n    use super::*;\n    \
+         static IMAGE: Image = Image {{ name: \"{stem}\", bytes: {image} }};\n"
+    );
+    for (name, value) in scan::constants(&text) {
+        code += &format!("    pub const {name}: usize = {value};\n");
+    }
+    let base = |e: &Entry| {
+        let suffix = |s| e.name.strip_suffix(s);
+        suffix("_bf16").or_else(|| suffix("_f32")).unwrap_or(&e.name).to_owned()
+    };
+    let entries = scan::entries(&text).map_err(|m| format!("{}: {m}", source.display()))?;
+    let mut names: Vec<String> = entries.iter().map(base).collect();
+    names.dedup();
+    for name in names {
+        let variants: Vec<&Entry> = entries.iter().filter(|e| base(e) == name).collect();
+        code += &function(&stem, &name, &variants).map_err(|m| format!("{name}: {m}"))?;
+    }
+    Ok(code + "}\n")
+}
+
+/// The Rust function that launches the one of `variants` that is for the caller's types.
+fn function(stem: &str, name: &str, variants: &[&Entry]) -> Result<String, String> {
+    let stored = variants.iter().find(|e| e.name.ends_with("_bf16"));
+    let other = variants.iter().find(|e| !e.name.ends_with("_bf16"));
+    let first = stored.or(other).ok_or("no kernel")?;
+    for e in variants {
+        let types = |e: &Entry, from| e.params.iter().map(|p| p.c.replace(from, "float")).collect();
+        let (a, b): (Vec<String>, Vec<String>) = (types(first, "bf16"), types(e, "bf16"));
+        if a != b {
+            return Err(format!("{} and {} differ in more than bf16", first.name, e.name));
+        }
+    }
+    let (mut params, mut args, mut floats) = (String::new(), String::new(), false);
+    for p in &first.params {
+        let pointer = p.c.strip_suffix('*').map(|c| (c.trim_start_matches("const "), c));
+        let element = match pointer.map_or(p.c.as_str(), |(element, _)| element) {
+            "bf16" => "T",
+            "float" if stored.is_some() => "T::Acc",
+            "float" => "T",
+            "double" => "f64",
+            "uint32_t" => "u32",
+            "uint64_t" => "u64",
+            // A count: what a kernel holds in an int is checked when it is passed.
+            "int" if pointer.is_none() => "usize",
+            "int" => "i32",
+            _ => return Err(format!("type `{}`?", p.c)),
+        };
+        floats |= element.starts_with('T');
+        let own = &p.name;
+        let Some((bare, whole)) = pointer else {
+            let pass = if element == "usize" { "count" } else { "value" };
+            params += &format!("{own}: {element}, ");
+            args += &format!("        args.{pass}(\"{own}\", {own});\n");
+            continue;
+        };
+        let (view, pass) = if bare == whole { ("ViewMut", "write") } else { ("View", "read") };
+        let view = format!("{view}<'_, {element}>");
+        params += &match p.optional {
+            true => format!("{own}: Option<{view}>, "),
+            false => format!("{own}: {view}, "),
+        };
+        let some = if p.optional { own.clone() } else { format!("Some({own})") };
+        args += &format!("        args.{pass}(\"{own}\", {some}, {});\n", p.packed);
+    }
+    let kernel = |e: Option<&&&Entry>| {
+        e.map_or("None".into(), |e| {
+            format!(
+                "Some(Kernel {{ image: &IMAGE, name: \"{}\", threads: {} }})",
+                e.name, e.threads
+            )
+        })
+    };
+    let (bf16, f32) = (kernel(stored.as_ref()), kernel(other.as_ref()));
+    let (generic, pick) = match (floats, stored) {
+        (false, _) => ("", "f32"),
+        (true, Some(_)) => ("<T: Element>", "T"),
+        (true, None) => ("<T: Float>", "T"),
+    };
+    let short = name.strip_prefix(&format!("{stem}_")).unwrap_or(name);
+    Ok(format!(
+        "    /// Launches `{name}`.\n    ///\n    /// # Errors\n    \
+         /// [`crate::Error::Device`] if there is no such kernel for these types or memories, or the\n    \
+         /// driver refuses the launch.\n    \
+         #[allow(clippy::too_many_arguments)]\n    \
+         pub fn {short}{generic}(cuda: &Cuda, launch: Launch, {params}) -> Result<()> {{\n        \
+         static KERNELS: Variants = Variants {{ name: \"{name}\", bf16: {bf16}, f32: {f32} }};\n        \
+         let mut args = Args::default();\n{args}        \
+         cuda.launch(KERNELS.of::<{pick}>()?, launch, args)\n    }}\n"
+    ))
+}

@@ -1,0 +1,107 @@
+// What every kernel begins with: its entry, its shared memory, its packets of 16 bytes.
+#pragma once
+
+#include "ptx.cuh"
+
+// An entry point: KERNEL(threads, name)(parameters) { ... }. build.rs reads this line and makes the Rust
+// function that launches it, so the number of threads is written once and a wrong argument does not
+// compile. Two kernels whose names end in _bf16 and _f32 become one function, generic over what is stored.
+// Parameters are pointers to bf16, float, double, uint32_t, uint64_t or int, or such a number by value,
+// where an int is a count.
+#define KERNEL(threads, name)                                               \
+    static_assert((threads) % 32 == 0 && (threads) <= 1024, "whole warps"); \
+    extern "C" __global__ void __launch_bounds__(threads) name
+
+// Of a pointer parameter: it may be null, and is an Option in Rust.
+#define OPTIONAL
+// Of a pointer parameter: it is read or written in packets; the launch checks that it begins at one.
+#define PACKED
+
+#ifndef WARPO_SIM
+extern __shared__ __align__(1024) char launch_shared[];
+#endif
+
+// Carves arrays out of the launch's shared memory; every thread carves the same ones in the same order.
+class Shared {
+    int offset_ = 0;
+    int index_ = 0;
+
+  public:
+    // Every array begins on a multiple of 16 bytes, or of `align`.
+    template <class T>
+    __device__ T* take(int count, int align = 16 PTX_AND_AT) {
+        offset_ = (offset_ + align - 1) / align * align;
+        const int start = offset_;
+        offset_ += count * int(sizeof(T));
+#ifdef WARPO_SIM
+        return static_cast<T*>(::sim::carve(index_++, start, count * sizeof(T), at));
+#else
+        ++index_;
+        return reinterpret_cast<T*>(launch_shared + start);
+#endif
+    }
+};
+
+struct bf16 {
+    uint16_t bits;
+};
+
+__device__ __forceinline__ float widen(bf16 x) { return ptx::bits_float(uint32_t(x.bits) << 16); }
+__device__ __forceinline__ float widen(float x) { return x; }
+
+template <class T>
+__device__ __forceinline__ T narrow(float x);
+template <>
+__device__ __forceinline__ bf16 narrow<bf16>(float x) {
+    return bf16{uint16_t(ptx::pack_bf16(x, 0.0f) & 0xFFFF)};
+}
+template <>
+__device__ __forceinline__ float narrow<float>(float x) {
+    return x;
+}
+
+// 16 bytes of T as floats: 8 of bf16, 4 of f32.
+template <class T>
+struct Packet {
+    static constexpr int WIDTH = 16 / sizeof(T);
+    float x[WIDTH];
+};
+
+__device__ __forceinline__ void unpack(float (&x)[8], uint4 v) {
+    const uint32_t w[4] = {v.x, v.y, v.z, v.w};
+    for (int i = 0; i < 4; ++i) {
+        x[2 * i] = ptx::bits_float(w[i] << 16);
+        x[2 * i + 1] = ptx::bits_float(w[i] & 0xFFFF0000u);
+    }
+}
+__device__ __forceinline__ void unpack(float (&x)[4], uint4 v) {
+    x[0] = ptx::bits_float(v.x);
+    x[1] = ptx::bits_float(v.y);
+    x[2] = ptx::bits_float(v.z);
+    x[3] = ptx::bits_float(v.w);
+}
+__device__ __forceinline__ uint4 pack(const float (&x)[8]) {
+    return uint4{ptx::pack_bf16(x[0], x[1]), ptx::pack_bf16(x[2], x[3]), ptx::pack_bf16(x[4], x[5]),
+                 ptx::pack_bf16(x[6], x[7])};
+}
+__device__ __forceinline__ uint4 pack(const float (&x)[4]) {
+    return uint4{ptx::float_bits(x[0]), ptx::float_bits(x[1]), ptx::float_bits(x[2]), ptx::float_bits(x[3])};
+}
+
+// Packet `i` of p: one load or store of 128 bits.
+template <class T>
+__device__ __forceinline__ Packet<T> load(const T* p, int64_t i PTX_AND_AT) {
+#ifdef WARPO_SIM
+    ::sim::aligned(p, 16, at);
+#endif
+    Packet<T> out;
+    unpack(out.x, reinterpret_cast<const uint4*>(p)[i]);
+    return out;
+}
+template <class T>
+__device__ __forceinline__ void store(T* p, int64_t i, const Packet<T>& v PTX_AND_AT) {
+#ifdef WARPO_SIM
+    ::sim::aligned(p, 16, at);
+#endif
+    reinterpret_cast<uint4*>(p)[i] = pack(v.x);
+}

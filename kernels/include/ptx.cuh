@@ -1,0 +1,298 @@
+// Every instruction that CUDA C++ has no word for, each with a device body (PTX or a compiler intrinsic)
+// and a simulator body. The only file with inline PTX; a test looks for strays.
+//
+// In the simulator each function also takes the place it is called from, for reports.
+#pragma once
+
+#include <stdint.h>
+
+#ifdef WARPO_SIM
+#define PTX_AT ::sim::Site at = ::sim::Site{__builtin_FILE(), __builtin_LINE()}
+#define PTX_AND_AT , PTX_AT
+#define PTX_PASS , at
+#else
+#define PTX_AT
+#define PTX_AND_AT
+#define PTX_PASS
+#endif
+
+namespace ptx {
+
+constexpr unsigned WARP = 0xffffffffu;
+
+// -- warps: all 32 lanes call these together --------------------------------------------------------
+
+__device__ __forceinline__ int lane() { return threadIdx.x % 32; }
+
+#ifdef WARPO_SIM
+namespace host {
+template <class T>
+struct Lanes {
+    T values[32];
+    T operator[](int lane) const { return values[lane]; }
+};
+template <class T>
+Lanes<T> exchange(::sim::Warp kind, const T& v, ::sim::Site at) {
+    Lanes<T> all;
+    ::sim::exchange(kind, WARP, &v, sizeof v, all.values, at);
+    return all;
+}
+}  // namespace host
+#endif
+
+// The value of lane `lane() ^ lanes`.
+template <class T>
+__device__ __forceinline__ T shuffle_xor(T v, int lanes PTX_AND_AT) {
+#ifdef WARPO_SIM
+    return host::exchange(::sim::Warp::Shuffle, v, at)[lane() ^ lanes];
+#else
+    return __shfl_xor_sync(WARP, v, lanes);
+#endif
+}
+
+// The value of lane `from`.
+template <class T>
+__device__ __forceinline__ T shuffle(T v, int from PTX_AND_AT) {
+#ifdef WARPO_SIM
+    return host::exchange(::sim::Warp::Shuffle, v, at)[from & 31];
+#else
+    return __shfl_sync(WARP, v, from);
+#endif
+}
+
+// The value of lane `lane() - by`; the first `by` lanes keep their own.
+template <class T>
+__device__ __forceinline__ T shuffle_up(T v, int by PTX_AND_AT) {
+#ifdef WARPO_SIM
+    return host::exchange(::sim::Warp::Shuffle, v, at)[lane() < by ? lane() : lane() - by];
+#else
+    return __shfl_up_sync(WARP, v, by);
+#endif
+}
+
+// The value of lane `lane() + by`; the last `by` lanes keep their own.
+template <class T>
+__device__ __forceinline__ T shuffle_down(T v, int by PTX_AND_AT) {
+#ifdef WARPO_SIM
+    return host::exchange(::sim::Warp::Shuffle, v, at)[lane() + by > 31 ? lane() : lane() + by];
+#else
+    return __shfl_down_sync(WARP, v, by);
+#endif
+}
+
+// Bit i: lane i said yes.
+__device__ __forceinline__ unsigned ballot(bool yes PTX_AND_AT) {
+#ifdef WARPO_SIM
+    const auto all = host::exchange(::sim::Warp::Vote, yes, at);
+    unsigned bits = 0;
+    for (int i = 0; i < 32; ++i) bits |= unsigned(all[i]) << i;
+    return bits;
+#else
+    return __ballot_sync(WARP, yes);
+#endif
+}
+
+// Lanes wait for each other and see each other's writes.
+__device__ __forceinline__ void sync_warp(PTX_AT) {
+#ifdef WARPO_SIM
+    ::sim::exchange(::sim::Warp::Sync, WARP, nullptr, 0, nullptr, at);
+#else
+    __syncwarp();
+#endif
+}
+
+// `threads` threads of the block, whole warps, wait for each other at barrier `id`, 1 to 15.
+__device__ __forceinline__ void barrier(int id, int threads PTX_AND_AT) {
+#ifdef WARPO_SIM
+    ::sim::barrier(at, id, threads);
+#else
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#endif
+}
+
+// -- numbers -----------------------------------------------------------------------------------------
+
+// High half of a 32 x 32 bit product.
+__device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) {
+#ifdef WARPO_SIM
+    return uint32_t(uint64_t(a) * b >> 32);
+#else
+    return __umulhi(a, b);
+#endif
+}
+
+__device__ __forceinline__ uint32_t float_bits(float x) {
+#ifdef WARPO_SIM
+    uint32_t u;
+    memcpy(&u, &x, 4);
+    return u;
+#else
+    return __float_as_uint(x);
+#endif
+}
+
+__device__ __forceinline__ float bits_float(uint32_t u) {
+#ifdef WARPO_SIM
+    float x;
+    memcpy(&x, &u, 4);
+    return x;
+#else
+    return __uint_as_float(u);
+#endif
+}
+
+// Two bf16, the first in the low half, rounded to nearest even; NaN becomes the quiet NaN 0x7FFF.
+__device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
+#ifdef WARPO_SIM
+    auto one = [](float x) -> uint32_t {
+        const uint32_t u = float_bits(x);
+        if (x != x) return 0x7FFF;
+        return (u + 0x7FFF + (u >> 16 & 1)) >> 16;
+    };
+    return one(low) | one(high) << 16;
+#else
+    uint32_t d;
+    asm("cvt.rn.bf16x2.f32 %0, %1, %2;" : "=r"(d) : "f"(high), "f"(low));
+    return d;
+#endif
+}
+
+// -- asynchronous copies to shared memory ------------------------------------------------------------
+
+// 16 bytes; the last `zeros` of them are 0 instead of read.
+__device__ __forceinline__ void copy_async(void* to, const void* from, int zeros PTX_AND_AT) {
+#ifdef WARPO_SIM
+    ::sim::copy_async(to, from, 16, zeros, at);
+#else
+    const uint32_t address = uint32_t(__cvta_generic_to_shared(to));
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(16 - zeros) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void copy_commit() {
+#ifdef WARPO_SIM
+    ::sim::copy_commit();
+#else
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+// Until at most `PENDING` of this thread's groups are under way.
+template <int PENDING>
+__device__ __forceinline__ void copy_wait(PTX_AT) {
+#ifdef WARPO_SIM
+    ::sim::copy_wait(PENDING, at);
+#else
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+// -- barriers that count arrivals in shared memory -----------------------------------------------------
+
+// One thread initialises; then a block barrier.
+__device__ __forceinline__ void mbarrier_init(uint64_t* bar, int arrivals PTX_AND_AT) {
+#ifdef WARPO_SIM
+    ::sim::mbarrier_init(bar, arrivals, at);
+#else
+    const uint32_t address = uint32_t(__cvta_generic_to_shared(bar));
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address), "r"(arrivals) : "memory");
+#endif
+}
+
+__device__ __forceinline__ void mbarrier_arrive(uint64_t* bar PTX_AND_AT) {
+#ifdef WARPO_SIM
+    ::sim::mbarrier_arrive(bar, at);
+#else
+    const uint32_t address = uint32_t(__cvta_generic_to_shared(bar));
+    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(address) : "memory");
+#endif
+}
+
+// Until the phase of this parity (0 first) is complete.
+__device__ __forceinline__ void mbarrier_wait(uint64_t* bar, int parity PTX_AND_AT) {
+#ifdef WARPO_SIM
+    ::sim::mbarrier_wait(bar, parity, at);
+#else
+    const uint32_t address = uint32_t(__cvta_generic_to_shared(bar));
+    uint32_t done = 0;
+    while (!done) {
+        asm volatile(
+            "{\n.reg .pred p;\nmbarrier.test_wait.parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+            : "=r"(done)
+            : "r"(address), "r"(parity)
+            : "memory");
+    }
+#endif
+}
+
+// -- tensor cores --------------------------------------------------------------------------------------
+
+// Four 8x8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8, 16 bytes
+// each, and gets in out[i] two neighbours of matrix i: row l / 4, columns 2 (l % 4) and the next.
+__device__ __forceinline__ void load_matrix(uint32_t (&out)[4], const void* row PTX_AND_AT) {
+#ifdef WARPO_SIM
+    ::sim::aligned(row, 16, at);
+    const auto rows = host::exchange(::sim::Warp::Matrix, row, at);
+    for (int i = 0; i < 4; ++i) memcpy(&out[i], static_cast<const char*>(rows[8 * i + lane() / 4]) + lane() % 4 * 4, 4);
+#else
+    const uint32_t address = uint32_t(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address)
+                 : "memory");
+#endif
+}
+
+// The same, each matrix transposed: out[i] holds rows 2 (l % 4) and the next of column l / 4.
+__device__ __forceinline__ void load_matrix_transposed(uint32_t (&out)[4], const void* row PTX_AND_AT) {
+#ifdef WARPO_SIM
+    ::sim::aligned(row, 16, at);
+    const auto rows = host::exchange(::sim::Warp::Matrix, row, at);
+    for (int i = 0; i < 4; ++i) {
+        uint16_t two[2];
+        for (int j = 0; j < 2; ++j) {
+            memcpy(&two[j], static_cast<const char*>(rows[8 * i + lane() % 4 * 2 + j]) + lane() / 4 * 2, 2);
+        }
+        out[i] = two[0] | uint32_t(two[1]) << 16;
+    }
+#else
+    const uint32_t address = uint32_t(__cvta_generic_to_shared(row));
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
+                 : "r"(address)
+                 : "memory");
+#endif
+}
+
+// D += A B, A [16, 16] and B [16, 8] in bf16, D [16, 8] in f32. Of lane l, with r = l / 4 and c = 2 (l % 4):
+// a[0] = A[r, c..], a[1] = A[r + 8, c..], a[2] = A[r, c + 8..], a[3] = A[r + 8, c + 8..];
+// b[0] = B[c.., r], b[1] = B[c + 8.., r]; d = D[r, c..] and D[r + 8, c..], two each.
+__device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] PTX_AND_AT) {
+#ifdef WARPO_SIM
+    struct Fragments {
+        uint32_t a[4], b[2];
+    } mine;
+    memcpy(mine.a, a, sizeof a);
+    memcpy(mine.b, b, sizeof b);
+    const auto all = host::exchange(::sim::Warp::Mma, mine, at);
+    auto half = [](uint32_t two, int i) { return bits_float(i == 0 ? two << 16 : two & 0xFFFF0000u); };
+    const int row = lane() / 4, col = lane() % 4 * 2;
+    for (int i = 0; i < 4; ++i) {
+        // The sum of the products is rounded once here; the hardware's order of additions is not told.
+        double sum = d[i];
+        for (int k = 0; k < 16; ++k) {
+            const int r = row + i / 2 * 8, c = col + i % 2;
+            const Fragments fa = all[r % 8 * 4 + k % 8 / 2], fb = all[c * 4 + k % 8 / 2];
+            sum += double(half(fa.a[r / 8 + k / 8 * 2], k % 2)) * half(fb.b[k / 8], k % 2);
+        }
+        d[i] = float(sum);
+    }
+#else
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"
+        : "+f"(d[0]), "+f"(d[1]), "+f"(d[2]), "+f"(d[3])
+        : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]));
+#endif
+}
+
+}  // namespace ptx

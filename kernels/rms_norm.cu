@@ -1,0 +1,120 @@
+// RMSNorm over the last axis: y[r,c] = x[r,c] * rstd[r] * w[c], rstd[r] = 1 / sqrt(mean_c x[r,c]^2 + eps).
+//   shapes   x, y, dx, dy [rows, cols] and w [cols] bf16 or f32; rstd [rows] f32, kept; dw [cols] f32;
+//            partial [ceil(rows / SHARE), cols] f32, scratch
+//   tiling   `group` threads a row, a power of two from 32 to 512, 512 / group rows a block at a time; thread
+//            t of a group owns packets t, t + group, ..., at most 16 elements: the whole row stays in
+//            registers, in backward beside as many sums for dw. backward: a block takes SHARE rows
+//   memory   forward reads x and writes y once, 4 bytes an element in bf16, 8 in f32; backward reads x and
+//            dy and writes dx once, 6 bytes (12), and writes and reads partial, 8 / SHARE bytes
+//   numerics sums in f32, one rounding on the way out. dw: rows of a group in order, groups in order, blocks
+//            in order, then added to what is there
+//   needs    cols a multiple of the packet and at most 512 * 16; rows and w 16-byte aligned: the launcher
+//            checks
+#include "include/partials.cuh"
+#include "include/reduce.cuh"
+
+constexpr int THREADS = 512;
+constexpr int ELEMENTS = 16;
+// Rows of a block in backward. Half as many make twice the blocks, but partial sums of 8 % of the traffic.
+constexpr int SHARE = 32;
+
+// Packets that a thread holds of a row.
+template <class T>
+constexpr int PACKETS = ELEMENTS / Packet<T>::WIDTH;
+
+template <class T>
+static __device__ void forward(T* y, float* rstd, const T* x, const T* w, int rows, int cols, float eps, int group) {
+    constexpr int N = Packet<T>::WIDTH;
+    Shared shared;
+    float* room = shared.take<float>(THREADS / 32);
+    const int packets = cols / N, lane = threadIdx.x % group;
+    const int row = blockIdx.x * (THREADS / group) + threadIdx.x / group;
+    const int64_t base = int64_t(row) * packets;
+    Elements<N> v[PACKETS<T>];
+    float squares[1] = {0.0f};
+    for (int i = 0; i < PACKETS<T>; ++i) {
+        const int p = lane + i * group;
+        if (row >= rows || p >= packets) continue;
+        v[i] = take<N>(x, base + p);
+        for (int j = 0; j < N; ++j) squares[0] += v[i].x[j] * v[i].x[j];
+    }
+    group_sum(squares, group, room);
+    if (row >= rows) return;
+    const float r = rsqrtf(squares[0] / cols + eps);
+    if (lane == 0) rstd[row] = r;
+    for (int i = 0; i < PACKETS<T>; ++i) {
+        const int p = lane + i * group;
+        if (p >= packets) continue;
+        const Elements<N> weight = take<N>(w, p);
+        for (int j = 0; j < N; ++j) v[i].x[j] *= r * weight.x[j];
+        put<N>(y, base + p, v[i]);
+    }
+}
+
+// With g = dy w: dx = rstd (g - x rstd^2 mean_c(g x)), and the sums over the block's rows of dy x rstd.
+template <class T>
+static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, const T* w, const float* rstd, int rows, int cols,
+                                int group) {
+    constexpr int N = Packet<T>::WIDTH;
+    const int groups = THREADS / group, lane = threadIdx.x % group, packets = cols / N;
+    Shared shared;
+    float* room = shared.take<float>(THREADS / 32);
+    float* sums = shared.take<float>(groups * cols);
+    const int first = blockIdx.x * SHARE, end = first + SHARE < rows ? first + SHARE : rows;
+    Elements<N> dw[PACKETS<T>] = {};
+    for (int at = first; at < end; at += groups) {
+        const int row = at + threadIdx.x / group;
+        const bool there = row < end;
+        const int64_t base = int64_t(row) * packets;
+        const float r = there ? rstd[row] : 0.0f;
+        Elements<N> v[PACKETS<T>], g[PACKETS<T>];
+        float dot[1] = {0.0f};
+        for (int i = 0; i < PACKETS<T>; ++i) {
+            const int p = lane + i * group;
+            if (!there || p >= packets) continue;
+            v[i] = take<N>(x, base + p);
+            g[i] = take<N>(dy, base + p);
+            const Elements<N> weight = take<N>(w, p);
+            for (int j = 0; j < N; ++j) {
+                dw[i].x[j] += g[i].x[j] * (v[i].x[j] * r);
+                g[i].x[j] *= weight.x[j];
+                dot[0] += g[i].x[j] * v[i].x[j];
+            }
+        }
+        group_sum(dot, group, room);
+        const float pull = dot[0] / cols * r * r;
+        for (int i = 0; i < PACKETS<T>; ++i) {
+            const int p = lane + i * group;
+            if (!there || p >= packets) continue;
+            for (int j = 0; j < N; ++j) g[i].x[j] = (g[i].x[j] - v[i].x[j] * pull) * r;
+            put<N>(dx, base + p, g[i]);
+        }
+    }
+    write_partial(partial + blockIdx.x * int64_t(cols), dw, sums, cols, group);
+}
+
+KERNEL(THREADS, rms_norm_forward_bf16)(PACKED bf16* y, float* rstd, PACKED const bf16* x, PACKED const bf16* w, int rows, int cols,
+                                       float eps, int group) {
+    forward(y, rstd, x, w, rows, cols, eps, group);
+}
+
+KERNEL(THREADS, rms_norm_forward_f32)(PACKED float* y, float* rstd, PACKED const float* x, PACKED const float* w, int rows,
+                                      int cols, float eps, int group) {
+    forward(y, rstd, x, w, rows, cols, eps, group);
+}
+
+KERNEL(THREADS, rms_norm_backward_bf16)(PACKED bf16* dx, float* partial, PACKED const bf16* dy, PACKED const bf16* x,
+                                        PACKED const bf16* w, const float* rstd, int rows, int cols, int group) {
+    backward(dx, partial, dy, x, w, rstd, rows, cols, group);
+}
+
+KERNEL(THREADS, rms_norm_backward_f32)(PACKED float* dx, float* partial, PACKED const float* dy, PACKED const float* x,
+                                       PACKED const float* w, const float* rstd, int rows, int cols, int group) {
+    backward(dx, partial, dy, x, w, rstd, rows, cols, group);
+}
+
+// `count` is ceil(rows / SHARE).
+KERNEL(THREADS, rms_norm_add_partials)(float* dw, const float* partial, int count, int cols) {
+    Shared shared;
+    add_partials(dw, partial, count, cols, shared.take<float>(THREADS));
+}

@@ -1,0 +1,60 @@
+//! Reads the KERNEL lines and the constants of a .cu file. Used by build.rs and by the tests.
+
+/// An entry point: `KERNEL(threads, name)(parameters)`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Entry {
+    /// As the driver knows it.
+    pub name: String,
+    /// Threads of a block.
+    pub threads: u32,
+    /// In order.
+    pub params: Vec<Param>,
+}
+
+/// A parameter of an entry point.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Param {
+    /// Its C type, without the words below.
+    pub c: String,
+    /// Its name.
+    pub name: String,
+    /// `OPTIONAL`: a pointer that may be null.
+    pub optional: bool,
+    /// `PACKED`: a pointer to whole packets of 16 bytes.
+    pub packed: bool,
+}
+
+/// All entries of a source text, in order. A thread count may be a number or a constant of the same
+/// file.
+pub fn entries(text: &str) -> Result<Vec<Entry>, String> {
+    let mut all = Vec::new();
+    for part in text.split("\nKERNEL(").skip(1) {
+        let head = part.split_once(')').ok_or("KERNEL without )")?;
+        let (threads, name) = head.0.split_once(',').ok_or("KERNEL without a name")?;
+        let (threads, name) = (threads.trim(), name.trim().to_owned());
+        let constant = || constants(text).into_iter().find(|c| c.0 == threads).map(|c| c.1);
+        let threads = threads.parse().ok().or_else(constant).ok_or(format!("{name}: threads?"))?;
+        let params = head.1.strip_prefix('(').and_then(|p| p.split_once(')'));
+        let (params, _) = params.ok_or(format!("{name}: parameters?"))?;
+        let param = |p: &str| {
+            let mut words: Vec<&str> = p.split_whitespace().collect();
+            let mut word =
+                |w| words.iter().position(|x| *x == w).map(|i| words.remove(i)).is_some();
+            let (optional, packed) = (word("OPTIONAL"), word("PACKED"));
+            let own = words.pop().ok_or(format!("{name}: parameter `{p}`?"))?;
+            Ok::<_, String>(Param { c: words.join(" "), name: own.to_owned(), optional, packed })
+        };
+        let params = params.split(',').map(param).collect::<Result<_, _>>()?;
+        all.push(Entry { name, threads, params });
+    }
+    Ok(all)
+}
+
+/// The lines `constexpr int NAME = number;` of a source text.
+pub fn constants(text: &str) -> Vec<(String, u32)> {
+    let line = |l: &str| {
+        let (name, value) = l.strip_prefix("constexpr int ")?.split_once(" = ")?;
+        Some((name.to_owned(), value.split(';').next()?.trim().parse().ok()?))
+    };
+    text.lines().filter_map(line).collect()
+}

@@ -1,0 +1,119 @@
+// The simulator, seen from a kernel: CUDA's vocabulary for the host compiler. Force-included before each
+// .cu file, so kernels have no line for it.
+//
+// Each CUDA thread is a fibre; sim.cpp runs them in a seeded order and switches at every barrier, warp
+// exchange and wait. What an instruction does is in include/ptx.cuh, beside its device form.
+#pragma once
+
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <tuple>
+#include <utility>
+
+#define WARPO_SIM 1
+#define __global__
+#define __device__
+#define __host__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define __align__(n) alignas(n)
+#define __restrict__ __restrict
+// Static shared memory has no redzones: kernels carve theirs from the launch's (include/shared.cuh).
+#define __shared__ _Pragma("GCC error \"__shared__ is not simulated: carve dynamic shared memory\"")
+
+struct uint3 {
+    unsigned x, y, z;
+};
+struct dim3 {
+    unsigned x = 1, y = 1, z = 1;
+};
+struct alignas(8) uint2 {
+    unsigned x, y;
+};
+struct alignas(16) uint4 {
+    unsigned x, y, z, w;
+};
+struct alignas(8) float2 {
+    float x, y;
+};
+struct alignas(16) float4 {
+    float x, y, z, w;
+};
+
+inline float rsqrtf(float x) { return float(1.0 / std::sqrt(double(x))); }
+
+namespace sim {
+
+// Where in the source a thread waits, for reports.
+struct Site {
+    const char* file;
+    int line;
+};
+#define SIM_SITE (::sim::Site{__FILE__, __LINE__})
+
+uint3 thread_index();
+uint3 block_index();
+dim3 block_size();
+dim3 grid_size();
+
+// All threads of the block, or `threads` of them at a numbered barrier.
+void barrier(Site site, int id = 0, int threads = 0);
+
+// What the lanes of a warp do together. All lanes of `mask` call it with the same kind; each brings a
+// value of `bytes` and gets the 32 of them.
+constexpr size_t MAX_VALUE = 64;
+enum class Warp { Sync, Shuffle, Vote, Mma, Matrix };
+void exchange(Warp kind, unsigned mask, const void* value, size_t bytes, void* all, Site site);
+
+// An mbarrier: `arrivals` arrivals complete a phase.
+void mbarrier_init(uint64_t* bar, int arrivals, Site site);
+void mbarrier_arrive(uint64_t* bar, Site site);
+void mbarrier_wait(uint64_t* bar, int parity, Site site);
+
+// cp.async: the copy happens as late as allowed, at the wait; until then the destination is NaN.
+void copy_async(void* to, const void* from, size_t bytes, size_t zeros, Site site);
+void copy_commit();
+void copy_wait(int pending, Site site);
+
+// Region `index` of the block's shared memory, at `offset` of the launch's bytes; redzones lie between.
+void* carve(int index, size_t offset, size_t bytes, Site site);
+
+// Stops the launch with a report.
+[[noreturn]] void fail(const char* what, Site site);
+
+// Checks the alignment of an access of `bytes`.
+inline void aligned(const void* p, size_t bytes, Site site) {
+    if (reinterpret_cast<uintptr_t>(p) % bytes != 0) fail("misaligned packet", site);
+}
+
+// Kernels by name, with a function that unpacks the driver's arguments.
+using Call = void (*)(void** args);
+void enter(const char* name, int threads, Call call);
+
+template <auto F>
+struct Unpack;
+template <class... A, void (*F)(A...)>
+struct Unpack<F> {
+    static void call(void** args) { call(args, std::index_sequence_for<A...>{}); }
+    template <size_t... I>
+    static void call(void** args, std::index_sequence<I...>) {
+        F(*static_cast<A*>(args[I])...);
+    }
+};
+
+struct Entry {
+    Entry(const char* name, int threads, Call call) { enter(name, threads, call); }
+};
+// Written by build.rs for every KERNEL line.
+#define SIM_ENTER(name, threads) \
+    static ::sim::Entry sim_entry_##name(#name, threads, &::sim::Unpack<&name>::call);
+
+}  // namespace sim
+
+#define threadIdx (::sim::thread_index())
+#define blockIdx (::sim::block_index())
+#define blockDim (::sim::block_size())
+#define gridDim (::sim::grid_size())
+#define __syncthreads() ::sim::barrier(SIM_SITE)

@@ -1,0 +1,332 @@
+//! The CUDA device: a driver, real or simulated, and the kernels of `kernels/`.
+//!
+//! All work goes to one stream, in order, so ops need no synchronisation among themselves; reading
+//! a buffer waits for what was launched before it.
+
+#![allow(unsafe_code)]
+
+mod driver;
+mod simulator;
+
+use std::{ffi::c_void, ptr::NonNull, sync::Arc};
+
+use bytemuck::Pod;
+use half::bf16;
+
+use super::{
+    buffer::{View, ViewMut},
+    float::{Element, Float},
+};
+use crate::error::{Error, Result};
+
+pub use simulator::Order;
+
+/// A handle to a GPU, or to the simulator of one. Cloning shares it.
+#[derive(Clone, Debug)]
+pub struct Cuda {
+    driver: Arc<dyn Driver>,
+}
+
+/// What a GPU is asked for.
+trait Driver: std::fmt::Debug + Send + Sync {
+    /// A line for people.
+    fn describe(&self) -> String;
+    /// Multiprocessors.
+    fn processors(&self) -> u32;
+    /// Bytes that are free, if that is known.
+    fn free_memory(&self) -> Result<Option<usize>>;
+    /// `bytes` bytes of device memory, aligned to 256.
+    fn alloc(&self, bytes: usize) -> Result<NonNull<u8>>;
+    /// # Safety
+    /// `at` came from [`Driver::alloc`], and nothing uses it any more.
+    unsafe fn free(&self, at: NonNull<u8>);
+    /// # Safety
+    /// `to` has `from.len()` bytes of device memory that nobody else uses.
+    unsafe fn copy_in(&self, to: NonNull<u8>, from: &[u8]) -> Result<()>;
+    /// # Safety
+    /// `from` has `to.len()` bytes of device memory.
+    unsafe fn copy_out(&self, to: &mut [u8], from: NonNull<u8>) -> Result<()>;
+    /// # Safety
+    /// `to` has `bytes` bytes of device memory that nobody else uses.
+    unsafe fn fill(&self, to: NonNull<u8>, byte: u8, bytes: usize) -> Result<()>;
+    /// Forbids or allows kernels to touch memory, where that can be enforced.
+    ///
+    /// # Safety
+    /// `at` has `bytes` bytes of device memory.
+    unsafe fn guard(&self, _at: NonNull<u8>, _bytes: usize, _on: bool) {}
+    /// # Safety
+    /// `args` point to values that have the types of the kernel's parameters, and device memory among
+    /// them is as large as the kernel expects.
+    unsafe fn launch(
+        &self,
+        kernel: &Kernel,
+        launch: Launch,
+        args: &mut [*mut c_void],
+    ) -> Result<()>;
+    /// Waits for all that was launched.
+    fn synchronize(&self) -> Result<()>;
+    /// Seconds on the device that `work` takes.
+    fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64>;
+}
+
+fn device_error(reason: impl Into<String>) -> Error {
+    Error::Device { wanted: "cuda".into(), reason: reason.into() }
+}
+
+impl Cuda {
+    /// GPU number `ordinal`.
+    ///
+    /// # Errors
+    /// [`Error::Device`] saying what is missing: the driver, a device, or this build's kernels.
+    pub fn new(ordinal: usize) -> Result<Self> {
+        Ok(Self { driver: Arc::new(driver::Gpu::new(ordinal)?) })
+    }
+
+    /// The simulator in the shared library `library`, which runs threads and blocks in `order`. For
+    /// tests.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the library cannot be loaded.
+    pub fn simulated(library: &std::path::Path, order: Order) -> Result<Self> {
+        Ok(Self { driver: Arc::new(simulator::Simulator::open(library, order)?) })
+    }
+
+    /// What the driver and the devices are, or why there are none; for `warpo doctor`.
+    #[must_use]
+    pub fn survey() -> Vec<String> {
+        driver::survey()
+    }
+
+    /// A line for people.
+    #[must_use]
+    pub fn describe(&self) -> String {
+        self.driver.describe()
+    }
+
+    /// Multiprocessors.
+    #[must_use]
+    pub fn processors(&self) -> u32 {
+        self.driver.processors()
+    }
+
+    /// Waits for all that was launched.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if something that was launched failed.
+    pub fn synchronize(&self) -> Result<()> {
+        self.driver.synchronize()
+    }
+
+    /// Seconds on the device that `work` takes, by events.
+    ///
+    /// # Errors
+    /// Those of `work`, and [`Error::Device`].
+    pub fn time(&self, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+        self.driver.time(&mut work)
+    }
+
+    /// A copy of device memory, after all that was launched.
+    pub(super) fn read<T: Pod>(&self, x: View<'_, T>) -> Result<Vec<T>> {
+        let mut out = vec![T::zeroed(); x.len()];
+        let at = x.device_ptr()?;
+        // SAFETY: a view of device memory holds `len` elements.
+        unsafe { self.copy_out(bytemuck::cast_slice_mut(&mut out), at)? };
+        Ok(out)
+    }
+
+    /// Copies host memory to the device; the lengths are equal.
+    pub(super) fn write<T: Pod>(&self, to: ViewMut<'_, T>, from: &[T]) -> Result<()> {
+        assert_eq!(to.len(), from.len());
+        let at = to.device_ptr()?;
+        if from.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: an exclusive view of device memory holds `len` elements.
+        unsafe { self.driver.copy_in(at, bytemuck::cast_slice(from)) }
+    }
+
+    /// # Safety
+    /// As [`Driver::copy_out`].
+    pub(super) unsafe fn copy_out(&self, to: &mut [u8], from: NonNull<u8>) -> Result<()> {
+        if to.is_empty() {
+            return Ok(());
+        }
+        // SAFETY: the caller's promise.
+        unsafe { self.driver.copy_out(to, from) }
+    }
+
+    pub(super) fn free_memory(&self) -> Result<Option<usize>> {
+        self.driver.free_memory()
+    }
+
+    pub(super) fn alloc(&self, bytes: usize) -> Result<NonNull<u8>> {
+        self.driver.alloc(bytes)
+    }
+
+    /// # Safety
+    /// As [`Driver::free`].
+    pub(super) unsafe fn free(&self, at: NonNull<u8>) {
+        // SAFETY: the caller's promise.
+        unsafe { self.driver.free(at) };
+    }
+
+    /// # Safety
+    /// As [`Driver::fill`].
+    pub(super) unsafe fn fill(&self, to: NonNull<u8>, byte: u8, bytes: usize) -> Result<()> {
+        // SAFETY: the caller's promise.
+        unsafe { self.driver.fill(to, byte, bytes) }
+    }
+
+    /// # Safety
+    /// As [`Driver::guard`].
+    pub(super) unsafe fn guard(&self, at: NonNull<u8>, bytes: usize, on: bool) {
+        // SAFETY: the caller's promise.
+        unsafe { self.driver.guard(at, bytes, on) };
+    }
+
+    /// Runs a kernel. An empty grid runs nothing.
+    fn launch(&self, kernel: &'static Kernel, launch: Launch, mut args: Args) -> Result<()> {
+        if let Some((arg, reason)) = args.wrong {
+            return Err(device_error(format!("{}: `{arg}` {reason}", kernel.name)));
+        }
+        if launch.blocks.contains(&0) {
+            return Ok(());
+        }
+        let at = |v| std::ptr::from_mut::<u64>(v).cast();
+        let mut pointers: Vec<*mut c_void> = args.values.iter_mut().map(at).collect();
+        // SAFETY: the generated functions push the values of the kernel's parameters in its order; that
+        // memory is as large as the kernel expects is checked by the op that calls them.
+        unsafe { self.driver.launch(kernel, launch, &mut pointers) }
+    }
+}
+
+/// How a kernel is launched; the threads of a block are the kernel's own.
+#[derive(Clone, Copy, Debug)]
+pub struct Launch {
+    /// Blocks in x, y and z.
+    pub blocks: [u32; 3],
+    /// Bytes of dynamic shared memory.
+    pub shared: u32,
+}
+
+impl Launch {
+    /// `blocks` blocks in a row, with `shared` bytes of shared memory.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if that is more than a grid holds.
+    pub fn row(blocks: usize, shared: usize) -> Result<Self> {
+        let fits = |n: usize| {
+            let want = format!("at most {}", i32::MAX);
+            i32::try_from(n).map(i32::unsigned_abs).map_err(|_| Error::value("launch", want, n))
+        };
+        Ok(Self { blocks: [fits(blocks)?, 1, 1], shared: fits(shared)? })
+    }
+}
+
+/// Bytes that kernels load at once.
+const PACKET: usize = 16;
+
+/// Threads that share a row of `cols` elements: a power of two from 32 to `threads`, as few as hold at
+/// most `each` elements.
+///
+/// # Errors
+/// [`Error::Value`] if a row is not whole packets of 16 bytes, or too long.
+pub fn group<T>(op: &str, cols: usize, each: usize, threads: usize) -> Result<usize> {
+    let (width, most) = (PACKET / size_of::<T>(), each * threads);
+    if !cols.is_multiple_of(width) || cols > most {
+        let want = format!("a multiple of {width}, at most {most}");
+        return Err(Error::value(format!("{op}: columns on a CUDA device"), want, cols));
+    }
+    Ok(cols.div_ceil(each).next_power_of_two().max(32))
+}
+
+/// A compiled .cu file.
+#[derive(Debug)]
+struct Image {
+    name: &'static str,
+    bytes: &'static [u8],
+}
+
+/// An entry point of an [`Image`].
+#[derive(Debug)]
+struct Kernel {
+    image: &'static Image,
+    name: &'static str,
+    threads: u32,
+}
+
+/// Kernels that do the same for bf16 and for f32.
+struct Variants {
+    name: &'static str,
+    bf16: Option<Kernel>,
+    f32: Option<Kernel>,
+}
+
+impl Variants {
+    fn of<T: Element>(&self) -> Result<&Kernel> {
+        let kernel = match T::NAME {
+            bf16::NAME => &self.bf16,
+            f32::NAME => &self.f32,
+            _ => &None,
+        };
+        let none = || device_error(format!("`{}` has no kernel for {}", self.name, T::NAME));
+        kernel.as_ref().ok_or_else(none)
+    }
+}
+
+/// Arguments of a launch, 8 bytes each.
+#[derive(Default)]
+struct Args {
+    values: Vec<u64>,
+    /// The first that cannot be passed, and why.
+    wrong: Option<(&'static str, String)>,
+}
+
+impl Args {
+    fn refuse(&mut self, name: &'static str, reason: impl Into<String>) {
+        self.wrong.get_or_insert_with(|| (name, reason.into()));
+    }
+
+    /// Address 0 stands for no memory. What is read in packets begins at one.
+    fn pointer(&mut self, name: &'static str, at: Option<Result<NonNull<u8>>>, packed: bool) {
+        let at = match at {
+            None => 0,
+            Some(Ok(at)) => at.as_ptr() as u64,
+            Some(Err(_)) => return self.refuse(name, "is in host memory, wanted device memory"),
+        };
+        if packed && !at.is_multiple_of(PACKET as u64) {
+            self.refuse(name, format!("begins at {at:#x}, wanted a multiple of {PACKET}"));
+        }
+        self.values.push(at);
+    }
+
+    fn read<T>(&mut self, name: &'static str, view: Option<View<'_, T>>, packed: bool) {
+        self.pointer(name, view.map(View::device_ptr), packed);
+    }
+
+    fn write<T>(&mut self, name: &'static str, view: Option<ViewMut<'_, T>>, packed: bool) {
+        self.pointer(name, view.map(ViewMut::device_ptr), packed);
+    }
+
+    fn count(&mut self, name: &'static str, count: usize) {
+        match i32::try_from(count) {
+            Ok(count) => self.value(name, count),
+            Err(_) => self.refuse(name, format!("is {count}, wanted at most {}", i32::MAX)),
+        }
+    }
+
+    fn value<T: Pod>(&mut self, _name: &'static str, value: T) {
+        let mut bytes = [0; 8];
+        bytes[..size_of::<T>()].copy_from_slice(bytemuck::bytes_of(&value));
+        self.values.push(u64::from_le_bytes(bytes));
+    }
+}
+
+/// One module a .cu file, one function a kernel, written by build.rs.
+#[allow(missing_docs)]
+pub mod kernels {
+    use super::{
+        Args, Cuda, Element, Float, Image, Kernel, Launch, Result, Variants, View, ViewMut,
+    };
+    include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
+}
