@@ -22,7 +22,9 @@ mod data {
 mod device {
     mod arena;
     mod buffer;
+    mod cuda;
     mod gemm;
+    mod kernels;
     mod math;
     mod pool;
 }

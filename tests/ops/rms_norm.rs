@@ -1,13 +1,15 @@
 //! RMSNorm: hand-worked values, central differences, and bits that do not depend on the batch.
 
 use warpo::{
-    device::{Device, Float},
+    device::{Buffer, Device, Element, Float},
     ops::rms_norm,
 };
 
 use crate::support::{
     OP, assert_bits, assert_close, assert_earned, assert_nan_only, assert_norm, devices, gather,
-    gradcheck, inner, randn, refusal, shuffled, wide,
+    gradcheck, inner, randn, refusal, shuffled,
+    sim::{self, Case, Lab},
+    wide,
 };
 
 fn forward<F: Float>(dev: &Device, x: &[F], w: &[F]) -> (Vec<F>, Vec<F>) {
@@ -121,6 +123,78 @@ fn a_nan_stays_in_its_row() {
     let got = forward(&dev, &x, &w);
     assert_nan_only("y", &got.0, &clean.0, 40..60);
     assert_nan_only("rstd", &got.1, &clean.1, 2..3);
+}
+
+struct Norm {
+    rows: usize,
+    cols: usize,
+}
+
+impl Case for Norm {
+    fn run<T: Element>(&self, lab: &mut Lab<'_>) -> warpo::Result<()> {
+        let (dev, rows, cols) = (lab.dev(), self.rows, self.cols);
+        let (x, w) = (lab.rows::<T>("x", rows, cols), lab.input::<T>("w", cols));
+        let (mut y, mut rstd) = (lab.room::<T>(rows * cols), lab.room::<T::Acc>(rows));
+        let (y_, rstd_) = (y.view_mut(), rstd.view_mut());
+        rms_norm::forward(dev, y_, rstd_, x.view(), w.view(), Element::of(1e-5))?;
+        let (dy, mut dx) = (lab.rows::<T>("dy", rows, cols), lab.room::<T>(rows * cols));
+        let mut dw = lab.input::<T::Acc>("dw", cols);
+        let mut scratch = lab.room::<T::Acc>(rms_norm::scratch_len(rows, cols));
+        let (dx_, dw_, scratch) = (dx.view_mut(), dw.view_mut(), scratch.view_mut());
+        let (dy, x, w, rstd_) = (dy.view(), x.view(), w.view(), rstd.view());
+        rms_norm::backward(dev, dx_, dw_, scratch, dy, x, w, rstd_)?;
+        lab.by_row("y", &y);
+        lab.by_row("rstd", &rstd);
+        lab.by_row("dx", &dx);
+        lab.sum("dw", &dw);
+        Ok(())
+    }
+}
+
+/// No rows, one, those around a block's; rows of one packet, of a thread's share and around it, of a
+/// prime number of packets, of as many as fit.
+#[test]
+fn kernels_are_as_exact_as_plain_ones() {
+    sim::check(|sim| {
+        for (rows, cols) in [
+            (0, 64),
+            (1, 8),
+            (2, 504),
+            (15, 512),
+            (16, 520),
+            (17, 8),
+            (67, 8 * 13),
+            (3, 1024),
+            (1, 8192),
+        ] {
+            sim.hold(&Norm { rows, cols });
+        }
+    });
+}
+
+#[test]
+fn kernel_rows_do_not_see_their_batch() {
+    sim::check(|sim| {
+        for cols in [8, 136, 1032] {
+            sim.hold_rows(37, |rows| Norm { rows, cols });
+        }
+    });
+}
+
+#[test]
+fn kernels_refuse_rows_that_they_cannot_hold() {
+    sim::check(|sim| {
+        let dev = sim.device(Default::default());
+        for (cols, want) in [(7, 4), (8196, 4)] {
+            let x = Buffer::<f32>::zeros(&dev, "x", cols).unwrap();
+            let mut y = Buffer::zeros(&dev, "y", cols).unwrap();
+            let mut rstd = Buffer::zeros(&dev, "rstd", 1).unwrap();
+            let (y, rstd) = (y.view_mut(), rstd.view_mut());
+            let e = refusal(rms_norm::forward(&dev, y, rstd, x.view(), x.view(), 1e-5));
+            let want = format!("got {cols}, wanted a multiple of {want}, at most 8192");
+            assert_eq!(e, format!("rms_norm: columns on a CUDA device: {want}"));
+        }
+    });
 }
 
 #[test]

@@ -6,6 +6,7 @@ pub mod disk;
 pub mod golden;
 pub mod losses;
 pub mod runs;
+pub mod sim;
 
 use std::sync::{Arc, OnceLock};
 

@@ -1,0 +1,176 @@
+//! What the compilers say about the kernels: registers, spills, wide loads; and the rules of their
+//! source.
+
+use std::{
+    collections::BTreeMap,
+    fs,
+    path::{Path, PathBuf},
+    process::Command,
+};
+
+use warpo::device::cuda::kernels::BUILT;
+
+use crate::support::sim::{files, scan};
+
+/// Kernels that may spill or use local memory, and why.
+const MAY_SPILL: [(&str, &str); 0] = [];
+
+/// Of sm_80 and sm_90 alike.
+const REGISTERS: u32 = 65_536;
+const THREADS: u32 = 2048;
+const BLOCKS: u32 = 32;
+
+/// ptxas on a kernel for one architecture.
+#[derive(Debug, Default)]
+struct Report {
+    registers: u32,
+    stack: u32,
+    spills: u32,
+}
+
+/// `kernels/`.
+fn folder() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels")
+}
+
+/// Every .cu file: its stem, text and entries.
+fn sources() -> Vec<(String, String, Vec<scan::Entry>)> {
+    let read = |path: PathBuf| {
+        let text = fs::read_to_string(&path).unwrap();
+        let entries = scan::entries(&text).unwrap();
+        (path.file_stem().unwrap().to_str().unwrap().to_owned(), text, entries)
+    };
+    files(&folder(), "cu").into_iter().map(read).collect()
+}
+
+/// The number before `what` in a line of ptxas.
+fn number(line: &str, what: &str) -> u32 {
+    let before = line.split(what).next().unwrap().trim();
+    before.rsplit(' ').next().unwrap().parse().unwrap()
+}
+
+/// By kernel and architecture.
+fn reports(text: &str) -> BTreeMap<(String, String), Report> {
+    let mut all: BTreeMap<_, Report> = BTreeMap::new();
+    let mut at = None;
+    for line in text.lines() {
+        if line.contains("Compiling entry function") {
+            let mut quoted = line.split('\'').skip(1).step_by(2).map(str::to_owned);
+            at = Some((quoted.next().unwrap(), quoted.next().unwrap()));
+        }
+        let Some(at) = &at else { continue };
+        let report = all.entry(at.clone()).or_default();
+        if line.contains("bytes stack frame") {
+            report.stack = number(line, " bytes stack frame");
+            report.spills =
+                number(line, " bytes spill stores") + number(line, " bytes spill loads");
+        }
+        if line.contains("Used ") {
+            report.registers = number(line, " registers");
+        }
+    }
+    all
+}
+
+/// Prints the table with `--nocapture`.
+#[test]
+fn no_kernel_spills() {
+    if !BUILT {
+        println!("built without nvcc: there is no report");
+        return;
+    }
+    let row = |cells: [&str; 6]| {
+        let [kernel, arch, registers, spills, threads, occupancy] = cells;
+        println!("{kernel:34} {arch:8} {registers:>9} {spills:>6} {threads:>7} {occupancy:>9}");
+    };
+    row(["kernel", "", "registers", "spills", "threads", "occupancy"]);
+    let mut bad = Vec::new();
+    for (stem, _, entries) in sources() {
+        let path = Path::new(env!("OUT_DIR")).join(format!("{stem}.ptxas"));
+        let reports = reports(&fs::read_to_string(path).unwrap());
+        for (e, arch) in entries.iter().flat_map(|e| ["sm_80", "sm_90a"].map(|a| (e, a))) {
+            let r = &reports[&(e.name.clone(), arch.to_owned())];
+            // Registers are given to warps in units of 8 a thread.
+            let by_registers = REGISTERS / (r.registers.next_multiple_of(8) * e.threads);
+            let blocks = by_registers.min(THREADS / e.threads).min(BLOCKS);
+            // Not counting shared memory, which the launch decides.
+            let percent = 100 * blocks * e.threads / THREADS;
+            let (registers, spills) = (r.registers.to_string(), r.spills.to_string());
+            let (threads, percent) = (e.threads.to_string(), format!("{percent} %"));
+            row([&e.name, arch, &registers, &spills, &threads, &percent]);
+            let listed = MAY_SPILL.iter().any(|(name, _)| *name == e.name);
+            if (r.spills > 0 || r.stack > 0) && !listed {
+                bad.push(format!("{} for {arch}: {r:?}", e.name));
+            }
+        }
+    }
+    assert!(bad.is_empty(), "spills or local memory: {bad:#?}");
+}
+
+/// What is PACKED is loaded 16 bytes at once: `LDG.E.128` in the machine code.
+#[test]
+fn packed_loads_are_wide() {
+    let Some(tool) = cuobjdump() else { return };
+    for (stem, _, entries) in sources() {
+        let image = Path::new(env!("OUT_DIR")).join(format!("{stem}.fatbin"));
+        let done = Command::new(&tool).arg("-sass").arg(image).output().unwrap();
+        assert!(done.status.success(), "{done:?}");
+        let text = String::from_utf8(done.stdout).unwrap();
+        let loads = |e: &scan::Entry| e.params.iter().any(|p| p.packed && p.c.starts_with("const"));
+        for e in entries.iter().filter(|e| loads(e)) {
+            let name = format!("Function : {}\n", e.name);
+            let parts: Vec<&str> = text.split(&name).skip(1).collect();
+            assert_eq!(parts.len(), 2, "{}: sm_80 and sm_90a", e.name);
+            for code in parts {
+                let code = code.split("Function : ").next().unwrap();
+                let wide = code.lines().any(|l| l.contains("LDG.E") && l.contains(".128"));
+                assert!(wide, "{} has no 128-bit load", e.name);
+            }
+        }
+    }
+}
+
+/// It lies beside nvcc; none if there is none, which `WARPO_KERNELS=require` forbids.
+fn cuobjdump() -> Option<PathBuf> {
+    let nvcc = std::env::var_os("NVCC").filter(|_| BUILT);
+    let tool = nvcc.map(|n| Path::new(&n).with_file_name("cuobjdump")).filter(|t| t.is_file());
+    if tool.is_none() {
+        let text = "cuobjdump was not found beside $NVCC: the machine code is not looked at";
+        assert!(std::env::var("WARPO_KERNELS").as_deref() != Ok("require"), "{text}");
+        println!("{text}");
+    }
+    tool
+}
+
+/// Inline PTX and NVIDIA's intrinsics have a simulator body beside them, in ptx.cuh.
+#[test]
+fn instructions_stay_in_ptx() {
+    let mut all = files(&folder(), "cu");
+    all.extend(files(&folder().join("include"), "cuh"));
+    for path in all.iter().filter(|p| !p.ends_with("ptx.cuh")) {
+        for (i, line) in fs::read_to_string(path).unwrap().lines().enumerate() {
+            let code = line.split("//").next().unwrap();
+            for stray in ["asm", "__shfl", "__ballot", "__cvta", "__ldg", "__syncwarp", "__nv"] {
+                let word = code.split(|c: char| !c.is_alphanumeric() && c != '_');
+                let found = word.filter(|w| w.starts_with(stray)).count();
+                assert_eq!(found, 0, "{}:{} has `{stray}`", path.display(), i + 1);
+            }
+        }
+    }
+}
+
+/// A kernel file opens with the headings of the house.
+#[test]
+fn kernels_open_with_their_headings() {
+    for (stem, text, entries) in sources() {
+        let head: Vec<&str> = text.lines().take_while(|l| l.starts_with("//")).collect();
+        for heading in ["shapes", "tiling", "memory", "numerics", "needs"] {
+            let there = head.iter().any(|l| l.starts_with(&format!("//   {heading} ")));
+            assert!(there, "kernels/{stem}.cu has no `{heading}`");
+        }
+        assert!(!entries.is_empty(), "kernels/{stem}.cu has no KERNEL");
+        for e in entries {
+            assert!(e.name.starts_with(&stem), "kernels/{stem}.cu has {}", e.name);
+        }
+    }
+}

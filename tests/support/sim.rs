@@ -1,0 +1,417 @@
+//! The simulator of `kernels/sim` in tests: compiles it with g++, runs a test on it plain and under the
+//! sanitizers, and holds an op's kernels to the CPU's f64.
+
+use std::{
+    any::type_name,
+    collections::hash_map::DefaultHasher,
+    ffi::OsStr,
+    fs,
+    hash::{Hash, Hasher},
+    path::{Path, PathBuf},
+    process::Command,
+    sync::Mutex,
+};
+
+use bytemuck::Pod;
+use half::bf16;
+use warpo::{
+    Result,
+    device::{Buffer, Cuda, Device, Element, cuda::Order},
+};
+
+use super::{assert_earned_to, host, randn};
+
+#[allow(clippy::duplicate_mod)]
+#[path = "../../kernels/scan.rs"]
+pub mod scan;
+
+/// How the kernels are compiled.
+#[derive(Clone, Copy, Debug, PartialEq, Hash)]
+pub enum Variant {
+    Plain,
+    /// AddressSanitizer and UndefinedBehaviorSanitizer.
+    Address,
+    /// ThreadSanitizer.
+    Thread,
+}
+
+impl Variant {
+    const ALL: [Self; 3] = [Self::Plain, Self::Address, Self::Thread];
+
+    fn name(self) -> &'static str {
+        ["plain", "address", "thread"][self as usize]
+    }
+
+    /// Flags of the kernels, and what tells sim.cpp of them: it is not sanitized itself.
+    fn flags(self) -> (&'static [&'static str], &'static [&'static str]) {
+        match self {
+            Self::Plain => (&[], &[]),
+            Self::Address => {
+                (&["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], &["-DSIM_ASAN"])
+            }
+            Self::Thread => (&["-fsanitize=thread"], &["-DSIM_TSAN"]),
+        }
+    }
+}
+
+/// The simulator in one variant.
+pub struct Sim {
+    pub variant: Variant,
+    library: PathBuf,
+}
+
+const CHILD: &str = "WARPO_SIM";
+
+/// Runs `test` plain in this process, and under each sanitizer in a process of its own, as a sanitizer
+/// must be loaded before everything else. The closure stands directly in the `#[test]` function.
+pub fn check<F: Fn(&Sim)>(test: F) {
+    if let Some(sim) = Sim::of_child() {
+        return test(&sim);
+    }
+    for variant in Variant::ALL {
+        let Some(sim) = Sim::build(variant) else { return };
+        if variant == Variant::Plain {
+            test(&sim);
+        } else {
+            let (ok, text) = sim.child(test_name::<F>());
+            assert!(ok && text.contains("1 passed"), "under {variant:?}:\n{text}");
+        }
+    }
+}
+
+/// The name of the test function around a closure.
+pub fn test_name<F>() -> &'static str {
+    let name = type_name::<F>().trim_end_matches("::{{closure}}");
+    name.split_once("::").unwrap().1
+}
+
+impl Sim {
+    /// The one that this process was started for.
+    pub fn of_child() -> Option<Self> {
+        let value = std::env::var(CHILD).ok()?;
+        let (name, library) = value.split_once(':')?;
+        let variant = Variant::ALL.into_iter().find(|v| v.name() == name)?;
+        Some(Self { variant, library: library.into() })
+    }
+
+    /// Compiles it, unless that was done before; none without g++.
+    pub fn build(variant: Variant) -> Option<Self> {
+        static TURN: Mutex<()> = Mutex::new(());
+        let _turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let Ok(version) = Command::new("g++").arg("--version").output() else {
+            let text = "g++ was not found: the kernels are not tested on the simulator";
+            assert!(std::env::var("WARPO_KERNELS").as_deref() != Ok("require"), "{text}");
+            println!("{text}");
+            return None;
+        };
+        let library = Build::new(variant, &version.stdout).library();
+        Some(Self { variant, library })
+    }
+
+    /// A device that runs threads and blocks in `order`.
+    pub fn device(&self, order: Order) -> Device {
+        Device::Cuda(Cuda::simulated(&self.library, order).unwrap())
+    }
+
+    /// Orders of threads and blocks, the natural one first; fewer under a sanitizer, which looks at
+    /// one order and infers the others.
+    pub fn orders(&self) -> Vec<Order> {
+        let n = if self.variant == Variant::Plain { 8 } else { 2 };
+        (0..n).map(|i| Order { threads: i, blocks: i % 4 }).collect()
+    }
+
+    pub fn library(&self) -> &Path {
+        &self.library
+    }
+
+    /// Whether test `name` passes in a process of its own on this simulator, and what it printed.
+    pub fn child(&self, name: &str) -> (bool, String) {
+        let mut command = Command::new(std::env::current_exe().unwrap());
+        command.args([name, "--exact", "--include-ignored", "--nocapture"]);
+        command.env(CHILD, format!("{}:{}", self.variant.name(), self.library.display()));
+        let preload = match self.variant {
+            Variant::Plain => None,
+            Variant::Address => Some("libasan.so"),
+            Variant::Thread => Some("libtsan.so"),
+        };
+        if let Some(name) = preload {
+            let found = run(Command::new("g++").arg(format!("-print-file-name={name}")));
+            command.env("LD_PRELOAD", found.trim());
+        }
+        // Rust's own threads and copies are not the kernels'.
+        command.env("ASAN_OPTIONS", "detect_leaks=0");
+        command.env("TSAN_OPTIONS", "halt_on_error=1 ignore_noninstrumented_modules=1");
+        let done = command.output().unwrap();
+        let text = [done.stdout, done.stderr].concat();
+        (done.status.success(), String::from_utf8_lossy(&text).into_owned())
+    }
+
+    /// Holds a case in bf16 and in f32 to the tolerance rule, and to equal bits in all orders.
+    #[track_caller]
+    pub fn hold(&self, case: &impl Case) {
+        self.hold_in::<bf16>(case);
+        self.hold_in::<f32>(case);
+    }
+
+    #[track_caller]
+    fn hold_in<T: Element>(&self, case: &impl Case) {
+        let at = |x: f64| T::of(x).f64();
+        let truth = Lab::run::<f64>(case, host(), 0, at);
+        let plain = Lab::run::<f32>(case, host(), 0, at);
+        let mut first: Option<Vec<Output>> = None;
+        for order in self.orders() {
+            let ours = Lab::run::<T>(case, &self.device(order), 0, at);
+            if let Some(first) = &first {
+                for (a, b) in ours.iter().zip(first) {
+                    assert!(a.bits == b.bits, "{} {}: {order:?} shows", a.name, T::NAME);
+                }
+                continue;
+            }
+            for ((o, p), t) in ours.iter().zip(&plain).zip(&truth) {
+                let what = format!("{} {}", o.name, T::NAME);
+                let rounded: Vec<f32> = p.x.iter().map(|x| (o.round)(*x) as f32).collect();
+                let largest = t.x.iter().fold(0.0f64, |m, t| m.max(t.abs()));
+                assert_earned_to((o.epsilon)() * largest, &what, &o.x, &rounded, &t.x);
+            }
+            first = Some(ours);
+        }
+    }
+
+    /// Rows have the same bits wherever they stand and whatever comes before: `case(n)` makes a case of
+    /// n rows.
+    #[track_caller]
+    pub fn hold_rows<C: Case>(&self, all: usize, case: impl Fn(usize) -> C) {
+        self.hold_rows_in::<bf16, C>(all, &case);
+        self.hold_rows_in::<f32, C>(all, &case);
+    }
+
+    #[track_caller]
+    fn hold_rows_in<T: Element, C: Case>(&self, all: usize, case: &impl Fn(usize) -> C) {
+        let dev = self.device(Order::default());
+        let whole = Lab::run::<T>(&case(all), &dev, 0, |x| T::of(x).f64());
+        for first in [1, 2, all / 2, all - 1] {
+            let part = Lab::run::<T>(&case(all - first), &dev, first, |x| T::of(x).f64());
+            for (part, whole) in part.iter().zip(&whole).filter(|(p, _)| p.rows) {
+                let at = whole.bits.len() - part.bits.len();
+                let what = format!("{} {}: rows from {first}", part.name, T::NAME);
+                assert!(part.bits[..] == whole.bits[at..], "{what} see their batch");
+            }
+        }
+    }
+}
+
+/// An op at one shape, all its directions: takes its inputs from a [`Lab`] and gives it the outputs.
+pub trait Case {
+    fn run<T: Element>(&self, lab: &mut Lab<'_>) -> Result<()>;
+}
+
+/// The distance of 1 from the next number.
+fn epsilon<T: Element>() -> f64 {
+    match T::NAME {
+        "BF16" => 1.0 / 128.0,
+        "F32" => f64::from(f32::EPSILON),
+        name => panic!("{name} is not a kernel's"),
+    }
+}
+
+/// Where a case runs: makes its inputs, the same on every device, and keeps its outputs.
+pub struct Lab<'a> {
+    dev: &'a Device,
+    /// The row of the whole batch that comes first.
+    first: usize,
+    round: fn(f64) -> f64,
+    outputs: Vec<Output>,
+}
+
+/// What a case computed.
+struct Output {
+    name: &'static str,
+    bits: Vec<u8>,
+    x: Vec<f64>,
+    /// By row, not summed over rows.
+    rows: bool,
+    /// Of its type.
+    epsilon: fn() -> f64,
+    round: fn(f64) -> f64,
+}
+
+impl<'a> Lab<'a> {
+    fn run<T: Element>(
+        case: &impl Case,
+        dev: &'a Device,
+        first: usize,
+        round: fn(f64) -> f64,
+    ) -> Vec<Output> {
+        let mut lab = Lab { dev, first, round, outputs: Vec::new() };
+        case.run::<T>(&mut lab).unwrap();
+        lab.outputs
+    }
+
+    pub fn dev(&self) -> &'a Device {
+        self.dev
+    }
+
+    /// `n` random numbers that do not belong to a row.
+    pub fn input<T: Element>(&self, name: &str, n: usize) -> Buffer<'static, T> {
+        self.copy(&randn(name, n))
+    }
+
+    /// Random rows.
+    pub fn rows<T: Element>(&self, name: &str, rows: usize, cols: usize) -> Buffer<'static, T> {
+        let all: Vec<f64> = randn(name, (self.first + rows) * cols);
+        self.copy(&all[self.first * cols..])
+    }
+
+    /// Room for `n` numbers, NaN.
+    pub fn room<T: Pod>(&self, n: usize) -> Buffer<'static, T> {
+        Buffer::new(self.dev, "test", n).unwrap()
+    }
+
+    fn copy<T: Element>(&self, x: &[f64]) -> Buffer<'static, T> {
+        let x: Vec<T> = x.iter().map(|x| T::of((self.round)(*x))).collect();
+        Buffer::of(self.dev, "test", &x).unwrap()
+    }
+
+    /// Keeps an output that is summed over rows.
+    pub fn sum<T: Element>(&mut self, name: &'static str, x: &Buffer<'_, T>) {
+        self.keep(name, x, false);
+    }
+
+    /// Keeps an output that has a part for each row.
+    pub fn by_row<T: Element>(&mut self, name: &'static str, x: &Buffer<'_, T>) {
+        self.keep(name, x, true);
+    }
+
+    fn keep<T: Element>(&mut self, name: &'static str, x: &Buffer<'_, T>, rows: bool) {
+        let x = self.dev.read(x.view()).unwrap();
+        self.outputs.push(Output {
+            name,
+            bits: bytemuck::cast_slice(&x).to_vec(),
+            x: x.iter().map(|x| x.f64()).collect(),
+            rows,
+            epsilon: epsilon::<T>,
+            round: |x| T::of(x).f64(),
+        });
+    }
+}
+
+/// One compilation of the simulator; objects are named after all that goes into them, so that what
+/// did not change is not compiled again.
+struct Build {
+    variant: Variant,
+    /// Of g++ and of the files that all kernels include.
+    common: u64,
+    kernels: PathBuf,
+    out: PathBuf,
+}
+
+const FLAGS: [&str; 8] = [
+    "-std=c++17",
+    "-O1",
+    "-g1",
+    "-fPIC",
+    "-fno-omit-frame-pointer",
+    "-Wall",
+    "-Werror",
+    "-Wno-unknown-pragmas",
+];
+
+impl Build {
+    fn new(variant: Variant, version: &[u8]) -> Self {
+        let kernels = Path::new(env!("CARGO_MANIFEST_DIR")).join("kernels");
+        let out = Path::new(env!("CARGO_TARGET_TMPDIR")).join("sim");
+        fs::create_dir_all(&out).unwrap();
+        let mut h = DefaultHasher::new();
+        (version, FLAGS, variant.flags()).hash(&mut h);
+        for file in files(&kernels.join("include"), "cuh") {
+            fs::read(file).unwrap().hash(&mut h);
+        }
+        fs::read(kernels.join("sim/sim.h")).unwrap().hash(&mut h);
+        Self { variant, common: h.finish(), kernels, out }
+    }
+
+    fn library(&self) -> PathBuf {
+        let mut sources = files(&self.kernels, "cu");
+        sources.push(self.kernels.join("sim/faults.cu"));
+        sources.push(self.kernels.join("sim/sim.cpp"));
+        let (queue, objects) = (Mutex::new(sources.iter()), Mutex::new(Vec::new()));
+        let next = || queue.lock().unwrap().next();
+        std::thread::scope(|scope| {
+            for _ in 0..std::thread::available_parallelism().map_or(1, usize::from) {
+                scope.spawn(|| {
+                    while let Some(source) = next() {
+                        let object = self.object(source);
+                        objects.lock().unwrap().push(object);
+                    }
+                });
+            }
+        });
+        let mut objects = objects.into_inner().unwrap();
+        objects.sort();
+        self.make("libsim", "so", objects.hash_with(self.common), |to| {
+            let mut command = Command::new("g++");
+            command.arg("-shared").args(self.variant.flags().0).arg("-o").arg(to).args(&objects);
+            command
+        })
+    }
+
+    fn object(&self, source: &Path) -> PathBuf {
+        let text = fs::read_to_string(source).unwrap();
+        let stem = source.file_stem().unwrap().to_str().unwrap();
+        self.make(stem, "o", text.hash_with(self.common), |to| {
+            let mut command = Command::new("g++");
+            command.args(FLAGS).arg("-c").arg("-o").arg(to);
+            let (kernel, runtime) = self.variant.flags();
+            if source.extension() == Some(OsStr::new("cpp")) {
+                command.args(runtime).arg(source);
+                return command;
+            }
+            // The file itself, then a line for each of its entries.
+            let mut wrapped = format!("#include \"{}\"\n", source.display());
+            for e in scan::entries(&text).unwrap() {
+                wrapped += &format!("SIM_ENTER({}, {})\n", e.name, e.threads);
+            }
+            let wrapper = to.with_extension("cpp");
+            fs::write(&wrapper, wrapped).unwrap();
+            command.args(kernel).arg("-include").arg(self.kernels.join("sim/sim.h")).arg(wrapper);
+            command
+        })
+    }
+
+    /// The file of this name and hash, made aside if it is not there.
+    fn make(&self, stem: &str, end: &str, hash: u64, how: impl Fn(&Path) -> Command) -> PathBuf {
+        let file = self.out.join(format!("{stem}-{}-{hash:016x}.{end}", self.variant.name()));
+        if !file.exists() {
+            let aside = file.with_extension(format!("{}.tmp", std::process::id()));
+            run(&mut how(&aside));
+            fs::rename(&aside, &file).unwrap();
+        }
+        file
+    }
+}
+
+trait HashWith: Hash {
+    fn hash_with(&self, common: u64) -> u64 {
+        let mut h = DefaultHasher::new();
+        common.hash(&mut h);
+        self.hash(&mut h);
+        h.finish()
+    }
+}
+impl<T: Hash + ?Sized> HashWith for T {}
+
+/// The files of a folder that end in `.end`, sorted.
+pub fn files(dir: &Path, end: &str) -> Vec<PathBuf> {
+    let mut all: Vec<PathBuf> = fs::read_dir(dir).unwrap().map(|e| e.unwrap().path()).collect();
+    all.retain(|p| p.extension() == Some(OsStr::new(end)));
+    all.sort();
+    all
+}
+
+/// What a command prints; panics if it fails.
+fn run(command: &mut Command) -> String {
+    let done = command.output().unwrap();
+    let text = String::from_utf8_lossy(&[done.stdout, done.stderr].concat()).into_owned();
+    assert!(done.status.success(), "{command:?}:\n{text}");
+    text
+}
