@@ -198,13 +198,13 @@ struct Launch {
     Call call = nullptr;
     void** args = nullptr;
     uint64_t random = 1;
+    // What threads see of the host and the host of threads. Two: through one, a thread that starts late would
+    // see all that others had ended with.
+    char begin = 0, end = 0;
     std::vector<Block> blocks;               // that run together
     std::vector<Thread*> ready;
     size_t alive = 0;
     std::string report;
-    // What the caller did comes before every thread, and every thread before what it does next; with one
-    // place for both, a thread that runs after another has ended would seem to wait for it.
-    char begin = 0, end = 0;
     Fibre host;                               // the caller's own stack; its fibre's stack is unused
 };
 
@@ -294,13 +294,16 @@ void body() {
 #endif
     acquire(&launch->begin);
     launch->call(launch->args);
-    Unseen unseen;
-    Thread* t = current;
-    if (!t->fresh.empty() || !t->groups.empty()) {
-        fail("a copy is never waited for", t->fresh.empty() ? Site{launch->name.c_str(), 0} : t->site);
+    {
+        // It must end here: a fibre that leaves unseen would be unseen in all launches that take it over.
+        Unseen unseen;
+        Thread* t = current;
+        if (!t->fresh.empty() || !t->groups.empty()) {
+            fail("a copy is never waited for", t->fresh.empty() ? Site{launch->name.c_str(), 0} : t->site);
+        }
+        release(&launch->end);
+        t->state = Thread::Done;
     }
-    release(&launch->end);
-    t->state = Thread::Done;
     to_host(true);
     std::abort();
 }
@@ -372,20 +375,33 @@ void start(Block& b, uint3 index) {
     launch->alive += n;
 }
 
+// The thread that runs next, taken from the ready ones. Seed 0 is first come, first served. Another draws, but
+// lets the warp `last` go on most times if it can: a fair draw keeps warps abreast, and what a warp that is a
+// round of a loop ahead writes too early would not show.
+Thread* next(unsigned last) {
+    auto& ready = launch->ready;
+    size_t i = launch->random == 0 ? 0 : draw() % ready.size();
+    if (launch->random != 0 && draw() % 8 != 0) {
+        for (size_t k = 0; k < ready.size() && ready[i]->id / 32 != last; ++k) i = (i + 1) % ready.size();
+    }
+    Thread* t = ready[i];
+    ready.erase(ready.begin() + i);
+    return t;
+}
+
 void run_blocks(const std::vector<uint3>& indices) {
     launch->blocks = std::vector<Block>(indices.size());
     launch->ready.clear();
     launch->alive = 0;
     for (size_t i = 0; i < indices.size(); ++i) start(launch->blocks[i], indices[i]);
+    unsigned last = 0;
     while (launch->alive > 0 && launch->report.empty()) {
         if (launch->ready.empty()) {
             launch->report = stuck();
             break;
         }
-        // Seed 0 is first come, first served; another draws.
-        size_t i = launch->random == 0 ? 0 : draw() % launch->ready.size();
-        Thread* t = launch->ready[i];
-        launch->ready.erase(launch->ready.begin() + i);
+        Thread* t = next(last);
+        last = t->id / 32;
         to_fibre(t);
         if (t->state == Thread::Done) {
             --launch->alive;
@@ -436,7 +452,8 @@ void fail(const char* what, Site site) {
         launch->report = std::string(what) + " at " + at(site) + " (thread " + std::to_string(current->id) + " of block " +
                          std::to_string(current->block->index.x) + ")";
     }
-    current->state = Thread::Done;
+    // Not done: its fibre stays in the middle of the kernel, unseen, and is not used again.
+    current->state = Thread::Waiting;
     to_host(true);
     std::abort();
 }
@@ -653,7 +670,7 @@ int sim_launch(const char* name, const unsigned* grid, const unsigned* size, siz
         return 1;
     }
     launch = &l;
-    release(&l.begin);
+    release(&launch->begin);
     Unseen unseen;
     std::vector<uint3> order;
     for (unsigned z = 0; z < grid[2]; ++z)
@@ -671,7 +688,7 @@ int sim_launch(const char* name, const unsigned* grid, const unsigned* size, siz
     } else {
         for (size_t i = 0; i < order.size() && l.report.empty(); ++i) run_blocks({order[i]});
     }
-    acquire(&l.end);
+    acquire(&launch->end);
     launch = nullptr;
     last_error = l.report.empty() ? "" : std::string(name) + ": " + l.report;
     return l.report.empty() ? 0 : 1;
