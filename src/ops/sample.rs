@@ -1,7 +1,8 @@
 //! Choosing the next token: temperature, top-k, top-p, min-p, in the order of Hugging Face.
 //!
 //! One uniform number a row, addressed by (seed, step, sample, position), inverts the cumulative
-//! distribution in ascending id order over the kept tokens. The log-prob that is recorded for a
+//! distribution in ascending id order over the kept tokens. Weights are summed as integers, exactly: a
+//! sum of 50,000 f32 weights in f32 drifts by the weight of many tokens. The log-prob that is recorded for a
 //! sampled token ([`super::logprob::from_logits`]) is that of the full distribution at this
 //! temperature, before top-k, top-p and min-p: so the first PPO ratio is exactly 1 under any
 //! filter, and the ratio compares full distributions, of which a filter only chose the sample.
@@ -67,6 +68,12 @@ impl Params {
     }
 }
 
+/// A weight of 1, the largest, as an integer.
+const UNIT: f64 = (1u64 << 44) as f64;
+
+/// The largest vocabulary: so many units still fit 64 bits.
+const MAX_VOCAB: usize = 1 << 19;
+
 /// Elements of scratch that [`next`] needs.
 #[must_use]
 pub fn scratch_len(rows: usize, vocab: usize) -> usize {
@@ -102,6 +109,9 @@ pub fn next<F: Float>(
     if vocab == 0 || scratch.len() < scratch_len(rows, vocab) {
         return Err(Error::shape(OP, "scratch", &[rows, 2, vocab], &[scratch.len()]));
     }
+    if vocab > MAX_VOCAB {
+        return Err(Error::value("sample: vocabulary", format!("at most {MAX_VOCAB}"), vocab));
+    }
     let (logits, samples, positions) = (logits.host(), samples.host(), positions.host());
     let scratch = &mut scratch.host()[..scratch_len(rows, vocab)];
     cpu.rows(rows, 1, ((tokens.host(), 1), (scratch, 2 * vocab)), |range, (tokens, scratch)| {
@@ -111,10 +121,11 @@ pub fn next<F: Float>(
             tokens[i] = if params.temperature == 0.0 {
                 argmax(z)
             } else {
-                let total = weights(cpu.isa(), p, z, F::of(1.0 / f64::from(params.temperature)));
-                let total = if params.filters() { filter(p, order, params, total) } else { total };
-                let u = stream.sample(samples[r]).uniform(positions[r]);
-                pick(p, F::of(f64::from(u)) * total)
+                weights(cpu.isa(), p, z, F::of(1.0 / f64::from(params.temperature)));
+                if params.filters() {
+                    filter(p, order, params);
+                }
+                pick(p, stream.sample(samples[r]).uniform(positions[r]))
             };
         }
     });
@@ -142,11 +153,11 @@ pub fn probabilities<F: Float>(
         return Ok(());
     }
     let scale = F::of(1.0 / f64::from(params.temperature));
-    let mut total = weights(cpu.isa(), probs, logits, scale);
+    weights(cpu.isa(), probs, logits, scale);
     if params.filters() {
-        let mut order = vec![F::ZERO; probs.len()];
-        total = filter(probs, &mut order, params, total);
+        filter(probs, &mut vec![F::ZERO; probs.len()], params);
     }
+    let total = F::of(sum(probs));
     probs.iter_mut().for_each(|p| *p = *p / total);
     Ok(())
 }
@@ -162,31 +173,30 @@ fn argmax<F: Float>(z: &[F]) -> u32 {
     best as u32
 }
 
-/// Sets weights that a filter drops to 0 and returns the sum of the others, in id order.
-fn filter<F: Float>(p: &mut [F], sorted: &mut [F], params: &Params, total: F) -> F {
+/// Sets weights that a filter drops to 0.
+fn filter<F: Float>(p: &mut [F], sorted: &mut [F], params: &Params) {
     let descending = |a: &F, b: &F| b.partial_cmp(a).unwrap_or(std::cmp::Ordering::Equal);
-    let mut total = total;
     if params.top_k > 0 && params.top_k < p.len() {
         sorted.copy_from_slice(p);
         let (_, kth, _) = sorted.select_nth_unstable_by(params.top_k - 1, descending);
         let kth = *kth;
-        total = keep(p, |x| x >= kth);
+        keep(p, |x| x >= kth);
     }
     if params.top_p < 1.0 {
         // Hugging Face drops, from the least likely up, while the dropped mass is at most 1 - p.
         sorted.copy_from_slice(p);
         sorted.sort_unstable_by(descending);
-        let allowed = (F::ONE - F::of(f64::from(params.top_p))) * total;
-        let (mut dropped, mut cut) = (F::ZERO, sorted.len());
-        while cut > 1 && dropped + sorted[cut - 1] <= allowed {
+        let allowed = (1.0 - f64::from(params.top_p)) * sum(p);
+        let (mut dropped, mut cut) = (0.0, sorted.len());
+        while cut > 1 && dropped + sorted[cut - 1].f64() <= allowed {
             cut -= 1;
-            dropped += sorted[cut];
+            dropped += sorted[cut].f64();
         }
         let least = sorted[cut - 1];
         // Of tokens that tie with the last kept one, as many stay as the count says, lowest ids first.
         let above = sorted.partition_point(|x| *x > least);
         let mut ties = cut - above;
-        total = keep(p, |x| {
+        keep(p, |x| {
             let tie = x == least;
             let stay = x > least || (tie && ties > 0);
             ties -= usize::from(tie && stay);
@@ -195,45 +205,40 @@ fn filter<F: Float>(p: &mut [F], sorted: &mut [F], params: &Params, total: F) ->
     }
     if params.min_p > 0.0 {
         let least = math::max(p) * F::of(f64::from(params.min_p));
-        total = keep(p, |x| x >= least);
+        keep(p, |x| x >= least);
     }
-    total
 }
 
-fn keep<F: Float>(p: &mut [F], mut stay: impl FnMut(F) -> bool) -> F {
-    let mut total = F::ZERO;
-    for x in p.iter_mut() {
-        if !stay(*x) {
-            *x = F::ZERO;
-        }
-        total += *x;
+fn keep<F: Float>(p: &mut [F], mut stay: impl FnMut(F) -> bool) {
+    for x in p.iter_mut().filter(|x| !stay(**x)) {
+        *x = F::ZERO;
     }
-    total
 }
 
-/// The first id at which the cumulative weight exceeds `at`; the last with weight if rounding
-/// leaves none.
-fn pick<F: Float>(p: &[F], at: F) -> u32 {
-    let (mut sum, mut last) = (F::ZERO, 0);
-    for (i, x) in p.iter().enumerate() {
-        sum += *x;
-        if *x > F::ZERO {
-            last = i;
-            if sum > at {
-                return i as u32;
-            }
-        }
-    }
-    last as u32
+fn sum<F: Float>(p: &[F]) -> f64 {
+    p.iter().map(|x| x.f64()).sum()
+}
+
+/// The first id at which the cumulative weight exceeds the share `u` of the whole; 0 for a row of NaN.
+fn pick<F: Float>(p: &[F], u: f32) -> u32 {
+    let units = |x: &F| (x.f64() * UNIT) as u64;
+    let total: u64 = p.iter().map(units).sum();
+    // Below the total, as `u` is below 1 by more than an f64 rounds.
+    let goal = (f64::from(u) * total as f64) as u64;
+    let mut sum = 0;
+    let exceeds = |x: &F| {
+        sum += units(x);
+        sum > goal
+    };
+    p.iter().position(exceeds).unwrap_or(0) as u32
 }
 
 simd! {
-    /// `p = e^(scale z - max)` and their sum.
-    fn weights[F: Float](p: &mut [F], z: &[F], scale: F) -> F {
+    /// `p = e^(scale z - max)`
+    fn weights[F: Float](p: &mut [F], z: &[F], scale: F) {
         let top = math::max(z) * scale;
         for (p, z) in p.iter_mut().zip(z) {
             *p = (*z * scale - top).exp();
         }
-        math::sum_by(p.len(), |i| p[i])
     }
 }
