@@ -25,13 +25,14 @@ const PLACE: &str = "/*DATA*/";
 const PER_STEP: usize = 32;
 
 /// Writes the report of `run` to `page`, with about `samples` rollouts in it, evenly spread over
-/// the steps.
+/// the runs that have any and their steps.
 ///
 /// # Errors
 /// [`Error::File`] if the folder holds no run or a file in it is damaged, [`Error::Io`].
 pub fn report(run: &Path, page: &Path, samples: usize) -> Result<()> {
     let runs = runs(run)?;
-    let each = samples / runs.len().max(1);
+    let with_rollouts = runs.iter().filter(|dir| dir.join("rollouts").is_dir()).count();
+    let each = samples / with_rollouts.max(1);
     let parts = runs.iter().map(|dir| part(dir, each)).collect::<Result<Vec<_>>>()?;
     let summary = json_file(&run.join("summary.json"))?;
     let name = |p: &Path| {

@@ -133,3 +133,19 @@ fn a_run_that_goes_on_says_how_far_it_is() {
     report(&run, &page, 12).unwrap();
     assert_eq!(data(&page)["runs"][0]["unfinished"], "3 of 7 steps so far");
 }
+
+/// A fixed bug: runs that sample nothing took their share of the rollouts.
+#[test]
+fn only_runs_that_sample_share_the_rollouts() {
+    let (dir, run) = finished("report_shares");
+    let plain = dir.join("plain");
+    std::fs::create_dir_all(&plain).unwrap();
+    std::fs::copy(run.join("metrics.jsonl"), plain.join("metrics.jsonl")).unwrap();
+    let page = dir.join("page.html");
+    report(&dir, &page, 12).unwrap();
+    let runs = data(&page)["runs"].clone();
+    let steps = |r: &Value| r["rollouts"].as_array().unwrap().len();
+    let all: Vec<usize> = runs.as_array().unwrap().iter().map(steps).collect();
+    assert_eq!(all.iter().sum::<usize>(), 3, "{all:?}");
+    assert_eq!(all.len(), 2);
+}
