@@ -25,10 +25,13 @@ const TARGETS: [&str; 3] = [
     "arch=compute_80,code=compute_80",
 ];
 
-const FLAGS: [&str; 7] = [
+const FLAGS: [&str; 8] = [
     "--fatbin",
     "-O3",
     "-std=c++17",
+    // A product is fused with a sum where the source says fmaf and nowhere else: so two kernels that share a
+    // line share its bits, and the simulator computes what a GPU computes.
+    "-fmad=false",
     "-lineinfo",
     "-Werror=all-warnings",
     "-Xfatbin=-compress-all",
@@ -214,7 +217,8 @@ fn function(stem: &str, name: &str, variants: &[&Entry]) -> Result<String, Strin
     for p in &first.params {
         let pointer = p.c.strip_suffix('*').map(|c| (c.trim_start_matches("const "), c));
         let element = match pointer.map_or(p.c.as_str(), |(element, _)| element) {
-            "bf16" => "T",
+            "bf16" if stored.is_some() => "T",
+            "bf16" => "half::bf16",
             "float" if stored.is_some() => "T::Acc",
             "float" => "T",
             "double" => "f64",

@@ -6,7 +6,7 @@
 //            registers, in backward beside as many sums for dw. backward: a block takes SHARE rows
 //   memory   forward reads x and writes y once, 4 bytes an element in bf16, 8 in f32; backward reads x and
 //            dy and writes dx once, 6 bytes (12), and writes and reads partial, 8 / SHARE bytes
-//   numerics sums in f32, one rounding on the way out. dw: rows of a group in order, groups in order, blocks
+//   numerics sums in f32, fused, one rounding on the way out. dw: rows of a group in order, groups in order, blocks
 //            in order, then added to what is there
 //   needs    cols a multiple of the packet and at most 512 * 16; rows and w 16-byte aligned: the launcher
 //            checks
@@ -36,11 +36,11 @@ static __device__ void forward(T* y, float* rstd, const T* x, const T* w, int ro
         const int p = lane + i * group;
         if (row >= rows || p >= packets) continue;
         v[i] = take<N>(x, base + p);
-        for (int j = 0; j < N; ++j) squares[0] += v[i].x[j] * v[i].x[j];
+        for (int j = 0; j < N; ++j) squares[0] = fmaf(v[i].x[j], v[i].x[j], squares[0]);
     }
     group_sum(squares, group, room);
     if (row >= rows) return;
-    const float r = rsqrtf(squares[0] / cols + eps);
+    const float r = 1.0f / sqrtf(squares[0] / cols + eps);
     if (lane == 0) rstd[row] = r;
     for (int i = 0; i < PACKETS<T>; ++i) {
         const int p = lane + i * group;
@@ -76,9 +76,9 @@ static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, 
             g[i] = take<N>(dy, base + p);
             const Elements<N> weight = take<N>(w, p);
             for (int j = 0; j < N; ++j) {
-                dw[i].x[j] += g[i].x[j] * (v[i].x[j] * r);
+                dw[i].x[j] = fmaf(g[i].x[j], v[i].x[j] * r, dw[i].x[j]);
                 g[i].x[j] *= weight.x[j];
-                dot[0] += g[i].x[j] * v[i].x[j];
+                dot[0] = fmaf(g[i].x[j], v[i].x[j], dot[0]);
             }
         }
         group_sum(dot, group, room);
@@ -86,7 +86,7 @@ static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, 
         for (int i = 0; i < PACKETS<T>; ++i) {
             const int p = lane + i * group;
             if (!there || p >= packets) continue;
-            for (int j = 0; j < N; ++j) g[i].x[j] = (g[i].x[j] - v[i].x[j] * pull) * r;
+            for (int j = 0; j < N; ++j) g[i].x[j] = fmaf(-v[i].x[j], pull, g[i].x[j]) * r;
             put<N>(dx, base + p, g[i]);
         }
     }

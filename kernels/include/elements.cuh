@@ -40,3 +40,38 @@ __device__ __forceinline__ void put(T* p, int64_t i, const Elements<N>& v PTX_AN
         }
     }
 }
+
+// A number that the compiler knows.
+template <int VALUE>
+struct Width {
+    static constexpr int N = VALUE;
+};
+
+// f(Width<N>, i) for packets of N of `count` elements in a row, f(Width<1>, i) for the count % N left over:
+// a thread for each of the two kinds.
+template <int N, class F>
+__device__ __forceinline__ void each_packet(uint64_t count, F f) {
+    const uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x, packets = count / N;
+    if (i < packets) {
+        f(Width<N>(), int64_t(i));
+    } else if (i < packets + count % N) {
+        f(Width<1>(), int64_t(packets * (N - 1) + i));
+    }
+}
+
+// f(row, i) for the `each` things of each row, a thread for each; fewer than 2^31 in all.
+template <class F>
+__device__ __forceinline__ void each_of_rows(int rows, int each, F f) {
+    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, row = i / unsigned(each);
+    if (row < unsigned(rows)) f(int(row), int(i % unsigned(each)));
+}
+
+// f(Width<N>): N a packet of T if `width` says so, else 1.
+template <class T, class F>
+__device__ __forceinline__ void with_width(int width, F f) {
+    if (width == Packet<T>::WIDTH) {
+        f(Width<Packet<T>::WIDTH>());
+    } else {
+        f(Width<1>());
+    }
+}

@@ -157,6 +157,17 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 #endif
 }
 
+// *p becomes the least of what it was and all that are brought, whatever their order.
+__device__ __forceinline__ void atomic_min(uint64_t* p, uint64_t x) {
+#ifdef WARPO_SIM
+    uint64_t old = __atomic_load_n(p, __ATOMIC_RELAXED);
+    while (x < old && !__atomic_compare_exchange_n(p, &old, x, false, __ATOMIC_RELAXED, __ATOMIC_RELAXED)) {
+    }
+#else
+    atomicMin(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));
+#endif
+}
+
 // -- asynchronous copies to shared memory ------------------------------------------------------------
 
 // 16 bytes; the last `zeros` of them are 0 instead of read.

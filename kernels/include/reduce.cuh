@@ -4,24 +4,30 @@
 #include "kernel.cuh"
 
 struct Sum {
-    static __device__ __forceinline__ float of(float a, float b) { return a + b; }
+    template <class T>
+    static __device__ __forceinline__ T of(T a, T b) {
+        return a + b;
+    }
 };
 // NaN wins, so that a bad number is not dropped.
 struct Max {
-    static __device__ __forceinline__ float of(float a, float b) { return a > b || a != a ? a : b; }
+    template <class T>
+    static __device__ __forceinline__ T of(T a, T b) {
+        return a > b || a != a ? a : b;
+    }
 };
 
 // The same value in all lanes: lanes 16 apart first, then 8, 4, 2, 1.
-template <class Op>
-__device__ __forceinline__ float warp_reduce(float x) {
+template <class Op, class T>
+__device__ __forceinline__ T warp_reduce(T x) {
     for (int d = 16; d > 0; d /= 2) x = Op::of(x, ptx::shuffle_xor(x, d));
     return x;
 }
 
-// The same value in all threads; `room` holds a float for each warp. Warps are added in ascending order.
+// The same value in all threads; `room` holds a number for each warp. Warps are added in ascending order.
 // All threads of the block call it.
-template <class Op>
-__device__ __forceinline__ float block_reduce(float x, float* room) {
+template <class Op, class T>
+__device__ __forceinline__ T block_reduce(T x, T* room) {
     x = warp_reduce<Op>(x);
     const int warps = blockDim.x / 32;
     if (warps == 1) return x;

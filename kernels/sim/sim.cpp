@@ -12,6 +12,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <map>
 #include <memory>
 #include <string>
@@ -145,6 +146,7 @@ struct Thread {
     Fibre* fibre;
     Block* block;
     unsigned id;    // in its block
+    unsigned warp;  // among those of all blocks that run together
     uint3 index;
     enum { Ready, Waiting, Done } state = Ready;
     Site site{"", 0};
@@ -202,7 +204,8 @@ struct Launch {
     // see all that others had ended with.
     char begin = 0, end = 0;
     std::vector<Block> blocks;               // that run together
-    std::vector<Thread*> ready;
+    std::vector<std::deque<Thread*>> ready;  // by warp
+    std::vector<unsigned> awake;             // warps that have a ready thread
     size_t alive = 0;
     std::string report;
     Fibre host;                               // the caller's own stack; its fibre's stack is unused
@@ -263,11 +266,15 @@ void wait(Site site, const char* what) {
     to_host(false);
 }
 
+void make_ready(Thread* t) {
+    t->state = Thread::Ready;
+    auto& warp = launch->ready[t->warp];
+    if (warp.empty()) launch->awake.push_back(t->warp);
+    warp.push_back(t);
+}
+
 void wake(std::vector<Thread*>& waiting) {
-    for (Thread* t : waiting) {
-        t->state = Thread::Ready;
-        launch->ready.push_back(t);
-    }
+    for (Thread* t : waiting) make_ready(t);
     waiting.clear();
 }
 
@@ -320,7 +327,6 @@ void prepare(Thread& t) {
     top[-2] = reinterpret_cast<void*>(&body);
     for (int i = 3; i <= 8; ++i) top[-i] = nullptr;
     t.fibre->sp = &top[-8];
-    t.state = Thread::Ready;
 }
 
 std::string stuck() {
@@ -364,44 +370,49 @@ void start(Block& b, uint3 index) {
     b.shared = static_cast<char*>(std::aligned_alloc(1024, (b.room + 1023) / 1024 * 1024));
     std::memset(b.shared, NAN_BYTE, b.room);
     poison(b.shared, b.room);
+    const unsigned first = launch->ready.size();
+    launch->ready.resize(first + b.warps.size());
     for (unsigned i = 0; i < n; ++i) {
         Thread& t = b.threads[i];
         t.block = &b;
         t.id = i;
+        t.warp = first + i / 32;
         t.index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
         prepare(t);
-        launch->ready.push_back(&t);
+        make_ready(&t);
     }
     launch->alive += n;
 }
 
-// The thread that runs next, taken from the ready ones. Seed 0 is first come, first served. Another draws, but
-// lets the warp `last` go on most times if it can: a fair draw keeps warps abreast, and what a warp that is a
-// round of a loop ahead writes too early would not show.
+// The thread that runs next, taken from the ready ones. Seed 0 goes through a warp's threads, and through warps,
+// as they came. Another draws both, but lets the warp `last` go on most times if it can: a fair draw keeps warps
+// abreast, and what a warp that is a round of a loop ahead writes too early would not show.
 Thread* next(unsigned last) {
-    auto& ready = launch->ready;
-    size_t i = launch->random == 0 ? 0 : draw() % ready.size();
-    if (launch->random != 0 && draw() % 8 != 0) {
-        for (size_t k = 0; k < ready.size() && ready[i]->id / 32 != last; ++k) i = (i + 1) % ready.size();
-    }
-    Thread* t = ready[i];
-    ready.erase(ready.begin() + i);
+    auto& awake = launch->awake;
+    const bool drawn = launch->random != 0, stays = !launch->ready[last].empty() && !(drawn && draw() % 8 == 0);
+    if (!stays) last = awake[drawn ? draw() % awake.size() : 0];
+    auto& warp = launch->ready[last];
+    if (drawn) std::swap(warp.front(), warp[draw() % warp.size()]);
+    Thread* t = warp.front();
+    warp.pop_front();
+    if (warp.empty()) awake.erase(std::find(awake.begin(), awake.end(), last));
     return t;
 }
 
 void run_blocks(const std::vector<uint3>& indices) {
     launch->blocks = std::vector<Block>(indices.size());
     launch->ready.clear();
+    launch->awake.clear();
     launch->alive = 0;
     for (size_t i = 0; i < indices.size(); ++i) start(launch->blocks[i], indices[i]);
     unsigned last = 0;
     while (launch->alive > 0 && launch->report.empty()) {
-        if (launch->ready.empty()) {
+        if (launch->awake.empty()) {
             launch->report = stuck();
             break;
         }
         Thread* t = next(last);
-        last = t->id / 32;
+        last = t->warp;
         to_fibre(t);
         if (t->state == Thread::Done) {
             --launch->alive;

@@ -20,7 +20,7 @@
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 #define __restrict__ __restrict
-// Static shared memory has no redzones: kernels carve theirs from the launch's (include/shared.cuh).
+// Static shared memory has no redzones: kernels carve theirs from the launch's (include/kernel.cuh).
 #define __shared__ _Pragma("GCC error \"__shared__ is not simulated: carve dynamic shared memory\"")
 
 struct uint3 {
@@ -41,8 +41,6 @@ struct alignas(8) float2 {
 struct alignas(16) float4 {
     float x, y, z, w;
 };
-
-inline float rsqrtf(float x) { return float(1.0 / std::sqrt(double(x))); }
 
 namespace sim {
 
@@ -106,7 +104,7 @@ struct Unpack<F> {
 struct Entry {
     Entry(const char* name, int threads, Call call) { enter(name, threads, call); }
 };
-// Written by build.rs for every KERNEL line.
+// Written by the tests for every KERNEL line.
 #define SIM_ENTER(name, threads) \
     static ::sim::Entry sim_entry_##name(#name, threads, &::sim::Unpack<&name>::call);
 

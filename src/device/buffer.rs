@@ -132,6 +132,11 @@ pub(super) struct Region<'a> {
 }
 
 impl<'a> Region<'a> {
+    /// Device memory at `at`.
+    pub(super) fn on(cuda: &'a Cuda, at: NonNull<u8>) -> Self {
+        Self { at, cuda: Some(cuda) }
+    }
+
     /// # Safety
     /// `bytes` bytes further is inside the block, or at its end.
     pub(super) unsafe fn add(self, bytes: usize) -> Self {

@@ -9,14 +9,14 @@ use std::{
     hash::{Hash, Hasher},
     path::{Path, PathBuf},
     process::Command,
-    sync::Mutex,
+    sync::{Mutex, OnceLock},
 };
 
 use bytemuck::Pod;
 use half::bf16;
 use warpo::{
     Result,
-    device::{Buffer, Cuda, Device, Element, cuda::Order},
+    device::{Buffer, Cuda, Device, Element, Float, cuda::Order},
 };
 
 use super::{assert_earned_to, host, randn};
@@ -33,19 +33,21 @@ pub enum Variant {
     Address,
     /// ThreadSanitizer.
     Thread,
+    /// Not at all: a GPU runs what nvcc compiled.
+    Gpu,
 }
 
 impl Variant {
-    const ALL: [Self; 3] = [Self::Plain, Self::Address, Self::Thread];
+    const SIMULATED: [Self; 3] = [Self::Plain, Self::Address, Self::Thread];
 
     fn name(self) -> &'static str {
-        ["plain", "address", "thread"][self as usize]
+        ["plain", "address", "thread", "gpu"][self as usize]
     }
 
     /// Flags of the kernels, and what tells sim.cpp of them: it is not sanitized itself.
     fn flags(self) -> (&'static [&'static str], &'static [&'static str]) {
         match self {
-            Self::Plain => (&[], &[]),
+            Self::Plain | Self::Gpu => (&[], &[]),
             Self::Address => {
                 (&["-fsanitize=address,undefined", "-fno-sanitize-recover=all"], &["-DSIM_ASAN"])
             }
@@ -62,13 +64,20 @@ pub struct Sim {
 
 const CHILD: &str = "WARPO_SIM";
 
+/// Runs the kernels of all tests on this GPU: `cuda:0`.
+const GPU: &str = "WARPO_GPU";
+
 /// Runs `test` plain in this process, and under each sanitizer in a process of its own, as a sanitizer
-/// must be loaded before everything else. The closure stands directly in the `#[test]` function.
+/// must be loaded before everything else; or on a GPU only, where `$WARPO_GPU` names one. The closure stands
+/// directly in the `#[test]` function.
 pub fn check<F: Fn(&Sim)>(test: F) {
+    if std::env::var_os(GPU).is_some() {
+        return test(&Sim { variant: Variant::Gpu, library: PathBuf::new() });
+    }
     if let Some(sim) = Sim::of_child() {
         return test(&sim);
     }
-    for variant in Variant::ALL {
+    for variant in Variant::SIMULATED {
         let Some(sim) = Sim::build(variant) else { return };
         if variant == Variant::Plain {
             test(&sim);
@@ -90,7 +99,7 @@ impl Sim {
     pub fn of_child() -> Option<Self> {
         let value = std::env::var(CHILD).ok()?;
         let (name, library) = value.split_once(':')?;
-        let variant = Variant::ALL.into_iter().find(|v| v.name() == name)?;
+        let variant = Variant::SIMULATED.into_iter().find(|v| v.name() == name)?;
         Some(Self { variant, library: library.into() })
     }
 
@@ -108,15 +117,20 @@ impl Sim {
         Some(Self { variant, library })
     }
 
-    /// A device that runs threads and blocks in `order`.
+    /// A device that runs threads and blocks in `order`; a GPU has its own.
     pub fn device(&self, order: Order) -> Device {
+        static ONE: OnceLock<Device> = OnceLock::new();
+        if self.variant == Variant::Gpu {
+            let name = std::env::var(GPU).unwrap();
+            return ONE.get_or_init(|| Device::from_name(&name, 0).unwrap()).clone();
+        }
         Device::Cuda(Cuda::simulated(&self.library, order).unwrap())
     }
 
     /// Orders of threads and blocks, the natural one first; fewer under a sanitizer, which looks at
     /// one order and infers the others.
     pub fn orders(&self) -> Vec<Order> {
-        let n = if self.variant == Variant::Plain { 8 } else { 2 };
+        let n = if matches!(self.variant, Variant::Plain | Variant::Gpu) { 8 } else { 2 };
         (0..n).map(|i| Order { threads: i, blocks: i % 4 }).collect()
     }
 
@@ -130,7 +144,7 @@ impl Sim {
         command.args([name, "--exact", "--include-ignored", "--nocapture"]);
         command.env(CHILD, format!("{}:{}", self.variant.name(), self.library.display()));
         let preload = match self.variant {
-            Variant::Plain => None,
+            Variant::Plain | Variant::Gpu => None,
             Variant::Address => Some("libasan.so"),
             Variant::Thread => Some("libtsan.so"),
         };
@@ -156,19 +170,39 @@ impl Sim {
     #[track_caller]
     fn hold_in<T: Element>(&self, case: &impl Case) {
         let at = |x: f64| T::of(x).f64();
-        let truth = Lab::run::<f64>(case, host(), 0, at);
-        let plain = Lab::run::<f32>(case, host(), 0, at);
+        let truth = Lab::run(host(), 0, at, |lab| case.run::<f64>(lab));
+        let plain = Lab::run(host(), 0, at, |lab| case.run::<f32>(lab));
+        self.compare(T::NAME, &truth, &plain, |dev| Lab::run(dev, 0, at, |lab| case.run::<T>(lab)));
+    }
+
+    /// The same for a case that is computed in f32 only.
+    #[track_caller]
+    pub fn hold_f32(&self, case: &impl FloatCase) {
+        let at = |x: f64| f64::from(x as f32);
+        let truth = Lab::run(host(), 0, at, |lab| case.run::<f64>(lab));
+        let plain = Lab::run(host(), 0, at, |lab| case.run::<f32>(lab));
+        self.compare("F32", &truth, &plain, |dev| Lab::run(dev, 0, at, |lab| case.run::<f32>(lab)));
+    }
+
+    #[track_caller]
+    fn compare(
+        &self,
+        name: &str,
+        truth: &[Output],
+        plain: &[Output],
+        run: impl Fn(&Device) -> Vec<Output>,
+    ) {
         let mut first: Option<Vec<Output>> = None;
         for order in self.orders() {
-            let ours = Lab::run::<T>(case, &self.device(order), 0, at);
+            let ours = run(&self.device(order));
             if let Some(first) = &first {
                 for (a, b) in ours.iter().zip(first) {
-                    assert!(a.bits == b.bits, "{} {}: {order:?} shows", a.name, T::NAME);
+                    assert!(a.bits == b.bits, "{} {name}: {order:?} shows", a.name);
                 }
                 continue;
             }
-            for ((o, p), t) in ours.iter().zip(&plain).zip(&truth) {
-                let what = format!("{} {}", o.name, T::NAME);
+            for ((o, p), t) in ours.iter().zip(plain).zip(truth) {
+                let what = format!("{} {name}", o.name);
                 let rounded: Vec<f32> = p.x.iter().map(|x| (o.round)(*x) as f32).collect();
                 let largest = t.x.iter().fold(0.0f64, |m, t| m.max(t.abs()));
                 assert_earned_to((o.epsilon)() * largest, &what, &o.x, &rounded, &t.x);
@@ -188,9 +222,10 @@ impl Sim {
     #[track_caller]
     fn hold_rows_in<T: Element, C: Case>(&self, all: usize, case: &impl Fn(usize) -> C) {
         let dev = self.device(Order::default());
-        let whole = Lab::run::<T>(&case(all), &dev, 0, |x| T::of(x).f64());
+        let at = |x: f64| T::of(x).f64();
+        let whole = Lab::run(&dev, 0, at, |lab| case(all).run::<T>(lab));
         for first in [1, 2, all / 2, all - 1] {
-            let part = Lab::run::<T>(&case(all - first), &dev, first, |x| T::of(x).f64());
+            let part = Lab::run(&dev, first, at, |lab| case(all - first).run::<T>(lab));
             for (part, whole) in part.iter().zip(&whole).filter(|(p, _)| p.rows) {
                 let at = whole.bits.len() - part.bits.len();
                 let what = format!("{} {}: rows from {first}", part.name, T::NAME);
@@ -203,6 +238,11 @@ impl Sim {
 /// An op at one shape, all its directions: takes its inputs from a [`Lab`] and gives it the outputs.
 pub trait Case {
     fn run<T: Element>(&self, lab: &mut Lab<'_>) -> Result<()>;
+}
+
+/// The same of an op that is computed in what is stored, f32 on a CUDA device.
+pub trait FloatCase {
+    fn run<F: Float>(&self, lab: &mut Lab<'_>) -> Result<()>;
 }
 
 /// The distance of 1 from the next number.
@@ -236,14 +276,14 @@ struct Output {
 }
 
 impl<'a> Lab<'a> {
-    fn run<T: Element>(
-        case: &impl Case,
+    fn run(
         dev: &'a Device,
         first: usize,
         round: fn(f64) -> f64,
+        case: impl FnOnce(&mut Self) -> Result<()>,
     ) -> Vec<Output> {
-        let mut lab = Lab { dev, first, round, outputs: Vec::new() };
-        case.run::<T>(&mut lab).unwrap();
+        let mut lab = Self { dev, first, round, outputs: Vec::new() };
+        case(&mut lab).unwrap();
         lab.outputs
     }
 

@@ -6,9 +6,14 @@
 #![allow(unsafe_code)]
 
 mod driver;
+mod room;
 mod simulator;
 
-use std::{ffi::c_void, ptr::NonNull, sync::Arc};
+use std::{
+    ffi::c_void,
+    ptr::NonNull,
+    sync::{Arc, Mutex},
+};
 
 use bytemuck::Pod;
 use half::bf16;
@@ -19,12 +24,14 @@ use super::{
 };
 use crate::error::{Error, Result};
 
+pub use room::PARTS;
 pub use simulator::Order;
 
 /// A handle to a GPU, or to the simulator of one. Cloning shares it.
 #[derive(Clone, Debug)]
 pub struct Cuda {
     driver: Arc<dyn Driver>,
+    room: Arc<Mutex<room::Room>>,
 }
 
 /// What a GPU is asked for.
@@ -79,7 +86,7 @@ impl Cuda {
     /// # Errors
     /// [`Error::Device`] saying what is missing: the driver, a device, or this build's kernels.
     pub fn new(ordinal: usize) -> Result<Self> {
-        Ok(Self { driver: Arc::new(driver::Gpu::new(ordinal)?) })
+        Self::over(Arc::new(driver::Gpu::new(ordinal)?))
     }
 
     /// The simulator in the shared library `library`, which runs threads and blocks in `order`. For
@@ -88,7 +95,12 @@ impl Cuda {
     /// # Errors
     /// [`Error::Device`] if the library cannot be loaded.
     pub fn simulated(library: &std::path::Path, order: Order) -> Result<Self> {
-        Ok(Self { driver: Arc::new(simulator::Simulator::open(library, order)?) })
+        Self::over(Arc::new(simulator::Simulator::open(library, order)?))
+    }
+
+    fn over(driver: Arc<dyn Driver>) -> Result<Self> {
+        let room = room::Room::new(&driver)?;
+        Ok(Self { driver, room })
     }
 
     /// What the driver and the devices are, or why there are none; for `warpo doctor`.

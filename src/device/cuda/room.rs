@@ -1,0 +1,78 @@
+//! A little device memory for the results of reductions, which every op borrows in turn: so that an op that
+//! returns sums needs no scratch of its own.
+
+use std::{
+    ptr::NonNull,
+    sync::{Arc, Mutex, PoisonError},
+};
+
+use bytemuck::Pod;
+
+use super::{Cuda, Driver, device_error};
+use crate::{
+    device::buffer::{Region, ViewMut},
+    error::Result,
+};
+
+/// Parts that kernels divide a reduction into at most; a constant, so that the order of a sum depends on
+/// its length and not on the device.
+pub const PARTS: usize = 256;
+
+/// Holds results of 16 numbers of 8 bytes, and as many for each part.
+const BYTES: usize = (PARTS + 1) * 16 * 8;
+
+#[derive(Debug)]
+pub(super) struct Room {
+    driver: Arc<dyn Driver>,
+    at: NonNull<u8>,
+}
+
+// SAFETY: plain device memory with one owner; used behind a lock.
+unsafe impl Send for Room {}
+
+impl Room {
+    pub(super) fn new(driver: &Arc<dyn Driver>) -> Result<Arc<Mutex<Self>>> {
+        let at = driver.alloc(BYTES)?;
+        Ok(Arc::new(Mutex::new(Self { driver: driver.clone(), at })))
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        // SAFETY: allocated in `new`; nobody else has the address.
+        unsafe { self.driver.free(self.at) }
+    }
+}
+
+impl Cuda {
+    /// The `N` numbers that `work` leaves in its first argument; the second is room for as many of each
+    /// of `parts` parts. All bits of both are set at first. Waits for the device.
+    ///
+    /// # Errors
+    /// Those of `work`, and [`crate::Error::Device`] if there are more than [`PARTS`] parts.
+    pub fn reduce<T: Pod, const N: usize>(
+        &self,
+        parts: usize,
+        work: impl FnOnce(ViewMut<'_, T>, ViewMut<'_, T>) -> Result<()>,
+    ) -> Result<[T; N]> {
+        const { assert!(size_of::<T>() <= 8 && N <= 16) };
+        if parts > PARTS {
+            return Err(device_error(format!("a reduction of {parts} parts, wanted {PARTS}")));
+        }
+        let room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the room is ours while it is locked.
+        unsafe { self.fill(room.at, 0xFF, BYTES)? };
+        let region = Region::on(self, room.at);
+        // SAFETY: both fit in the room, as checked above; it is aligned to 256 bytes, any bits are a `T`,
+        // and nobody else uses it while it is locked.
+        let mut total = unsafe { region.buffer::<T>(N) };
+        // SAFETY: inside the room.
+        let behind = unsafe { region.add(N * size_of::<T>()) };
+        // SAFETY: as for the total.
+        let mut partial = unsafe { behind.buffer::<T>(parts * N) };
+        work(total.view_mut(), partial.view_mut())?;
+        let mut out = [T::zeroed(); N];
+        out.copy_from_slice(&self.read(total.view())?);
+        Ok(out)
+    }
+}
