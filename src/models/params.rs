@@ -7,6 +7,7 @@ use super::{Head, Norm, Position, Spec};
 use crate::{
     device::{Buffer, Device, Float, View, ViewMut},
     error::Result,
+    ops::adamw,
 };
 
 /// A weight's place in the block, the same for every family. Linear weights are `[out, in]`.
@@ -156,7 +157,7 @@ impl Layout {
     fn push(&mut self, slot: Slot, layer: Option<usize>, rows: usize, cols: usize) {
         self.tensors.push(Tensor { slot, layer, rows, cols, offset: self.len });
         // 64 bytes of f32: every tensor starts on a cache line. The gap stays 0 for ever.
-        self.len += (rows * cols).next_multiple_of(16);
+        self.len += (rows * cols).next_multiple_of(adamw::LINE);
     }
 
     /// All tensors, in the order of their offsets.

@@ -3,11 +3,19 @@
 //! `p *= 1 - lr wd`, `m = b1 m + (1 - b1) g`, `v = b2 v + (1 - b2) g²`,
 //! `p -= lr / (1 - b1^t) * m / (sqrt(v) / sqrt(1 - b2^t) + eps)`
 
+use half::bf16;
+
 use crate::{
-    device::{Device, Float, View, ViewMut},
+    device::{
+        Device, Element, Float, View, ViewMut,
+        cuda::{Launch, kernels::adamw as kernel},
+    },
     error::{Error, Result},
     shape, simd,
 };
+
+/// Elements at a multiple of which a group begins.
+pub const LINE: usize = kernel::LINE;
 
 /// Settings of one update.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -33,27 +41,42 @@ pub struct State<'a, F> {
     pub m: ViewMut<'a, F>,
     /// Second moment.
     pub v: ViewMut<'a, F>,
+    /// The new weights, rounded: what the model computes with.
+    pub copy: Option<ViewMut<'a, bf16>>,
 }
 
 /// Update number `t`, counted from 1, with gradient `g * scale` (`scale` clips).
 ///
+/// * `starts` `[groups]`: where each group of weights begins, in units of [`LINE`] elements, ascending from
+///   0; groups 0, 2, 4, ... decay, the others do not
+///
+/// Reads 4, writes 3 numbers a weight, and the copy.
+///
 /// # Errors
-/// [`Error::Shape`] if the buffers differ in length, [`Error::Value`] if `t` is 0.
+/// [`Error::Shape`] if the buffers differ in length, [`Error::Value`] if `t` is 0 or there is no group.
+#[allow(clippy::too_many_arguments)]
 pub fn step<F: Float>(
     dev: &Device,
     state: State<'_, F>,
     g: View<'_, F>,
+    starts: View<'_, u32>,
     scale: f64,
     t: u64,
     hyper: &Hyper,
 ) -> Result<()> {
-    let cpu = dev.on_cpu("adamw")?;
+    const OP: &str = "adamw";
     let n = g.len();
-    shape::check("adamw", "p", &[n], state.p.len())?;
-    shape::check("adamw", "m", &[n], state.m.len())?;
-    shape::check("adamw", "v", &[n], state.v.len())?;
+    shape::check(OP, "p", &[n], state.p.len())?;
+    shape::check(OP, "m", &[n], state.m.len())?;
+    shape::check(OP, "v", &[n], state.v.len())?;
+    if let Some(copy) = &state.copy {
+        shape::check(OP, "copy", &[n], copy.len())?;
+    }
     if t == 0 {
         return Err(Error::value("adamw: update number", "1 or more", t));
+    }
+    if starts.is_empty() {
+        return Err(Error::value("adamw: groups", "1 or more", 0));
     }
     let (lr, t) = (hyper.learning_rate, t as f64);
     // All corrections are folded into constants in f64, then rounded once.
@@ -68,10 +91,38 @@ pub fn step<F: Float>(
         epsilon: F::of(hyper.epsilon),
         scale: F::of(scale),
     };
-    let g = g.host();
-    let out = ((state.p.host(), 1), (state.m.host(), 1), (state.v.host(), 1));
-    cpu.rows(n, 4096, out, |range, (p, m, v)| update(cpu.isa(), p, m, v, &g[range], k));
-    Ok(())
+    let State { p, m, v, copy } = state;
+    match dev {
+        Device::Cpu(cpu) => {
+            let (p, m, v) = (p.host(), m.host(), v.host());
+            let (g, starts) = (g.host(), starts.host());
+            let at = |i: usize| starts.get(i).map_or(n, |s| (*s as usize * LINE).min(n));
+            for i in 0..starts.len() {
+                let range = at(i)..at(i + 1);
+                let k = if i % 2 == 0 { k } else { Constants { keep: F::ONE, ..k } };
+                let (p, m) = (&mut p[range.clone()], &mut m[range.clone()]);
+                let (v, g) = (&mut v[range.clone()], &g[range.clone()]);
+                let out = ((p, 1), (m, 1), (v, 1));
+                cpu.rows(range.len(), 4096, out, |range, (p, m, v)| {
+                    update(cpu.isa(), p, m, v, &g[range], k);
+                });
+            }
+            if let Some(copy) = copy {
+                let new = copy.host().iter_mut().zip(p.iter());
+                new.for_each(|(to, p)| *to = bf16::of(p.f64()));
+            }
+            Ok(())
+        }
+        Device::Cuda(cuda) => {
+            let launch = Launch::row(n.div_ceil(kernel::THREADS * kernel::PACKETS * 4), 0)?;
+            let groups = starts.len();
+            let Constants { keep, beta1, fresh1, beta2, fresh2, step, root, epsilon, scale } = k;
+            kernel::step(
+                cuda, launch, p, m, v, g, copy, n as u64, starts, groups, keep, beta1, fresh1,
+                beta2, fresh2, step, root, epsilon, scale,
+            )
+        }
+    }
 }
 
 #[derive(Clone, Copy)]

@@ -2,9 +2,9 @@
 
 use super::settings::Settings;
 use crate::{
-    device::Device,
+    device::{Buffer, Device},
     error::{Error, Result},
-    models::{self, Model, Params, Slot},
+    models::{self, Layout, Model, Params},
     ops::{
         adamw::{self, Hyper},
         grad_norm,
@@ -26,6 +26,8 @@ pub struct Role {
     pub v: Params<f32>,
     /// Updates so far.
     pub updates: u64,
+    /// Which weights decay, as [`adamw::step`] wants it.
+    groups: Buffer<'static, u32>,
 }
 
 impl Role {
@@ -37,7 +39,8 @@ impl Role {
         let layout = model.params().layout().clone();
         let zeros = |what| Params::zeros(dev, what, &layout);
         let (grads, m, v) = (zeros("gradients")?, zeros("moments")?, zeros("moments")?);
-        Ok(Self { name, grads, m, v, model, updates: 0 })
+        let groups = Buffer::of(dev, "groups of weights", &groups(&layout))?;
+        Ok(Self { name, grads, m, v, model, updates: 0, groups })
     }
 
     /// Forgets the gradients.
@@ -69,22 +72,23 @@ impl Role {
     ) -> Result<()> {
         self.updates += 1;
         let scale = grad_norm::clip_scale(norm, s.max_grad_norm);
-        for (range, decays) in self.groups(s.decay_all) {
-            let hyper = Hyper {
-                learning_rate: lr,
-                beta1: s.beta1,
-                beta2: s.beta2,
-                epsilon: s.epsilon,
-                weight_decay: if decays { s.weight_decay } else { 0.0 },
-            };
-            let state = adamw::State {
-                p: self.model.params_mut().flat_mut().range(range.clone()),
-                m: self.m.flat_mut().range(range.clone()),
-                v: self.v.flat_mut().range(range.clone()),
-            };
-            let g = self.grads.flat().range(range);
-            adamw::step(dev, state, g, scale, self.updates, &hyper)?;
-        }
+        let hyper = Hyper {
+            learning_rate: lr,
+            beta1: s.beta1,
+            beta2: s.beta2,
+            epsilon: s.epsilon,
+            weight_decay: s.weight_decay,
+        };
+        let state = adamw::State {
+            p: self.model.params_mut().flat_mut(),
+            m: self.m.flat_mut(),
+            v: self.v.flat_mut(),
+            copy: None,
+        };
+        // Group 0, which decays, reaches to the end if there is no other.
+        let groups = self.groups.view();
+        let groups = if s.decay_all { groups.range(0..1) } else { groups };
+        adamw::step(dev, state, self.grads.flat(), groups, scale, self.updates, &hyper)?;
         if grad_norm::first_bad(dev, self.model.params().flat())?.is_some() {
             return Err(self.bad(dev, "new weight", f64::NAN, step));
         }
@@ -105,21 +109,16 @@ impl Role {
         let what = format!("the {what} of {tensor} of the {} model", self.name);
         Error::BadNumber { step, what, value, samples: Vec::new(), places: Vec::new() }
     }
+}
 
-    /// Runs of tensors that decay or do not, as ranges of the flat buffer.
-    fn groups(&self, decay_all: bool) -> Vec<(std::ops::Range<usize>, bool)> {
-        let layout = self.grads.layout();
-        if decay_all {
-            return vec![(0..layout.len(), true)];
+/// Where runs of tensors begin that decay, then do not, and so on, in lines of the flat buffer.
+fn groups(layout: &Layout) -> Vec<u32> {
+    let mut starts = vec![0];
+    for t in layout.tensors() {
+        // An odd number of starts: the last group decays.
+        if t.slot.is_matrix() != (starts.len() % 2 == 1) {
+            starts.push((t.offset / adamw::LINE) as u32);
         }
-        let decays = |slot: Slot| slot.is_matrix();
-        let mut out: Vec<(std::ops::Range<usize>, bool)> = Vec::new();
-        for t in layout.tensors() {
-            match out.last_mut() {
-                Some((range, d)) if *d == decays(t.slot) => range.end = t.offset + t.len(),
-                _ => out.push((t.offset..t.offset + t.len(), decays(t.slot))),
-            }
-        }
-        out
     }
+    starts
 }

@@ -1,16 +1,18 @@
 //! AdamW: hand-worked updates, the trajectories of PyTorch, bits.
 
 use warpo::{
-    device::{Device, Float},
+    device::{Buffer, Device, Float},
     ops::{
         adamw::{self, Hyper, State},
         grad_norm,
     },
 };
 
+use half::bf16;
+
 use crate::support::{
-    assert_bits, assert_close, assert_earned, assert_nan_only, devices, golden::Golden, narrow,
-    randn, refusal, wide,
+    assert_bits, assert_close, assert_earned, assert_nan_only, devices, golden::Golden, host,
+    narrow, randn, refusal, sim, wide,
 };
 
 const HYPER: Hyper =
@@ -34,9 +36,9 @@ impl<F: Float> Weights<F> {
     }
 
     fn step(&mut self, dev: &Device, g: &[F], scale: f64, t: u64, hyper: &Hyper) {
-        let state =
-            State { p: (&mut self.p).into(), m: (&mut self.m).into(), v: (&mut self.v).into() };
-        adamw::step(dev, state, g.into(), scale, t, hyper).unwrap();
+        let (p, m, v) = ((&mut self.p).into(), (&mut self.m).into(), (&mut self.v).into());
+        let state = State { p, m, v, copy: None };
+        adamw::step(dev, state, g.into(), [0][..].into(), scale, t, hyper).unwrap();
     }
 }
 
@@ -178,13 +180,74 @@ fn a_nan_stays_where_it_is() {
     assert_nan_only("v", &w.v, &clean.v, 17..18);
 }
 
+/// Groups 0 and 2 decay, group 1 does not; the last one reaches to the end.
+#[test]
+fn groups_decay_or_not() {
+    let (line, hyper) = (adamw::LINE, Hyper { learning_rate: 0.5, ..HYPER });
+    let (n, starts) = (5 * line + 3, [0, 2, 4]);
+    let mut w = Weights::fresh(&vec![1.0; n]);
+    let (p, m, v) = ((&mut w.p).into(), (&mut w.m).into(), (&mut w.v).into());
+    let mut copy = vec![bf16::NAN; n];
+    let state = State { p, m, v, copy: Some((&mut copy).into()) };
+    let g = vec![0.0; n];
+    adamw::step(host(), state, (&g).into(), starts[..].into(), 1.0, 1, &hyper).unwrap();
+    for (i, p) in w.p.iter().enumerate() {
+        let decays = !(2 * line..4 * line).contains(&i);
+        assert_eq!(*p, if decays { 0.875 } else { 1.0 }, "{i}");
+        assert_eq!(copy[i].to_f64(), *p);
+    }
+}
+
+/// Elements that fill no packet, a block, one more; groups of one line, of many, of none, and one that
+/// begins in the middle of a block or after it.
+#[test]
+fn the_kernel_has_the_bits_of_the_cpu() {
+    sim::check(|sim| {
+        for (n, starts) in [
+            (1, &[0][..]),
+            (3, &[0]),
+            (68, &[0, 0, 2, 3]),
+            (2047, &[0, 1, 2, 3, 100, 127]),
+            (2048, &[0, 64]),
+            (2049, &[0, 1, 128]),
+            (3 * 2048 + 1031, &[0, 130, 131, 390, 400]),
+        ] {
+            let g: Vec<f32> = randn("g", n);
+            let mut want = Weights { p: randn("p", n), m: randn("m", n), v: randn::<f32>("v", n) };
+            want.v.iter_mut().for_each(|v| *v = v.abs());
+            let start = want.clone();
+            let run = |dev: &Device, w: &Weights<f32>, copied: bool| {
+                let of = |x: &[f32]| Buffer::of(dev, "test", x).unwrap();
+                let [mut p, mut m, mut v, g] = [of(&w.p), of(&w.m), of(&w.v), of(&g)];
+                let starts = Buffer::of(dev, "starts", starts).unwrap();
+                let mut copy = Buffer::<bf16>::new(dev, "copy", n).unwrap();
+                let (p_, m_, v_) = (p.view_mut(), m.view_mut(), v.view_mut());
+                let state = State { p: p_, m: m_, v: v_, copy: copied.then(|| copy.view_mut()) };
+                adamw::step(dev, state, g.view(), starts.view(), 0.7, 3, &HYPER).unwrap();
+                let read = |x: &Buffer<'_, f32>| dev.read(x.view()).unwrap();
+                let w = Weights { p: read(&p), m: read(&m), v: read(&v) };
+                (w, copied.then(|| dev.read(copy.view()).unwrap()))
+            };
+            let (want, copy) = run(host(), &start, true);
+            for order in sim.orders() {
+                let (w, copied) = run(&sim.device(order), &start, order.threads % 2 == 0);
+                assert_bits(&format!("p {n} {order:?}"), &w.p, &want.p);
+                assert_bits(&format!("m {n} {order:?}"), &w.m, &want.m);
+                assert_bits(&format!("v {n} {order:?}"), &w.v, &want.v);
+                assert!(copied.is_none() || copied == copy, "{n} {order:?}");
+            }
+        }
+    });
+}
+
 #[test]
 fn wrong_shapes_and_update_0_are_refused() {
     let refused = |p: usize, m: usize, v: usize, t: u64| {
         let (mut p, mut m, mut v) = (vec![0.0f32; p], vec![0.0; m], vec![0.0; v]);
-        let state = State { p: (&mut p).into(), m: (&mut m).into(), v: (&mut v).into() };
-        let g = vec![0.0; 3];
-        refusal(adamw::step(&Device::cpu(), state, (&g).into(), 1.0, t, &HYPER))
+        let (p, m, v) = ((&mut p).into(), (&mut m).into(), (&mut v).into());
+        let state = State { p, m, v, copy: None };
+        let (g, starts) = (vec![0.0; 3], [0]);
+        refusal(adamw::step(host(), state, (&g).into(), starts[..].into(), 1.0, t, &HYPER))
     };
     assert_eq!(refused(2, 3, 3, 1), "adamw: `p` has shape [2], wanted [3]");
     assert_eq!(refused(3, 4, 3, 1), "adamw: `m` has shape [4], wanted [3]");

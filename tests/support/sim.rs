@@ -16,8 +16,10 @@ use bytemuck::Pod;
 use half::bf16;
 use warpo::{
     Result,
-    device::{Buffer, Cuda, Device, Element, Float, cuda::Order},
+    device::{Buffer, Cuda, Device, Element, Float},
 };
+
+pub use warpo::device::cuda::Order;
 
 use super::{assert_earned_to, host, randn};
 

@@ -44,8 +44,10 @@ fn ten_steps_of_adamw_are_those_of_torch() {
                         weight_decay: if decays { 0.01 } else { 0.0 },
                     };
                     let p = model.params_mut().tensor_mut(t);
-                    let state = adamw::State { p, m: m.tensor_mut(t), v: v.tensor_mut(t) };
-                    adamw::step(&dev, state, grads.tensor(t), scale, step as u64, &hyper).unwrap();
+                    let (m, v) = (m.tensor_mut(t), v.tensor_mut(t));
+                    let state = adamw::State { p, m, v, copy: None };
+                    let (g, groups) = (grads.tensor(t), [0][..].into());
+                    adamw::step(&dev, state, g, groups, scale, step as u64, &hyper).unwrap();
                 }
                 model.repack(&dev).unwrap();
                 if step == 1 || step == 10 {
