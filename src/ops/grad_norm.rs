@@ -1,36 +1,56 @@
 //! The global gradient norm, clipping, and the search for bad numbers.
 
 use crate::{
-    device::{Device, Float, View, cpu::math},
+    device::{
+        Device, Float, View,
+        cpu::math,
+        cuda::{self, Launch, kernels::grad_norm as kernel},
+    },
     error::Result,
     simd,
 };
 
-/// Elements of a block: sums inside are in lanes, blocks are added in order in f64.
-const BLOCK: usize = 4096;
+/// Elements of a chunk: sums inside are in lanes, chunks are added in order in f64.
+const CHUNK: usize = kernel::CHUNK;
 
-/// Blocks of a task; the partial sums of a task group stay on the stack.
-const GROUP: usize = 256;
+/// Chunks of a group, which is added up at once.
+const GROUP: usize = kernel::GROUP;
 
-/// `sqrt(sum x²)`, the same bits for any number of threads. NaN if any element is NaN.
+/// `sqrt(sum x²)`, the same bits for any number of threads, and in f32 on every device. NaN if any
+/// element is NaN.
 ///
 /// # Errors
 /// [`crate::Error::Device`] if the device fails.
 pub fn norm<F: Float>(dev: &Device, x: View<'_, F>) -> Result<f64> {
-    let cpu = dev.on_cpu("grad_norm")?;
-    let x = x.host();
-    let mut sum = 0.0;
-    for part in x.chunks(BLOCK * GROUP) {
-        let mut sums = [0.0f64; GROUP];
-        let blocks = part.len().div_ceil(BLOCK);
-        cpu.rows(blocks, 4, (&mut sums[..blocks], 1), |range, sums| {
-            for (sum, b) in sums.iter_mut().zip(range) {
-                let block = &part[b * BLOCK..((b + 1) * BLOCK).min(part.len())];
-                *sum = squares(cpu.isa(), block).f64();
-            }
-        });
-        sum += sums[..blocks].iter().sum::<f64>();
-    }
+    let n = x.len();
+    // Groups of a part: 1 up to 2^28 elements.
+    let groups = n.div_ceil(CHUNK * GROUP).div_ceil(cuda::PARTS).max(1);
+    let sum = match dev {
+        Device::Cpu(cpu) => {
+            let group = |x: &[F]| {
+                let (mut sums, chunks) = ([0.0f64; GROUP], x.len().div_ceil(CHUNK));
+                cpu.rows(chunks, 4, (&mut sums[..chunks], 1), |range, sums| {
+                    for (sum, c) in sums.iter_mut().zip(range) {
+                        let chunk = &x[c * CHUNK..((c + 1) * CHUNK).min(x.len())];
+                        *sum = squares(cpu.isa(), chunk).f64();
+                    }
+                });
+                sums[..chunks].iter().sum::<f64>()
+            };
+            let part = |x: &[F]| x.chunks(GROUP * CHUNK).map(group).sum::<f64>();
+            // The sum of no f64 is -0.
+            0.0 + x.host().chunks(groups * GROUP * CHUNK).map(part).sum::<f64>()
+        }
+        Device::Cuda(cuda) => {
+            let parts = n.div_ceil(groups * GROUP * CHUNK);
+            let [sum] = cuda.reduce(parts, |total, mut partial| {
+                let launch = Launch::row(parts, GROUP * 4)?;
+                kernel::squares(cuda, launch, partial.reborrow(), x, n as u64, groups)?;
+                kernel::sum(cuda, Launch::row(1, 0)?, total, partial.view(), parts)
+            })?;
+            sum
+        }
+    };
     Ok(sum.sqrt())
 }
 
@@ -49,16 +69,26 @@ pub fn clip_scale(norm: f64, max_norm: f64) -> f64 {
 /// # Errors
 /// As [`norm`].
 pub fn first_bad<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Option<usize>> {
-    let cpu = dev.on_cpu("grad_norm::first_bad")?;
-    let x = x.host();
-    let bad = |(i, block): (usize, &[F])| {
-        // x * 0 is 0 for every finite x: one sum tells whether the block is clean.
-        if probe(cpu.isa(), block) == F::ZERO {
-            return None;
+    match dev {
+        Device::Cpu(cpu) => {
+            let bad = |(i, chunk): (usize, &[F])| {
+                // x * 0 is 0 for every finite x: one sum tells whether the chunk is clean.
+                if probe(cpu.isa(), chunk) == F::ZERO {
+                    return None;
+                }
+                chunk.iter().position(|x| !x.is_finite()).map(|at| i * CHUNK + at)
+            };
+            Ok(x.host().chunks(CHUNK).enumerate().find_map(bad))
         }
-        block.iter().position(|x| !x.is_finite()).map(|at| i * BLOCK + at)
-    };
-    Ok(x.chunks(BLOCK).enumerate().find_map(bad))
+        Device::Cuda(cuda) => {
+            let blocks = x.len().div_ceil(CHUNK * kernel::BAD_THREADS / 32);
+            let [index] = cuda.reduce(0, |index, _| {
+                kernel::bad(cuda, Launch::row(blocks, 0)?, index, x, x.len() as u64)
+            })?;
+            // All bits are set, as the room begins, if none was found.
+            Ok((index != u64::MAX).then_some(index as usize))
+        }
+    }
 }
 
 simd! {

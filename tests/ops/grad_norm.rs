@@ -1,11 +1,11 @@
 //! Gradient norm, clipping and the search for bad numbers.
 
 use warpo::{
-    device::{Device, Float, View},
+    device::{Buffer, Device, Float, View},
     ops::grad_norm::{self, clip_scale},
 };
 
-use crate::support::{assert_bits, assert_close, devices, randn, wide};
+use crate::support::{assert_bits, assert_close, devices, host, randn, sim, wide};
 
 /// Elements of a block, and of the group of blocks that is added up at once.
 const BLOCK: usize = 4096;
@@ -99,4 +99,43 @@ fn the_first_bad_number_is_found_anywhere() {
 fn a_bad_norm_is_not_hidden_by_clipping() {
     assert!(clip_scale(f64::NAN, 1.0).is_nan());
     assert_eq!(clip_scale(f64::INFINITY, 1.0), 0.0);
+}
+
+/// No elements, one, those around a packet, a chunk, the chunks that a block adds together, a group.
+#[test]
+fn the_kernels_have_the_bits_of_the_cpu() {
+    let all: Vec<f32> = randn("x", GROUP + 5003);
+    sim::check(|sim| {
+        for n in [0, 1, 3, 4, 67, BLOCK - 1, BLOCK, BLOCK + 1, 129 * BLOCK + 6] {
+            for order in sim.orders() {
+                let dev = sim.device(order);
+                let x = Buffer::of(&dev, "x", &all[..n]).unwrap();
+                let want = norm(host(), all[..n].into());
+                assert_bits(&format!("{n} {order:?}"), &[norm(&dev, x.view())], &[want]);
+                assert_eq!(first_bad(&dev, x.view()), None);
+            }
+        }
+        // Two groups are two blocks, whose sums are added in order.
+        let dev = sim.device(sim.orders()[1]);
+        let x = Buffer::of(&dev, "x", &all).unwrap();
+        assert_bits("two groups", &[norm(&dev, x.view())], &[norm(host(), (&all).into())]);
+    });
+}
+
+#[test]
+fn the_kernel_finds_the_first_bad_number_anywhere() {
+    let n = 9 * BLOCK + 19;
+    let clean: Vec<f32> = randn("x", n);
+    sim::check(|sim| {
+        let bad = [f32::NAN, f32::INFINITY, f32::NEG_INFINITY];
+        for (i, order) in [0, 15, 16, BLOCK - 1, BLOCK, 9 * BLOCK, n - 1].iter().zip(sim.orders()) {
+            let (dev, mut x) = (sim.device(order), clean.clone());
+            x[n - 1] = f32::NAN; // a later one does not matter
+            x[n - 3000] = f32::NAN;
+            x[*i] = bad[i % 3];
+            let x = Buffer::of(&dev, "x", &x).unwrap();
+            assert_eq!(first_bad(&dev, x.view()), Some((*i).min(n - 3000)), "{order:?}");
+            assert!(!norm(&dev, x.view()).is_finite());
+        }
+    });
 }
