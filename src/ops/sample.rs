@@ -8,7 +8,11 @@
 //! filter, and the ratio compares full distributions, of which a filter only chose the sample.
 
 use crate::{
-    device::{Device, Float, View, ViewMut, cpu::math},
+    device::{
+        Device, Element, Float, View, ViewMut,
+        cpu::math,
+        cuda::{Launch, kernels::sample as kernel},
+    },
     error::{Error, Result},
     rng::Stream,
     shape, simd,
@@ -81,23 +85,22 @@ pub fn scratch_len(rows: usize, vocab: usize) -> usize {
 }
 
 /// Writes `tokens` `[rows]`, drawn from `logits` `[rows, vocab]`. Row r uses the random number of
-/// `samples[r]` at `positions[r]`.
+/// `samples[r]` at `positions[r]`. In f32 the tokens are the same on every device.
 ///
 /// # Errors
 /// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] if a parameter is out of range.
 #[allow(clippy::too_many_arguments)]
-pub fn next<F: Float>(
+pub fn next<T: Element>(
     dev: &Device,
     tokens: ViewMut<'_, u32>,
-    logits: View<'_, F>,
+    logits: View<'_, T>,
     params: &Params,
     stream: Stream,
     samples: View<'_, u64>,
     positions: View<'_, u32>,
-    scratch: ViewMut<'_, F>,
+    scratch: ViewMut<'_, T::Acc>,
 ) -> Result<()> {
     const OP: &str = "sample";
-    let cpu = dev.on_cpu(OP)?;
     params.validate()?;
     let rows = tokens.len();
     if rows == 0 {
@@ -106,30 +109,62 @@ pub fn next<F: Float>(
     let vocab = shape::rows(OP, "logits", logits.len(), rows)?;
     shape::check(OP, "samples", &[rows], samples.len())?;
     shape::check(OP, "positions", &[rows], positions.len())?;
-    if vocab == 0 || scratch.len() < scratch_len(rows, vocab) {
-        return Err(Error::shape(OP, "scratch", &[rows, 2, vocab], &[scratch.len()]));
+    if !(1..=MAX_VOCAB).contains(&vocab) {
+        return Err(Error::value("sample: vocabulary", format!("1 to {MAX_VOCAB}"), vocab));
     }
-    if vocab > MAX_VOCAB {
-        return Err(Error::value("sample: vocabulary", format!("at most {MAX_VOCAB}"), vocab));
-    }
-    let (logits, samples, positions) = (logits.host(), samples.host(), positions.host());
-    let scratch = &mut scratch.host()[..scratch_len(rows, vocab)];
-    cpu.rows(rows, 1, ((tokens.host(), 1), (scratch, 2 * vocab)), |range, (tokens, scratch)| {
-        for (i, r) in range.enumerate() {
-            let z = &logits[r * vocab..][..vocab];
-            let (p, order) = scratch[i * 2 * vocab..][..2 * vocab].split_at_mut(vocab);
-            tokens[i] = if params.temperature == 0.0 {
-                argmax(z)
-            } else {
-                weights(cpu.isa(), p, z, F::of(1.0 / f64::from(params.temperature)));
-                if params.filters() {
-                    filter(p, order, params);
+    let scratch = scratch.scratch(OP, scratch_len(rows, vocab))?;
+    let greedy = params.temperature == 0.0;
+    let scale = <T::Acc as Element>::of(1.0 / f64::from(params.temperature));
+    match dev {
+        Device::Cpu(cpu) => {
+            let (logits, scratch) = (logits.float()?.host(), scratch.host());
+            let (samples, positions) = (samples.host(), positions.host());
+            let out = ((tokens.host(), 1), (scratch, 2 * vocab));
+            cpu.rows(rows, 1, out, |range, (tokens, scratch)| {
+                for (i, r) in range.enumerate() {
+                    let z = &logits[r * vocab..][..vocab];
+                    let (p, order) = scratch[i * 2 * vocab..][..2 * vocab].split_at_mut(vocab);
+                    tokens[i] = if greedy {
+                        argmax(z)
+                    } else {
+                        weights(cpu.isa(), p, z, scale);
+                        if params.filters() {
+                            filter(p, order, params);
+                        }
+                        pick(p, stream.sample(samples[r]).uniform(positions[r]))
+                    };
                 }
-                pick(p, stream.sample(samples[r]).uniform(positions[r]))
-            };
+            });
+            Ok(())
         }
-    });
-    Ok(())
+        Device::Cuda(cuda) if greedy => {
+            let launch = Launch::row(rows, kernel::WARPS * 8)?;
+            kernel::greedy(cuda, launch, tokens, logits, vocab)
+        }
+        Device::Cuda(cuda) => {
+            let shared = kernel::WARPS * 4 + (kernel::WARPS + 1) * kernel::WAYS * 8;
+            let number = |x: f32| <T::Acc as Element>::of(f64::from(x));
+            let (top_p, min_p) = (number(params.top_p), number(params.min_p));
+            let Stream { seed, step, purpose } = stream;
+            kernel::next(
+                cuda,
+                Launch::row(rows, shared)?,
+                tokens,
+                logits,
+                samples,
+                positions,
+                scratch,
+                vocab,
+                scale,
+                params.top_k.min(vocab),
+                top_p,
+                min_p,
+                seed,
+                step,
+                purpose as u32,
+            )
+        }
+    }
 }
 
 /// The distribution that [`next`] draws from: `probs` `[vocab]` from `logits` `[vocab]`.
@@ -157,7 +192,7 @@ pub fn probabilities<F: Float>(
     if params.filters() {
         filter(probs, &mut vec![F::ZERO; probs.len()], params);
     }
-    let total = F::of(sum(probs));
+    let total = F::of(probs.iter().map(|x| x.f64()).sum());
     probs.iter_mut().for_each(|p| *p = *p / total);
     Ok(())
 }
@@ -186,11 +221,12 @@ fn filter<F: Float>(p: &mut [F], sorted: &mut [F], params: &Params) {
         // Hugging Face drops, from the least likely up, while the dropped mass is at most 1 - p.
         sorted.copy_from_slice(p);
         sorted.sort_unstable_by(descending);
-        let allowed = (1.0 - f64::from(params.top_p)) * sum(p);
-        let (mut dropped, mut cut) = (0.0, sorted.len());
-        while cut > 1 && dropped + sorted[cut - 1].f64() <= allowed {
+        let total: u64 = p.iter().map(units).sum();
+        let allowed = ((1.0 - f64::from(params.top_p)) * total as f64) as u64;
+        let (mut dropped, mut cut) = (0, sorted.len());
+        while cut > 1 && dropped + units(&sorted[cut - 1]) <= allowed {
             cut -= 1;
-            dropped += sorted[cut].f64();
+            dropped += units(&sorted[cut]);
         }
         let least = sorted[cut - 1];
         // Of tokens that tie with the last kept one, as many stay as the count says, lowest ids first.
@@ -215,13 +251,12 @@ fn keep<F: Float>(p: &mut [F], mut stay: impl FnMut(F) -> bool) {
     }
 }
 
-fn sum<F: Float>(p: &[F]) -> f64 {
-    p.iter().map(|x| x.f64()).sum()
+fn units<F: Float>(x: &F) -> u64 {
+    (x.f64() * UNIT) as u64
 }
 
 /// The first id at which the cumulative weight exceeds the share `u` of the whole; 0 for a row of NaN.
 fn pick<F: Float>(p: &[F], u: f32) -> u32 {
-    let units = |x: &F| (x.f64() * UNIT) as u64;
     let total: u64 = p.iter().map(units).sum();
     // Below the total, as `u` is below 1 by more than an f64 rounds.
     let goal = (f64::from(u) * total as f64) as u64;
