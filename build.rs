@@ -51,14 +51,14 @@ fn build() -> Result<(), String> {
         println!("cargo::rerun-if-env-changed={name}");
     }
     let out = PathBuf::from(env::var_os("OUT_DIR").ok_or("OUT_DIR is not set")?);
-    let mut sources: Vec<PathBuf> = read_dir("kernels")?;
-    sources.retain(|p| p.extension().is_some_and(|x| x == "cu"));
-    sources.sort();
+    let kernels = sources("kernels")?;
+    // For tests alone: kernels with a mistake each, and what a tensor core's lanes hold.
+    let checks = sources("kernels/sim")?;
 
     let wanted = env::var("WARPO_KERNELS").unwrap_or_default();
     let nvcc = if wanted == "none" || env::var_os("DOCS_RS").is_some() { None } else { nvcc() };
     match (&nvcc, wanted.as_str()) {
-        (Some(nvcc), _) => compile(nvcc, &sources, &out)?,
+        (Some(nvcc), _) => compile(nvcc, &[&kernels[..], &checks].concat(), &out)?,
         (None, "require") => {
             return Err("WARPO_KERNELS=require, but there is no nvcc in $NVCC, $CUDA_HOME/bin, \
                         $PATH, /usr/local/cuda/bin or the Python environment $VIRTUAL_ENV"
@@ -74,8 +74,13 @@ fn build() -> Result<(), String> {
         "/// Whether this binary has kernels for a GPU.\npub const BUILT: bool = {};\n",
         nvcc.is_some()
     );
-    for source in &sources {
+    for source in &kernels {
         code += &module(source, nvcc.is_some())?;
+    }
+    if nvcc.is_none() {
+        for check in &checks {
+            write(&out.join(stem(check)).with_extension("fatbin"), "")?;
+        }
     }
     write(&out.join("kernels.rs"), &code)
 }
@@ -154,6 +159,14 @@ fn run(command: &mut Command) -> Result<String, String> {
     let text = [done.stdout, done.stderr].concat();
     let text = String::from_utf8_lossy(&text).into_owned();
     if done.status.success() { Ok(text) } else { Err(format!("{name} failed:\n{text}")) }
+}
+
+/// The .cu files of a folder.
+fn sources(dir: &str) -> Result<Vec<PathBuf>, String> {
+    let mut all = read_dir(dir)?;
+    all.retain(|p| p.extension().is_some_and(|x| x == "cu"));
+    all.sort();
+    Ok(all)
 }
 
 fn stem(source: &Path) -> String {

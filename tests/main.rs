@@ -25,6 +25,7 @@ mod device {
     mod cuda;
     mod gemm;
     mod kernels;
+    mod maps;
     mod math;
     mod pool;
 }

@@ -1,10 +1,7 @@
 //! The CUDA device on the simulator: seeded mistakes are found by the tool that should find them,
 //! and what reaches a launch is checked.
 
-use std::{
-    ffi::{CStr, CString, c_char, c_int, c_void},
-    panic::{AssertUnwindSafe, catch_unwind},
-};
+use std::panic::{AssertUnwindSafe, catch_unwind};
 
 use half::bf16;
 use warpo::{
@@ -17,112 +14,107 @@ use warpo::{
 };
 
 use crate::support::{
+    raw::Kernel,
     refusal,
     sim::{self, Sim, Variant},
 };
 
-type Alloc = unsafe extern "C" fn(usize) -> *mut u8;
-type Free = unsafe extern "C" fn(*mut u8) -> c_int;
-type Text = unsafe extern "C" fn() -> *const c_char;
-type Threads = unsafe extern "C" fn(*const c_char) -> u32;
-type Run = unsafe extern "C" fn(
-    *const c_char,
-    *const u32,
-    *const u32,
-    usize,
-    *mut *mut c_void,
-    u64,
-    u64,
-    c_int,
-) -> c_int;
-
-/// A kernel of `faults.cu`, run with its mistake or without: what is wrong with its output, or why it
-/// was stopped. These kernels are no part of the product, so they have no Rust function.
-#[allow(unsafe_code, clippy::multiple_unsafe_ops_per_block)]
-fn fault(sim: &Sim, name: &str, seeded: bool) -> Option<String> {
-    let n = 256;
-    // Whole numbers, so that every sum is exact; a few more, for packets that begin too late.
-    let x: Vec<f32> = (0..n + 4).map(|i| (i * i % 17) as f32 - 5.0).collect();
-    let half: Vec<bf16> = x.iter().map(|x| bf16::from_f32(*x)).collect();
-    let mma = name == "wrong_fragment";
-    let bytes: &[u8] = if mma { bytemuck::cast_slice(&half) } else { bytemuck::cast_slice(&x) };
-    let mut y = vec![0.0f32; n];
-    let entry = CString::new(format!("fault_{name}")).unwrap();
-    let mut seeded = c_int::from(seeded);
-    // SAFETY: the library that this test built: its symbols have the types above, and the kernels take
-    // an output, one input (or two of bf16) and an int, each buffer at most as large as these.
-    unsafe {
-        let library = libloading::Library::new(sim.library()).unwrap();
-        let alloc = library.get::<Alloc>("sim_alloc").unwrap();
-        let mut device = [0; 3].map(|_| alloc(4 * (n + 4)));
-        for d in &device[1..] {
-            d.copy_from_nonoverlapping(bytes.as_ptr(), bytes.len());
-        }
-        let mut args: Vec<*mut c_void> = device.iter_mut().map(|d| (&raw mut *d).cast()).collect();
-        args.truncate(if mma { 3 } else { 2 });
-        args.push((&raw mut seeded).cast());
-        let blocks = [if name == "global_race" { 2 } else { 1 }, 1, 1];
-        let threads = library.get::<Threads>("sim_threads").unwrap()(entry.as_ptr());
-        let (size, shared) = ([threads, 1, 1], 1024);
-        let run = library.get::<Run>("sim_launch").unwrap();
-        let (entry, args) = (entry.as_ptr(), args.as_mut_ptr());
-        if run(entry, blocks.as_ptr(), size.as_ptr(), shared, args, 0, 0, 0) != 0 {
-            let text = library.get::<Text>("sim_error").unwrap()();
-            return Some(CStr::from_ptr(text).to_str().unwrap().to_owned());
-        }
-        device[0].copy_to_nonoverlapping(y.as_mut_ptr().cast(), 4 * n);
-        let free = library.get::<Free>("sim_free").unwrap();
-        for d in device {
-            assert_eq!(free(d), 0, "device memory was written outside its bounds");
-        }
-    }
-    let sum = |x: &[f32]| x.iter().sum::<f32>();
-    let want: Vec<f32> = match name {
-        "missing_barrier" => x[..256].iter().rev().copied().collect(),
-        "wrong_lane" => vec![sum(&x[..32]); 32],
-        "missing_wait" | "misaligned_packet" => x[..128].to_vec(),
-        "off_by_one" | "divergent_barrier" | "unwritten_output" => x[..64].to_vec(),
-        "global_race" => vec![sum(&x[..64]), sum(&x[64..128])],
-        "wrong_fragment" => {
-            let dot = |i: usize, j: usize| (0..16).map(|k| x[i * 16 + k] * x[j * 16 + k]).sum();
-            (0..128).map(|i| dot(i / 8, i % 8)).collect()
-        }
-        _ => panic!("{name}?"),
-    };
-    let bad = (0..want.len()).find(|i| y[*i] != want[*i])?;
-    Some(format!("y[{bad}] is {}, wanted {}", y[bad], want[bad]))
+/// A kernel of `faults.cu`, and who must speak up about its mistake.
+struct Fault {
+    name: &'static str,
+    threads: u32,
+    /// Bytes of shared memory, as many as it needs.
+    shared: usize,
+    variant: Variant,
+    says: &'static str,
 }
 
-const FAULTS: [(&str, Variant, &str); 9] = [
-    ("missing_barrier", Variant::Thread, "data race"),
-    ("off_by_one", Variant::Address, "use-after-poison"),
-    ("wrong_lane", Variant::Plain, "y[0] is "),
-    ("missing_wait", Variant::Plain, "y[0] is NaN"),
-    ("divergent_barrier", Variant::Plain, "divergent barrier"),
-    ("global_race", Variant::Thread, "data race"),
-    ("unwritten_output", Variant::Plain, "y[63] is NaN"),
-    ("misaligned_packet", Variant::Plain, "misaligned packet at "),
-    ("wrong_fragment", Variant::Plain, "y["),
+const IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/faults.fatbin"));
+
+impl Fault {
+    /// Runs it with its mistake or without: what is wrong with its output, or why it was stopped.
+    fn run(&self, sim: &Sim, seeded: bool) -> Option<String> {
+        let (n, name) = (256, format!("fault_{}", self.name));
+        // Whole numbers, so that every sum is exact; a few more, for packets that begin too late.
+        let x: Vec<f32> = (0..n + 4).map(|i| (i * i % 17) as f32 - 5.0).collect();
+        let half: Vec<bf16> = x.iter().map(|x| bf16::from_f32(*x)).collect();
+        let (x_, half): (&[u8], &[u8]) = (bytemuck::cast_slice(&x), bytemuck::cast_slice(&half));
+        let inputs = if self.name == "wrong_fragment" { &[half, half][..] } else { &[x_] };
+        let kernel = Kernel {
+            image: IMAGE,
+            name: &name,
+            threads: self.threads,
+            blocks: if self.name == "global_race" { 2 } else { 1 },
+            shared: self.shared,
+        };
+        let want = self.want(&x);
+        let mut y = vec![0.0f32; want.len()];
+        let out = bytemuck::cast_slice_mut(&mut y);
+        if let Err(stopped) = kernel.run(sim, out, inputs, i32::from(seeded)) {
+            return Some(stopped);
+        }
+        let bad = (0..want.len()).find(|i| y[*i] != want[*i])?;
+        Some(format!("y[{bad}] is {}, wanted {}", y[bad], want[bad]))
+    }
+
+    fn want(&self, x: &[f32]) -> Vec<f32> {
+        let sum = |x: &[f32]| x.iter().sum::<f32>();
+        match self.name {
+            "missing_barrier" => x[..256].iter().rev().copied().collect(),
+            "wrong_lane" => vec![sum(&x[..32]); 32],
+            "missing_wait" | "misaligned_packet" => x[..128].to_vec(),
+            "off_by_one" | "divergent_barrier" | "unwritten_output" => x[..64].to_vec(),
+            "global_race" => vec![sum(&x[..64]), sum(&x[64..128])],
+            "wrong_fragment" => {
+                let dot = |i: usize, j: usize| (0..16).map(|k| x[i * 16 + k] * x[j * 16 + k]).sum();
+                (0..128).map(|i| dot(i / 8, i % 8)).collect()
+            }
+            name => panic!("{name}?"),
+        }
+    }
+}
+
+const fn fault(
+    name: &'static str,
+    threads: u32,
+    shared: usize,
+    variant: Variant,
+    says: &'static str,
+) -> Fault {
+    Fault { name, threads, shared, variant, says }
+}
+
+const FAULTS: [Fault; 9] = [
+    fault("missing_barrier", 256, 1024, Variant::Thread, "data race"),
+    fault("off_by_one", 64, 256, Variant::Address, "use-after-poison"),
+    fault("wrong_lane", 32, 0, Variant::Plain, "y[0] is "),
+    fault("missing_wait", 32, 512, Variant::Plain, "y[0] is NaN"),
+    fault("divergent_barrier", 64, 0, Variant::Plain, "divergent barrier"),
+    fault("global_race", 64, 8, Variant::Thread, "data race"),
+    fault("unwritten_output", 64, 0, Variant::Plain, "y[63] is NaN"),
+    fault("misaligned_packet", 32, 0, Variant::Plain, "misaligned packet at "),
+    fault("wrong_fragment", 32, 0, Variant::Plain, "y["),
 ];
 
 #[test]
 fn without_its_mistake_every_kernel_is_clean() {
     sim::check(|sim| {
-        for (name, _, _) in FAULTS {
-            assert_eq!(fault(sim, name, false), None, "{name} {:?}", sim.variant);
+        for f in &FAULTS {
+            assert_eq!(f.run(sim, false), None, "{} {:?}", f.name, sim.variant);
         }
     });
 }
 
 #[test]
 fn every_seeded_mistake_is_found() {
-    for (name, variant, says) in FAULTS {
-        let Some(sim) = Sim::build(variant) else { return };
-        let text = if variant == Variant::Plain {
-            fault(&sim, name, true).unwrap_or_default()
+    for f in &FAULTS {
+        let (name, says) = (f.name, f.says);
+        let Some(sim) = Sim::build(f.variant) else { return };
+        let text = if f.variant == Variant::Plain {
+            f.run(&sim, true).unwrap_or_default()
         } else {
-            let (ok, text) = sim.child(&format!("device::cuda::seeded_{name}"));
-            assert!(!ok, "{name} passed under {variant:?}:\n{text}");
+            let (ok, text) = sim.child_with("device::cuda::seeded_mistake", &[(FAULT, name)]);
+            assert!(!ok, "{name} passed under {:?}:\n{text}", f.variant);
             // A report of a sanitizer names the line.
             assert!(text.contains("faults.cu:"), "{name}:\n{text}");
             text
@@ -131,29 +123,18 @@ fn every_seeded_mistake_is_found() {
     }
 }
 
-/// The sanitizers end the process at what they find, so these run in one of their own.
-fn seeded(name: &str) {
-    if let Some(sim) = Sim::of_child() {
-        fault(&sim, name, true);
-    }
-}
+/// Names the one to run.
+const FAULT: &str = "WARPO_FAULT";
 
+/// In a process of its own, which a sanitizer ends at what it finds; on a GPU compute-sanitizer must find it.
 #[test]
-#[ignore = "run by every_seeded_mistake_is_found"]
-fn seeded_missing_barrier() {
-    seeded("missing_barrier");
-}
-
-#[test]
-#[ignore = "run by every_seeded_mistake_is_found"]
-fn seeded_off_by_one() {
-    seeded("off_by_one");
-}
-
-#[test]
-#[ignore = "run by every_seeded_mistake_is_found"]
-fn seeded_global_race() {
-    seeded("global_race");
+#[ignore = "run by every_seeded_mistake_is_found and by .ci/gpu"]
+fn seeded_mistake() {
+    let Ok(name) = std::env::var(FAULT) else { return };
+    let (name, seeded) = name.strip_prefix("no_").map_or((&name[..], true), |n| (n, false));
+    let fault = FAULTS.iter().find(|f| f.name == name).unwrap();
+    let sim = Sim::of_gpu().or_else(Sim::of_child).unwrap();
+    println!("{name}: {:?}", fault.run(&sim, seeded));
 }
 
 /// A device of the plain simulator, in the natural order.

@@ -66,15 +66,15 @@ pub struct Sim {
 
 const CHILD: &str = "WARPO_SIM";
 
-/// Runs the kernels of all tests on this GPU: `cuda:0`.
+/// Runs the kernels of all tests on this GPU, `cuda:0`, and not on the simulator.
 const GPU: &str = "WARPO_GPU";
 
 /// Runs `test` plain in this process, and under each sanitizer in a process of its own, as a sanitizer
 /// must be loaded before everything else; or on a GPU only, where `$WARPO_GPU` names one. The closure stands
 /// directly in the `#[test]` function.
 pub fn check<F: Fn(&Sim)>(test: F) {
-    if std::env::var_os(GPU).is_some() {
-        return test(&Sim { variant: Variant::Gpu, library: PathBuf::new() });
+    if let Some(gpu) = Sim::of_gpu() {
+        return test(&gpu);
     }
     if let Some(sim) = Sim::of_child() {
         return test(&sim);
@@ -103,6 +103,12 @@ impl Sim {
         let (name, library) = value.split_once(':')?;
         let variant = Variant::SIMULATED.into_iter().find(|v| v.name() == name)?;
         Some(Self { variant, library: library.into() })
+    }
+
+    /// A GPU, where one is named.
+    pub fn of_gpu() -> Option<Self> {
+        let there = std::env::var_os(GPU).is_some();
+        there.then(|| Self { variant: Variant::Gpu, library: PathBuf::new() })
     }
 
     /// Compiles it, unless that was done before; none without g++.
@@ -142,8 +148,14 @@ impl Sim {
 
     /// Whether test `name` passes in a process of its own on this simulator, and what it printed.
     pub fn child(&self, name: &str) -> (bool, String) {
+        self.child_with(name, &[])
+    }
+
+    /// The same with environment variables.
+    pub fn child_with(&self, name: &str, envs: &[(&str, &str)]) -> (bool, String) {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args([name, "--exact", "--include-ignored", "--nocapture"]);
+        command.envs(envs.iter().copied());
         command.env(CHILD, format!("{}:{}", self.variant.name(), self.library.display()));
         let preload = match self.variant {
             Variant::Plain | Variant::Gpu => None,
@@ -374,7 +386,7 @@ impl Build {
 
     fn library(&self) -> PathBuf {
         let mut sources = files(&self.kernels, "cu");
-        sources.push(self.kernels.join("sim/faults.cu"));
+        sources.extend(files(&self.kernels.join("sim"), "cu"));
         sources.push(self.kernels.join("sim/sim.cpp"));
         let (queue, objects) = (Mutex::new(sources.iter()), Mutex::new(Vec::new()));
         let next = || queue.lock().unwrap().next();
