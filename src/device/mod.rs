@@ -104,6 +104,19 @@ impl Device {
         Ok(())
     }
 
+    /// Copies `from` to `to`, both of this device.
+    ///
+    /// # Errors
+    /// As [`Device::write`].
+    pub fn copy<T: Pod>(&self, to: ViewMut<'_, T>, from: View<'_, T>) -> Result<()> {
+        shape::check("copy", "to", &[from.len()], to.len())?;
+        match self {
+            Self::Cpu(_) => to.host().copy_from_slice(from.host()),
+            Self::Cuda(cuda) => cuda.copy(to, from)?,
+        }
+        Ok(())
+    }
+
     /// A line for people: kind, threads, instruction set.
     #[must_use]
     pub fn describe(&self) -> String {

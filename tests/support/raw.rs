@@ -62,6 +62,7 @@ impl Kernel<'_> {
             u64,
             c_int,
         ) -> c_int;
+        // SAFETY: the symbols of sim.cpp have the types above; the rest is the caller's promise.
         unsafe {
             let library = libloading::Library::new(library).unwrap();
             let alloc = library.get::<Alloc>("sim_alloc").unwrap();
@@ -97,6 +98,7 @@ impl Kernel<'_> {
         inputs: &[&[u8]],
         mut last: c_int,
     ) -> Result<(), result::DriverError> {
+        // SAFETY: handles are used in the context that made them; the rest is the caller's promise.
         unsafe {
             result::init()?;
             let context = result::primary_ctx::retain(result::device::get(0)?)?;

@@ -271,6 +271,13 @@ impl Driver for Gpu {
         self.synchronize()
     }
 
+    unsafe fn copy(&self, to: NonNull<u8>, from: NonNull<u8>, bytes: usize) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the caller's promise.
+        unsafe { result::memcpy_dtod_async(dptr(to), dptr(from), bytes, self.stream) }
+            .map_err(failed("copying on the device"))
+    }
+
     unsafe fn fill(&self, to: NonNull<u8>, byte: u8, bytes: usize) -> Result<()> {
         self.enter()?;
         // SAFETY: the caller's promise.

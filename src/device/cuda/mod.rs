@@ -54,6 +54,9 @@ trait Driver: std::fmt::Debug + Send + Sync {
     /// `from` has `to.len()` bytes of device memory.
     unsafe fn copy_out(&self, to: &mut [u8], from: NonNull<u8>) -> Result<()>;
     /// # Safety
+    /// `from` and `to` have `bytes` bytes of device memory, those of `to` used by nobody else.
+    unsafe fn copy(&self, to: NonNull<u8>, from: NonNull<u8>, bytes: usize) -> Result<()>;
+    /// # Safety
     /// `to` has `bytes` bytes of device memory that nobody else uses.
     unsafe fn fill(&self, to: NonNull<u8>, byte: u8, bytes: usize) -> Result<()>;
     /// Forbids or allows kernels to touch memory, where that can be enforced.
@@ -155,6 +158,15 @@ impl Cuda {
         }
         // SAFETY: an exclusive view of device memory holds `len` elements.
         unsafe { self.driver.copy_in(at, bytemuck::cast_slice(from)) }
+    }
+
+    /// Copies device memory; the lengths are equal.
+    pub(super) fn copy<T: Pod>(&self, to: ViewMut<'_, T>, from: View<'_, T>) -> Result<()> {
+        assert_eq!(to.len(), from.len());
+        let bytes = from.len() * size_of::<T>();
+        let (to, from) = (to.device_ptr()?, from.device_ptr()?);
+        // SAFETY: views of device memory hold their elements, and one that writes is exclusive.
+        unsafe { self.driver.copy(to, from, bytes) }
     }
 
     /// # Safety

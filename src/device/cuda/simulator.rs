@@ -114,6 +114,12 @@ impl Driver for Simulator {
         Ok(())
     }
 
+    unsafe fn copy(&self, to: NonNull<u8>, from: NonNull<u8>, bytes: usize) -> Result<()> {
+        // SAFETY: as above.
+        unsafe { to.as_ptr().copy_from_nonoverlapping(from.as_ptr(), bytes) };
+        Ok(())
+    }
+
     unsafe fn fill(&self, to: NonNull<u8>, byte: u8, bytes: usize) -> Result<()> {
         // SAFETY: as above.
         unsafe { to.as_ptr().write_bytes(byte, bytes) };

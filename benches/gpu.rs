@@ -1,0 +1,217 @@
+//! Every CUDA kernel at the sizes of an 8B model (hidden 4096, MLP 14,336, vocabulary 128,256) and 8,192 tokens:
+//! device time by events, random data, buffers rotated past the cache, beside a copy in the same run.
+//!
+//! `cargo bench --bench gpu` runs all, `cargo bench --bench gpu -- norm` a part; `$WARPO_RESULTS` names a JSON
+//! file for the results. Without a GPU it says so; with `$WARPO_SIM`, a library of the simulator, it runs tiny
+//! sizes there, which measures nothing.
+
+#![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used)]
+
+use std::{cell::RefCell, path::Path, process::Command, time::Duration};
+
+use criterion::Criterion;
+use half::bf16;
+use serde_json::{Value, json};
+use warpo::{
+    device::{Buffer, Cuda, Device, Element, cuda::Order},
+    ops::{adamw, grad_norm, rms_norm, sample},
+    rng::{Philox, Purpose, Stream},
+};
+
+/// More than one round of these is larger than any cache.
+const SETS: usize = 4;
+
+struct Sizes {
+    rows: usize,
+    hidden: usize,
+    vocab: usize,
+    /// Rows of a decoding step.
+    batch: usize,
+    weights: usize,
+}
+
+const SIZES: Sizes =
+    Sizes { rows: 8192, hidden: 4096, vocab: 128_256, batch: 256, weights: 500_000_000 };
+const TINY: Sizes = Sizes { rows: 9, hidden: 64, vocab: 99, batch: 2, weights: 5000 };
+
+struct Bench {
+    criterion: Criterion,
+    dev: Device,
+    sizes: Sizes,
+    /// Bytes a second, read and written.
+    copy: f64,
+    results: Vec<Value>,
+}
+
+impl Bench {
+    fn cuda(&self) -> &Cuda {
+        let Device::Cuda(cuda) = &self.dev else { panic!("{:?}", self.dev) };
+        cuda
+    }
+
+    /// Random numbers, the same million again and again.
+    fn input<T: Element>(&self, stream: u64, n: usize) -> Buffer<'static, T> {
+        let draw = Philox::new(1, stream, 0, Purpose::Init);
+        let some: Vec<T> = (0..n.min(1 << 20) as u32).map(|i| T::of(draw.normal(i))).collect();
+        let all: Vec<T> = some.iter().copied().cycle().take(n).collect();
+        Buffer::of(&self.dev, "bench", &all).unwrap()
+    }
+
+    fn inputs<T: Element>(&self, stream: u64, n: usize) -> [Buffer<'static, T>; SETS] {
+        std::array::from_fn(|i| self.input(stream + 100 * i as u64, n))
+    }
+
+    /// Measures `f`, which moves `bytes` bytes and is given the set to work on.
+    fn run(&mut self, name: &str, bytes: usize, mut f: impl FnMut(&Device, usize)) {
+        let (cuda, dev, seconds) = (self.cuda().clone(), self.dev.clone(), RefCell::new(vec![]));
+        let mut set = 0;
+        self.criterion.bench_function(name, |b| {
+            b.iter_custom(|n| {
+                let work = || {
+                    for _ in 0..n {
+                        set = (set + 1) % SETS;
+                        f(&dev, set);
+                    }
+                    Ok(())
+                };
+                let took = cuda.time(work).unwrap();
+                seconds.borrow_mut().push(took / n as f64);
+                Duration::from_secs_f64(took)
+            });
+        });
+        let mut all = seconds.into_inner();
+        all.sort_by(f64::total_cmp);
+        let Some(median) = all.get(all.len() / 2) else { return };
+        let rate = bytes as f64 / median;
+        let (us, gb, share) = (median * 1e6, rate / 1e9, rate / self.copy);
+        println!("    {us:>10.1} us  {gb:>7.0} GB/s  {:>4.0} % of a copy", 100.0 * share);
+        self.results.push(json!({
+            "name": name, "microseconds": us, "bytes": bytes, "GB/s": gb, "of a copy": share,
+        }));
+    }
+}
+
+/// Bytes a second that a copy of device memory reads and writes.
+fn copy(b: &Bench) -> f64 {
+    let n = 4 * b.sizes.rows * b.sizes.hidden;
+    let (x, mut y) = (b.inputs::<f32>(1, n), b.inputs::<f32>(2, n));
+    let mut one = |i: usize| {
+        let copy = || b.dev.copy(y[i % SETS].view_mut(), x[i % SETS].view());
+        b.cuda().time(copy).unwrap()
+    };
+    let mut all: Vec<f64> = (0..20).map(&mut one).collect();
+    all.sort_by(f64::total_cmp);
+    8.0 * n as f64 / all[all.len() / 2]
+}
+
+fn norms(b: &mut Bench) {
+    let Sizes { rows, hidden, .. } = b.sizes;
+    let n = rows * hidden;
+    let (x, mut y) = (b.inputs::<bf16>(1, n), b.inputs::<bf16>(2, n));
+    let (dy, w) = (b.inputs::<bf16>(3, n), b.input::<bf16>(4, hidden));
+    let (mut rstd, mut dw) = (b.input::<f32>(5, rows), b.input::<f32>(6, hidden));
+    let mut scratch = b.input::<f32>(7, rms_norm::scratch_len(rows, hidden));
+    b.run("rms_norm/forward", 4 * n, |dev, i| {
+        let (y, rstd) = (y[i].view_mut(), rstd.view_mut());
+        rms_norm::forward(dev, y, rstd, x[i].view(), w.view(), 1e-5).unwrap();
+    });
+    b.run("rms_norm/backward", 6 * n, |dev, i| {
+        let (dx, dw, scratch) = (y[i].view_mut(), dw.view_mut(), scratch.view_mut());
+        let (dy, x, w, rstd) = (dy[i].view(), x[i].view(), w.view(), rstd.view());
+        rms_norm::backward(dev, dx, dw, scratch, dy, x, w, rstd).unwrap();
+    });
+}
+
+fn sampling(b: &mut Bench) {
+    let Sizes { batch, vocab, .. } = b.sizes;
+    let n = batch * vocab;
+    let z = b.inputs::<bf16>(1, n);
+    let mut scratch = b.input::<f32>(2, sample::scratch_len(batch, vocab));
+    let samples: Vec<u64> = (0..batch as u64).collect();
+    let samples = Buffer::of(&b.dev, "samples", &samples).unwrap();
+    let positions = Buffer::of(&b.dev, "positions", &vec![5u32; batch]).unwrap();
+    let mut tokens = Buffer::new(&b.dev, "tokens", batch).unwrap();
+    let all = sample::Params::default();
+    let stream = Stream { seed: 1, step: 2, purpose: Purpose::Sample };
+    for (name, params) in [
+        ("sample/greedy", sample::Params::greedy()),
+        ("sample/whole", all),
+        ("sample/top_k", sample::Params { top_k: 50, ..all }),
+        ("sample/top_p", sample::Params { top_p: 0.9, ..all }),
+    ] {
+        b.run(name, 2 * n, |dev, i| {
+            let (t, room) = (tokens.view_mut(), scratch.view_mut());
+            let (z, s, p) = (z[i].view(), samples.view(), positions.view());
+            sample::next(dev, t, z, &params, stream, s, p, room).unwrap();
+        });
+    }
+}
+
+fn optimizer(b: &mut Bench) {
+    let n = b.sizes.weights;
+    // Larger than any cache already: one set.
+    let (mut p, g) = (b.input::<f32>(1, n), b.input::<f32>(2, n));
+    let (mut m, mut v) = (b.input::<f32>(3, n), Buffer::<f32>::zeros(&b.dev, "v", n).unwrap());
+    let mut copy = b.input::<bf16>(4, n);
+    let starts = Buffer::of(&b.dev, "starts", &[0u32]).unwrap();
+    let hyper = adamw::Hyper {
+        learning_rate: 1e-4,
+        beta1: 0.9,
+        beta2: 0.999,
+        epsilon: 1e-8,
+        weight_decay: 0.01,
+    };
+    b.run("adamw", 30 * n, |dev, _| {
+        let (p, m, v) = (p.view_mut(), m.view_mut(), v.view_mut());
+        let state = adamw::State { p, m, v, copy: Some(copy.view_mut()) };
+        adamw::step(dev, state, g.view(), starts.view(), 0.5, 3, &hyper).unwrap();
+    });
+    b.run("grad_norm", 4 * n, |dev, _| {
+        grad_norm::norm(dev, g.view()).unwrap();
+    });
+    b.run("first_bad", 4 * n, |dev, _| {
+        grad_norm::first_bad(dev, g.view()).unwrap();
+    });
+}
+
+/// What nvidia-smi says of the card now; nothing if there is none.
+fn card() -> String {
+    let fields =
+        "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu";
+    let mut command = Command::new("nvidia-smi");
+    command.arg(format!("--query-gpu={fields}")).arg("--format=csv,noheader");
+    let said = command.output().map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned());
+    format!("{fields}: {}", said.unwrap_or_default())
+}
+
+fn main() {
+    let simulator = std::env::var_os("WARPO_SIM");
+    let (dev, sizes) = match simulator.as_ref().map(Path::new) {
+        Some(library) => (Cuda::simulated(library, Order::default()).map(Device::Cuda), TINY),
+        None => (Device::from_name("cuda", 0), SIZES),
+    };
+    let dev = match dev {
+        Ok(dev) => dev,
+        Err(e) => {
+            println!("nothing is measured: {e}");
+            std::process::exit(i32::from(std::env::var_os("WARPO_GPU").is_some()));
+        }
+    };
+    println!("{}", dev.describe());
+    let criterion = Criterion::default()
+        .sample_size(15)
+        .warm_up_time(Duration::from_millis(300))
+        .measurement_time(Duration::from_secs(1))
+        .configure_from_args();
+    let mut b = Bench { criterion, dev, sizes, copy: f64::NAN, results: Vec::new() };
+    b.copy = copy(&b);
+    println!("a copy moves {:.0} GB/s", b.copy / 1e9);
+    for group in [norms, sampling, optimizer] {
+        group(&mut b);
+    }
+    b.criterion.final_summary();
+    let Some(path) = std::env::var_os("WARPO_RESULTS") else { return };
+    let (device, copy) = (b.dev.describe(), b.copy / 1e9);
+    let all = json!({ "device": device, "card": card(), "copy GB/s": copy, "ops": b.results });
+    std::fs::write(path, serde_json::to_string_pretty(&all).unwrap() + "\n").unwrap();
+}

@@ -1,0 +1,187 @@
+"""The ops of benches/gpu.rs in torch, eager and compiled, at the same sizes, timed by events on the same GPU.
+
+usage: gpu_ops.py RESULTS.json      adds torch's times to the file that `cargo bench --bench gpu` wrote, prints a table
+       gpu_ops.py --cpu             runs each op once on the CPU at a tiny size: shows that they run, measures nothing
+"""
+
+import json
+import statistics
+import sys
+
+import torch
+import torch.nn.functional as F
+
+TINY = sys.argv[1:] == ["--cpu"]
+DEV = "cpu" if TINY else "cuda"
+ROWS, HIDDEN, MLP, HEADS, VOCAB, BATCH = (9, 64, 80, 4, 99, 2) if TINY else (8192, 4096, 14336, 32, 128256, 256)
+WEIGHTS, TOKENS = (5000, 1000) if TINY else (500_000_000, 4_000_000)
+SETS = 1 if TINY else 4  # more than one round of these is larger than any cache
+BF16, F32 = torch.bfloat16, torch.float32
+
+
+def randn(*shape, dtype=BF16):
+    return torch.randn(*shape, device=DEV, dtype=dtype)
+
+
+def backward_of(f, x, *rest):
+    """Forward outside the timing, gradients of the inputs and weights inside."""
+    inputs = [t.requires_grad_() for t in (x, *rest)]
+    y = f(*inputs)
+    dy = torch.randn_like(y)
+    return lambda: torch.autograd.grad(y, inputs, dy, retain_graph=True)
+
+
+def rms_norm(x, w):
+    return F.rms_norm(x, (HIDDEN,), w, 1e-5)
+
+
+def layer_norm(x, w, b):
+    return F.layer_norm(x, (HIDDEN,), w, b, 1e-5)
+
+
+def swiglu(gate_up):
+    gate, up = gate_up.chunk(2, -1)
+    return F.silu(gate) * up
+
+
+def rotate(x, cos, sin):
+    a, b = x.chunk(2, -1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def sample(z, k=None, p=None):
+    if k is not None:
+        z = z.masked_fill(z < z.topk(k).values[:, -1:], -torch.inf)
+    if p is not None:
+        s, order = z.sort(-1)
+        drop = s.softmax(-1).cumsum(-1) <= 1 - p
+        z = z.masked_fill(drop.scatter(1, order, drop), -torch.inf)
+    return torch.multinomial(z.float().softmax(-1), 1)
+
+
+def ppo_loss(logp, old, adv):
+    ratio = (logp - old).exp()
+    loss = torch.maximum(-adv * ratio, -adv * ratio.clamp(0.8, 1.2))
+    # verl and TRL read their metrics off the same columns
+    with torch.no_grad():
+        clipped = ((ratio < 0.8) | (ratio > 1.2)).float().mean()
+        approx_kl = (ratio - 1 - (logp - old)).mean()
+    return loss.mean(), clipped, approx_kl
+
+
+class Loss:
+    """A loss and its gradient in the first column."""
+
+    def __init__(self, f):
+        self.f = f
+
+    def __call__(self, *columns):
+        out = self.f(*columns)
+        (out[0] if isinstance(out, tuple) else out).backward()
+
+    def compiled(self):
+        return Loss(torch.compile(self.f))
+
+
+def ops():
+    """Name, a function that makes an input set, the op on it."""
+    x = lambda: (randn(ROWS, HIDDEN), randn(HIDDEN))
+    yield "rms_norm/forward", x, rms_norm
+    yield "rms_norm/backward", lambda: (backward_of(rms_norm, *x()),), None
+    xb = lambda: (randn(ROWS, HIDDEN), randn(HIDDEN), randn(HIDDEN))
+    yield "layer_norm/forward", xb, layer_norm
+    yield "layer_norm/backward", lambda: (backward_of(layer_norm, *xb()),), None
+    yield "activation/swiglu", lambda: (randn(ROWS, 2 * MLP),), swiglu
+    yield "activation/swiglu_backward", lambda: (backward_of(swiglu, randn(ROWS, 2 * MLP)),), None
+    gelu = lambda x: F.gelu(x, approximate="tanh")
+    yield "activation/gelu", lambda: (randn(ROWS, MLP),), gelu
+    yield "activation/gelu_backward", lambda: (backward_of(gelu, randn(ROWS, MLP)),), None
+    yield "residual", lambda: (randn(ROWS, HIDDEN), randn(ROWS, HIDDEN)), lambda y, x: y.add_(x)
+    d = HIDDEN // HEADS
+    angles = lambda: (randn(ROWS, HEADS, d), randn(ROWS, 1, d // 2), randn(ROWS, 1, d // 2))
+    yield "rope", angles, rotate
+    ids = lambda: torch.randint(VOCAB, (ROWS,), device=DEV)
+    yield "embedding/forward", lambda: (ids(), randn(VOCAB, HIDDEN)), F.embedding
+    table = lambda: randn(VOCAB, HIDDEN, dtype=F32 if TINY else BF16)
+    yield "embedding/backward", lambda: (backward_of(lambda w, i=ids(): F.embedding(i, w), table()),), None
+    z = lambda: (randn(BATCH, VOCAB),)
+    yield "sample/greedy", z, lambda z: z.argmax(-1)
+    yield "sample/whole", z, sample
+    yield "sample/top_k", z, lambda z: sample(z, k=50)
+    yield "sample/top_p", z, lambda z: sample(z, p=0.9)
+    columns = lambda n: lambda: tuple(randn(TOKENS, dtype=F32) for _ in range(n))
+    # of which the first has a gradient
+    loss = lambda n: lambda: (randn(TOKENS, dtype=F32).requires_grad_(), *columns(n - 1)())
+    yield "ppo_loss", loss(3), Loss(ppo_loss)
+    clip = lambda v, old: old + (v - old).clamp(-0.2, 0.2)
+    value_loss = lambda v, old, ret: torch.maximum((v - ret) ** 2, (clip(v, old) - ret) ** 2).mean() / 2
+    yield "value_loss", loss(3), Loss(value_loss)
+    yield "nll", loss(2), Loss(lambda logp, w: -(logp * w).mean())
+    pairs = lambda: (randn(TOKENS // 2, 2, dtype=F32).requires_grad_(),)
+    yield "bradley_terry", pairs, Loss(lambda s: -F.logsigmoid(s[:, 0] - s[:, 1]).mean())
+    k3 = lambda d: torch.exp(-d) - 1 + d
+    yield "kl", columns(2), lambda logp, ref: k3(logp - ref)
+    yield "whiten", columns(1), lambda x: (x - x.mean()) * torch.rsqrt(x.var() + 1e-8)
+    yield "grad_norm", lambda: (randn(WEIGHTS, dtype=F32),), lambda g: g.norm()
+    yield "first_bad", lambda: (randn(WEIGHTS, dtype=F32),), lambda g: g.isfinite().all()
+
+
+def time(f, sets):
+    """Median seconds of a call, rotating among the sets."""
+    for s in sets:
+        f(*s)
+    if TINY:
+        return 0.0
+    times = []
+    for _ in range(15):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for s in sets:
+            f(*s)
+        end.record()
+        torch.cuda.synchronize()
+        times.append(start.elapsed_time(end) / 1e3 / len(sets))
+    return statistics.median(times)
+
+
+def adamw():
+    p = randn(WEIGHTS, dtype=F32).requires_grad_()
+    p.grad = randn(WEIGHTS, dtype=F32)
+    optimizer = torch.optim.AdamW([p], lr=1e-4, fused=not TINY)
+    return time(lambda: optimizer.step(), [()])
+
+
+def main():
+    results = {"ops": []} if TINY else json.load(open(sys.argv[1]))
+    ours = {op["name"]: op for op in results["ops"]}
+    print(f"{'op':28} {'Warpo us':>10} {'eager':>10} {'compiled':>10}   best torch / Warpo")
+    for name, make, f in ops():
+        if not TINY and name not in ours:
+            continue
+        sets = [make() for _ in range(SETS)]
+        if f is None:  # the gradient's own function is the input
+            eager, compiled = time(lambda g: g(), sets), 0.0
+        else:
+            eager = time(f, sets)
+            fast = f.compiled() if isinstance(f, Loss) else torch.compile(f)
+            compiled = time(fast, sets) if not TINY else 0.0
+        report(ours, name, eager, compiled)
+        del sets
+        if not TINY:
+            torch.cuda.empty_cache()
+    report(ours, "adamw", adamw(), 0.0)
+    if not TINY:
+        results["torch"] = torch.__version__
+        json.dump(results, open(sys.argv[1], "w"), indent=2)
+
+
+def report(ours, name, eager, compiled):
+    op = ours.get(name, {})
+    op["torch eager us"], op["torch compiled us"] = eager * 1e6, compiled * 1e6
+    times = [t * 1e6 for t in (eager, compiled) if t > 0]
+    warpo = op.get("microseconds", 0.0)
+    ratio = min(times) / warpo if times and warpo else 0.0
+    print(f"{name:28} {warpo:10.1f} {eager * 1e6:10.1f} {compiled * 1e6:10.1f}   {ratio:.2f}")
+
+
+main()
