@@ -1,7 +1,7 @@
 //! The loss of supervised fine-tuning: the weighted negative log-likelihood of tokens.
 
 use crate::{
-    device::{Device, Float, View, ViewMut},
+    device::{Device, Float, View, ViewMut, cuda::kernels::nll as kernel},
     error::Result,
     shape,
 };
@@ -18,15 +18,25 @@ pub fn forward<F: Float>(
     weights: View<'_, F>,
     denominator: f64,
 ) -> Result<f64> {
-    dev.on_cpu("nll")?;
     let n = logp.len();
     shape::check("nll", "weights", &[n], weights.len())?;
     shape::check("nll", "dlogp", &[n], dlogp.len())?;
-    let (d, logp, weights) = (dlogp.host(), logp.host(), weights.host());
-    let mut sum = 0.0;
-    for i in 0..n {
-        sum -= weights[i].f64() * logp[i].f64();
-        d[i] = F::of(-weights[i].f64() / denominator);
+    match dev {
+        Device::Cpu(_) => {
+            let (d, logp, weights) = (dlogp.host(), logp.host(), weights.host());
+            let mut sum = 0.0;
+            for i in 0..n {
+                sum -= weights[i].f64() * logp[i].f64();
+                d[i] = F::of(-weights[i].f64() / denominator);
+            }
+            Ok(sum / denominator)
+        }
+        Device::Cuda(cuda) => {
+            let scale = 1.0 / denominator;
+            let [loss] = cuda.sums(n, 0, |launch, partial, share| {
+                kernel::forward(cuda, launch, dlogp, partial, logp, weights, n, share, scale)
+            })?;
+            Ok(loss)
+        }
     }
-    Ok(sum / denominator)
 }

@@ -8,7 +8,7 @@ use warpo::{
     Result,
     device::{
         Arena, Buffer, Cuda, Device, View,
-        cuda::{Launch, Order, kernels::rms_norm as kernel},
+        cuda::{Launch, Order, PARTS, Parts, kernels::rms_norm as kernel},
     },
     ops::matmul,
 };
@@ -245,6 +245,40 @@ fn a_launch_refuses_what_its_kernel_cannot_take() {
 fn is_f64(text: &str) {
     let want = "device `cuda` is not available: `rms_norm_forward` has no kernel for F64";
     assert_eq!(text, want);
+}
+
+#[test]
+fn a_column_has_a_few_parts_of_whole_tiles() {
+    assert_eq!(Parts::of(0).count, 0);
+    for (tokens, count, share) in [
+        (1, 1, 1024),
+        (1024, 1, 1024),
+        (1025, 2, 1024),
+        (PARTS * 1024, PARTS, 1024),
+        (PARTS * 1024 + 1, 129, 2048),
+        (PARTS * 2048, PARTS, 2048),
+        (PARTS * 2048 + 1, 171, 3072),
+    ] {
+        assert_eq!(Parts::of(tokens), Parts { count, share }, "{tokens}");
+    }
+}
+
+#[test]
+fn a_reduction_starts_from_nan_and_has_few_parts() {
+    let Some(dev) = device() else { return };
+    let Device::Cuda(cuda) = &dev else { panic!("{dev:?}") };
+    for _ in 0..2 {
+        let [a, b] = cuda
+            .reduce::<f64, 2>(PARTS, |total, partial| {
+                assert!(dev.read(partial.view())?.iter().all(|x| x.is_nan()));
+                assert_eq!(partial.len(), 2 * PARTS);
+                dev.write(total.range(0..1), &[5.0])
+            })
+            .unwrap();
+        assert!(a == 5.0 && b.is_nan());
+    }
+    let e = refusal(cuda.reduce::<f64, 2>(PARTS + 1, |_, _| Ok(())));
+    assert_eq!(e, "device `cuda` is not available: a reduction of 257 parts, wanted at most 256");
 }
 
 #[test]

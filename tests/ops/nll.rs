@@ -5,14 +5,28 @@ use warpo::{
     ops::nll,
 };
 
-use crate::support::{OP, assert_bits, assert_close, assert_nan_only, gradcheck, randn, refusal};
+use crate::support::{
+    OP, assert_bits, assert_close, assert_nan_only, gradcheck, host, randn, refusal,
+    sim::{self, Column, FloatCase, Lab, Variant, rounded},
+};
 
 /// The loss and dlogp.
 fn forward<F: Float>(logp: &[F], weights: &[F], denominator: f64) -> (f64, Vec<F>) {
-    let mut d = vec![F::of(f64::NAN); logp.len()];
-    let (d_, dev) = ((&mut d).into(), Device::cpu());
-    let loss = nll::forward(&dev, d_, logp.into(), weights.into(), denominator).unwrap();
-    (loss, d)
+    forward_on(host(), 0, logp, weights, denominator).unwrap()
+}
+
+/// The same of columns that begin `first` elements into their memory.
+fn forward_on<F: Float>(
+    dev: &Device,
+    first: usize,
+    logp: &[F],
+    weights: &[F],
+    denominator: f64,
+) -> warpo::Result<(f64, Vec<F>)> {
+    let mut d = Column::room(dev, first, logp.len());
+    let [logp, weights] = [logp, weights].map(|x| Column::of(dev, first, x));
+    let loss = nll::forward(dev, d.view_mut(), logp.view(), weights.view(), denominator)?;
+    Ok((loss, d.read()))
 }
 
 #[test]
@@ -54,6 +68,59 @@ fn a_nan_is_not_hidden() {
     assert_nan_only("weight", &d, &clean, 3..4);
     (weights[3], logp[3]) = (0.0, f32::NAN);
     assert!(forward(&logp, &weights, 5.0).0.is_nan(), "nor by a weight of 0");
+}
+
+struct Tokens {
+    first: usize,
+    n: usize,
+}
+
+impl FloatCase for Tokens {
+    fn run<F: Float>(&self, lab: &mut Lab<'_>) -> warpo::Result<()> {
+        let (logp, weights) = (rounded::<F>("logp", self.n), rounded("w", self.n));
+        let (loss, d) = forward_on(lab.dev(), self.first, &logp, &weights, 7.0)?;
+        lab.sums("loss", &[loss]);
+        lab.column("dlogp", &d);
+        Ok(())
+    }
+}
+
+/// No tokens, one, those around a thread's and around a block's, three blocks; columns that begin at a
+/// packet and beside one.
+#[test]
+fn kernels_are_as_exact_as_plain_ones() {
+    sim::check(|sim| {
+        for (first, n) in
+            [(0, 0), (0, 1), (1, 3), (0, 4), (0, 5), (1, 1023), (0, 1024), (2, 1025), (0, 2051)]
+        {
+            sim.hold_f32(&Tokens { first, n });
+        }
+        let none = refusal(forward_on(&sim.device(sim.orders()[0]), 0, &[0.0], &[0.0], 1.0));
+        let says = "device `cuda` is not available: `nll_forward` has no kernel for F64";
+        assert_eq!(none, says);
+    });
+}
+
+/// More tokens than blocks take at once: they have two tiles each, the last block the rest of one.
+#[test]
+fn a_block_takes_as_many_tiles_as_it_must() {
+    sim::check(|sim| {
+        if matches!(sim.variant, Variant::Address | Variant::Thread) {
+            return;
+        }
+        let n = 256 * 1024 + 5;
+        let (logp, weights): (Vec<f32>, Vec<f32>) = (randn("logp", n), randn("w", n));
+        let want = forward(&logp, &weights, 8.0);
+        let orders = sim.orders();
+        let both = [0, 1].map(|i| {
+            let (loss, d) = forward_on(&sim.device(orders[i]), 0, &logp, &weights, 8.0).unwrap();
+            assert_close("loss", &[loss], &[want.0], 1e-12, 1e-12);
+            // a power of two divides exactly
+            assert_bits("dlogp", &d, &want.1);
+            loss
+        });
+        assert_bits("loss", &both[..1], &both[1..]);
+    });
 }
 
 #[test]

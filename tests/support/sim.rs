@@ -7,6 +7,7 @@ use std::{
     ffi::OsStr,
     fs,
     hash::{Hash, Hasher},
+    ops::Range,
     path::{Path, PathBuf},
     process::Command,
     sync::{Mutex, OnceLock},
@@ -16,12 +17,12 @@ use bytemuck::Pod;
 use half::bf16;
 use warpo::{
     Result,
-    device::{Buffer, Cuda, Device, Element, Float},
+    device::{Buffer, Cuda, Device, Element, Float, View, ViewMut},
 };
 
 pub use warpo::device::cuda::Order;
 
-use super::{assert_earned_to, host, randn};
+use super::{assert_close, assert_earned_to, host, randn};
 
 #[allow(clippy::duplicate_mod)]
 #[path = "../../kernels/scan.rs"]
@@ -217,6 +218,10 @@ impl Sim {
             }
             for ((o, p), t) in ours.iter().zip(plain).zip(truth) {
                 let what = format!("{} {name}", o.name);
+                if o.sums {
+                    assert_close(&what, &o.x, &t.x, 1e-12, 1e-12);
+                    continue;
+                }
                 let rounded: Vec<f32> = p.x.iter().map(|x| (o.round)(*x) as f32).collect();
                 let largest = t.x.iter().fold(0.0f64, |m, t| m.max(t.abs()));
                 assert_earned_to((o.epsilon)() * largest, &what, &o.x, &rounded, &t.x);
@@ -284,6 +289,8 @@ struct Output {
     x: Vec<f64>,
     /// By row, not summed over rows.
     rows: bool,
+    /// Sums that every device makes in f64.
+    sums: bool,
     /// Of its type.
     epsilon: fn() -> f64,
     round: fn(f64) -> f64,
@@ -328,25 +335,81 @@ impl<'a> Lab<'a> {
 
     /// Keeps an output that is summed over rows.
     pub fn sum<T: Element>(&mut self, name: &'static str, x: &Buffer<'_, T>) {
-        self.keep(name, x, false);
+        let x = self.dev.read(x.view()).unwrap();
+        self.keep(name, &x, false, false);
     }
 
     /// Keeps an output that has a part for each row.
     pub fn by_row<T: Element>(&mut self, name: &'static str, x: &Buffer<'_, T>) {
-        self.keep(name, x, true);
+        let x = self.dev.read(x.view()).unwrap();
+        self.keep(name, &x, true, false);
     }
 
-    fn keep<T: Element>(&mut self, name: &'static str, x: &Buffer<'_, T>, rows: bool) {
-        let x = self.dev.read(x.view()).unwrap();
+    /// Keeps a column that was read back.
+    pub fn column<T: Element>(&mut self, name: &'static str, x: &[T]) {
+        self.keep(name, x, false, false);
+    }
+
+    /// Keeps sums that every device makes in f64, from the same terms but for their last bits.
+    pub fn sums(&mut self, name: &'static str, x: &[f64]) {
+        self.keep(name, x, false, true);
+    }
+
+    fn keep<T: Element>(&mut self, name: &'static str, x: &[T], rows: bool, sums: bool) {
         self.outputs.push(Output {
             name,
-            bits: bytemuck::cast_slice(&x).to_vec(),
+            bits: bytemuck::cast_slice(x).to_vec(),
             x: x.iter().map(|x| x.f64()).collect(),
             rows,
+            sums,
             epsilon: epsilon::<T>,
             round: |x| T::of(x).f64(),
         });
     }
+}
+
+/// A column of tokens that may begin anywhere in its memory, NaN around it.
+pub struct Column<F: 'static> {
+    dev: Device,
+    memory: Buffer<'static, F>,
+    at: Range<usize>,
+}
+
+impl<F: Float> Column<F> {
+    /// A copy of `x` that begins `first` elements into its memory.
+    pub fn of(dev: &Device, first: usize, x: &[F]) -> Self {
+        let nan = |n| vec![F::of(f64::NAN); n];
+        let all = [&nan(first), x, &nan(3)].concat();
+        let memory = Buffer::of(dev, "test", &all).unwrap();
+        Self { dev: dev.clone(), memory, at: first..first + x.len() }
+    }
+
+    /// Room for `n` numbers, NaN.
+    pub fn room(dev: &Device, first: usize, n: usize) -> Self {
+        Self::of(dev, first, &vec![F::of(f64::NAN); n])
+    }
+
+    pub fn view(&self) -> View<'_, F> {
+        self.memory.view().range(self.at.clone())
+    }
+
+    pub fn view_mut(&mut self) -> ViewMut<'_, F> {
+        self.memory.view_mut().range(self.at.clone())
+    }
+
+    /// What is in it. Nobody wrote beside it.
+    #[track_caller]
+    pub fn read(&self) -> Vec<F> {
+        let all = self.dev.read(self.memory.view()).unwrap();
+        let mut around = all[..self.at.start].iter().chain(&all[self.at.end..]);
+        assert!(around.all(|x| x.is_nan()), "written beside a column");
+        all[self.at.clone()].to_vec()
+    }
+}
+
+/// `n` random numbers of f32, whatever they are stored in.
+pub fn rounded<F: Float>(name: &str, n: usize) -> Vec<F> {
+    randn::<f32>(name, n).iter().map(|x| F::of(f64::from(*x))).collect()
 }
 
 /// One compilation of the simulator; objects are named after all that goes into them, so that what

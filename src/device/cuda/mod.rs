@@ -24,7 +24,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 
-pub use room::PARTS;
+pub use room::{PARTS, Parts};
 pub use simulator::Order;
 
 /// A handle to a GPU, or to the simulator of one. Cloning shares it.

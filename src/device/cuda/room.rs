@@ -8,7 +8,7 @@ use std::{
 
 use bytemuck::Pod;
 
-use super::{Cuda, Driver, device_error};
+use super::{Cuda, Driver, Launch, device_error, kernels};
 use crate::{
     device::buffer::{Region, ViewMut},
     error::Result,
@@ -17,6 +17,28 @@ use crate::{
 /// Parts that kernels divide a reduction into at most; a constant, so that the order of a sum depends on
 /// its length and not on the device.
 pub const PARTS: usize = 256;
+
+/// Tokens that a block takes at a time: 16 bytes a thread.
+const TILE: usize = 4 * kernels::sums::THREADS;
+
+/// How kernels divide a column of tokens (`kernels/include/tokens.cuh`), as their number says and nothing
+/// else.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Parts {
+    /// Parts, a block each, at most [`PARTS`].
+    pub count: usize,
+    /// Tokens of a part, whole tiles; the last one has what is left.
+    pub share: usize,
+}
+
+impl Parts {
+    /// The parts of `tokens` tokens.
+    #[must_use]
+    pub fn of(tokens: usize) -> Self {
+        let share = tokens.div_ceil(PARTS * TILE).max(1) * TILE;
+        Self { count: tokens.div_ceil(share), share }
+    }
+}
 
 /// Holds results of 16 numbers of 8 bytes, and as many for each part.
 const BYTES: usize = (PARTS + 1) * 16 * 8;
@@ -57,7 +79,9 @@ impl Cuda {
     ) -> Result<[T; N]> {
         const { assert!(size_of::<T>() <= 8 && N <= 16) };
         if parts > PARTS {
-            return Err(device_error(format!("a reduction of {parts} parts, wanted {PARTS}")));
+            return Err(device_error(format!(
+                "a reduction of {parts} parts, wanted at most {PARTS}"
+            )));
         }
         let room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
         // SAFETY: the room is ours while it is locked.
@@ -74,5 +98,25 @@ impl Cuda {
         let mut out = [T::zeroed(); N];
         out.copy_from_slice(&self.read(total.view())?);
         Ok(out)
+    }
+
+    /// `N` sums over a column of `tokens` tokens, of which the last `maxima` are maxima: `work` launches a
+    /// kernel that leaves those of each part in a row of its second argument. 0 without tokens.
+    ///
+    /// # Errors
+    /// As [`Cuda::reduce`].
+    pub fn sums<const N: usize>(
+        &self,
+        tokens: usize,
+        maxima: usize,
+        work: impl FnOnce(Launch, ViewMut<'_, f64>, usize) -> Result<()>,
+    ) -> Result<[f64; N]> {
+        let parts = Parts::of(tokens);
+        self.reduce(parts.count, |total, mut partial| {
+            let launch = Launch::row(parts.count, kernels::sums::THREADS / 32 * N * 8)?;
+            work(launch, partial.reborrow(), parts.share)?;
+            let (launch, partial) = (Launch::row(1, 0)?, partial.view());
+            kernels::sums::total(self, launch, total, partial, parts.count, N, maxima)
+        })
     }
 }
