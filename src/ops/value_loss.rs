@@ -2,7 +2,7 @@
 //! (Schulman et al. 2017, OpenAI baselines; as TRL, OpenRLHF and verl compute it)
 
 use crate::{
-    device::{Device, Float, View, ViewMut},
+    device::{Device, Float, View, ViewMut, cuda::kernels::value_loss as kernel},
     error::Result,
     shape,
 };
@@ -50,15 +50,38 @@ pub fn forward<F: Float>(
     coef: f64,
     denominator: f64,
 ) -> Result<Stats> {
-    dev.on_cpu("value_loss")?;
     let n = v.len();
     shape::check("value_loss", "old", &[n], old.len())?;
     shape::check("value_loss", "returns", &[n], returns.len())?;
     shape::check("value_loss", "dv", &[n], dv.len())?;
-    let (dv, v, old, returns) = (dv.host(), v.host(), old.host(), returns.host());
     let scale = coef / denominator;
-    let mut stats = Stats { tokens: n as f64, ..Stats::default() };
-    for i in 0..n {
+    match dev {
+        Device::Cpu(_) => {
+            let (v, old, returns) = (v.host(), old.host(), returns.host());
+            Ok(on_cpu(dv.host(), v, old, returns, clip, scale))
+        }
+        Device::Cuda(cuda) => {
+            let (old, clip) = (clip.map(|_| old), clip.unwrap_or(0.0));
+            let [loss, value, clipped, squared_error] =
+                cuda.sums(n, 0, |launch, partial, share| {
+                    let ret = returns;
+                    kernel::forward(cuda, launch, dv, partial, v, old, ret, n, share, clip, scale)
+                })?;
+            Ok(Stats { tokens: n as f64, loss, value, clipped, squared_error })
+        }
+    }
+}
+
+fn on_cpu<F: Float>(
+    dv: &mut [F],
+    v: &[F],
+    old: &[F],
+    returns: &[F],
+    clip: Option<f64>,
+    scale: f64,
+) -> Stats {
+    let mut stats = Stats { tokens: v.len() as f64, ..Stats::default() };
+    for i in 0..v.len() {
         let (v, old, ret) = (v[i].f64(), old[i].f64(), returns[i].f64());
         let error = v - ret;
         let (mut loss, mut slope) = (0.5 * error * error, error);
@@ -82,5 +105,5 @@ pub fn forward<F: Float>(
         stats.squared_error += error * error;
         dv[i] = F::of(slope * scale);
     }
-    Ok(stats)
+    stats
 }

@@ -7,30 +7,51 @@ use warpo::{
 };
 
 use crate::support::{
-    OP, assert_bits, assert_close, assert_nan_only, gather, gradcheck, randn, refusal, shuffled,
+    OP, assert_bits, assert_close, assert_nan_only, gather, gradcheck, host, randn, refusal,
+    shuffled,
+    sim::{self, Column, FloatCase, Lab, rounded},
 };
 
 /// Stats and dv; `coef` 0.5.
 fn forward<F: Float>(v: &[F], old: &[F], ret: &[F], clip: Option<f64>, n: f64) -> (Stats, Vec<F>) {
-    let mut dv = vec![F::of(f64::NAN); v.len()];
-    let (dv_, dev) = ((&mut dv).into(), Device::cpu());
-    let (v, old, ret) = (v.into(), old.into(), ret.into());
-    (value_loss::forward(&dev, dv_, v, old, ret, clip, 0.5, n).unwrap(), dv)
+    forward_on(host(), 0, [v, old, ret], clip, n).unwrap()
 }
+
+/// The same of columns that begin `first` elements into their memory.
+fn forward_on<F: Float>(
+    dev: &Device,
+    first: usize,
+    columns: [&[F]; 3],
+    clip: Option<f64>,
+    n: f64,
+) -> warpo::Result<(Stats, Vec<F>)> {
+    let mut dv = Column::room(dev, first, columns[0].len());
+    let columns = columns.map(|x| Column::of(dev, first, x));
+    let [v, old, ret] = columns.each_ref().map(Column::view);
+    let stats = value_loss::forward(dev, dv.view_mut(), v, old, ret, clip, 0.5, n)?;
+    Ok((stats, dv.read()))
+}
+
+fn list(s: &Stats) -> [f64; 5] {
+    [s.tokens, s.loss, s.value, s.clipped, s.squared_error]
+}
+
+/// Value, return, loss, slope and clipped tokens, with an old value of 1 and a clip of 0.25: values may
+/// move from 0.75 to 1.25.
+const BRANCHES: [(f64, f64, f64, f64, f64); 8] = [
+    (1.125, 2.0, 0.382_812_5, -0.875, 0.0), // inside: (1.125 - 2)^2 / 2
+    (1.5, 0.0, 1.125, 1.5, 0.0),            // outside, the bound 1.25 is nearer: no effect
+    (1.5, 2.0, 0.281_25, 0.0, 1.0),         // outside, the bound is farther: (1.25 - 2)^2 / 2
+    (0.5, 0.0, 0.281_25, 0.0, 1.0),         // the same below
+    (0.5, 2.0, 1.125, -1.5, 0.0),
+    (1.25, 0.0, 0.781_25, 1.25, 0.0),       // on the bound: inside
+    (1.5, 1.375, 0.007_812_5, 0.0625, 0.0), // a tie outside: half, as torch.max
+    (0.5, 0.625, 0.007_812_5, -0.0625, 0.0),
+];
 
 #[test]
 fn hand_worked() {
-    // old 1, clip 0.25: values may move from 0.75 to 1.25
-    for (v, ret, loss, slope, clipped) in [
-        (1.125, 2.0, 0.382_812_5, -0.875, 0.0), // inside: (1.125 - 2)^2 / 2
-        (1.5, 0.0, 1.125, 1.5, 0.0),            // outside, the bound 1.25 is nearer: no effect
-        (1.5, 2.0, 0.281_25, 0.0, 1.0),         // outside, the bound is farther: (1.25 - 2)^2 / 2
-        (0.5, 0.0, 0.281_25, 0.0, 1.0),         // the same below
-        (0.5, 2.0, 1.125, -1.5, 0.0),
-        (1.25, 0.0, 0.781_25, 1.25, 0.0), // on the bound: inside
-        (1.5, 1.375, 0.007_812_5, 0.0625, 0.0), // a tie outside: half, as torch.max
-        (0.5, 0.625, 0.007_812_5, -0.0625, 0.0),
-    ] {
+    for (v, ret, loss, slope, clipped) in BRANCHES {
         let what = format!("v {v}, return {ret}");
         let (s, dv) = forward(&[v], &[1.0], &[ret], Some(0.25), 1.0);
         assert_close(&what, &[s.loss, dv[0]], &[0.5 * loss, 0.5 * slope], 0.0, 0.0);
@@ -67,7 +88,6 @@ fn micro_batches_add_up() {
         let (rest, high) = forward(&v[cut..], &old[cut..], &ret[cut..], Some(0.2), 41.0);
         s.merge(&rest);
         assert_bits(&format!("cut {cut}"), &[low, high].concat(), &dv);
-        let list = |s: &Stats| [s.tokens, s.loss, s.value, s.clipped, s.squared_error];
         assert_close(&format!("cut {cut}"), &list(&s), &list(&whole), 1e-14, 1e-14);
     }
     let order = shuffled("order", 41);
@@ -94,6 +114,67 @@ fn a_nan_stays_in_its_token() {
             assert_nan_only(&format!("column {i}, clip {clip:?}"), &dv, &clean, 4..5);
         }
     }
+}
+
+struct Values {
+    first: usize,
+    n: usize,
+    clip: Option<f64>,
+}
+
+impl FloatCase for Values {
+    fn run<F: Float>(&self, lab: &mut Lab<'_>) -> warpo::Result<()> {
+        let columns: [Vec<F>; 3] = ["v", "old", "ret"].map(|name| rounded(name, self.n));
+        let columns = columns.each_ref().map(|x| &x[..]);
+        let (s, dv) = forward_on(lab.dev(), self.first, columns, self.clip, 7.0)?;
+        lab.sums("stats", &list(&s));
+        lab.column("dv", &dv);
+        Ok(())
+    }
+}
+
+/// No tokens, one, those around a thread's and around a block's, three blocks; columns that begin at a
+/// packet and beside one.
+#[test]
+fn kernels_are_as_exact_as_plain_ones() {
+    sim::check(|sim| {
+        for (first, n) in
+            [(0, 0), (0, 1), (1, 3), (0, 4), (0, 5), (1, 1023), (0, 1024), (2, 1025), (0, 2051)]
+        {
+            sim.hold_f32(&Values { first, n, clip: Some(0.2) });
+        }
+        sim.hold_f32(&Values { first: 0, n: 9, clip: None });
+    });
+}
+
+/// Every branch and tie by its bits, NaN in every column, and f64.
+#[test]
+fn kernels_take_the_branches_of_the_cpu() {
+    sim::check(|sim| {
+        let dev = sim.device(sim.orders()[1]);
+        let [v, ret] = [0, 1].map(|i| BRANCHES.map(|b| [b.0, b.1][i] as f32).to_vec());
+        let columns = [v, vec![1.0; 8], ret];
+        let mut bad = Vec::new();
+        for column in 0..3 {
+            for token in [0, 1, 2] {
+                let mut columns = columns.clone();
+                columns[column][token] = f32::NAN;
+                bad.push(columns);
+            }
+        }
+        for columns in bad.iter().chain([&columns]) {
+            let columns = columns.each_ref().map(|x| &x[..]);
+            for clip in [None, Some(0.25)] {
+                let want = forward(columns[0], columns[1], columns[2], clip, 8.0);
+                let got = forward_on(&dev, 1, columns, clip, 8.0).unwrap();
+                assert_bits("dv", &got.1, &want.1);
+                let nan = |s: &Stats| list(s).map(|x| if x.is_nan() { 1e9 } else { x });
+                assert_close("stats", &nan(&got.0), &nan(&want.0), 1e-15, 1e-15);
+            }
+        }
+        let says = "device `cuda` is not available: `value_loss_forward` has no kernel for F64";
+        assert_eq!(refusal(forward_on(&dev, 0, [&[0.0][..]; 3], None, 1.0)), says);
+    });
 }
 
 #[test]
