@@ -4,7 +4,7 @@
 //! `-log sigmoid(chosen - rejected - margin) + centre (chosen + rejected)²`, mean over pairs.
 
 use crate::{
-    device::{Device, Float, View, ViewMut},
+    device::{Device, Float, View, ViewMut, cuda::kernels::bradley_terry as kernel},
     error::Result,
     shape,
 };
@@ -48,13 +48,36 @@ pub fn forward<F: Float>(
     centre: f64,
     denominator: f64,
 ) -> Result<Stats> {
-    dev.on_cpu("bradley_terry")?;
     let pairs = shape::rows("bradley_terry", "scores", scores.len(), 2)?;
     shape::check("bradley_terry", "dscores", &[pairs, 2], dscores.len())?;
     if !margins.is_empty() {
         shape::check("bradley_terry", "margins", &[pairs], margins.len())?;
     }
-    let (d, scores, margins) = (dscores.host(), scores.host(), margins.host());
+    match dev {
+        Device::Cpu(_) => {
+            let (d, scores, margins) = (dscores.host(), scores.host(), margins.host());
+            Ok(on_cpu(d, scores, margins, centre, denominator))
+        }
+        Device::Cuda(cuda) => {
+            let (n, scale) = (scores.len(), 1.0 / denominator);
+            let margins = Some(margins).filter(|m| !m.is_empty());
+            let [loss, right, difference, score] = cuda.sums(n, 0, |launch, partial, share| {
+                let (d, s, m) = (dscores, scores, margins);
+                kernel::forward(cuda, launch, d, partial, s, m, n, share, centre, scale)
+            })?;
+            Ok(Stats { pairs: pairs as f64, loss, right, difference, score })
+        }
+    }
+}
+
+fn on_cpu<F: Float>(
+    d: &mut [F],
+    scores: &[F],
+    margins: &[F],
+    centre: f64,
+    denominator: f64,
+) -> Stats {
+    let pairs = scores.len() / 2;
     let mut stats = Stats { pairs: pairs as f64, ..Stats::default() };
     for i in 0..pairs {
         let (c, r) = (scores[2 * i].f64(), scores[2 * i + 1].f64());
@@ -71,5 +94,5 @@ pub fn forward<F: Float>(
         d[2 * i] = F::of((pull - wrong) / denominator);
         d[2 * i + 1] = F::of((pull + wrong) / denominator);
     }
-    Ok(stats)
+    stats
 }

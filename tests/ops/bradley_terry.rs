@@ -6,15 +6,35 @@ use warpo::{
 };
 
 use crate::support::{
-    OP, assert_bits, assert_close, assert_earned, assert_nan_only, golden::Golden, gradcheck,
-    narrow, randn, refusal,
+    OP, assert_bits, assert_close, assert_earned, assert_nan_only,
+    golden::Golden,
+    gradcheck, host, narrow, randn, refusal,
+    sim::{self, Column, FloatCase, Lab, rounded},
+    wide,
 };
 
 fn forward<F: Float>(scores: &[F], margins: &[F], centre: f64, n: f64) -> (Stats, Vec<F>) {
-    let mut d = vec![F::of(f64::NAN); scores.len()];
-    let (d_, dev) = ((&mut d).into(), Device::cpu());
-    let (scores, margins) = (scores.into(), margins.into());
-    (bradley_terry::forward(&dev, d_, scores, margins, centre, n).unwrap(), d)
+    forward_on(host(), 0, scores, margins, centre, n).unwrap()
+}
+
+/// The same of columns that begin `first` elements into their memory.
+fn forward_on<F: Float>(
+    dev: &Device,
+    first: usize,
+    scores: &[F],
+    margins: &[F],
+    centre: f64,
+    n: f64,
+) -> warpo::Result<(Stats, Vec<F>)> {
+    let mut d = Column::room(dev, first, scores.len());
+    let [scores, margins] = [scores, margins].map(|x| Column::of(dev, first, x));
+    let (scores, margins) = (scores.view(), margins.view());
+    let stats = bradley_terry::forward(dev, d.view_mut(), scores, margins, centre, n)?;
+    Ok((stats, d.read()))
+}
+
+fn list(s: &Stats) -> [f64; 5] {
+    [s.pairs, s.loss, s.right, s.difference, s.score]
 }
 
 #[test]
@@ -99,7 +119,6 @@ fn micro_batches_add_up() {
         let (high, dhigh) = forward(&scores[2 * cut..], &margins[cut..], 0.1, 13.0);
         s.merge(&high);
         assert_bits(&format!("cut {cut}"), &[dlow, dhigh].concat(), &d);
-        let list = |s: &Stats| [s.pairs, s.loss, s.right, s.difference, s.score];
         assert_close(&format!("cut {cut}"), &list(&s), &list(&whole), 1e-14, 1e-14);
     }
 }
@@ -115,6 +134,61 @@ fn a_nan_stays_in_its_pair() {
         assert_nan_only("d", &d, &clean, 4..6);
         scores[i] = good;
     }
+}
+
+struct Pairs {
+    first: usize,
+    n: usize,
+    margins: bool,
+}
+
+impl FloatCase for Pairs {
+    fn run<F: Float>(&self, lab: &mut Lab<'_>) -> warpo::Result<()> {
+        let scores: Vec<F> = rounded("scores", 2 * self.n);
+        let margins: Vec<F> = rounded("margins", if self.margins { self.n } else { 0 });
+        let (s, d) = forward_on(lab.dev(), self.first, &scores, &margins, 0.1, 7.0)?;
+        lab.sums("stats", &list(&s));
+        lab.column("dscores", &d);
+        Ok(())
+    }
+}
+
+/// No pairs, one, those around a thread's and around a block's, three blocks; columns that begin at a
+/// packet and beside one.
+#[test]
+fn kernels_are_as_exact_as_plain_ones() {
+    sim::check(|sim| {
+        for (first, n) in [(0, 0), (0, 1), (1, 2), (0, 3), (1, 511), (0, 512), (3, 513), (0, 1025)]
+        {
+            sim.hold_f32(&Pairs { first, n, margins: true });
+        }
+        sim.hold_f32(&Pairs { first: 0, n: 5, margins: false });
+    });
+}
+
+/// Ties, differences without end on both sides, NaN; and f64.
+#[test]
+fn kernels_overflow_on_neither_side() {
+    sim::check(|sim| {
+        let dev = sim.device(sim.orders()[1]);
+        let scores = [1000.0, 0.0, 0.0, 1000.0, 0.5, 0.5, 50.0, 0.0f32];
+        let (want, d) = forward(&scores, &[], 0.0, 1.0);
+        let (got, ours) = forward_on(&dev, 0, &scores, &[], 0.0, 1.0).unwrap();
+        assert_eq!(got.right, 2.0, "a tie is not right");
+        assert_close("stats", &list(&got), &list(&want), 0.0, 1e-14);
+        assert_close("dscores", &ours, &wide(&d), 0.0, 1e-7);
+        let (alone, _) = forward_on(&dev, 0, &scores[6..], &[], 0.0, 1.0).unwrap();
+        assert_close("far right", &[alone.loss], &[(-50f64).exp()], 0.0, 1e-14);
+        for i in [2, 3] {
+            let mut bad = scores;
+            bad[i] = f32::NAN;
+            let (s, d) = forward_on(&dev, 0, &bad, &[], 0.0, 1.0).unwrap();
+            assert!(s.loss.is_nan() && s.difference.is_nan());
+            assert_nan_only("dscores", &d, &ours, 2..4);
+        }
+        let says = "device `cuda` is not available: `bradley_terry_forward` has no kernel for F64";
+        assert_eq!(refusal(forward_on(&dev, 0, &[0.0; 2], &[], 0.0, 1.0)), says);
+    });
 }
 
 #[test]
