@@ -1,17 +1,21 @@
 //! Per-token estimators of KL(policy || reference) from the log-probs of sampled tokens.
 //! (Schulman 2020, "Approximating KL divergence")
 
-use crate::device::Float;
+use crate::{
+    device::{Device, Float, View, ViewMut, cuda::kernels::kl as kernel},
+    error::Result,
+    shape,
+};
 
-/// With `d = logp - ref`:
+/// With `d = logp - ref`; the kernels know them by number:
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum KlEstimator {
     /// `d`: unbiased, may be negative.
-    K1,
+    K1 = 1,
     /// `d²/2`: biased, low variance.
-    K2,
+    K2 = 2,
     /// `e^-d - 1 + d`: unbiased, never negative.
-    K3,
+    K3 = 3,
 }
 
 impl KlEstimator {
@@ -36,6 +40,44 @@ impl KlEstimator {
             Self::K1 => F::ONE,
             Self::K2 => d,
             Self::K3 => F::ONE - (-d).exp(),
+        }
+    }
+}
+
+/// Writes `out = scale * k(logp, reference)` `[tokens]`, such as the penalty in the rewards, and returns the
+/// sum of the estimates `k` themselves, in nats.
+///
+/// Reads 2, writes 1 number a token.
+///
+/// # Errors
+/// [`crate::Error::Shape`] if the columns differ in length.
+pub fn forward<F: Float>(
+    dev: &Device,
+    out: ViewMut<'_, F>,
+    logp: View<'_, F>,
+    reference: View<'_, F>,
+    estimator: KlEstimator,
+    scale: f64,
+) -> Result<f64> {
+    let n = logp.len();
+    shape::check("kl", "reference", &[n], reference.len())?;
+    shape::check("kl", "out", &[n], out.len())?;
+    match dev {
+        Device::Cpu(_) => {
+            let mut sum = 0.0;
+            for ((out, l), r) in out.host().iter_mut().zip(logp.host()).zip(reference.host()) {
+                let k = estimator.value(l.f64(), r.f64());
+                sum += k;
+                *out = F::of(scale * k);
+            }
+            Ok(sum)
+        }
+        Device::Cuda(cuda) => {
+            let [sum] = cuda.sums(n, 0, |launch, partial, share| {
+                let (r, k) = (reference, estimator as usize);
+                kernel::forward(cuda, launch, out, partial, logp, r, n, share, k, scale)
+            })?;
+            Ok(sum)
         }
     }
 }
