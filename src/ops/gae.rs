@@ -1,7 +1,10 @@
 //! Generalised advantage estimation over packed, ragged sequences.  (Schulman et al. 2016, eq. 16)
 
 use crate::{
-    device::{Device, Float, View, ViewMut},
+    device::{
+        Device, Float, View, ViewMut,
+        cuda::{Launch, kernels::gae as kernel},
+    },
     error::{Error, Result},
     shape,
 };
@@ -31,7 +34,7 @@ pub fn check_offsets(op: &str, offsets: &[u32], len: usize) -> Result<()> {
 /// * `rewards`, `values` `[tokens]`: reward of each token, value *before* each token
 /// * `offsets` `[sequences + 1]`: where each sequence begins
 ///
-/// Reads 2, writes 2 numbers a token.
+/// Reads 2, writes 2 numbers a token. On a CUDA device it waits for the offsets, to check them.
 ///
 /// # Errors
 /// [`Error::Shape`] if the columns differ in length, [`Error::Value`] if offsets do not cover them.
@@ -46,24 +49,35 @@ pub fn forward<F: Float>(
     gamma: F,
     lambda: F,
 ) -> Result<()> {
-    dev.on_cpu("gae")?;
     let n = rewards.len();
     shape::check("gae", "values", &[n], values.len())?;
     shape::check("gae", "advantages", &[n], advantages.len())?;
     shape::check("gae", "returns", &[n], returns.len())?;
-    check_offsets("gae", offsets.host(), n)?;
-    let (advantages, returns) = (advantages.host(), returns.host());
-    let (rewards, values) = (rewards.host(), values.host());
-    // A few numbers a token: one thread is done before a second would have started.
-    for w in offsets.host().windows(2) {
-        let (mut next_value, mut next_advantage) = (F::ZERO, F::ZERO);
-        for t in (w[0] as usize..w[1] as usize).rev() {
-            let delta = rewards[t] + gamma * next_value - values[t];
-            next_advantage = delta + gamma * lambda * next_advantage;
-            next_value = values[t];
-            advantages[t] = next_advantage;
-            returns[t] = next_advantage + values[t];
+    match dev {
+        Device::Cpu(_) => {
+            check_offsets("gae", offsets.host(), n)?;
+            let (advantages, returns) = (advantages.host(), returns.host());
+            let (rewards, values) = (rewards.host(), values.host());
+            // A few numbers a token: one thread is done before a second would have started.
+            for w in offsets.host().windows(2) {
+                let (mut next_value, mut next_advantage) = (F::ZERO, F::ZERO);
+                for t in (w[0] as usize..w[1] as usize).rev() {
+                    let delta = rewards[t] + gamma * next_value - values[t];
+                    next_advantage = delta + gamma * lambda * next_advantage;
+                    next_value = values[t];
+                    advantages[t] = next_advantage;
+                    returns[t] = next_advantage + values[t];
+                }
+            }
+            Ok(())
+        }
+        Device::Cuda(cuda) => {
+            // The kernel would follow a wrong offset out of the columns.
+            check_offsets("gae", &dev.read(offsets)?, n)?;
+            let sequences = offsets.len().saturating_sub(1);
+            let launch = Launch::row(sequences, kernel::THREADS / 32 * 8)?;
+            let (a, ret, r, v) = (advantages, returns, rewards, values);
+            kernel::forward(cuda, launch, a, ret, r, v, offsets, gamma, lambda)
         }
     }
-    Ok(())
 }

@@ -1,12 +1,15 @@
 //! Advantage estimation: hand-worked sequences, goldens, what one sequence may not do to another.
 
 use warpo::{
-    device::{Device, Float},
+    device::{Buffer, Device, Float},
     ops::gae,
 };
 
 use crate::support::{
-    assert_bits, assert_close, assert_earned, golden::Golden, narrow, randn, refusal,
+    assert_bits, assert_close, assert_earned,
+    golden::Golden,
+    host, narrow, randn, refusal,
+    sim::{self, Column, FloatCase, Lab, rounded},
 };
 
 /// Advantages and returns.
@@ -17,20 +20,27 @@ fn forward<F: Float>(
     gamma: f64,
     lambda: f64,
 ) -> (Vec<F>, Vec<F>) {
-    let nan = vec![F::of(f64::NAN); rewards.len()];
-    let (mut advantages, mut returns) = (nan.clone(), nan);
-    gae::forward(
-        &Device::cpu(),
-        (&mut advantages).into(),
-        (&mut returns).into(),
-        rewards.into(),
-        values.into(),
-        offsets.into(),
-        F::of(gamma),
-        F::of(lambda),
-    )
-    .unwrap();
-    (advantages, returns)
+    forward_on(host(), 0, [rewards, values], offsets, gamma, lambda).unwrap()
+}
+
+/// The same of columns that begin `first` elements into their memory.
+fn forward_on<F: Float>(
+    dev: &Device,
+    first: usize,
+    columns: [&[F]; 2],
+    offsets: &[u32],
+    gamma: f64,
+    lambda: f64,
+) -> warpo::Result<(Vec<F>, Vec<F>)> {
+    let [mut advantages, mut returns] =
+        [(); 2].map(|()| Column::room(dev, first, columns[0].len()));
+    let [rewards, values] = columns.map(|x| Column::of(dev, first, x));
+    let (a, ret) = (advantages.view_mut(), returns.view_mut());
+    let (rewards, values) = (rewards.view(), values.view());
+    let offsets = Buffer::of(dev, "offsets", offsets)?;
+    let (gamma, lambda) = (F::of(gamma), F::of(lambda));
+    gae::forward(dev, a, ret, rewards, values, offsets.view(), gamma, lambda)?;
+    Ok((advantages.read(), returns.read()))
 }
 
 /// Sequences of three, none and two tokens.
@@ -135,6 +145,90 @@ fn a_reward_on_the_last_token_reaches_every_token() {
     let more = forward(&rewards, &VALUES, &OFFSETS, 1.0, 1.0).0;
     let gain: Vec<f64> = more.iter().zip(&base).map(|(a, b)| a - b).collect();
     assert_eq!(gain, [16.0, 16.0, 16.0, 0.0, 0.0]);
+}
+
+struct Sequences<'a> {
+    first: usize,
+    lens: &'a [usize],
+    gamma: f64,
+    lambda: f64,
+}
+
+fn offsets(lens: &[usize]) -> Vec<u32> {
+    let mut out = vec![0];
+    lens.iter().for_each(|n| out.push(out.last().unwrap() + *n as u32));
+    out
+}
+
+impl FloatCase for Sequences<'_> {
+    fn run<F: Float>(&self, lab: &mut Lab<'_>) -> warpo::Result<()> {
+        let n = self.lens.iter().sum();
+        let (rewards, values): (Vec<F>, Vec<F>) = (rounded("r", n), rounded("v", n));
+        let (offsets, columns) = (offsets(self.lens), [&rewards[..], &values]);
+        let (gamma, lambda) = (self.gamma, self.lambda);
+        let (a, r) = forward_on(lab.dev(), self.first, columns, &offsets, gamma, lambda)?;
+        lab.column("advantages", &a);
+        lab.column("returns", &r);
+        Ok(())
+    }
+}
+
+/// No sequences, empty ones, one token, those around a warp's and a block's, three chunks of a block.
+#[test]
+fn kernels_are_as_exact_as_plain_ones() {
+    sim::check(|sim| {
+        let most = [1, 0, 31, 32, 33, 2, 255, 256, 257, 600];
+        for (first, lens, gamma, lambda) in [
+            (0, &[][..], 1.0, 0.95),
+            (0, &[0, 0], 1.0, 0.95),
+            (0, &most, 1.0, 0.95),
+            (1, &[67, 1, 300], 0.99, 1.0),
+            (0, &[5, 40], 0.9, 0.0),
+            (0, &[5, 40], 0.0, 0.9),
+        ] {
+            sim.hold_f32(&Sequences { first, lens, gamma, lambda });
+        }
+    });
+}
+
+/// A sequence has the same bits alone, among others and beside a packet; a NaN reaches its own earlier
+/// tokens only.
+#[test]
+fn kernel_sequences_do_not_see_each_other() {
+    sim::check(|sim| {
+        let dev = sim.device(sim.orders()[1]);
+        let run = |first, [r, v]: [&[f32]; 2], offsets: &[u32]| {
+            forward_on(&dev, first, [r, v], offsets, 0.99, 0.95).unwrap()
+        };
+        let offsets = offsets(&[7, 0, 1, 300, 35]);
+        let (r, v): (Vec<f32>, Vec<f32>) = (randn("r", 343), randn("v", 343));
+        let (advantages, returns) = run(0, [&r, &v], &offsets);
+        for w in offsets.windows(2) {
+            let at = w[0] as usize..w[1] as usize;
+            let alone = run(1, [&r[at.clone()], &v[at.clone()]], &[0, w[1] - w[0]]);
+            assert_bits("advantages alone", &alone.0, &advantages[at.clone()]);
+            assert_bits("returns alone", &alone.1, &returns[at]);
+        }
+        for column in [0, 1] {
+            let mut bad = [r.clone(), v.clone()];
+            bad[column][290] = f32::NAN;
+            let a = run(0, [&bad[0], &bad[1]], &offsets).0;
+            assert!(a[8..291].iter().all(|a| a.is_nan()));
+            assert_bits("before", &a[..8], &advantages[..8]);
+            assert_bits("after", &a[291..], &advantages[291..]);
+        }
+        // The kernel would follow them out of the columns.
+        for (offsets, says) in [
+            (&[0, 3, 2, 5][..], "gae: offsets: got 2 after 3, wanted ascending numbers"),
+            (&[0, 6], "gae: offsets: got Some(0) to Some(6), wanted 0 to 5"),
+        ] {
+            let columns = [&r[..5], &v[..5]];
+            assert_eq!(refusal(forward_on(&dev, 0, columns, offsets, 1.0, 1.0)), says);
+        }
+        let says = "device `cuda` is not available: `gae_forward` has no kernel for F64";
+        let columns = [&REWARDS[..], &VALUES];
+        assert_eq!(refusal(forward_on(&dev, 0, columns, &OFFSETS, 1.0, 1.0)), says);
+    });
 }
 
 #[test]
