@@ -298,7 +298,7 @@ fn losses(c: &mut Criterion) {
             .unwrap();
     });
     bench(&mut g, "whiten/cpu/f32/65536", moves(4 * n), || {
-        let moments = Moments::of(View::from(&d));
+        let moments = Moments::of(dev, View::from(&d)).unwrap();
         whiten::apply(dev, (&mut d).into(), &moments, true, Variance::Unbiased, 1e-8).unwrap();
     });
     let (mut sum, a) = (0.0f32, KlEstimator::K3);

@@ -287,7 +287,7 @@ impl Algorithm for Ppo {
             WhitenVariance::Biased => Variance::Biased,
         };
         if s.whiten_rewards {
-            let moments = Moments::of(View::from(&c.rewards));
+            let moments = Moments::of(dev, View::from(&c.rewards))?;
             whiten::apply(dev, (&mut c.rewards).into(), &moments, false, variance, 1e-8)?;
         }
         let (n, sequences) = (c.tokens(), c.sequences() as f64);
@@ -305,7 +305,7 @@ impl Algorithm for Ppo {
         )?;
         let explained = explained_variance(&c.old_values, &c.returns);
         if s.whiten_advantages {
-            let moments = Moments::of(View::from(&c.advantages));
+            let moments = Moments::of(dev, View::from(&c.advantages))?;
             whiten::apply(dev, (&mut c.advantages).into(), &moments, true, variance, 1e-8)?;
         }
         let mean = |x: &[f32]| x.iter().map(|x| f64::from(*x)).sum::<f64>() / x.len() as f64;

@@ -2,7 +2,10 @@
 //! no mask to forget.
 
 use crate::{
-    device::{Device, Float, View, ViewMut},
+    device::{
+        Device, Float, View, ViewMut,
+        cuda::{Launch, Parts, kernels::whiten as kernel},
+    },
     error::Result,
 };
 
@@ -27,17 +30,33 @@ pub struct Moments {
 }
 
 impl Moments {
-    /// The moments of a column, in two passes in f64.
-    #[must_use]
-    pub fn of<F: Float>(x: View<'_, F>) -> Self {
-        let x = x.host();
-        if x.is_empty() {
-            return Self::default();
+    /// The moments of a column in f64, as exact as in two passes; on the CPU in two.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if the device fails.
+    pub fn of<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Self> {
+        let n = x.len();
+        if n == 0 {
+            return Ok(Self::default());
         }
-        let count = x.len() as f64;
-        let mean = x.iter().map(|x| x.f64()).sum::<f64>() / count;
-        let squares = x.iter().map(|x| (x.f64() - mean) * (x.f64() - mean)).sum();
-        Self { count, mean, squares }
+        match dev {
+            Device::Cpu(_) => {
+                let (x, count) = (x.host(), n as f64);
+                let mean = x.iter().map(|x| x.f64()).sum::<f64>() / count;
+                let squares = x.iter().map(|x| (x.f64() - mean) * (x.f64() - mean)).sum();
+                Ok(Self { count, mean, squares })
+            }
+            Device::Cuda(cuda) => {
+                let (parts, room) = (Parts::of(n), kernel::THREADS / 32 * 8);
+                let [count, mean, squares] = cuda.reduce(parts.count, |moments, mut partial| {
+                    let (launch, to) = (Launch::row(parts.count, room)?, partial.reborrow());
+                    kernel::partial(cuda, launch, to, x, n, parts.share)?;
+                    let (launch, partial) = (Launch::row(1, room)?, partial.view());
+                    kernel::moments(cuda, launch, moments, partial, parts.count)
+                })?;
+                Ok(Self { count, mean, squares })
+            }
+        }
     }
 
     /// The variance; 0 where it is not defined.
@@ -55,7 +74,7 @@ impl Moments {
 /// (`eps` = 1e-8 in TRL, verl and OpenRLHF.)
 ///
 /// # Errors
-/// None; the signature is that of an op.
+/// [`crate::Error::Device`] if the device fails.
 pub fn apply<F: Float>(
     dev: &Device,
     x: ViewMut<'_, F>,
@@ -64,11 +83,19 @@ pub fn apply<F: Float>(
     variance: Variance,
     eps: f64,
 ) -> Result<()> {
-    dev.on_cpu("whiten")?;
     let rstd = 1.0 / (moments.variance(variance) + eps).sqrt();
     let back = if shift_mean { 0.0 } else { moments.mean };
-    for x in x.host() {
-        *x = F::of((x.f64() - moments.mean) * rstd + back);
+    match dev {
+        Device::Cpu(_) => {
+            for x in x.host() {
+                *x = F::of((x.f64() - moments.mean) * rstd + back);
+            }
+            Ok(())
+        }
+        Device::Cuda(cuda) => {
+            let (n, parts) = (x.len(), Parts::of(x.len()));
+            let launch = Launch::row(parts.count, 0)?;
+            kernel::apply(cuda, launch, x, n, parts.share, moments.mean, rstd, back)
+        }
     }
-    Ok(())
 }

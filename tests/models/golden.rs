@@ -447,7 +447,7 @@ impl Minibatch {
         }
         let (dev, mut rewards) = (Device::cpu(), self.packed(&rewards, 1));
         if tag == "k3w/" {
-            let moments = Moments::of((&rewards).into());
+            let moments = Moments::of(&dev, (&rewards).into()).unwrap();
             let unbiased = Variance::Unbiased;
             whiten::apply(&dev, (&mut rewards).into(), &moments, false, unbiased, 1e-8).unwrap();
         }
@@ -470,7 +470,8 @@ impl Minibatch {
         same("returns", &returns, 1);
 
         let mut advantages = self.packed(&self.padded(&advantages, 1, 0.0), 0);
-        let (moments, unbiased) = (Moments::of((&advantages).into()), Variance::Unbiased);
+        let (moments, unbiased) =
+            (Moments::of(&dev, (&advantages).into()).unwrap(), Variance::Unbiased);
         whiten::apply(&dev, (&mut advantages).into(), &moments, true, unbiased, 1e-8).unwrap();
         same("advantages", &advantages, 0);
         (advantages, returns)

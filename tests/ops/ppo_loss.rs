@@ -334,7 +334,7 @@ fn chain(g: &Golden, tag: &str, estimator: KlEstimator, whitened: bool, gamma: f
         t += n;
     }
     if whitened {
-        let m = Moments::of((&rewards).into());
+        let m = Moments::of(&dev, (&rewards).into()).unwrap();
         let rewards = (&mut rewards).into();
         whiten::apply(&dev, rewards, &m, false, Variance::Unbiased, 1e-8).unwrap();
     }
@@ -349,7 +349,7 @@ fn chain(g: &Golden, tag: &str, estimator: KlEstimator, whitened: bool, gamma: f
     close("returns", &returns, &longer);
     let both = longer.iter().zip(&valid).filter(|m| *m.0).map(|m| *m.1);
     let mut advantages: Vec<f64> = raw.iter().zip(both).filter(|x| x.1).map(|x| *x.0).collect();
-    let m = Moments::of((&advantages).into());
+    let m = Moments::of(&dev, (&advantages).into()).unwrap();
     let a = (&mut advantages).into();
     whiten::apply(&dev, a, &m, true, Variance::Unbiased, 1e-8).unwrap();
     close("advantages", &advantages, &valid);
