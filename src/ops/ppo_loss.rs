@@ -7,7 +7,7 @@
 
 use super::kl::KlEstimator;
 use crate::{
-    device::{Device, Float, View, ViewMut},
+    device::{Cuda, Device, Float, View, ViewMut, cuda::kernels::ppo_loss as kernel},
     error::Result,
     shape,
 };
@@ -114,7 +114,6 @@ pub fn policy<F: Float>(
     denominator: f64,
 ) -> Result<Stats> {
     const OP: &str = "ppo_loss";
-    dev.on_cpu(OP)?;
     let n = t.logp.len();
     shape::check(OP, "old_logp", &[n], t.old_logp.len())?;
     shape::check(OP, "advantages", &[n], t.advantages.len())?;
@@ -123,15 +122,81 @@ pub fn policy<F: Float>(
     if s.kl.is_some() {
         shape::check(OP, "ref_logp", &[n], need(t.ref_logp))?;
     }
-    if s.entropy_coef != 0.0 {
+    if s.entropy_coef != 0.0 || t.entropy.is_some() {
         shape::check(OP, "entropy", &[n], need(t.entropy))?;
     }
     if let Some(d) = &dentropy {
         shape::check(OP, "dentropy", &[n], d.len())?;
     }
+    match dev {
+        Device::Cpu(_) => {
+            if let Some(d) = dentropy {
+                d.host().fill(F::of(-s.entropy_coef / denominator));
+            }
+            Ok(on_cpu(dlogp.host(), &t, s, denominator))
+        }
+        Device::Cuda(cuda) => on_cuda(cuda, dlogp, dentropy, &t, s, denominator),
+    }
+}
+
+fn on_cuda<F: Float>(
+    cuda: &Cuda,
+    dlogp: ViewMut<'_, F>,
+    dentropy: Option<ViewMut<'_, F>>,
+    t: &Tokens<'_, F>,
+    s: &Settings,
+    denominator: f64,
+) -> Result<Stats> {
+    let n = t.logp.len();
+    let (low, high) = (1.0 - s.clip_low, 1.0 + s.clip_high);
+    let dual = s.dual_clip.unwrap_or(f64::INFINITY);
+    let reference = t.ref_logp.filter(|_| s.kl.is_some());
+    let term = s.kl.map_or((0, 0, 0.0), |k| (k.estimator as usize, k.unbiased.into(), k.coef));
+    let (estimator, unbiased, coef) = term;
+    let sums = cuda.sums(n, 1, |launch, partial, share| {
+        let (logp, old, entropy, adv) = (t.logp, t.old_logp, t.entropy, t.advantages);
+        kernel::forward(
+            cuda,
+            launch,
+            dlogp,
+            dentropy,
+            partial,
+            logp,
+            old,
+            reference,
+            entropy,
+            adv,
+            n,
+            share,
+            low,
+            high,
+            dual,
+            estimator,
+            unbiased,
+            coef,
+            s.entropy_coef,
+            1.0 / denominator,
+        )
+    })?;
+    let [loss, policy, kl, entropy, low, high, dual_clipped, approx_kl, max_log_ratio] = sums;
+    Ok(Stats {
+        tokens: n as f64,
+        loss,
+        policy,
+        kl,
+        entropy,
+        clipped_low: low,
+        clipped_high: high,
+        dual_clipped,
+        approx_kl,
+        max_log_ratio,
+    })
+}
+
+fn on_cpu<F: Float>(dlogp: &mut [F], t: &Tokens<'_, F>, s: &Settings, denominator: f64) -> Stats {
     let (logp, old, adv) = (t.logp.host(), t.old_logp.host(), t.advantages.host());
     let (reference, entropy) = (t.ref_logp.map(View::host), t.entropy.map(View::host));
-    let dlogp = dlogp.host();
+    let n = logp.len();
     let mut stats = Stats { tokens: n as f64, ..Stats::default() };
     // A few numbers a token, against thousands in the model: plain f64 keeps it exact.
     for i in 0..n {
@@ -168,10 +233,7 @@ pub fn policy<F: Float>(
         }
         dlogp[i] = F::of(slope / denominator);
     }
-    if let Some(d) = dentropy {
-        d.host().fill(F::of(-s.entropy_coef / denominator));
-    }
-    Ok(stats)
+    stats
 }
 
 /// The clipped surrogate and its derivative in `logp` (`d rho / d logp = rho`).

@@ -13,8 +13,11 @@ use warpo::{
 };
 
 use crate::support::{
-    OP, assert_bits, assert_close, assert_earned, assert_nan_only, gather, golden::Golden,
-    gradcheck, narrow, randn, refusal, shuffled, wide,
+    OP, assert_bits, assert_close, assert_earned, assert_nan_only, gather,
+    golden::Golden,
+    gradcheck, host, narrow, randn, refusal, shuffled,
+    sim::{self, Column, FloatCase, Lab},
+    wide,
 };
 
 const PLAIN: Settings =
@@ -38,8 +41,8 @@ impl<F: Float> Columns<F> {
         Self { logp, old, reference, entropy, advantages }
     }
 
-    fn map(&self, f: impl Fn(&[F]) -> Vec<F>) -> Self {
-        Self {
+    fn map<G>(&self, f: impl Fn(&[F]) -> Vec<G>) -> Columns<G> {
+        Columns {
             logp: f(&self.logp),
             old: f(&self.old),
             reference: f(&self.reference),
@@ -50,18 +53,33 @@ impl<F: Float> Columns<F> {
 
     /// Stats, dlogp and dentropy.
     fn policy(&self, s: &Settings, n: f64) -> (Stats, Vec<F>, Vec<F>) {
-        let nan = vec![F::of(f64::NAN); self.logp.len()];
-        let (mut dlogp, mut dentropy) = (nan.clone(), nan);
+        self.policy_on(host(), 0, s, n).unwrap()
+    }
+
+    /// The same of columns that begin `first` elements into their memory; what is empty is not there.
+    fn policy_on(
+        &self,
+        dev: &Device,
+        first: usize,
+        s: &Settings,
+        n: f64,
+    ) -> warpo::Result<(Stats, Vec<F>, Vec<F>)> {
+        let column = |x: &Vec<F>| Column::of(dev, first, x);
+        let [logp, old, adv] = [&self.logp, &self.old, &self.advantages].map(column);
+        let [reference, entropy] = [&self.reference, &self.entropy].map(column);
+        let there = |c: &'_ Column<F>| !c.view().is_empty();
+        let mut dlogp = Column::room(dev, first, self.logp.len());
+        let mut dentropy = Column::room(dev, first, self.entropy.len());
         let tokens = Tokens {
-            logp: (&self.logp).into(),
-            old_logp: (&self.old).into(),
-            ref_logp: Some((&self.reference).into()),
-            entropy: Some((&self.entropy).into()),
-            advantages: (&self.advantages).into(),
+            logp: logp.view(),
+            old_logp: old.view(),
+            ref_logp: there(&reference).then(|| reference.view()),
+            entropy: there(&entropy).then(|| entropy.view()),
+            advantages: adv.view(),
         };
-        let (d, dent) = ((&mut dlogp).into(), Some((&mut dentropy).into()));
-        let stats = ppo_loss::policy(&Device::cpu(), d, dent, tokens, s, n).unwrap();
-        (stats, dlogp, dentropy)
+        let (d, dent) = (dlogp.view_mut(), there(&entropy).then(|| dentropy.view_mut()));
+        let stats = ppo_loss::policy(dev, d, dent, tokens, s, n)?;
+        Ok((stats, dlogp.read(), dentropy.read()))
     }
 }
 
@@ -109,7 +127,7 @@ fn hand_worked() {
     let edge = Settings { clip_high: 0.5f64.exp() - 1.0, ..PLAIN };
     let (stats, d, _) = Columns { logp: vec![0.5], ..token(1.0, 2.0) }.policy(&edge, 1.0);
     assert_eq!((stats.clipped_high, d[0]), (0.0, -2.0 * 0.5f64.exp()));
-    let nothing = token(1.0, 1.0).map(|_| vec![]);
+    let nothing = token(1.0, 1.0).map(|_| Vec::<f64>::new());
     assert_eq!(nothing.policy(&PLAIN, 1.0).0, Stats::default());
 }
 
@@ -207,13 +225,7 @@ fn micro_batches_add_up() {
 #[test]
 fn sums_are_made_in_f64() {
     let c = Columns::<f32>::random(60);
-    let same = Columns {
-        logp: wide(&c.logp),
-        old: wide(&c.old),
-        reference: wide(&c.reference),
-        entropy: wide(&c.entropy),
-        advantages: wide(&c.advantages),
-    };
+    let same = c.map(wide);
     for s in all_settings() {
         assert_eq!(c.policy(&s, 60.0).0, same.policy(&s, 60.0).0, "{s:?}");
     }
@@ -263,12 +275,91 @@ fn a_nan_does_not_disappear_from_the_maximum() {
     assert_eq!(sum.max_log_ratio, 0.5);
 }
 
+struct Policy<'a> {
+    columns: &'a Columns<f32>,
+    first: usize,
+    settings: &'a Settings,
+}
+
+impl FloatCase for Policy<'_> {
+    fn run<F: Float>(&self, lab: &mut Lab<'_>) -> warpo::Result<()> {
+        let columns = self.columns.map(|x| x.iter().map(|x| F::of(f64::from(*x))).collect());
+        let (stats, dlogp, dentropy) =
+            columns.policy_on(lab.dev(), self.first, self.settings, 60.0)?;
+        lab.sums("stats", &list(&stats));
+        lab.column("dlogp", &dlogp);
+        lab.column("dentropy", &dentropy);
+        Ok(())
+    }
+}
+
+/// No tokens, one, those around a thread's and around a block's, three blocks; columns that begin at a
+/// packet and beside one; every setting that changes the formula, and a plain loss of three columns.
+#[test]
+fn kernels_are_as_exact_as_plain_ones() {
+    sim::check(|sim| {
+        let shapes =
+            [(0, 0), (0, 1), (1, 3), (0, 4), (0, 5), (1, 1023), (0, 1024), (2, 1025), (0, 2051)];
+        let shapes = shapes.into_iter().chain(std::iter::repeat((1, 60)));
+        for ((first, n), settings) in shapes.zip(&all_settings()) {
+            sim.hold_f32(&Policy { columns: &Columns::random(n), first, settings });
+        }
+        let three = Columns { reference: vec![], entropy: vec![], ..Columns::random(60) };
+        sim.hold_f32(&Policy { columns: &three, first: 0, settings: &PLAIN });
+    });
+}
+
+/// On the bounds of the range and of dual clip, outside the range with an advantage of 0, with a ratio
+/// of 1 that all machines compute alike: the bits of the CPU.
+#[test]
+fn kernels_take_the_branches_of_the_cpu() {
+    sim::check(|sim| {
+        let dev = sim.device(sim.orders()[1]);
+        let mut c = Columns::<f32>::random(12);
+        c.old = c.logp.clone();
+        c.advantages = [-2.0, -1.0, 0.0, 0.5].repeat(3);
+        let kl = Some(KlTerm { coef: 0.5, estimator: K2, unbiased: true });
+        for (clip_low, clip_high, dual_clip, kl) in [
+            (0.0, 0.5, None, kl),
+            (0.5, 0.0, None, kl),
+            (0.5, -0.5, None, None),
+            (0.0, 0.0, Some(1.0), kl),
+        ] {
+            let s = Settings { clip_low, clip_high, dual_clip, kl, entropy_coef: 0.25 };
+            let (want, dlogp, dentropy) = c.policy(&s, 8.0);
+            let (got, ours, ours_entropy) = c.policy_on(&dev, 1, &s, 8.0).unwrap();
+            assert_bits("dlogp", &ours, &dlogp);
+            assert_bits("dentropy", &ours_entropy, &dentropy);
+            assert_close("stats", &list(&got), &list(&want), 1e-15, 1e-15);
+            assert_eq!((got.approx_kl, got.max_log_ratio), (0.0, 0.0));
+        }
+        let says = "device `cuda` is not available: `ppo_loss_forward` has no kernel for F64";
+        assert_eq!(refusal(token(1.0, 1.0).policy_on(&dev, 0, &PLAIN, 1.0)), says);
+    });
+}
+
+#[test]
+fn kernels_keep_a_nan_in_the_maximum() {
+    sim::check(|sim| {
+        let dev = sim.device(sim.orders()[1]);
+        let mut c = Columns::<f32>::random(1030);
+        let clean = c.policy_on(&dev, 0, &PLAIN, 8.0).unwrap().1;
+        for i in [0, 517, 1029] {
+            let good = std::mem::replace(&mut c.logp[i], f32::NAN);
+            let (stats, d, _) = c.policy_on(&dev, 0, &PLAIN, 8.0).unwrap();
+            assert!(stats.max_log_ratio.is_nan() && stats.loss.is_nan(), "token {i}");
+            assert_nan_only("dlogp", &d, &clean, i..i + 1);
+            c.logp[i] = good;
+        }
+    });
+}
+
 #[test]
 fn missing_and_wrong_columns_are_refused() {
     let (dev, x) = (Device::cpu(), [0.0f32; 3]);
     let kl = Some(KlTerm { coef: 0.1, estimator: K1, unbiased: false });
     let all = Settings { kl, entropy_coef: 0.1, ..PLAIN };
-    // lengths of old_logp, advantages, dlogp, ref_logp, entropy, dentropy
+    // lengths of old_logp, advantages, dlogp, dentropy; ref_logp, entropy
     let refused = |n: [usize; 4], optional: [Option<usize>; 2]| {
         let (mut d, mut dent) = ([0.0f32; 3], [0.0f32; 3]);
         let [reference, entropy] = optional.map(|n| n.map(|n| x[..n].into()));
@@ -295,6 +386,11 @@ fn missing_and_wrong_columns_are_refused() {
     ] {
         assert_eq!(refused(n, optional), format!("ppo_loss: {says}"));
     }
+    // Entropies are summed without a bonus, too.
+    let mut c = Columns::<f32>::random(3);
+    c.entropy.truncate(2);
+    let e = refusal(c.policy_on(&dev, 0, &PLAIN, 1.0));
+    assert_eq!(e, "ppo_loss: `entropy` has shape [2], wanted [3]");
 }
 
 /// One variant of TRL's PPO, from log-probs and scores to gradients. TRL keeps the value after the
