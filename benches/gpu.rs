@@ -14,7 +14,14 @@ use half::bf16;
 use serde_json::{Value, json};
 use warpo::{
     device::{Buffer, Cuda, Device, Element, cuda::Order},
-    ops::{adamw, grad_norm, rms_norm, sample},
+    ops::{
+        adamw, bradley_terry, gae, grad_norm,
+        kl::{self, KlEstimator},
+        nll,
+        ppo_loss::{self, Tokens},
+        rms_norm, sample, value_loss,
+        whiten::{self, Moments, Variance},
+    },
     rng::{Philox, Purpose, Stream},
 };
 
@@ -28,11 +35,19 @@ struct Sizes {
     /// Rows of a decoding step.
     batch: usize,
     weights: usize,
+    /// Of a step's rollouts.
+    tokens: usize,
 }
 
-const SIZES: Sizes =
-    Sizes { rows: 8192, hidden: 4096, vocab: 128_256, batch: 256, weights: 500_000_000 };
-const TINY: Sizes = Sizes { rows: 9, hidden: 64, vocab: 99, batch: 2, weights: 5000 };
+const SIZES: Sizes = Sizes {
+    rows: 8192,
+    hidden: 4096,
+    vocab: 128_256,
+    batch: 256,
+    weights: 500_000_000,
+    tokens: 4_000_000,
+};
+const TINY: Sizes = Sizes { rows: 9, hidden: 64, vocab: 99, batch: 2, weights: 5000, tokens: 2000 };
 
 struct Bench {
     criterion: Criterion,
@@ -122,6 +137,54 @@ fn norms(b: &mut Bench) {
     });
 }
 
+/// Columns of one number a token, 16 MB each.
+fn losses(b: &mut Bench) {
+    let n = b.sizes.tokens;
+    let [x, y, z] = [1, 2, 3].map(|i| b.inputs::<f32>(i, n));
+    let (mut d, mut e) = (b.inputs::<f32>(4, n), b.inputs::<f32>(5, n));
+    let settings = ppo_loss::Settings {
+        clip_low: 0.2,
+        clip_high: 0.2,
+        dual_clip: None,
+        kl: None,
+        entropy_coef: 0.0,
+    };
+    let denominator = n as f64;
+    b.run("ppo_loss", 16 * n, |dev, i| {
+        let (logp, old_logp, advantages) = (x[i].view(), y[i].view(), z[i].view());
+        let t = Tokens { logp, old_logp, ref_logp: None, entropy: None, advantages };
+        ppo_loss::policy(dev, d[i].view_mut(), None, t, &settings, denominator).unwrap();
+    });
+    b.run("value_loss", 16 * n, |dev, i| {
+        let (d, v, old, ret) = (d[i].view_mut(), x[i].view(), y[i].view(), z[i].view());
+        value_loss::forward(dev, d, v, old, ret, Some(0.2), 0.5, denominator).unwrap();
+    });
+    b.run("nll", 12 * n, |dev, i| {
+        let (d, x, y) = (d[i].view_mut(), x[i].view(), y[i].view());
+        nll::forward(dev, d, x, y, denominator).unwrap();
+    });
+    let none = Buffer::<f32>::zeros(&b.dev, "margins", 0).unwrap();
+    b.run("bradley_terry", 8 * n, |dev, i| {
+        let (d, x) = (d[i].view_mut(), x[i].view());
+        bradley_terry::forward(dev, d, x, none.view(), 0.0, denominator).unwrap();
+    });
+    b.run("kl", 12 * n, |dev, i| {
+        let (d, x, y) = (d[i].view_mut(), x[i].view(), y[i].view());
+        kl::forward(dev, d, x, y, KlEstimator::K3, -0.05).unwrap();
+    });
+    let offsets: Vec<u32> = (0..n as u32).step_by(500).chain([n as u32]).collect();
+    let offsets = Buffer::of(&b.dev, "offsets", &offsets).unwrap();
+    b.run("gae", 16 * n, |dev, i| {
+        let (a, ret, r, v) = (d[i].view_mut(), e[i].view_mut(), x[i].view(), y[i].view());
+        gae::forward(dev, a, ret, r, v, offsets.view(), 1.0, 0.95).unwrap();
+    });
+    b.run("whiten", 12 * n, |dev, i| {
+        let moments = Moments::of(dev, d[i].view()).unwrap();
+        let variance = Variance::Unbiased;
+        whiten::apply(dev, d[i].view_mut(), &moments, true, variance, 1e-8).unwrap();
+    });
+}
+
 fn sampling(b: &mut Bench) {
     let Sizes { batch, vocab, .. } = b.sizes;
     let n = batch * vocab;
@@ -206,7 +269,7 @@ fn main() {
     let mut b = Bench { criterion, dev, sizes, copy: f64::NAN, results: Vec::new() };
     b.copy = copy(&b);
     println!("a copy moves {:.0} GB/s", b.copy / 1e9);
-    for group in [norms, sampling, optimizer] {
+    for group in [norms, losses, sampling, optimizer] {
         group(&mut b);
     }
     b.criterion.final_summary();

@@ -72,7 +72,25 @@ fn reports(text: &str) -> BTreeMap<(String, String), Report> {
     all
 }
 
-/// Prints the table with `--nocapture`.
+impl Report {
+    /// Percent of a multiprocessor's threads that fit; shared memory, which the launch decides, is not
+    /// counted.
+    fn occupancy(&self, threads: u32) -> u32 {
+        // Registers are given to warps in units of 8 a thread.
+        let by_registers = REGISTERS / (self.registers.next_multiple_of(8) * threads);
+        100 * by_registers.min(THREADS / threads).min(BLOCKS) * threads / THREADS
+    }
+}
+
+const ARCHITECTURES: [&str; 2] = ["sm_80", "sm_90a"];
+
+/// The reports of a .cu file.
+fn reports_of(stem: &str) -> BTreeMap<(String, String), Report> {
+    let path = Path::new(env!("OUT_DIR")).join(format!("{stem}.ptxas"));
+    reports(&fs::read_to_string(path).unwrap())
+}
+
+/// Prints a line for each kernel with `--nocapture`.
 #[test]
 fn no_kernel_spills() {
     if !BUILT {
@@ -86,15 +104,10 @@ fn no_kernel_spills() {
     row(["kernel", "", "registers", "spills", "threads", "occupancy"]);
     let mut bad = Vec::new();
     for (stem, _, entries) in sources() {
-        let path = Path::new(env!("OUT_DIR")).join(format!("{stem}.ptxas"));
-        let reports = reports(&fs::read_to_string(path).unwrap());
-        for (e, arch) in entries.iter().flat_map(|e| ["sm_80", "sm_90a"].map(|a| (e, a))) {
+        let reports = reports_of(&stem);
+        for (e, arch) in entries.iter().flat_map(|e| ARCHITECTURES.map(|a| (e, a))) {
             let r = &reports[&(e.name.clone(), arch.to_owned())];
-            // Registers are given to warps in units of 8 a thread.
-            let by_registers = REGISTERS / (r.registers.next_multiple_of(8) * e.threads);
-            let blocks = by_registers.min(THREADS / e.threads).min(BLOCKS);
-            // Not counting shared memory, which the launch decides.
-            let percent = 100 * blocks * e.threads / THREADS;
+            let percent = r.occupancy(e.threads);
             let (registers, spills) = (r.registers.to_string(), r.spills.to_string());
             let (threads, percent) = (e.threads.to_string(), format!("{percent} %"));
             row([&e.name, arch, &registers, &spills, &threads, &percent]);
@@ -105,6 +118,63 @@ fn no_kernel_spills() {
         }
     }
     assert!(bad.is_empty(), "spills or local memory: {bad:#?}");
+}
+
+/// The README's table of .cu files is this one: what is tested, the most registers of a kernel, all spills and
+/// the least occupancy for both architectures, and the GPUs of `benches/results`. Prints it with `--nocapture`.
+#[test]
+fn the_readme_has_the_table_of_kernels() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+    let results: Vec<(String, String)> = fs::read_dir(root.join("benches/results"))
+        .into_iter()
+        .flatten()
+        .map(|file| file.unwrap().path())
+        .filter(|path| path.extension().is_some_and(|e| e == "json"))
+        .map(|path| {
+            let name = path.file_stem().unwrap().to_str().unwrap().to_owned();
+            (name, fs::read_to_string(path).unwrap())
+        })
+        .collect();
+    let mut table = vec![
+        "| kernels/ | simulator | sanitizers | registers sm_80 / sm_90a | spills | occupancy | GPU |"
+            .to_owned(),
+        "|---|---|---|---|---|---|---|".to_owned(),
+    ];
+    for (stem, _, entries) in sources() {
+        // The kernel of all sums over tokens has no op of its own.
+        let op = if stem == "sums" { "nll" } else { &stem };
+        let tests = fs::read_to_string(root.join(format!("tests/ops/{op}.rs"))).unwrap();
+        let tested = if tests.contains("sim::check(") { "yes" } else { "no" };
+        let gpus: Vec<&str> = results
+            .iter()
+            .filter(|(_, text)| text.contains(&format!("\"{op}")))
+            .map(|(name, _)| name.as_str())
+            .collect();
+        let gpus = if gpus.is_empty() { "not yet".to_owned() } else { gpus.join(", ") };
+        let start = format!("| {stem} | {tested} | {tested} | ");
+        assert!(readme.contains(&start), "the README has no line `{start}`");
+        if !BUILT {
+            continue;
+        }
+        let reports = reports_of(&stem);
+        let of = |arch: &str| {
+            let of = |e: &scan::Entry| (e.threads, &reports[&(e.name.clone(), arch.to_owned())]);
+            let all: Vec<(u32, &Report)> = entries.iter().map(of).collect();
+            let registers = all.iter().map(|(_, r)| r.registers).max().unwrap();
+            let occupancy = all.iter().map(|(threads, r)| r.occupancy(*threads)).min().unwrap();
+            (registers, all.iter().map(|(_, r)| r.spills).sum::<u32>(), occupancy)
+        };
+        let [a, b] = ARCHITECTURES.map(of);
+        let (registers, spills) = (format!("{} / {}", a.0, b.0), a.1 + b.1);
+        table.push(format!("{start}{registers} | {spills} | {} / {} % | {gpus} |", a.2, b.2));
+    }
+    let table = table.join("\n");
+    println!("{table}");
+    // Another nvcc uses other registers: the table is that of .ci/run's.
+    if std::env::var("WARPO_KERNELS").as_deref() == Ok("require") {
+        assert!(readme.contains(&table), "the README has another table");
+    }
 }
 
 /// What is PACKED is loaded 16 bytes at once: `LDG.E.128` in the machine code.
