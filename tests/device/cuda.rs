@@ -195,6 +195,11 @@ fn buffers_hold_what_they_were_given() {
     dev.write(low, &[7.0]).unwrap();
     dev.write(high.range(1..3), &[8.0, 9.0]).unwrap();
     assert_eq!(dev.read(y.view()).unwrap(), [7.0, -2.0, 8.0, 9.0]);
+    let mut z = Buffer::<f32>::new(&dev, "z", 3).unwrap();
+    dev.copy(z.view_mut(), y.view().range(1..4)).unwrap();
+    assert_eq!(dev.read(z.view()).unwrap(), [-2.0, 8.0, 9.0]);
+    let e = refusal(dev.copy(z.view_mut(), y.view()));
+    assert_eq!(e, "copy: `to` has shape [3], wanted [4]");
     assert_eq!(dev.read(Buffer::<u64>::zeros(&dev, "z", 3).unwrap().view()).unwrap(), [0; 3]);
     assert!(dev.read(Buffer::<u8>::new(&dev, "none", 0).unwrap().view()).unwrap().is_empty());
     assert_eq!(refusal(dev.write(y.view_mut(), &[1.0])), "write: `to` has shape [4], wanted [1]");

@@ -247,3 +247,19 @@ fn kernels_open_with_their_headings() {
         }
     }
 }
+
+/// `.ci/gpu` finds the tests of kernels by their names.
+#[test]
+fn tests_of_kernels_are_named_so() {
+    let ops = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/ops");
+    let mut found = 0;
+    for path in files(&ops, "rs") {
+        let text = fs::read_to_string(&path).unwrap();
+        for test in text.split("#[test]\nfn ").skip(1).filter(|t| t.contains("sim::check(")) {
+            let name = test.split('(').next().unwrap();
+            assert!(name.contains("kernel"), "{}: {name}", path.display());
+            found += 1;
+        }
+    }
+    assert!(found > 10, "{found}");
+}

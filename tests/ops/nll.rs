@@ -103,7 +103,7 @@ fn kernels_are_as_exact_as_plain_ones() {
 
 /// More tokens than blocks take at once: they have two tiles each, the last block the rest of one.
 #[test]
-fn a_block_takes_as_many_tiles_as_it_must() {
+fn kernel_blocks_take_as_many_tiles_as_they_must() {
     sim::check(|sim| {
         if matches!(sim.variant, Variant::Address | Variant::Thread) {
             return;
