@@ -133,7 +133,7 @@ fn norms(b: &mut Bench) {
     b.run("rms_norm/backward", 6 * n, |dev, i| {
         let (dx, dw, scratch) = (y[i].view_mut(), dw.view_mut(), scratch.view_mut());
         let (dy, x, w, rstd) = (dy[i].view(), x[i].view(), w.view(), rstd.view());
-        rms_norm::backward(dev, dx, dw, scratch, dy, x, w, rstd).unwrap();
+        rms_norm::backward(dev, dx, dw, scratch, dy, x, w, rstd, false).unwrap();
     });
 }
 

@@ -184,7 +184,7 @@ fn norms(c: &mut Criterion) {
         let (dx, dw) = ((&mut dx).into(), (&mut dw).into());
         let (x, w, rstd) = ((&x).into(), (&w).into(), (&rstd).into());
         let scratch = (&mut scratch).into();
-        rms_norm::backward(dev, dx, dw, scratch, (&dy).into(), x, w, rstd).unwrap();
+        rms_norm::backward(dev, dx, dw, scratch, (&dy).into(), x, w, rstd, false).unwrap();
     });
     bench(&mut g, "layer_norm/forward/cpu/f32/2048x768", moves(2 * n), || {
         let (y, mean, rstd) = ((&mut y).into(), (&mut mean).into(), (&mut rstd).into());

@@ -5,7 +5,8 @@
 //            t of a group owns packets t, t + group, ..., at most 16 elements: the whole row stays in
 //            registers, in backward beside as many sums for dw. backward: a block takes SHARE rows
 //   memory   forward reads x and writes y once, 4 bytes an element in bf16, 8 in f32; backward reads x and
-//            dy and writes dx once, 6 bytes (12), and writes and reads partial, 8 / SHARE bytes
+//            dy and writes dx once, 6 bytes (12), with `add` reads it, too, 8 (16), and writes and reads partial,
+//            8 / SHARE bytes
 //   numerics sums in f32, fused, one rounding on the way out. dw: rows of a group in order, groups in order, blocks
 //            in order, then added to what is there
 //   needs    cols a multiple of the packet and at most 512 * 16; rows and w 16-byte aligned: the launcher
@@ -51,10 +52,10 @@ static __device__ void forward(T* y, float* rstd, const T* x, const T* w, int ro
     }
 }
 
-// With g = dy w: dx = rstd (g - x rstd^2 mean_c(g x)), and the sums over the block's rows of dy x rstd.
+// With g = dy w: dx = rstd (g - x rstd^2 mean_c(g x)), with `add` dx += that, and the sums over the block's rows of dy x rstd.
 template <class T>
 static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, const T* w, const float* rstd, int rows, int cols,
-                                int group) {
+                                int group, int add) {
     constexpr int N = Packet<T>::WIDTH;
     const int groups = THREADS / group, lane = threadIdx.x % group, packets = cols / N;
     Shared shared;
@@ -86,7 +87,8 @@ static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, 
         for (int i = 0; i < PACKETS<T>; ++i) {
             const int p = lane + i * group;
             if (!there || p >= packets) continue;
-            for (int j = 0; j < N; ++j) g[i].x[j] = fmaf(-v[i].x[j], pull, g[i].x[j]) * r;
+            const Elements<N> old = add != 0 ? take<N>(dx, base + p) : Elements<N>{};
+            for (int j = 0; j < N; ++j) g[i].x[j] = old.x[j] + fmaf(-v[i].x[j], pull, g[i].x[j]) * r;
             put<N>(dx, base + p, g[i]);
         }
     }
@@ -104,13 +106,13 @@ KERNEL(THREADS, rms_norm_forward_f32)(PACKED float* y, float* rstd, PACKED const
 }
 
 KERNEL(THREADS, rms_norm_backward_bf16)(PACKED bf16* dx, float* partial, PACKED const bf16* dy, PACKED const bf16* x,
-                                        PACKED const bf16* w, const float* rstd, int rows, int cols, int group) {
-    backward(dx, partial, dy, x, w, rstd, rows, cols, group);
+                                        PACKED const bf16* w, const float* rstd, int rows, int cols, int group, int add) {
+    backward(dx, partial, dy, x, w, rstd, rows, cols, group, add);
 }
 
 KERNEL(THREADS, rms_norm_backward_f32)(PACKED float* dx, float* partial, PACKED const float* dy, PACKED const float* x,
-                                       PACKED const float* w, const float* rstd, int rows, int cols, int group) {
-    backward(dx, partial, dy, x, w, rstd, rows, cols, group);
+                                       PACKED const float* w, const float* rstd, int rows, int cols, int group, int add) {
+    backward(dx, partial, dy, x, w, rstd, rows, cols, group, add);
 }
 
 // `count` is ceil(rows / SHARE).

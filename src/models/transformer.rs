@@ -472,7 +472,7 @@ impl<F: Float> Model<F> {
         };
         let (dw, db) = grads.linear_mut(slot, bias, layer);
         match db {
-            None => rms_norm::backward(dev, dx, dw, scratch, dy, x, w, kept.rstd.view()),
+            None => rms_norm::backward(dev, dx, dw, scratch, dy, x, w, kept.rstd.view(), false),
             Some(db) => {
                 let (mean, rstd) = (kept.mean.view(), kept.rstd.view());
                 layer_norm::backward(dev, dx, dw, db, dy, x, w, mean, rstd)

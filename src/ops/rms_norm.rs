@@ -59,8 +59,8 @@ pub fn scratch_len(rows: usize, cols: usize) -> usize {
     rows.div_ceil(kernel::SHARE) * cols
 }
 
-/// Writes `dx` `[rows, cols]` and adds to `dw` `[cols]`, in an order that depends on `rows` only; on
-/// the CPU in ascending row order.
+/// Writes `dx` `[rows, cols]`, or adds to it where `add` says so, as to the gradient of a residual stream;
+/// adds to `dw` `[cols]`, in an order that depends on `rows` only; on the CPU in ascending row order.
 ///
 /// `dx = rstd * (dy*w - x * rstd² * mean_c(dy*w*x))`, `dw += sum_r dy * x * rstd`
 ///
@@ -76,6 +76,7 @@ pub fn backward<T: Element>(
     x: View<'_, T>,
     w: View<'_, T>,
     rstd: View<'_, T::Acc>,
+    add: bool,
 ) -> Result<()> {
     const OP: &str = "rms_norm::backward";
     let (rows, cols) = (rstd.len(), w.len());
@@ -92,7 +93,7 @@ pub fn backward<T: Element>(
                 for (i, r) in range.enumerate() {
                     let at = r * cols..(r + 1) * cols;
                     let dx = &mut dx[i * cols..][..cols];
-                    backward_row(cpu.isa(), dx, &dy[at.clone()], &x[at], w, rstd[r]);
+                    backward_row(cpu.isa(), dx, &dy[at.clone()], &x[at], w, rstd[r], add);
                 }
             });
             // By columns, so that each weight's sum runs over rows in order on one thread.
@@ -109,7 +110,7 @@ pub fn backward<T: Element>(
             let (parts, sums) = (rows.div_ceil(kernel::SHARE), kernel::THREADS / group * cols);
             let launch = Launch::row(parts, (kernel::THREADS / 32 + sums) * 4)?;
             let to = partial.reborrow();
-            kernel::backward(cuda, launch, dx, to, dy, x, w, rstd, rows, cols, group)?;
+            kernel::backward(cuda, launch, dx, to, dy, x, w, rstd, rows, cols, group, add.into())?;
             let launch = Launch::row(cols.div_ceil(32), kernel::THREADS * 4)?;
             kernel::add_partials(cuda, launch, dw, partial.view(), parts, cols)
         }
@@ -125,11 +126,12 @@ simd! {
         rstd
     }
 
-    fn backward_row[F: Float](dx: &mut [F], dy: &[F], x: &[F], w: &[F], rstd: F) {
+    fn backward_row[F: Float](dx: &mut [F], dy: &[F], x: &[F], w: &[F], rstd: F, add: bool) {
         let mean = math::sum_by(x.len(), |i| dy[i] * w[i] * x[i]) / F::of(x.len() as f64);
         let pull = mean * rstd * rstd;
         for i in 0..dx.len() {
-            dx[i] = (dy[i] * w[i] - x[i] * pull) * rstd;
+            let d = (dy[i] * w[i] - x[i] * pull) * rstd;
+            dx[i] = if add { dx[i] + d } else { d };
         }
     }
 
