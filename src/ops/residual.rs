@@ -1,21 +1,32 @@
 //! Residual connection: `y += x`.
 
 use crate::{
-    device::{Device, Float, View, ViewMut},
+    device::{
+        Device, Element, Float, View, ViewMut,
+        cuda::{Launch, kernels::residual as kernel},
+    },
     error::Result,
     shape, simd,
 };
 
-/// `y += x`, elementwise. Reads both, writes `y`.
+/// `y += x`, elementwise, in f32 with the same bits on every device. Reads both, writes `y`.
 ///
 /// # Errors
-/// [`crate::Error::Shape`] if the lengths differ.
-pub fn add<F: Float>(dev: &Device, y: ViewMut<'_, F>, x: View<'_, F>) -> Result<()> {
-    let cpu = dev.on_cpu("residual")?;
+/// [`crate::Error::Shape`] if the lengths differ, [`crate::Error::Device`] if a buffer does not begin at
+/// a multiple of 16 bytes on a CUDA device.
+pub fn add<T: Element>(dev: &Device, y: ViewMut<'_, T>, x: View<'_, T>) -> Result<()> {
     shape::check("residual", "y", &[x.len()], y.len())?;
-    let (y, x) = (y.host(), x.host());
-    cpu.rows(y.len(), 16 * 1024, (y, 1), |range, y| add_row(cpu.isa(), y, &x[range]));
-    Ok(())
+    match dev {
+        Device::Cpu(cpu) => {
+            let (y, x) = (y.float()?.host(), x.float()?.host());
+            cpu.rows(y.len(), 16 * 1024, (y, 1), |range, y| add_row(cpu.isa(), y, &x[range]));
+            Ok(())
+        }
+        Device::Cuda(cuda) => {
+            let launch = Launch::packets::<T>(x.len(), kernel::THREADS)?;
+            kernel::add(cuda, launch, y, x, x.len() as u64)
+        }
+    }
 }
 
 simd! {

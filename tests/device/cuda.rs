@@ -247,6 +247,16 @@ fn a_launch_refuses_what_its_kernel_cannot_take() {
     is_f64(&refusal(kernel::forward(cuda, launch, y, rstd, x, w, 2, 32, 0.0, 32)));
 }
 
+#[test]
+fn a_launch_refuses_more_threads_than_kernels_count() {
+    let most = i32::MAX as usize;
+    assert_eq!(Launch::threads(most, 256).unwrap().blocks, [1 << 23, 1, 1]);
+    assert_eq!(Launch::packets::<bf16>(8 * 256 + 1, 256).unwrap().blocks, [2, 1, 1]);
+    let want = "launch: threads: got 2147483648, wanted at most 2147483647";
+    assert_eq!(refusal(Launch::threads(most + 1, 256)), want);
+    assert_eq!(refusal(Launch::packets::<f32>(4 * (most + 1), 256)), want);
+}
+
 fn is_f64(text: &str) {
     let want = "device `cuda` is not available: `rms_norm_forward` has no kernel for F64";
     assert_eq!(text, want);

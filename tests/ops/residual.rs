@@ -1,11 +1,14 @@
 //! Residual connection: hand-worked values, and bits that do not depend on the batch.
 
 use warpo::{
-    device::{Device, Float},
+    device::{Buffer, Device, Element, Float},
     ops::residual,
 };
 
-use crate::support::{assert_bits, assert_nan_only, devices, randn, refusal};
+use crate::support::{
+    assert_bits, assert_nan_only, devices, randn, refusal,
+    sim::{self, Case, Lab},
+};
 
 fn add<F: Float>(dev: &Device, y: &[F], x: &[F]) -> Vec<F> {
     let mut y = y.to_vec();
@@ -39,6 +42,43 @@ fn a_nan_stays_where_it_is() {
     x[17] = f32::NAN;
     assert_nan_only("x", &add(&Device::cpu(), &y, &x), &clean, 17..18);
     assert_nan_only("y", &add(&Device::cpu(), &x, &y), &clean, 17..18);
+}
+
+struct Sum {
+    n: usize,
+}
+
+impl Case for Sum {
+    fn run<T: Element>(&self, lab: &mut Lab<'_>) -> warpo::Result<()> {
+        let (mut y, x) = (lab.rows::<T>("y", self.n, 1), lab.rows::<T>("x", self.n, 1));
+        residual::add(lab.dev(), y.view_mut(), x.view())?;
+        lab.by_row("y", &y);
+        Ok(())
+    }
+}
+
+/// No elements, one, those around a packet of bf16, around a block of packets in f32 and in bf16, a prime.
+#[test]
+fn kernels_are_as_exact_as_plain_ones() {
+    sim::check(|sim| {
+        for n in [0, 1, 7, 8, 9, 1023, 1024, 1025, 2047, 2048, 2049, 4099] {
+            sim.hold(&Sum { n });
+            sim.hold_bits(&Sum { n });
+        }
+        sim.hold_rows(37, |n| Sum { n });
+    });
+}
+
+#[test]
+fn kernels_refuse_what_does_not_begin_at_a_packet() {
+    sim::check(|sim| {
+        let dev = sim.device(Default::default());
+        let mut y = Buffer::<f32>::zeros(&dev, "y", 9).unwrap();
+        let x = Buffer::<f32>::zeros(&dev, "x", 9).unwrap();
+        let e = refusal(residual::add(&dev, y.view_mut().range(0..8), x.view().range(1..9)));
+        assert!(e.contains("residual_add_f32: `x` begins at 0x"), "{e}");
+        assert!(e.ends_with("4, wanted a multiple of 16"), "{e}");
+    });
 }
 
 #[test]

@@ -230,6 +230,17 @@ impl Sim {
         }
     }
 
+    /// In f32 a case has the bits that it has on the CPU.
+    #[track_caller]
+    pub fn hold_bits(&self, case: &impl Case) {
+        let at = |x: f64| f64::from(x as f32);
+        let cpu = Lab::run(host(), 0, at, |lab| case.run::<f32>(lab));
+        let dev = self.device(Order::default());
+        for (ours, cpu) in Lab::run(&dev, 0, at, |lab| case.run::<f32>(lab)).iter().zip(&cpu) {
+            assert!(ours.bits == cpu.bits, "{} has not the bits of the CPU", ours.name);
+        }
+    }
+
     /// Rows have the same bits wherever they stand and whatever comes before: `case(n)` makes a case of
     /// n rows.
     #[track_caller]

@@ -245,6 +245,26 @@ impl Launch {
         };
         Ok(Self { blocks: [fits(blocks)?, 1, 1], shared: fits(shared)? })
     }
+
+    /// At least `threads` threads in blocks of `per_block`; kernels count them in 32 bits.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if there are 2^31 or more.
+    pub fn threads(threads: usize, per_block: usize) -> Result<Self> {
+        if threads > i32::MAX as usize {
+            return Err(Error::value("launch: threads", format!("at most {}", i32::MAX), threads));
+        }
+        Self::row(threads.div_ceil(per_block), 0)
+    }
+
+    /// A thread for each packet of `count` elements in a row, and for each that is left over.
+    ///
+    /// # Errors
+    /// As [`Launch::threads`].
+    pub fn packets<T>(count: usize, per_block: usize) -> Result<Self> {
+        let width = PACKET / size_of::<T>();
+        Self::threads(count / width + count % width, per_block)
+    }
 }
 
 /// Bytes that kernels load at once.
