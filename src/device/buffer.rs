@@ -368,6 +368,12 @@ impl<'a, T> View<'a, T> {
         unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
     }
 
+    /// Where it begins.
+    #[must_use]
+    pub fn address(&self) -> usize {
+        self.ptr.addr().get()
+    }
+
     /// Its address on the device.
     pub(super) fn device_ptr(self) -> Result<NonNull<u8>> {
         on_device(self.place).map(|()| self.ptr.cast())
@@ -463,6 +469,12 @@ impl<'a, T> ViewMut<'a, T> {
     #[must_use]
     pub fn view(&self) -> View<'_, T> {
         View { ptr: self.ptr, len: self.len, place: self.place, _memory: PhantomData }
+    }
+
+    /// Where it begins.
+    #[must_use]
+    pub fn address(&self) -> usize {
+        self.ptr.addr().get()
     }
 
     /// Its address on the device.

@@ -1,12 +1,15 @@
 //! Activation functions, plain and gated (SwiGLU and its relatives: Shazeer 2020).
 
 use crate::{
-    device::{Device, Float, View, ViewMut},
+    device::{
+        Device, Element, Float, View, ViewMut,
+        cuda::{self, Launch, kernels::activation as kernel},
+    },
     error::Result,
     shape, simd,
 };
 
-/// An elementwise activation.
+/// An elementwise activation. `kernels/activation.cu` knows them by their places here.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Activation {
     /// `x/2 (1 + tanh(sqrt(2/pi) (x + 0.044715 x^3)))`: Hugging Face's `gelu_new` and
@@ -43,39 +46,54 @@ const GRAIN: usize = 2048;
 /// `y = act(x)`, elementwise.
 ///
 /// # Errors
-/// [`crate::Error::Shape`] if the lengths differ.
-pub fn forward<F: Float>(
+/// [`crate::Error::Shape`] if the lengths differ, [`crate::Error::Device`] if a buffer does not begin at
+/// a multiple of 16 bytes on a CUDA device.
+pub fn forward<T: Element>(
     dev: &Device,
     act: Activation,
-    y: ViewMut<'_, F>,
-    x: View<'_, F>,
+    y: ViewMut<'_, T>,
+    x: View<'_, T>,
 ) -> Result<()> {
-    let cpu = dev.on_cpu("activation")?;
     shape::check("activation", "y", &[x.len()], y.len())?;
-    let (y, x) = (y.host(), x.host());
-    cpu.rows(y.len(), GRAIN, (y, 1), |range, y| plain(cpu.isa(), act, y, &x[range]));
-    Ok(())
+    match dev {
+        Device::Cpu(cpu) => {
+            let (y, x) = (y.float()?.host(), x.float()?.host());
+            cpu.rows(y.len(), GRAIN, (y, 1), |range, y| plain(cpu.isa(), act, y, &x[range]));
+            Ok(())
+        }
+        Device::Cuda(cuda) => {
+            let launch = Launch::packets::<T>(x.len(), kernel::THREADS)?;
+            kernel::forward(cuda, launch, y, x, x.len() as u64, act as usize)
+        }
+    }
 }
 
 /// `dx = dy act'(x)`, elementwise.
 ///
 /// # Errors
-/// [`crate::Error::Shape`] if the lengths differ.
-pub fn backward<F: Float>(
+/// As [`forward`].
+pub fn backward<T: Element>(
     dev: &Device,
     act: Activation,
-    dx: ViewMut<'_, F>,
-    dy: View<'_, F>,
-    x: View<'_, F>,
+    dx: ViewMut<'_, T>,
+    dy: View<'_, T>,
+    x: View<'_, T>,
 ) -> Result<()> {
-    let cpu = dev.on_cpu("activation::backward")?;
     shape::check("activation::backward", "dx", &[x.len()], dx.len())?;
     shape::check("activation::backward", "dy", &[x.len()], dy.len())?;
-    let (dx, dy, x) = (dx.host(), dy.host(), x.host());
-    cpu.rows(dx.len(), GRAIN, (dx, 1), |range, dx| {
-        plain_backward(cpu.isa(), act, dx, &dy[range.clone()], &x[range]);
-    });
-    Ok(())
+    match dev {
+        Device::Cpu(cpu) => {
+            let (dx, dy, x) = (dx.float()?.host(), dy.float()?.host(), x.float()?.host());
+            cpu.rows(dx.len(), GRAIN, (dx, 1), |range, dx| {
+                plain_backward(cpu.isa(), act, dx, &dy[range.clone()], &x[range]);
+            });
+            Ok(())
+        }
+        Device::Cuda(cuda) => {
+            let launch = Launch::packets::<T>(x.len(), kernel::THREADS)?;
+            kernel::backward(cuda, launch, dx, dy, x, x.len() as u64, act as usize)
+        }
+    }
 }
 
 /// `y = act(gate) * up`: `gate_up` `[rows, 2 cols]` holds gate and up side by side, `y`
@@ -83,51 +101,72 @@ pub fn backward<F: Float>(
 ///
 /// # Errors
 /// [`crate::Error::Shape`] if `gate_up` is not twice as long as `y`.
-pub fn gated_forward<F: Float>(
+pub fn gated_forward<T: Element>(
     dev: &Device,
     act: Activation,
-    y: ViewMut<'_, F>,
-    gate_up: View<'_, F>,
+    y: ViewMut<'_, T>,
+    gate_up: View<'_, T>,
     cols: usize,
 ) -> Result<()> {
-    let cpu = dev.on_cpu("gated activation")?;
     let rows = shape::rows("gated activation", "y", y.len(), cols)?;
     shape::check("gated activation", "gate_up", &[rows, 2 * cols], gate_up.len())?;
-    let (y, x) = (y.host(), gate_up.host());
-    cpu.rows(rows, GRAIN.div_ceil(cols), (y, cols), |range, y| {
-        for (y, x) in y.chunks_exact_mut(cols).zip(x[range.start * 2 * cols..].chunks(2 * cols)) {
-            let (gate, up) = x.split_at(cols);
-            gated(cpu.isa(), act, y, gate, up);
+    match dev {
+        Device::Cpu(cpu) => {
+            let (y, x) = (y.float()?.host(), gate_up.float()?.host());
+            cpu.rows(rows, GRAIN.div_ceil(cols), (y, cols), |range, y| {
+                let x = x[range.start * 2 * cols..].chunks(2 * cols);
+                for (y, x) in y.chunks_exact_mut(cols).zip(x) {
+                    let (gate, up) = x.split_at(cols);
+                    gated(cpu.isa(), act, y, gate, up);
+                }
+            });
+            Ok(())
         }
-    });
-    Ok(())
+        Device::Cuda(cuda) => {
+            let width = cuda::width::<T>(&[cols], &[y.address(), gate_up.address()]);
+            let launch = Launch::threads(rows * (cols / width), kernel::THREADS)?;
+            kernel::gated_forward(cuda, launch, y, gate_up, rows, cols, act as usize, width)
+        }
+    }
 }
 
 /// Gradients of [`gated_forward`]: `dgate = dy up act'(gate)`, `dup = dy act(gate)`, side by side.
 ///
 /// # Errors
 /// [`crate::Error::Shape`] if a buffer does not fit `dy`.
-pub fn gated_backward<F: Float>(
+pub fn gated_backward<T: Element>(
     dev: &Device,
     act: Activation,
-    dgate_up: ViewMut<'_, F>,
-    dy: View<'_, F>,
-    gate_up: View<'_, F>,
+    dgate_up: ViewMut<'_, T>,
+    dy: View<'_, T>,
+    gate_up: View<'_, T>,
     cols: usize,
 ) -> Result<()> {
-    let cpu = dev.on_cpu("gated activation::backward")?;
     let rows = shape::rows("gated activation::backward", "dy", dy.len(), cols)?;
     shape::check("gated activation::backward", "gate_up", &[rows, 2 * cols], gate_up.len())?;
     shape::check("gated activation::backward", "dgate_up", &[rows, 2 * cols], dgate_up.len())?;
-    let (dx, dy, x) = (dgate_up.host(), dy.host(), gate_up.host());
-    cpu.rows(rows, GRAIN.div_ceil(cols), (dx, 2 * cols), |range, dx| {
-        for (dx, r) in dx.chunks_exact_mut(2 * cols).zip(range) {
-            let (dgate, dup) = dx.split_at_mut(cols);
-            let (gate, up) = x[r * 2 * cols..][..2 * cols].split_at(cols);
-            gated_row_backward(cpu.isa(), act, dgate, dup, &dy[r * cols..][..cols], gate, up);
+    match dev {
+        Device::Cpu(cpu) => {
+            let dx = dgate_up.float()?.host();
+            let (dy, x) = (dy.float()?.host(), gate_up.float()?.host());
+            cpu.rows(rows, GRAIN.div_ceil(cols), (dx, 2 * cols), |range, dx| {
+                for (dx, r) in dx.chunks_exact_mut(2 * cols).zip(range) {
+                    let (dgate, dup) = dx.split_at_mut(cols);
+                    let (gate, up) = x[r * 2 * cols..][..2 * cols].split_at(cols);
+                    let dy = &dy[r * cols..][..cols];
+                    gated_row_backward(cpu.isa(), act, dgate, dup, dy, gate, up);
+                }
+            });
+            Ok(())
         }
-    });
-    Ok(())
+        Device::Cuda(cuda) => {
+            let begins = [dgate_up.address(), dy.address(), gate_up.address()];
+            let width = cuda::width::<T>(&[cols], &begins);
+            let launch = Launch::threads(rows * (cols / width), kernel::THREADS)?;
+            let act = act as usize;
+            kernel::gated_backward(cuda, launch, dgate_up, dy, gate_up, rows, cols, act, width)
+        }
+    }
 }
 
 /// Calls `$f` with the activation as a constant, so that each loop is compiled for one function.

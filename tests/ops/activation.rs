@@ -1,13 +1,15 @@
 //! Activations, plain and gated: hand-worked values, goldens, central differences, bits.
 
 use warpo::{
-    device::{Device, Float, cpu::math},
+    device::{Buffer, Device, Element, Float, cpu::math},
     ops::activation::{self, Activation},
 };
 
 use crate::support::{
-    OP, assert_bits, assert_close, assert_earned, assert_nan_only, devices, golden::Golden,
+    OP, assert_bits, assert_close, assert_earned, assert_nan_only, devices,
+    golden::Golden,
     gradcheck, inner, narrow, randn, refusal,
+    sim::{self, Case, Lab},
 };
 
 const ALL: [Activation; 5] = [
@@ -244,6 +246,135 @@ fn a_nan_stays_where_it_is() {
             assert_nan_only(&what, &gated_forward(&dev, act, &x, 5), &want, y..y + 1);
         }
     }
+}
+
+/// `n` numbers around a centre, `scale` times as wide as N(0, 1).
+struct Plain {
+    act: Activation,
+    n: usize,
+    around: (f64, f64),
+}
+
+impl Case for Plain {
+    fn run<T: Element>(&self, lab: &mut Lab<'_>) -> warpo::Result<()> {
+        let (dev, n) = (lab.dev(), self.n);
+        let x = lab.spread::<T>("x", n, 1, self.around);
+        let (dy, mut y, mut dx) = (lab.rows::<T>("dy", n, 1), lab.room::<T>(n), lab.room::<T>(n));
+        activation::forward(dev, self.act, y.view_mut(), x.view())?;
+        activation::backward(dev, self.act, dx.view_mut(), dy.view(), x.view())?;
+        lab.by_row("y", &y);
+        lab.by_row("dx", &dx);
+        Ok(())
+    }
+}
+
+struct Gated {
+    act: Activation,
+    rows: usize,
+    cols: usize,
+}
+
+impl Case for Gated {
+    fn run<T: Element>(&self, lab: &mut Lab<'_>) -> warpo::Result<()> {
+        let (dev, act, rows, cols) = (lab.dev(), self.act, self.rows, self.cols);
+        let (x, dy) = (lab.rows::<T>("x", rows, 2 * cols), lab.rows::<T>("dy", rows, cols));
+        let (mut y, mut dx) = (lab.room::<T>(rows * cols), lab.room::<T>(2 * rows * cols));
+        activation::gated_forward(dev, act, y.view_mut(), x.view(), cols)?;
+        activation::gated_backward(dev, act, dx.view_mut(), dy.view(), x.view(), cols)?;
+        lab.by_row("gated y", &y);
+        lab.by_row("gated dx", &dx);
+        Ok(())
+    }
+}
+
+/// All activations near 0, around it, far to both sides, and in the left tail only, where what they
+/// give is small. Plain ones of no elements, one, those around a packet of bf16 and a block of packets, a
+/// prime; gated ones of no rows, rows that are no packets, packets of f32 only, and those around a block.
+#[test]
+fn kernels_are_as_exact_as_plain_ones() {
+    sim::check(|sim| {
+        for act in ALL {
+            for around in [(0.0, 0.1), (0.0, 1.0), (0.0, 8.0), (-3.0, 0.5)] {
+                sim.hold(&Plain { act, n: 131, around });
+            }
+            sim.hold(&Gated { act, rows: 3, cols: 24 });
+        }
+        let act = Activation::Silu;
+        for n in [0, 1, 7, 8, 9, 1025, 2047, 2048, 2049] {
+            sim.hold(&Plain { act, n, around: (0.0, 1.0) });
+        }
+        for (rows, cols) in [(0, 8), (1, 1), (37, 7), (5, 12), (16, 128), (17, 128)] {
+            sim.hold(&Gated { act, rows, cols });
+        }
+        sim.hold_rows(37, |n| Plain { act, n, around: (0.0, 1.0) });
+        for cols in [8, 12, 13] {
+            sim.hold_rows(37, |rows| Gated { act, rows, cols });
+        }
+    });
+}
+
+/// What an activation is far to the left, without the difference of 1 and almost 1.
+fn left_tail(act: Activation, x: f64) -> f64 {
+    let sigmoid = |x: f64| 1.0 / (1.0 + (-x).exp());
+    match act {
+        Activation::GeluTanh => {
+            x * sigmoid((8.0 / std::f64::consts::PI).sqrt() * (x + 0.044_715 * x * x * x))
+        }
+        Activation::Gelu => {
+            // The continued fraction of erfc (Abramowitz and Stegun 7.1.14).
+            let z = -x * std::f64::consts::FRAC_1_SQRT_2;
+            let below = (1..200).rev().fold(z, |f, k| z + f64::from(k) / 2.0 / f);
+            x / 2.0 * (-z * z).exp() / std::f64::consts::PI.sqrt() / below
+        }
+        Activation::Silu => x * sigmoid(x),
+        Activation::Relu => 0.0,
+        Activation::QuickGelu => x * sigmoid(1.702 * x),
+    }
+}
+
+/// The kernels lose nothing in the left tail, of no activation.
+#[test]
+fn kernels_are_as_exact_left_as_right() {
+    sim::check(|sim| {
+        let dev = sim.device(Default::default());
+        let x: Vec<f32> = (8..100).map(|i| -(i as f32) / 8.0).collect();
+        let on_device = Buffer::of(&dev, "x", &x).unwrap();
+        for act in ALL {
+            let mut y = Buffer::<f32>::zeros(&dev, "y", x.len()).unwrap();
+            activation::forward(&dev, act, y.view_mut(), on_device.view()).unwrap();
+            for (y, x) in dev.read(y.view()).unwrap().iter().zip(&x) {
+                let truth = left_tail(act, f64::from(*x));
+                // The argument of the exponential, up to 83, is rounded some times.
+                if truth.abs() > 1e-36 {
+                    assert_close(&format!("{act:?}({x})"), &[*y], &[truth], 0.0, 3e-5);
+                }
+            }
+        }
+    });
+}
+
+/// Gated rows that do not begin at a packet have the bits of those that do.
+#[test]
+fn kernels_take_rows_from_anywhere() {
+    sim::check(|sim| {
+        let (dev, act, cols) = (sim.device(Default::default()), Activation::GeluTanh, 8);
+        let (x, dy): (Vec<f32>, Vec<f32>) = (randn("x", 6 * cols), randn("dy", 3 * cols));
+        let run = |at: usize| {
+            let lie = |x: &[f32]| {
+                let all: Vec<f32> = (0..at).map(|_| f32::NAN).chain(x.iter().copied()).collect();
+                Buffer::of(&dev, "x", &all).unwrap()
+            };
+            let (x, dy, mut y, mut dx) = (lie(&x), lie(&dy), lie(&dy), lie(&x));
+            let (x, dy) = (x.view().range(at..x.len()), dy.view().range(at..dy.len()));
+            let to = y.view_mut().range(at..at + dy.len());
+            activation::gated_forward(&dev, act, to, x, cols).unwrap();
+            let to = dx.view_mut().range(at..at + x.len());
+            activation::gated_backward(&dev, act, to, dy, x, cols).unwrap();
+            let read = |x: &Buffer<'_, f32>| dev.read(x.view()).unwrap()[at..].to_vec();
+            [read(&y), read(&dx)].concat()
+        };
+        assert_bits("from 1", &run(1), &run(0));
+    });
 }
 
 #[test]

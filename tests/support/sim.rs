@@ -330,7 +330,19 @@ impl<'a> Lab<'a> {
 
     /// Random rows.
     pub fn rows<T: Element>(&self, name: &str, rows: usize, cols: usize) -> Buffer<'static, T> {
-        let all: Vec<f64> = randn(name, (self.first + rows) * cols);
+        self.spread(name, rows, cols, (0.0, 1.0))
+    }
+
+    /// Random rows around `centre`, `scale` times as wide.
+    pub fn spread<T: Element>(
+        &self,
+        name: &str,
+        rows: usize,
+        cols: usize,
+        (centre, scale): (f64, f64),
+    ) -> Buffer<'static, T> {
+        let mut all: Vec<f64> = randn(name, (self.first + rows) * cols);
+        all.iter_mut().for_each(|x| *x = centre + scale * *x);
         self.copy(&all[self.first * cols..])
     }
 

@@ -284,6 +284,15 @@ pub fn group<T>(op: &str, cols: usize, each: usize, threads: usize) -> Result<us
     Ok(cols.div_ceil(each).next_power_of_two().max(32))
 }
 
+/// Elements that a thread takes at once of rows that are made of parts of `lens` elements, in buffers at
+/// `begins`: a packet of 16 bytes where all parts begin at one, else 1.
+#[must_use]
+pub fn width<T>(lens: &[usize], begins: &[usize]) -> usize {
+    let width = PACKET / size_of::<T>();
+    let whole = lens.iter().all(|n| n.is_multiple_of(width));
+    if whole && begins.iter().all(|at| at.is_multiple_of(PACKET)) { width } else { 1 }
+}
+
 /// A compiled .cu file.
 #[derive(Debug)]
 struct Image {

@@ -1,0 +1,175 @@
+// Activations y = act(x), plain and gated (y = act(gate) * up), and their gradients.
+//   shapes   plain: x, y, dx, dy [count]; gated: gate_up, dgate_up [rows, 2 cols] with gate and up side by
+//            side, y, dy [rows, cols]; bf16 or f32. `act` is the place in the Rust enum Activation
+//   tiling   a thread a packet of 16 bytes; plain: a thread an element for the count % packet at the end;
+//            gated: a thread an element throughout where a row is no whole number of packets (`width` 1)
+//   memory   reads inputs once and writes outputs once; bytes an element of y in bf16: forward 4, backward
+//            6, gated forward 6, gated backward 10; twice that in f32
+//   numerics all in f32, one rounding on the way out. No left tail is lost in a difference: the tanh form is
+//            written with a sigmoid, 1 + tanh(u) = 2 s(2u), and 1 + erf(u) is erfc(-u)
+//   needs    plain: 16-byte aligned buffers; gated, where `width` is a packet: the same, and cols % packet == 0;
+//            fewer than 2^31 threads: the launcher checks
+#include "include/elements.cuh"
+
+constexpr int THREADS = 256;
+
+// The value and the derivative at a point; the compiler drops the one that is not used.
+struct Point {
+    float y, slope;
+};
+
+// s = 1 / (1 + exp(-x)) and 1 - s, neither by cancellation.
+struct Sigmoid {
+    float s, rest;
+};
+static __device__ __forceinline__ Sigmoid sigmoid(float x) {
+    const float e = expf(-fabsf(x)), near = 1.0f / (1.0f + e), far = e * near;
+    return x < 0.0f ? Sigmoid{far, near} : Sigmoid{near, far};
+}
+
+struct GeluTanh {
+    static __device__ __forceinline__ Point at(float x) {
+        // x s(2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
+        constexpr float C = 1.5957691216057308f, A = 0.044715f;
+        const float x2 = x * x;
+        const auto [s, rest] = sigmoid(C * x * fmaf(A, x2, 1.0f));
+        return {x * s, fmaf(x * s * rest, C * fmaf(3.0f * A, x2, 1.0f), s)};
+    }
+};
+
+struct Gelu {
+    static __device__ __forceinline__ Point at(float x) {
+        const float cdf = 0.5f * erfcf(x * -0.70710678118654752f);
+        const float pdf = expf(-0.5f * x * x) * 0.39894228040143268f;
+        return {x * cdf, fmaf(x, pdf, cdf)};
+    }
+};
+
+struct Silu {
+    static __device__ __forceinline__ Point at(float x) {
+        const auto [s, rest] = sigmoid(x);
+        return {x * s, s * fmaf(x, rest, 1.0f)};
+    }
+};
+
+struct Relu {
+    static __device__ __forceinline__ Point at(float x) {
+        // x * 0 keeps a NaN
+        return x > 0.0f ? Point{x, 1.0f} : Point{x * 0.0f, 0.0f};
+    }
+};
+
+struct QuickGelu {
+    static __device__ __forceinline__ Point at(float x) {
+        constexpr float K = 1.702f;
+        const auto [s, rest] = sigmoid(K * x);
+        return {x * s, s * fmaf(K * x, rest, 1.0f)};
+    }
+};
+
+// f(the activation), so that each loop is compiled for one function.
+template <class F>
+static __device__ __forceinline__ void with_activation(int act, F f) {
+    switch (act) {
+        case 0: return f(GeluTanh());
+        case 1: return f(Gelu());
+        case 2: return f(Silu());
+        case 3: return f(Relu());
+        case 4: return f(QuickGelu());
+    }
+}
+
+template <class T>
+static __device__ void forward(T* y, const T* x, uint64_t count, int act) {
+    each_packet<Packet<T>::WIDTH>(count, [&](auto width, int64_t i) {
+        constexpr int N = decltype(width)::N;
+        Elements<N> v = take<N>(x, i);
+        with_activation(act, [&](auto curve) {
+            for (int j = 0; j < N; ++j) v.x[j] = curve.at(v.x[j]).y;
+        });
+        put<N>(y, i, v);
+    });
+}
+
+template <class T>
+static __device__ void backward(T* dx, const T* dy, const T* x, uint64_t count, int act) {
+    each_packet<Packet<T>::WIDTH>(count, [&](auto width, int64_t i) {
+        constexpr int N = decltype(width)::N;
+        Elements<N> g = take<N>(dy, i);
+        const Elements<N> v = take<N>(x, i);
+        with_activation(act, [&](auto curve) {
+            for (int j = 0; j < N; ++j) g.x[j] *= curve.at(v.x[j]).slope;
+        });
+        put<N>(dx, i, g);
+    });
+}
+
+template <class T>
+static __device__ void gated_forward(T* y, const T* gate_up, int rows, int cols, int act, int width) {
+    with_width<T>(width, [&](auto known) {
+        constexpr int N = decltype(known)::N;
+        const int each = cols / N;
+        each_of_rows(rows, each, [&](int row, int i) {
+            const T* x = gate_up + int64_t(row) * 2 * cols;
+            Elements<N> gate = take<N>(x, i);
+            const Elements<N> up = take<N>(x, each + i);
+            with_activation(act, [&](auto curve) {
+                for (int j = 0; j < N; ++j) gate.x[j] = curve.at(gate.x[j]).y * up.x[j];
+            });
+            put<N>(y + int64_t(row) * cols, i, gate);
+        });
+    });
+}
+
+// dgate = dy up act'(gate), dup = dy act(gate).
+template <class T>
+static __device__ void gated_backward(T* dgate_up, const T* dy, const T* gate_up, int rows, int cols, int act, int width) {
+    with_width<T>(width, [&](auto known) {
+        constexpr int N = decltype(known)::N;
+        const int each = cols / N;
+        each_of_rows(rows, each, [&](int row, int i) {
+            const int64_t base = int64_t(row) * 2 * cols;
+            const Elements<N> g = take<N>(dy + int64_t(row) * cols, i);
+            Elements<N> gate = take<N>(gate_up + base, i), up = take<N>(gate_up + base, each + i);
+            with_activation(act, [&](auto curve) {
+                for (int j = 0; j < N; ++j) {
+                    const Point at = curve.at(gate.x[j]);
+                    gate.x[j] = g.x[j] * up.x[j] * at.slope;
+                    up.x[j] = g.x[j] * at.y;
+                }
+            });
+            put<N>(dgate_up + base, i, gate);
+            put<N>(dgate_up + base, each + i, up);
+        });
+    });
+}
+
+KERNEL(THREADS, activation_forward_bf16)(PACKED bf16* y, PACKED const bf16* x, uint64_t count, int act) { forward(y, x, count, act); }
+
+KERNEL(THREADS, activation_forward_f32)(PACKED float* y, PACKED const float* x, uint64_t count, int act) { forward(y, x, count, act); }
+
+KERNEL(THREADS, activation_backward_bf16)(PACKED bf16* dx, PACKED const bf16* dy, PACKED const bf16* x, uint64_t count, int act) {
+    backward(dx, dy, x, count, act);
+}
+
+KERNEL(THREADS, activation_backward_f32)(PACKED float* dx, PACKED const float* dy, PACKED const float* x, uint64_t count, int act) {
+    backward(dx, dy, x, count, act);
+}
+
+KERNEL(THREADS, activation_gated_forward_bf16)(bf16* y, const bf16* gate_up, int rows, int cols, int act, int width) {
+    gated_forward(y, gate_up, rows, cols, act, width);
+}
+
+KERNEL(THREADS, activation_gated_forward_f32)(float* y, const float* gate_up, int rows, int cols, int act, int width) {
+    gated_forward(y, gate_up, rows, cols, act, width);
+}
+
+KERNEL(THREADS, activation_gated_backward_bf16)(bf16* dgate_up, const bf16* dy, const bf16* gate_up, int rows, int cols, int act,
+                                                int width) {
+    gated_backward(dgate_up, dy, gate_up, rows, cols, act, width);
+}
+
+KERNEL(THREADS, activation_gated_backward_f32)(float* dgate_up, const float* dy, const float* gate_up, int rows, int cols, int act,
+                                               int width) {
+    gated_backward(dgate_up, dy, gate_up, rows, cols, act, width);
+}
