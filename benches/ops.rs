@@ -175,7 +175,7 @@ fn norms(c: &mut Criterion) {
     let (mut y, mut dx) = (vec![0.0; n], vec![0.0; n]);
     let (mut mean, mut rstd) = (vec![0.0; ROWS], vec![0.0; ROWS]);
     let (mut dw, mut db) = (vec![0.0; HIDDEN], vec![0.0; HIDDEN]);
-    let mut scratch = vec![0.0; rms_norm::scratch_len(ROWS, HIDDEN)];
+    let mut scratch = vec![0.0; layer_norm::scratch_len(ROWS, HIDDEN)];
     bench(&mut g, "rms_norm/forward/cpu/f32/2048x768", moves(2 * n), || {
         let (y, rstd) = ((&mut y).into(), (&mut rstd).into());
         rms_norm::forward(dev, y, rstd, (&x).into(), (&w).into(), 1e-6).unwrap();
@@ -194,8 +194,8 @@ fn norms(c: &mut Criterion) {
     bench(&mut g, "layer_norm/backward/cpu/f32/2048x768", moves(3 * n), || {
         let (dx, dw, db) = ((&mut dx).into(), (&mut dw).into(), (&mut db).into());
         let (mean, rstd) = ((&mean).into(), (&rstd).into());
-        let (dy, x, w) = ((&dy).into(), (&x).into(), (&w).into());
-        layer_norm::backward(dev, dx, dw, db, dy, x, w, mean, rstd).unwrap();
+        let (dy, x, w, scratch) = ((&dy).into(), (&x).into(), (&w).into(), (&mut scratch).into());
+        layer_norm::backward(dev, dx, dw, db, scratch, dy, x, w, mean, rstd).unwrap();
     });
 }
 

@@ -185,7 +185,7 @@ impl<'s, F: Float> Gradients<'s, F> {
         let stream = || scope.alloc("gradient of the residual stream", rows * spec.hidden);
         let scratch = match spec.norm {
             Norm::Rms => rms_norm::scratch_len(rows.max(selected), spec.hidden),
-            Norm::Layer => 0,
+            Norm::Layer => layer_norm::scratch_len(rows.max(selected), spec.hidden),
         };
         Ok(Self {
             dx: stream()?,
@@ -475,7 +475,7 @@ impl<F: Float> Model<F> {
             None => rms_norm::backward(dev, dx, dw, scratch, dy, x, w, kept.rstd.view(), false),
             Some(db) => {
                 let (mean, rstd) = (kept.mean.view(), kept.rstd.view());
-                layer_norm::backward(dev, dx, dw, db, dy, x, w, mean, rstd)
+                layer_norm::backward(dev, dx, dw, db, scratch, dy, x, w, mean, rstd)
             }
         }
     }

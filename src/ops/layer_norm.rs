@@ -2,7 +2,11 @@
 //! `rstd[r] = 1 / sqrt(var_c x[r,c] + eps)`, variance biased.  (Ba et al. 2016, eq. 4)
 
 use crate::{
-    device::{Device, Float, View, ViewMut, cpu::math},
+    device::{
+        Device, Element, Float, View, ViewMut,
+        cpu::math,
+        cuda::{self, Launch, kernels::layer_norm as kernel},
+    },
     error::Result,
     shape, simd,
 };
@@ -11,79 +15,118 @@ use crate::{
 ///
 /// * `x` `[rows, cols]`, `w` and `b` `[cols]`; `rows` is `rstd.len()`
 ///
+/// Reads x, writes y: `2 * rows * cols` elements.
+///
 /// # Errors
-/// [`crate::Error::Shape`] if a buffer does not fit `rows` x `cols`.
+/// [`crate::Error::Shape`] if a buffer does not fit `rows` x `cols`, [`crate::Error::Value`] if the CUDA
+/// kernel does not take `cols`.
 #[allow(clippy::too_many_arguments)]
-pub fn forward<F: Float>(
+pub fn forward<T: Element>(
     dev: &Device,
-    y: ViewMut<'_, F>,
-    mean: ViewMut<'_, F>,
-    rstd: ViewMut<'_, F>,
-    x: View<'_, F>,
-    w: View<'_, F>,
-    b: View<'_, F>,
-    eps: F,
+    y: ViewMut<'_, T>,
+    mean: ViewMut<'_, T::Acc>,
+    rstd: ViewMut<'_, T::Acc>,
+    x: View<'_, T>,
+    w: View<'_, T>,
+    b: View<'_, T>,
+    eps: T::Acc,
 ) -> Result<()> {
-    let cpu = dev.on_cpu("layer_norm")?;
+    const OP: &str = "layer_norm";
     let (rows, cols) = (rstd.len(), w.len());
-    shape::check("layer_norm", "x", &[rows, cols], x.len())?;
-    shape::check("layer_norm", "y", &[rows, cols], y.len())?;
-    shape::check("layer_norm", "mean", &[rows], mean.len())?;
-    shape::check("layer_norm", "b", &[cols], b.len())?;
-    let (x, w, b) = (x.host(), w.host(), b.host());
-    let out = ((y.host(), cols), (mean.host(), 1), (rstd.host(), 1));
-    cpu.rows(rows, 16, out, |range, (y, mean, rstd)| {
-        for (i, r) in range.enumerate() {
-            let (x, y) = (&x[r * cols..][..cols], &mut y[i * cols..][..cols]);
-            (mean[i], rstd[i]) = forward_row(cpu.isa(), y, x, w, b, eps);
+    shape::check(OP, "x", &[rows, cols], x.len())?;
+    shape::check(OP, "y", &[rows, cols], y.len())?;
+    shape::check(OP, "mean", &[rows], mean.len())?;
+    shape::check(OP, "b", &[cols], b.len())?;
+    match dev {
+        Device::Cpu(cpu) => {
+            let (x, w, b) = (x.float()?.host(), w.float()?.host(), b.float()?.host());
+            let out = ((y.float()?.host(), cols), (mean.host(), 1), (rstd.host(), 1));
+            cpu.rows(rows, 16, out, |range, (y, mean, rstd)| {
+                for (i, r) in range.enumerate() {
+                    let (x, y) = (&x[r * cols..][..cols], &mut y[i * cols..][..cols]);
+                    (mean[i], rstd[i]) = forward_row(cpu.isa(), y, x, w, b, eps);
+                }
+            });
+            Ok(())
         }
-    });
-    Ok(())
+        Device::Cuda(cuda) => {
+            let group = cuda::group::<T>(OP, cols, kernel::ELEMENTS, kernel::THREADS)?;
+            let blocks = rows.div_ceil(kernel::THREADS / group);
+            let launch = Launch::row(blocks, kernel::THREADS / 32 * 4)?;
+            kernel::forward(cuda, launch, y, mean, rstd, x, w, b, rows, cols, eps, group)
+        }
+    }
 }
 
-/// Writes `dx` `[rows, cols]`, adds to `dw` and `db` `[cols]` in ascending row order.
+/// Elements of scratch that [`backward`] needs: sums of `dw` and of `db` over parts of the rows.
+#[must_use]
+pub fn scratch_len(rows: usize, cols: usize) -> usize {
+    2 * rows.div_ceil(kernel::SHARE) * cols
+}
+
+/// Writes `dx` `[rows, cols]` and adds to `dw` and `db` `[cols]`, in an order that depends on `rows`
+/// only; on the CPU in ascending row order.
 ///
 /// With `n = (x - mean) rstd` and `g = dy w`: `dx = rstd (g - mean_c(g) - n mean_c(g n))`,
 /// `dw += sum_r dy n`, `db += sum_r dy`.
 ///
 /// # Errors
-/// [`crate::Error::Shape`] if a buffer does not fit `rows` x `cols`.
+/// As [`forward`], and [`crate::Error::Shape`] if `scratch` is too short.
 #[allow(clippy::too_many_arguments)]
-pub fn backward<F: Float>(
+pub fn backward<T: Element>(
     dev: &Device,
-    dx: ViewMut<'_, F>,
-    dw: ViewMut<'_, F>,
-    db: ViewMut<'_, F>,
-    dy: View<'_, F>,
-    x: View<'_, F>,
-    w: View<'_, F>,
-    mean: View<'_, F>,
-    rstd: View<'_, F>,
+    dx: ViewMut<'_, T>,
+    dw: ViewMut<'_, T::Acc>,
+    db: ViewMut<'_, T::Acc>,
+    scratch: ViewMut<'_, T::Acc>,
+    dy: View<'_, T>,
+    x: View<'_, T>,
+    w: View<'_, T>,
+    mean: View<'_, T::Acc>,
+    rstd: View<'_, T::Acc>,
 ) -> Result<()> {
-    let cpu = dev.on_cpu("layer_norm::backward")?;
+    const OP: &str = "layer_norm::backward";
     let (rows, cols) = (rstd.len(), w.len());
-    shape::check("layer_norm::backward", "dx", &[rows, cols], dx.len())?;
-    shape::check("layer_norm::backward", "dy", &[rows, cols], dy.len())?;
-    shape::check("layer_norm::backward", "x", &[rows, cols], x.len())?;
-    shape::check("layer_norm::backward", "mean", &[rows], mean.len())?;
-    shape::check("layer_norm::backward", "dw", &[cols], dw.len())?;
-    shape::check("layer_norm::backward", "db", &[cols], db.len())?;
-    let (dy, x, w, mean, rstd) = (dy.host(), x.host(), w.host(), mean.host(), rstd.host());
-    cpu.rows(rows, 16, (dx.host(), cols), |range, dx| {
-        for (i, r) in range.enumerate() {
-            let at = r * cols..(r + 1) * cols;
-            let dx = &mut dx[i * cols..][..cols];
-            backward_row(cpu.isa(), dx, &dy[at.clone()], &x[at], w, mean[r], rstd[r]);
+    shape::check(OP, "dx", &[rows, cols], dx.len())?;
+    shape::check(OP, "dy", &[rows, cols], dy.len())?;
+    shape::check(OP, "x", &[rows, cols], x.len())?;
+    shape::check(OP, "mean", &[rows], mean.len())?;
+    shape::check(OP, "dw", &[cols], dw.len())?;
+    shape::check(OP, "db", &[cols], db.len())?;
+    let mut partial = scratch.scratch(OP, scratch_len(rows, cols))?;
+    match dev {
+        Device::Cpu(cpu) => {
+            let (dx, dw, db) = (dx.float()?.host(), dw.host(), db.host());
+            let (dy, x, w) = (dy.float()?.host(), x.float()?.host(), w.float()?.host());
+            let (mean, rstd) = (mean.host(), rstd.host());
+            cpu.rows(rows, 16, (dx, cols), |range, dx| {
+                for (i, r) in range.enumerate() {
+                    let at = r * cols..(r + 1) * cols;
+                    let dx = &mut dx[i * cols..][..cols];
+                    backward_row(cpu.isa(), dx, &dy[at.clone()], &x[at], w, mean[r], rstd[r]);
+                }
+            });
+            // By columns, so that each weight's sum runs over rows in order on one thread.
+            cpu.rows(cols, 64, ((dw, 1), (db, 1)), |range, (dw, db)| {
+                for r in 0..rows {
+                    let at = r * cols + range.start..r * cols + range.end;
+                    add_weight_row(cpu.isa(), dw, db, &dy[at.clone()], &x[at], mean[r], rstd[r]);
+                }
+            });
+            Ok(())
         }
-    });
-    // By columns, so that each weight's sum runs over rows in order on one thread.
-    cpu.rows(cols, 64, ((dw.host(), 1), (db.host(), 1)), |range, (dw, db)| {
-        for r in 0..rows {
-            let at = r * cols + range.start..r * cols + range.end;
-            add_weight_row(cpu.isa(), dw, db, &dy[at.clone()], &x[at], mean[r], rstd[r]);
+        Device::Cuda(cuda) => {
+            let group = cuda::group::<T>(OP, cols, kernel::ELEMENTS, kernel::THREADS)?;
+            let (parts, sums) = (rows.div_ceil(kernel::SHARE), kernel::THREADS / group * cols);
+            let launch = Launch::row(parts, (2 * kernel::THREADS / 32 + sums) * 4)?;
+            let to = partial.reborrow();
+            kernel::backward(cuda, launch, dx, to, dy, x, w, mean, rstd, rows, cols, group)?;
+            let mut launch = Launch::row(cols.div_ceil(32), kernel::THREADS * 4)?;
+            // A row of blocks for dw, one for db.
+            launch.blocks[1] = 2;
+            kernel::add_partials(cuda, launch, dw, db, partial.view(), parts, cols)
         }
-    });
-    Ok(())
+    }
 }
 
 simd! {

@@ -1,13 +1,15 @@
 //! LayerNorm: hand-worked values, central differences, bits.
 
 use warpo::{
-    device::{Device, Float},
+    device::{Buffer, Device, Element, Float},
     ops::layer_norm,
 };
 
 use crate::support::{
     OP, assert_bits, assert_close, assert_earned, assert_nan_only, assert_norm, devices, gather,
-    gradcheck, inner, randn, refusal, shuffled, wide,
+    gradcheck, inner, randn, refusal, shuffled,
+    sim::{self, Case, Lab},
+    wide,
 };
 
 /// What forward writes.
@@ -38,11 +40,13 @@ fn backward<F: Float>(
 ) -> Vec<F> {
     let mut dx = vec![F::of(f64::NAN); x.len()];
     let Out { mean, rstd, .. } = forward(dev, x, w, b, 1e-5);
+    let mut scratch = vec![F::ZERO; layer_norm::scratch_len(rstd.len(), w.len())];
     layer_norm::backward(
         dev,
         (&mut dx).into(),
         dw.into(),
         db.into(),
+        (&mut scratch).into(),
         dy.into(),
         x.into(),
         w.into(),
@@ -175,6 +179,86 @@ fn a_nan_stays_in_its_row() {
     assert_nan_only("rstd", &got.rstd, &clean.rstd, 2..3);
 }
 
+struct Norm {
+    rows: usize,
+    cols: usize,
+    mean: f64,
+}
+
+impl Case for Norm {
+    fn run<T: Element>(&self, lab: &mut Lab<'_>) -> warpo::Result<()> {
+        let (dev, rows, cols) = (lab.dev(), self.rows, self.cols);
+        let x = lab.spread::<T>("x", rows, cols, (self.mean, 1.0));
+        let (w, b) = (lab.input::<T>("w", cols), lab.input::<T>("b", cols));
+        let (mut mean, mut rstd) = (lab.room::<T::Acc>(rows), lab.room::<T::Acc>(rows));
+        let mut y = lab.room::<T>(rows * cols);
+        let (y_, mean_, rstd_) = (y.view_mut(), mean.view_mut(), rstd.view_mut());
+        let (x_, w_, eps) = (x.view(), w.view(), Element::of(1e-5));
+        layer_norm::forward(dev, y_, mean_, rstd_, x_, w_, b.view(), eps)?;
+        let (dy, mut dx) = (lab.rows::<T>("dy", rows, cols), lab.room::<T>(rows * cols));
+        let (mut dw, mut db) = (lab.input::<T::Acc>("dw", cols), lab.input::<T::Acc>("db", cols));
+        let mut scratch = lab.room::<T::Acc>(layer_norm::scratch_len(rows, cols));
+        let (dx_, dw_, db_) = (dx.view_mut(), dw.view_mut(), db.view_mut());
+        let (scratch, mean_, rstd_) = (scratch.view_mut(), mean.view(), rstd.view());
+        layer_norm::backward(dev, dx_, dw_, db_, scratch, dy.view(), x_, w_, mean_, rstd_)?;
+        lab.by_row("y", &y);
+        lab.by_row("mean", &mean);
+        lab.by_row("rstd", &rstd);
+        lab.by_row("dx", &dx);
+        lab.sum("dw", &dw);
+        lab.sum("db", &db);
+        Ok(())
+    }
+}
+
+/// No rows, one, those around a block's of forward (16) and of backward (32); rows of one packet, of a
+/// prime number of packets, of all that 32 threads hold and one packet more, of four warps; and a mean of
+/// 1000 times the spread, which a one-pass variance does not survive.
+#[test]
+fn kernels_are_as_exact_as_plain_ones() {
+    sim::check(|sim| {
+        for (rows, cols, mean) in [
+            (0, 64, 0.0),
+            (1, 8, 0.0),
+            (16, 512, 0.0),
+            (17, 520, 0.0),
+            (33, 8, 0.0),
+            (67, 8 * 13, 0.0),
+            (3, 1032, 0.0),
+            (2, 64, 1000.0),
+        ] {
+            sim.hold(&Norm { rows, cols, mean });
+        }
+    });
+}
+
+#[test]
+fn kernel_rows_do_not_see_their_batch() {
+    sim::check(|sim| {
+        for (rows, cols) in [(37, 8), (11, 520)] {
+            sim.hold_rows(rows, |rows| Norm { rows, cols, mean: 0.0 });
+        }
+    });
+}
+
+#[test]
+fn kernels_refuse_rows_that_they_cannot_hold() {
+    sim::check(|sim| {
+        let dev = sim.device(Default::default());
+        for cols in [7, 8196] {
+            let x = Buffer::<f32>::zeros(&dev, "x", cols).unwrap();
+            let mut y = Buffer::zeros(&dev, "y", cols).unwrap();
+            let mut mean = Buffer::zeros(&dev, "mean", 1).unwrap();
+            let mut rstd = Buffer::zeros(&dev, "rstd", 1).unwrap();
+            let (y, mean, rstd) = (y.view_mut(), mean.view_mut(), rstd.view_mut());
+            let (x, w, b) = (x.view(), x.view(), x.view());
+            let e = refusal(layer_norm::forward(&dev, y, mean, rstd, x, w, b, 1e-5));
+            let want = format!("got {cols}, wanted a multiple of 4, at most 8192");
+            assert_eq!(e, format!("layer_norm: columns on a CUDA device: {want}"));
+        }
+    });
+}
+
 #[test]
 fn wrong_shapes_are_refused() {
     let (dev, x) = (Device::cpu(), vec![0.0f32; 6]);
@@ -189,20 +273,23 @@ fn wrong_shapes_are_refused() {
     assert_eq!(refused(6, 3, 6, 3), "layer_norm: `mean` has shape [3], wanted [2]");
     assert_eq!(refused(6, 2, 6, 2), "layer_norm: `b` has shape [2], wanted [3]");
     let (mut dx, mut dw, mut db) = (vec![0.0f32; 6], vec![0.0; 3], vec![0.0; 3]);
-    // lengths of dx, dw, db, dy, x, mean
-    let mut refused = |n: [usize; 6]| {
+    let mut scratch = [0.0; 6];
+    // lengths of dx, dw, db, dy, x, mean, scratch
+    let mut refused = |n: [usize; 7]| {
         let (dx, dw) = ((&mut dx[..n[0]]).into(), (&mut dw[..n[1]]).into());
         let (db, dy, mean) = ((&mut db[..n[2]]).into(), x[..n[3]].into(), x[..n[5]].into());
-        let (w, rstd) = (x[..3].into(), x[..2].into());
-        refusal(layer_norm::backward(&dev, dx, dw, db, dy, x[..n[4]].into(), w, mean, rstd))
+        let (x, w, rstd) = (x[..n[4]].into(), x[..3].into(), x[..2].into());
+        let scratch = (&mut scratch[..n[6]]).into();
+        refusal(layer_norm::backward(&dev, dx, dw, db, scratch, dy, x, w, mean, rstd))
     };
     for (n, says) in [
-        ([5, 3, 3, 6, 6, 2], "`dx` has shape [5], wanted [2, 3]"),
-        ([6, 2, 3, 6, 6, 2], "`dw` has shape [2], wanted [3]"),
-        ([6, 3, 2, 6, 6, 2], "`db` has shape [2], wanted [3]"),
-        ([6, 3, 3, 5, 6, 2], "`dy` has shape [5], wanted [2, 3]"),
-        ([6, 3, 3, 6, 5, 2], "`x` has shape [5], wanted [2, 3]"),
-        ([6, 3, 3, 6, 6, 3], "`mean` has shape [3], wanted [2]"),
+        ([5, 3, 3, 6, 6, 2, 6], "`dx` has shape [5], wanted [2, 3]"),
+        ([6, 2, 3, 6, 6, 2, 6], "`dw` has shape [2], wanted [3]"),
+        ([6, 3, 2, 6, 6, 2, 6], "`db` has shape [2], wanted [3]"),
+        ([6, 3, 3, 5, 6, 2, 6], "`dy` has shape [5], wanted [2, 3]"),
+        ([6, 3, 3, 6, 5, 2, 6], "`x` has shape [5], wanted [2, 3]"),
+        ([6, 3, 3, 6, 6, 3, 6], "`mean` has shape [3], wanted [2]"),
+        ([6, 3, 3, 6, 6, 2, 5], "`scratch` has shape [5], wanted [6]"),
     ] {
         assert_eq!(refused(n), format!("layer_norm::backward: {says}"));
     }
