@@ -2,7 +2,10 @@
 //! turned by the angle `position * inv_freq[i]` (the "rotate half" pairing of Hugging Face).
 
 use crate::{
-    device::{Buffer, Device, Float, View, ViewMut},
+    device::{
+        Buffer, Device, Element, Float, View, ViewMut,
+        cuda::{self, Launch, kernels::rope as kernel},
+    },
     error::{Error, Result},
     shape, simd,
 };
@@ -73,10 +76,20 @@ impl<F: Float> Table<F> {
         let freq = rope.inv_freq(head_dim);
         let half = freq.len();
         let mut rows = Buffer::new(dev, "the rotary table", positions * 2 * half)?;
-        for (p, row) in rows.host_mut().chunks_exact_mut((2 * half).max(1)).enumerate() {
-            for (i, f) in freq.iter().enumerate() {
-                let (sin, cos) = (p as f64 * f).sin_cos();
-                (row[i], row[half + i]) = (F::of(cos), F::of(sin));
+        let fill = |rows: &mut [F]| {
+            for (p, row) in rows.chunks_exact_mut((2 * half).max(1)).enumerate() {
+                for (i, f) in freq.iter().enumerate() {
+                    let (sin, cos) = (p as f64 * f).sin_cos();
+                    (row[i], row[half + i]) = (F::of(cos), F::of(sin));
+                }
+            }
+        };
+        match dev {
+            Device::Cpu(_) => fill(rows.host_mut()),
+            Device::Cuda(_) => {
+                let mut all = vec![F::ZERO; rows.len()];
+                fill(&mut all);
+                dev.write(rows.view_mut(), &all)?;
             }
         }
         Ok(Self { rows, half, positions })
@@ -84,66 +97,79 @@ impl<F: Float> Table<F> {
 }
 
 /// Turns the first `heads` heads of each row of `x` `[rows, row_len]` in place, by the angle of
-/// `positions[row]`. 3 FLOPs an element.
+/// `positions[row]`; in f32 with the same bits on every device. 3 FLOPs an element.
 ///
 /// # Errors
 /// [`Error::Shape`] if the heads do not fit the row or the table, [`Error::Value`] for a position
-/// beyond the table.
-pub fn forward<F: Float>(
+/// beyond the table; on a CUDA device that position's heads become NaN instead.
+pub fn forward<T: Element>(
     dev: &Device,
-    x: ViewMut<'_, F>,
+    x: ViewMut<'_, T>,
     row_len: usize,
     heads: usize,
     head_dim: usize,
     positions: View<'_, u32>,
-    table: &Table<F>,
+    table: &Table<T::Acc>,
 ) -> Result<()> {
-    turn(dev, x, (row_len, heads, head_dim), positions, table, F::ONE)
+    turn(dev, x, (row_len, heads, head_dim), positions, table, T::Acc::ONE)
 }
 
 /// The gradient of [`forward`], in place: the turn back.
 ///
 /// # Errors
 /// As [`forward`].
-pub fn backward<F: Float>(
+pub fn backward<T: Element>(
     dev: &Device,
-    dx: ViewMut<'_, F>,
+    dx: ViewMut<'_, T>,
     row_len: usize,
     heads: usize,
     head_dim: usize,
     positions: View<'_, u32>,
-    table: &Table<F>,
+    table: &Table<T::Acc>,
 ) -> Result<()> {
-    turn(dev, dx, (row_len, heads, head_dim), positions, table, -F::ONE)
+    turn(dev, dx, (row_len, heads, head_dim), positions, table, -T::Acc::ONE)
 }
 
-fn turn<F: Float>(
+fn turn<T: Element>(
     dev: &Device,
-    x: ViewMut<'_, F>,
+    x: ViewMut<'_, T>,
     (row_len, heads, head_dim): (usize, usize, usize),
     positions: View<'_, u32>,
-    table: &Table<F>,
-    sign: F,
+    table: &Table<T::Acc>,
+    sign: T::Acc,
 ) -> Result<()> {
-    let cpu = dev.on_cpu("rope")?;
     let (rows, half) = (positions.len(), head_dim / 2);
     shape::check("rope", "x", &[rows, row_len], x.len())?;
     // An odd head has an element without a partner.
     if half == 0 || head_dim != 2 * table.half || heads > row_len / head_dim {
         return Err(Error::shape("rope", "heads", &[row_len, 2 * table.half], &[heads, head_dim]));
     }
-    let (x, positions, angles) = (x.host(), positions.host(), table.rows.host());
-    if let Some(r) = positions.iter().position(|p| *p as usize >= table.positions) {
-        let want = format!("less than {}", table.positions);
-        return Err(Error::value(format!("rope: position of row {r}"), want, positions[r]));
-    }
-    cpu.rows(rows, 16, (x, row_len), |range, x| {
-        for (x, p) in x.chunks_exact_mut(row_len.max(1)).zip(&positions[range]) {
-            let row = &angles[*p as usize * 2 * half..][..2 * half];
-            turn_row(cpu.isa(), &mut x[..heads * head_dim], head_dim, row, sign);
+    match dev {
+        Device::Cpu(cpu) => {
+            let (x, positions, angles) = (x.float()?.host(), positions.host(), table.rows.host());
+            if let Some(r) = positions.iter().position(|p| *p as usize >= table.positions) {
+                let want = format!("less than {}", table.positions);
+                return Err(Error::value(format!("rope: position of row {r}"), want, positions[r]));
+            }
+            cpu.rows(rows, 16, (x, row_len), |range, x| {
+                for (x, p) in x.chunks_exact_mut(row_len.max(1)).zip(&positions[range]) {
+                    let row = &angles[*p as usize * 2 * half..][..2 * half];
+                    turn_row(cpu.isa(), &mut x[..heads * head_dim], head_dim, row, sign);
+                }
+            });
+            Ok(())
         }
-    });
-    Ok(())
+        Device::Cuda(cuda) => {
+            let (angles, entries) = (table.rows.view(), table.positions);
+            let begins = [x.address(), angles.address()];
+            let width = cuda::width::<T>(&[half, row_len], &begins);
+            let launch = Launch::threads(rows * heads * (half / width), kernel::THREADS)?;
+            kernel::turn(
+                cuda, launch, x, positions, angles, rows, row_len, heads, half, entries, sign,
+                width,
+            )
+        }
+    }
 }
 
 simd! {

@@ -1,13 +1,15 @@
 //! Rotary positions: hand-worked turns, goldens, central differences, bits.
 
 use warpo::{
-    device::{Device, Float},
+    device::{Buffer, Device, Element, Float},
     ops::rope::{self, Rope, Table},
 };
 
 use crate::support::{
-    OP, assert_bits, assert_close, assert_nan_only, devices, gather, golden::Golden, gradcheck,
-    host, inner, randn, refusal, shuffled,
+    OP, assert_bits, assert_close, assert_nan_only, devices, gather,
+    golden::Golden,
+    gradcheck, host, inner, randn, refusal, shuffled,
+    sim::{self, Case, Lab},
 };
 
 const PLAIN: Rope = Rope::Plain { theta: 10_000.0 };
@@ -181,6 +183,80 @@ fn a_nan_stays_in_its_pair() {
     x[35] = f32::NAN;
     let got = turn(&dev, &x, (2, 1, 2), &positions, &table, false);
     assert_nan_only("x", &got, &clean, 34..36);
+}
+
+struct Turn {
+    rows: usize,
+    row_len: usize,
+    heads: usize,
+    head_dim: usize,
+}
+
+impl Case for Turn {
+    fn run<T: Element>(&self, lab: &mut Lab<'_>) -> warpo::Result<()> {
+        let Self { rows, row_len, heads, head_dim } = *self;
+        let (dev, positions) = (lab.dev(), lab.ids("positions", rows, 50));
+        let table = Table::<T::Acc>::new(dev, &PLAIN, head_dim, 50)?;
+        let (mut x, mut dx) =
+            (lab.rows::<T>("x", rows, row_len), lab.rows::<T>("dx", rows, row_len));
+        let positions = positions.view();
+        rope::forward(dev, x.view_mut(), row_len, heads, head_dim, positions, &table)?;
+        rope::backward(dev, dx.view_mut(), row_len, heads, head_dim, positions, &table)?;
+        lab.by_row("x", &x);
+        lab.by_row("dx", &dx);
+        Ok(())
+    }
+}
+
+/// No rows, one, those around a block of packets in f32 and in bf16; halves of one packet and of more;
+/// halves or rows that are no packets, or packets of f32 only; with elements behind the heads and without.
+#[test]
+fn kernels_are_as_exact_as_plain_ones() {
+    sim::check(|sim| {
+        for (rows, row_len, heads, head_dim) in [
+            (0, 16, 1, 16),
+            (1, 2, 1, 2),
+            (64, 48, 2, 16),
+            (65, 48, 2, 16),
+            (64, 64, 2, 32),
+            (5, 102, 2, 34),
+            (19, 24, 3, 8),
+            (19, 17, 1, 16),
+            (19, 20, 1, 16),
+        ] {
+            let case = Turn { rows, row_len, heads, head_dim };
+            sim.hold(&case);
+            sim.hold_bits(&case);
+        }
+        sim.hold_rows(37, |rows| Turn { rows, row_len: 48, heads: 2, head_dim: 16 });
+        sim.hold_rows(37, |rows| Turn { rows, row_len: 17, heads: 2, head_dim: 6 });
+    });
+}
+
+/// Rows that do not begin at a packet have the bits of those that do; a position beyond the table
+/// gives NaN in its row's heads, and nothing else.
+#[test]
+fn kernels_take_rows_from_anywhere_and_mark_positions_beyond_the_table() {
+    sim::check(|sim| {
+        let dev = sim.device(Default::default());
+        let table = Table::<f32>::new(&dev, &PLAIN, 8, 10).unwrap();
+        let x: Vec<f32> = randn("x", 3 * 24);
+        let run = |at: usize, positions: &[u32]| {
+            let all: Vec<f32> = (0..at).map(|_| 0.0).chain(x.iter().copied()).collect();
+            let mut all = Buffer::of(&dev, "x", &all).unwrap();
+            let positions = Buffer::of(&dev, "positions", positions).unwrap();
+            let x = all.view_mut().range(at..at + x.len());
+            rope::forward(&dev, x, 24, 2, 8, positions.view(), &table).unwrap();
+            dev.read(all.view()).unwrap()[at..].to_vec()
+        };
+        let clean = run(0, &[3, 9, 4]);
+        assert_bits("from 1", &run(1, &[3, 9, 4]), &clean);
+        for at in [0, 1] {
+            for beyond in [10, u32::MAX] {
+                assert_nan_only("beyond", &run(at, &[3, beyond, 4]), &clean, 24..40);
+            }
+        }
+    });
 }
 
 #[test]

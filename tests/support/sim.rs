@@ -346,6 +346,13 @@ impl<'a> Lab<'a> {
         self.copy(&all[self.first * cols..])
     }
 
+    /// For each row a random number below `n`.
+    pub fn ids(&self, name: &str, rows: usize, n: usize) -> Buffer<'static, u32> {
+        let all: Vec<f64> = randn(name, self.first + rows);
+        let ids = all[self.first..].iter().map(|x| (x.abs() * 1e6) as u32 % n as u32);
+        Buffer::of(self.dev, "test", &ids.collect::<Vec<_>>()).unwrap()
+    }
+
     /// Room for `n` numbers, NaN.
     pub fn room<T: Pod>(&self, n: usize) -> Buffer<'static, T> {
         Buffer::new(self.dev, "test", n).unwrap()
