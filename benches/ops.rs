@@ -195,7 +195,7 @@ fn norms(c: &mut Criterion) {
         let (dx, dw, db) = ((&mut dx).into(), (&mut dw).into(), (&mut db).into());
         let (mean, rstd) = ((&mean).into(), (&rstd).into());
         let (dy, x, w, scratch) = ((&dy).into(), (&x).into(), (&w).into(), (&mut scratch).into());
-        layer_norm::backward(dev, dx, dw, db, scratch, dy, x, w, mean, rstd).unwrap();
+        layer_norm::backward(dev, dx, dw, db, scratch, dy, x, w, mean, rstd, false).unwrap();
     });
 }
 

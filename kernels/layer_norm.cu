@@ -6,7 +6,8 @@
 //            t of a group owns packets t, t + group, ..., at most 16 elements: the whole row stays in
 //            registers, beside as many sums for dw and for db. backward: a block takes SHARE rows
 //   memory   forward reads x and writes y once, 4 bytes an element in bf16, 8 in f32; backward reads x and
-//            dy and writes dx once, 6 bytes (12), and writes and reads partial, 16 / SHARE bytes
+//            dy and writes dx once, 6 bytes (12), with `add` reads it, too, 8 (16), and writes and reads partial,
+//            16 / SHARE bytes
 //   numerics sums in f32, fused, the variance from the deviations, in a second pass over registers; one
 //            rounding on the way out. dw and db: rows of a group in order, groups in order, blocks in order,
 //            then added to what is there
@@ -66,11 +67,11 @@ static __device__ void forward(T* y, float* mean, float* rstd, const T* x, const
     }
 }
 
-// With n = (x - mean) rstd and g = dy w: dx = rstd (g - mean_c(g) - n mean_c(g n)), and the sums over the
+// With n = (x - mean) rstd and g = dy w: dx = rstd (g - mean_c(g) - n mean_c(g n)), with `add` dx += that, and the sums over the
 // block's rows of dy n and of dy.
 template <class T>
 static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, const T* w, const float* mean, const float* rstd,
-                                int rows, int cols, int group) {
+                                int rows, int cols, int group, int add) {
     constexpr int N = Packet<T>::WIDTH;
     const int groups = THREADS / group, lane = threadIdx.x % group, packets = cols / N;
     Shared shared;
@@ -105,7 +106,8 @@ static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, 
         for (int i = 0; i < PACKETS<T>; ++i) {
             const int p = lane + i * group;
             if (!there || p >= packets) continue;
-            for (int j = 0; j < N; ++j) g[i].x[j] = fmaf(-n[i].x[j], pull, g[i].x[j] - shift) * r;
+            const Elements<N> old = add != 0 ? take<N>(dx, base + p) : Elements<N>{};
+            for (int j = 0; j < N; ++j) g[i].x[j] = old.x[j] + fmaf(-n[i].x[j], pull, g[i].x[j] - shift) * r;
             put<N>(dx, base + p, g[i]);
         }
     }
@@ -126,14 +128,14 @@ KERNEL(THREADS, layer_norm_forward_f32)(PACKED float* y, float* mean, float* rst
 
 KERNEL(THREADS, layer_norm_backward_bf16)(PACKED bf16* dx, float* partial, PACKED const bf16* dy, PACKED const bf16* x,
                                           PACKED const bf16* w, const float* mean, const float* rstd, int rows, int cols,
-                                          int group) {
-    backward(dx, partial, dy, x, w, mean, rstd, rows, cols, group);
+                                          int group, int add) {
+    backward(dx, partial, dy, x, w, mean, rstd, rows, cols, group, add);
 }
 
 KERNEL(THREADS, layer_norm_backward_f32)(PACKED float* dx, float* partial, PACKED const float* dy, PACKED const float* x,
                                          PACKED const float* w, const float* mean, const float* rstd, int rows, int cols,
-                                         int group) {
-    backward(dx, partial, dy, x, w, mean, rstd, rows, cols, group);
+                                         int group, int add) {
+    backward(dx, partial, dy, x, w, mean, rstd, rows, cols, group, add);
 }
 
 // Row 0 of the grid adds to dw, row 1 to db; `count` is ceil(rows / SHARE).

@@ -167,7 +167,6 @@ impl<'s, F: Float> Selected<'s, F> {
 pub struct Gradients<'s, F> {
     dx: Buffer<'s, F>,
     dnorm: Buffer<'s, F>,
-    dbranch: Buffer<'s, F>,
     dqkv: Buffer<'s, F>,
     dattention: Buffer<'s, F>,
     dup: Buffer<'s, F>,
@@ -190,7 +189,6 @@ impl<'s, F: Float> Gradients<'s, F> {
         Ok(Self {
             dx: stream()?,
             dnorm: stream()?,
-            dbranch: stream()?,
             dqkv: scope.alloc("gradient of queries, keys, values", rows * spec.qkv_cols())?,
             dattention: scope.alloc("gradient of attention", rows * spec.attention_cols())?,
             dup: scope.alloc("gradient of MLP inputs", rows * spec.up_cols())?,
@@ -403,9 +401,8 @@ impl<F: Float> Model<F> {
         matmul::backward_weight(dev, dw, db, g.dup.view(), b.norm2.y.view(), (up, h))?;
         let w = need(&self.params, Slot::Up, at)?;
         matmul::backward_input(dev, g.dnorm.view_mut(), g.dup.view(), w, (up, h), false)?;
-        let (d, dy) = ((g.dbranch.view_mut(), g.scratch.view_mut()), g.dnorm.view());
-        self.norm_backward(dev, grads, d, dy, b.mid.view(), &b.norm2, Slot::Norm2, at)?;
-        residual::add(dev, g.dx.view_mut(), g.dbranch.view())
+        let (d, dy) = ((g.dx.view_mut(), g.scratch.view_mut()), g.dnorm.view());
+        self.norm_backward(dev, grads, d, dy, b.mid.view(), &b.norm2, Slot::Norm2, at)
     }
 
     /// Turns `g.dx` from the gradient of `mid` into that of the block's input `x`.
@@ -447,11 +444,11 @@ impl<F: Float> Model<F> {
         matmul::backward_weight(dev, dw, db, g.dqkv.view(), b.norm1.y.view(), (qkv, h))?;
         let w = need(&self.params, Slot::Qkv, at)?;
         matmul::backward_input(dev, g.dnorm.view_mut(), g.dqkv.view(), w, (qkv, h), false)?;
-        let (d, dy) = ((g.dbranch.view_mut(), g.scratch.view_mut()), g.dnorm.view());
-        self.norm_backward(dev, grads, d, dy, x, &b.norm1, Slot::Norm1, at)?;
-        residual::add(dev, g.dx.view_mut(), g.dbranch.view())
+        let (d, dy) = ((g.dx.view_mut(), g.scratch.view_mut()), g.dnorm.view());
+        self.norm_backward(dev, grads, d, dy, x, &b.norm1, Slot::Norm1, at)
     }
 
+    /// Inside a block adds to `dx`, the gradient of the residual stream.
     #[allow(clippy::too_many_arguments)]
     fn norm_backward(
         &self,
@@ -470,12 +467,12 @@ impl<F: Float> Model<F> {
             Slot::Norm2 => Slot::Norm2Bias,
             _ => Slot::FinalNormBias,
         };
-        let (dw, db) = grads.linear_mut(slot, bias, layer);
+        let ((dw, db), add) = (grads.linear_mut(slot, bias, layer), layer.is_some());
         match db {
-            None => rms_norm::backward(dev, dx, dw, scratch, dy, x, w, kept.rstd.view(), false),
+            None => rms_norm::backward(dev, dx, dw, scratch, dy, x, w, kept.rstd.view(), add),
             Some(db) => {
                 let (mean, rstd) = (kept.mean.view(), kept.rstd.view());
-                layer_norm::backward(dev, dx, dw, db, scratch, dy, x, w, mean, rstd)
+                layer_norm::backward(dev, dx, dw, db, scratch, dy, x, w, mean, rstd, add)
             }
         }
     }

@@ -64,8 +64,9 @@ pub fn scratch_len(rows: usize, cols: usize) -> usize {
     2 * rows.div_ceil(kernel::SHARE) * cols
 }
 
-/// Writes `dx` `[rows, cols]` and adds to `dw` and `db` `[cols]`, in an order that depends on `rows`
-/// only; on the CPU in ascending row order.
+/// Writes `dx` `[rows, cols]`, or adds to it where `add` says so, as to the gradient of a residual stream;
+/// adds to `dw` and `db` `[cols]`, in an order that depends on `rows` only; on the CPU in ascending row
+/// order.
 ///
 /// With `n = (x - mean) rstd` and `g = dy w`: `dx = rstd (g - mean_c(g) - n mean_c(g n))`,
 /// `dw += sum_r dy n`, `db += sum_r dy`.
@@ -84,6 +85,7 @@ pub fn backward<T: Element>(
     w: View<'_, T>,
     mean: View<'_, T::Acc>,
     rstd: View<'_, T::Acc>,
+    add: bool,
 ) -> Result<()> {
     const OP: &str = "layer_norm::backward";
     let (rows, cols) = (rstd.len(), w.len());
@@ -102,8 +104,8 @@ pub fn backward<T: Element>(
             cpu.rows(rows, 16, (dx, cols), |range, dx| {
                 for (i, r) in range.enumerate() {
                     let at = r * cols..(r + 1) * cols;
-                    let dx = &mut dx[i * cols..][..cols];
-                    backward_row(cpu.isa(), dx, &dy[at.clone()], &x[at], w, mean[r], rstd[r]);
+                    let (dx, dy) = (&mut dx[i * cols..][..cols], &dy[at.clone()]);
+                    backward_row(cpu.isa(), dx, dy, &x[at], w, (mean[r], rstd[r]), add);
                 }
             });
             // By columns, so that each weight's sum runs over rows in order on one thread.
@@ -120,7 +122,8 @@ pub fn backward<T: Element>(
             let (parts, sums) = (rows.div_ceil(kernel::SHARE), kernel::THREADS / group * cols);
             let launch = Launch::row(parts, (2 * kernel::THREADS / 32 + sums) * 4)?;
             let to = partial.reborrow();
-            kernel::backward(cuda, launch, dx, to, dy, x, w, mean, rstd, rows, cols, group)?;
+            let add = add.into();
+            kernel::backward(cuda, launch, dx, to, dy, x, w, mean, rstd, rows, cols, group, add)?;
             let mut launch = Launch::row(cols.div_ceil(32), kernel::THREADS * 4)?;
             // A row of blocks for dw, one for db.
             launch.blocks[1] = 2;
@@ -141,12 +144,16 @@ simd! {
         (mean, rstd)
     }
 
-    fn backward_row[F: Float](dx: &mut [F], dy: &[F], x: &[F], w: &[F], mean: F, rstd: F) {
+    fn backward_row[F: Float](
+        dx: &mut [F], dy: &[F], x: &[F], w: &[F], kept: (F, F), add: bool
+    ) {
+        let (mean, rstd) = kept;
         let n = F::of(x.len() as f64);
         let g = math::sum_by(x.len(), |i| dy[i] * w[i]) / n;
         let gn = math::sum_by(x.len(), |i| dy[i] * w[i] * ((x[i] - mean) * rstd)) / n;
         for i in 0..dx.len() {
-            dx[i] = (dy[i] * w[i] - g - (x[i] - mean) * rstd * gn) * rstd;
+            let d = (dy[i] * w[i] - g - (x[i] - mean) * rstd * gn) * rstd;
+            dx[i] = if add { dx[i] + d } else { d };
         }
     }
 

@@ -52,6 +52,7 @@ fn backward<F: Float>(
         w.into(),
         (&mean).into(),
         (&rstd).into(),
+        false,
     )
     .unwrap();
     dx
@@ -199,8 +200,14 @@ impl Case for Norm {
         let (mut dw, mut db) = (lab.input::<T::Acc>("dw", cols), lab.input::<T::Acc>("db", cols));
         let mut scratch = lab.room::<T::Acc>(layer_norm::scratch_len(rows, cols));
         let (dx_, dw_, db_) = (dx.view_mut(), dw.view_mut(), db.view_mut());
-        let (scratch, mean_, rstd_) = (scratch.view_mut(), mean.view(), rstd.view());
-        layer_norm::backward(dev, dx_, dw_, db_, scratch, dy.view(), x_, w_, mean_, rstd_)?;
+        let (room, mean_, rstd_, dy) = (scratch.view_mut(), mean.view(), rstd.view(), dy.view());
+        layer_norm::backward(dev, dx_, dw_, db_, room, dy, x_, w_, mean_, rstd_, false)?;
+        // Once more, now added to a gradient that is there.
+        let mut more = lab.rows::<T>("more", rows, cols);
+        let (dx_, dw_, db_) = (more.view_mut(), dw.view_mut(), db.view_mut());
+        let room = scratch.view_mut();
+        layer_norm::backward(dev, dx_, dw_, db_, room, dy, x_, w_, mean_, rstd_, true)?;
+        lab.by_row("dx, added", &more);
         lab.by_row("y", &y);
         lab.by_row("mean", &mean);
         lab.by_row("rstd", &rstd);
@@ -280,7 +287,7 @@ fn wrong_shapes_are_refused() {
         let (db, dy, mean) = ((&mut db[..n[2]]).into(), x[..n[3]].into(), x[..n[5]].into());
         let (x, w, rstd) = (x[..n[4]].into(), x[..3].into(), x[..2].into());
         let scratch = (&mut scratch[..n[6]]).into();
-        refusal(layer_norm::backward(&dev, dx, dw, db, scratch, dy, x, w, mean, rstd))
+        refusal(layer_norm::backward(&dev, dx, dw, db, scratch, dy, x, w, mean, rstd, false))
     };
     for (n, says) in [
         ([5, 3, 3, 6, 6, 2, 6], "`dx` has shape [5], wanted [2, 3]"),
