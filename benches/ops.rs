@@ -228,12 +228,13 @@ fn elementwise(c: &mut Criterion) {
     let (table, ids) =
         (randn(4, VOCAB * HIDDEN), (0..ROWS as u32).map(|r| r * 17).collect::<Vec<_>>());
     let (mut rows, mut dtable) = (vec![0.0; ROWS * HIDDEN], vec![0.0; VOCAB * HIDDEN]);
+    let mut order = vec![0; embedding::scratch_len(ROWS)];
     bench(&mut g, "embedding/forward/cpu/f32/2048x768", moves(2 * ROWS * HIDDEN), || {
         embedding::forward(dev, (&mut rows).into(), (&ids).into(), (&table).into(), false).unwrap();
     });
     bench(&mut g, "embedding/backward/cpu/f32/2048x768", moves(3 * ROWS * HIDDEN), || {
-        let (d, ids) = ((&mut dtable).into(), (&ids).into());
-        embedding::backward(dev, d, ids, (&rows).into(), HIDDEN).unwrap();
+        let (d, ids, order) = ((&mut dtable).into(), (&ids).into(), (&mut order).into());
+        embedding::backward(dev, d, order, ids, (&rows).into(), HIDDEN).unwrap();
     });
     let turn = Table::new(dev, &Rope::Plain { theta: 1e4 }, 64, ROWS).unwrap();
     let positions: Vec<u32> = (0..ROWS as u32).collect();

@@ -173,6 +173,7 @@ pub struct Gradients<'s, F> {
     dact: Buffer<'s, F>,
     dselected: Buffer<'s, F>,
     scratch: Buffer<'s, F>,
+    order: Buffer<'s, u64>,
 }
 
 impl<'s, F: Float> Gradients<'s, F> {
@@ -195,6 +196,7 @@ impl<'s, F: Float> Gradients<'s, F> {
             dact: scope.alloc("gradient of MLP activations", rows * spec.mlp_hidden)?,
             dselected: scope.alloc("gradient of selected rows", selected * spec.hidden)?,
             scratch: scope.alloc("norm scratch", scratch)?,
+            order: scope.alloc("order of rows", embedding::scratch_len(rows.max(selected)))?,
         })
     }
 }
@@ -359,7 +361,8 @@ impl<F: Float> Model<F> {
         let x = selected.x.view();
         self.norm_backward(dev, grads, d, dh, x, &selected.norm, Slot::FinalNorm, None)?;
         g.dx.host_mut().fill(F::ZERO);
-        embedding::backward(dev, g.dx.view_mut(), selected_rows, g.dselected.view(), hidden)?;
+        let (dx, d, order) = (g.dx.view_mut(), g.dselected.view(), g.order.view_mut());
+        embedding::scatter(dev, dx, order, selected_rows, d, hidden)?;
         for l in (0..self.spec.layers).rev() {
             let b = &acts.blocks[l];
             self.feed_forward_backward(dev, grads, l, b, g)?;
@@ -367,10 +370,10 @@ impl<F: Float> Model<F> {
             self.attend_backward(dev, grads, l, rows, x, b, g, scratch)?;
         }
         if let Some(d) = grads.get_mut(Slot::Embedding, None) {
-            embedding::backward(dev, d, rows.ids, g.dx.view(), hidden)?;
+            embedding::backward(dev, d, g.order.view_mut(), rows.ids, g.dx.view(), hidden)?;
         }
         if let Some(d) = grads.get_mut(Slot::Positions, None) {
-            embedding::backward(dev, d, rows.positions, g.dx.view(), hidden)?;
+            embedding::backward(dev, d, g.order.view_mut(), rows.positions, g.dx.view(), hidden)?;
         }
         Ok(())
     }

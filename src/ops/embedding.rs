@@ -2,7 +2,10 @@
 //! rows.
 
 use crate::{
-    device::{Device, Float, View, ViewMut},
+    device::{
+        Cuda, Device, Element, Float, View, ViewMut,
+        cuda::{self, Launch, kernels::embedding as kernel},
+    },
     error::{Error, Result},
     shape, simd,
 };
@@ -17,61 +20,138 @@ fn check_ids(op: &str, ids: &[u32], rows: usize) -> Result<()> {
 }
 
 /// `y[r] = table[ids[r]]`, or `+=` with `add`: `y` `[rows, cols]`, `ids` `[rows]`, `table`
-/// `[entries, cols]`. Reads and writes `rows * cols` elements.
+/// `[entries, cols]`; in f32 with the same bits on every device. Reads and writes `rows * cols`
+/// elements.
 ///
 /// # Errors
-/// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] for an id beyond the table.
-pub fn forward<F: Float>(
+/// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] for an id beyond the table; on a CUDA
+/// device its row becomes NaN instead.
+pub fn forward<T: Element>(
     dev: &Device,
-    y: ViewMut<'_, F>,
+    y: ViewMut<'_, T>,
     ids: View<'_, u32>,
-    table: View<'_, F>,
+    table: View<'_, T>,
     add: bool,
 ) -> Result<()> {
-    let cpu = dev.on_cpu("embedding")?;
-    let (y, ids, table) = (y.host(), ids.host(), table.host());
+    const OP: &str = "embedding";
+    let rows = ids.len();
     if ids.is_empty() {
-        return shape::check("embedding", "y", &[0], y.len());
+        return shape::check(OP, "y", &[0], y.len());
     }
-    let cols = y.len() / ids.len();
-    shape::check("embedding", "y", &[ids.len(), cols], y.len())?;
-    let entries = shape::rows("embedding", "table", table.len(), cols)?;
-    check_ids("embedding", ids, entries)?;
-    cpu.rows(ids.len(), 64, (y, cols), |range, y| {
-        for (y, id) in y.chunks_exact_mut(cols).zip(&ids[range]) {
-            let row = &table[*id as usize * cols..][..cols];
-            if add { add_row(cpu.isa(), y, row) } else { y.copy_from_slice(row) }
+    let cols = y.len() / rows;
+    shape::check(OP, "y", &[rows, cols], y.len())?;
+    let entries = shape::rows(OP, "table", table.len(), cols)?;
+    match dev {
+        Device::Cpu(cpu) => {
+            let (y, ids, table) = (y.float()?.host(), ids.host(), table.float()?.host());
+            check_ids(OP, ids, entries)?;
+            cpu.rows(rows, 64, (y, cols), |range, y| {
+                for (y, id) in y.chunks_exact_mut(cols).zip(&ids[range]) {
+                    let row = &table[*id as usize * cols..][..cols];
+                    if add { add_row(cpu.isa(), y, row) } else { y.copy_from_slice(row) }
+                }
+            });
+            Ok(())
         }
-    });
-    Ok(())
+        Device::Cuda(cuda) => {
+            let width = cuda::width::<T>(&[cols], &[y.address(), table.address()]);
+            let launch = Launch::threads(rows * (cols / width), kernel::THREADS)?;
+            let add = usize::from(add);
+            kernel::forward(cuda, launch, y, ids, table, rows, entries, cols, add, width)
+        }
+    }
 }
 
-/// `dtable[ids[r]] += dy[r]`, rows in ascending order for each entry.
+/// Elements of scratch that [`backward`] and [`scatter`] need: the order of the rows by their ids.
+#[must_use]
+pub fn scratch_len(rows: usize) -> usize {
+    rows
+}
+
+/// The gradient of a table of weights: `dtable[ids[r]] += dy[r]`, rows in ascending order for each
+/// entry; in f32 with the same bits on every device.
 ///
 /// # Errors
-/// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] for an id beyond the table.
-pub fn backward<F: Float>(
+/// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] for an id beyond the table; on a CUDA
+/// device its row is left out instead.
+pub fn backward<T: Element>(
     dev: &Device,
-    dtable: ViewMut<'_, F>,
+    dtable: ViewMut<'_, T::Acc>,
+    scratch: ViewMut<'_, u64>,
     ids: View<'_, u32>,
-    dy: View<'_, F>,
+    dy: View<'_, T>,
     cols: usize,
 ) -> Result<()> {
-    let cpu = dev.on_cpu("embedding::backward")?;
-    let (dtable, ids, dy) = (dtable.host(), ids.host(), dy.host());
-    shape::check("embedding::backward", "dy", &[ids.len(), cols], dy.len())?;
-    let entries = shape::rows("embedding::backward", "dtable", dtable.len(), cols)?;
-    check_ids("embedding::backward", ids, entries)?;
-    // A task owns a range of entries and takes the rows that belong to it.
-    cpu.rows(entries, 32, (dtable, cols), |range, dtable| {
-        for (id, dy) in ids.iter().zip(dy.chunks_exact(cols)) {
-            let id = *id as usize;
-            if range.contains(&id) {
-                add_row(cpu.isa(), &mut dtable[(id - range.start) * cols..][..cols], dy);
-            }
+    add_rows("embedding::backward", dev, dtable, scratch, ids, dy, cols, kernel::backward)
+}
+
+/// As [`backward`] where the table was rows of activations, whose gradient is stored as theirs: puts
+/// rows back to where [`forward`] picked them.
+///
+/// # Errors
+/// As [`backward`].
+pub fn scatter<T: Element>(
+    dev: &Device,
+    dtable: ViewMut<'_, T>,
+    scratch: ViewMut<'_, u64>,
+    ids: View<'_, u32>,
+    dy: View<'_, T>,
+    cols: usize,
+) -> Result<()> {
+    add_rows("embedding::scatter", dev, dtable, scratch, ids, dy, cols, kernel::scatter)
+}
+
+/// Rows in the order of their ids, then `dy`, sizes and width.
+type AddRows<D, T> = fn(
+    &Cuda,
+    Launch,
+    ViewMut<'_, D>,
+    View<'_, u64>,
+    View<'_, T>,
+    usize,
+    usize,
+    usize,
+    usize,
+) -> Result<()>;
+
+#[allow(clippy::too_many_arguments)]
+fn add_rows<D: Element<Acc = T::Acc>, T: Element>(
+    op: &'static str,
+    dev: &Device,
+    dtable: ViewMut<'_, D>,
+    scratch: ViewMut<'_, u64>,
+    ids: View<'_, u32>,
+    dy: View<'_, T>,
+    cols: usize,
+    add: AddRows<D, T>,
+) -> Result<()> {
+    let rows = ids.len();
+    shape::check(op, "dy", &[rows, cols], dy.len())?;
+    let entries = shape::rows(op, "dtable", dtable.len(), cols)?;
+    let mut sorted = scratch.scratch(op, scratch_len(rows))?;
+    match dev {
+        Device::Cpu(cpu) => {
+            let (dtable, ids, dy) = (dtable.float()?.host(), ids.host(), dy.float()?.host());
+            check_ids(op, ids, entries)?;
+            // A task owns a range of entries and takes the rows that belong to it.
+            cpu.rows(entries, 32, (dtable, cols), |range, dtable| {
+                for (id, dy) in ids.iter().zip(dy.chunks_exact(cols)) {
+                    let id = *id as usize;
+                    if range.contains(&id) {
+                        add_row(cpu.isa(), &mut dtable[(id - range.start) * cols..][..cols], dy);
+                    }
+                }
+            });
+            Ok(())
         }
-    });
-    Ok(())
+        Device::Cuda(cuda) => {
+            let launch = Launch::row(rows.div_ceil(32), kernel::THREADS * 4)?;
+            kernel::sort(cuda, launch, sorted.reborrow(), ids, rows)?;
+            let width = cuda::width::<T>(&[cols], &[dtable.address(), dy.address()]);
+            let launch = Launch::threads(rows * (cols / width), kernel::THREADS)?;
+            add(cuda, launch, dtable, sorted.view(), dy, rows, entries, cols, width)
+        }
+    }
 }
 
 simd! {

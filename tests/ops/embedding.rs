@@ -1,12 +1,13 @@
 //! Rows of a table: hand-worked values, central differences, bits.
 
 use warpo::{
-    device::{Device, Float},
+    device::{Buffer, Device, Element, Float},
     ops::embedding,
 };
 
 use crate::support::{
     OP, assert_bits, assert_nan_only, devices, gather, gradcheck, inner, randn, refusal, shuffled,
+    sim::{self, Case, Lab},
 };
 
 fn forward<F: Float>(dev: &Device, y: &[F], ids: &[u32], table: &[F], add: bool) -> Vec<F> {
@@ -16,7 +17,9 @@ fn forward<F: Float>(dev: &Device, y: &[F], ids: &[u32], table: &[F], add: bool)
 }
 
 fn backward<F: Float>(dev: &Device, dtable: &mut [F], ids: &[u32], dy: &[F], cols: usize) {
-    embedding::backward(dev, dtable.into(), ids.into(), dy.into(), cols).unwrap();
+    let mut order = vec![0; embedding::scratch_len(ids.len())];
+    let (dtable, order) = (dtable.into(), (&mut order).into());
+    embedding::backward(dev, dtable, order, ids.into(), dy.into(), cols).unwrap();
 }
 
 /// Ids that repeat, from all of the table.
@@ -110,6 +113,99 @@ fn a_nan_stays_in_its_row() {
     assert_nan_only("backward", &got, &clean, 2..4);
 }
 
+struct Table {
+    rows: usize,
+    entries: usize,
+    cols: usize,
+}
+
+impl Case for Table {
+    fn run<T: Element>(&self, lab: &mut Lab<'_>) -> warpo::Result<()> {
+        let Self { rows, entries, cols } = *self;
+        let (dev, ids) = (lab.dev(), lab.ids("ids", rows, entries));
+        let (ids, table) = (ids.view(), lab.input::<T>("table", entries * cols));
+        let (mut y, mut sum) = (lab.room::<T>(rows * cols), lab.rows::<T>("sum", rows, cols));
+        embedding::forward(dev, y.view_mut(), ids, table.view(), false)?;
+        embedding::forward(dev, sum.view_mut(), ids, table.view(), true)?;
+        let (dy, mut order) =
+            (lab.rows::<T>("dy", rows, cols), lab.room(embedding::scratch_len(rows)));
+        let mut dtable = lab.input::<T::Acc>("dtable", entries * cols);
+        let (to, order_) = (dtable.view_mut(), order.view_mut());
+        embedding::backward(dev, to, order_, ids, dy.view(), cols)?;
+        let mut dx = lab.input::<T>("dx", entries * cols);
+        embedding::scatter(dev, dx.view_mut(), order.view_mut(), ids, dy.view(), cols)?;
+        lab.by_row("y", &y);
+        lab.by_row("sum", &sum);
+        lab.sum("dtable", &dtable);
+        lab.sum("dx", &dx);
+        Ok(())
+    }
+}
+
+/// No rows, one, those around a warp's of the sort and around a block of packets; rows of one packet, of
+/// none, and of f32 only; ids that repeat less often than rows are loaded ahead (4), as often, and more.
+#[test]
+fn kernels_are_as_exact_as_plain_ones() {
+    sim::check(|sim| {
+        for (rows, entries, cols) in [
+            (0, 3, 8),
+            (1, 1, 1),
+            (3, 1, 8),
+            (4, 1, 8),
+            (5, 1, 12),
+            (31, 5, 7),
+            (32, 97, 16),
+            (33, 13, 8),
+            (64, 7, 32),
+            (65, 7, 32),
+        ] {
+            let case = Table { rows, entries, cols };
+            sim.hold(&case);
+            sim.hold_bits(&case);
+        }
+        for cols in [8, 12, 13] {
+            sim.hold_rows(37, |rows| Table { rows, entries: 5, cols });
+        }
+    });
+}
+
+/// Rows that do not begin at a packet have the bits of those that do; an id beyond the table gives NaN
+/// in its row, and no gradient.
+#[test]
+fn kernels_take_rows_from_anywhere_and_mark_ids_beyond_the_table() {
+    sim::check(|sim| {
+        let (dev, cols) = (sim.device(Default::default()), 8);
+        let (table, dy): (Vec<f32>, Vec<f32>) = (randn("table", 3 * cols), randn("dy", 4 * cols));
+        let run = |at: usize, ids: &[u32]| {
+            let lie = |x: &[f32]| {
+                let all: Vec<f32> = (0..at).map(|_| 0.0).chain(x.iter().copied()).collect();
+                Buffer::of(&dev, "x", &all).unwrap()
+            };
+            let (mut y, mut dtable) = (lie(&dy), lie(&table));
+            let (table, dy, ids) = (lie(&table), lie(&dy), Buffer::of(&dev, "ids", ids).unwrap());
+            let mut order = Buffer::new(&dev, "order", 4).unwrap();
+            let (table, dy) = (table.view().range(at..table.len()), dy.view().range(at..dy.len()));
+            let to = y.view_mut().range(at..at + dy.len());
+            embedding::forward(&dev, to, ids.view(), table, true).unwrap();
+            let to = dtable.view_mut().range(at..at + table.len());
+            embedding::backward(&dev, to, order.view_mut(), ids.view(), dy, cols).unwrap();
+            let read = |x: &Buffer<'_, f32>| dev.read(x.view()).unwrap()[at..].to_vec();
+            (read(&y), read(&dtable))
+        };
+        let clean = run(0, &[2, 0, 2, 1]);
+        let moved = run(1, &[2, 0, 2, 1]);
+        assert_bits("y from 1", &moved.0, &clean.0);
+        assert_bits("dtable from 1", &moved.1, &clean.1);
+        for beyond in [3, u32::MAX] {
+            let (y, dtable) = run(0, &[2, 0, 2, beyond]);
+            assert_nan_only("y", &y, &clean.0, 3 * cols..4 * cols);
+            assert_bits("of the others", &dtable[..cols], &clean.1[..cols]);
+            assert_bits("of the one", &dtable[cols..2 * cols], &table[cols..2 * cols]);
+            assert_bits("of the others", &dtable[2 * cols..], &clean.1[2 * cols..]);
+        }
+    });
+}
+
 #[test]
 fn ids_beyond_the_table_and_wrong_shapes_are_refused() {
     let dev = Device::cpu();
@@ -122,12 +218,20 @@ fn ids_beyond_the_table_and_wrong_shapes_are_refused() {
     assert_eq!(forward(5, &[0, 0], 6), "embedding: `y` has shape [5], wanted [2, 2]");
     assert_eq!(forward(1, &[], 6), "embedding: `y` has shape [1], wanted [0]");
     let backward = |dtable: usize, ids: &[u32], dy: usize, cols: usize| {
-        let (mut dtable, dy) = (vec![0.0f32; dtable], vec![0.0; dy]);
-        refusal(embedding::backward(&dev, (&mut dtable).into(), ids.into(), (&dy).into(), cols))
+        let (mut dtable, dy) = (vec![0.0f32; dtable], vec![0.0f32; dy]);
+        let (dtable, mut order) = ((&mut dtable).into(), vec![0; 2]);
+        let order = (&mut order).into();
+        refusal(embedding::backward(&dev, dtable, order, ids.into(), (&dy).into(), cols))
     };
     let what = "embedding::backward";
     assert_eq!(backward(6, &[3], 2, 2), format!("{what}: id of row 0: got 3, wanted less than 3"));
     assert_eq!(backward(5, &[0], 2, 2), format!("{what}: `dtable` has shape [5], wanted [2, 2]"));
     assert_eq!(backward(6, &[0], 3, 2), format!("{what}: `dy` has shape [3], wanted [1, 2]"));
     assert_eq!(backward(6, &[0], 0, 0), format!("{what}: `dtable` has shape [6], wanted [6, 0]"));
+    let e = backward(6, &[0, 1, 0], 6, 2);
+    assert_eq!(e, format!("{what}: `scratch` has shape [2], wanted [3]"));
+    let (mut dx, mut order, dy) = (vec![0.0f32; 6], vec![0; 1], vec![0.0; 2]);
+    let (dx, order) = ((&mut dx).into(), (&mut order).into());
+    let e = refusal(embedding::scatter(&dev, dx, order, [3][..].into(), (&dy).into(), 2));
+    assert_eq!(e, "embedding::scatter: id of row 0: got 3, wanted less than 3");
 }
