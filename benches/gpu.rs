@@ -15,11 +15,14 @@ use serde_json::{Value, json};
 use warpo::{
     device::{Buffer, Cuda, Device, Element, cuda::Order},
     ops::{
-        adamw, bradley_terry, gae, grad_norm,
+        activation::{self, Activation},
+        adamw, bradley_terry, embedding, gae, grad_norm,
         kl::{self, KlEstimator},
-        nll,
+        layer_norm, nll,
         ppo_loss::{self, Tokens},
-        rms_norm, sample, value_loss,
+        residual, rms_norm,
+        rope::{self, Rope, Table},
+        sample, value_loss,
         whiten::{self, Moments, Variance},
     },
     rng::{Philox, Purpose, Stream},
@@ -31,6 +34,8 @@ const SETS: usize = 4;
 struct Sizes {
     rows: usize,
     hidden: usize,
+    mlp: usize,
+    head_dim: usize,
     vocab: usize,
     /// Rows of a decoding step.
     batch: usize,
@@ -42,12 +47,23 @@ struct Sizes {
 const SIZES: Sizes = Sizes {
     rows: 8192,
     hidden: 4096,
+    mlp: 14_336,
+    head_dim: 128,
     vocab: 128_256,
     batch: 256,
     weights: 500_000_000,
     tokens: 4_000_000,
 };
-const TINY: Sizes = Sizes { rows: 9, hidden: 64, vocab: 99, batch: 2, weights: 5000, tokens: 2000 };
+const TINY: Sizes = Sizes {
+    rows: 9,
+    hidden: 64,
+    mlp: 80,
+    head_dim: 16,
+    vocab: 99,
+    batch: 2,
+    weights: 5000,
+    tokens: 2000,
+};
 
 struct Bench {
     criterion: Criterion,
@@ -134,6 +150,78 @@ fn norms(b: &mut Bench) {
         let (dx, dw, scratch) = (y[i].view_mut(), dw.view_mut(), scratch.view_mut());
         let (dy, x, w, rstd) = (dy[i].view(), x[i].view(), w.view(), rstd.view());
         rms_norm::backward(dev, dx, dw, scratch, dy, x, w, rstd, false).unwrap();
+    });
+}
+
+fn layer_norms(b: &mut Bench) {
+    let Sizes { rows, hidden, .. } = b.sizes;
+    let n = rows * hidden;
+    let (x, mut y, dy) = (b.inputs::<bf16>(1, n), b.inputs::<bf16>(2, n), b.inputs::<bf16>(3, n));
+    let (w, bias) = (b.input::<bf16>(4, hidden), b.input::<bf16>(5, hidden));
+    let [mut mean, mut rstd] = [6, 7].map(|i| b.input::<f32>(i, rows));
+    let [mut dw, mut db] = [8, 9].map(|i| b.input::<f32>(i, hidden));
+    let mut scratch = b.input::<f32>(10, layer_norm::scratch_len(rows, hidden));
+    b.run("layer_norm/forward", 4 * n, |dev, i| {
+        let (y, mean, rstd) = (y[i].view_mut(), mean.view_mut(), rstd.view_mut());
+        let (x, w, b) = (x[i].view(), w.view(), bias.view());
+        layer_norm::forward(dev, y, mean, rstd, x, w, b, 1e-5).unwrap();
+    });
+    b.run("layer_norm/backward", 6 * n, |dev, i| {
+        let (dx, dw, db) = (y[i].view_mut(), dw.view_mut(), db.view_mut());
+        let (dy, x, w, scratch) = (dy[i].view(), x[i].view(), w.view(), scratch.view_mut());
+        let (mean, rstd) = (mean.view(), rstd.view());
+        layer_norm::backward(dev, dx, dw, db, scratch, dy, x, w, mean, rstd, false).unwrap();
+    });
+}
+
+fn elementwise(b: &mut Bench) {
+    let Sizes { rows, hidden, mlp, head_dim, vocab, .. } = b.sizes;
+    let n = rows * mlp;
+    let (x, mut dx) = (b.inputs::<bf16>(1, 2 * n), b.inputs::<bf16>(2, 2 * n));
+    let (dy, mut y) = (b.inputs::<bf16>(3, n), b.inputs::<bf16>(4, n));
+    b.run("activation/swiglu", 6 * n, |dev, i| {
+        let (y, x) = (y[i].view_mut(), x[i].view());
+        activation::gated_forward(dev, Activation::Silu, y, x, mlp).unwrap();
+    });
+    b.run("activation/swiglu_backward", 10 * n, |dev, i| {
+        let (dx, dy, x) = (dx[i].view_mut(), dy[i].view(), x[i].view());
+        activation::gated_backward(dev, Activation::Silu, dx, dy, x, mlp).unwrap();
+    });
+    b.run("activation/gelu", 4 * n, |dev, i| {
+        let x = x[i].view().range(0..n);
+        activation::forward(dev, Activation::GeluTanh, y[i].view_mut(), x).unwrap();
+    });
+    b.run("activation/gelu_backward", 6 * n, |dev, i| {
+        let (dx, dy, x) = (y[i].view_mut(), dy[i].view(), x[i].view().range(0..n));
+        activation::backward(dev, Activation::GeluTanh, dx, dy, x).unwrap();
+    });
+    let n = rows * hidden;
+    b.run("residual", 6 * n, |dev, i| {
+        let (y, x) = (y[i].view_mut().range(0..n), x[i].view().range(0..n));
+        residual::add(dev, y, x).unwrap();
+    });
+    let table = Table::<f32>::new(&b.dev, &Rope::Plain { theta: 1e4 }, head_dim, rows).unwrap();
+    let positions = Buffer::of(&b.dev, "positions", &Vec::from_iter(0..rows as u32)).unwrap();
+    b.run("rope", 4 * n, |dev, i| {
+        let (x, at) = (y[i].view_mut().range(0..n), positions.view());
+        rope::forward(dev, x, hidden, hidden / head_dim, head_dim, at, &table).unwrap();
+    });
+    drop((x, dx));
+    // Words of a text: few ids are most of it.
+    let draw = Philox::new(1, 9, 0, Purpose::Init);
+    let word = |i| (f64::from(draw.uniform(i)).powi(4) * vocab as f64) as u32;
+    let ids = Buffer::of(&b.dev, "ids", &Vec::from_iter((0..rows as u32).map(word))).unwrap();
+    let words = b.input::<bf16>(5, vocab * hidden);
+    b.run("embedding/forward", 4 * n, |dev, i| {
+        let y = y[i].view_mut().range(0..n);
+        embedding::forward(dev, y, ids.view(), words.view(), false).unwrap();
+    });
+    let mut dwords = b.input::<f32>(6, vocab * hidden);
+    let mut order = Buffer::new(&b.dev, "order", embedding::scratch_len(rows)).unwrap();
+    // Beside dy, the rows of the ids that there are, read and written.
+    b.run("embedding/backward", 2 * n, |dev, i| {
+        let (d, order, dy) = (dwords.view_mut(), order.view_mut(), dy[i].view().range(0..n));
+        embedding::backward(dev, d, order, ids.view(), dy, hidden).unwrap();
     });
 }
 
@@ -269,7 +357,7 @@ fn main() {
     let mut b = Bench { criterion, dev, sizes, copy: f64::NAN, results: Vec::new() };
     b.copy = copy(&b);
     println!("a copy moves {:.0} GB/s", b.copy / 1e9);
-    for group in [norms, losses, sampling, optimizer] {
+    for group in [norms, layer_norms, elementwise, losses, sampling, optimizer] {
         group(&mut b);
     }
     b.criterion.final_summary();
