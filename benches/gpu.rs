@@ -52,7 +52,7 @@ const SIZES: Sizes = Sizes {
     vocab: 128_256,
     batch: 256,
     weights: 500_000_000,
-    tokens: 4_000_000,
+    tokens: 16_000_000,
 };
 const TINY: Sizes = Sizes {
     rows: 9,
@@ -225,7 +225,7 @@ fn elementwise(b: &mut Bench) {
     });
 }
 
-/// Columns of one number a token, 16 MB each.
+/// Columns of one number a token, 64 MB each. What returns sums waits for them: that is in the time.
 fn losses(b: &mut Bench) {
     let n = b.sizes.tokens;
     let [x, y, z] = [1, 2, 3].map(|i| b.inputs::<f32>(i, n));

@@ -77,7 +77,7 @@ static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, 
     Shared shared;
     float* room = shared.take<float>(2 * THREADS / 32);
     float* sums = shared.take<float>(groups * cols);
-    const int first = blockIdx.x * SHARE, end = first + SHARE < rows ? first + SHARE : rows;
+    const int first = blockIdx.x * SHARE, end = rows - first < SHARE ? rows : first + SHARE;
     Elements<N> dw[PACKETS<T>] = {}, db[PACKETS<T>] = {};
     for (int at = first; at < end; at += groups) {
         const int row = at + threadIdx.x / group;

@@ -39,9 +39,9 @@ KERNEL(32, fault_missing_wait)(float* y, const float* x, int fault) {
     if (fault != 0) ptx::copy_wait<0>();
 }
 
-// 1: half of the threads pass a barrier that the others never reach.
+// 1: half of the lanes pass a barrier that the others never reach.
 KERNEL(64, fault_divergent_barrier)(float* y, const float* x, int fault) {
-    if (fault == 0 || threadIdx.x < 32) __syncthreads();
+    if (fault == 0 || threadIdx.x % 2 == 0) __syncthreads();
     y[threadIdx.x] = x[threadIdx.x];
 }
 

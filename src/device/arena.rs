@@ -51,6 +51,7 @@ impl Arena {
     /// # Errors
     /// [`Error::Memory`] if there is no room.
     pub fn new(dev: &Device, bytes: usize) -> Result<Self> {
+        let bytes = bytes.checked_next_multiple_of(ALIGN).unwrap_or(bytes);
         Ok(Self { block: Block::new(dev, "the plan of a step", bytes)?, peak: Cell::new(0) })
     }
 

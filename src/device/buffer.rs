@@ -79,7 +79,8 @@ impl Block {
         let layout = rounded.and_then(|b| Layout::from_size_align(b, ALIGN).ok());
         let layout = layout.ok_or_else(|| error(isize::MAX as usize))?;
         let (ptr, cuda) = match dev {
-            Device::Cuda(cuda) => (Some(cuda.alloc(layout.size())?), Some(cuda.clone())),
+            // Not rounded up: what is written behind it is seen by whoever watches device memory.
+            Device::Cuda(cuda) => (Some(cuda.alloc(bytes.max(1))?), Some(cuda.clone())),
             Device::Cpu(_) => {
                 // SAFETY: `layout` has a size of at least ALIGN bytes.
                 let ptr = unsafe { (if POISON { alloc } else { alloc_zeroed })(layout) };
@@ -87,7 +88,8 @@ impl Block {
             }
         };
         let ptr = ptr.ok_or_else(|| error(free.unwrap_or(0)))?;
-        let mut block = Self { ptr, bytes: layout.size(), cuda };
+        let bytes = if cuda.is_some() { bytes } else { layout.size() };
+        let mut block = Self { ptr, bytes, cuda };
         if POISON {
             block.fill(0xFF)?;
         }

@@ -248,7 +248,8 @@ impl Driver for Gpu {
     }
 
     unsafe fn free(&self, at: NonNull<u8>) {
-        if self.enter().is_ok() {
+        // Kernels that use it may be under way.
+        if self.synchronize().is_ok() {
             // A failure here says that the device is lost; there is nothing left to free then.
             // SAFETY: the caller's promise.
             let _ = unsafe { result::free_sync(dptr(at)) };

@@ -165,6 +165,9 @@ impl Cuda {
         assert_eq!(to.len(), from.len());
         let bytes = from.len() * size_of::<T>();
         let (to, from) = (to.device_ptr()?, from.device_ptr()?);
+        if bytes == 0 {
+            return Ok(());
+        }
         // SAFETY: views of device memory hold their elements, and one that writes is exclusive.
         unsafe { self.driver.copy(to, from, bytes) }
     }
@@ -197,6 +200,9 @@ impl Cuda {
     /// # Safety
     /// As [`Driver::fill`].
     pub(super) unsafe fn fill(&self, to: NonNull<u8>, byte: u8, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
         // SAFETY: the caller's promise.
         unsafe { self.driver.fill(to, byte, bytes) }
     }
@@ -375,7 +381,9 @@ impl Args {
     }
 }
 
-/// One module a .cu file, one function a kernel, written by build.rs.
+/// One module a .cu file, one function a kernel, written by build.rs. For ops and tests: a kernel trusts the
+/// sizes that it is given, and the ops are what checks them.
+#[doc(hidden)]
 #[allow(missing_docs)]
 pub mod kernels {
     use super::{

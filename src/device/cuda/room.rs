@@ -68,7 +68,8 @@ impl Drop for Room {
 
 impl Cuda {
     /// The `N` numbers that `work` leaves in its first argument; the second is room for as many of each
-    /// of `parts` parts. All bits of both are set at first. Waits for the device.
+    /// of `parts` parts. All bits of both are set at first. Waits for the device. `work`
+    /// cannot reduce anything itself: there is one room.
     ///
     /// # Errors
     /// Those of `work`, and [`crate::Error::Device`] if there are more than [`PARTS`] parts.
