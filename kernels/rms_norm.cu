@@ -3,7 +3,8 @@
 //            partial [ceil(rows / SHARE), cols] f32, scratch
 //   tiling   `group` threads a row, a power of two from 32 to 512, 512 / group rows a block at a time; thread
 //            t of a group owns packets t, t + group, ..., at most 16 elements: the whole row stays in
-//            registers, in backward beside as many sums for dw. backward: a block takes SHARE rows
+//            registers, in backward packed, beside the next one and as many sums for dw. backward: a block takes
+//            SHARE rows
 //   memory   forward reads x and writes y once, 4 bytes an element in bf16, 8 in f32; backward reads x and
 //            dy and writes dx once, 6 bytes (12), with `add` reads it, too, 8 (16), and writes and reads partial,
 //            8 / SHARE bytes
@@ -62,24 +63,29 @@ static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, 
     float* room = shared.take<float>(THREADS / 32);
     float* sums = shared.take<float>(groups * cols);
     const int first = blockIdx.x * SHARE, end = rows - first < SHARE ? rows : first + SHARE;
+    const int own = threadIdx.x / group;
     Elements<N> dw[PACKETS<T>] = {};
+    auto next = fetch_row<PACKETS<T>>(x, dy, first + own, end, packets, group);
+    float next_r = first + own < end ? rstd[first + own] : 0.0f;
     for (int at = first; at < end; at += groups) {
-        const int row = at + threadIdx.x / group;
+        const int row = at + own, after = row + groups;
         const bool there = row < end;
         const int64_t base = int64_t(row) * packets;
-        const float r = there ? rstd[row] : 0.0f;
-        Elements<N> v[PACKETS<T>], g[PACKETS<T>];
+        const auto now = next;
+        const float r = next_r;
+        if (AHEAD<T>) next = fetch_row<PACKETS<T>>(x, dy, after, end, packets, group);
+        next_r = after < end ? rstd[after] : 0.0f;
         float dot[1] = {0.0f};
         for (int i = 0; i < PACKETS<T>; ++i) {
             const int p = lane + i * group;
             if (!there || p >= packets) continue;
-            v[i] = take<N>(x, base + p);
-            g[i] = take<N>(dy, base + p);
+            Packet<T> v, g;
+            unpack(v.x, now.x[i]);
+            unpack(g.x, now.dy[i]);
             const Elements<N> weight = take<N>(w, p);
             for (int j = 0; j < N; ++j) {
-                dw[i].x[j] = fmaf(g[i].x[j], v[i].x[j] * r, dw[i].x[j]);
-                g[i].x[j] *= weight.x[j];
-                dot[0] = fmaf(g[i].x[j], v[i].x[j], dot[0]);
+                dw[i].x[j] = fmaf(g.x[j], v.x[j] * r, dw[i].x[j]);
+                dot[0] = fmaf(g.x[j] * weight.x[j], v.x[j], dot[0]);
             }
         }
         group_sum(dot, group, room);
@@ -87,10 +93,15 @@ static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, 
         for (int i = 0; i < PACKETS<T>; ++i) {
             const int p = lane + i * group;
             if (!there || p >= packets) continue;
-            const Elements<N> old = add != 0 ? take<N>(dx, base + p) : Elements<N>{};
-            for (int j = 0; j < N; ++j) g[i].x[j] = old.x[j] + fmaf(-v[i].x[j], pull, g[i].x[j]) * r;
-            put<N>(dx, base + p, g[i]);
+            Packet<T> v, g;
+            unpack(v.x, now.x[i]);
+            unpack(g.x, now.dy[i]);
+            const Elements<N> weight = take<N>(w, p);
+            Elements<N> sum = add != 0 ? take<N>(dx, base + p) : Elements<N>{};
+            for (int j = 0; j < N; ++j) sum.x[j] += fmaf(-v.x[j], pull, g.x[j] * weight.x[j]) * r;
+            put<N>(dx, base + p, sum);
         }
+        if (!AHEAD<T>) next = fetch_row<PACKETS<T>>(x, dy, after, end, packets, group);
     }
     write_partial(partial + blockIdx.x * int64_t(cols), dw, sums, cols, group);
 }

@@ -88,14 +88,19 @@ __device__ __forceinline__ uint4 pack(const float (&x)[4]) {
     return uint4{ptx::float_bits(x[0]), ptx::float_bits(x[1]), ptx::float_bits(x[2]), ptx::float_bits(x[3])};
 }
 
-// Packet `i` of p: one load or store of 128 bits.
+// Packet `i` of p as it lies there: one load of 128 bits.
 template <class T>
-__device__ __forceinline__ Packet<T> load(const T* p, int64_t i PTX_AND_AT) {
+__device__ __forceinline__ uint4 fetch(const T* p, int64_t i PTX_AND_AT) {
 #ifdef WARPO_SIM
     ::sim::aligned(p, 16, at);
 #endif
+    return reinterpret_cast<const uint4*>(p)[i];
+}
+// Packet `i` of p: one load or store of 128 bits.
+template <class T>
+__device__ __forceinline__ Packet<T> load(const T* p, int64_t i PTX_AND_AT) {
     Packet<T> out;
-    unpack(out.x, reinterpret_cast<const uint4*>(p)[i]);
+    unpack(out.x, fetch(p, i PTX_PASS));
     return out;
 }
 template <class T>

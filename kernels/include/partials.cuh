@@ -6,6 +6,28 @@
 
 #include "elements.cuh"
 
+// Whether a row is fetched while the one before it is summed, so that loads are always under way, though only one
+// block fits a multiprocessor. In f32 there are not the registers for it.
+template <class T>
+constexpr bool AHEAD = sizeof(T) == 2;
+
+// A thread's share of a row of x and of the gradient dy that came to it, packed.
+template <int PACKETS>
+struct Fetched {
+    uint4 x[PACKETS], dy[PACKETS];
+};
+template <int PACKETS, class T>
+__device__ __forceinline__ Fetched<PACKETS> fetch_row(const T* x, const T* dy, int row, int end, int packets, int group) {
+    Fetched<PACKETS> out;
+    for (int i = 0; i < PACKETS; ++i) {
+        const int p = threadIdx.x % group + i * group;
+        if (row >= end || p >= packets) continue;
+        out.x[i] = fetch(x, int64_t(row) * packets + p);
+        out.dy[i] = fetch(dy, int64_t(row) * packets + p);
+    }
+    return out;
+}
+
 // out[c] = the sum over the block's groups, in their order, of what they hold: thread `lane` of a group of
 // `group` has packets lane, lane + group, ... of its row of sums. `room` holds blockDim / group rows of
 // `cols`. All threads of the block call it.
