@@ -140,11 +140,17 @@ fn norms(b: &mut Bench) {
     let n = rows * hidden;
     let (x, mut y) = (b.inputs::<bf16>(1, n), b.inputs::<bf16>(2, n));
     let (dy, w) = (b.inputs::<bf16>(3, n), b.input::<bf16>(4, hidden));
+    let mut stream = b.inputs::<bf16>(8, n);
     let (mut rstd, mut dw) = (b.input::<f32>(5, rows), b.input::<f32>(6, hidden));
     let mut scratch = b.input::<f32>(7, rms_norm::scratch_len(rows, hidden));
     b.run("rms_norm/forward", 4 * n, |dev, i| {
         let (y, rstd) = (y[i].view_mut(), rstd.view_mut());
         rms_norm::forward(dev, y, rstd, x[i].view(), w.view(), 1e-5).unwrap();
+    });
+    b.run("rms_norm/add_forward", 8 * n, |dev, i| {
+        let (y, rstd) = (y[i].view_mut(), rstd.view_mut());
+        let x = stream[i].view_mut();
+        rms_norm::add_forward(dev, y, rstd, x, dy[i].view(), w.view(), 1e-5).unwrap();
     });
     b.run("rms_norm/backward", 6 * n, |dev, i| {
         let (dx, dw, scratch) = (y[i].view_mut(), dw.view_mut(), scratch.view_mut());

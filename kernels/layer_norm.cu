@@ -6,7 +6,8 @@
 //            t of a group owns packets t, t + group, ..., at most 16 elements: the whole row stays in
 //            registers, in backward packed, beside the next one and as many sums for dw and for db. backward: a
 //            block takes SHARE rows
-//   memory   forward reads x and writes y once, 4 bytes an element in bf16, 8 in f32; backward reads x and
+//   memory   forward reads x and writes y once, 4 bytes an element in bf16, 8 in f32; add_forward, x += r first, 8
+//            (16), where two passes take 10 (20); backward reads x and
 //            dy and writes dx once, 6 bytes (12), with `add` reads it, too, 8 (16), and writes and reads partial,
 //            16 / SHARE bytes
 //   numerics sums in f32, fused, the variance from the deviations, in a second pass over registers; one
@@ -26,8 +27,8 @@ constexpr int SHARE = 32;
 template <class T>
 constexpr int PACKETS = ELEMENTS / Packet<T>::WIDTH;
 
-template <class T>
-static __device__ void forward(T* y, float* mean, float* rstd, const T* x, const T* w, const T* b, int rows, int cols, float eps,
+template <class T, class Rows>
+static __device__ void forward(T* y, float* mean, float* rstd, Rows x, const T* w, const T* b, int rows, int cols, float eps,
                                int group) {
     constexpr int N = Packet<T>::WIDTH;
     Shared shared;
@@ -40,7 +41,7 @@ static __device__ void forward(T* y, float* mean, float* rstd, const T* x, const
     for (int i = 0; i < PACKETS<T>; ++i) {
         const int p = lane + i * group;
         if (row >= rows || p >= packets) continue;
-        v[i] = take<N>(x, base + p);
+        v[i] = x(base + p);
         for (int j = 0; j < N; ++j) sum[0] += v[i].x[j];
     }
     group_sum(sum, group, room);
@@ -68,8 +69,8 @@ static __device__ void forward(T* y, float* mean, float* rstd, const T* x, const
     }
 }
 
-// With n = (x - mean) rstd and g = dy w: dx = rstd (g - mean_c(g) - n mean_c(g n)), with `add` dx += that, and the sums over the
-// block's rows of dy n and of dy.
+// With n = (x - mean) rstd and g = dy w: dx = rstd (g - mean_c(g) - n mean_c(g n)), with `add` dx += that, and the sums
+// over the block's rows of dy n and of dy.
 template <class T>
 static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, const T* w, const float* mean, const float* rstd,
                                 int rows, int cols, int group, int add) {
@@ -132,12 +133,22 @@ static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, 
 
 KERNEL(THREADS, layer_norm_forward_bf16)(PACKED bf16* y, float* mean, float* rstd, PACKED const bf16* x, PACKED const bf16* w,
                                          PACKED const bf16* b, int rows, int cols, float eps, int group) {
-    forward(y, mean, rstd, x, w, b, rows, cols, eps, group);
+    forward(y, mean, rstd, Plain<bf16>{x}, w, b, rows, cols, eps, group);
 }
 
 KERNEL(THREADS, layer_norm_forward_f32)(PACKED float* y, float* mean, float* rstd, PACKED const float* x, PACKED const float* w,
                                         PACKED const float* b, int rows, int cols, float eps, int group) {
-    forward(y, mean, rstd, x, w, b, rows, cols, eps, group);
+    forward(y, mean, rstd, Plain<float>{x}, w, b, rows, cols, eps, group);
+}
+
+KERNEL(THREADS, layer_norm_add_forward_bf16)(PACKED bf16* y, float* mean, float* rstd, PACKED bf16* x, PACKED const bf16* r,
+                                         PACKED const bf16* w, PACKED const bf16* b, int rows, int cols, float eps, int group) {
+    forward(y, mean, rstd, Added<bf16>{x, r}, w, b, rows, cols, eps, group);
+}
+
+KERNEL(THREADS, layer_norm_add_forward_f32)(PACKED float* y, float* mean, float* rstd, PACKED float* x, PACKED const float* r,
+                                         PACKED const float* w, PACKED const float* b, int rows, int cols, float eps, int group) {
+    forward(y, mean, rstd, Added<float>{x, r}, w, b, rows, cols, eps, group);
 }
 
 KERNEL(THREADS, layer_norm_backward_bf16)(PACKED bf16* dx, float* partial, PACKED const bf16* dy, PACKED const bf16* x,

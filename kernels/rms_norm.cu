@@ -5,7 +5,8 @@
 //            t of a group owns packets t, t + group, ..., at most 16 elements: the whole row stays in
 //            registers, in backward packed, beside the next one and as many sums for dw. backward: a block takes
 //            SHARE rows
-//   memory   forward reads x and writes y once, 4 bytes an element in bf16, 8 in f32; backward reads x and
+//   memory   forward reads x and writes y once, 4 bytes an element in bf16, 8 in f32; add_forward, x += r first, 8
+//            (16), where two passes take 10 (20); backward reads x and
 //            dy and writes dx once, 6 bytes (12), with `add` reads it, too, 8 (16), and writes and reads partial,
 //            8 / SHARE bytes
 //   numerics sums in f32, fused, one rounding on the way out. dw: rows of a group in order, groups in order, blocks
@@ -24,8 +25,8 @@ constexpr int SHARE = 32;
 template <class T>
 constexpr int PACKETS = ELEMENTS / Packet<T>::WIDTH;
 
-template <class T>
-static __device__ void forward(T* y, float* rstd, const T* x, const T* w, int rows, int cols, float eps, int group) {
+template <class T, class Rows>
+static __device__ void forward(T* y, float* rstd, Rows x, const T* w, int rows, int cols, float eps, int group) {
     constexpr int N = Packet<T>::WIDTH;
     Shared shared;
     float* room = shared.take<float>(THREADS / 32);
@@ -37,7 +38,7 @@ static __device__ void forward(T* y, float* rstd, const T* x, const T* w, int ro
     for (int i = 0; i < PACKETS<T>; ++i) {
         const int p = lane + i * group;
         if (row >= rows || p >= packets) continue;
-        v[i] = take<N>(x, base + p);
+        v[i] = x(base + p);
         for (int j = 0; j < N; ++j) squares[0] = fmaf(v[i].x[j], v[i].x[j], squares[0]);
     }
     group_sum(squares, group, room);
@@ -53,7 +54,8 @@ static __device__ void forward(T* y, float* rstd, const T* x, const T* w, int ro
     }
 }
 
-// With g = dy w: dx = rstd (g - x rstd^2 mean_c(g x)), with `add` dx += that, and the sums over the block's rows of dy x rstd.
+// With g = dy w: dx = rstd (g - x rstd^2 mean_c(g x)), with `add` dx += that, and the sums over the block's rows of
+// dy x rstd.
 template <class T>
 static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, const T* w, const float* rstd, int rows, int cols,
                                 int group, int add) {
@@ -108,12 +110,22 @@ static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, 
 
 KERNEL(THREADS, rms_norm_forward_bf16)(PACKED bf16* y, float* rstd, PACKED const bf16* x, PACKED const bf16* w, int rows, int cols,
                                        float eps, int group) {
-    forward(y, rstd, x, w, rows, cols, eps, group);
+    forward(y, rstd, Plain<bf16>{x}, w, rows, cols, eps, group);
 }
 
 KERNEL(THREADS, rms_norm_forward_f32)(PACKED float* y, float* rstd, PACKED const float* x, PACKED const float* w, int rows,
                                       int cols, float eps, int group) {
-    forward(y, rstd, x, w, rows, cols, eps, group);
+    forward(y, rstd, Plain<float>{x}, w, rows, cols, eps, group);
+}
+
+KERNEL(THREADS, rms_norm_add_forward_bf16)(PACKED bf16* y, float* rstd, PACKED bf16* x, PACKED const bf16* r,
+                                           PACKED const bf16* w, int rows, int cols, float eps, int group) {
+    forward(y, rstd, Added<bf16>{x, r}, w, rows, cols, eps, group);
+}
+
+KERNEL(THREADS, rms_norm_add_forward_f32)(PACKED float* y, float* rstd, PACKED float* x, PACKED const float* r,
+                                           PACKED const float* w, int rows, int cols, float eps, int group) {
+    forward(y, rstd, Added<float>{x, r}, w, rows, cols, eps, group);
 }
 
 KERNEL(THREADS, rms_norm_backward_bf16)(PACKED bf16* dx, float* partial, PACKED const bf16* dy, PACKED const bf16* x,

@@ -100,6 +100,8 @@ def ops():
     """Name, a function that makes an input set, the op on it."""
     x = lambda: (randn(ROWS, HIDDEN), randn(HIDDEN))
     yield "rms_norm/forward", x, rms_norm
+    branch = lambda: (randn(ROWS, HIDDEN), *x())
+    yield "rms_norm/add_forward", branch, lambda r, x, w: rms_norm(x.add_(r), w)
     yield "rms_norm/backward", x, Backward(rms_norm)
     xb = lambda: (randn(ROWS, HIDDEN), randn(HIDDEN), randn(HIDDEN))
     yield "layer_norm/forward", xb, layer_norm

@@ -1,6 +1,7 @@
 //! LayerNorm over the last axis: `y[r,c] = (x[r,c] - mean[r]) * rstd[r] * w[c] + b[c]`,
 //! `rstd[r] = 1 / sqrt(var_c x[r,c] + eps)`, variance biased.  (Ba et al. 2016, eq. 4)
 
+use super::residual;
 use crate::{
     device::{
         Device, Element, Float, View, ViewMut,
@@ -54,6 +55,48 @@ pub fn forward<T: Element>(
             let blocks = rows.div_ceil(kernel::THREADS / group);
             let launch = Launch::row(blocks, kernel::THREADS / 32 * 4)?;
             kernel::forward(cuda, launch, y, mean, rstd, x, w, b, rows, cols, eps, group)
+        }
+    }
+}
+
+/// `x += r`, then [`forward`] of the sum, in one pass: the end of a residual branch and the norm that begins the
+/// next. The bits are those of the two ops in turn.
+///
+/// * `x`, `r` `[rows, cols]`
+///
+/// Reads x and r, writes x and y: `4 * rows * cols` elements.
+///
+/// # Errors
+/// As [`forward`].
+#[allow(clippy::too_many_arguments)]
+pub fn add_forward<T: Element>(
+    dev: &Device,
+    y: ViewMut<'_, T>,
+    mean: ViewMut<'_, T::Acc>,
+    rstd: ViewMut<'_, T::Acc>,
+    mut x: ViewMut<'_, T>,
+    r: View<'_, T>,
+    w: View<'_, T>,
+    b: View<'_, T>,
+    eps: T::Acc,
+) -> Result<()> {
+    const OP: &str = "layer_norm::add_forward";
+    let (rows, cols) = (rstd.len(), w.len());
+    shape::check(OP, "x", &[rows, cols], x.len())?;
+    shape::check(OP, "r", &[rows, cols], r.len())?;
+    shape::check(OP, "y", &[rows, cols], y.len())?;
+    shape::check(OP, "mean", &[rows], mean.len())?;
+    shape::check(OP, "b", &[cols], b.len())?;
+    match dev {
+        Device::Cpu(_) => {
+            residual::add(dev, x.reborrow(), r)?;
+            forward(dev, y, mean, rstd, x.view(), w, b, eps)
+        }
+        Device::Cuda(cuda) => {
+            let group = cuda::group::<T>(OP, cols, kernel::ELEMENTS, kernel::THREADS)?;
+            let blocks = rows.div_ceil(kernel::THREADS / group);
+            let launch = Launch::row(blocks, kernel::THREADS / 32 * 4)?;
+            kernel::add_forward(cuda, launch, y, mean, rstd, x, r, w, b, rows, cols, eps, group)
         }
     }
 }

@@ -1,6 +1,7 @@
 //! RMSNorm over the last axis: `y[r,c] = x[r,c] * rstd[r] * w[c]`,
 //! `rstd[r] = 1 / sqrt(mean_c x[r,c]² + eps)`.  (Zhang and Sennrich 2019, eq. 4)
 
+use super::residual;
 use crate::{
     device::{
         Device, Element, Float, View, ViewMut,
@@ -49,6 +50,43 @@ pub fn forward<T: Element>(
             let blocks = rows.div_ceil(kernel::THREADS / group);
             let launch = Launch::row(blocks, kernel::THREADS / 32 * 4)?;
             kernel::forward(cuda, launch, y, rstd, x, w, rows, cols, eps, group)
+        }
+    }
+}
+
+/// `x += r`, then [`forward`] of the sum, in one pass: the end of a residual branch and the norm that begins the
+/// next. The bits are those of the two ops in turn.
+///
+/// * `x`, `r` `[rows, cols]`
+///
+/// Reads x and r, writes x and y: `4 * rows * cols` elements.
+///
+/// # Errors
+/// As [`forward`].
+pub fn add_forward<T: Element>(
+    dev: &Device,
+    y: ViewMut<'_, T>,
+    rstd: ViewMut<'_, T::Acc>,
+    mut x: ViewMut<'_, T>,
+    r: View<'_, T>,
+    w: View<'_, T>,
+    eps: T::Acc,
+) -> Result<()> {
+    const OP: &str = "rms_norm::add_forward";
+    let (rows, cols) = (rstd.len(), w.len());
+    shape::check(OP, "x", &[rows, cols], x.len())?;
+    shape::check(OP, "r", &[rows, cols], r.len())?;
+    shape::check(OP, "y", &[rows, cols], y.len())?;
+    match dev {
+        Device::Cpu(_) => {
+            residual::add(dev, x.reborrow(), r)?;
+            forward(dev, y, rstd, x.view(), w, eps)
+        }
+        Device::Cuda(cuda) => {
+            let group = cuda::group::<T>(OP, cols, kernel::ELEMENTS, kernel::THREADS)?;
+            let blocks = rows.div_ceil(kernel::THREADS / group);
+            let launch = Launch::row(blocks, kernel::THREADS / 32 * 4)?;
+            kernel::add_forward(cuda, launch, y, rstd, x, r, w, rows, cols, eps, group)
         }
     }
 }

@@ -2,12 +2,14 @@
 
 use warpo::{
     device::{Buffer, Device, Element, Float},
-    ops::layer_norm,
+    ops::{layer_norm, residual},
 };
+
+use half::bf16;
 
 use crate::support::{
     OP, assert_bits, assert_close, assert_earned, assert_nan_only, assert_norm, devices, gather,
-    gradcheck, inner, randn, refusal, shuffled,
+    gradcheck, host, inner, randn, refusal, shuffled,
     sim::{self, Case, Lab},
     wide,
 };
@@ -246,6 +248,51 @@ fn kernel_rows_do_not_see_their_batch() {
             sim.hold_rows(rows, |rows| Norm { rows, cols, mean: 0.0 });
         }
     });
+}
+
+/// Added and normed in one pass, rows have the bits of two.
+#[test]
+fn the_kernel_that_adds_has_the_bits_of_two() {
+    fn bits<T: Element>(x: &[T]) -> Vec<u8> {
+        bytemuck::cast_slice(x).to_vec()
+    }
+    fn run<T: Element>(dev: &Device, rows: usize, cols: usize) {
+        let of = |name: &str, n: usize| {
+            let x: Vec<T> = randn::<f64>(name, n).into_iter().map(T::of).collect();
+            Buffer::of(dev, "test", &x).unwrap()
+        };
+        let (r, w) = (of("r", rows * cols), of("w", cols));
+        let mut both = Vec::new();
+        for at_once in [false, true] {
+            let (mut x, mut y) = (of("x", rows * cols), of("y", rows * cols));
+            let mut kept = [(); 2].map(|()| Buffer::<T::Acc>::new(dev, "kept", rows).unwrap());
+            let [mean, rstd] = &mut kept;
+            let (mean, rstd, eps) = (mean.view_mut(), rstd.view_mut(), Element::of(1e-5));
+            let (y_, w, b) = (y.view_mut(), w.view(), w.view());
+            if at_once {
+                let x = x.view_mut();
+                layer_norm::add_forward(dev, y_, mean, rstd, x, r.view(), w, b, eps).unwrap();
+            } else {
+                residual::add(dev, x.view_mut(), r.view()).unwrap();
+                layer_norm::forward(dev, y_, mean, rstd, x.view(), w, b, eps).unwrap();
+            }
+            both.push((bits(&dev.read(x.view()).unwrap()), bits(&dev.read(y.view()).unwrap())));
+        }
+        assert!(both[0] == both[1], "{} {rows} {cols}", T::NAME);
+    }
+    run::<f32>(host(), 3, 40);
+    sim::check(|sim| {
+        for (order, (rows, cols)) in sim.orders().into_iter().zip([(0, 8), (17, 40), (2, 520)]) {
+            run::<bf16>(&sim.device(order), rows, cols);
+            run::<f32>(&sim.device(order), rows, cols);
+        }
+    });
+    let (mut x, r, w) = ([0.0f32; 6], [0.0; 5], [1.0; 3]);
+    let (mut y, mut mean, mut rstd) = ([0.0; 6], [0.0; 2], [0.0; 2]);
+    let (y, mean, rstd) = ((&mut y[..]).into(), (&mut mean[..]).into(), (&mut rstd[..]).into());
+    let (x, r, w) = ((&mut x[..]).into(), r[..].into(), w[..].into());
+    let e = layer_norm::add_forward(host(), y, mean, rstd, x, r, w, w, 1e-5);
+    assert_eq!(refusal(e), "layer_norm::add_forward: `r` has shape [5], wanted [2, 3]");
 }
 
 #[test]

@@ -2,12 +2,14 @@
 
 use warpo::{
     device::{Buffer, Device, Element, Float},
-    ops::rms_norm,
+    ops::{residual, rms_norm},
 };
+
+use half::bf16;
 
 use crate::support::{
     OP, assert_bits, assert_close, assert_earned, assert_nan_only, assert_norm, devices, gather,
-    gradcheck, inner, randn, refusal, shuffled,
+    gradcheck, host, inner, randn, refusal, shuffled,
     sim::{self, Case, Lab},
     wide,
 };
@@ -176,6 +178,48 @@ fn kernel_rows_do_not_see_their_batch() {
             sim.hold_rows(34, |rows| Norm { rows, cols });
         }
     });
+}
+
+/// Added and normed in one pass, rows have the bits of two.
+#[test]
+fn the_kernel_that_adds_has_the_bits_of_two() {
+    fn bits<T: Element>(x: &[T]) -> Vec<u8> {
+        bytemuck::cast_slice(x).to_vec()
+    }
+    fn run<T: Element>(dev: &Device, rows: usize, cols: usize) {
+        let of = |name: &str, n: usize| {
+            let x: Vec<T> = randn::<f64>(name, n).into_iter().map(T::of).collect();
+            Buffer::of(dev, "test", &x).unwrap()
+        };
+        let (r, w) = (of("r", rows * cols), of("w", cols));
+        let mut both = Vec::new();
+        for at_once in [false, true] {
+            let (mut x, mut y) = (of("x", rows * cols), of("y", rows * cols));
+            let mut rstd = Buffer::<T::Acc>::new(dev, "rstd", rows).unwrap();
+            let (y_, rstd, eps) = (y.view_mut(), rstd.view_mut(), Element::of(1e-5));
+            if at_once {
+                let x = x.view_mut();
+                rms_norm::add_forward(dev, y_, rstd, x, r.view(), w.view(), eps).unwrap();
+            } else {
+                residual::add(dev, x.view_mut(), r.view()).unwrap();
+                rms_norm::forward(dev, y_, rstd, x.view(), w.view(), eps).unwrap();
+            }
+            both.push((bits(&dev.read(x.view()).unwrap()), bits(&dev.read(y.view()).unwrap())));
+        }
+        assert!(both[0] == both[1], "{} {rows} {cols}", T::NAME);
+    }
+    run::<f32>(host(), 3, 40);
+    sim::check(|sim| {
+        for (order, (rows, cols)) in sim.orders().into_iter().zip([(0, 8), (17, 40), (2, 520)]) {
+            run::<bf16>(&sim.device(order), rows, cols);
+            run::<f32>(&sim.device(order), rows, cols);
+        }
+    });
+    let (mut x, r, w) = ([0.0f32; 6], [0.0; 5], [1.0; 3]);
+    let (mut y, mut rstd) = ([0.0; 6], [0.0; 2]);
+    let (y, rstd, x) = ((&mut y[..]).into(), (&mut rstd[..]).into(), (&mut x[..]).into());
+    let e = rms_norm::add_forward(host(), y, rstd, x, r[..].into(), w[..].into(), 1e-5);
+    assert_eq!(refusal(e), "rms_norm::add_forward: `r` has shape [5], wanted [2, 3]");
 }
 
 #[test]
