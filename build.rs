@@ -1,7 +1,7 @@
 //! Compiles `kernels/*.cu` with nvcc, where there is one, and writes the Rust functions that launch them.
 //!
 //! Each file becomes one fatbin: machine code for sm_80 and sm_90a, and PTX that the driver translates for
-//! newer GPUs. What did not change is not compiled again. Without nvcc the images are empty and everything
+//! newer GPUs; those named `*_sm90.cu` machine code for sm_90a alone. What did not change is not compiled again. Without nvcc the images are empty and everything
 //! but the CUDA device works; `WARPO_KERNELS=require` makes that an error, `WARPO_KERNELS=none` does not
 //! look for nvcc.
 
@@ -18,9 +18,10 @@ use std::{
 mod scan;
 use scan::Entry;
 
+const HOPPER: &str = "arch=compute_90a,code=sm_90a";
 const TARGETS: [&str; 3] = [
     "arch=compute_80,code=sm_80",
-    "arch=compute_90a,code=sm_90a",
+    HOPPER,
     // `compute_80` PTX runs on whatever comes later
     "arch=compute_80,code=compute_80",
 ];
@@ -131,9 +132,10 @@ fn compile(nvcc: &Path, sources: &[PathBuf], out: &Path) -> Result<(), String> {
 fn one(nvcc: &Path, version: &str, source: &Path, out: &Path) -> Result<(), String> {
     let file = |end: &str| out.join(stem(source)).with_extension(end);
     let (fatbin, depends, key) = (file("fatbin"), file("d"), file("key"));
+    let targets = if scan::hopper(&stem(source)) { &[HOPPER][..] } else { &TARGETS };
     let hash = || {
         let mut h = DefaultHasher::new();
-        (version, FLAGS, TARGETS).hash(&mut h);
+        (version, FLAGS, targets).hash(&mut h);
         let names = fs::read_to_string(&depends).unwrap_or_default().replace("\\\n", " ");
         for name in names.split_once(": ").map_or("", |n| n.1).split_whitespace() {
             fs::read(name).ok().hash(&mut h);
@@ -145,7 +147,7 @@ fn one(nvcc: &Path, version: &str, source: &Path, out: &Path) -> Result<(), Stri
     }
     let aside = file("tmp");
     let mut command = Command::new(nvcc);
-    command.args(FLAGS).args(TARGETS.iter().flat_map(|t| ["-gencode", t]));
+    command.args(FLAGS).args(targets.iter().flat_map(|t| ["-gencode", t]));
     command.arg("-MD").arg("-MF").arg(&depends).arg("-o").arg(&aside).arg(source);
     let report = run(&mut command)?;
     // registers, spills and shared memory of every kernel, which a test reads
@@ -191,13 +193,14 @@ fn write(path: &Path, text: &str) -> Result<(), String> {
 fn module(source: &Path, compiled: bool) -> Result<String, String> {
     let text = fs::read_to_string(source).map_err(|e| format!("{}: {e}", source.display()))?;
     let stem = stem(source);
-    let image = match compiled {
+    let hopper = scan::hopper(&stem);
+    let bytes = match compiled {
         true => format!("include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{stem}.fatbin\"))"),
         false => "&[]".into(),
     };
     let mut code = format!(
         "/// `kernels/{stem}.cu`\npub mod {stem} {{\n    use super::*;\n    \
-         static IMAGE: Image = Image {{ name: \"{stem}\", bytes: {image} }};\n"
+         static IMAGE: Image = Image {{ name: \"{stem}\", hopper: {hopper}, bytes: {bytes} }};\n"
     );
     for (name, value) in scan::constants(&text) {
         code += &format!("    pub const {name}: usize = {value};\n");
@@ -230,6 +233,11 @@ fn function(stem: &str, name: &str, variants: &[&Entry]) -> Result<String, Strin
     }
     let (mut params, mut args, mut floats) = (String::new(), String::new(), false);
     for p in &first.params {
+        if p.c == "TENSOR_MAP" {
+            params += &format!("{}: Map<'_>, ", p.name);
+            args += &format!("        args.map({});\n", p.name);
+            continue;
+        }
         let pointer = p.c.strip_suffix('*').map(|c| (c.trim_start_matches("const "), c));
         let element = match pointer.map_or(p.c.as_str(), |(element, _)| element) {
             "bf16" if stored.is_some() => "T",
@@ -264,16 +272,17 @@ fn function(stem: &str, name: &str, variants: &[&Entry]) -> Result<String, Strin
     let kernel = |e: Option<&&&Entry>| {
         e.map_or("None".into(), |e| {
             format!(
-                "Some(Kernel {{ image: &IMAGE, name: \"{}\", threads: {} }})",
-                e.name, e.threads
+                "Some(Kernel {{ image: &IMAGE, name: \"{}\", threads: {}, cluster: {} }})",
+                e.name, e.threads, e.cluster
             )
         })
     };
     let (bf16, f32) = (kernel(stored.as_ref()), kernel(other.as_ref()));
-    let (generic, pick) = match (floats, stored) {
-        (false, _) => ("", "f32"),
-        (true, Some(_)) => ("<T: Element>", "T"),
-        (true, None) => ("<T: Float>", "T"),
+    let (generic, pick) = match (floats, stored, other) {
+        (true, None, _) => ("<T: Float>", "T"),
+        (true, Some(_), _) | (false, Some(_), Some(_)) => ("<T: Element>", "T"),
+        (false, Some(_), None) => ("", "half::bf16"),
+        (false, None, _) => ("", "f32"),
     };
     let short = name.strip_prefix(&format!("{stem}_")).unwrap_or(name);
     Ok(format!(

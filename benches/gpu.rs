@@ -1,5 +1,6 @@
 //! Every CUDA kernel at the sizes of an 8B model (hidden 4096, MLP 14,336, vocabulary 128,256) and 8,192 tokens:
-//! device time by events, random data, buffers rotated past the cache, beside a copy in the same run.
+//! device time by events, random data, buffers rotated past the cache, beside a copy in the same run. Matrix
+//! products at those of Qwen2.5, beside cuBLASLt.
 //!
 //! `cargo bench --bench gpu` runs all, `cargo bench --bench gpu -- norm` a part; `$WARPO_RESULTS` names a JSON
 //! file for the results. Without a GPU it says so; with `$WARPO_SIM`, a library of the simulator, it runs tiny
@@ -7,13 +8,19 @@
 
 #![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used)]
 
+#[path = "gpu/products.rs"]
+mod products;
+
 use std::{cell::RefCell, path::Path, process::Command, time::Duration};
 
 use criterion::Criterion;
 use half::bf16;
 use serde_json::{Value, json};
 use warpo::{
-    device::{Buffer, Cuda, Device, Element, cuda::Order},
+    device::{
+        Buffer, Cuda, Device, Element,
+        cuda::{Machine, Order},
+    },
     ops::{
         activation::{self, Activation},
         adamw, bradley_terry, embedding, gae, grad_norm,
@@ -27,6 +34,8 @@ use warpo::{
     },
     rng::{Philox, Purpose, Stream},
 };
+
+use products::products;
 
 /// More than one round of these is larger than any cache.
 const SETS: usize = 4;
@@ -69,6 +78,8 @@ struct Bench {
     criterion: Criterion,
     dev: Device,
     sizes: Sizes,
+    /// On the simulator, which only shows that the benches run.
+    tiny: bool,
     /// Bytes a second, read and written.
     copy: f64,
     results: Vec<Value>,
@@ -78,6 +89,12 @@ impl Bench {
     fn cuda(&self) -> &Cuda {
         let Device::Cuda(cuda) = &self.dev else { panic!("{:?}", self.dev) };
         cuda
+    }
+
+    /// Whether the command line asks for this, as criterion reads it.
+    fn wanted(&self, name: &str) -> bool {
+        let mut words = std::env::args().skip(1).filter(|word| !word.starts_with('-'));
+        words.next().is_none_or(|word| name.contains(&word))
     }
 
     /// Random numbers, the same million again and again.
@@ -344,7 +361,10 @@ fn card() -> String {
 fn main() {
     let simulator = std::env::var_os("WARPO_SIM");
     let (dev, sizes) = match simulator.as_ref().map(Path::new) {
-        Some(library) => (Cuda::simulated(library, Order::default()).map(Device::Cuda), TINY),
+        Some(library) => {
+            let (order, machine) = (Order::default(), Machine::Ampere);
+            (Cuda::simulated(library, order, machine).map(Device::Cuda), TINY)
+        }
         None => (Device::from_name("cuda", 0), SIZES),
     };
     let dev = match dev {
@@ -360,10 +380,11 @@ fn main() {
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1))
         .configure_from_args();
-    let mut b = Bench { criterion, dev, sizes, copy: f64::NAN, results: Vec::new() };
+    let (tiny, results) = (simulator.is_some(), Vec::new());
+    let mut b = Bench { criterion, dev, sizes, tiny, copy: f64::NAN, results };
     b.copy = copy(&b);
     println!("a copy moves {:.0} GB/s", b.copy / 1e9);
-    for group in [norms, layer_norms, elementwise, losses, sampling, optimizer] {
+    for group in [norms, layer_norms, elementwise, losses, sampling, optimizer, products] {
         group(&mut b);
     }
     b.criterion.final_summary();

@@ -44,12 +44,12 @@ fn matmul(c: &mut Criterion) {
         let name = |what: &str| format!("{what}/cpu/f32/{m}x{n}x{k}");
         let work = fma(m * n * k);
         bench(&mut g, &name("forward"), work, || {
-            matmul::forward(dev, (&mut y).into(), (&x).into(), &packed, None).unwrap();
+            matmul::forward(dev, (&mut y).into(), (&x).into(), &packed, None, None).unwrap();
         });
         let (dy, mut dx, mut dw) = (randn(3, m * n), vec![0.0; m * k], vec![0.0; n * k]);
         bench(&mut g, &name("backward_input"), work, || {
             let (dx, dy) = ((&mut dx).into(), (&dy).into());
-            matmul::backward_input(dev, dx, dy, (&w).into(), (n, k), false).unwrap();
+            matmul::backward_input(dev, dx, dy, (&w).into(), (n, k)).unwrap();
         });
         bench(&mut g, &name("backward_weight"), work, || {
             let (dw, dy) = ((&mut dw).into(), (&dy).into());

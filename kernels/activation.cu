@@ -5,79 +5,13 @@
 //            gated: a thread an element throughout where a row is no whole number of packets (`width` 1)
 //   memory   reads inputs once and writes outputs once; bytes an element of y in bf16: forward 4, backward
 //            6, gated forward 6, gated backward 10; twice that in f32
-//   numerics all in f32, one rounding on the way out. No left tail is lost in a difference: the tanh form is
-//            written with a sigmoid, 1 + tanh(u) = 2 s(2u), and 1 + erf(u) is erfc(-u)
+//   numerics all in f32, one rounding on the way out (include/curves.cuh)
 //   needs    plain: 16-byte aligned buffers; gated, where `width` is a packet: the same, and cols % packet == 0;
 //            fewer than 2^31 threads: the launcher checks
+#include "include/curves.cuh"
 #include "include/elements.cuh"
 
 constexpr int THREADS = 256;
-
-// The value and the derivative at a point; the compiler drops the one that is not used.
-struct Point {
-    float y, slope;
-};
-
-// s = 1 / (1 + exp(-x)) and 1 - s, neither by cancellation.
-struct Sigmoid {
-    float s, rest;
-};
-static __device__ __forceinline__ Sigmoid sigmoid(float x) {
-    const float e = expf(-fabsf(x)), near = 1.0f / (1.0f + e), far = e * near;
-    return x < 0.0f ? Sigmoid{far, near} : Sigmoid{near, far};
-}
-
-struct GeluTanh {
-    static __device__ __forceinline__ Point at(float x) {
-        // x s(2u), u = sqrt(2 / pi) (x + 0.044715 x^3)
-        constexpr float C = 1.5957691216057308f, A = 0.044715f;
-        const float x2 = x * x;
-        const auto [s, rest] = sigmoid(C * x * fmaf(A, x2, 1.0f));
-        return {x * s, fmaf(x * s * rest, C * fmaf(3.0f * A, x2, 1.0f), s)};
-    }
-};
-
-struct Gelu {
-    static __device__ __forceinline__ Point at(float x) {
-        const float cdf = 0.5f * erfcf(x * -0.70710678118654752f);
-        const float pdf = expf(-0.5f * x * x) * 0.39894228040143268f;
-        return {x * cdf, fmaf(x, pdf, cdf)};
-    }
-};
-
-struct Silu {
-    static __device__ __forceinline__ Point at(float x) {
-        const auto [s, rest] = sigmoid(x);
-        return {x * s, s * fmaf(x, rest, 1.0f)};
-    }
-};
-
-struct Relu {
-    static __device__ __forceinline__ Point at(float x) {
-        // x * 0 keeps a NaN
-        return x > 0.0f ? Point{x, 1.0f} : Point{x * 0.0f, 0.0f};
-    }
-};
-
-struct QuickGelu {
-    static __device__ __forceinline__ Point at(float x) {
-        constexpr float K = 1.702f;
-        const auto [s, rest] = sigmoid(K * x);
-        return {x * s, s * fmaf(K * x, rest, 1.0f)};
-    }
-};
-
-// f(the activation), so that each loop is compiled for one function.
-template <class F>
-static __device__ __forceinline__ void with_activation(int act, F f) {
-    switch (act) {
-        case 0: return f(GeluTanh());
-        case 1: return f(Gelu());
-        case 2: return f(Silu());
-        case 3: return f(Relu());
-        case 4: return f(QuickGelu());
-    }
-}
 
 template <class T>
 static __device__ void forward(T* y, const T* x, uint64_t count, int act) {

@@ -1,12 +1,14 @@
 //! Reads the KERNEL lines and the constants of a .cu file. Used by build.rs and by the tests.
 
-/// An entry point: `KERNEL(threads, name)(parameters)`.
+/// An entry point: `KERNEL(threads, name)(parameters)`, or `KERNEL(threads, name, cluster)(parameters)`.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
     /// As the driver knows it.
     pub name: String,
     /// Threads of a block.
     pub threads: u32,
+    /// Blocks of a cluster, 1 without.
+    pub cluster: u32,
     /// In order.
     pub params: Vec<Param>,
 }
@@ -14,7 +16,7 @@ pub struct Entry {
 /// A parameter of an entry point.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Param {
-    /// Its C type, without the words below.
+    /// Its C type, without the words below; `TENSOR_MAP` is one.
     pub c: String,
     /// Its name.
     pub name: String,
@@ -24,16 +26,21 @@ pub struct Param {
     pub packed: bool,
 }
 
-/// All entries of a source text, in order. A thread count may be a number or a constant of the same
-/// file.
+/// All entries of a source text, in order. Threads and cluster may be a number or a constant of the
+/// same file.
 pub fn entries(text: &str) -> Result<Vec<Entry>, String> {
     let mut all = Vec::new();
     for part in text.split("\nKERNEL(").skip(1) {
         let head = part.split_once(')').ok_or("KERNEL without )")?;
         let (threads, name) = head.0.split_once(',').ok_or("KERNEL without a name")?;
-        let (threads, name) = (threads.trim(), name.trim().to_owned());
-        let constant = || constants(text).into_iter().find(|c| c.0 == threads).map(|c| c.1);
-        let threads = threads.parse().ok().or_else(constant).ok_or(format!("{name}: threads?"))?;
+        let (name, cluster) = name.split_once(',').unwrap_or((name, "1"));
+        let name = name.trim().to_owned();
+        let number = |what: &str, word: &str| {
+            let constant = || constants(text).into_iter().find(|c| c.0 == word).map(|c| c.1);
+            word.parse().ok().or_else(constant).ok_or(format!("{name}: {what}?"))
+        };
+        let threads = number("threads", threads.trim())?;
+        let cluster = number("cluster", cluster.trim())?;
         let params = head.1.strip_prefix('(').and_then(|p| p.split_once(')'));
         let (params, _) = params.ok_or(format!("{name}: parameters?"))?;
         let param = |p: &str| {
@@ -45,9 +52,14 @@ pub fn entries(text: &str) -> Result<Vec<Entry>, String> {
             Ok::<_, String>(Param { c: words.join(" "), name: own.to_owned(), optional, packed })
         };
         let params = params.split(',').map(param).collect::<Result<_, _>>()?;
-        all.push(Entry { name, threads, params });
+        all.push(Entry { name, threads, cluster, params });
     }
     Ok(all)
+}
+
+/// Whether a .cu file of this stem is for Hopper, which alone has TMA, wgmma and clusters.
+pub fn hopper(stem: &str) -> bool {
+    stem.ends_with("_sm90")
 }
 
 /// The lines `constexpr int NAME = number;` of a source text.

@@ -22,8 +22,10 @@ mod data {
 mod device {
     mod arena;
     mod buffer;
+    mod cublaslt;
     mod cuda;
     mod gemm;
+    mod hopper;
     mod kernels;
     mod maps;
     mod math;

@@ -11,6 +11,7 @@ import sys
 import torch
 import torch._functorch.config
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 TINY = sys.argv[1:] == ["--cpu"]
 DEV = "cpu" if TINY else "cuda"
@@ -33,15 +34,18 @@ class Backward:
         self.f = f
 
     def prepared(self, inputs):
-        inputs = [t.requires_grad_() for t in inputs]
-        y = self.f(*inputs)
-        return (y, inputs, torch.randn_like(y))
+        y = self.f(*[t.requires_grad_(t.is_floating_point()) for t in inputs])
+        return (y, [t for t in inputs if t.requires_grad], torch.randn_like(y))
 
     def __call__(self, y, inputs, dy):
         torch.autograd.grad(y, inputs, dy, retain_graph=True)
 
     def compiled(self):
-        return Backward(torch.compile(self.f))
+        return Backward(compiled(self.f))
+
+
+def compiled(f):
+    return f.compiled() if hasattr(f, "compiled") else torch.compile(f)
 
 
 def rms_norm(x, w):
@@ -96,6 +100,57 @@ class Loss:
         return Loss(torch.compile(self.f))
 
 
+def chosen(h, w, targets):
+    """Log-probs of the chosen tokens."""
+    logits = (h @ w.T).float()
+    return logits.gather(-1, targets[:, None]).squeeze(-1) - logits.logsumexp(-1)
+
+
+class Chunked:
+    """Log-probs with the logits of 1024 tokens at a time in memory; the backward pass makes them again."""
+
+    def __init__(self, f=chosen):
+        self.f = f
+
+    def __call__(self, h, w, targets):
+        parts = zip(h.split(1024), targets.split(1024))
+        return torch.cat([checkpoint(self.f, h, w, t, use_reentrant=False) for h, t in parts])
+
+    def compiled(self):
+        return Chunked(torch.compile(self.f))
+
+
+def no_grad(f):
+    """The forward pass alone."""
+
+    class Forward:
+        def __call__(self, *inputs):
+            with torch.no_grad():
+                f(*inputs)
+
+        def compiled(self):
+            return no_grad(compiled(f))
+
+    return Forward()
+
+
+# of Qwen2.5: hidden, vocabulary
+HEADS_OF = {"tiny": (64, 99)} if TINY else {"0.5b": (896, 151936), "1.5b": (1536, 151936), "7b": (3584, 152064)}
+HEAD_TOKENS = (1030,) if TINY else (2048, 4096, 8192, 16384)
+
+
+def head(tokens, hidden, vocab):
+    # logits as small as a model's
+    h, w = randn(tokens, hidden), randn(vocab, hidden) / hidden**0.5
+    return h, w, torch.randint(vocab, (tokens,), device=DEV)
+
+
+def heads():
+    for model, sizes in HEADS_OF.items():
+        for tokens in HEAD_TOKENS:
+            yield f"{model}/{tokens}", lambda: head(tokens, *sizes)
+
+
 def ops():
     """Name, a function that makes an input set, the op on it."""
     x = lambda: (randn(ROWS, HIDDEN), randn(HIDDEN))
@@ -141,6 +196,9 @@ def ops():
     yield "whiten", columns(1), lambda x: (x - x.mean()) * torch.rsqrt(x.var() + 1e-8)
     yield "grad_norm", lambda: (randn(WEIGHTS, dtype=F32),), lambda g: g.norm()
     yield "first_bad", lambda: (randn(WEIGHTS, dtype=F32),), lambda g: g.isfinite().all()
+    for name, inputs in heads():
+        yield f"logprob/forward/{name}", inputs, no_grad(Chunked())
+        yield f"logprob/backward/{name}", inputs, Backward(Chunked())
 
 
 def time(f, sets):
@@ -173,6 +231,31 @@ def adamw():
     return time(lambda: optimizer.step(), [()])
 
 
+def liger(ours):
+    """Liger's fused linear cross entropy, where it is installed: forward and backward in one, as it computes them."""
+    try:
+        from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    except ImportError:
+        return
+    loss = LigerFusedLinearCrossEntropyLoss()
+
+    def both(h, w, targets):
+        torch.autograd.grad(loss(w, h, targets), (h, w))
+
+    for name, inputs in heads():
+        passes = [ours.get(f"logprob/{direction}/{name}") for direction in ("forward", "backward")]
+        if None in passes:
+            continue
+        sets = [inputs() for _ in range(SETS)]
+        for h, w, _ in sets:
+            h.requires_grad_(), w.requires_grad_()
+        seconds, warpo = time(both, sets), sum(op["microseconds"] for op in passes)
+        passes[1]["liger forward + backward us"] = seconds * 1e6
+        print(f"{'liger/' + name:28} {warpo:10.1f} {seconds * 1e6:10.1f} {'':>10}   {seconds * 1e6 / warpo:.2f}")
+        del sets
+        torch.cuda.empty_cache()
+
+
 def product():
     """FLOP/s of an 8192^3 product in bf16, the card's ceiling for what comes to be measured beside it."""
     n = 64 if TINY else 8192
@@ -189,11 +272,12 @@ def main():
             continue
         times = [timed(f, make)]
         if not TINY:
-            times.append(timed(f.compiled() if isinstance(f, (Loss, Backward)) else torch.compile(f), make))
+            times.append(timed(compiled(f), make))
         report(ours, name, *times, *[0.0] * (2 - len(times)))
         if not TINY:
             torch.cuda.empty_cache()
     report(ours, "adamw", adamw(), 0.0)
+    liger(ours)
     if TINY:
         product()
     else:

@@ -7,15 +7,28 @@
 // function that launches it, so the number of threads is written once and a wrong argument does not
 // compile. Two kernels whose names end in _bf16 and _f32 become one function, generic over what is stored.
 // Parameters are pointers to bf16, float, double, uint32_t, uint64_t or int, or such a number by value,
-// where an int is a count.
-#define KERNEL(threads, name)                                               \
+// where an int is a count. KERNEL(threads, name, blocks): blocks that follow each other in x are a cluster;
+// a block has a multiprocessor's registers to itself, which ptxas must know to heed setmaxnreg, so that a kernel that
+// moves registers between its warpgroups is of this form, be it with 1.
+#define KERNEL(...) KERNEL_PICK(__VA_ARGS__, KERNEL_OF_CLUSTER, KERNEL_OF_BLOCK, )(__VA_ARGS__)
+#define KERNEL_PICK(threads, name, blocks, pick, ...) pick
+#define KERNEL_OF_BLOCK(threads, name)                                      \
     static_assert((threads) % 32 == 0 && (threads) <= 1024, "whole warps"); \
     extern "C" __global__ void __launch_bounds__(threads) name
+#define KERNEL_OF_CLUSTER(threads, name, blocks)                            \
+    static_assert((threads) % 32 == 0 && (threads) <= 1024, "whole warps"); \
+    extern "C" __global__ void __launch_bounds__(threads, 1) __cluster_dims__(blocks, 1, 1) name
 
 // Of a pointer parameter: it may be null, and is an Option in Rust.
 #define OPTIONAL
 // Of a pointer parameter: it is read or written in packets; the launch checks that it begins at one.
 #define PACKED
+// A parameter: a matrix that TMA copies boxes of. Its address is the map's.
+#ifdef WARPO_SIM
+#define TENSOR_MAP const ptx::TensorMap
+#else
+#define TENSOR_MAP const __grid_constant__ ptx::TensorMap
+#endif
 
 #ifndef WARPO_SIM
 extern __shared__ __align__(1024) char launch_shared[];

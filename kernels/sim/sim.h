@@ -18,6 +18,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
 #define __align__(n) alignas(n)
 #define __restrict__ __restrict
 // Static shared memory has no redzones: kernels carve theirs from the launch's (include/kernel.cuh).
@@ -48,6 +49,8 @@ namespace sim {
 struct Site {
     const char* file;
     int line;
+    // As the default of a parameter: where the function is called.
+    constexpr Site(const char* file = __builtin_FILE(), int line = __builtin_LINE()) : file(file), line(line) {}
 };
 #define SIM_SITE (::sim::Site{__FILE__, __LINE__})
 
@@ -62,7 +65,7 @@ void barrier(Site site, int id = 0, int threads = 0);
 // What the lanes of a warp do together. All lanes of `mask` call it with the same kind; each brings a
 // value of `bytes` and gets the 32 of them.
 constexpr size_t MAX_VALUE = 64;
-enum class Warp { Sync, Shuffle, Vote, Mma, Matrix };
+enum class Warp { Sync, Shuffle, Vote, Mma, Matrix, Elect };
 void exchange(Warp kind, unsigned mask, const void* value, size_t bytes, void* all, Site site);
 
 // An mbarrier: `arrivals` arrivals complete a phase.
@@ -74,6 +77,55 @@ void mbarrier_wait(uint64_t* bar, int parity, Site site);
 void copy_async(void* to, const void* from, size_t bytes, size_t zeros, Site site);
 void copy_commit();
 void copy_wait(int pending, Site site);
+
+// -- Hopper ------------------------------------------------------------------------------------------------
+
+void fence_barrier_init();
+void mbarrier_expect(uint64_t* bar, int bytes, Site site);
+void mbarrier_arrive_at(uint64_t* bar, int rank, Site site);
+
+// A tensor map's 128 bytes.
+struct Map {
+    uint64_t base;
+    uint32_t element_bytes, rank;
+    // From the innermost out: elements; bytes between neighbours.
+    uint64_t dims[4], strides[4];
+    uint32_t box[4];
+    // 0, 32, 64 or 128 bytes.
+    uint32_t swizzle;
+    char unused[28];
+};
+static_assert(sizeof(Map) == 128);
+
+// TMA: the copy happens at a random time, at the latest when all threads wait; until then the destination is
+// NaN. `blocks`: of the cluster; 0 is this one.
+void tma_load(void* to, const void* map, int x, int y, uint64_t* bar, unsigned blocks, Site site);
+// The source is read at the wait for it, and global memory written at the wait for that or at the end.
+void tma_store(const void* map, int x, int y, const void* from, Site site);
+void tma_store_commit();
+void tma_store_wait(int pending, bool written, Site site);
+void fence_async();
+
+int cluster_rank();
+void cluster_sync(Site site);
+void registers(int count, bool up, Site site);
+bool elect(Site site);
+
+// What a descriptor holds: bytes from the start of the block's shared memory.
+uint32_t shared_address(const void* p, Site site);
+
+// wgmma: products are computed at the first wait for them; until its own wait each thread's accumulators are NaN.
+struct Product {
+    float* d;
+    int count;             // of accumulators a thread
+    const uint32_t* regs;  // A in registers, or null
+    uint64_t a, b;
+    bool add, a_columns, b_columns;
+};
+void wgmma_fence(Site site);
+void wgmma(const Product& product, Site site);
+void wgmma_commit(Site site);
+void wgmma_wait(int pending, Site site);
 
 // Region `index` of the block's shared memory, at `offset` of the launch's bytes; redzones lie between.
 void* carve(int index, size_t offset, size_t bytes, Site site);
@@ -88,7 +140,7 @@ inline void aligned(const void* p, size_t bytes, Site site) {
 
 // Kernels by name, with a function that unpacks the driver's arguments.
 using Call = void (*)(void** args);
-void enter(const char* name, int threads, Call call);
+void enter(const char* name, int threads, Call call, int cluster = 1);
 
 template <auto F>
 struct Unpack;
@@ -97,16 +149,22 @@ struct Unpack<F> {
     static void call(void** args) { call(args, std::index_sequence_for<A...>{}); }
     template <size_t... I>
     static void call(void** args, std::index_sequence<I...>) {
-        F(*static_cast<A*>(args[I])...);
+        F(read<A>(args[I])...);
+    }
+    // The driver's caller aligns nothing.
+    template <class T>
+    static T read(const void* p) {
+        T x;
+        std::memcpy(&x, p, sizeof x);
+        return x;
     }
 };
 
 struct Entry {
-    Entry(const char* name, int threads, Call call) { enter(name, threads, call); }
+    Entry(const char* name, Call call, int threads, int cluster = 1) { enter(name, threads, call, cluster); }
 };
-// Written by the tests for every KERNEL line.
-#define SIM_ENTER(name, threads) \
-    static ::sim::Entry sim_entry_##name(#name, threads, &::sim::Unpack<&name>::call);
+// Written by the tests for every KERNEL line: its threads, and the blocks of its cluster where it has one.
+#define SIM_ENTER(name, ...) static ::sim::Entry sim_entry_##name(#name, &::sim::Unpack<&name>::call, __VA_ARGS__);
 
 }  // namespace sim
 

@@ -12,7 +12,7 @@ use crate::{
     ops::{
         activation,
         attention::{self, KvLayer, Segment},
-        embedding, layer_norm, matmul, residual, rms_norm, rope,
+        embedding, layer_norm, matmul, rms_norm, rope,
     },
 };
 
@@ -252,7 +252,7 @@ impl<F: Float> Model<F> {
         let (shape, w, at) = (self.spec.attention(), &self.blocks[l], Some(l));
         self.norm(dev, &mut b.norm1, x, Slot::Norm1, Slot::Norm1Bias, at)?;
         let bias = self.params.get(Slot::QkvBias, at);
-        matmul::forward(dev, b.qkv.view_mut(), b.norm1.y.view(), &w.qkv, bias)?;
+        matmul::forward(dev, b.qkv.view_mut(), b.norm1.y.view(), &w.qkv, bias, None)?;
         if let Some(table) = &self.rope {
             let (cols, heads) = (self.spec.qkv_cols(), shape.q_heads + shape.kv_heads);
             let d = shape.head_dim;
@@ -270,8 +270,7 @@ impl<F: Float> Model<F> {
             &shape,
         )?;
         let bias = self.params.get(Slot::OutBias, at);
-        matmul::forward(dev, b.mid.view_mut(), b.attention.view(), &w.out, bias)?;
-        residual::add(dev, b.mid.view_mut(), x)
+        matmul::forward(dev, b.mid.view_mut(), b.attention.view(), &w.out, bias, Some(x))
     }
 
     /// `y = mid + down(act(up(norm2(mid))))`
@@ -279,23 +278,20 @@ impl<F: Float> Model<F> {
         &self,
         dev: &Device,
         l: usize,
-        mut y: ViewMut<'_, F>,
+        y: ViewMut<'_, F>,
         b: &mut Block<'_, F>,
     ) -> Result<()> {
         let (w, at) = (&self.blocks[l], Some(l));
         self.norm(dev, &mut b.norm2, b.mid.view(), Slot::Norm2, Slot::Norm2Bias, at)?;
         let bias = self.params.get(Slot::UpBias, at);
-        matmul::forward(dev, b.up.view_mut(), b.norm2.y.view(), &w.up, bias)?;
-        match self.spec.mlp {
-            Mlp::Plain(act) => activation::forward(dev, act, b.act.view_mut(), b.up.view())?,
-            Mlp::Gated(act) => {
-                let cols = self.spec.mlp_hidden;
-                activation::gated_forward(dev, act, b.act.view_mut(), b.up.view(), cols)?;
-            }
-        }
+        let after = match self.spec.mlp {
+            Mlp::Plain(act) => matmul::After { act, gated: false },
+            Mlp::Gated(act) => matmul::After { act, gated: true },
+        };
+        let (act, up) = (b.act.view_mut(), b.up.view_mut());
+        matmul::activated(dev, after, act, up, b.norm2.y.view(), &w.up, bias)?;
         let bias = self.params.get(Slot::DownBias, at);
-        matmul::forward(dev, y.reborrow(), b.act.view(), &w.down, bias)?;
-        residual::add(dev, y, b.mid.view())
+        matmul::forward(dev, y, b.act.view(), &w.down, bias, Some(b.mid.view()))
     }
 
     fn norm(
@@ -392,7 +388,7 @@ impl<F: Float> Model<F> {
         let (dw, db) = grads.linear_mut(Slot::Down, Slot::DownBias, at);
         matmul::backward_weight(dev, dw, db, g.dx.view(), b.act.view(), (h, mlp))?;
         let w = need(&self.params, Slot::Down, at)?;
-        matmul::backward_input(dev, g.dact.view_mut(), g.dx.view(), w, (h, mlp), false)?;
+        matmul::backward_input(dev, g.dact.view_mut(), g.dx.view(), w, (h, mlp))?;
         let (dup, dact) = (g.dup.view_mut(), g.dact.view());
         match self.spec.mlp {
             Mlp::Plain(act) => activation::backward(dev, act, dup, dact, b.up.view())?,
@@ -403,7 +399,7 @@ impl<F: Float> Model<F> {
         let (dw, db) = grads.linear_mut(Slot::Up, Slot::UpBias, at);
         matmul::backward_weight(dev, dw, db, g.dup.view(), b.norm2.y.view(), (up, h))?;
         let w = need(&self.params, Slot::Up, at)?;
-        matmul::backward_input(dev, g.dnorm.view_mut(), g.dup.view(), w, (up, h), false)?;
+        matmul::backward_input(dev, g.dnorm.view_mut(), g.dup.view(), w, (up, h))?;
         let (d, dy) = ((g.dx.view_mut(), g.scratch.view_mut()), g.dnorm.view());
         self.norm_backward(dev, grads, d, dy, b.mid.view(), &b.norm2, Slot::Norm2, at)
     }
@@ -426,7 +422,7 @@ impl<F: Float> Model<F> {
         let (dw, db) = grads.linear_mut(Slot::Out, Slot::OutBias, at);
         matmul::backward_weight(dev, dw, db, g.dx.view(), b.attention.view(), (h, att))?;
         let w = need(&self.params, Slot::Out, at)?;
-        matmul::backward_input(dev, g.dattention.view_mut(), g.dx.view(), w, (h, att), false)?;
+        matmul::backward_input(dev, g.dattention.view_mut(), g.dx.view(), w, (h, att))?;
         attention::backward(
             dev,
             g.dqkv.view_mut(),
@@ -446,7 +442,7 @@ impl<F: Float> Model<F> {
         let (dw, db) = grads.linear_mut(Slot::Qkv, Slot::QkvBias, at);
         matmul::backward_weight(dev, dw, db, g.dqkv.view(), b.norm1.y.view(), (qkv, h))?;
         let w = need(&self.params, Slot::Qkv, at)?;
-        matmul::backward_input(dev, g.dnorm.view_mut(), g.dqkv.view(), w, (qkv, h), false)?;
+        matmul::backward_input(dev, g.dnorm.view_mut(), g.dqkv.view(), w, (qkv, h))?;
         let (d, dy) = ((g.dx.view_mut(), g.scratch.view_mut()), g.dnorm.view());
         self.norm_backward(dev, grads, d, dy, x, &b.norm1, Slot::Norm1, at)
     }

@@ -71,7 +71,7 @@ pub fn forward<F: Float>(
     let targets = targets.host();
     check(OP, targets, vocab, temperature)?;
     let out = Outputs::new(OP, logp, lse, entropy, rows)?;
-    let (h, panels, width) = (h.host(), w.panels().host(), scratch_len(1, vocab));
+    let (h, panels, width) = (h.host(), w.view().host(), scratch_len(1, vocab));
     let scratch = room(OP, scratch, rows * width)?;
     let scale = F::ONE / temperature;
     cpu.rows(rows, 12, (out.rows(), (scratch, width)), |range, (mut out, z)| {
@@ -193,7 +193,7 @@ pub fn backward<F: Float>(
     let (dh, mut dw, dlogp) = (dh.host(), dw.map(ViewMut::host), dlogp.host());
     let (h, w, targets, lse) = (f.h.host(), f.w.host(), f.targets.host(), f.lse.host());
     check(OP, targets, vocab, f.temperature)?;
-    let (panels, width) = (f.packed.panels().host(), scratch_len(1, vocab));
+    let (panels, width) = (f.packed.view().host(), scratch_len(1, vocab));
     let dz = room(OP, scratch, rows * width)?;
     let scale = F::ONE / f.temperature;
     for v0 in (0..vocab).step_by(CHUNK) {

@@ -1,35 +1,66 @@
-//! Matrix products of a linear layer: `y = x Wᵀ + b` and its two gradients.
+//! Matrix products of a linear layer, `y = x Wᵀ + b + r`, and its two gradients.
 //!
-//! Every output element is one chain of fused multiply-adds over the reduced axis in ascending
-//! order (see [`crate::device::cpu::gemm`]), so a row of `y` has the same bits whatever the number
-//! of rows, threads, or the instruction set; and a weight gradient has the same bits however its
-//! rows are split into micro-batches.
+//! On the CPU every output element is one chain of fused multiply-adds over the reduced axis in ascending
+//! order (see [`crate::device::cpu::gemm`]). On a CUDA device it is one chain of tensor core products of 16
+//! along that axis, in bf16 with f32 sums. On both a row of `y` has the same bits whatever the number of
+//! rows, threads, tiles, or the instruction set. On the CPU a weight gradient has the same bits however its
+//! rows are split into micro-batches; on a CUDA device it is the sum of the sums of each.
+//!
+//! A device that was made by [`Cuda::with_cublaslt`] multiplies with NVIDIA's library instead where nothing
+//! but the product is asked for and an algorithm passed a comparison of bits over numbers of rows.
+
+mod hopper;
+mod tiles;
+
+pub use tiles::{Choice, TABLE, Tile};
 
 use crate::{
     device::{
-        Buffer, Device, Float, View, ViewMut,
+        Buffer, Cuda, Device, Element, Float, View, ViewMut,
         cpu::gemm::{self, Lhs, Rhs},
+        cuda::{
+            cublaslt::{Algorithm, Lt, Of, Product},
+            kernels::matmul as kernel,
+        },
     },
-    error::Result,
+    error::{Error, Result},
+    ops::{
+        activation::{self, Activation},
+        residual,
+    },
     shape, simd,
 };
 
-/// A weight `[n, k]` packed for [`forward`]: once for each optimizer step.
+/// A weight `[n, k]` as [`forward`] reads it, made anew after each optimizer step: in panels on the CPU, by
+/// rows on a CUDA device.
 #[derive(Debug)]
-pub struct Packed<F: 'static> {
-    panels: Buffer<'static, F>,
+pub struct Packed<T: 'static> {
+    data: Buffer<'static, T>,
     n: usize,
     k: usize,
 }
 
-impl<F: Float> Packed<F> {
+impl<T: Element> Packed<T> {
     /// Room for a weight of `n` outputs and `k` inputs.
     ///
     /// # Errors
-    /// [`crate::Error::Memory`] if there is no room.
+    /// [`crate::Error::Memory`] if there is no room, [`crate::Error::Value`] if `n` or `k` is no multiple of 8
+    /// on a CUDA device.
     pub fn new(dev: &Device, n: usize, k: usize) -> Result<Self> {
-        let panels = Buffer::new(dev, "a packed weight", gemm::packed_len(k, n))?;
-        Ok(Self { panels, n, k })
+        let len = match dev {
+            Device::Cpu(_) => gemm::packed_len(k, n),
+            Device::Cuda(_) => {
+                eights("matmul", n, k)?;
+                n.saturating_mul(k)
+            }
+        };
+        if let Device::Cuda(cuda) = dev {
+            // Algorithms are chosen here, since choosing takes memory.
+            for of in [Of::Forward, Of::BackwardInput, Of::BackwardWeight] {
+                pinned::<T>(cuda, of, n, k)?;
+            }
+        }
+        Ok(Self { data: Buffer::new(dev, "a packed weight", len)?, n, k })
     }
 
     /// Outputs.
@@ -44,102 +75,259 @@ impl<F: Float> Packed<F> {
         self.k
     }
 
-    /// The panels, to multiply by a part of them.
+    /// The weight in its form: panels on the CPU, to multiply by a part of them; `[n, k]` on a CUDA device.
     #[must_use]
-    pub fn panels(&self) -> View<'_, F> {
-        self.panels.view()
+    pub fn view(&self) -> View<'_, T> {
+        self.data.view()
     }
 
     /// Copies `w` `[n, k]` in.
     ///
     /// # Errors
     /// [`crate::Error::Shape`] if `w` is not `n * k` long.
-    pub fn pack(&mut self, dev: &Device, w: View<'_, F>) -> Result<()> {
-        let cpu = dev.on_cpu("matmul::pack")?;
+    pub fn pack(&mut self, dev: &Device, w: View<'_, T>) -> Result<()> {
         shape::check("matmul::pack", "w", &[self.n, self.k], w.len())?;
-        gemm::pack(cpu, self.panels.host_mut(), w.host(), self.n, self.k);
-        Ok(())
+        match dev {
+            Device::Cpu(cpu) => {
+                let to = self.data.view_mut().float()?.host();
+                gemm::pack(cpu, to, w.float()?.host(), self.n, self.k);
+                Ok(())
+            }
+            Device::Cuda(_) => dev.copy(self.data.view_mut(), w),
+        }
     }
 }
 
-/// `y = x Wᵀ (+ bias)`: `x` `[m, k]`, `y` `[m, n]`, `bias` `[n]`. `2 m n k` FLOPs.
+/// cuBLASLt's algorithm for a weight, where the device may use it and it has one whose rows do not see their batch.
+fn pinned<T: Element>(cuda: &Cuda, of: Of, n: usize, k: usize) -> Result<Option<(&Lt, Algorithm)>> {
+    match cuda.provider() {
+        Some(lt) if T::NAME == half::bf16::NAME => Ok(lt.pinned(of, n, k)?.map(|a| (lt, a))),
+        _ => Ok(None),
+    }
+}
+
+/// What CUDA kernels read 16 bytes of at once.
+fn eights(op: &str, n: usize, k: usize) -> Result<()> {
+    match [n, k].into_iter().find(|x| !x.is_multiple_of(8)) {
+        None => Ok(()),
+        Some(x) => {
+            let what = format!("{op}: sides of a weight on a CUDA device");
+            Err(Error::value(what, "multiples of 8", x))
+        }
+    }
+}
+
+/// `y = x Wᵀ (+ bias) (+ residual)`: `x` `[m, k]`, `y` and `residual` `[m, n]`, `bias` `[n]`. `2 m n k` FLOPs.
 ///
-/// The bias is added after the chain, with one more rounding.
+/// Bias and residual are added to the f32 sum, in this order; on the CPU each with one more rounding.
 ///
 /// # Errors
-/// [`crate::Error::Shape`] if a buffer does not fit.
-pub fn forward<F: Float>(
+/// [`crate::Error::Shape`] if a buffer does not fit; on a CUDA device [`crate::Error::Device`] if one does not
+/// begin at a multiple of 16 bytes, or there is no kernel for its type: there are those for bf16.
+pub fn forward<T: Element>(
     dev: &Device,
-    y: ViewMut<'_, F>,
-    x: View<'_, F>,
-    w: &Packed<F>,
-    bias: Option<View<'_, F>>,
+    mut y: ViewMut<'_, T>,
+    x: View<'_, T>,
+    w: &Packed<T>,
+    bias: Option<View<'_, T>>,
+    residual: Option<View<'_, T>>,
 ) -> Result<()> {
-    let cpu = dev.on_cpu("matmul")?;
     let (n, k) = (w.n, w.k);
     let m = shape::rows("matmul", "x", x.len(), k)?;
     shape::check("matmul", "y", &[m, n], y.len())?;
-    if let Some(bias) = bias {
-        shape::check("matmul", "bias", &[n], bias.len())?;
+    for (name, view, want) in [("bias", &bias, &[n][..]), ("residual", &residual, &[m, n])] {
+        view.as_ref().map_or(Ok(()), |v| shape::check("matmul", name, want, v.len()))?;
     }
-    let (a, b) = (Lhs::rows(x.host(), k), Rhs::Packed(w.panels.host()));
-    gemm::product(cpu, y.host(), n, (m, n, k), a, b, false, bias.map(View::host));
-    Ok(())
+    match dev {
+        Device::Cpu(cpu) => {
+            let (a, b) = (x.float()?.host(), w.view().float()?.host());
+            let bias = bias.map(View::float).transpose()?.map(View::host);
+            let (a, b) = (Lhs::rows(a, k), Rhs::Packed(b));
+            gemm::product(cpu, y.reborrow().float()?.host(), n, (m, n, k), a, b, false, bias);
+            residual.map_or(Ok(()), |r| residual::add(dev, y, r))
+        }
+        Device::Cuda(_) if m == 0 => Ok(()),
+        Device::Cuda(cuda) => {
+            if let (None, None) = (&bias, &residual)
+                && let Some((lt, algorithm)) = pinned::<T>(cuda, Of::Forward, n, k)?
+            {
+                let product = Product { of: Of::Forward, m, n, k };
+                return lt.product(&product, &algorithm, y, (x, w.view()), false);
+            }
+            if cuda.hopper() {
+                return hopper::forward(cuda, y, x, w.view(), bias, residual, (m, n, k));
+            }
+            let tile = Tile::of(cuda, m, n);
+            let run = match tile {
+                Tile::Wide => kernel::forward_128x128,
+                Tile::Mid => kernel::forward_64x64,
+                Tile::Few => kernel::forward_64x32,
+                Tile::Fewest => kernel::forward_16x32,
+            };
+            run(cuda, tile.launch(cuda, m, n, false)?, y, x, w.view(), bias, residual, m, n, k)
+        }
+    }
 }
 
-/// `dx (+)= dy W`: `dy` `[m, n]`, `w` `[n, k]`, `dx` `[m, k]`; `add` adds to what `dx` holds.
-/// `2 m n k` FLOPs.
+/// An activation after a product, with or without a gate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct After {
+    /// The function.
+    pub act: Activation,
+    /// Whether the product's first half of columns are gates for the second: `act(gate) * partner`.
+    pub gated: bool,
+}
+
+/// `up = x Wᵀ (+ bias)` and `y = act(up)`, or `act(gate) * partner` of its halves: `x` `[m, k]`, `up` `[m, n]`,
+/// `y` `[m, n]` or `[m, n / 2]`. The bits are those of [`forward`] and the activation in turn.
 ///
 /// # Errors
-/// [`crate::Error::Shape`] if a buffer does not fit.
-pub fn backward_input<F: Float>(
+/// As [`forward`].
+#[allow(clippy::too_many_arguments)]
+pub fn activated<T: Element>(
     dev: &Device,
-    dx: ViewMut<'_, F>,
-    dy: View<'_, F>,
-    w: View<'_, F>,
-    (n, k): (usize, usize),
-    add: bool,
+    after: After,
+    y: ViewMut<'_, T>,
+    mut up: ViewMut<'_, T>,
+    x: View<'_, T>,
+    w: &Packed<T>,
+    bias: Option<View<'_, T>>,
 ) -> Result<()> {
-    let cpu = dev.on_cpu("matmul::backward_input")?;
-    let m = shape::rows("matmul::backward_input", "dy", dy.len(), n)?;
-    shape::check("matmul::backward_input", "w", &[n, k], w.len())?;
-    shape::check("matmul::backward_input", "dx", &[m, k], dx.len())?;
-    let (a, b) = (Lhs::rows(dy.host(), n), Rhs::Rows { data: w.host(), ld: k });
-    gemm::product(cpu, dx.host(), k, (m, k, n), a, b, add, None);
-    Ok(())
+    const OP: &str = "matmul::activated";
+    let (n, k) = (w.n, w.k);
+    let m = shape::rows(OP, "x", x.len(), k)?;
+    let cols = if after.gated { n / 2 } else { n };
+    shape::check(OP, "up", &[m, n], up.len())?;
+    shape::check(OP, "y", &[m, cols], y.len())?;
+    bias.as_ref().map_or(Ok(()), |b| shape::check(OP, "bias", &[n], b.len()))?;
+    match dev {
+        Device::Cpu(_) => {
+            forward(dev, up.reborrow(), x, w, bias, None)?;
+            match after.gated {
+                true => activation::gated_forward(dev, after.act, y, up.view(), cols),
+                false => activation::forward(dev, after.act, y, up.view()),
+            }
+        }
+        Device::Cuda(_) if m == 0 => Ok(()),
+        Device::Cuda(cuda) => {
+            eights(OP, cols, k)?;
+            if cuda.hopper() {
+                let sizes = (m, cols, k);
+                return hopper::activated(cuda, after, y, up, x, w.view(), bias, sizes);
+            }
+            let tile = Tile::of(cuda, m, n);
+            let run = match (tile, after.gated) {
+                (Tile::Wide, false) => kernel::activated_128x128,
+                (Tile::Mid, false) => kernel::activated_64x64,
+                (Tile::Few, false) => kernel::activated_64x32,
+                (Tile::Fewest, false) => kernel::activated_16x32,
+                (Tile::Wide, true) => kernel::gated_128x128,
+                (Tile::Mid, true) => kernel::gated_64x64,
+                (Tile::Few, true) => kernel::gated_64x32,
+                (Tile::Fewest, true) => kernel::gated_16x32,
+            };
+            let launch = tile.launch(cuda, m, cols, after.gated)?;
+            run(cuda, launch, y, up, x, w.view(), bias, m, cols, k, after.act as usize)
+        }
+    }
+}
+
+/// `dx = dy W`: `dy` `[m, n]`, `w` `[n, k]`, `dx` `[m, k]`. `2 m n k` FLOPs.
+///
+/// # Errors
+/// As [`forward`].
+pub fn backward_input<T: Element>(
+    dev: &Device,
+    dx: ViewMut<'_, T>,
+    dy: View<'_, T>,
+    w: View<'_, T>,
+    (n, k): (usize, usize),
+) -> Result<()> {
+    const OP: &str = "matmul::backward_input";
+    let m = shape::rows(OP, "dy", dy.len(), n)?;
+    shape::check(OP, "w", &[n, k], w.len())?;
+    shape::check(OP, "dx", &[m, k], dx.len())?;
+    match dev {
+        Device::Cpu(cpu) => {
+            let (dx, dy, w) = (dx.float()?.host(), dy.float()?.host(), w.float()?.host());
+            let (a, b) = (Lhs::rows(dy, n), Rhs::Rows { data: w, ld: k });
+            gemm::product(cpu, dx, k, (m, k, n), a, b, false, None);
+            Ok(())
+        }
+        Device::Cuda(_) if m == 0 => Ok(()),
+        Device::Cuda(cuda) => {
+            eights(OP, n, k)?;
+            if let Some((lt, algorithm)) = pinned::<T>(cuda, Of::BackwardInput, n, k)? {
+                let product = Product { of: Of::BackwardInput, m, n, k };
+                return lt.product(&product, &algorithm, dx, (dy, w), false);
+            }
+            if cuda.hopper() {
+                return hopper::backward_input(cuda, dx, dy, w, (m, n, k));
+            }
+            let tile = Tile::of_many(cuda, m, k);
+            let run = match tile {
+                Tile::Wide => kernel::backward_input_128x128,
+                _ => kernel::backward_input_64x64,
+            };
+            run(cuda, tile.launch(cuda, m, k, false)?, dx, dy, w, m, n, k)
+        }
+    }
 }
 
 /// `dw += dyᵀ x` and `dbias += sum_rows dy`: `dy` `[m, n]`, `x` `[m, k]`, `dw` `[n, k]`,
-/// `dbias` `[n]`. The sums run over rows in ascending order, continuing from what is there.
+/// `dbias` `[n]`. The sums run over rows in ascending order, on the CPU continuing from what is there.
 ///
 /// # Errors
-/// [`crate::Error::Shape`] if a buffer does not fit.
-pub fn backward_weight<F: Float>(
+/// As [`forward`].
+pub fn backward_weight<T: Element>(
     dev: &Device,
-    dw: ViewMut<'_, F>,
-    dbias: Option<ViewMut<'_, F>>,
-    dy: View<'_, F>,
-    x: View<'_, F>,
+    dw: ViewMut<'_, T::Acc>,
+    dbias: Option<ViewMut<'_, T::Acc>>,
+    dy: View<'_, T>,
+    x: View<'_, T>,
     (n, k): (usize, usize),
 ) -> Result<()> {
-    let cpu = dev.on_cpu("matmul::backward_weight")?;
-    let m = shape::rows("matmul::backward_weight", "dy", dy.len(), n)?;
-    shape::check("matmul::backward_weight", "x", &[m, k], x.len())?;
-    shape::check("matmul::backward_weight", "dw", &[n, k], dw.len())?;
+    const OP: &str = "matmul::backward_weight";
+    let m = shape::rows(OP, "dy", dy.len(), n)?;
+    shape::check(OP, "x", &[m, k], x.len())?;
+    shape::check(OP, "dw", &[n, k], dw.len())?;
     if let Some(dbias) = &dbias {
-        shape::check("matmul::backward_weight", "dbias", &[n], dbias.len())?;
+        shape::check(OP, "dbias", &[n], dbias.len())?;
     }
-    let (dy, x) = (dy.host(), x.host());
-    let (a, b) = (Lhs::columns(dy, n), Rhs::Rows { data: x, ld: k });
-    gemm::product(cpu, dw.host(), k, (n, k, m), a, b, true, None);
-    if let Some(dbias) = dbias {
-        cpu.rows(n, 64, (dbias.host(), 1), |range, dbias| {
-            for r in 0..m {
-                add_row(cpu.isa(), dbias, &dy[r * n..][range.clone()]);
+    match dev {
+        Device::Cpu(cpu) => {
+            let (dw, dy, x) = (dw.host(), dy.float()?.host(), x.float()?.host());
+            let (a, b) = (Lhs::columns(dy, n), Rhs::Rows { data: x, ld: k });
+            gemm::product(cpu, dw, k, (n, k, m), a, b, true, None);
+            if let Some(dbias) = dbias {
+                cpu.rows(n, 64, (dbias.host(), 1), |range, dbias| {
+                    for r in 0..m {
+                        add_row(cpu.isa(), dbias, &dy[r * n..][range.clone()]);
+                    }
+                });
             }
-        });
+            Ok(())
+        }
+        Device::Cuda(_) if m == 0 => Ok(()),
+        Device::Cuda(cuda) => {
+            eights(OP, n, k)?;
+            if dbias.is_none()
+                && let Some((lt, algorithm)) = pinned::<T>(cuda, Of::BackwardWeight, n, k)?
+            {
+                let product = Product { of: Of::BackwardWeight, m, n, k };
+                return lt.product(&product, &algorithm, dw, (dy, x), true);
+            }
+            if cuda.hopper() {
+                return hopper::backward_weight(cuda, dw, dbias, dy, x, (m, n, k));
+            }
+            let tile = Tile::of_many(cuda, n, k);
+            let run = match tile {
+                Tile::Wide => kernel::backward_weight_128x128,
+                _ => kernel::backward_weight_64x64,
+            };
+            run(cuda, tile.launch(cuda, n, k, false)?, dw, dbias, dy, x, m, n, k)
+        }
     }
-    Ok(())
 }
 
 simd! {

@@ -206,7 +206,7 @@ impl Generator {
         model.forward(dev, &batch.rows(), &mut pass.acts, cache)?;
         model.select(dev, &pass.acts, batch.selected().into(), &mut pass.selected)?;
         let (_, packed) = model.lm_head()?;
-        matmul::forward(dev, pass.logits.view_mut(), pass.selected.hidden(), packed, None)?;
+        matmul::forward(dev, pass.logits.view_mut(), pass.selected.hidden(), packed, None, None)?;
         draws.reset(live, prompts);
         let scratch = pass.scratch.view_mut();
         let (samples, positions) = ((&draws.samples).into(), (&draws.positions).into());

@@ -8,15 +8,16 @@ use warpo::{
     Result,
     device::{
         Arena, Buffer, Cuda, Device, View,
-        cuda::{Launch, Order, PARTS, Parts, kernels::rms_norm as kernel},
+        cuda::{
+            Launch, Machine, Map, Order, PARTS, Parts, Swizzle, Tiles, kernels::rms_norm as kernel,
+        },
     },
-    ops::matmul,
 };
 
 use crate::support::{
-    raw::Kernel,
+    raw::{Arg, Kernel},
     refusal,
-    sim::{self, Sim, Variant},
+    sim::{self, Sim, Variant, scan},
 };
 
 /// A kernel of `faults.cu`, and who must speak up about its mistake.
@@ -39,18 +40,23 @@ impl Fault {
         let x: Vec<f32> = (0..n + 4).map(|i| (i * i % 17) as f32 - 5.0).collect();
         let half: Vec<bf16> = x.iter().map(|x| bf16::from_f32(*x)).collect();
         let (x_, half): (&[u8], &[u8]) = (bytemuck::cast_slice(&x), bytemuck::cast_slice(&half));
-        let inputs = if self.name == "wrong_fragment" { &[half, half][..] } else { &[x_] };
+        let seeded = Arg::Int(i32::from(seeded));
+        let args = match self.name {
+            "wrong_fragment" => &[Arg::Bytes(half), Arg::Bytes(half), seeded][..],
+            _ => &[Arg::Bytes(x_), seeded],
+        };
         let kernel = Kernel {
             image: IMAGE,
             name: &name,
             threads: self.threads,
             blocks: if self.name == "global_race" { 2 } else { 1 },
             shared: self.shared,
+            order: Order::default(),
         };
         let want = self.want(&x);
         let mut y = vec![0.0f32; want.len()];
         let out = bytemuck::cast_slice_mut(&mut y);
-        if let Err(stopped) = kernel.run(sim, out, inputs, i32::from(seeded)) {
+        if let Err(stopped) = kernel.run(sim, out, args) {
             return Some(stopped);
         }
         let bad = (0..want.len()).find(|i| y[*i] != want[*i])?;
@@ -257,6 +263,86 @@ fn a_launch_refuses_more_threads_than_kernels_count() {
     assert_eq!(refusal(Launch::packets::<f32>(4 * (most + 1), 256)), want);
 }
 
+#[test]
+fn entries_of_hopper_have_clusters_and_tensor_maps() {
+    let text = "constexpr int THREADS = 384;\n\nKERNEL(THREADS, x_sm90_forward, 2)(TENSOR_MAP a, \
+                OPTIONAL const float* bias) {\n\nKERNEL(64, x_sm90_add)(int n) {\n";
+    let [a, b] = &scan::entries(text).unwrap()[..] else { panic!("two") };
+    assert_eq!((&a.name[..], a.threads, a.cluster), ("x_sm90_forward", 384, 2));
+    assert_eq!((&a.params[0].c[..], &a.params[0].name[..]), ("TENSOR_MAP", "a"));
+    assert_eq!((&b.name[..], b.threads, b.cluster), ("x_sm90_add", 64, 1));
+    assert!(scan::hopper("x_sm90") && !scan::hopper("x"));
+}
+
+#[test]
+fn the_simulator_plays_two_machines() {
+    let Some(sim) = Sim::build(Variant::Plain) else { return };
+    let hopper = |dev: Device| {
+        let Device::Cuda(cuda) = dev else { panic!("{dev:?}") };
+        cuda.hopper()
+    };
+    assert!(!hopper(sim.device(Order::default())));
+    assert!(hopper(sim.device_as(Order::default(), Machine::Hopper)));
+    assert!(hopper(sim.hopper().device(Order::default())));
+}
+
+#[test]
+fn a_tensor_map_is_what_the_simulator_reads() {
+    let Some(dev) = device() else { return };
+    let Device::Cuda(cuda) = &dev else { panic!("{dev:?}") };
+    let x = Buffer::<bf16>::zeros(&dev, "x", 9 * 72 + 64).unwrap();
+    let tiles = Tiles::of_matrix([10, 64], 72, [128, 32], Swizzle::Bytes64);
+    let map = cuda.map(x.view(), tiles).unwrap();
+    let (long, short): (&[u64], &[u32]) =
+        (bytemuck::cast_slice(map.bytes()), bytemuck::cast_slice(map.bytes()));
+    assert_eq!(long[0], x.view().address() as u64);
+    assert_eq!(short[2..4], [2, 2], "bytes of an element, dimensions");
+    assert_eq!(long[2..6], [64, 10, 1, 1], "sizes");
+    assert_eq!(long[6..10], [2, 144, 0, 0], "strides");
+    assert_eq!(short[20..25], [32, 128, 1, 1, 64], "box, swizzle");
+    assert_eq!(short[25..], [0; 7]);
+    let mut y = Buffer::<f32>::zeros(&dev, "y", 4 * 4 * 4 * 4).unwrap();
+    let tiles =
+        Tiles { dims: [4; 4], strides: [1, 4, 16, 64], tile: [4, 2, 1, 3], swizzle: Swizzle::None };
+    let map = cuda.map_mut(y.view_mut(), tiles).unwrap();
+    let short: &[u32] = bytemuck::cast_slice(map.bytes());
+    assert_eq!((&short[2..4], &short[20..25]), (&[4, 4][..], &[4, 2, 1, 3, 0][..]));
+}
+
+#[test]
+fn a_tensor_map_names_what_is_wrong() {
+    let Some(dev) = device() else { return };
+    let Device::Cuda(cuda) = &dev else { panic!("{dev:?}") };
+    let x = Buffer::<bf16>::zeros(&dev, "x", 10 * 72).unwrap();
+    let good = Tiles::of_matrix([10, 64], 72, [8, 64], Swizzle::Bytes128);
+    let map = |from: usize, tiles| cuda.map(x.view().range(from..720), tiles);
+    let refused = |from, tiles| refusal(map(from, tiles)).replace("tensor map: ", "");
+    assert!(map(0, good).is_ok() && map(8, good).is_ok());
+    assert!(refused(4, good).starts_with("address of the view: got "));
+    let short = "elements of the view: got 704, wanted 712 or more";
+    assert_eq!(refused(16, good), short);
+    let strides = |strides| refused(0, Tiles { strides, ..good });
+    let odd = "bytes between neighbours of dimension 1: got 140, wanted a multiple of 16, \
+               below 1099511627776";
+    assert_eq!(strides([1, 70]), odd);
+    assert_eq!(strides([2, 72]), "stride of dimension 0: got 2, wanted 1");
+    let tile = |tile| refused(0, Tiles { tile, ..good });
+    assert_eq!(tile([64, 257]), "box of dimension 1: got 257, wanted 1 to 256 elements");
+    assert_eq!(tile([64, 0]), "box of dimension 1: got 0, wanted 1 to 256 elements");
+    assert_eq!(tile([4, 8]), "bytes of a box's row: got 8, wanted a multiple of 16");
+    let wide = "bytes of a box's row: got 256, wanted at most 128 with this swizzle";
+    assert_eq!(tile([128, 8]), wide);
+    assert!(map(0, Tiles { tile: [128, 8], swizzle: Swizzle::None, ..good }).is_ok());
+    let none = "size of dimension 1: got 0, wanted 1 to 4294967296";
+    assert_eq!(refused(0, Tiles { dims: [64, 0], ..good }), none);
+    let host = vec![bf16::ZERO; 720];
+    let e = refusal::<Map<'_>>(cuda.map((&host).into(), good));
+    assert_eq!(e, "device `cuda` is not available: a buffer is in host memory");
+    let f64s = Buffer::<f64>::zeros(&dev, "x", 720).unwrap();
+    let e = refusal::<Map<'_>>(cuda.map(f64s.view(), good));
+    assert_eq!(e, "device `cuda` is not available: there is no tensor map of F64");
+}
+
 fn is_f64(text: &str) {
     let want = "device `cuda` is not available: `rms_norm_forward` has no kernel for F64";
     assert_eq!(text, want);
@@ -299,12 +385,8 @@ fn a_reduction_starts_from_nan_and_has_few_parts() {
 #[test]
 fn an_op_without_a_kernel_says_so() {
     let Some(dev) = device() else { return };
-    let e = refusal(matmul::Packed::<f32>::new(&dev, 1, 1).and_then(|mut p| {
-        let w = Buffer::zeros(&dev, "w", 1)?;
-        p.pack(&dev, w.view())
-    }));
-    let want = "device `cuda` is not available: `matmul::pack` has no CUDA kernel yet";
-    assert_eq!(e, want);
+    let e = refusal(dev.on_cpu("an op").map(|_| ()));
+    assert_eq!(e, "device `cuda` is not available: `an op` has no CUDA kernel yet");
 }
 
 #[test]

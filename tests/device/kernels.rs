@@ -82,12 +82,19 @@ impl Report {
     }
 }
 
-const ARCHITECTURES: [&str; 2] = ["sm_80", "sm_90a"];
+/// What a .cu file is compiled for.
+fn architectures(stem: &str) -> &'static [&'static str] {
+    if scan::hopper(stem) { &["sm_90a"] } else { &["sm_80", "sm_90a"] }
+}
+
+/// What ptxas said of a .cu file.
+fn said_of(stem: &str) -> String {
+    fs::read_to_string(Path::new(env!("OUT_DIR")).join(format!("{stem}.ptxas"))).unwrap()
+}
 
 /// The reports of a .cu file.
 fn reports_of(stem: &str) -> BTreeMap<(String, String), Report> {
-    let path = Path::new(env!("OUT_DIR")).join(format!("{stem}.ptxas"));
-    reports(&fs::read_to_string(path).unwrap())
+    reports(&said_of(stem))
 }
 
 /// Prints a line for each kernel with `--nocapture`.
@@ -105,8 +112,9 @@ fn no_kernel_spills() {
     let mut bad = Vec::new();
     for (stem, _, entries) in sources() {
         let reports = reports_of(&stem);
-        for (e, arch) in entries.iter().flat_map(|e| ARCHITECTURES.map(|a| (e, a))) {
-            let r = &reports[&(e.name.clone(), arch.to_owned())];
+        let archs = architectures(&stem);
+        for (e, arch) in entries.iter().flat_map(|e| archs.iter().map(move |a| (e, a))) {
+            let r = &reports[&(e.name.clone(), (*arch).to_owned())];
             let percent = r.occupancy(e.threads);
             let (registers, spills) = (r.registers.to_string(), r.spills.to_string());
             let (threads, percent) = (e.threads.to_string(), format!("{percent} %"));
@@ -141,33 +149,47 @@ fn the_readme_has_the_table_of_kernels() {
             .to_owned(),
         "|---|---|---|---|---|---|---|".to_owned(),
     ];
-    for (stem, _, entries) in sources() {
+    let all = sources();
+    for (stem, _, entries) in &all {
         // The kernel of all sums over tokens has no op of its own.
-        let op = if stem == "sums" { "nll" } else { &stem };
+        let op = if stem == "sums" { "nll" } else { stem.trim_end_matches("_sm90") };
         let tests = fs::read_to_string(root.join(format!("tests/ops/{op}.rs"))).unwrap();
-        let tested = if tests.contains("sim::check(") { "yes" } else { "no" };
-        let gpus: Vec<&str> = results
-            .iter()
-            .filter(|(_, text)| text.contains(&format!("\"{op}")))
-            .map(|(name, _)| name.as_str())
-            .collect();
+        let tested =
+            tests.contains("sim::check(") && (!scan::hopper(stem) || tests.contains("hopper"));
+        let tested = if tested { "yes" } else { "no" };
+        // Where there is a file for Hopper, a Hopper GPU ran that and another GPU the other.
+        let twins = all.iter().any(|(other, ..)| *other == format!("{op}_sm90"));
+        let ran = |text: &str| {
+            let hopper = text.contains("compute capability 9.0");
+            text.contains(&format!("\"{op}")) && (!twins || hopper == scan::hopper(stem))
+        };
+        let gpus: Vec<&str> =
+            results.iter().filter(|(_, text)| ran(text)).map(|(name, _)| name.as_str()).collect();
         let gpus = if gpus.is_empty() { "not yet".to_owned() } else { gpus.join(", ") };
         let start = format!("| {stem} | {tested} | {tested} | ");
         assert!(readme.contains(&start), "the README has no line `{start}`");
         if !BUILT {
             continue;
         }
-        let reports = reports_of(&stem);
-        let of = |arch: &str| {
-            let of = |e: &scan::Entry| (e.threads, &reports[&(e.name.clone(), arch.to_owned())]);
+        let reports = reports_of(stem);
+        let of = |arch: &&str| {
+            let of = |e: &scan::Entry| (e.threads, &reports[&(e.name.clone(), (*arch).to_owned())]);
             let all: Vec<(u32, &Report)> = entries.iter().map(of).collect();
             let registers = all.iter().map(|(_, r)| r.registers).max().unwrap();
             let occupancy = all.iter().map(|(threads, r)| r.occupancy(*threads)).min().unwrap();
             (registers, all.iter().map(|(_, r)| r.spills).sum::<u32>(), occupancy)
         };
-        let [a, b] = ARCHITECTURES.map(of);
-        let (registers, spills) = (format!("{} / {}", a.0, b.0), a.1 + b.1);
-        table.push(format!("{start}{registers} | {spills} | {} / {} % | {gpus} |", a.2, b.2));
+        let of_all: Vec<(u32, u32, u32)> = architectures(stem).iter().map(of).collect();
+        let both = |number: fn(&(u32, u32, u32)) -> u32| {
+            let mut texts: Vec<String> = of_all.iter().map(|r| number(r).to_string()).collect();
+            if scan::hopper(stem) {
+                texts.insert(0, "-".into());
+            }
+            texts.join(" / ")
+        };
+        let (registers, occupancy) = (both(|r| r.0), both(|r| r.2));
+        let spills: u32 = of_all.iter().map(|r| r.1).sum();
+        table.push(format!("{start}{registers} | {spills} | {occupancy} % | {gpus} |"));
     }
     let table = table.join("\n");
     println!("{table}");
@@ -188,24 +210,49 @@ const NARROW: [(&str, &str); 7] = [
     ("whiten_moments", "a sum of at most 256 rows"),
 ];
 
-/// Every other kernel loads 16 bytes at once where it can: `LDG.E.128` in the machine code.
+/// Files of matrix products, and their kernels that multiply nothing.
+const PRODUCTS: [&str; 2] = ["matmul", "logprob"];
+const NO_PRODUCT: [(&str, &str); 0] = [];
+
+/// What the machine code of a kernel has, for every architecture that it is compiled for: loads of 16 bytes, or
+/// copies to shared memory of as many or of whole boxes; nothing of local memory; where a kernel is a matrix
+/// product, a tensor core's instructions, on Hopper those of a warpgroup; and where a kernel moves registers
+/// between its warpgroups, as many at its start as its launch bound leaves a thread.
 #[test]
-fn loads_are_wide() {
+fn the_machine_code_is_what_was_meant() {
     let Some(tool) = cuobjdump() else { return };
     for (stem, _, entries) in sources() {
         let image = Path::new(env!("OUT_DIR")).join(format!("{stem}.fatbin"));
         let done = Command::new(&tool).arg("-sass").arg(image).output().unwrap();
         assert!(done.status.success(), "{done:?}");
         let text = String::from_utf8(done.stdout).unwrap();
+        let said = said_of(&stem);
+        assert!(!said.contains("'setmaxnreg' ignored"), "kernels/{stem}.cu: {said}");
+        let reports = reports(&said);
+        let (hopper, archs) = (scan::hopper(&stem), architectures(&stem));
+        let listed = |list: &[(&str, &str)], e: &scan::Entry| list.iter().any(|l| l.0 == e.name);
         for e in &entries {
             let name = format!("Function : {}\n", e.name);
             let parts: Vec<&str> = text.split(&name).skip(1).collect();
-            assert_eq!(parts.len(), 2, "{}: sm_80 and sm_90a", e.name);
-            let narrow = NARROW.iter().any(|(name, _)| *name == e.name);
-            for code in parts {
-                let code = code.split("Function : ").next().unwrap();
-                let wide = code.lines().any(|l| l.contains("LDG.E") && l.contains(".128"));
+            assert_eq!(parts.len(), archs.len(), "{} for {archs:?}", e.name);
+            for code in parts.iter().map(|code| code.split("Function : ").next().unwrap()) {
+                let any = |words: &[&str]| {
+                    code.lines().any(|line| words.iter().all(|word| line.contains(word)))
+                };
+                let wide = any(&["LDG.E", ".128"]) || any(&["LDGSTS", ".128"]) || any(&["UTMALDG"]);
+                let narrow = listed(&NARROW, e);
                 assert!(wide != narrow, "{} has a 128-bit load: {wide}", e.name);
+                let local = any(&["LDL"]) || any(&["STL"]);
+                assert!(!local || listed(&MAY_SPILL, e), "{} uses local memory", e.name);
+                if PRODUCTS.contains(&stem.trim_end_matches("_sm90")) {
+                    let product = any(&[if hopper { "HGMMA" } else { "HMMA" }]);
+                    let none = listed(&NO_PRODUCT, e);
+                    assert!(product != none, "{} is on tensor cores: {product}", e.name);
+                }
+                if any(&["USETMAXREG"]) {
+                    let registers = reports[&(e.name.clone(), "sm_90a".to_owned())].registers;
+                    assert_eq!(registers, REGISTERS / e.threads / 8 * 8, "{}", e.name);
+                }
             }
         }
     }

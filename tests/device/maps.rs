@@ -5,16 +5,18 @@ use half::bf16;
 use warpo::rng::{Philox, Purpose};
 
 use crate::support::{
-    raw::Kernel,
-    sim::{self, Sim},
+    raw::{Arg, Kernel},
+    sim::{self, Order, Sim},
 };
 
 const IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/maps.fatbin"));
 
 fn run(sim: &Sim, name: &'static str, inputs: [&[u8]; 2], last: i32) -> [[u32; 4]; 32] {
-    let kernel = Kernel { image: IMAGE, name, threads: 32, blocks: 1, shared: 512 };
+    let order = Order::default();
+    let kernel = Kernel { image: IMAGE, name, threads: 32, blocks: 1, shared: 512, order };
     let mut out = [[u32::MAX; 4]; 32];
-    kernel.run(sim, bytemuck::cast_slice_mut(&mut out), &inputs, last).unwrap();
+    let args = [Arg::Bytes(inputs[0]), Arg::Bytes(inputs[1]), Arg::Int(last)];
+    kernel.run(sim, bytemuck::cast_slice_mut(&mut out), &args).unwrap();
     out
 }
 

@@ -76,7 +76,7 @@ pub fn forward<F: Float>(model: &Model<F>, rows: &[Vec<u32>]) -> Pass<F> {
     let mut logits = Vec::new();
     if let Ok((_, packed)) = model.lm_head() {
         logits.resize(n * spec.vocab, F::ZERO);
-        matmul::forward(&dev, (&mut logits).into(), selected.hidden(), packed, None).unwrap();
+        matmul::forward(&dev, (&mut logits).into(), selected.hidden(), packed, None, None).unwrap();
     }
     let streams = (0..spec.layers).map(|l| acts.stream(l).unwrap().host().to_vec()).collect();
     Pass { logits, streams, hidden: selected.hidden().host().to_vec() }

@@ -314,7 +314,7 @@ fn rows_do_not_see_their_batch() {
                 // What the sampler records: the very same bits.
                 let mut logits = vec![f32::NAN; chosen.len() * vocab];
                 let (y, x) = ((&mut logits).into(), (&h).into());
-                matmul::forward(&dev, y, x, &head.packed, None).unwrap();
+                matmul::forward(&dev, y, x, &head.packed, None, None).unwrap();
                 same("from logits", from_logits(&dev, &logits, &targets, 0.8), chosen);
             }
         }

@@ -2,13 +2,22 @@
 //! micro-batches. The chain of multiply-adds itself is held by `tests/device/gemm.rs`.
 
 use warpo::{
-    device::{Device, Float},
-    ops::matmul::{self, Packed},
+    Result,
+    device::{
+        Buffer, Device, Element, Float,
+        cuda::{Order, kernels::matmul as kernel},
+    },
+    ops::{
+        activation::Activation,
+        matmul::{self, After, Packed, Tile},
+    },
 };
 
 use crate::support::{
     OP, assert_bits, assert_earned, assert_nan_only, devices, gather, gradcheck, host, inner,
-    randn, refusal, shuffled, wide,
+    randn, refusal, shuffled,
+    sim::{self, Case, Lab, Sim, Variant},
+    wide,
 };
 
 fn packed<F: Float>(dev: &Device, w: &[F], (n, k): (usize, usize)) -> Packed<F> {
@@ -19,7 +28,7 @@ fn packed<F: Float>(dev: &Device, w: &[F], (n, k): (usize, usize)) -> Packed<F> 
 
 fn forward<F: Float>(dev: &Device, x: &[F], w: &Packed<F>, bias: Option<&[F]>) -> Vec<F> {
     let mut y = vec![F::of(f64::NAN); x.len() / w.k() * w.n()];
-    matmul::forward(dev, (&mut y).into(), x.into(), w, bias.map(Into::into)).unwrap();
+    matmul::forward(dev, (&mut y).into(), x.into(), w, bias.map(Into::into), None).unwrap();
     y
 }
 
@@ -32,12 +41,10 @@ fn hand_worked() {
     assert_eq!(forward(&dev, &x, &p, None), [2.0, 3.0, 20.0, 5.0, 5.0, 40.0]);
     let y = forward(&dev, &x, &p, Some(&[100.0, 200.0, 300.0]));
     assert_eq!(y, [102.0, 203.0, 320.0, 105.0, 205.0, 340.0]);
-    for (add, want) in [(false, [-1.0, 34.5]), (true, [9.0, 44.5])] {
-        let mut dx = [10.0; 2];
-        let (dx_, dy, w) = ((&mut dx[..]).into(), dy[..].into(), w[..].into());
-        matmul::backward_input(&dev, dx_, dy, w, (3, 2), add).unwrap();
-        assert_eq!(dx, want, "add={add}");
-    }
+    let mut dx = [10.0; 2];
+    let (dx_, dy_, w_) = ((&mut dx[..]).into(), dy[..].into(), w[..].into());
+    matmul::backward_input(&dev, dx_, dy_, w_, (3, 2)).unwrap();
+    assert_eq!(dx, [-1.0, 34.5]);
     let (mut dw, mut dbias) = ([10.0; 6], [100.0; 3]);
     for bias in [None, Some((&mut dbias[..]).into())] {
         let (dw, dy, x) = ((&mut dw[..]).into(), dy[..].into(), x[..2].into());
@@ -54,12 +61,9 @@ fn gradients() {
         let (x, w): (Vec<f64>, Vec<f64>) = (randn("x", m * k), randn("w", n * k));
         let (bias, dy): (Vec<f64>, Vec<f64>) = (randn("b", n), randn("dy", m * n));
         let sizes = (n, k);
-        let (mut dx, mut added) = (vec![f64::NAN; m * k], vec![0.5; m * k]);
-        for (add, dx) in [(false, &mut dx), (true, &mut added)] {
-            let (dy, w) = ((&dy).into(), (&w).into());
-            matmul::backward_input(&dev, dx.into(), dy, w, sizes, add).unwrap();
-        }
-        added.iter_mut().for_each(|d| *d -= 0.5);
+        let mut dx = vec![f64::NAN; m * k];
+        let (dy_, w_) = ((&dy).into(), (&w).into());
+        matmul::backward_input(&dev, (&mut dx).into(), dy_, w_, sizes).unwrap();
         let (mut dw, mut db) = (vec![0.5; n * k], vec![0.5; n]);
         let (dw_, db_) = ((&mut dw).into(), Some((&mut db).into()));
         matmul::backward_weight(&dev, dw_, db_, (&dy).into(), (&x).into(), sizes).unwrap();
@@ -68,7 +72,6 @@ fn gradients() {
             inner(&forward(&dev, x, &packed(&dev, w, sizes), Some(b)), &dy)
         };
         gradcheck("dx", &x, &dx, OP, |x| f(x, &w, &bias));
-        gradcheck("dx added", &x, &added, OP, |x| f(x, &w, &bias));
         gradcheck("dw", &w, &dw, OP, |w| f(&x, w, &bias));
         gradcheck("dbias", &bias, &db, OP, |b| f(&x, &w, b));
     }
@@ -97,14 +100,13 @@ fn rows_do_not_see_their_batch() {
     for (n, k) in [(1, 5), (31, 8), (32, 17), (33, 40), (97, 300)] {
         let (x, w): (Vec<f32>, Vec<f32>) = (randn("x", m * k), randn("w", n * k));
         let (bias, dy): (Vec<f32>, Vec<f32>) = (randn("b", n), randn("dy", m * n));
-        let start: Vec<f32> = randn("start", m * k);
         let one = &devices()[0];
         let alone =
             |r: usize| forward(one, &x[r * k..][..k], &packed(one, &w, (n, k)), Some(&bias));
         let y: Vec<f32> = (0..m).flat_map(alone).collect();
         let chain = |i: usize| {
             let (r, c) = (i / k, i % k);
-            (0..n).fold(start[i], |s, j| dy[r * n + j].mul_add(w[j * k + c], s))
+            (0..n).fold(0.0, |s, j| dy[r * n + j].mul_add(w[j * k + c], s))
         };
         let dx: Vec<f32> = (0..m * k).map(chain).collect();
         let order = shuffled("order", m);
@@ -113,9 +115,9 @@ fn rows_do_not_see_their_batch() {
             for rows in [0, 1, 11, 12, 13, 31, m] {
                 let (at, what) = (m - rows, format!("{n}x{k} {rows} {dev:?}"));
                 assert_bits(&what, &forward(&dev, &x[at * k..], &p, Some(&bias)), &y[at * n..]);
-                let mut got = start[at * k..].to_vec();
+                let mut got = vec![f32::NAN; rows * k];
                 let (dy, w) = (dy[at * n..].into(), (&w).into());
-                matmul::backward_input(&dev, (&mut got).into(), dy, w, (n, k), true).unwrap();
+                matmul::backward_input(&dev, (&mut got).into(), dy, w, (n, k)).unwrap();
                 assert_bits(&what, &got, &dx[at * k..]);
             }
             let got = forward(&dev, &gather(&x, k, &order), &p, Some(&bias));
@@ -171,14 +173,14 @@ fn wrong_shapes_are_refused() {
     p.pack(&dev, x[..6].into()).unwrap();
     let mut refused = |y: usize, x_: usize, bias: usize| {
         let (y, bias) = ((&mut out[..y]).into(), Some(x[..bias].into()));
-        refusal(matmul::forward(&dev, y, x[..x_].into(), &p, bias))
+        refusal(matmul::forward(&dev, y, x[..x_].into(), &p, bias, None))
     };
     assert_eq!(refused(6, 5, 3), "matmul: `x` has shape [5], wanted [2, 2]");
     assert_eq!(refused(5, 4, 3), "matmul: `y` has shape [5], wanted [2, 3]");
     assert_eq!(refused(6, 4, 2), "matmul: `bias` has shape [2], wanted [3]");
     let mut refused = |dx: usize, dy: usize, w: usize| {
         let (dx, dy, w) = ((&mut out[..dx]).into(), x[..dy].into(), x[..w].into());
-        refusal(matmul::backward_input(&dev, dx, dy, w, (3, 2), false))
+        refusal(matmul::backward_input(&dev, dx, dy, w, (3, 2)))
     };
     let what = "matmul::backward_input";
     assert_eq!(refused(4, 5, 6), format!("{what}: `dy` has shape [5], wanted [1, 3]"));
@@ -194,4 +196,187 @@ fn wrong_shapes_are_refused() {
     assert_eq!(refused(5, 3, 6, 4), format!("{what}: `dw` has shape [5], wanted [3, 2]"));
     assert_eq!(refused(6, 4, 6, 4), format!("{what}: `dbias` has shape [4], wanted [3]"));
     assert_eq!((out, dbias), (vec![0.0; 12], vec![0.0; 4]), "nothing was written");
+}
+
+/// A linear layer at one shape, forward and backward.
+#[derive(Clone, Copy)]
+struct Layer {
+    m: usize,
+    n: usize,
+    k: usize,
+    /// With bias and residual.
+    full: bool,
+}
+
+impl Case for Layer {
+    fn run<T: Element>(&self, lab: &mut Lab<'_>) -> Result<()> {
+        let Self { m, n, k, full } = *self;
+        let dev = lab.dev();
+        let (x, w) = (lab.rows::<T>("x", m, k), lab.input::<T>("w", n * k));
+        let (bias, r) = (lab.input::<T>("bias", n), lab.rows::<T>("r", m, n));
+        let mut packed = Packed::new(dev, n, k)?;
+        packed.pack(dev, w.view())?;
+        let mut y = lab.room::<T>(m * n);
+        let (b, r) = (full.then(|| bias.view()), full.then(|| r.view()));
+        matmul::forward(dev, y.view_mut(), x.view(), &packed, b, r)?;
+        lab.by_row("y", &y);
+        let dy = lab.rows::<T>("dy", m, n);
+        let mut dx = lab.room::<T>(m * k);
+        matmul::backward_input(dev, dx.view_mut(), dy.view(), w.view(), (n, k))?;
+        lab.by_row("dx", &dx);
+        let mut dw = lab.input::<T::Acc>("dw", n * k);
+        let mut db = lab.input::<T::Acc>("db", n);
+        let bias = full.then(|| db.view_mut());
+        matmul::backward_weight(dev, dw.view_mut(), bias, dy.view(), x.view(), (n, k))?;
+        lab.sum("dw", &dw);
+        lab.sum("db", &db);
+        Ok(())
+    }
+}
+
+/// A product and its activation.
+#[derive(Clone, Copy)]
+struct Activated {
+    m: usize,
+    cols: usize,
+    k: usize,
+    after: After,
+}
+
+impl Case for Activated {
+    fn run<T: Element>(&self, lab: &mut Lab<'_>) -> Result<()> {
+        let Self { m, cols, k, after } = *self;
+        let (dev, n) = (lab.dev(), if after.gated { 2 * cols } else { cols });
+        let (x, w) = (lab.rows::<T>("x", m, k), lab.input::<T>("w", n * k));
+        let bias = lab.input::<T>("bias", n);
+        let mut packed = Packed::new(dev, n, k)?;
+        packed.pack(dev, w.view())?;
+        let (mut y, mut up) = (lab.room::<T>(m * cols), lab.room::<T>(m * n));
+        let (y_, up_) = (y.view_mut(), up.view_mut());
+        matmul::activated(dev, after, y_, up_, x.view(), &packed, Some(bias.view()))?;
+        lab.by_row("y", &y);
+        lab.by_row("up", &up);
+        Ok(())
+    }
+}
+
+/// As a GPU of sm_80, and as one of Hopper, which has kernels of its own.
+fn both(sim: &Sim, test: impl Fn(&Sim)) {
+    test(sim);
+    if sim.variant != Variant::Gpu {
+        test(&sim.hopper());
+    }
+}
+
+/// Each tile, whole and with edges that no fragment divides; stages of 32, 64 and 128 k.
+#[test]
+fn kernels_are_as_exact_as_plain_ones() {
+    sim::check(|sim| {
+        both(sim, |sim| {
+            let layer = |m, n, k, full| Layer { m, n, k, full };
+            sim.hold_bf16(&layer(0, 8, 8, true));
+            sim.hold_bf16(&layer(1, 8, 8, true));
+            sim.hold_bf16(&layer(16, 40, 264, false));
+            sim.hold_bf16(&layer(17, 72, 136, true));
+            sim.hold_bf16(&layer(65, 64, 72, true));
+            sim.hold_bf16(&layer(131, 264, 72, true));
+            sim.hold_bf16(&layer(200, 8, 136, false));
+        });
+    });
+}
+
+#[test]
+fn kernels_activate_as_exactly_as_plain_ones() {
+    use Activation as A;
+    let all = [A::GeluTanh, A::Gelu, A::Silu, A::Relu, A::QuickGelu];
+    sim::check(|sim| {
+        both(sim, |sim| {
+            for (i, act) in all.into_iter().enumerate() {
+                for gated in [false, true] {
+                    // Every tile gets every activation, in turn with and without a gate.
+                    let at = (i + usize::from(gated)) % 4;
+                    let (m, cols) = [(3, 24), (33, 40), (66, 40), (129, 136)][at];
+                    let after = After { act, gated };
+                    sim.hold_bf16(&Activated { m, cols, k: 72, after });
+                }
+            }
+        });
+    });
+}
+
+/// 300 rows take the widest tiles, the last 150 the next, the last one the narrowest.
+#[test]
+fn kernel_rows_do_not_see_their_batch() {
+    sim::check(|sim| {
+        both(sim, |sim| {
+            sim.hold_rows_bf16(300, |m| Layer { m, n: 72, k: 40, full: true });
+            sim.hold_rows_bf16(90, |m| Layer { m, n: 40, k: 24, full: false });
+            let after = After { act: Activation::Silu, gated: true };
+            sim.hold_rows_bf16(140, |m| Activated { m, cols: 72, k: 40, after });
+        });
+    });
+}
+
+#[test]
+fn kernels_of_all_tiles_have_the_same_bits() {
+    sim::check(|sim| {
+        let dev = sim.device(Order::default());
+        let Device::Cuda(cuda) = &dev else { panic!("{dev:?}") };
+        let (m, n, k) = (21, 72, 200);
+        let of = |name, n| {
+            let x: Vec<half::bf16> = randn(name, n).iter().map(|x| Element::of(*x)).collect();
+            Buffer::of(&dev, "test", &x).unwrap()
+        };
+        let (x, w) = (of("x", m * k), of("w", n * k));
+        let mut all = Vec::new();
+        let tiles = [Tile::Wide, Tile::Mid, Tile::Few, Tile::Fewest];
+        let runs = [
+            kernel::forward_128x128,
+            kernel::forward_64x64,
+            kernel::forward_64x32,
+            kernel::forward_16x32,
+        ];
+        for (tile, run) in tiles.into_iter().zip(runs) {
+            let mut y = Buffer::new(&dev, "y", m * n).unwrap();
+            let launch = tile.launch(cuda, m, n, false).unwrap();
+            let (x, w) = (x.view(), w.view());
+            run(cuda, launch, y.view_mut(), x, w, None, None, m, n, k).unwrap();
+            all.push(dev.read(y.view()).unwrap());
+        }
+        assert!(all.iter().all(|y| *y == all[0]));
+    });
+}
+
+#[test]
+fn the_table_names_a_tile_for_every_shape() {
+    for (m, n, ampere, hopper) in [
+        (1, 896, Tile::Fewest, Tile::Fewest),
+        (16, 151_936, Tile::Fewest, Tile::Fewest),
+        (17, 896, Tile::Few, Tile::Few),
+        (64, 896, Tile::Few, Tile::Few),
+        (65, 896, Tile::Mid, Tile::Mid),
+        (2048, 896, Tile::Mid, Tile::Mid),
+        (4096, 896, Tile::Wide, Tile::Wide),
+        (1_000_000, 8, Tile::Wide, Tile::Wide),
+    ] {
+        assert_eq!(Tile::on(false, 132, m, n), ampere, "{m} x {n}");
+        assert_eq!(Tile::on(true, 132, m, n), hopper, "{m} x {n}");
+    }
+}
+
+#[test]
+fn kernels_refuse_what_they_cannot_take() {
+    sim::check(|sim| {
+        let dev = sim.device(Order::default());
+        let e = refusal(Packed::<half::bf16>::new(&dev, 9, 8));
+        assert_eq!(e, "matmul: sides of a weight on a CUDA device: got 9, wanted multiples of 8");
+        both(sim, |sim| {
+            let dev = sim.device(Order::default());
+            let x = Buffer::<f32>::zeros(&dev, "x", 64).unwrap();
+            let w = Packed::<f32>::new(&dev, 8, 8).unwrap();
+            let mut y = Buffer::<f32>::zeros(&dev, "y", 64).unwrap();
+            let e = refusal(matmul::forward(&dev, y.view_mut(), x.view(), &w, None, None));
+            assert!(e.ends_with("has no kernel for F32"), "{e}");
+        });
+    });
 }

@@ -10,9 +10,9 @@ use std::{
 
 use cudarc::driver::{result, sys};
 
-use super::sim::{Sim, Variant};
+use super::sim::{Order, Sim, Variant};
 
-/// A kernel that takes pointers to an output and to inputs, then an int.
+/// A kernel that takes a pointer to an output, then `Arg`s.
 pub struct Kernel<'a> {
     /// For a GPU: the file that it is in, compiled.
     pub image: &'static [u8],
@@ -21,23 +21,98 @@ pub struct Kernel<'a> {
     pub blocks: u32,
     /// Bytes of shared memory.
     pub shared: usize,
+    /// Of threads and blocks on the simulator.
+    pub order: Order,
+}
+
+/// An argument after the output.
+#[derive(Clone, Copy)]
+pub enum Arg<'a> {
+    /// A pointer to these bytes.
+    Bytes(&'a [u8]),
+    Int(c_int),
+    /// A map of these bytes.
+    Map(&'a [u8], Boxes),
+    /// A map of the output.
+    OfOutput(Boxes),
+}
+
+/// How TMA copies a matrix of bf16: a `TENSOR_MAP`. Columns come first.
+#[derive(Clone, Copy, Debug)]
+pub struct Boxes {
+    pub dims: [u64; 2],
+    /// Elements from row to row.
+    pub stride: u64,
+    pub size: [u32; 2],
+    /// Bytes, 0 for none.
+    pub swizzle: u32,
+}
+
+/// What a launch gets: a pointer, a number or a tensor map.
+#[repr(C, align(64))]
+struct Value([u64; 16]);
+
+impl Value {
+    fn of(word: u64) -> Self {
+        let mut all = [0; 16];
+        all[0] = word;
+        Self(all)
+    }
+}
+
+impl Boxes {
+    /// As `sim.h` has it.
+    fn simulated(self, base: u64) -> Value {
+        let two = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
+        let mut all = [0; 16];
+        all[0] = base;
+        all[1] = two(2, 2);
+        all[2..4].copy_from_slice(&self.dims);
+        all[6..8].copy_from_slice(&[2, 2 * self.stride]);
+        all[10..13].copy_from_slice(&[two(self.size[0], self.size[1]), 0, self.swizzle.into()]);
+        Value(all)
+    }
+
+    unsafe fn on_gpu(self, base: u64) -> Result<Value, result::DriverError> {
+        use sys::CUtensorMapSwizzle_enum as Swizzle;
+        let swizzle = match self.swizzle {
+            0 => Swizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
+            32 => Swizzle::CU_TENSOR_MAP_SWIZZLE_32B,
+            64 => Swizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+            _ => Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+        };
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        // SAFETY: every array is as long as the matrix has dimensions, the strides' one less.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut map,
+                sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+                2,
+                base as *mut c_void,
+                self.dims.as_ptr(),
+                [2 * self.stride].as_ptr(),
+                self.size.as_ptr(),
+                [1, 1].as_ptr(),
+                sys::CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                swizzle,
+                sys::CUtensorMapL2promotion_enum::CU_TENSOR_MAP_L2_PROMOTION_NONE,
+                sys::CUtensorMapFloatOOBfill_enum::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .result()?;
+        Ok(Value(map.opaque))
+    }
 }
 
 impl Kernel<'_> {
     /// Runs it; the output is not written before. Or why it was stopped.
-    pub fn run(
-        &self,
-        sim: &Sim,
-        out: &mut [u8],
-        inputs: &[&[u8]],
-        last: c_int,
-    ) -> Result<(), String> {
-        // SAFETY: the kernels of the two files take what the struct says; the tests give buffers that are at
+    pub fn run(&self, sim: &Sim, out: &mut [u8], args: &[Arg<'_>]) -> Result<(), String> {
+        // SAFETY: the kernels of the files take what the callers say; the tests give buffers that are at
         // least as large as the kernels expect, or seed a mistake on purpose.
         unsafe {
             match sim.variant {
-                Variant::Gpu => self.on_gpu(out, inputs, last).map_err(|e| format!("{e:?}")),
-                _ => self.simulated(sim.library(), out, inputs, last),
+                Variant::Gpu => self.on_gpu(out, args).map_err(|e| format!("{e:?}")),
+                _ => self.simulated(sim.library(), out, args),
             }
         }
     }
@@ -46,8 +121,7 @@ impl Kernel<'_> {
         &self,
         library: &Path,
         out: &mut [u8],
-        inputs: &[&[u8]],
-        mut last: c_int,
+        args: &[Arg<'_>],
     ) -> Result<(), String> {
         type Alloc = unsafe extern "C" fn(usize) -> *mut u8;
         type Free = unsafe extern "C" fn(*mut u8) -> c_int;
@@ -67,19 +141,29 @@ impl Kernel<'_> {
             let library = libloading::Library::new(library).unwrap();
             let alloc = library.get::<Alloc>("sim_alloc").unwrap();
             let mut device = vec![alloc(out.len())];
-            for x in inputs {
-                device.push(alloc(x.len()));
-                device[device.len() - 1].copy_from_nonoverlapping(x.as_ptr(), x.len());
+            let mut values = vec![Value::of(device[0] as u64)];
+            for arg in args {
+                if let Arg::Bytes(x) | Arg::Map(x, _) = arg {
+                    device.push(alloc(x.len()));
+                    device[device.len() - 1].copy_from_nonoverlapping(x.as_ptr(), x.len());
+                }
+                let last = device[device.len() - 1] as u64;
+                values.push(match *arg {
+                    Arg::Bytes(_) => Value::of(last),
+                    Arg::Int(x) => Value::of(u64::from(x.cast_unsigned())),
+                    Arg::Map(_, boxes) => boxes.simulated(last),
+                    Arg::OfOutput(boxes) => boxes.simulated(device[0] as u64),
+                });
             }
-            let mut args: Vec<*mut c_void> =
-                device.iter_mut().map(|d| (&raw mut *d).cast()).collect();
-            args.push((&raw mut last).cast());
+            let mut values: Vec<*mut c_void> =
+                values.iter_mut().map(|v| (&raw mut *v).cast()).collect();
             let name = CString::new(self.name).unwrap();
             let (blocks, threads) = ([self.blocks, 1, 1], [self.threads, 1, 1]);
             let run = library.get::<Run>("sim_launch").unwrap();
             let (blocks, threads) = (blocks.as_ptr(), threads.as_ptr());
-            let args = args.as_mut_ptr();
-            if run(name.as_ptr(), blocks, threads, self.shared, args, 0, 0, 0) != 0 {
+            let (values, order) = (values.as_mut_ptr(), self.order);
+            let (one, two) = (order.threads, order.blocks);
+            if run(name.as_ptr(), blocks, threads, self.shared, values, one, two, 0) != 0 {
                 let text = library.get::<Text>("sim_error").unwrap()();
                 return Err(CStr::from_ptr(text).to_str().unwrap().to_owned());
             }
@@ -92,12 +176,7 @@ impl Kernel<'_> {
         Ok(())
     }
 
-    unsafe fn on_gpu(
-        &self,
-        out: &mut [u8],
-        inputs: &[&[u8]],
-        mut last: c_int,
-    ) -> Result<(), result::DriverError> {
+    unsafe fn on_gpu(&self, out: &mut [u8], args: &[Arg<'_>]) -> Result<(), result::DriverError> {
         // SAFETY: handles are used in the context that made them; the rest is the caller's promise.
         unsafe {
             result::init()?;
@@ -105,17 +184,29 @@ impl Kernel<'_> {
             result::ctx::set_current(context)?;
             let module = result::module::load_data(self.image.as_ptr().cast())?;
             let f = result::module::get_function(module, CString::new(self.name).unwrap())?;
+            let most =
+                sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES;
+            result::function::set_function_attribute(f, most, self.shared as c_int)?;
             let mut device: Vec<sys::CUdeviceptr> = vec![result::malloc_sync(out.len())?];
-            for x in inputs {
-                device.push(result::malloc_sync(x.len())?);
-                result::memcpy_htod_sync(device[device.len() - 1], x)?;
+            let mut values = vec![Value::of(device[0])];
+            for arg in args {
+                if let Arg::Bytes(x) | Arg::Map(x, _) = arg {
+                    device.push(result::malloc_sync(x.len())?);
+                    result::memcpy_htod_sync(device[device.len() - 1], x)?;
+                }
+                let last = device[device.len() - 1];
+                values.push(match *arg {
+                    Arg::Bytes(_) => Value::of(last),
+                    Arg::Int(x) => Value::of(u64::from(x.cast_unsigned())),
+                    Arg::Map(_, boxes) => boxes.on_gpu(last)?,
+                    Arg::OfOutput(boxes) => boxes.on_gpu(device[0])?,
+                });
             }
-            let mut args: Vec<*mut c_void> =
-                device.iter_mut().map(|d| (&raw mut *d).cast()).collect();
-            args.push((&raw mut last).cast());
+            let mut values: Vec<*mut c_void> =
+                values.iter_mut().map(|v| (&raw mut *v).cast()).collect();
             let (blocks, threads) = ((self.blocks, 1, 1), (self.threads, 1, 1));
             let stream = std::ptr::null_mut();
-            result::launch_kernel(f, blocks, threads, self.shared as u32, stream, &mut args)?;
+            result::launch_kernel(f, blocks, threads, self.shared as u32, stream, &mut values)?;
             result::memcpy_dtoh_sync(out, device[0])?;
             for d in device {
                 result::free_sync(d)?;

@@ -20,7 +20,7 @@ use warpo::{
     device::{Buffer, Cuda, Device, Element, Float, View, ViewMut},
 };
 
-pub use warpo::device::cuda::Order;
+pub use warpo::device::cuda::{Machine, Order};
 
 use super::{assert_close, assert_earned_to, host, randn};
 
@@ -59,9 +59,10 @@ impl Variant {
     }
 }
 
-/// The simulator in one variant.
+/// The simulator in one variant, of an Ampere GPU unless told otherwise.
 pub struct Sim {
     pub variant: Variant,
+    pub machine: Machine,
     library: PathBuf,
 }
 
@@ -103,13 +104,13 @@ impl Sim {
         let value = std::env::var(CHILD).ok()?;
         let (name, library) = value.split_once(':')?;
         let variant = Variant::SIMULATED.into_iter().find(|v| v.name() == name)?;
-        Some(Self { variant, library: library.into() })
+        Some(Self::of(variant, library.into()))
     }
 
     /// A GPU, where one is named.
     pub fn of_gpu() -> Option<Self> {
         let there = std::env::var_os(GPU).is_some();
-        there.then(|| Self { variant: Variant::Gpu, library: PathBuf::new() })
+        there.then(|| Self::of(Variant::Gpu, PathBuf::new()))
     }
 
     /// Compiles it, unless that was done before; none without g++.
@@ -123,17 +124,31 @@ impl Sim {
             return None;
         };
         let library = Build::new(variant, &version.stdout).library();
-        Some(Self { variant, library })
+        Some(Self::of(variant, library))
+    }
+
+    fn of(variant: Variant, library: PathBuf) -> Self {
+        Self { variant, machine: Machine::Ampere, library }
+    }
+
+    /// The simulator of a Hopper GPU; a GPU is what it is.
+    pub fn hopper(&self) -> Self {
+        Self { machine: Machine::Hopper, library: self.library.clone(), ..*self }
     }
 
     /// A device that runs threads and blocks in `order`; a GPU has its own.
     pub fn device(&self, order: Order) -> Device {
+        self.device_as(order, self.machine)
+    }
+
+    /// The same as another machine.
+    pub fn device_as(&self, order: Order, machine: Machine) -> Device {
         static ONE: OnceLock<Device> = OnceLock::new();
         if self.variant == Variant::Gpu {
             let name = std::env::var(GPU).unwrap();
             return ONE.get_or_init(|| Device::from_name(&name, 0).unwrap()).clone();
         }
-        Device::Cuda(Cuda::simulated(&self.library, order).unwrap())
+        Device::Cuda(Cuda::simulated(&self.library, order, machine).unwrap())
     }
 
     /// Orders of threads and blocks, the natural one first; fewer under a sanitizer, which looks at
@@ -180,6 +195,12 @@ impl Sim {
     pub fn hold(&self, case: &impl Case) {
         self.hold_in::<bf16>(case);
         self.hold_in::<f32>(case);
+    }
+
+    /// The same for a case that has kernels for bf16 only.
+    #[track_caller]
+    pub fn hold_bf16(&self, case: &impl Case) {
+        self.hold_in::<bf16>(case);
     }
 
     #[track_caller]
@@ -247,6 +268,12 @@ impl Sim {
     pub fn hold_rows<C: Case>(&self, all: usize, case: impl Fn(usize) -> C) {
         self.hold_rows_in::<bf16, C>(all, &case);
         self.hold_rows_in::<f32, C>(all, &case);
+    }
+
+    /// The same for a case that has kernels for bf16 only.
+    #[track_caller]
+    pub fn hold_rows_bf16<C: Case>(&self, all: usize, case: impl Fn(usize) -> C) {
+        self.hold_rows_in::<bf16, C>(all, &case);
     }
 
     #[track_caller]
@@ -516,7 +543,7 @@ impl Build {
             // The file itself, then a line for each of its entries.
             let mut wrapped = format!("#include \"{}\"\n", source.display());
             for e in scan::entries(&text).unwrap() {
-                wrapped += &format!("SIM_ENTER({}, {})\n", e.name, e.threads);
+                wrapped += &format!("SIM_ENTER({}, {}, {})\n", e.name, e.threads, e.cluster);
             }
             let wrapper = to.with_extension("cpp");
             fs::write(&wrapper, wrapped).unwrap();

@@ -12,7 +12,10 @@ use cudarc::driver::{
     sys,
 };
 
-use super::{Driver, Kernel, Launch, device_error, kernels};
+use super::{
+    Driver, Kernel, Launch, device_error, kernels,
+    map::{Tensor, Words},
+};
 use crate::error::Result;
 
 /// CUDA 13.0, which the kernels' PTX needs.
@@ -234,6 +237,50 @@ impl Driver for Gpu {
         self.facts.processors
     }
 
+    fn hopper(&self) -> bool {
+        self.facts.capability == (9, 0)
+    }
+
+    fn tensor_map(&self, tensor: &Tensor) -> Result<Words> {
+        use sys::{
+            CUtensorMapDataType_enum as Type, CUtensorMapFloatOOBfill_enum as Fill,
+            CUtensorMapInterleave_enum as Interleave, CUtensorMapL2promotion_enum as Promotion,
+            CUtensorMapSwizzle_enum as Swizzle,
+        };
+        let kind = match tensor.element_bytes {
+            2 => Type::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
+            _ => Type::CU_TENSOR_MAP_DATA_TYPE_FLOAT32,
+        };
+        let swizzle = match tensor.swizzle {
+            32 => Swizzle::CU_TENSOR_MAP_SWIZZLE_32B,
+            64 => Swizzle::CU_TENSOR_MAP_SWIZZLE_64B,
+            128 => Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
+            _ => Swizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
+        };
+        let mut map = sys::CUtensorMap { opaque: [0; 16] };
+        // SAFETY: the arrays hold `rank` numbers and more, but for the strides, which the driver wants of
+        // all dimensions but the innermost; it reads no tensor.
+        unsafe {
+            sys::cuTensorMapEncodeTiled(
+                &mut map,
+                kind,
+                tensor.rank,
+                tensor.base as *mut c_void,
+                tensor.dims.as_ptr(),
+                tensor.strides[1..].as_ptr(),
+                tensor.tile.as_ptr(),
+                [1; 4].as_ptr(),
+                Interleave::CU_TENSOR_MAP_INTERLEAVE_NONE,
+                swizzle,
+                Promotion::CU_TENSOR_MAP_L2_PROMOTION_L2_256B,
+                Fill::CU_TENSOR_MAP_FLOAT_OOB_FILL_NONE,
+            )
+        }
+        .result()
+        .map_err(failed(&format!("a tensor map of {tensor:?}")))?;
+        Ok(Words(map.opaque))
+    }
+
     fn free_memory(&self) -> Result<Option<usize>> {
         self.enter()?;
         result::mem_get_info().map(|(free, _)| Some(free)).map_err(failed("memory"))
@@ -296,6 +343,11 @@ impl Driver for Gpu {
             result::launch_kernel(f, (x, y, z), size, launch.shared, self.stream, args)
         }
         .map_err(failed(k.name))
+    }
+
+    fn stream(&self) -> Result<*mut c_void> {
+        self.enter()?;
+        Ok(self.stream.cast())
     }
 
     fn synchronize(&self) -> Result<()> {

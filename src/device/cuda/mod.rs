@@ -5,7 +5,9 @@
 
 #![allow(unsafe_code)]
 
+pub mod cublaslt;
 mod driver;
+mod map;
 mod room;
 mod simulator;
 
@@ -15,7 +17,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use bytemuck::Pod;
+use bytemuck::{Pod, Zeroable};
 use half::bf16;
 
 use super::{
@@ -24,14 +26,16 @@ use super::{
 };
 use crate::error::{Error, Result};
 
+pub use map::{Map, Swizzle, Tiles};
 pub use room::{PARTS, Parts};
-pub use simulator::Order;
+pub use simulator::{Machine, Order};
 
 /// A handle to a GPU, or to the simulator of one. Cloning shares it.
 #[derive(Clone, Debug)]
 pub struct Cuda {
     driver: Arc<dyn Driver>,
     room: Arc<Mutex<room::Room>>,
+    lt: Option<Arc<cublaslt::Lt>>,
 }
 
 /// What a GPU is asked for.
@@ -40,6 +44,10 @@ trait Driver: std::fmt::Debug + Send + Sync {
     fn describe(&self) -> String;
     /// Multiprocessors.
     fn processors(&self) -> u32;
+    /// Compute capability 9.0, for which the kernels of `*_sm90.cu` are.
+    fn hopper(&self) -> bool;
+    /// The tensor map that a kernel takes.
+    fn tensor_map(&self, tensor: &map::Tensor) -> Result<map::Words>;
     /// Bytes that are free, if that is known.
     fn free_memory(&self) -> Result<Option<usize>>;
     /// `bytes` bytes of device memory, aligned to 256.
@@ -73,6 +81,10 @@ trait Driver: std::fmt::Debug + Send + Sync {
         launch: Launch,
         args: &mut [*mut c_void],
     ) -> Result<()>;
+    /// The stream of all work, for a library of NVIDIA's; its context becomes that of this thread.
+    fn stream(&self) -> Result<*mut c_void> {
+        Err(device_error("NVIDIA's libraries need a GPU"))
+    }
     /// Waits for all that was launched.
     fn synchronize(&self) -> Result<()>;
     /// Seconds on the device that `work` takes.
@@ -92,18 +104,18 @@ impl Cuda {
         Self::over(Arc::new(driver::Gpu::new(ordinal)?))
     }
 
-    /// The simulator in the shared library `library`, which runs threads and blocks in `order`. For
-    /// tests.
+    /// The simulator in the shared library `library`, which plays `machine` and runs threads and
+    /// blocks in `order`. For tests.
     ///
     /// # Errors
     /// [`Error::Device`] if the library cannot be loaded.
-    pub fn simulated(library: &std::path::Path, order: Order) -> Result<Self> {
-        Self::over(Arc::new(simulator::Simulator::open(library, order)?))
+    pub fn simulated(library: &std::path::Path, order: Order, machine: Machine) -> Result<Self> {
+        Self::over(Arc::new(simulator::Simulator::open(library, order, machine)?))
     }
 
     fn over(driver: Arc<dyn Driver>) -> Result<Self> {
         let room = room::Room::new(&driver)?;
-        Ok(Self { driver, room })
+        Ok(Self { driver, room, lt: None })
     }
 
     /// What the driver and the devices are, or why there are none; for `warpo doctor`.
@@ -122,6 +134,12 @@ impl Cuda {
     #[must_use]
     pub fn processors(&self) -> u32 {
         self.driver.processors()
+    }
+
+    /// Whether this is a Hopper GPU, compute capability 9.0: it has TMA, wgmma and clusters.
+    #[must_use]
+    pub fn hopper(&self) -> bool {
+        self.driver.hopper()
     }
 
     /// Waits for all that was launched.
@@ -219,10 +237,19 @@ impl Cuda {
         if let Some((arg, reason)) = args.wrong {
             return Err(device_error(format!("{}: `{arg}` {reason}", kernel.name)));
         }
+        if kernel.image.hopper && !self.hopper() {
+            let reason = "needs a Hopper GPU, compute capability 9.0";
+            return Err(device_error(format!("{}: {reason}", kernel.name)));
+        }
+        let ([blocks, ..], cluster) = (launch.blocks, kernel.cluster);
+        if !blocks.is_multiple_of(cluster) {
+            let reason = format!("a grid of {blocks} blocks, wanted a multiple of {cluster}");
+            return Err(device_error(format!("{}: {reason}", kernel.name)));
+        }
         if launch.blocks.contains(&0) {
             return Ok(());
         }
-        let at = |v| std::ptr::from_mut::<u64>(v).cast();
+        let at = |v| std::ptr::from_mut::<map::Words>(v).cast();
         let mut pointers: Vec<*mut c_void> = args.values.iter_mut().map(at).collect();
         // SAFETY: the generated functions push the values of the kernel's parameters in its order; that
         // memory is as large as the kernel expects is checked by the op that calls them.
@@ -303,6 +330,8 @@ pub fn width<T>(lens: &[usize], begins: &[usize]) -> usize {
 #[derive(Debug)]
 struct Image {
     name: &'static str,
+    /// For Hopper alone.
+    hopper: bool,
     bytes: &'static [u8],
 }
 
@@ -312,6 +341,8 @@ struct Kernel {
     image: &'static Image,
     name: &'static str,
     threads: u32,
+    /// Blocks of a cluster.
+    cluster: u32,
 }
 
 /// Kernels that do the same for bf16 and for f32.
@@ -333,10 +364,10 @@ impl Variants {
     }
 }
 
-/// Arguments of a launch, 8 bytes each.
+/// Arguments of a launch, each with room for a tensor map.
 #[derive(Default)]
 struct Args {
-    values: Vec<u64>,
+    values: Vec<map::Words>,
     /// The first that cannot be passed, and why.
     wrong: Option<(&'static str, String)>,
 }
@@ -356,7 +387,7 @@ impl Args {
         if packed && !at.is_multiple_of(PACKET as u64) {
             self.refuse(name, format!("begins at {at:#x}, wanted a multiple of {PACKET}"));
         }
-        self.values.push(at);
+        self.value(name, at);
     }
 
     fn read<T>(&mut self, name: &'static str, view: Option<View<'_, T>>, packed: bool) {
@@ -375,9 +406,14 @@ impl Args {
     }
 
     fn value<T: Pod>(&mut self, _name: &'static str, value: T) {
-        let mut bytes = [0; 8];
-        bytes[..size_of::<T>()].copy_from_slice(bytemuck::bytes_of(&value));
-        self.values.push(u64::from_le_bytes(bytes));
+        let mut words = map::Words::zeroed();
+        bytemuck::bytes_of_mut(&mut words)[..size_of::<T>()]
+            .copy_from_slice(bytemuck::bytes_of(&value));
+        self.values.push(words);
+    }
+
+    fn map(&mut self, map: Map<'_>) {
+        self.values.push(map.words);
     }
 }
 
@@ -387,7 +423,7 @@ impl Args {
 #[allow(missing_docs)]
 pub mod kernels {
     use super::{
-        Args, Cuda, Element, Float, Image, Kernel, Launch, Result, Variants, View, ViewMut,
+        Args, Cuda, Element, Float, Image, Kernel, Launch, Map, Result, Variants, View, ViewMut,
     };
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 }

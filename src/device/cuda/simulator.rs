@@ -12,7 +12,10 @@ use std::{
 
 use libloading::{Library, Symbol};
 
-use super::{Driver, Kernel, Launch, device_error};
+use super::{
+    Driver, Kernel, Launch, device_error,
+    map::{Tensor, Words},
+};
 use crate::error::Result;
 
 /// Seeds of the order in which threads and blocks run; 0 is the natural one.
@@ -22,6 +25,16 @@ pub struct Order {
     pub threads: u64,
     /// Of the blocks of a grid.
     pub blocks: u64,
+}
+
+/// Which GPU the simulator plays, and so which kernels ops choose.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Machine {
+    /// Compute capability 8.0.
+    #[default]
+    Ampere,
+    /// Compute capability 9.0.
+    Hopper,
 }
 
 type Run = unsafe extern "C" fn(
@@ -41,20 +54,21 @@ static ALLOCATIONS: Mutex<()> = Mutex::new(());
 pub(super) struct Simulator {
     library: Library,
     order: Order,
+    machine: Machine,
 }
 
 impl std::fmt::Debug for Simulator {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Simulator({:?})", self.order)
+        write!(f, "Simulator({:?}, {:?})", self.machine, self.order)
     }
 }
 
 impl Simulator {
-    pub(super) fn open(path: &Path, order: Order) -> Result<Self> {
+    pub(super) fn open(path: &Path, order: Order, machine: Machine) -> Result<Self> {
         // SAFETY: the library is our own; its constructors register kernels and do nothing else.
         let library = unsafe { Library::new(path) };
         let library = library.map_err(|e| device_error(format!("{}: {e}", path.display())))?;
-        Ok(Self { library, order })
+        Ok(Self { library, order, machine })
     }
 
     /// # Safety
@@ -74,6 +88,14 @@ impl Driver for Simulator {
     fn processors(&self) -> u32 {
         // Odd and small, so that grids that count on more are found.
         3
+    }
+
+    fn hopper(&self) -> bool {
+        self.machine == Machine::Hopper
+    }
+
+    fn tensor_map(&self, tensor: &Tensor) -> Result<Words> {
+        Ok(tensor.words())
     }
 
     fn free_memory(&self) -> Result<Option<usize>> {

@@ -1,0 +1,199 @@
+// A block's tile of a matrix product on Hopper: C[i, j] = sum over k of L[i, k] R[j, k], by wgmma from shared memory that
+// TMA fills. One warpgroup brings operands, the others multiply, 64 rows each; a ring of slots with a barrier for full and
+// one for empty stands between them. Every sum is one chain over k, 16 at a time in ascending order, in every tile.
+#pragma once
+
+#include "kernel.cuh"
+#include "place.cuh"
+
+// 64 rows for each of CONSUMERS warpgroups, BN columns, 64 of k a slot, STAGES slots; CLUSTER blocks, 1 or 2, that
+// stand below each other share the slot's R: each brings half of it to both.
+template <int BN_, int CONSUMERS_, int STAGES_, int CLUSTER_>
+struct Tile {
+    static constexpr int BM = 64 * CONSUMERS_, BN = BN_, CONSUMERS = CONSUMERS_, STAGES = STAGES_, CLUSTER = CLUSTER_;
+    static constexpr int DEPTH = 64, THREADS = 128 * (CONSUMERS + 1);
+    static constexpr int LEFT = BM * DEPTH * 2, RIGHT = BN * DEPTH * 2, SLOT = LEFT + RIGHT;
+    // Bytes of a warpgroup's 64 rows of 64 results in bf16; two are under way.
+    static constexpr int OUT = 64 * 64 * 2;
+    // Wide tiles send their results by TMA; narrow ones, of a few rows, write them.
+    static constexpr bool SENDS = BN >= 128;
+    static constexpr int ROOM = SENDS ? 2 * CONSUMERS * OUT : 0;
+};
+
+// What a block's threads share.
+template <class T>
+struct Ring {
+    char* slots;
+    char* out;
+    uint64_t *full, *empty;
+
+    __device__ __forceinline__ Ring() {
+        Shared shared;
+        slots = shared.take<char>(T::STAGES * T::SLOT, 1024);
+        out = T::SENDS ? shared.take<char>(T::ROOM, 1024) : nullptr;
+        full = shared.take<uint64_t>(T::STAGES);
+        empty = shared.take<uint64_t>(T::STAGES);
+        if (threadIdx.x == 0) {
+            for (int s = 0; s < T::STAGES; ++s) {
+                ptx::mbarrier_init(full + s, 1);
+                // Every warp that multiplies says to every block that brings that it is done.
+                ptx::mbarrier_init(empty + s, 4 * T::CONSUMERS * T::CLUSTER);
+            }
+            ptx::fence_barrier_init();
+        }
+        sync();
+    }
+    // All threads of all blocks that share slots.
+    static __device__ __forceinline__ void sync() {
+        if constexpr (T::CLUSTER > 1) {
+            ptx::cluster_sync();
+        } else {
+            __syncthreads();
+        }
+    }
+};
+
+// A place in the ring: slots in turn, the parity of the turn.
+template <class T>
+struct Turn {
+    int slot = 0, parity = 0;
+    __device__ __forceinline__ void next() {
+        if (++slot == T::STAGES) slot = 0, parity ^= 1;
+    }
+};
+
+// What the producer needs to know of a product; the second half of R's rows begins `apart` rows after the first.
+struct Operands {
+    const ptx::TensorMap *left, *right;
+    int apart, depth;
+};
+
+// Brings the operands of tile (i0, j0). One thread calls it.
+template <class T, bool L_COLUMNS, bool R_COLUMNS>
+static __device__ __forceinline__ void bring(const Ring<T>& ring, Turn<T>& turn, const Operands& o, int i0, int j0) {
+    const int rank = T::CLUSTER > 1 ? ptx::cluster_rank() : 0;
+    for (int k = 0; k < o.depth; k += T::DEPTH) {
+        uint64_t* full = ring.full + turn.slot;
+        char *left = ring.slots + turn.slot * T::SLOT, *right = left + T::LEFT;
+        // Both blocks are done with what the slot held.
+        ptx::mbarrier_wait(ring.empty + turn.slot, turn.parity ^ 1);
+        ptx::mbarrier_expect(full, T::SLOT);
+        if constexpr (L_COLUMNS) {
+            for (int b = 0; b < T::BM / 64; ++b) ptx::tma_load(left + b * 8192, o.left, i0 + 64 * b, k, full);
+        } else {
+            ptx::tma_load(left, o.left, k, i0, full);
+        }
+        auto bring_right = [&](char* to, int x, int y) {
+            if constexpr (T::CLUSTER > 1) {
+                ptx::tma_load_multicast(to, o.right, x, y, full, 3);
+            } else {
+                ptx::tma_load(to, o.right, x, y, full);
+            }
+        };
+        if constexpr (R_COLUMNS) {
+            constexpr int EACH = T::BN / 64 / T::CLUSTER;
+            for (int b = rank * EACH; b < (rank + 1) * EACH; ++b) bring_right(right + b * 8192, j0 + 64 * b, k);
+        } else {
+            for (int h = 0; h < 2; ++h) {
+                if (T::CLUSTER == 1 || h == rank) bring_right(right + h * T::RIGHT / 2, k, j0 + h * o.apart);
+            }
+        }
+        turn.next();
+    }
+}
+
+// The warpgroup's 64 rows of the tile's sums, as of ptx::wgmma_bf16; where ONES, `ones` gets the sums of L's rows, as a
+// product with `column`, 8 rows of ones. All threads of the warpgroup call it, number `group` of the consumers.
+template <class T, bool L_COLUMNS, bool R_COLUMNS, bool ONES = false>
+static __device__ __forceinline__ void multiply(float (&sums)[T::BN / 2], float (&ones)[4], const Ring<T>& ring, Turn<T>& turn, int depth,
+                                                int group, const void* column = nullptr) {
+    // By rows, the next 8 are 1024 bytes on; by columns, the next 8 of k are, and the next 64 rows 8192.
+    constexpr int L_STEP = L_COLUMNS ? 2048 : 32, R_STEP = R_COLUMNS ? 2048 : 32;
+    auto release = [&](int slot) {
+        if constexpr (T::CLUSTER > 1) {
+            if (ptx::lane() < T::CLUSTER) ptx::mbarrier_arrive_at(ring.empty + slot, ptx::lane());
+        } else {
+            if (ptx::lane() == 0) ptx::mbarrier_arrive(ring.empty + slot);
+        }
+    };
+    int before = -1;
+    for (int k = 0; k < depth; k += T::DEPTH) {
+        const char* left = ring.slots + turn.slot * T::SLOT;
+        const uint64_t l = ptx::operand(left + group * 8192, 8192, 1024), r = ptx::operand(left + T::LEFT, 8192, 1024);
+        ptx::mbarrier_wait(ring.full + turn.slot, turn.parity);
+        ptx::wgmma_keep(sums);
+        ptx::wgmma_fence();
+#pragma unroll
+        for (int i = 0; i < T::DEPTH / 16; ++i) {
+            const uint64_t li = ptx::operand_advance(l, i * L_STEP);
+            ptx::wgmma_bf16<T::BN, L_COLUMNS, R_COLUMNS>(sums, li, ptx::operand_advance(r, i * R_STEP), k + i > 0);
+            if constexpr (ONES) ptx::wgmma_bf16<8, L_COLUMNS, false>(ones, li, ptx::operand(column, 0, 1024), k + i > 0);
+        }
+        ptx::wgmma_commit();
+        // The products of the slot before are done: it may be filled again.
+        ptx::wgmma_wait<1>();
+        if (before >= 0) release(before);
+        before = turn.slot;
+        turn.next();
+    }
+    ptx::wgmma_wait<0>();
+    ptx::wgmma_keep(sums);
+    if constexpr (ONES) ptx::wgmma_keep(ones);
+    release(before);
+}
+
+// Runs a product's tiles, `down` by `across`, over all blocks: each takes one, then the one a grid further on.
+// consume(ring, turn, group, i0, j0) computes what a consumer has of a tile, 64 rows from i0 on.
+template <class T, bool L_COLUMNS, bool R_COLUMNS, class Consume>
+static __device__ __forceinline__ void each_tile(const Operands& o, int down, int across, int width, Consume consume) {
+    const Ring<T> ring;
+    const int group = int(threadIdx.x) / 128, rank = T::CLUSTER > 1 ? ptx::cluster_rank() : 0;
+    const int groups = (down + T::CLUSTER - 1) / T::CLUSTER, step = int(gridDim.x) / T::CLUSTER;
+    Turn<T> turn;
+    auto tiles = [&](auto f) {
+        for (int t = int(blockIdx.x) / T::CLUSTER; t < groups * across; t += step) {
+            const Place at = place(t, groups, across);
+            f((at.down * T::CLUSTER + rank) * T::BM, at.across * width);
+        }
+    };
+    if (group == 0) {
+        if constexpr (T::CONSUMERS > 1) ptx::registers_down<40>();
+        if (threadIdx.x < 32 && ptx::elect()) {
+            tiles([&](int i0, int j0) { bring<T, L_COLUMNS, R_COLUMNS>(ring, turn, o, i0, j0); });
+        }
+    } else {
+        if constexpr (T::CONSUMERS > 1) ptx::registers_up<232>();
+        tiles([&](int i0, int j0) { consume(ring, turn, group - 1, i0 + 64 * (group - 1), j0); });
+        // Nobody may leave while shared memory is read.
+        if (T::SENDS && threadIdx.x % 128 == 0) ptx::tma_store_wait_read<0>();
+    }
+    // Nor while another block may still signal here.
+    if constexpr (T::CLUSTER > 1) ptx::cluster_sync();
+}
+
+// Sends 64 columns of the warpgroup's rows, from column x and row y of the matrix: f(j, h) are the results of row
+// r + 8 h, columns 8 j + c and the next, of ptx::wgmma_bf16's r and c, packed. All threads of the warpgroup call it;
+// `sent` counts what it has sent.
+template <class T, class F>
+static __device__ __forceinline__ void send(const Ring<T>& ring, int group, int& sent, const ptx::TensorMap* map, int x, int y, F f) {
+    char* room = ring.out + (2 * group + sent++ % 2) * T::OUT;
+    const bool first = threadIdx.x % 128 == 0;
+    const int l = ptx::lane(), row = threadIdx.x % 128 / 32 * 16 + l / 4;
+    // What was sent from here two turns ago has been read.
+    if (first) ptx::tma_store_wait_read<1>();
+    ptx::barrier(1 + group, 128);
+#pragma unroll
+    for (int j = 0; j < 8; ++j) {
+        for (int h = 0; h < 2; ++h) {
+            // As TMA swizzles: the eights of a row by the row.
+            char* to = room + (row + 8 * h) * 128 + (j ^ row % 8) * 16 + l % 4 * 4;
+            *reinterpret_cast<uint32_t*>(to) = f(j, h);
+        }
+    }
+    ptx::fence_async();
+    ptx::barrier(1 + group, 128);
+    if (first) {
+        ptx::tma_store(map, x, y, room);
+        ptx::tma_store_commit();
+    }
+}
