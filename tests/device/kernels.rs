@@ -258,6 +258,80 @@ fn the_machine_code_is_what_was_meant() {
     }
 }
 
+/// The innermost loop of a kernel around its tensor instructions, for each step of a warp.
+struct Loop {
+    /// Instructions of the tensor cores, and others.
+    tensor: usize,
+    others: usize,
+    /// Clocks that a multiprocessor's quarter multiplies for: 256 multiply-adds a clock on sm_80, 512 on Hopper.
+    clocks: usize,
+}
+
+impl Loop {
+    fn of(code: &str) -> Option<Self> {
+        // Address and text of each instruction.
+        let lines: Vec<(usize, &str)> = code
+            .lines()
+            .filter_map(|line| {
+                let (at, rest) = line.trim_start().strip_prefix("/*")?.split_once("*/")?;
+                Some((usize::from_str_radix(at, 16).ok()?, rest.split(';').next()?.trim()))
+            })
+            .collect();
+        let back = |(at, text): &(usize, &str)| {
+            let to = text.split("BRA").nth(1)?.trim().rsplit(' ').next()?.strip_prefix("0x")?;
+            let to = usize::from_str_radix(to, 16).ok()?;
+            (to < *at).then_some((to, *at))
+        };
+        let body = |(from, to): (usize, usize)| {
+            let inside = lines.iter().filter(move |(at, _)| (from..=to).contains(at));
+            let (mut tensor, mut others, mut clocks) = (0, 0, 0);
+            for (_, text) in inside {
+                let (hmma, hgmma) = (text.contains("HMMA.16816"), text.split("HGMMA.64x").nth(1));
+                clocks += match hgmma {
+                    Some(n) => n.split('x').next().unwrap().parse::<usize>().unwrap() / 2,
+                    None => 8 * usize::from(hmma),
+                };
+                let counted = if hmma || hgmma.is_some() { &mut tensor } else { &mut others };
+                *counted += 1;
+            }
+            Self { tensor, others, clocks }
+        };
+        let loops = lines.iter().filter_map(back).map(body).filter(|l| l.tensor > 0);
+        loops.min_by_key(|l| l.tensor + l.others)
+    }
+
+    /// Percent of the time to multiply that a scheduler needs to issue the loop's instructions.
+    fn issue(&self) -> usize {
+        100 * (self.tensor + self.others) / self.clocks
+    }
+}
+
+/// A product's time is that of its tensor cores, if memory keeps up: the instructions of its loop are issued in
+/// a fraction of it. Prints what is counted with `--nocapture`.
+#[test]
+fn a_products_loop_is_issued_while_it_multiplies() {
+    let Some(tool) = cuobjdump() else { return };
+    println!("{:40} {:>7} {:>7} {:>7} {:>7}", "loop of", "tensor", "others", "clocks", "issue");
+    for (stem, _, entries) in sources() {
+        if !PRODUCTS.contains(&stem.trim_end_matches("_sm90")) {
+            continue;
+        }
+        let image = Path::new(env!("OUT_DIR")).join(format!("{stem}.fatbin"));
+        let done = Command::new(&tool).arg("-sass").arg(image).output().unwrap();
+        let text = String::from_utf8(done.stdout).unwrap();
+        for e in entries.iter().filter(|e| !NO_PRODUCT.iter().any(|n| n.0 == e.name)) {
+            // The first is for sm_80 where there are two.
+            let code = text.split(&format!("Function : {}\n", e.name)).nth(1).unwrap();
+            let l = Loop::of(code.split("Function : ").next().unwrap()).unwrap();
+            let Loop { tensor, others, clocks } = l;
+            println!("{:40} {tensor:7} {others:7} {clocks:7} {:5} %", e.name, l.issue());
+            // Tiles of few rows wait for memory.
+            let most = if clocks >= 256 { 60 } else { 400 };
+            assert!(l.issue() < most, "{}: {} % of its time to issue", e.name, l.issue());
+        }
+    }
+}
+
 /// It lies beside nvcc; none if there is none, which `WARPO_KERNELS=require` forbids.
 fn cuobjdump() -> Option<PathBuf> {
     let nvcc = std::env::var_os("NVCC").filter(|_| BUILT);
