@@ -8,6 +8,8 @@
 
 #![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used)]
 
+#[path = "gpu/heads.rs"]
+mod heads;
 #[path = "gpu/products.rs"]
 mod products;
 
@@ -35,6 +37,7 @@ use warpo::{
     rng::{Philox, Purpose, Stream},
 };
 
+use heads::heads;
 use products::products;
 
 /// More than one round of these is larger than any cache.
@@ -107,6 +110,16 @@ impl Bench {
 
     fn inputs<T: Element>(&self, stream: u64, n: usize) -> [Buffer<'static, T>; SETS] {
         std::array::from_fn(|i| self.input(stream + 100 * i as u64, n))
+    }
+
+    /// Measures `f`, which computes `flops` FLOPs, as [`Bench::run`].
+    fn compute(&mut self, name: &str, flops: f64, bytes: usize, f: impl FnMut(&Device, usize)) {
+        let before = self.results.len();
+        self.run(name, bytes, f);
+        let Some(result) = self.results.get_mut(before) else { return };
+        let rate = flops / result["microseconds"].as_f64().unwrap() / 1e6;
+        println!("    {rate:>10.1} TFLOP/s");
+        result["TFLOP/s"] = json!(rate);
     }
 
     /// Measures `f`, which moves `bytes` bytes and is given the set to work on.
@@ -384,7 +397,8 @@ fn main() {
     let mut b = Bench { criterion, dev, sizes, tiny, copy: f64::NAN, results };
     b.copy = copy(&b);
     println!("a copy moves {:.0} GB/s", b.copy / 1e9);
-    for group in [norms, layer_norms, elementwise, losses, sampling, optimizer, products] {
+    let bandwidth = [norms, layer_norms, elementwise, losses, sampling, optimizer];
+    for group in bandwidth.into_iter().chain([products, heads]) {
         group(&mut b);
     }
     b.criterion.final_summary();

@@ -133,7 +133,7 @@ fn lm_head(c: &mut Criterion) {
         packed.pack(dev, (&w).into()).unwrap();
         let targets: Vec<u32> = (0..rows as u32).map(|r| r * 7 % vocab as u32).collect();
         let (mut logp, mut lse, mut entropy) = (vec![0.0; rows], vec![0.0; rows], vec![0.0; rows]);
-        let mut scratch = vec![0.0; logprob::scratch_len(rows, vocab)];
+        let mut scratch = vec![0.0; logprob::backward_scratch_len(rows, vocab, d)];
         let name = |what: &str| format!("{what}/cpu/f32/{rows}x{vocab}x{d}");
         bench(&mut g, &name("forward"), fma(rows * vocab * d), || {
             logprob::forward(
@@ -144,7 +144,7 @@ fn lm_head(c: &mut Criterion) {
                 (&h).into(),
                 &packed,
                 (&targets).into(),
-                0.7,
+                logprob::Settings::at(0.7),
                 (&mut scratch).into(),
             )
             .unwrap();
@@ -158,7 +158,7 @@ fn lm_head(c: &mut Criterion) {
                 targets: (&targets).into(),
                 lse: (&lse).into(),
                 entropy: None,
-                temperature: 0.7,
+                settings: logprob::Settings::at(0.7),
             };
             let (dh, dw) = ((&mut dh).into(), Some((&mut dw).into()));
             logprob::backward(dev, dh, dw, (&dlogp).into(), None, f, (&mut scratch).into())

@@ -11,7 +11,7 @@
 
 //                BN  CONSUMERS STAGES CLUSTER
 using Wide = Tile<256, 2, 4, 2>;
-using Mid = Tile<128, 2, 6, 1>;
+using Mid = Tile<128, 2, 6, 2>;
 using Few = Tile<64, 1, 8, 1>;
 using Fewest = Tile<32, 1, 12, 1>;
 
@@ -23,36 +23,45 @@ static __device__ __forceinline__ float2 two(const float (&d)[COUNT], int j, int
 static __device__ __forceinline__ float2 unpack(uint32_t v) {
     return float2{ptx::bits_float(v << 16), ptx::bits_float(v & 0xFFFF0000u)};
 }
-static __device__ __forceinline__ float2 load_two(const bf16* p, int64_t at) {
-    return unpack(*reinterpret_cast<const uint32_t*>(p + at));
-}
-static __device__ __forceinline__ void store_two(bf16* p, int64_t at, uint32_t v) { *reinterpret_cast<uint32_t*>(p + at) = v; }
+static __device__ __forceinline__ uint32_t pack(float2 v) { return ptx::pack_bf16(v.x, v.y); }
 static __device__ __forceinline__ float2 operator+(float2 a, float2 b) { return float2{a.x + b.x, a.y + b.y}; }
 
-// The first row and column of this thread's numbers.
-static __device__ __forceinline__ int own_row() { return threadIdx.x % 128 / 32 * 16 + ptx::lane() / 4; }
-static __device__ __forceinline__ int own_col() { return ptx::lane() % 4 * 2; }
+// What is added where there is nothing to add: -0, so that 0 keeps its sign.
+constexpr uint32_t NOTHING = 0x80008000u;
 
-// Results of a tile: 2 packed of row r + 8 h, columns 8 j + c, go to rows below `m` and columns below `n` of a matrix: to
-// a map, or, from narrow tiles, to lines of `width` at `to`.
+// Where results go: to a map, or, from narrow tiles, to lines of `width` at `to`.
 struct Results {
     const ptx::TensorMap* map;
     bf16* to;
     int width;
 };
-template <class T, int COLUMNS, class F>
+// Columns, in eights, that are put there at once.
+template <int COLUMNS>
+constexpr int TURN = COLUMNS < 64 ? COLUMNS / 8 : 8;
+
+// Puts TURN eights from row i0 and column j0 on, f(j, h) packed, to rows below m and columns below n.
+template <class T, int EIGHTS, class F>
 static __device__ __forceinline__ void put(const Results& out, const Ring<T>& ring, int group, int& sent, int i0, int j0, int m, int n, F f) {
+    if constexpr (T::SENDS) {
+        send(ring, group, sent, out.map, j0, i0, f);
+    } else {
 #pragma unroll
-    for (int j = 0; j < COLUMNS / 8; ++j) {
-        const int col = j0 + 8 * j;
-        if constexpr (T::SENDS) {
-            if (j % 8 == 0 && col < n) send(ring, group, sent, out.map, col, i0, [&](int i, int h) { return f(j + i, h); });
-        } else {
+        for (int j = 0; j < EIGHTS; ++j) {
             for (int h = 0; h < 2; ++h) {
-                const int row = i0 + own_row() + 8 * h;
-                if (row < m && col < n) store_two(out.to, int64_t(row) * out.width + col + own_col(), f(j, h));
+                const int row = i0 + own_row() + 8 * h, col = j0 + 8 * j + own_col();
+                if (row < m && col < n) *reinterpret_cast<uint32_t*>(out.to + int64_t(row) * out.width + col) = f(j, h);
             }
         }
+    }
+}
+
+// The bias of EIGHTS eights from column j0 on, all on their way before the first is used.
+template <int EIGHTS>
+static __device__ __forceinline__ void load_bias(uint32_t (&out)[EIGHTS], const bf16* bias, int j0, int n) {
+#pragma unroll
+    for (int j = 0; j < EIGHTS; ++j) {
+        const int col = j0 + 8 * j + own_col();
+        out[j] = bias != nullptr && col < n ? *reinterpret_cast<const uint32_t*>(bias + col) : NOTHING;
     }
 }
 
@@ -63,63 +72,74 @@ static __device__ void forward(const Results& y, const ptx::TensorMap* x, const 
     const int down = (m + T::BM - 1) / T::BM, across = (n + T::BN - 1) / T::BN;
     int sent = 0;
     each_tile<T, false, COLUMNS>(Operands{x, w, T::BN / 2, k}, down, across, T::BN, [&](const Ring<T>& ring, Turn<T>& turn, int group, int i0, int j0) {
+        constexpr int EIGHTS = TURN<T::BN>;
         float sums[T::BN / 2], none[4];
         multiply<T, false, COLUMNS>(sums, none, ring, turn, k, group);
-        auto finish = [&](int j, int h) {
-            const int row = i0 + own_row() + 8 * h, col = j0 + 8 * j + own_col();
-            float2 v = two(sums, j, h);
-            if (row < m && col < n) {
-                if (bias != nullptr) v = v + load_two(bias, col);
-                if (residual != nullptr) v = v + load_two(residual, int64_t(row) * n + col);
+#pragma unroll
+        for (int j = 0; j < T::BN / 8; j += EIGHTS) {
+            const int first = j0 + 8 * j;
+            if (first >= n) break;
+            uint32_t added[EIGHTS], old[2 * EIGHTS];
+            load_bias(added, bias, first, n);
+#pragma unroll
+            for (int i = 0; i < 2 * EIGHTS; ++i) {
+                const int row = i0 + own_row() + 8 * (i % 2), col = first + 8 * (i / 2) + own_col();
+                const bool there = residual != nullptr && row < m && col < n;
+                old[i] = there ? *reinterpret_cast<const uint32_t*>(residual + int64_t(row) * n + col) : NOTHING;
             }
-            return ptx::pack_bf16(v.x, v.y);
-        };
-        put<T, T::BN>(y, ring, group, sent, i0, j0, m, n, finish);
+            put<T, EIGHTS>(y, ring, group, sent, i0, first, m, n, [&](int i, int h) {
+                return pack(two(sums, j + i, h) + unpack(added[i]) + unpack(old[2 * i + h]));
+            });
+        }
     });
 }
 
-// up = x Wᵀ + bias, and y = act(up), or act(gate) * partner for n outputs and n partners.
+// up = x Wᵀ + bias, and y = act(up), or act(gate) * partner for n outputs and n partners, which have a place of their own.
 template <class T, bool GATED>
 static __device__ void activated(const Results& y, const Results& gate, const Results& partner, const ptx::TensorMap* x,
                                  const ptx::TensorMap* w, const bf16* bias, int m, int n, int k, int act) {
-    constexpr int WIDTH = GATED ? T::BN / 2 : T::BN, PARTNER = T::BN / 16;
+    constexpr int WIDTH = GATED ? T::BN / 2 : T::BN, PARTNER = T::BN / 16, EIGHTS = TURN<WIDTH>;
     const int down = (m + T::BM - 1) / T::BM, across = (n + WIDTH - 1) / WIDTH;
     int sent = 0;
     const Operands o = {x, w, GATED ? n : T::BN / 2, k};
     each_tile<T, false, false>(o, down, across, WIDTH, [&](const Ring<T>& ring, Turn<T>& turn, int group, int i0, int j0) {
         float sums[T::BN / 2], none[4];
         multiply<T, false, false>(sums, none, ring, turn, k, group);
-        // What the function is given is what is kept.
-        uint32_t kept[T::BN / 4];
 #pragma unroll
-        for (int j = 0; j < T::BN / 8; ++j) {
-            const bool partner = GATED && j >= PARTNER;
-            const int col = j0 + 8 * (partner ? j - PARTNER : j) + own_col();
-            for (int h = 0; h < 2; ++h) {
-                float2 v = two(sums, j, h);
-                if (bias != nullptr && col < n) v = v + load_two(bias, partner ? n + col : col);
-                kept[2 * j + h] = ptx::pack_bf16(v.x, v.y);
+        for (int j = 0; j < WIDTH / 8; j += EIGHTS) {
+            const int first = j0 + 8 * j;
+            if (first >= n) break;
+            uint32_t added[EIGHTS], more[EIGHTS];
+            load_bias(added, bias, first, n);
+            load_bias(more, GATED && bias != nullptr ? bias + n : nullptr, first, n);
+            // What the function is given is what is kept.
+            auto up = [&](int i, int h) { return pack(two(sums, j + i, h) + unpack(added[i])); };
+            auto other = [&](int i, int h) { return pack(two(sums, PARTNER + j + i, h) + unpack(more[i])); };
+            put<T, EIGHTS>(gate, ring, group, sent, i0, first, m, n, up);
+            if constexpr (GATED) put<T, EIGHTS>(partner, ring, group, sent, i0, first, m, n, other);
+            auto made = [](auto curve, uint32_t up, uint32_t other) {
+                const float2 v = unpack(up), u = unpack(other), f = {curve.at(v.x).y, curve.at(v.y).y};
+                return pack(GATED ? float2{f.x * u.x, f.y * u.y} : f);
+            };
+            if constexpr (T::SENDS) {
+                // From what was just sent, so that the function's code is there once: the gate was in this room before, and
+                // the partner, or what there is without a gate, is in the other.
+                send_written(ring, group, sent, y.map, first, i0, [&](char* room, char* before) {
+                    with_activation(act, [&](auto curve) {
+                        each_word<1>(room, [&](uint32_t& word, int, int) {
+                            const uint32_t last = *reinterpret_cast<uint32_t*>(before + (reinterpret_cast<char*>(&word) - room));
+                            word = made(curve, GATED ? word : last, last);
+                        });
+                    });
+                });
+            } else {
+                with_activation(act, [&](auto curve) {
+                    put<T, EIGHTS>(y, ring, group, sent, i0, first, m, n, [&](int i, int h) {
+                        return made(curve, up(i, h), GATED ? other(i, h) : 0);
+                    });
+                });
             }
         }
-        auto of = [&](int first) { return [&kept, first](int j, int h) { return kept[2 * (first + j) + h]; }; };
-        put<T, WIDTH>(gate, ring, group, sent, i0, j0, m, n, of(0));
-        if constexpr (GATED) put<T, WIDTH>(partner, ring, group, sent, i0, j0, m, n, of(PARTNER));
-        // A choice for every four numbers, and so not all of them in registers at once.
-#pragma unroll
-        for (int j = 0; j < WIDTH / 8; ++j) {
-            with_activation(act, [&](auto curve) {
-                for (int h = 0; h < 2; ++h) {
-                    const float2 v = unpack(kept[2 * j + h]);
-                    float2 made = {curve.at(v.x).y, curve.at(v.y).y};
-                    if constexpr (GATED) {
-                        const float2 u = unpack(kept[2 * (PARTNER + j) + h]);
-                        made = float2{made.x * u.x, made.y * u.y};
-                    }
-                    kept[2 * j + h] = ptx::pack_bf16(made.x, made.y);
-                }
-            });
-        }
-        put<T, WIDTH>(y, ring, group, sent, i0, j0, m, n, of(0));
     });
 }
 
@@ -149,13 +169,18 @@ static __device__ void backward_weight(float* dw, float* dbias, const ptx::Tenso
             multiply<T, true, true>(sums, ones, ring, turn, m, group);
         }
 #pragma unroll
-        for (int j = 0; j < T::BN / 8; ++j) {
-            for (int h = 0; h < 2; ++h) {
-                const int row = i0 + own_row() + 8 * h, col = j0 + 8 * j + own_col();
-                if (row >= n || col >= k) continue;
-                float2* to = reinterpret_cast<float2*>(dw + int64_t(row) * k + col);
-                *to = *to + two(sums, j, h);
-            }
+        for (int j = 0; j < T::BN / 8; j += 8) {
+            // All of 64 columns are on their way before the first is used.
+            float2 old[16];
+            auto each = [&](auto f) {
+#pragma unroll
+                for (int i = 0; i < 16; ++i) {
+                    const int row = i0 + own_row() + 8 * (i % 2), col = j0 + 8 * (j + i / 2) + own_col();
+                    if (row < n && col < k) f(i, reinterpret_cast<float2*>(dw + int64_t(row) * k + col));
+                }
+            };
+            each([&](int i, float2* p) { old[i] = *p; });
+            each([&](int i, float2* p) { *p = old[i] + two(sums, j + i / 2, i % 2); });
         }
     });
 }
@@ -165,7 +190,7 @@ KERNEL(384, matmul_sm90_forward_128x256_bf16, 2)(TENSOR_MAP y, TENSOR_MAP x, TEN
     forward<Wide, false>(Results{&y}, &x, &w, bias, residual, m, n, k);
 }
 
-KERNEL(384, matmul_sm90_forward_128x128_bf16, 1)(TENSOR_MAP y, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
+KERNEL(384, matmul_sm90_forward_128x128_bf16, 2)(TENSOR_MAP y, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
                                             OPTIONAL PACKED const bf16* residual, int m, int n, int k) {
     forward<Mid, false>(Results{&y}, &x, &w, bias, residual, m, n, k);
 }
@@ -190,12 +215,12 @@ KERNEL(384, matmul_sm90_gated_128x256_bf16, 2)(TENSOR_MAP y, TENSOR_MAP gate, TE
     activated<Wide, true>(Results{&y}, Results{&gate}, Results{&partner}, &x, &w, bias, m, n, k, act);
 }
 
-KERNEL(384, matmul_sm90_activated_128x128_bf16, 1)(TENSOR_MAP y, TENSOR_MAP gate, TENSOR_MAP partner, TENSOR_MAP x, TENSOR_MAP w,
+KERNEL(384, matmul_sm90_activated_128x128_bf16, 2)(TENSOR_MAP y, TENSOR_MAP gate, TENSOR_MAP partner, TENSOR_MAP x, TENSOR_MAP w,
                                           OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) {
     activated<Mid, false>(Results{&y}, Results{&gate}, Results{&partner}, &x, &w, bias, m, n, k, act);
 }
 
-KERNEL(384, matmul_sm90_gated_128x128_bf16, 1)(TENSOR_MAP y, TENSOR_MAP gate, TENSOR_MAP partner, TENSOR_MAP x, TENSOR_MAP w,
+KERNEL(384, matmul_sm90_gated_128x128_bf16, 2)(TENSOR_MAP y, TENSOR_MAP gate, TENSOR_MAP partner, TENSOR_MAP x, TENSOR_MAP w,
                                           OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) {
     activated<Mid, true>(Results{&y}, Results{&gate}, Results{&partner}, &x, &w, bias, m, n, k, act);
 }
@@ -228,10 +253,10 @@ KERNEL(384, matmul_sm90_backward_weight_128x256_bf16, 2)(PACKED float* dw, OPTIO
     backward_weight<Wide>(dw, dbias, &dy, &x, m, n, k);
 }
 
-KERNEL(384, matmul_sm90_backward_input_128x128_bf16, 1)(TENSOR_MAP dx, TENSOR_MAP dy, TENSOR_MAP w, int m, int n, int k) {
+KERNEL(384, matmul_sm90_backward_input_128x128_bf16, 2)(TENSOR_MAP dx, TENSOR_MAP dy, TENSOR_MAP w, int m, int n, int k) {
     forward<Mid, true>(Results{&dx}, &dy, &w, nullptr, nullptr, m, k, n);
 }
 
-KERNEL(384, matmul_sm90_backward_weight_128x128_bf16, 1)(PACKED float* dw, OPTIONAL float* dbias, TENSOR_MAP dy, TENSOR_MAP x, int m, int n, int k) {
+KERNEL(384, matmul_sm90_backward_weight_128x128_bf16, 2)(PACKED float* dw, OPTIONAL float* dbias, TENSOR_MAP dy, TENSOR_MAP x, int m, int n, int k) {
     backward_weight<Mid>(dw, dbias, &dy, &x, m, n, k);
 }

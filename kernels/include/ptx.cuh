@@ -152,6 +152,18 @@ __device__ __forceinline__ float reciprocal(float x) {
 #endif
 }
 
+// 2^x: one instruction, within 2^-22 of the true value, 0 below the normal numbers.
+__device__ __forceinline__ float exp2(float x) {
+#ifdef WARPO_SIM
+    const float y = ::exp2f(x);
+    return y < 1.17549435e-38f ? 0.0f : y;
+#else
+    float y;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
+    return y;
+#endif
+}
+
 // Two bf16, the first in the low half, rounded to nearest even; NaN becomes the quiet NaN 0x7FFF.
 __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 #ifdef WARPO_SIM

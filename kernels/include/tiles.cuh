@@ -155,10 +155,9 @@ static __device__ __forceinline__ float* eight(float* room, int row, int e) {
     return room + row * T::BN + (e ^ row % 4) * 8;
 }
 
-// Gives the sums to f, eight neighbours of a row at a time: f(row, col, x), or, of a PAIR, f(row, col, x, y) where y
-// is of the tile's second half. All threads call it; `room` is that of the product.
-template <class T, bool PAIR, class F>
-static __device__ __forceinline__ void give(const Sums<T>& sums, float* room, F f) {
+// Writes the sums to `room`, in eights.
+template <class T>
+static __device__ __forceinline__ void spread(const Sums<T>& sums, float* room) {
     const int l = ptx::lane();
     for (int i = 0; i < T::WM / 16; ++i) {
         for (int j = 0; j < T::WN / 8; ++j) {
@@ -168,6 +167,13 @@ static __device__ __forceinline__ void give(const Sums<T>& sums, float* room, F 
             }
         }
     }
+}
+
+// Gives the sums to f, eight neighbours of a row at a time: f(row, col, x), or, of a PAIR, f(row, col, x, y) where y
+// is of the tile's second half. All threads call it; `room` is that of the product.
+template <class T, bool PAIR, class F>
+static __device__ __forceinline__ void give(const Sums<T>& sums, float* room, F f) {
+    spread(sums, room);
     __syncthreads();
     constexpr int EIGHTS = T::BN / 8 / (PAIR ? 2 : 1);
     for (int p = threadIdx.x; p < T::BM * EIGHTS; p += T::THREADS) {

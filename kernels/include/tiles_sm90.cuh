@@ -7,16 +7,16 @@
 #include "place.cuh"
 
 // 64 rows for each of CONSUMERS warpgroups, BN columns, 64 of k a slot, STAGES slots; CLUSTER blocks, 1 or 2, that
-// stand below each other share the slot's R: each brings half of it to both.
-template <int BN_, int CONSUMERS_, int STAGES_, int CLUSTER_>
+// stand below each other share the slot's R: each brings half of it to both. Wide tiles SEND their results by TMA; narrow
+// ones, of a few rows, write them.
+template <int BN_, int CONSUMERS_, int STAGES_, int CLUSTER_, bool SENDS_ = BN_ >= 128>
 struct Tile {
     static constexpr int BM = 64 * CONSUMERS_, BN = BN_, CONSUMERS = CONSUMERS_, STAGES = STAGES_, CLUSTER = CLUSTER_;
     static constexpr int DEPTH = 64, THREADS = 128 * (CONSUMERS + 1);
     static constexpr int LEFT = BM * DEPTH * 2, RIGHT = BN * DEPTH * 2, SLOT = LEFT + RIGHT;
     // Bytes of a warpgroup's 64 rows of 64 results in bf16; two are under way.
     static constexpr int OUT = 64 * 64 * 2;
-    // Wide tiles send their results by TMA; narrow ones, of a few rows, write them.
-    static constexpr bool SENDS = BN >= 128;
+    static constexpr bool SENDS = SENDS_;
     static constexpr int ROOM = SENDS ? 2 * CONSUMERS * OUT : 0;
 };
 
@@ -142,18 +142,26 @@ static __device__ __forceinline__ void multiply(float (&sums)[T::BN / 2], float 
     release(before);
 }
 
+// The first row and column of this thread's sums in a warpgroup's part of a tile.
+static __device__ __forceinline__ int own_row() { return threadIdx.x % 128 / 32 * 16 + ptx::lane() / 4; }
+static __device__ __forceinline__ int own_col() { return ptx::lane() % 4 * 2; }
+
 // Runs a product's tiles, `down` by `across`, over all blocks: each takes one, then the one a grid further on.
-// consume(ring, turn, group, i0, j0) computes what a consumer has of a tile, 64 rows from i0 on.
-template <class T, bool L_COLUMNS, bool R_COLUMNS, class Consume>
+// consume(ring, turn, group, i0, j0) computes what a consumer has of a tile, 64 rows from i0 on. A block takes BESIDE
+// tiles that stand beside each other in turn.
+template <class T, bool L_COLUMNS, bool R_COLUMNS, int BESIDE = 1, class Consume>
 static __device__ __forceinline__ void each_tile(const Operands& o, int down, int across, int width, Consume consume) {
     const Ring<T> ring;
-    const int group = int(threadIdx.x) / 128, rank = T::CLUSTER > 1 ? ptx::cluster_rank() : 0;
+    // The same in a warp, and known to be.
+    const int group = ptx::shuffle(int(threadIdx.x) / 128, 0), rank = T::CLUSTER > 1 ? ptx::cluster_rank() : 0;
     const int groups = (down + T::CLUSTER - 1) / T::CLUSTER, step = int(gridDim.x) / T::CLUSTER;
     Turn<T> turn;
     auto tiles = [&](auto f) {
         for (int t = int(blockIdx.x) / T::CLUSTER; t < groups * across; t += step) {
             const Place at = place(t, groups, across);
-            f((at.down * T::CLUSTER + rank) * T::BM, at.across * width);
+            const int i0 = (at.down * T::CLUSTER + rank) * T::BM, j0 = at.across * width;
+#pragma unroll 1
+            for (int b = 0; b < BESIDE; ++b) f(i0, j0 + b * T::BN);
         }
     };
     if (group == 0) {
@@ -171,29 +179,44 @@ static __device__ __forceinline__ void each_tile(const Operands& o, int down, in
     if constexpr (T::CLUSTER > 1) ptx::cluster_sync();
 }
 
-// Sends 64 columns of the warpgroup's rows, from column x and row y of the matrix: f(j, h) are the results of row
-// r + 8 h, columns 8 j + c and the next, of ptx::wgmma_bf16's r and c, packed. All threads of the warpgroup call it;
-// `sent` counts what it has sent.
+// Sends 64 columns of the warpgroup's rows, from column x and row y of the matrix; `sent` counts what it has sent, and
+// `write(room, other)` puts it to `room`, where `other` is the room before, which may still be read. All threads of the
+// warpgroup call it.
 template <class T, class F>
-static __device__ __forceinline__ void send(const Ring<T>& ring, int group, int& sent, const ptx::TensorMap* map, int x, int y, F f) {
-    char* room = ring.out + (2 * group + sent++ % 2) * T::OUT;
+static __device__ __forceinline__ void send_written(const Ring<T>& ring, int group, int& sent, const ptx::TensorMap* map, int x, int y, F write) {
+    char* rooms = ring.out + 2 * group * T::OUT;
+    char *room = rooms + sent % 2 * T::OUT, *other = rooms + (sent + 1) % 2 * T::OUT;
+    ++sent;
     const bool first = threadIdx.x % 128 == 0;
-    const int l = ptx::lane(), row = threadIdx.x % 128 / 32 * 16 + l / 4;
     // What was sent from here two turns ago has been read.
     if (first) ptx::tma_store_wait_read<1>();
     ptx::barrier(1 + group, 128);
-#pragma unroll
-    for (int j = 0; j < 8; ++j) {
-        for (int h = 0; h < 2; ++h) {
-            // As TMA swizzles: the eights of a row by the row.
-            char* to = room + (row + 8 * h) * 128 + (j ^ row % 8) * 16 + l % 4 * 4;
-            *reinterpret_cast<uint32_t*>(to) = f(j, h);
-        }
-    }
+    write(room, other);
     ptx::fence_async();
     ptx::barrier(1 + group, 128);
     if (first) {
         ptx::tma_store(map, x, y, room);
         ptx::tma_store_commit();
     }
+}
+
+// This thread's words of such a room: f(word, j, h) of row r + 8 h, columns 8 j + c and the next, of ptx::wgmma_bf16's r
+// and c, placed as TMA swizzles, the eights of a row by the row. Unrolled where f has the words in registers.
+template <int UNROLL, class F>
+static __device__ __forceinline__ void each_word(char* room, F f) {
+    const int row = own_row();
+#pragma unroll UNROLL
+    for (int j = 0; j < 8; ++j) {
+        for (int h = 0; h < 2; ++h) {
+            f(*reinterpret_cast<uint32_t*>(room + (row + 8 * h) * 128 + (j ^ row % 8) * 16 + ptx::lane() % 4 * 4), j, h);
+        }
+    }
+}
+
+// The same of results f(j, h), packed.
+template <class T, class F>
+static __device__ __forceinline__ void send(const Ring<T>& ring, int group, int& sent, const ptx::TensorMap* map, int x, int y, F f) {
+    send_written(ring, group, sent, map, x, y, [&](char* room, char*) {
+        each_word<8>(room, [&](uint32_t& word, int j, int h) { word = f(j, h); });
+    });
 }

@@ -495,6 +495,20 @@ impl<'a, T> ViewMut<'a, T> {
         Ok(self.range(0..len))
     }
 
+    /// The same bytes as whole numbers of another type.
+    ///
+    /// # Panics
+    /// If they do not begin where such numbers may.
+    #[must_use]
+    pub fn cast<U: Pod>(self) -> ViewMut<'a, U>
+    where
+        T: Pod,
+    {
+        assert!(self.address().is_multiple_of(align_of::<U>()), "alignment");
+        let len = self.len * size_of::<T>() / size_of::<U>();
+        ViewMut { ptr: self.ptr.cast(), len, place: self.place, _memory: PhantomData }
+    }
+
     /// Two parts, before and from `mid`.
     ///
     /// # Panics

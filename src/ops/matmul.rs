@@ -10,18 +10,16 @@
 //! but the product is asked for and an algorithm passed a comparison of bits over numbers of rows.
 
 mod hopper;
+mod launch;
 mod tiles;
 
-pub use tiles::{Choice, TABLE, Tile};
+pub use tiles::{Choice, Tile};
 
 use crate::{
     device::{
         Buffer, Cuda, Device, Element, Float, View, ViewMut,
         cpu::gemm::{self, Lhs, Rhs},
-        cuda::{
-            cublaslt::{Algorithm, Lt, Of, Product},
-            kernels::matmul as kernel,
-        },
+        cuda::cublaslt::{Algorithm, Lt, Of, Product},
     },
     error::{Error, Result},
     ops::{
@@ -44,13 +42,13 @@ impl<T: Element> Packed<T> {
     /// Room for a weight of `n` outputs and `k` inputs.
     ///
     /// # Errors
-    /// [`crate::Error::Memory`] if there is no room, [`crate::Error::Value`] if `n` or `k` is no multiple of 8
-    /// on a CUDA device.
+    /// [`crate::Error::Memory`] if there is no room, [`crate::Error::Value`] if `k` is no multiple of 8 on a
+    /// CUDA device.
     pub fn new(dev: &Device, n: usize, k: usize) -> Result<Self> {
         let len = match dev {
             Device::Cpu(_) => gemm::packed_len(k, n),
             Device::Cuda(_) => {
-                eights("matmul", n, k)?;
+                eights("matmul", 0, k)?;
                 n.saturating_mul(k)
             }
         };
@@ -138,6 +136,9 @@ pub fn forward<T: Element>(
     for (name, view, want) in [("bias", &bias, &[n][..]), ("residual", &residual, &[m, n])] {
         view.as_ref().map_or(Ok(()), |v| shape::check("matmul", name, want, v.len()))?;
     }
+    if let Device::Cuda(_) = dev {
+        eights("matmul", n, k)?;
+    }
     match dev {
         Device::Cpu(cpu) => {
             let (a, b) = (x.float()?.host(), w.view().float()?.host());
@@ -154,17 +155,8 @@ pub fn forward<T: Element>(
                 let product = Product { of: Of::Forward, m, n, k };
                 return lt.product(&product, &algorithm, y, (x, w.view()), false);
             }
-            if cuda.hopper() {
-                return hopper::forward(cuda, y, x, w.view(), bias, residual, (m, n, k));
-            }
-            let tile = Tile::of(cuda, m, n);
-            let run = match tile {
-                Tile::Wide => kernel::forward_128x128,
-                Tile::Mid => kernel::forward_64x64,
-                Tile::Few => kernel::forward_64x32,
-                Tile::Fewest => kernel::forward_16x32,
-            };
-            run(cuda, tile.launch(cuda, m, n, false)?, y, x, w.view(), bias, residual, m, n, k)
+            let sizes = (m, n, k);
+            Tile::of(cuda, m, n).forward(cuda, y, x, w.view(), bias, residual, sizes)
         }
     }
 }
@@ -179,7 +171,8 @@ pub struct After {
 }
 
 /// `up = x Wᵀ (+ bias)` and `y = act(up)`, or `act(gate) * partner` of its halves: `x` `[m, k]`, `up` `[m, n]`,
-/// `y` `[m, n]` or `[m, n / 2]`. The bits are those of [`forward`] and the activation in turn.
+/// `y` `[m, n]` or `[m, n / 2]`. The bits are those of [`forward`] and the activation in turn, unless [`forward`]
+/// multiplies with cuBLASLt.
 ///
 /// # Errors
 /// As [`forward`].
@@ -211,23 +204,8 @@ pub fn activated<T: Element>(
         Device::Cuda(_) if m == 0 => Ok(()),
         Device::Cuda(cuda) => {
             eights(OP, cols, k)?;
-            if cuda.hopper() {
-                let sizes = (m, cols, k);
-                return hopper::activated(cuda, after, y, up, x, w.view(), bias, sizes);
-            }
-            let tile = Tile::of(cuda, m, n);
-            let run = match (tile, after.gated) {
-                (Tile::Wide, false) => kernel::activated_128x128,
-                (Tile::Mid, false) => kernel::activated_64x64,
-                (Tile::Few, false) => kernel::activated_64x32,
-                (Tile::Fewest, false) => kernel::activated_16x32,
-                (Tile::Wide, true) => kernel::gated_128x128,
-                (Tile::Mid, true) => kernel::gated_64x64,
-                (Tile::Few, true) => kernel::gated_64x32,
-                (Tile::Fewest, true) => kernel::gated_16x32,
-            };
-            let launch = tile.launch(cuda, m, cols, after.gated)?;
-            run(cuda, launch, y, up, x, w.view(), bias, m, cols, k, after.act as usize)
+            let sizes = (m, cols, k);
+            Tile::of(cuda, m, n).activated(cuda, after, y, up, x, w.view(), bias, sizes)
         }
     }
 }
@@ -261,15 +239,7 @@ pub fn backward_input<T: Element>(
                 let product = Product { of: Of::BackwardInput, m, n, k };
                 return lt.product(&product, &algorithm, dx, (dy, w), false);
             }
-            if cuda.hopper() {
-                return hopper::backward_input(cuda, dx, dy, w, (m, n, k));
-            }
-            let tile = Tile::of_many(cuda, m, k);
-            let run = match tile {
-                Tile::Wide => kernel::backward_input_128x128,
-                _ => kernel::backward_input_64x64,
-            };
-            run(cuda, tile.launch(cuda, m, k, false)?, dx, dy, w, m, n, k)
+            Tile::of_many(cuda, m, k).backward_input(cuda, dx, dy, w, (m, n, k))
         }
     }
 }
@@ -317,15 +287,7 @@ pub fn backward_weight<T: Element>(
                 let product = Product { of: Of::BackwardWeight, m, n, k };
                 return lt.product(&product, &algorithm, dw, (dy, x), true);
             }
-            if cuda.hopper() {
-                return hopper::backward_weight(cuda, dw, dbias, dy, x, (m, n, k));
-            }
-            let tile = Tile::of_many(cuda, n, k);
-            let run = match tile {
-                Tile::Wide => kernel::backward_weight_128x128,
-                _ => kernel::backward_weight_64x64,
-            };
-            run(cuda, tile.launch(cuda, n, k, false)?, dw, dbias, dy, x, m, n, k)
+            Tile::of_many(cuda, n, k).backward_weight(cuda, dw, dbias, dy, x, (m, n, k))
         }
     }
 }

@@ -225,7 +225,8 @@ impl Generator {
         let t = settings.sampling.temperature;
         let t = F::of(if t == 0.0 { 1.0 } else { f64::from(t) });
         let tokens = (&draws.tokens).into();
-        logprob::from_logits(dev, logp, lse, None, pass.logits.view(), tokens, t)?;
+        let settings = logprob::Settings::at(t);
+        logprob::from_logits(dev, logp, lse, None, pass.logits.view(), tokens, settings)?;
         for (s, (token, logp)) in live.iter_mut().zip(draws.tokens.iter().zip(&draws.logp)) {
             s.cached = s.ids.len();
             s.ids.push(*token);

@@ -6,7 +6,11 @@ use crate::{
     device::{Arena, Buffer, Device, Float, Scope, ViewMut},
     error::Result,
     models::{Activations, Batch, Cache, Head, Model, Selected, Spec},
-    ops::{attention::PAGE, logprob, scalar_head},
+    ops::{
+        attention::PAGE,
+        logprob::{self, Settings},
+        scalar_head,
+    },
 };
 
 /// Sizes of a scoring pass.
@@ -91,7 +95,7 @@ impl Scorer {
             pass.selected.hidden(),
             packed,
             batch.targets().into(),
-            temperature,
+            Settings::at(temperature),
             pass.scratch.view_mut(),
         )
     }

@@ -4,7 +4,11 @@ use crate::{
     device::{Arena, Buffer, Device, Float, Scope, View, ViewMut},
     error::Result,
     models::{Activations, Batch, Cache, Gradients, Head, Model, Params, Selected, Slot, Spec},
-    ops::{attention::PAGE, logprob, scalar_head},
+    ops::{
+        attention::PAGE,
+        logprob::{self, Settings},
+        scalar_head,
+    },
 };
 
 /// The largest micro-batch of a run.
@@ -56,7 +60,14 @@ impl<'s, F: Float> Buffers<'s, F> {
     ) -> Result<Self> {
         let lm = if head == Head::Lm { n } else { 0 };
         let with = if entropy { n } else { 0 };
-        let scratch = if lm == 0 { 0 } else { logprob::scratch_len(n, spec.vocab) };
+        let scratch = match lm {
+            0 => 0,
+            _ => logprob::scratch_len(n, spec.vocab).max(logprob::backward_scratch_len(
+                n,
+                spec.vocab,
+                spec.hidden,
+            )),
+        };
         Ok(Self {
             acts: Activations::new(scope, spec, rows, true)?,
             cache: Cache::transient(scope, spec, pages)?,
@@ -134,7 +145,7 @@ pub fn policy<F: Float>(
     let mut b = Buffers::of(scope, model, batch, entropy)?;
     b.forward(dev, model, batch)?;
     let (w, packed) = model.lm_head()?;
-    let targets = View::from(batch.targets());
+    let (targets, settings) = (View::from(batch.targets()), Settings::at(temperature));
     logprob::forward(
         dev,
         b.y.view_mut(),
@@ -143,7 +154,7 @@ pub fn policy<F: Float>(
         b.selected.hidden(),
         packed,
         targets,
-        temperature,
+        settings,
         b.scratch.view_mut(),
     )?;
     loss(PolicyColumns {
@@ -159,7 +170,7 @@ pub fn policy<F: Float>(
         targets,
         lse: b.lse.view(),
         entropy: entropy.then(|| b.entropy.view()),
-        temperature,
+        settings,
     };
     let dw = grads.get_mut(model.lm_slot(), None);
     let dentropy = entropy.then(|| b.dentropy.view());

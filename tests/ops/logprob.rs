@@ -2,16 +2,21 @@
 //! batch nor the way to the logits can change.
 
 use warpo::{
-    device::{Device, Float},
+    Error, Result,
+    device::{Buffer, Device, Element, Float, cuda::Order},
     ops::{
-        logprob::{self, CHUNK},
+        logprob::{self, CHUNK, Draws, Sampled, Settings},
         matmul::{self, Packed},
     },
+    rng::{Purpose, Stream},
 };
 
 use crate::support::{
     OP, assert_bits, assert_close, assert_earned, assert_earned_to, assert_nan_only, assert_norm,
-    devices, gather, golden::Golden, gradcheck, host, inner, narrow, randn, refusal, shuffled,
+    devices, gather,
+    golden::Golden,
+    gradcheck, host, inner, narrow, randn, refusal, shuffled,
+    sim::{self, Case, Lab},
     wide,
 };
 
@@ -53,13 +58,23 @@ impl<F: Float> Out<F> {
 }
 
 fn forward<F: Float>(dev: &Device, h: &[F], head: &Head<F>, targets: &[u32], t: f64) -> Out<F> {
+    forward_by(dev, h, head, targets, Settings::at(F::of(t)))
+}
+
+fn forward_by<F: Float>(
+    dev: &Device,
+    h: &[F],
+    head: &Head<F>,
+    targets: &[u32],
+    settings: Settings<F>,
+) -> Out<F> {
     let mut out = Out::nan(targets.len());
     let need = logprob::scratch_len(targets.len(), head.packed.n());
     let mut scratch = vec![F::of(f64::NAN); need];
     let (logp, lse) = ((&mut out.logp).into(), (&mut out.lse).into());
     let (entropy, targets) = (Some((&mut out.entropy).into()), targets.into());
-    let (h, w, t, scratch) = (h.into(), &head.packed, F::of(t), (&mut scratch).into());
-    logprob::forward(dev, logp, lse, entropy, h, w, targets, t, scratch).unwrap();
+    let (h, w, scratch) = (h.into(), &head.packed, (&mut scratch).into());
+    logprob::forward(dev, logp, lse, entropy, h, w, targets, settings, scratch).unwrap();
     out
 }
 
@@ -67,7 +82,8 @@ fn from_logits<F: Float>(dev: &Device, logits: &[F], targets: &[u32], t: f64) ->
     let mut out = Out::nan(targets.len());
     let (logp, lse) = ((&mut out.logp).into(), (&mut out.lse).into());
     let (entropy, targets) = (Some((&mut out.entropy).into()), targets.into());
-    logprob::from_logits(dev, logp, lse, entropy, logits.into(), targets, F::of(t)).unwrap();
+    logprob::from_logits(dev, logp, lse, entropy, logits.into(), targets, Settings::at(F::of(t)))
+        .unwrap();
     out
 }
 
@@ -83,7 +99,8 @@ fn backward<F: Float>(
 ) -> Vec<F> {
     let out = forward(dev, h, head, targets, t);
     let mut dh = vec![F::of(f64::NAN); h.len()];
-    let need = logprob::scratch_len(targets.len(), head.packed.n());
+    let (vocab, d) = (head.packed.n(), head.packed.k());
+    let need = logprob::backward_scratch_len(targets.len(), vocab, d);
     let mut scratch = vec![F::of(f64::NAN); need];
     let f = logprob::Forward {
         h: h.into(),
@@ -92,7 +109,7 @@ fn backward<F: Float>(
         targets: targets.into(),
         lse: (&out.lse).into(),
         entropy: Some((&out.entropy).into()),
-        temperature: F::of(t),
+        settings: Settings::at(F::of(t)),
     };
     let (dh_, dw) = ((&mut dh).into(), Some(dw.into()));
     let dentropy = dentropy.map(Into::into);
@@ -357,12 +374,21 @@ fn entropy_and_the_weight_gradient_are_optional() {
     let (x, t) = ((&h).into(), (&targets).into());
     let (logp_, lse_) = ((&mut logp).into(), (&mut lse).into());
     let scratch_ = (&mut scratch).into();
-    logprob::forward(&dev, logp_, lse_, None, x, &head.packed, t, 0.8, scratch_).unwrap();
+    logprob::forward(&dev, logp_, lse_, None, x, &head.packed, t, Settings::at(0.8), scratch_)
+        .unwrap();
     assert_bits("logp", &logp, &want.logp);
     assert_bits("lse", &lse, &want.lse);
     let (w, lse) = ((&head.w).into(), (&lse).into());
     let packed = &head.packed;
-    let f = logprob::Forward { h: x, packed, w, targets: t, lse, entropy: None, temperature: 0.8 };
+    let f = logprob::Forward {
+        h: x,
+        packed,
+        w,
+        targets: t,
+        lse,
+        entropy: None,
+        settings: Settings::at(0.8),
+    };
     let mut dh = vec![f32::NAN; h.len()];
     let (dh_, dlogp) = ((&mut dh).into(), (&logp).into());
     logprob::backward(&dev, dh_, None, dlogp, None, f, (&mut scratch).into()).unwrap();
@@ -407,7 +433,7 @@ fn refused(n: [usize; 5], targets: &[u32], t: f32) -> String {
     let (logp, lse) = ((&mut logp).into(), (&mut lse).into());
     let (entropy, scratch) = (Some((&mut entropy).into()), (&mut scratch).into());
     let (h, w, targets) = ((&h).into(), &head.packed, targets.into());
-    refusal(logprob::forward(&dev, logp, lse, entropy, h, w, targets, t, scratch))
+    refusal(logprob::forward(&dev, logp, lse, entropy, h, w, targets, Settings::at(t), scratch))
 }
 
 #[test]
@@ -428,15 +454,15 @@ fn bad_targets_temperatures_and_shapes_are_refused() {
         let says = format!("temperature: got {got}, wanted a positive number");
         assert_eq!(refused(good, &[0, 1, 2], t), format!("logprob: {says}"));
         let (dev, mut a, mut b) = (Device::cpu(), [0.0f32], [0.0f32]);
-        let (a, b, z) = ((&mut a[..]).into(), (&mut b[..]).into(), [0.0; 3][..].into());
-        let e = logprob::from_logits(&dev, a, b, None, z, [0][..].into(), t);
+        let (a, b, z) = ((&mut a[..]).into(), (&mut b[..]).into(), [0.0f32; 3][..].into());
+        let e = logprob::from_logits(&dev, a, b, None, z, [0][..].into(), Settings::at(t));
         assert_eq!(refusal(e), format!("logprob::from_logits: {says}"));
     }
     let (dev, mut a, mut b) = (Device::cpu(), [0.0f32; 2], [0.0f32; 2]);
     let mut refused = |logits: usize, targets: &[u32]| {
         let (a, b, z) = ((&mut a[..]).into(), (&mut b[..]).into(), vec![0.0f32; logits]);
         let z = (&z).into();
-        refusal(logprob::from_logits(&dev, a, b, None, z, targets.into(), 1.0))
+        refusal(logprob::from_logits(&dev, a, b, None, z, targets.into(), Settings::default()))
     };
     let op = "logprob::from_logits";
     assert_eq!(refused(7, &[0, 0]), format!("{op}: `logits` has shape [7], wanted [2, 3]"));
@@ -459,7 +485,7 @@ fn bad_input_of_backward_is_refused() {
             targets: targets[..].into(),
             lse: x[..m[2]].into(),
             entropy: entropy.map(|n| x[..n].into()),
-            temperature: t,
+            settings: Settings::at(t),
         };
         let (dh, dw, scratch) = ((&mut dh).into(), Some((&mut dw).into()), (&mut scratch).into());
         let (dlogp, dentropy) = (x[..n[2]].into(), Some(x[..n[3]].into()));
@@ -481,4 +507,511 @@ fn bad_input_of_backward_is_refused() {
     ] {
         assert_eq!(refused(n, m, entropy, t), format!("logprob::backward{says}"));
     }
+}
+
+/// The LM head at one shape.
+#[derive(Clone, Copy)]
+struct Gathered {
+    rows: usize,
+    vocab: usize,
+    d: usize,
+    softcap: Option<f64>,
+}
+
+impl Gathered {
+    fn settings<F: Float>(&self) -> Settings<F> {
+        Settings { temperature: F::of(0.75), softcap: self.softcap.map(F::of) }
+    }
+}
+
+impl Case for Gathered {
+    fn run<T: Element>(&self, lab: &mut Lab<'_>) -> Result<()> {
+        let Self { rows, vocab, d, .. } = *self;
+        let dev = lab.dev();
+        let (h, w) = (lab.rows::<T>("h", rows, d), lab.input::<T>("w", vocab * d));
+        let targets = lab.ids("targets", rows, vocab);
+        let mut packed = Packed::new(dev, vocab, d)?;
+        packed.pack(dev, w.view())?;
+        let mut scratch = lab.room::<T::Acc>(logprob::scratch_len(rows, vocab));
+        for name in [None, Some("entropy")] {
+            let [mut logp, mut lse, mut entropy] = [(); 3].map(|()| lab.room::<T::Acc>(rows));
+            let wanted = name.map(|_| entropy.view_mut());
+            let (logp_, lse_, room) = (logp.view_mut(), lse.view_mut(), scratch.view_mut());
+            let (h, targets, settings) = (h.view(), targets.view(), self.settings());
+            logprob::forward(dev, logp_, lse_, wanted, h, &packed, targets, settings, room)?;
+            lab.by_row("logp", &logp);
+            lab.by_row("lse", &lse);
+            let Some(name) = name else { continue };
+            lab.by_row(name, &entropy);
+            let (dlogp, dentropy) = (lab.rows("dlogp", rows, 1), lab.rows("dentropy", rows, 1));
+            let mut scratch = lab.room(logprob::backward_scratch_len(rows, vocab, d));
+            for with in [false, true] {
+                let f = logprob::Forward {
+                    h,
+                    packed: &packed,
+                    w: w.view(),
+                    targets,
+                    lse: lse.view(),
+                    entropy: with.then(|| entropy.view()),
+                    settings,
+                };
+                let mut dh = lab.room::<T>(rows * d);
+                let mut dw = lab.input::<T::Acc>("dw", vocab * d);
+                let (to, add, room) = (dh.view_mut(), Some(dw.view_mut()), scratch.view_mut());
+                let dentropy = with.then(|| dentropy.view());
+                logprob::backward(dev, to, add, dlogp.view(), dentropy, f, room)?;
+                lab.by_row("dh", &dh);
+                lab.sum_of::<T>("dw", &dw);
+            }
+        }
+        Ok(())
+    }
+}
+
+/// Each tile, vocabularies around tiles of 128 and chunks of 1024.
+#[test]
+fn kernels_are_as_exact_as_plain_ones() {
+    sim::check(|sim| {
+        let case = |rows, vocab, d| Gathered { rows, vocab, d, softcap: None };
+        for case in [case(1, 1, 8), case(15, 7, 24), case(16, 127, 40), case(17, 129, 72)] {
+            sim.hold_bf16(&case);
+            sim.hold_bf16(&Gathered { softcap: Some(1.5), ..case });
+        }
+        sim.hold_bf16(&case(0, 5, 8));
+        sim.hold_bf16(&case(1, 1024, 8));
+        sim.hold_bf16(&case(3, 1025, 72));
+        sim.hold_bf16(&case(65, 135, 40));
+        sim.hold_bf16(&Gathered { softcap: Some(2.0), ..case(129, 129, 8) });
+    });
+}
+
+/// 131 rows take tiles of 128, the last 65 of them too, the last 64 their own, as the last 16.
+#[test]
+fn kernel_rows_do_not_see_their_batch() {
+    sim::check(|sim| {
+        let case = |rows| Gathered { rows, vocab: 140, d: 40, softcap: None };
+        sim.hold_rows_bf16(131, case);
+        sim.hold_rows_bf16(66, |rows| Gathered { softcap: Some(3.0), ..case(rows) });
+        sim.hold_rows_bf16(18, |rows| Gathered { vocab: 1100, ..case(rows) });
+    });
+}
+
+/// Forward and gradients with a soft-cap, from logits `[rows, vocab]` and ones.
+#[test]
+fn a_cap_bends_logits() {
+    let (dev, rows, vocab, d) = (Device::cpu(), 3, CHUNK + 6, 3);
+    let settings = Settings { temperature: 0.7, softcap: Some(2.0) };
+    let (h, w): (Vec<f64>, Vec<f64>) = (randn("h", rows * d), randn("w", vocab * d));
+    let (a, b): (Vec<f64>, Vec<f64>) = (randn("dlogp", rows), randn("dentropy", rows));
+    let targets = targets(rows, vocab);
+    let run = |h: &[f64], w: &[f64]| {
+        let (head, mut out) = (Head::new(&dev, w, vocab), Out::nan(rows));
+        let mut scratch = vec![f64::NAN; logprob::scratch_len(rows, vocab)];
+        let (logp, lse) = ((&mut out.logp).into(), (&mut out.lse).into());
+        let (entropy, targets) = (Some((&mut out.entropy).into()), (&targets).into());
+        let (x, room) = (h.into(), (&mut scratch).into());
+        logprob::forward(&dev, logp, lse, entropy, x, &head.packed, targets, settings, room)
+            .unwrap();
+        out
+    };
+    let head = Head::new(&dev, &w, vocab);
+    let mut logits = vec![f64::NAN; rows * vocab];
+    matmul::forward(&dev, (&mut logits).into(), (&h).into(), &head.packed, None, None).unwrap();
+    let out = run(&h, &w);
+    for (r, logits) in logits.chunks(vocab).enumerate() {
+        let bent: Vec<f64> = logits.iter().map(|x| 2.0 * (x / 2.0).tanh()).collect();
+        let (logp, entropy) = plain(&bent, targets[r] as usize, 0.7);
+        assert_close("logp", &out.logp[r..=r], &[logp], 1e-12, 1e-12);
+        assert_close("entropy", &out.entropy[r..=r], &[entropy], 1e-12, 1e-12);
+    }
+    let mut same = Out::nan(rows);
+    let (logp, lse) = ((&mut same.logp).into(), (&mut same.lse).into());
+    let (entropy, z) = (Some((&mut same.entropy).into()), (&logits).into());
+    logprob::from_logits(&dev, logp, lse, entropy, z, (&targets).into(), settings).unwrap();
+    assert_bits("logp", &same.logp, &out.logp);
+    assert_bits("entropy", &same.entropy, &out.entropy);
+
+    let (mut dh, mut dw) = (vec![f64::NAN; rows * d], vec![0.0; vocab * d]);
+    let mut scratch = vec![f64::NAN; logprob::backward_scratch_len(rows, vocab, d)];
+    let f = logprob::Forward {
+        h: (&h).into(),
+        packed: &head.packed,
+        w: (&w).into(),
+        targets: (&targets).into(),
+        lse: (&out.lse).into(),
+        entropy: Some((&out.entropy).into()),
+        settings,
+    };
+    let (dh_, dw_, room) = ((&mut dh).into(), Some((&mut dw).into()), (&mut scratch).into());
+    logprob::backward(&dev, dh_, dw_, (&a).into(), Some((&b).into()), f, room).unwrap();
+    let value = |h: &[f64], w: &[f64]| {
+        let out = run(h, w);
+        inner(&out.logp, &a) + inner(&out.entropy, &b)
+    };
+    gradcheck("dh", &h, &dh, OP, |h| value(h, &w));
+    gradcheck("dw", &w, &dw, OP, |w| value(&h, w));
+}
+
+/// [`logprob::from_logits`] at one shape.
+struct Given {
+    rows: usize,
+    vocab: usize,
+    softcap: Option<f64>,
+}
+
+impl Case for Given {
+    fn run<T: Element>(&self, lab: &mut Lab<'_>) -> Result<()> {
+        let (rows, vocab) = (self.rows, self.vocab);
+        let (z, targets) = (lab.rows::<T>("z", rows, vocab), lab.ids("targets", rows, vocab));
+        let [mut logp, mut lse, mut entropy] = [(); 3].map(|()| lab.room::<T::Acc>(rows));
+        let softcap = self.softcap.map(Element::of);
+        let settings = Settings { temperature: Element::of(0.75), softcap };
+        let (logp_, lse_, entropy_) = (logp.view_mut(), lse.view_mut(), Some(entropy.view_mut()));
+        let (z, targets) = (z.view(), targets.view());
+        logprob::from_logits(lab.dev(), logp_, lse_, entropy_, z, targets, settings)?;
+        lab.by_row("logp", &logp);
+        lab.by_row("lse", &lse);
+        lab.by_row("entropy", &entropy);
+        Ok(())
+    }
+}
+
+#[test]
+fn kernels_from_logits_are_as_exact_as_plain_ones() {
+    sim::check(|sim| {
+        for (rows, vocab) in [(1, 1), (3, 7), (2, 129), (2, 1025), (1, 66_000)] {
+            for softcap in [None, Some(1.5)] {
+                sim.hold(&Given { rows, vocab, softcap });
+            }
+        }
+        sim.hold_rows(9, |rows| Given { rows, vocab: 1300, softcap: None });
+    });
+}
+
+/// Log-probs, entropy and dh of a head `[vocab, 8]` on the simulator.
+fn on_kernels(dev: &Device, h: &[f64], w: &[f64], targets: &[u32]) -> [Vec<f32>; 3] {
+    type B = half::bf16;
+    let (rows, vocab, d) = (targets.len(), w.len() / 8, 8);
+    let of = |x: &[f64]| {
+        let x: Vec<B> = x.iter().map(|x| Element::of(*x)).collect();
+        Buffer::of(dev, "test", &x).unwrap()
+    };
+    let (h, w) = (of(h), of(w));
+    let targets = Buffer::of(dev, "test", targets).unwrap();
+    let mut packed = Packed::new(dev, vocab, d).unwrap();
+    packed.pack(dev, w.view()).unwrap();
+    let room = |n| Buffer::<f32>::new(dev, "test", n).unwrap();
+    let [mut logp, mut lse, mut entropy] = [(); 3].map(|()| room(rows));
+    let mut scratch =
+        room(logprob::scratch_len(rows, vocab).max(logprob::backward_scratch_len(rows, vocab, d)));
+    let settings = Settings::default();
+    let (a, b, c) = (logp.view_mut(), lse.view_mut(), Some(entropy.view_mut()));
+    let (x, t, s) = (h.view(), targets.view(), scratch.view_mut());
+    logprob::forward(dev, a, b, c, x, &packed, t, settings, s).unwrap();
+    let ones = Buffer::of(dev, "test", &vec![1.0f32; rows]).unwrap();
+    let f = logprob::Forward {
+        h: x,
+        packed: &packed,
+        w: w.view(),
+        targets: t,
+        lse: lse.view(),
+        entropy: Some(entropy.view()),
+        settings,
+    };
+    let mut dh = Buffer::<B>::new(dev, "test", rows * d).unwrap();
+    let (one, s) = (ones.view(), scratch.view_mut());
+    logprob::backward(dev, dh.view_mut(), None, one, Some(one), f, s).unwrap();
+    let dh = dev.read(dh.view()).unwrap().iter().map(|x| x.to_f32()).collect();
+    [dev.read(logp.view()).unwrap(), dev.read(entropy.view()).unwrap(), dh]
+}
+
+/// In every tile; and a target beyond the vocabulary is found in its row alone.
+#[test]
+fn kernels_keep_a_nan_in_its_row() {
+    sim::check(|sim| {
+        let dev = sim.device(Order::default());
+        keep_a_nan(&dev, &[(5, 131), (20, 1030), (70, 9)]);
+    });
+}
+
+fn keep_a_nan(dev: &Device, shapes: &[(usize, usize)]) {
+    for (rows, vocab) in shapes.iter().copied() {
+        let (mut h, w): (Vec<f64>, Vec<f64>) = (randn("h", rows * 8), randn("w", vocab * 8));
+        let mut targets = targets(rows, vocab);
+        let clean = on_kernels(dev, &h, &w, &targets);
+        h[2 * 8 + 5] = f64::NAN;
+        let got = on_kernels(dev, &h, &w, &targets);
+        assert_nan_only("logp", &got[0], &clean[0], 2..3);
+        assert_nan_only("entropy", &got[1], &clean[1], 2..3);
+        assert_nan_only("dh", &got[2], &clean[2], 16..24);
+        h[2 * 8 + 5] = 0.0;
+        let clean = on_kernels(dev, &h, &w, &targets);
+        for beyond in [vocab as u32, u32::MAX] {
+            targets[3] = beyond;
+            let got = on_kernels(dev, &h, &w, &targets);
+            assert_nan_only("logp", &got[0], &clean[0], 3..4);
+            assert_bits("entropy", &got[1], &clean[1]);
+        }
+    }
+}
+
+/// More columns than a slice of the vocabulary has, and more rows than are taken at a time.
+#[test]
+fn kernels_go_on_with_the_next_slice_and_wave() {
+    sim::check(|sim| {
+        let dev = sim.device(Order::default());
+        go_on(&dev);
+        let rows = 16_384 + 3;
+        let (h, w): (Vec<f64>, Vec<f64>) = (randn("h", rows * 8), randn("w", 40));
+        let targets = self::targets(rows, 5);
+        let all = on_kernels(&dev, &h, &w, &targets);
+        let last = on_kernels(&dev, &h[16_380 * 8..], &w, &targets[16_380..]);
+        assert_bits("logp", &all[0][16_380..], &last[0]);
+        assert_bits("entropy", &all[1][16_380..], &last[1]);
+        assert_bits("dh", &all[2][16_380 * 8..], &last[2]);
+    });
+}
+
+fn go_on(dev: &Device) {
+    let at = |x: f64| <half::bf16 as Element>::of(x).f64();
+    let (rows, vocab) = (2, 8195);
+    let h: Vec<f64> = randn::<f64>("h", rows * 8).iter().map(|x| at(*x)).collect();
+    let w: Vec<f64> = randn::<f64>("w", vocab * 8).iter().map(|x| at(*x)).collect();
+    let targets = targets(rows, vocab);
+    let ours = on_kernels(dev, &h, &w, &targets);
+    let head = Head::new(host(), &w, vocab);
+    let truth = forward(host(), &h, &head, &targets, 1.0);
+    assert_norm("logp", &ours[0], &truth.logp, 1e-6);
+    assert_norm("entropy", &ours[1], &truth.entropy, 1e-6);
+    let (mut dw, ones) = (vec![0.0; w.len()], vec![1.0; rows]);
+    let dh = backward(host(), &mut dw, (&ones, Some(&ones)), &h, &head, &targets, 1.0);
+    assert_norm("dh", &ours[2], &dh, 0.01);
+}
+
+/// Rows of the CPU's second wave, whose weight gradients continue those of the first.
+#[test]
+fn waves_do_not_show() {
+    let (dev, rows, vocab, first) = (&devices()[1], 16_390, 3, 16_380);
+    let (h, w): (Vec<f32>, Vec<f32>) = (randn("h", rows), randn("w", vocab));
+    let (head, targets) = (Head::new(dev, &w, vocab), targets(rows, vocab));
+    let all = forward(dev, &h, &head, &targets, 0.9);
+    let last = forward(dev, &h[first..], &head, &targets[first..], 0.9);
+    assert_bits("logp", &all.logp[first..], &last.logp);
+    let ones = vec![1.0; rows];
+    let (mut dw, mut parts) = (vec![0.0; vocab], vec![0.0; vocab]);
+    let dh = backward(dev, &mut dw, (&ones, None), &h, &head, &targets, 0.9);
+    for part in [0..first, first..rows] {
+        let (h, t) = (&h[part.clone()], &targets[part.clone()]);
+        let got = backward(dev, &mut parts, (&ones[part.clone()], None), h, &head, t, 0.9);
+        assert_bits("dh", &got, &dh[part]);
+    }
+    assert_bits("dw", &parts, &dw);
+}
+
+/// Each tile and more blocks than one, vocabularies around tiles of 128 and 256 and chunks of 1024, more of d
+/// than the ring holds.
+#[test]
+fn kernels_on_hopper_are_as_exact_as_plain_ones() {
+    sim::check(|sim| {
+        let sim = sim.hopper();
+        for (rows, vocab, d, softcap) in [
+            (1, 1, 8, None),
+            (17, 129, 72, Some(1.5)),
+            (65, 300, 328, None),
+            (129, 250, 136, Some(1.5)),
+            (3, 2100, 264, None),
+            (257, 1025, 8, Some(2.0)),
+        ] {
+            sim.hold_bf16(&Gathered { rows, vocab, d, softcap });
+        }
+    });
+}
+
+/// 196 rows take the widest tiles, the last 98 the next. Whether a warp's rows have a target in a tile, which another
+/// path computes, does not show in those that have none.
+#[test]
+fn kernel_rows_on_hopper_do_not_see_their_batch() {
+    sim::check(|sim| {
+        let sim = sim.hopper();
+        let case = |rows| Gathered { rows, vocab: 300, d: 72, softcap: None };
+        sim.hold_rows_bf16(196, case);
+        sim.hold_rows_bf16(66, |rows| Gathered { softcap: Some(3.0), vocab: 1100, ..case(rows) });
+        sim.hold_rows_bf16(7, |rows| Gathered { vocab: 2100, d: 8, ..case(rows) });
+    });
+}
+
+#[test]
+fn kernels_on_hopper_keep_a_nan_in_its_row() {
+    sim::check(|sim| {
+        let dev = sim.hopper().device(Order::default());
+        keep_a_nan(&dev, &[(5, 131), (70, 1030), (130, 9)]);
+    });
+}
+
+/// More columns than a slice of the vocabulary has.
+#[test]
+fn kernels_on_hopper_go_on_with_the_next_slice() {
+    sim::check(|sim| go_on(&sim.hopper().device(Order::default())));
+}
+
+/// Tokens and log-probs of each row of h.
+fn sample<F: Float>(
+    dev: &Device,
+    h: &[F],
+    head: &Head<F>,
+    settings: Settings<F>,
+    stream: Option<Stream>,
+    samples: &[u64],
+) -> (Vec<u32>, Vec<F>) {
+    let rows = samples.len();
+    let (mut tokens, positions) = (vec![u32::MAX; rows], vec![5; rows]);
+    let [mut logp, mut lse] = [(); 2].map(|()| vec![F::of(f64::NAN); rows]);
+    let mut scratch = vec![F::ZERO; logprob::sample_scratch_len(rows, head.packed.n())];
+    let (tokens_, logp_, lse_) = ((&mut tokens).into(), (&mut logp).into(), (&mut lse).into());
+    let out = Sampled { tokens: tokens_, logp: logp_, lse: lse_ };
+    let draws = Draws { stream, samples: samples.into(), positions: (&positions).into() };
+    let (packed, scratch) = (&head.packed, (&mut scratch).into());
+    logprob::sample(dev, out, h.into(), packed, settings, draws, scratch).unwrap();
+    (tokens, logp)
+}
+
+const STREAM: Stream = Stream { seed: 11, step: 3, purpose: Purpose::Sample };
+
+/// Pearson's test: a sum over 17 tokens, of which 16 are free, is above 39.25 once in 1000 times.
+#[test]
+fn tokens_are_drawn_from_the_distribution() {
+    let (dev, vocab, n) = (Device::cpu(), 17, 20_000);
+    let z: Vec<f64> = randn("z", vocab);
+    let settings = Settings { temperature: 0.8, softcap: Some(2.0) };
+    let ids: Vec<u64> = (0..n as u64).collect();
+    let (h, head) = (z.repeat(n), Head::identity(vocab));
+    let (tokens, logp) = sample(&dev, &h, &head, settings, Some(STREAM), &ids);
+    let (mut counts, mut p) = (vec![0.0; vocab], vec![f64::NAN; vocab]);
+    for (token, logp) in tokens.iter().zip(&logp) {
+        counts[*token as usize] += 1.0;
+        p[*token as usize] = logp.exp();
+    }
+    assert_close("sum of all", &[p.iter().sum::<f64>()], &[1.0], 1e-12, 0.0);
+    let off = |(count, p): (&f64, &f64)| (count - p * n as f64).powi(2) / (p * n as f64);
+    let sum: f64 = counts.iter().zip(&p).map(off).sum();
+    assert!(sum < 39.25, "{sum}: {counts:?}");
+}
+
+#[test]
+fn sampled_tokens_do_not_see_their_batch() {
+    let (rows, vocab, d) = (50, 2500, 7);
+    let (h, w): (Vec<f32>, Vec<f32>) = (randn("h", rows * d), randn("w", vocab * d));
+    let settings = Settings { temperature: 0.8, softcap: Some(3.0) };
+    let ids: Vec<u64> = (0..rows as u64).map(|r| r << 33 | 7).collect();
+    for stream in [None, Some(STREAM)] {
+        for dev in devices() {
+            let head = Head::new(&dev, &w, vocab);
+            let (tokens, logp) = sample(&dev, &h, &head, settings, stream, &ids);
+            assert_bits("logp", &logp, &forward_by(&dev, &h, &head, &tokens, settings).logp);
+            let order = &shuffled("order", rows)[..13];
+            let (h, ids) = (gather(&h, d, order), gather(&ids, 1, order));
+            let (part, of_part) = sample(&dev, &h, &head, settings, stream, &ids);
+            assert_eq!(part, gather(&tokens, 1, order));
+            assert_bits("logp", &of_part, &gather(&logp, 1, order));
+        }
+    }
+    // Of equals the lowest id.
+    let flat = Head::new(&Device::cpu(), &[0.0f32; 9], 9);
+    let (tokens, logp) = sample(&Device::cpu(), &[1.0], &flat, Settings::default(), None, &[1]);
+    assert_eq!((tokens, logp), (vec![0], vec![-(9f32.ln())]));
+}
+
+#[test]
+fn a_nan_has_a_token_but_no_log_prob() {
+    let (dev, settings) = (Device::cpu(), Settings::at(0.9));
+    let (mut h, w): (Vec<f32>, Vec<f32>) = (randn("h", 20), randn("w", 33 * 4));
+    let (head, ids) = (Head::new(&dev, &w, 33), [1, 2, 3, 4, 5]);
+    let (tokens, clean) = sample(&dev, &h, &head, settings, Some(STREAM), &ids);
+    h[9] = f32::NAN;
+    let (again, logp) = sample(&dev, &h, &head, settings, Some(STREAM), &ids);
+    assert_nan_only("logp", &logp, &clean, 2..3);
+    assert_eq!((&again[..2], &again[3..]), (&tokens[..2], &tokens[3..]));
+    assert_eq!(again[2], 0);
+}
+
+/// Tokens drawn at one shape, and that forward gives them the same log-probs.
+#[derive(Clone, Copy)]
+struct Drawn {
+    rows: usize,
+    vocab: usize,
+    d: usize,
+    softcap: Option<f64>,
+    greedy: bool,
+}
+
+impl Case for Drawn {
+    fn run<T: Element>(&self, lab: &mut Lab<'_>) -> Result<()> {
+        let Self { rows, vocab, d, softcap, greedy } = *self;
+        let (dev, number) = (lab.dev(), <T::Acc as Element>::of);
+        let (h, w) = (lab.rows::<T>("h", rows, d), lab.input::<T>("w", vocab * d));
+        let settings = Settings { temperature: number(0.75), softcap: softcap.map(number) };
+        let mut packed = Packed::new(dev, vocab, d)?;
+        packed.pack(dev, w.view())?;
+        let samples: Vec<u64> = dev
+            .read(lab.ids("samples", rows, 1000).view())?
+            .iter()
+            .map(|s| u64::from(*s))
+            .collect();
+        let samples = Buffer::of(dev, "test", &samples)?;
+        let positions = lab.ids("positions", rows, 50);
+        let mut tokens = lab.room::<u32>(rows);
+        let [mut logp, mut lse, mut again] = [(); 3].map(|()| lab.room::<T::Acc>(rows));
+        let mut scratch = lab.room::<T::Acc>(logprob::sample_scratch_len(rows, vocab));
+        let (tokens_, logp_, lse_) = (tokens.view_mut(), logp.view_mut(), lse.view_mut());
+        let out = Sampled { tokens: tokens_, logp: logp_, lse: lse_ };
+        let stream = (!greedy).then_some(STREAM);
+        let draws = Draws { stream, samples: samples.view(), positions: positions.view() };
+        logprob::sample(dev, out, h.view(), &packed, settings, draws, scratch.view_mut())?;
+        let (again_, lse_, room) = (again.view_mut(), lse.view_mut(), scratch.view_mut());
+        let (h, targets) = (h.view(), tokens.view());
+        logprob::forward(dev, again_, lse_, None, h, &packed, targets, settings, room)?;
+        let bits = |x: &Buffer<'_, T::Acc>| Ok::<_, Error>(bytes(&dev.read(x.view())?));
+        assert_eq!(bits(&logp)?, bits(&again)?, "forward says something else");
+        let ids: Vec<T::Acc> =
+            dev.read(tokens.view())?.iter().map(|t| number(f64::from(*t))).collect();
+        lab.by_row("tokens", &Buffer::of(dev, "test", &ids)?);
+        lab.by_row("logp", &logp);
+        Ok(())
+    }
+}
+
+fn bytes<T: Element>(x: &[T]) -> Vec<u8> {
+    bytemuck::cast_slice(x).to_vec()
+}
+
+/// The tokens of the CPU in all tiles, each row's its own whatever the batch.
+#[test]
+fn kernels_draw_the_tokens_of_the_cpu() {
+    sim::check(|sim| {
+        let case = |rows, vocab, d| Drawn { rows, vocab, d, softcap: None, greedy: false };
+        for case in [case(1, 1, 8), case(16, 127, 40), case(17, 129, 72), case(65, 300, 8)] {
+            sim.hold_bf16(&case);
+            sim.hold_bf16(&Drawn { softcap: Some(1.5), greedy: true, ..case });
+        }
+        sim.hold_bf16(&case(0, 5, 8));
+        sim.hold_bf16(&case(3, 2100, 8));
+        sim.hold_rows_bf16(131, |rows| case(rows, 140, 8));
+        sim.hold_rows_bf16(18, |rows| case(rows, 1100, 8));
+    });
+}
+
+/// The same on Hopper, whose sums are not those of other GPUs: 131 rows take the widest tiles, the last 65 the next.
+#[test]
+fn kernels_on_hopper_draw_the_tokens_of_the_cpu() {
+    sim::check(|sim| {
+        let sim = sim.hopper();
+        let case = |rows, vocab, d| Drawn { rows, vocab, d, softcap: None, greedy: false };
+        for case in [case(1, 1, 8), case(17, 129, 72), case(65, 250, 8)] {
+            sim.hold_bf16(&case);
+            sim.hold_bf16(&Drawn { softcap: Some(1.5), greedy: true, ..case });
+        }
+        sim.hold_bf16(&case(0, 5, 8));
+        sim.hold_bf16(&case(3, 2100, 8));
+        sim.hold_rows_bf16(131, |rows| case(rows, 300, 8));
+    });
 }

@@ -396,6 +396,14 @@ impl<'a> Lab<'a> {
         self.keep(name, &x, false, false);
     }
 
+    /// Keeps an output that is summed over rows from what was rounded to `T`.
+    pub fn sum_of<T: Element>(&mut self, name: &'static str, x: &Buffer<'_, T::Acc>) {
+        self.sum(name, x);
+        if let Some(output) = self.outputs.last_mut() {
+            (output.epsilon, output.round) = (epsilon::<T>, |x| T::of(x).f64());
+        }
+    }
+
     /// Keeps an output that has a part for each row.
     pub fn by_row<T: Element>(&mut self, name: &'static str, x: &Buffer<'_, T>) {
         let x = self.dev.read(x.view()).unwrap();

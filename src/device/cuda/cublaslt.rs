@@ -86,7 +86,6 @@ impl Product {
 #[derive(Clone, Copy, Debug)]
 pub struct Algorithm {
     algo: sys::cublasLtMatmulAlgo_t,
-    workspace: usize,
     id: i32,
     tile: u32,
     stages: u32,
@@ -116,7 +115,6 @@ impl Algorithm {
         };
         Ok(Self {
             algo: found.algo,
-            workspace: found.workspaceSize,
             id: get(A::CUBLASLT_ALGO_CONFIG_ID)?.cast_signed(),
             tile: get(A::CUBLASLT_ALGO_CONFIG_TILE_ID)?,
             stages: get(A::CUBLASLT_ALGO_CONFIG_STAGES_ID)?,
@@ -402,7 +400,8 @@ impl Lt {
                 d.raw,
                 &algorithm.algo,
                 scratch.as_ptr().cast::<c_void>(),
-                algorithm.workspace,
+                // All there is: another number of rows may need more than the search was told of.
+                WORKSPACE,
                 stream.cast(),
             )
         };
@@ -410,18 +409,22 @@ impl Lt {
     }
 
     /// An algorithm for a weight `[n, k]` that gives every row the same bits whatever the number of rows, or
-    /// none: the first that splits no sum and passes a comparison at up to 4096 rows on this GPU. Of
+    /// none: the first that splits no sum and passes a comparison at up to 4096 rows on this GPU, if there is room for that. Of
     /// [`Of::BackwardWeight`], which sums over rows, the first that splits no sum. The first time for a weight
     /// it allocates: not for a step.
     ///
     /// # Errors
-    /// [`crate::Error::Device`] if the GPU or the library fails, [`crate::Error::Memory`] without room.
+    /// [`crate::Error::Device`] if the GPU or the library fails.
     pub fn pinned(&self, of: Of, n: usize, k: usize) -> Result<Option<Algorithm>> {
         let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = pinned.get(&(of, n, k)) {
             return Ok(*found);
         }
-        let found = self.pin(of, n, k)?;
+        let found = match self.pin(of, n, k) {
+            // Without room to compare there is nothing to rely on.
+            Err(crate::Error::Memory { .. }) => None,
+            found => found?,
+        };
         pinned.insert((of, n, k), found);
         Ok(found)
     }

@@ -38,7 +38,9 @@ fn result<'a, T: Element>(
     cuda.map_mut(y, boxes([rows, cols], cols, DEPTH))
 }
 
+#[allow(clippy::too_many_arguments)]
 pub(super) fn forward<T: Element>(
+    tile: Tile,
     cuda: &Cuda,
     y: ViewMut<'_, T>,
     x: View<'_, T>,
@@ -47,7 +49,6 @@ pub(super) fn forward<T: Element>(
     residual: Option<View<'_, T>>,
     (m, n, k): (usize, usize, usize),
 ) -> Result<()> {
-    let tile = Tile::of(cuda, m, n);
     let ((rows, cols), launch) = (tile.hopper(), tile.launch(cuda, m, n, false)?);
     let x = operand(cuda, x, (m, k), rows)?;
     let w = operand(cuda, w, (n, k), cols / 2)?;
@@ -64,6 +65,7 @@ pub(super) fn forward<T: Element>(
 
 #[allow(clippy::too_many_arguments)]
 pub(super) fn activated<T: Element>(
+    tile: Tile,
     cuda: &Cuda,
     after: After,
     y: ViewMut<'_, T>,
@@ -75,7 +77,6 @@ pub(super) fn activated<T: Element>(
 ) -> Result<()> {
     let (gated, act) = (after.gated, after.act as usize);
     let n = if gated { 2 * cols } else { cols };
-    let tile = Tile::of(cuda, m, n);
     let ((rows, wide), launch) = (tile.hopper(), tile.launch(cuda, m, cols, gated)?);
     let x = operand(cuda, x, (m, k), rows)?;
     let w = operand(cuda, w, (n, k), wide / 2)?;
@@ -101,13 +102,13 @@ pub(super) fn activated<T: Element>(
 }
 
 pub(super) fn backward_input<T: Element>(
+    tile: Tile,
     cuda: &Cuda,
     dx: ViewMut<'_, T>,
     dy: View<'_, T>,
     w: View<'_, T>,
     (m, n, k): (usize, usize, usize),
 ) -> Result<()> {
-    let tile = Tile::of_many(cuda, m, k);
     let dy = operand(cuda, dy, (m, n), tile.hopper().0)?;
     let w = operand(cuda, w, (n, k), DEPTH)?;
     let dx = result(cuda, dx, (m, k))?;
@@ -119,6 +120,7 @@ pub(super) fn backward_input<T: Element>(
 }
 
 pub(super) fn backward_weight<T: Element>(
+    tile: Tile,
     cuda: &Cuda,
     dw: ViewMut<'_, T::Acc>,
     dbias: Option<ViewMut<'_, T::Acc>>,
@@ -126,7 +128,6 @@ pub(super) fn backward_weight<T: Element>(
     x: View<'_, T>,
     (m, n, k): (usize, usize, usize),
 ) -> Result<()> {
-    let tile = Tile::of_many(cuda, n, k);
     let dy = operand(cuda, dy, (m, n), DEPTH)?;
     let x = operand(cuda, x, (m, k), DEPTH)?;
     let run = match tile {

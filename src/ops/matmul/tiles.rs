@@ -9,7 +9,7 @@ use crate::{
 /// A block's part of a product.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Tile {
-    /// 128 x 128, 4 warps of 64 x 64; on Hopper 128 x 256 by two warpgroups, in clusters of two blocks
+    /// 128 x 128, 4 warps of 64 x 64; on Hopper 128 x 256 by two warpgroups
     Wide,
     /// 64 x 64, 4 warps of 32 x 32; on Hopper 128 x 128 by two warpgroups
     Mid,
@@ -19,115 +19,212 @@ pub enum Tile {
     Fewest,
 }
 
-/// A class of products, the tile for it, and why.
+/// What a tile costs, and what it is for.
 #[derive(Debug)]
 pub struct Choice {
-    /// Up to this many rows of the product.
-    pub rows: usize,
-    /// At least so many [`Tile::Wide`] a multiprocessor, in tenths.
-    pub tenths: usize,
-    /// What it is computed with.
+    /// Which.
     pub tile: Tile,
-    /// The reason.
+    /// Rows and columns.
+    pub sizes: (usize, usize),
+    /// Blocks below each other that share what they read of the weights: a cluster.
+    pub cluster: usize,
+    /// Percent of the tensor cores' speed that its reads of shared memory leave.
+    pub speed: usize,
+    /// Bytes of shared memory, as in the kernel's file.
+    pub shared: usize,
+    /// Where it wins.
     pub why: &'static str,
-    /// The next best, and what it lacks.
-    pub loser: &'static str,
+    /// Where it loses, to which, and by what.
+    pub loses: &'static str,
 }
 
-/// The first line that fits is taken. No line was measured on a GPU yet: they follow from counting.
-pub const TABLE: [Choice; 4] = [
-    Choice {
-        rows: 16,
-        tenths: 0,
-        tile: Tile::Fewest,
-        why: "decoding reads the weights once, and that is all its time: 32 columns a block give \
-              112 blocks for n = 3584, each with 24 KiB and more of weights on the way",
-        loser: "Few: half as many blocks, or 48 rows that are multiplied for nothing",
-    },
-    Choice {
-        rows: 64,
-        tenths: 0,
-        tile: Tile::Few,
-        why: "as above, but every block reads all rows, from L2: on Hopper 64 columns for 64 rows \
-              keep that to what the weights take",
-        loser: "Fewest: rows would be read twice as often, or weights once for every 16 rows",
-    },
-    Choice {
-        rows: usize::MAX,
-        tenths: 9,
-        tile: Tile::Wide,
-        why: "shared memory limits: a warp reads 4 KiB for 64 x 64 x 16 multiply-adds, 64 bytes a \
-              clock on sm_80; on Hopper 80 of 128 bytes a clock, and a cluster reads 64 KiB from \
-              L2 for 256 x 256 x 64",
-        loser: "Mid: 1.3 to 2 times the shared memory and L2 traffic for each multiply-add",
-    },
-    Choice {
-        rows: usize::MAX,
-        tenths: 0,
-        tile: Tile::Mid,
-        why: "too few wide tiles for all multiprocessors",
-        loser: "Wide: most would be idle (n = 896, m = 1024: 56 tiles of 128 x 128 for 132)",
-    },
-];
+/// A generation of GPUs, as far as products are concerned.
+#[derive(Debug)]
+struct Family {
+    /// Multiply-adds of a multiprocessor a clock.
+    rate: usize,
+    /// Bytes a clock that the L2 cache gives to all.
+    l2: usize,
+    /// A block a multiprocessor, which goes from tile to tile.
+    persistent: bool,
+    tiles: [Choice; 4],
+}
 
-/// Of `kernels/matmul.cu` or `kernels/matmul_sm90.cu`; in bytes where not said otherwise.
-struct Sizes {
-    rows: usize,
-    cols: usize,
-    shared: usize,
-    /// Blocks that work together.
-    cluster: usize,
+/// Bytes a clock that one multiprocessor takes from the L2 cache.
+const PORT: usize = 64;
+
+/// Stages of `k` numbers of bf16 of a tile's rows and columns, or after them the sums.
+const fn stages(count: usize, k: usize, (rows, cols): (usize, usize)) -> usize {
+    let (operands, sums) = (count * k * (rows + cols) * 2, rows * cols * 4);
+    if operands > sums { operands } else { sums }
+}
+
+/// Slots of 64 k with two barriers each, and `sent` rooms of 64 x 64 results in bf16.
+const fn ring(count: usize, sent: usize, (rows, cols): (usize, usize)) -> usize {
+    count * ((rows + cols) * 128 + 16) + sent * 8192
+}
+
+const AMPERE: Family = Family {
+    rate: 1024,
+    l2: 5120,
+    persistent: false,
+    tiles: [
+        Choice {
+            tile: Tile::Wide,
+            sizes: (128, 128),
+            cluster: 1,
+            speed: 100,
+            shared: stages(4, 32, (128, 128)),
+            why: "most products: a warp reads 4 KiB of shared memory for 64 x 64 x 16 \
+                  multiply-adds, half of what there is",
+            loses: "to Mid where it leaves multiprocessors idle",
+        },
+        Choice {
+            tile: Tile::Mid,
+            sizes: (64, 64),
+            cluster: 1,
+            speed: 65,
+            shared: stages(4, 32, (64, 64)),
+            why: "hundreds of rows and few columns: four times as many tiles",
+            loses: "to Wide: twice the shared memory and L2 traffic for each multiply-add",
+        },
+        Choice {
+            tile: Tile::Few,
+            sizes: (64, 32),
+            cluster: 1,
+            speed: 50,
+            shared: stages(6, 64, (64, 32)),
+            why: "17 to 64 rows: one tile holds all, so weights are read once",
+            loses: "to Fewest: rows beyond 16 that are not there are multiplied",
+        },
+        Choice {
+            tile: Tile::Fewest,
+            sizes: (16, 32),
+            cluster: 1,
+            speed: 40,
+            shared: stages(4, 128, (16, 32)),
+            why: "up to 16 rows: every multiprocessor has weights on the way",
+            loses: "to Few: every 16 rows would read the weights again, from L2",
+        },
+    ],
+};
+
+const HOPPER: Family = Family {
+    rate: 2048,
+    l2: 3700,
+    persistent: true,
+    tiles: [
+        Choice {
+            tile: Tile::Wide,
+            sizes: (128, 256),
+            cluster: 2,
+            speed: 100,
+            shared: ring(4, 4, (128, 256)),
+            why: "most products: 80 of 128 bytes a clock of shared memory, and 32 a clock from L2, \
+                  since the cluster brings the weights' part once",
+            loses: "to Mid where it leaves multiprocessors idle",
+        },
+        Choice {
+            tile: Tile::Mid,
+            sizes: (128, 128),
+            cluster: 2,
+            speed: 90,
+            shared: ring(6, 4, (128, 128)),
+            why: "one or two thousand rows and few columns: twice as many tiles",
+            loses: "to Wide: 48 bytes a clock from L2, more than it gives to all at once",
+        },
+        Choice {
+            tile: Tile::Few,
+            sizes: (64, 64),
+            cluster: 1,
+            speed: 70,
+            shared: ring(8, 0, (64, 64)),
+            why: "some dozens to hundreds of rows: as many bytes of rows as of weights",
+            loses: "to Fewest where it leaves multiprocessors idle; to Mid from L2",
+        },
+        Choice {
+            tile: Tile::Fewest,
+            sizes: (64, 32),
+            cluster: 1,
+            speed: 50,
+            shared: ring(12, 0, (64, 32)),
+            why: "few rows: 112 blocks for 3584 columns, each with 44 KiB of weights on the way",
+            loses: "to Few: for 64 rows, rows are read twice as often as weights",
+        },
+    ],
+};
+
+impl Family {
+    const fn of(hopper: bool) -> &'static Self {
+        if hopper { &HOPPER } else { &AMPERE }
+    }
+
+    fn choice(&self, tile: Tile) -> &Choice {
+        &self.tiles[tile as usize]
+    }
+
+    /// Clocks for each 64 of k, as counted: the rounds that multiprocessors need for all tiles, each as long as it
+    /// multiplies or as its operands come from L2, whichever is longer.
+    fn clocks(&self, c: &Choice, processors: usize, m: usize, n: usize) -> usize {
+        let (rows, cols) = c.sizes;
+        let groups = m.div_ceil(rows * c.cluster).saturating_mul(n.div_ceil(cols));
+        let places = (processors / c.cluster).max(1);
+        let multiply = rows * cols * 64 * 100 / (self.rate * c.speed);
+        let bytes = (m.min(rows) + cols / c.cluster) * 128;
+        let blocks = groups.min(places) * c.cluster;
+        let read = bytes / PORT.min(self.l2 / blocks.max(1)).max(1);
+        // In percent. Where several blocks share a multiprocessor, a few more than fit do not take another round.
+        let rounds = match self.persistent {
+            true => groups.div_ceil(places).saturating_mul(100),
+            false => (groups.saturating_mul(100) / places).max(100),
+        };
+        rounds.saturating_mul(multiply.max(read)) / 100
+    }
 }
 
 impl Tile {
     /// The one for a product of `m` x `n`.
     #[must_use]
     pub fn of(cuda: &Cuda, m: usize, n: usize) -> Self {
-        Self::on(cuda.hopper(), cuda.processors() as usize, m, n)
+        Self::ranked(cuda.hopper(), cuda.processors() as usize, m, n)[0].tile
     }
 
     /// As [`Tile::of`], for products that have no tiles for few rows.
     #[must_use]
     pub fn of_many(cuda: &Cuda, m: usize, n: usize) -> Self {
-        Self::of(cuda, m.max(TABLE[1].rows + 1), n)
+        let ranked = Self::ranked(cuda.hopper(), cuda.processors() as usize, m, n);
+        ranked
+            .iter()
+            .find(|c| matches!(c.tile, Self::Wide | Self::Mid))
+            .map_or(Self::Mid, |c| c.tile)
     }
 
-    /// The one on a GPU of `processors` multiprocessors.
+    /// All of them, the fastest first, on a GPU of `processors` multiprocessors. Nothing was measured on a GPU
+    /// yet: this follows from counting.
     #[must_use]
-    pub fn on(hopper: bool, processors: usize, m: usize, n: usize) -> Self {
-        let wide = Self::Wide.sizes(hopper);
-        let count = m.div_ceil(wide.rows).saturating_mul(n.div_ceil(wide.cols));
-        let enough = |c: &Choice| count.saturating_mul(10) >= c.tenths * processors;
-        TABLE.iter().find(|c| m <= c.rows && enough(c)).map_or(Self::Mid, |c| c.tile)
+    pub fn ranked(hopper: bool, processors: usize, m: usize, n: usize) -> [&'static Choice; 4] {
+        let family = Family::of(hopper);
+        let mut all = family.tiles.each_ref();
+        all.sort_by_key(|c| family.clocks(c, processors, m, n));
+        all
     }
 
-    fn sizes(self, hopper: bool) -> Sizes {
-        if hopper {
-            // Stages of 64 k with two barriers each, and what two warpgroups send: 64 x 64 in bf16, twice.
-            let (rows, cols, stages, sent, cluster) = match self {
-                Self::Wide => (128, 256, 4, 4, 2),
-                Self::Mid => (128, 128, 6, 4, 1),
-                Self::Few => (64, 64, 8, 0, 1),
-                Self::Fewest => (64, 32, 12, 0, 1),
-            };
-            let shared = stages * ((rows + cols) * 128 + 16) + sent * 8192;
-            return Sizes { rows, cols, shared, cluster };
-        }
-        let (rows, cols, depth, stages) = match self {
-            Self::Wide => (128, 128, 32, 4),
-            Self::Mid => (64, 64, 32, 4),
-            Self::Few => (64, 32, 64, 6),
-            Self::Fewest => (16, 32, 128, 4),
-        };
-        // The stages, and after them the sums.
-        let shared = (stages * depth * (rows + cols) * 2).max(rows * cols * 4);
-        Sizes { rows, cols, shared, cluster: 1 }
+    /// Clocks that a product of `m` x `n` over `k` takes on a GPU of `processors` multiprocessors, as counted: what
+    /// [`Tile::ranked`] goes by.
+    #[must_use]
+    pub fn clocks(
+        self,
+        hopper: bool,
+        processors: usize,
+        (m, n, k): (usize, usize, usize),
+    ) -> usize {
+        let family = Family::of(hopper);
+        family.clocks(family.choice(self), processors, m, n).saturating_mul(k.div_ceil(64))
     }
 
     /// Rows and columns on Hopper.
     pub(super) fn hopper(self) -> (usize, usize) {
-        let sizes = self.sizes(true);
-        (sizes.rows, sizes.cols)
+        HOPPER.choice(self).sizes
     }
 
     /// Blocks for the tiles of a product of `m` rows and `n` outputs, of which each takes a column, or two where
@@ -136,13 +233,14 @@ impl Tile {
     /// # Errors
     /// [`crate::Error::Value`] if that is more than a grid holds.
     pub fn launch(self, cuda: &Cuda, m: usize, n: usize, pairs: bool) -> Result<Launch> {
-        let Sizes { rows, cols, shared, cluster } = self.sizes(cuda.hopper());
+        let c = Family::of(cuda.hopper()).choice(self);
+        let ((rows, cols), cluster) = (c.sizes, c.cluster);
         let width = if pairs { cols / 2 } else { cols };
         let groups = m.div_ceil(rows * cluster).saturating_mul(n.div_ceil(width));
-        let most = match cuda.hopper() {
+        let most = match Family::of(cuda.hopper()).persistent {
             true => (cuda.processors() as usize / cluster).max(1),
             false => groups,
         };
-        Launch::row(groups.min(most).saturating_mul(cluster), shared)
+        Launch::row(groups.min(most).saturating_mul(cluster), c.shared)
     }
 }

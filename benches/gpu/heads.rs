@@ -1,0 +1,79 @@
+//! Log-probs of chosen tokens through the LM heads of Qwen2.5, and their gradients.
+
+use half::bf16;
+use warpo::{
+    device::Buffer,
+    ops::{
+        logprob::{self, Forward, Settings},
+        matmul::Packed,
+    },
+    rng::{Philox, Purpose},
+};
+
+use super::Bench;
+
+/// Hidden size, vocabulary.
+const MODELS: [(&str, usize, usize); 3] =
+    [("0.5b", 896, 151_936), ("1.5b", 1536, 151_936), ("7b", 3584, 152_064)];
+const TOKENS: [usize; 4] = [2048, 4096, 8192, 16_384];
+const DECODED: [usize; 3] = [1, 16, 64];
+
+pub fn heads(b: &mut Bench) {
+    let models = if b.tiny { &[("tiny", 64, 200)][..] } else { &MODELS };
+    let (tokens, decoded) = if b.tiny { (&[9][..], &[1][..]) } else { (&TOKENS[..], &DECODED[..]) };
+    for &(model, hidden, vocab) in models {
+        let wanted =
+            |direction: &str, n: &usize| b.wanted(&format!("logprob/{direction}/{model}/{n}"));
+        let any =
+            tokens.iter().chain(decoded).any(|n| wanted("forward", n) || wanted("backward", n));
+        if any {
+            head(b, model, [hidden, vocab], tokens, decoded);
+        }
+    }
+}
+
+fn head(
+    b: &mut Bench,
+    model: &str,
+    [hidden, vocab]: [usize; 2],
+    tokens: &[usize],
+    decoded: &[usize],
+) {
+    // Logits of about 1, as a model's are not larger by orders of magnitude.
+    let draw = Philox::new(1, 9, 0, Purpose::Init);
+    let scale = 1.0 / (hidden as f64).sqrt();
+    let some: Vec<bf16> = (0..1_000_003).map(|i| bf16::from_f64(scale * draw.normal(i))).collect();
+    let all: Vec<bf16> = some.into_iter().cycle().take(vocab * hidden).collect();
+    let w = Buffer::of(&b.dev, "bench", &all).unwrap();
+    let mut packed = Packed::new(&b.dev, vocab, hidden).unwrap();
+    packed.pack(&b.dev, w.view()).unwrap();
+    let mut dw = Buffer::<f32>::zeros(&b.dev, "bench", vocab * hidden).unwrap();
+    let settings = Settings::default();
+    for &n in tokens.iter().chain(decoded) {
+        let h = b.input::<bf16>(1, n * hidden);
+        let ids: Vec<u32> = (0..n as u32).map(|i| draw.below(i, vocab as u32)).collect();
+        let targets = Buffer::of(&b.dev, "targets", &ids).unwrap();
+        let [mut logp, mut lse, dlogp] = [2, 3, 4].map(|i| b.input::<f32>(i, n));
+        let mut scratch = b.input::<f32>(5, logprob::scratch_len(n, vocab));
+        let (flops, bytes) = (2.0 * (n * vocab * hidden) as f64, 2 * (n + vocab) * hidden);
+        b.compute(&format!("logprob/forward/{model}/{n}"), flops, bytes, |dev, _| {
+            let (logp, lse, room) = (logp.view_mut(), lse.view_mut(), scratch.view_mut());
+            let (h, t) = (h.view(), targets.view());
+            logprob::forward(dev, logp, lse, None, h, &packed, t, settings, room).unwrap();
+        });
+        if decoded.contains(&n) && !b.tiny {
+            continue;
+        }
+        let mut dh = b.input::<bf16>(6, n * hidden);
+        let mut scratch = b.input::<f32>(7, logprob::backward_scratch_len(n, vocab, hidden));
+        // The hidden states and the head are read, their gradients written and added to.
+        let bytes = 4 * n * hidden + 10 * vocab * hidden;
+        b.compute(&format!("logprob/backward/{model}/{n}"), 3.0 * flops, bytes, |dev, _| {
+            let (dh, dw, room) = (dh.view_mut(), dw.view_mut(), scratch.view_mut());
+            let (h, w, t, lse) = (h.view(), w.view(), targets.view(), lse.view());
+            let forward =
+                Forward { h, packed: &packed, w, targets: t, lse, entropy: None, settings };
+            logprob::backward(dev, dh, Some(dw), dlogp.view(), None, forward, room).unwrap();
+        });
+    }
+}

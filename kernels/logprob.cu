@@ -1,0 +1,377 @@
+// The LM head and the log-probs of its targets, without logits in memory: x = h Wᵀ, z = cap tanh(x / cap) / temperature
+// (z = x / temperature without a cap), lse = log sum_v e^z_v, logp = z_target - lse, entropy = -sum_v p_v log p_v.
+// sample: the token with the largest z + g (include/choice.cuh), a draw from the softmax of z; its logp, lse.
+// Backward: dx_v = (dlogp (1{v = target} - p_v) - dentropy p_v (z_v - lse + entropy)) (1 - tanh²) / temperature, dh = dx W, dw += dxᵀ h.
+//   shapes   h [rows, d] and w [vocab, d] bf16; targets [rows]; logp, lse and entropy [rows] f32; partial
+//            [rows, chunks, 4] f32: of a chunk of CHUNK columns the maximum, the sum of e^(z - maximum), the same
+//            weighted by z - maximum, and the target's z, or 0. from_logits: z [rows, vocab] bf16 or f32 for h and w.
+//            sample: samples and positions [rows], a row's address; partial [rows, chunks, 8], with the best of the chunk:
+//            z + g, z, its id
+//            Backward takes a slice of the vocabulary: dz [rows, width] bf16, its columns and zeros up to a multiple
+//            of 8; sums [rows, d] f32, of dh over the slices so far; dh [rows, d] bf16, dw [vocab, d] f32
+//   tiling   a block has some rows and a chunk, whose 8 tiles of 128 columns it computes one after the other; stages of
+//            the next tile are on their way while one is reduced. A warp that has whole rows of a tile reduces them from
+//            registers; of 16 rows the warps share the columns, so the sums go through shared memory. merge: a warp a row.
+//            Backward: tiles as in matmul.cu, one a block; hidden of few tiles in quarters of them
+//   memory   W is read once for 8 tiles of rows that run together, h from L2; 16 bytes a row and chunk are written
+//            Backward writes and reads dz twice, and the sums once a slice
+//   numerics the order is one for all tiles and any number of rows: of each 128 columns lane c of 4 takes 8 j + 2 c and the
+//            next, j ascending; so all of the chunk, online; then lanes 1, then 2 apart; then each lane of a warp merges
+//            chunks 32 apart, ascending, and lanes 16, 8, .. 1 apart. A NaN makes its row NaN, as does a target
+//            beyond the vocabulary. dz is rounded to bf16 before it is multiplied; dh is rounded once, after the last slice,
+//            slices in ascending order
+//   needs    d a multiple of 8, h and w at 16 bytes; the launcher checks
+#include "include/choice.cuh"
+#include "include/tiles.cuh"
+
+constexpr int WARPS = 4; // of merge: a row each
+constexpr int GROUPS = 64; // of from_logits: a chunk each at a time
+
+//                          BM   BN  WM   WN  DEPTH STAGES
+using Many = Tile<128, COLUMNS, 32, COLUMNS, 32, 4>;
+using Some = Tile<64, COLUMNS, 16, COLUMNS, 64, 3>;
+using Few = Tile<16, COLUMNS, 16, 64, 64, 4>;
+// Of the gradients, as in matmul.cu.
+using Wide = Tile<128, 128, 64, 64, 32, 4>;
+using Mid = Tile<64, 64, 32, 32, 32, 4>;
+
+// The sums of each tile of columns [first, end) in turn, for f(first column, sums).
+template <class T, class F>
+static __device__ __forceinline__ void each_tile(const Operand& l, const bf16* w, int first, int end, int depth, bf16* room, F f) {
+    constexpr int STAGE = T::DEPTH * (T::BM + T::BN), LEFT = T::DEPTH * T::BM;
+    auto right_of = [&](int v) { return Loader<T, T::BN, false>(Operand{w, end, depth, v, T::BN / 2}, depth); };
+    const Loader<T, T::BM, false> left(l, depth);
+    Loader<T, T::BN, false> right = right_of(first);
+    const int steps = (depth + T::DEPTH - 1) / T::DEPTH;
+    int next = first, k = 0; // what is loaded next
+    auto copy = [&](int stage) {
+        if (next < end) {
+            bf16* to = room + stage % T::STAGES * STAGE;
+            left.copy(to, k * T::DEPTH);
+            right.copy(to + LEFT, k * T::DEPTH);
+            if (++k == steps) {
+                k = 0;
+                next += T::BN;
+                right = right_of(next);
+            }
+        }
+        ptx::copy_commit();
+    };
+    int stage = 0;
+    for (; stage < T::STAGES - 1; ++stage) copy(stage);
+    for (int v = first; v < end; v += T::BN) {
+        Sums<T> sums;
+        for (int s = 0; s < steps; ++s, ++stage) {
+            ptx::copy_wait<T::STAGES - 2>();
+            // All have the stage, and all are done with the one before it, which is filled again.
+            __syncthreads();
+            copy(stage);
+            multiply<T, false, false, false>(sums, nullptr, room + (stage + 1) % T::STAGES * STAGE);
+        }
+        f(v, sums);
+    }
+    ptx::copy_wait<0>();
+}
+
+// What a block does: the rows of a tile and a chunk of the vocabulary, columns [first, end).
+template <class T>
+struct Part {
+    // Whether warps share columns.
+    static constexpr bool SHARE = T::WN < COLUMNS;
+    // Rows of a lane: two of each fragment, or one where warps share columns.
+    static constexpr int ROWS = SHARE ? 1 : T::WM / 8;
+    static_assert(!SHARE || T::THREADS == T::BM * 4, "four lanes a row");
+
+    bf16* room;
+    float* exchange;
+    int chunks, chunk, first, end, top;
+
+    __device__ __forceinline__ Part(int rows, int vocab) {
+        Shared shared;
+        room = shared.take<bf16>(T::OPERANDS / 2, 128);
+        exchange = SHARE ? shared.take<float>(T::BM * T::BN) : nullptr;
+        chunks = (vocab + CHUNK - 1) / CHUNK;
+        const Place at = place(blockIdx.x, (rows + T::BM - 1) / T::BM, chunks);
+        chunk = at.across, first = chunk * CHUNK, end = first + CHUNK < vocab ? first + CHUNK : vocab, top = at.down * T::BM;
+    }
+    // Of number r of the lane's.
+    __device__ __forceinline__ int row(int r) const {
+        return top + (SHARE ? int(threadIdx.x) / 4 : T::row() + 8 * r + ptx::lane() / 4);
+    }
+    // Gives f each tile's share of a lane: f(number of its row, first column of the tile, sums).
+    template <class F>
+    __device__ __forceinline__ void each(const bf16* h, const bf16* w, int rows, int d, F f) const {
+        each_tile<T>(Operand{h, rows, d, top, T::BM / 2}, w, first, end, d, room, [&](int v, Sums<T>& sums) {
+            float x[Lane::COUNT];
+            if constexpr (SHARE) {
+                spread(sums, exchange);
+                __syncthreads();
+                // The next tile is spread after another barrier.
+                for (int j = 0; j < COLUMNS / 8; ++j) {
+                    const float2 two = *reinterpret_cast<const float2*>(eight<T>(exchange, threadIdx.x / 4, j) + threadIdx.x % 4 * 2);
+                    x[2 * j] = two.x, x[2 * j + 1] = two.y;
+                }
+                f(0, v, x);
+            } else {
+#pragma unroll
+                for (int r = 0; r < ROWS; ++r) {
+#pragma unroll
+                    for (int q = 0; q < Lane::COUNT; ++q) x[q] = sums.x[r / 2][q / 2][r % 2 * 2 + q % 2];
+                    f(r, v, x);
+                }
+            }
+        });
+    }
+};
+
+template <class T>
+static __device__ void forward(float* partial, const bf16* h, const bf16* w, const uint32_t* targets, int rows, int vocab, int d,
+                               float scale, float cap) {
+    using P = Part<T>;
+    const P part(rows, vocab);
+    const Scaling by(scale, cap);
+    State states[P::ROWS];
+    uint32_t target[P::ROWS];
+#pragma unroll
+    for (int r = 0; r < P::ROWS; ++r) target[r] = part.row(r) < rows ? targets[part.row(r)] : ~0u;
+    part.each(h, w, rows, d, [&](int r, int v, float (&x)[Lane::COUNT]) {
+        reduce(states[r], x, part.end - v, target[r] - v, by);
+    });
+#pragma unroll
+    for (int r = 0; r < P::ROWS; ++r) {
+        for (int lanes = 1; lanes < 4; lanes *= 2) states[r].add(shuffle_xor(states[r], lanes));
+        const int row = part.row(r);
+        if (threadIdx.x % 4 == 0 && row < rows) store_partial(partial, int64_t(row) * part.chunks + part.chunk, states[r]);
+    }
+}
+
+template <class T>
+static __device__ void sample(float* partial, const bf16* h, const bf16* w, int rows, int vocab, int d, float scale, float cap,
+                              const Draws& draws) {
+    using P = Part<T>;
+    const P part(rows, vocab);
+    const Scaling by(scale, cap);
+    State states[P::ROWS];
+    Choice best[P::ROWS];
+    part.each(h, w, rows, d, [&](int r, int v, float (&x)[Lane::COUNT]) {
+        reduce(states[r], x, part.end - v, ~0u, by);
+        const int row = part.row(r);
+        if (row >= rows) return;
+        choose(best[r], x, v, part.end, by.scale, draws, row);
+    });
+#pragma unroll
+    for (int r = 0; r < P::ROWS; ++r) {
+        for (int lanes = 1; lanes < 4; lanes *= 2) {
+            states[r].add(shuffle_xor(states[r], lanes));
+            best[r].add(shuffle_xor(best[r], lanes));
+        }
+        const int row = part.row(r);
+        if (threadIdx.x % 4 != 0 || row >= rows) continue;
+        store_choice(partial, int64_t(row) * part.chunks + part.chunk, states[r], best[r]);
+    }
+}
+
+// A warp writes what the chunks of its row say.
+template <class F>
+static __device__ __forceinline__ void finish(float* logp, float* lse, float* entropy, const uint32_t* targets, int row, int vocab, F part) {
+    State s;
+    for (int c = ptx::lane(); c < (vocab + CHUNK - 1) / CHUNK; c += 32) s.add(part(c));
+    for (int lanes = 16; lanes > 0; lanes /= 2) s.add(shuffle_xor(s, lanes));
+    if (ptx::lane() != 0) return;
+    const float log_sum = logf(s.sum), all = s.top + log_sum;
+    lse[row] = all;
+    logp[row] = targets[row] < uint32_t(vocab) ? s.target - all : NAN;
+    if (entropy != nullptr) entropy[row] = log_sum - s.weighted / s.sum;
+}
+
+KERNEL(128, logprob_merge)(float* logp, float* lse, OPTIONAL float* entropy, PACKED const float* partial, const uint32_t* targets,
+                           int rows, int vocab) {
+    const int row = blockIdx.x * WARPS + threadIdx.x / 32;
+    if (row >= rows) return;
+    const int64_t first = int64_t(row) * ((vocab + CHUNK - 1) / CHUNK);
+    finish(logp, lse, entropy, targets, row, vocab, [&](int c) { return load_partial(partial, first + c); });
+}
+
+KERNEL(128, logprob_pick)(uint32_t* tokens, float* logp, float* lse, PACKED const float* partial, int rows, int vocab) {
+    const int row = blockIdx.x * WARPS + threadIdx.x / 32, chunks = (vocab + CHUNK - 1) / CHUNK;
+    if (row >= rows) return;
+    State s;
+    Choice best;
+    for (int c = ptx::lane(); c < chunks; c += 32) {
+        const int64_t at = int64_t(row) * chunks + c;
+        s.add(load_partial(partial, 2 * at));
+        best.add(load_choice(partial, at));
+    }
+    for (int lanes = 16; lanes > 0; lanes /= 2) {
+        s.add(shuffle_xor(s, lanes));
+        best.add(shuffle_xor(best, lanes));
+    }
+    if (ptx::lane() != 0) return;
+    const float all = s.top + logf(s.sum);
+    tokens[row] = best.token, lse[row] = all, logp[row] = best.z - all;
+}
+
+// A block a row, four lanes a chunk.
+template <class T>
+static __device__ void from_logits(float* logp, float* lse, float* entropy, const T* z, const uint32_t* targets, int vocab,
+                                   float scale, float cap) {
+    const int chunks = (vocab + CHUNK - 1) / CHUNK, row = blockIdx.x;
+    const uint32_t target = targets[row];
+    Shared shared;
+    float* partial = shared.take<float>(4 * chunks);
+    const Scaling by(scale, cap);
+    const T* x = z + int64_t(row) * vocab;
+    for (int c0 = 0; c0 < chunks; c0 += GROUPS) {
+        // Lanes without a chunk of their own go along, as shuffles need them.
+        const int c = c0 + threadIdx.x / 4, first = c * CHUNK, end = first + CHUNK < vocab ? first + CHUNK : vocab;
+        State s;
+        for (int v = first; v < end; v += COLUMNS) {
+            float mine[Lane::COUNT];
+            for (int q = 0; q < Lane::COUNT; ++q) mine[q] = v + Lane::column(q) < end ? widen(x[v + Lane::column(q)]) : 0.0f;
+            reduce(s, mine, end - v, target - v, by);
+        }
+        for (int lanes = 1; lanes < 4; lanes *= 2) s.add(shuffle_xor(s, lanes));
+        if (threadIdx.x % 4 == 0 && c < chunks) store_partial(partial, c, s);
+    }
+    __syncthreads();
+    if (threadIdx.x >= 32) return;
+    finish(logp, lse, entropy, targets, row, vocab, [&](int c) { return load_partial(partial, c); });
+}
+
+// The gradient of the products with `n` columns of the vocabulary, of which the first is number `first`; zeros up to `width`.
+static __device__ void gradient(bf16* dz, const bf16* h, const bf16* w, const uint32_t* targets, const float* lse, const float* dlogp,
+                                const float* entropy, const float* dentropy, int rows, int n, int width, int first, int d,
+                                const Scaling& by) {
+    using T = Wide;
+    Shared shared;
+    char* room = shared.take<char>(T::SHARED, 128);
+    const Place at = place(blockIdx.x, (rows + T::BM - 1) / T::BM, (n + T::BN - 1) / T::BN);
+    const int i0 = at.down * T::BM, j0 = at.across * T::BN;
+    Sums<T> sums;
+    const Operand l = {h, rows, d, i0, T::BM / 2}, r = {w, n, d, j0, T::BN / 2};
+    product<T, false, false>(sums, nullptr, l, r, d, reinterpret_cast<bf16*>(room));
+    give<T, false>(sums, reinterpret_cast<float*>(room), [&](int row, int col, Packet<bf16> x) {
+        row += i0, col += j0;
+        if (row >= rows || col >= width) return;
+        const float all = lse[row], dl = dlogp[row];
+        const float de = dentropy != nullptr ? dentropy[row] : 0.0f, ent = dentropy != nullptr ? entropy[row] : 0.0f;
+        const uint32_t target = targets[row] - first - col;
+        for (int i = 0; i < 8; ++i) {
+            const float y = by.cap > 0.0f ? by.bend(x.x[i]) : x.x[i], bent = y * by.inverse;
+            const float z = y * by.scale - all, p = power(z);
+            const float g = (uint32_t(i) == target ? dl : 0.0f) - p * (dl + de * (z + ent));
+            x.x[i] = col + i < n ? g * by.scale * ((1.0f - bent) * (1.0f + bent)) : 0.0f;
+        }
+        store(dz, (int64_t(row) * width + col) / 8, x);
+    });
+}
+
+// Adds the product of dz and `n` rows of w to the sums, or, where they are the first, writes it; the last are rounded to dh.
+template <class T>
+static __device__ void hidden(bf16* dh, float* sums, const bf16* dz, const bf16* w, int rows, int n, int width, int d, int first, int last) {
+    Shared shared;
+    char* room = shared.take<char>(T::SHARED, 128);
+    const Place at = place(blockIdx.x, (rows + T::BM - 1) / T::BM, (d + T::BN - 1) / T::BN);
+    const int i0 = at.down * T::BM, j0 = at.across * T::BN;
+    Sums<T> own;
+    const Operand l = {dz, rows, width, i0, T::BM / 2}, r = {w, d, d, j0, T::BN / 2};
+    product<T, false, true>(own, nullptr, l, r, n, reinterpret_cast<bf16*>(room));
+    give<T, false>(own, reinterpret_cast<float*>(room), [&](int row, int col, Packet<bf16> x) {
+        if (i0 + row >= rows || j0 + col >= d) return;
+        const int64_t i = (int64_t(i0 + row) * d + j0 + col) / 4;
+        for (int half = 0; half < 2; ++half) {
+            Packet<float> sum = {};
+            if (first == 0) sum = load(sums, i + half);
+            for (int k = 0; k < 4; ++k) x.x[4 * half + k] += sum.x[k];
+        }
+        if (last != 0) return store(dh, i / 2, x);
+        for (int half = 0; half < 2; ++half) {
+            store(sums, i + half, Packet<float>{{x.x[4 * half], x.x[4 * half + 1], x.x[4 * half + 2], x.x[4 * half + 3]}});
+        }
+    });
+}
+
+// dw += dzᵀ h for `n` columns of dz, whose rows are `width` long.
+static __device__ void weight(float* dw, const bf16* dz, const bf16* h, int rows, int n, int width, int d) {
+    using T = Wide;
+    Shared shared;
+    char* room = shared.take<char>(T::SHARED, 128);
+    const Place at = place(blockIdx.x, (n + T::BM - 1) / T::BM, (d + T::BN - 1) / T::BN);
+    const int i0 = at.down * T::BM, j0 = at.across * T::BN;
+    Sums<T> own;
+    const Operand l = {dz, n, width, i0, T::BM / 2}, r = {h, d, d, j0, T::BN / 2};
+    product<T, true, true>(own, nullptr, l, r, rows, reinterpret_cast<bf16*>(room));
+    give<T, false>(own, reinterpret_cast<float*>(room), [&](int row, int col, Packet<bf16> x) {
+        if (i0 + row >= n || j0 + col >= d) return;
+        const int64_t i = (int64_t(i0 + row) * d + j0 + col) / 4;
+        for (int half = 0; half < 2; ++half) {
+            Packet<float> sum = load(dw, i + half);
+            for (int k = 0; k < 4; ++k) sum.x[k] += x.x[4 * half + k];
+            store(dw, i + half, sum);
+        }
+    });
+}
+
+KERNEL(128, logprob_forward_128_bf16)(PACKED float* partial, PACKED const bf16* h, PACKED const bf16* w, const uint32_t* targets,
+                                      int rows, int vocab, int d, float scale, float cap) {
+    forward<Many>(partial, h, w, targets, rows, vocab, d, scale, cap);
+}
+
+KERNEL(128, logprob_forward_64_bf16)(PACKED float* partial, PACKED const bf16* h, PACKED const bf16* w, const uint32_t* targets,
+                                     int rows, int vocab, int d, float scale, float cap) {
+    forward<Some>(partial, h, w, targets, rows, vocab, d, scale, cap);
+}
+
+KERNEL(64, logprob_forward_16_bf16)(PACKED float* partial, PACKED const bf16* h, PACKED const bf16* w, const uint32_t* targets,
+                                    int rows, int vocab, int d, float scale, float cap) {
+    forward<Few>(partial, h, w, targets, rows, vocab, d, scale, cap);
+}
+
+KERNEL(256, logprob_from_logits_bf16)(float* logp, float* lse, OPTIONAL float* entropy, const bf16* z, const uint32_t* targets,
+                                      int vocab, float scale, float cap) {
+    from_logits(logp, lse, entropy, z, targets, vocab, scale, cap);
+}
+
+KERNEL(256, logprob_from_logits_f32)(float* logp, float* lse, OPTIONAL float* entropy, const float* z, const uint32_t* targets,
+                                     int vocab, float scale, float cap) {
+    from_logits(logp, lse, entropy, z, targets, vocab, scale, cap);
+}
+
+KERNEL(128, logprob_sample_128_bf16)(PACKED float* partial, PACKED const bf16* h, PACKED const bf16* w, const uint64_t* samples,
+                                    const uint32_t* positions, int rows, int vocab, int d, float scale, float cap, uint64_t seed,
+                                    uint64_t step, uint32_t purpose, int greedy) {
+    sample<Many>(partial, h, w, rows, vocab, d, scale, cap, Draws{Stream{seed, step, purpose}, samples, positions, greedy != 0});
+}
+
+KERNEL(128, logprob_sample_64_bf16)(PACKED float* partial, PACKED const bf16* h, PACKED const bf16* w, const uint64_t* samples,
+                                    const uint32_t* positions, int rows, int vocab, int d, float scale, float cap, uint64_t seed,
+                                    uint64_t step, uint32_t purpose, int greedy) {
+    sample<Some>(partial, h, w, rows, vocab, d, scale, cap, Draws{Stream{seed, step, purpose}, samples, positions, greedy != 0});
+}
+
+KERNEL(64, logprob_sample_16_bf16)(PACKED float* partial, PACKED const bf16* h, PACKED const bf16* w, const uint64_t* samples,
+                                    const uint32_t* positions, int rows, int vocab, int d, float scale, float cap, uint64_t seed,
+                                    uint64_t step, uint32_t purpose, int greedy) {
+    sample<Few>(partial, h, w, rows, vocab, d, scale, cap, Draws{Stream{seed, step, purpose}, samples, positions, greedy != 0});
+}
+
+KERNEL(128, logprob_gradient_bf16)(PACKED bf16* dz, PACKED const bf16* h, PACKED const bf16* w, const uint32_t* targets,
+                                   const float* lse, const float* dlogp, OPTIONAL const float* entropy,
+                                   OPTIONAL const float* dentropy, int rows, int n, int width, int first, int d, float scale,
+                                   float cap) {
+    gradient(dz, h, w, targets, lse, dlogp, entropy, dentropy, rows, n, width, first, d, Scaling(scale, cap));
+}
+
+KERNEL(128, logprob_hidden_128x128_bf16)(PACKED bf16* dh, PACKED float* sums, PACKED const bf16* dz, PACKED const bf16* w, int rows,
+                                         int n, int width, int d, int first, int last) {
+    hidden<Wide>(dh, sums, dz, w, rows, n, width, d, first, last);
+}
+
+KERNEL(128, logprob_hidden_64x64_bf16)(PACKED bf16* dh, PACKED float* sums, PACKED const bf16* dz, PACKED const bf16* w, int rows,
+                                       int n, int width, int d, int first, int last) {
+    hidden<Mid>(dh, sums, dz, w, rows, n, width, d, first, last);
+}
+
+KERNEL(128, logprob_weight_bf16)(PACKED float* dw, PACKED const bf16* dz, PACKED const bf16* h, int rows, int n, int width, int d) {
+    weight(dw, dz, h, rows, n, width, d);
+}
