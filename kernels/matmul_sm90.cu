@@ -2,7 +2,7 @@
 //   shapes   as in matmul.cu. Tensor maps have a swizzle of 128 bytes; those of operands have boxes of 64 k by a tile's
 //            rows (half of R's), or by columns of 64 by 64; those of results boxes of 64 rows by 64 columns
 //   tiling   a block a multiprocessor, which goes on to further tiles while it sends results; the tile's size is in the
-//            kernel's name. 128x256: two blocks are a cluster that brings the shared operand once
+//            kernel's name. 128x256 and 128x128: two blocks are a cluster that brings the shared operand once
 //   memory   as in matmul.cu; results in bf16 go out by TMA from shared memory, 64 x 64 at a time, under the next tile
 //   numerics as in matmul.cu, with the sums of wgmma: rows do not see their batch in any of these tiles
 //   needs    n and k multiples of 8, all bf16 buffers at 16 bytes, at least one row of the reduced axis
@@ -35,11 +35,11 @@ struct Results {
     bf16* to;
     int width;
 };
-// Columns, in eights, that are put there at once.
+// Eights of columns that are put there at once.
 template <int COLUMNS>
 constexpr int TURN = COLUMNS < 64 ? COLUMNS / 8 : 8;
 
-// Puts TURN eights from row i0 and column j0 on, f(j, h) packed, to rows below m and columns below n.
+// Puts EIGHTS eights from row i0 and column j0 on, f(j, h) packed, to rows below m and columns below n.
 template <class T, int EIGHTS, class F>
 static __device__ __forceinline__ void put(const Results& out, const Ring<T>& ring, int group, int& sent, int i0, int j0, int m, int n, F f) {
     if constexpr (T::SENDS) {

@@ -922,6 +922,39 @@ fn sampled_tokens_do_not_see_their_batch() {
 }
 
 #[test]
+fn bad_input_of_a_draw_is_refused() {
+    let (head, dev) = (Head::new(&Device::cpu(), &[1.0f32; 6], 3), Device::cpu());
+    // Tokens, logp, lse, h, samples, positions, scratch.
+    let good = [2, 2, 2, 4, 2, 2, logprob::sample_scratch_len(2, 3)];
+    let run = |n: [usize; 7], settings| {
+        let (mut tokens, h) = (vec![7; n[0]], vec![1.0; n[3]]);
+        let (mut logp, mut lse, mut scratch) = (vec![0.0; n[1]], vec![0.0; n[2]], vec![0.0; n[6]]);
+        let (samples, positions) = (vec![0; n[4]], vec![0; n[5]]);
+        let (logp, lse) = ((&mut logp).into(), (&mut lse).into());
+        let out = Sampled { tokens: (&mut tokens).into(), logp, lse };
+        let (samples, positions) = ((&samples).into(), (&positions).into());
+        let draws = Draws { stream: Some(STREAM), samples, positions };
+        let (h, scratch) = ((&h).into(), (&mut scratch).into());
+        logprob::sample(&dev, out, h, &head.packed, settings, draws, scratch)
+    };
+    run(good, Settings::default()).unwrap();
+    for (i, name) in ["h", "logp", "lse", "h", "samples", "positions", "scratch"].iter().enumerate()
+    {
+        let mut n = good;
+        n[i] -= 1;
+        let e = refusal(run(n, Settings::default()));
+        assert!(e.starts_with(&format!("logprob::sample: `{name}` has shape [")), "{i}: {e}");
+    }
+    for (temperature, softcap, name) in
+        [(0.0, None, "temperature"), (1.0, Some(-1.0), "soft-cap of logits")]
+    {
+        let e = refusal(run(good, Settings { temperature, softcap }));
+        assert!(e.starts_with(&format!("logprob::sample: {name}: got ")), "{e}");
+        assert!(e.ends_with("wanted a positive number"), "{e}");
+    }
+}
+
+#[test]
 fn a_nan_has_a_token_but_no_log_prob() {
     let (dev, settings) = (Device::cpu(), Settings::at(0.9));
     let (mut h, w): (Vec<f32>, Vec<f32>) = (randn("h", 20), randn("w", 33 * 4));
