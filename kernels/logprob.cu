@@ -1,19 +1,23 @@
 // The LM head and the log-probs of its targets, without logits in memory: x = h Wᵀ, z = cap tanh(x / cap) / temperature
 // (z = x / temperature without a cap), lse = log sum_v e^z_v, logp = z_target - lse, entropy = -sum_v p_v log p_v.
 // sample: the token with the largest z + g (include/choice.cuh), a draw from the softmax of z; its logp, lse.
+// top: the same, and the k <= 32 tokens with the largest z (include/top.cuh); their logp.
 // Backward: dx_v = (dlogp (1{v = target} - p_v) - dentropy p_v (z_v - lse + entropy)) (1 - tanh²) / temperature, dh = dx W, dw += dxᵀ h.
 //   shapes   h [rows, d] and w [vocab, d] bf16; targets [rows]; logp, lse and entropy [rows] f32; partial
 //            [rows, chunks, 4] f32: of a chunk of CHUNK columns the maximum, the sum of e^(z - maximum), the same
 //            weighted by z - maximum, and the target's z, or 0. from_logits: z [rows, vocab] bf16 or f32 for h and w.
 //            sample: samples and positions [rows], a row's address; partial [rows, chunks, 8], with the best of the chunk:
-//            z + g, z, its id
+//            z + g, z, its id. top: lists [rows, chunks, k] of keys, the best of the chunk; tokens and logp [rows, k]
 //            Backward takes a slice of the vocabulary: dz [rows, width] bf16, its columns and zeros up to a multiple
 //            of 8; sums [rows, d] f32, of dh over the slices so far; dh [rows, d] bf16, dw [vocab, d] f32
 //   tiling   a block has some rows and a chunk, whose 8 tiles of 128 columns it computes one after the other; stages of
 //            the next tile are on their way while one is reduced. A warp that has whole rows of a tile reduces them from
 //            registers; of 16 rows the warps share the columns, so the sums go through shared memory. merge: a warp a row.
+//            top: a warp keeps its rows' lists in shared memory; a tile goes there too, for the warp to take a row after the
+//            other, four columns a lane. Then four warps a row merge the lists of its chunks
 //            Backward: tiles as in matmul.cu, one a block; hidden of few tiles in quarters of them
 //   memory   W is read once for 8 tiles of rows that run together, h from L2; 16 bytes a row and chunk are written
+//            (sample: 32; top: 32 + 8 k)
 //            Backward writes and reads dz twice, and the sums once a slice
 //   numerics the order is one for all tiles and any number of rows: of each 128 columns lane c of 4 takes 8 j + 2 c and the
 //            next, j ascending; so all of the chunk, online; then lanes 1, then 2 apart; then each lane of a warp merges
@@ -23,14 +27,18 @@
 //   needs    d a multiple of 8, h and w at 16 bytes; the launcher checks
 #include "include/choice.cuh"
 #include "include/tiles.cuh"
+#include "include/top.cuh"
 
-constexpr int WARPS = 4; // of merge: a row each
+constexpr int WARPS = 4; // of merge and pick: a row each; of top: of a row
 constexpr int GROUPS = 64; // of from_logits: a chunk each at a time
+constexpr int AHEAD = 8; // of top: lists that a warp loads at once
 
 //                          BM   BN  WM   WN  DEPTH STAGES
 using Many = Tile<128, COLUMNS, 32, COLUMNS, 32, 4>;
 using Some = Tile<64, COLUMNS, 16, COLUMNS, 64, 3>;
 using Few = Tile<16, COLUMNS, 16, 64, 64, 4>;
+// Where there are lists beside them.
+using SomeTop = Tile<64, COLUMNS, 16, COLUMNS, 32, 4>;
 // Of the gradients, as in matmul.cu.
 using Wide = Tile<128, 128, 64, 64, 32, 4>;
 using Mid = Tile<64, 64, 32, 32, 32, 4>;
@@ -73,30 +81,37 @@ static __device__ __forceinline__ void each_tile(const Operand& l, const bf16* w
     ptx::copy_wait<0>();
 }
 
-// What a block does: the rows of a tile and a chunk of the vocabulary, columns [first, end).
-template <class T>
+// What a block does: the rows of a tile and a chunk of the vocabulary, columns [first, end); with a TOP, lists of the rows.
+template <class T, bool TOP = false>
 struct Part {
     // Whether warps share columns.
     static constexpr bool SHARE = T::WN < COLUMNS;
     // Rows of a lane: two of each fragment, or one where warps share columns.
     static constexpr int ROWS = SHARE ? 1 : T::WM / 8;
     static_assert(!SHARE || T::THREADS == T::BM * 4, "four lanes a row");
+    using Lists = Top<8 * ROWS>;
+    static constexpr int LISTS = T::THREADS / 32 * Lists::BYTES;
+    static_assert(!TOP || T::OPERANDS + (SHARE ? T::SUMS : 0) + LISTS <= 99 * 1024, "what a block has of sm_86");
 
     bf16* room;
     float* exchange;
+    char* lists;
     int chunks, chunk, first, end, top;
 
     __device__ __forceinline__ Part(int rows, int vocab) {
         Shared shared;
         room = shared.take<bf16>(T::OPERANDS / 2, 128);
         exchange = SHARE ? shared.take<float>(T::BM * T::BN) : nullptr;
+        lists = TOP ? shared.take<char>(LISTS) : nullptr;
         chunks = (vocab + CHUNK - 1) / CHUNK;
         const Place at = place(blockIdx.x, (rows + T::BM - 1) / T::BM, chunks);
         chunk = at.across, first = chunk * CHUNK, end = first + CHUNK < vocab ? first + CHUNK : vocab, top = at.down * T::BM;
     }
+    // Of the warp's.
+    __device__ __forceinline__ int first_row() const { return top + (SHARE ? int(threadIdx.x) / 32 * 8 : T::row()); }
     // Of number r of the lane's.
     __device__ __forceinline__ int row(int r) const {
-        return top + (SHARE ? int(threadIdx.x) / 4 : T::row() + 8 * r + ptx::lane() / 4);
+        return first_row() + 8 * r + ptx::lane() / 4;
     }
     // Gives f each tile's share of a lane: f(number of its row, first column of the tile, sums).
     template <class F>
@@ -145,20 +160,23 @@ static __device__ void forward(float* partial, const bf16* h, const bf16* w, con
     }
 }
 
-template <class T>
+// With a TOP also the lists of the k best.
+template <class T, bool TOP = false>
 static __device__ void sample(float* partial, const bf16* h, const bf16* w, int rows, int vocab, int d, float scale, float cap,
-                              const Draws& draws) {
-    using P = Part<T>;
+                              const Draws& draws, uint64_t* lists = nullptr, int k = 0) {
+    using P = Part<T, TOP>;
     const P part(rows, vocab);
     const Scaling by(scale, cap);
     State states[P::ROWS];
     Choice best[P::ROWS];
+    const typename P::Lists top(part.lists, threadIdx.x / 32, k);
     part.each(h, w, rows, d, [&](int r, int v, float (&x)[Lane::COUNT]) {
         reduce(states[r], x, part.end - v, ~0u, by);
         const int row = part.row(r);
-        if (row >= rows) return;
-        choose(best[r], x, v, part.end, by.scale, draws, row);
+        if (row < rows) choose(best[r], x, v, part.end, by.scale, draws, row);
+        if constexpr (TOP) top.add(x, 8 * r, rows - part.first_row() - 8 * r, v, part.end, by.scale);
     });
+    if constexpr (TOP) top.store(lists, part.first_row(), rows, part.chunk, part.chunks);
 #pragma unroll
     for (int r = 0; r < P::ROWS; ++r) {
         for (int lanes = 1; lanes < 4; lanes *= 2) {
@@ -209,6 +227,31 @@ KERNEL(128, logprob_pick)(uint32_t* tokens, float* logp, float* lse, PACKED cons
     if (ptx::lane() != 0) return;
     const float all = s.top + logf(s.sum);
     tokens[row] = best.token, lse[row] = all, logp[row] = best.z - all;
+}
+
+// After pick. A block a row.
+KERNEL(128, logprob_top)(uint32_t* tokens, float* logp, const float* lse, const uint64_t* lists, int vocab, int k) {
+    const int chunks = (vocab + CHUNK - 1) / CHUNK, warp = threadIdx.x / 32, lane = ptx::lane();
+    const int64_t row = blockIdx.x;
+    Shared shared;
+    uint64_t* all = shared.take<uint64_t>(WARPS * MOST);
+    uint64_t best = 0;
+    for (int c0 = warp; c0 < chunks; c0 += WARPS * AHEAD) {
+        uint64_t next[AHEAD];
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) {
+            const int c = c0 + WARPS * i;
+            next[i] = lane < k && c < chunks ? lists[(row * chunks + c) * k + lane] : 0;
+        }
+#pragma unroll
+        for (int i = 0; i < AHEAD; ++i) insert(best, next[i], k);
+    }
+    all[threadIdx.x] = best;
+    __syncthreads();
+    if (warp != 0) return;
+    for (int w = 1; w < WARPS; ++w) insert(best, all[w * MOST + lane], k);
+    if (lane >= k) return;
+    tokens[row * k + lane] = token_of(best), logp[row * k + lane] = z_of(best) - lse[row];
 }
 
 // A block a row, four lanes a chunk.
@@ -353,6 +396,20 @@ KERNEL(64, logprob_sample_16_bf16)(PACKED float* partial, PACKED const bf16* h, 
                                     const uint32_t* positions, int rows, int vocab, int d, float scale, float cap, uint64_t seed,
                                     uint64_t step, uint32_t purpose, int greedy) {
     sample<Few>(partial, h, w, rows, vocab, d, scale, cap, Draws{Stream{seed, step, purpose}, samples, positions, greedy != 0});
+}
+
+KERNEL(128, logprob_top_64_bf16)(PACKED float* partial, uint64_t* lists, PACKED const bf16* h, PACKED const bf16* w,
+                                 const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d, float scale,
+                                 float cap, uint64_t seed, uint64_t step, uint32_t purpose, int greedy, int k) {
+    const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0};
+    sample<SomeTop, true>(partial, h, w, rows, vocab, d, scale, cap, draws, lists, k);
+}
+
+KERNEL(64, logprob_top_16_bf16)(PACKED float* partial, uint64_t* lists, PACKED const bf16* h, PACKED const bf16* w,
+                                const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d, float scale,
+                                float cap, uint64_t seed, uint64_t step, uint32_t purpose, int greedy, int k) {
+    const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0};
+    sample<Few, true>(partial, h, w, rows, vocab, d, scale, cap, draws, lists, k);
 }
 
 KERNEL(128, logprob_gradient_bf16)(PACKED bf16* dz, PACKED const bf16* h, PACKED const bf16* w, const uint32_t* targets,

@@ -1,27 +1,40 @@
 // The LM head and the log-probs of its targets on Hopper: that of logprob.cu by wgmma and TMA (include/tiles_sm90.cuh).
-//   shapes   as in logprob.cu, with the same partials, which its merge takes. Tensor maps have a swizzle of 128 bytes; those
-//            of operands have boxes of 64 of the reduced axis by a tile's rows (half of w's), w of hidden and results 64 by 64
+//   shapes   as in logprob.cu, with the same partials and lists, which its merge, pick and top take. Tensor maps have a
+//            swizzle of 128 bytes; those of operands have boxes of 64 of the reduced axis by a tile's rows (half of w's), w of
+//            hidden and results 64 by 64
 //   tiling   a block goes from chunk to chunk of the vocabulary; for one it has rows, whose tiles it computes one after the
 //            other while the next one's operands come. 128x256: two warpgroups, and two blocks are a cluster that brings w
-//            once. 128x128 and 64x128: where there are no more rows than that. Backward: tiles as in matmul_sm90.cu, whose
-//            backward_weight makes dw
+//            once. 128x128 and 64x128: where there are no more rows than that, and for top, which needs shared memory for lists.
+//            Backward: tiles as in matmul_sm90.cu, whose backward_weight makes dw
 //   memory   as in logprob.cu; dz and dh go out by TMA from shared memory, 64 x 64 at a time, under the next tile
 //   numerics as in logprob.cu, with the sums of wgmma: the same bits in all tiles
 //   needs    d a multiple of 8, h and w at 16 bytes, at least one row
 #include "include/choice.cuh"
 #include "include/tiles_sm90.cuh"
+#include "include/top.cuh"
 
 //                 BN  CONSUMERS STAGES CLUSTER SENDS
 using Many = Tile<256, 2, 4, 2, false>;
 using Mid = Tile<128, 2, 6, 1, false>;
 using Few = Tile<128, 1, 8, 1, false>;
+// With lists of the 16 rows of a warp.
+using Lists = Top<16>;
+template <int CONSUMERS, int STAGES>
+struct WithTop : Tile<128, CONSUMERS, STAGES, 1, false> {
+    using T = Tile<128, CONSUMERS, STAGES, 1, false>;
+    static constexpr int ROOM = 4 * CONSUMERS * Lists::BYTES;
+    static_assert(STAGES * T::SLOT + (STAGES + 1) * 16 + ROOM <= 227 * 1024, "what a block has");
+};
+using MidTop = WithTop<2, 5>;
+using FewTop = WithTop<1, 8>;
 // Of the gradients, as in matmul_sm90.cu.
 using Wide = Tile<256, 2, 4, 2>;
 using Half = Tile<128, 2, 6, 2>;
 
-template <class T>
+// With a TOP also the lists of the k best.
+template <class T, bool TOP = false>
 static __device__ void sample(float* partial, const ptx::TensorMap* h, const ptx::TensorMap* w, int rows, int vocab, int d, float scale,
-                              float cap, const Draws& draws) {
+                              float cap, const Draws& draws, uint64_t* lists = nullptr, int k = 0) {
     const int down = (rows + T::BM - 1) / T::BM, chunks = (vocab + CHUNK - 1) / CHUNK;
     const Scaling by(scale, cap);
     State states[2];
@@ -31,6 +44,8 @@ static __device__ void sample(float* partial, const ptx::TensorMap* h, const ptx
         if (j0 % CHUNK == 0) {
             for (int i = 0; i < 2; ++i) states[i] = State(), best[i] = Choice();
         }
+        const int warp = threadIdx.x / 32 - 4, first = i0 + threadIdx.x % 128 / 32 * 16;
+        const Lists top(ring.out, warp, k);
         float sums[T::BN / 2], none[4];
         multiply<T, false, false>(sums, none, ring, turn, d, group);
 #pragma unroll
@@ -44,9 +59,11 @@ static __device__ void sample(float* partial, const ptx::TensorMap* h, const ptx
                 reduce(states[i], x, vocab - j0 - v, ~0u, by);
                 const int row = i0 + own_row() + 8 * i;
                 if (row < rows) choose(best[i], x, j0 + v, vocab, by.scale, draws, row);
+                if constexpr (TOP) top.add(x, 8 * i, rows - first - 8 * i, j0 + v, vocab, by.scale);
             }
         }
         if (j0 % CHUNK != CHUNK - T::BN) return;
+        if constexpr (TOP) top.store(lists, first, rows, j0 / CHUNK, chunks);
         for (int i = 0; i < 2; ++i) {
             const int row = i0 + own_row() + 8 * i;
             for (int lanes = 1; lanes < 4; lanes *= 2) {
@@ -74,6 +91,22 @@ KERNEL(256, logprob_sm90_sample_64x128_bf16)(PACKED float* partial, TENSOR_MAP h
                                            const uint32_t* positions, int rows, int vocab, int d, float scale, float cap,
                                            uint64_t seed, uint64_t step, uint32_t purpose, int greedy) {
     sample<Few>(partial, &h, &w, rows, vocab, d, scale, cap, Draws{Stream{seed, step, purpose}, samples, positions, greedy != 0});
+}
+
+KERNEL(384, logprob_sm90_top_128x128_bf16, 1)(PACKED float* partial, uint64_t* lists, TENSOR_MAP h, TENSOR_MAP w,
+                                              const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d,
+                                              float scale, float cap, uint64_t seed, uint64_t step, uint32_t purpose, int greedy,
+                                              int k) {
+    const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0};
+    sample<MidTop, true>(partial, &h, &w, rows, vocab, d, scale, cap, draws, lists, k);
+}
+
+KERNEL(256, logprob_sm90_top_64x128_bf16)(PACKED float* partial, uint64_t* lists, TENSOR_MAP h, TENSOR_MAP w,
+                                          const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d,
+                                          float scale, float cap, uint64_t seed, uint64_t step, uint32_t purpose, int greedy,
+                                          int k) {
+    const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0};
+    sample<FewTop, true>(partial, &h, &w, rows, vocab, d, scale, cap, draws, lists, k);
 }
 
 template <class T>

@@ -1,13 +1,14 @@
-//! Log-probs of chosen tokens through the LM heads of Qwen2.5, and their gradients.
+//! Log-probs of chosen tokens through the LM heads of Qwen2.5, and their gradients; the draw of the next token, and the
+//! likeliest ones.
 
 use half::bf16;
 use warpo::{
     device::Buffer,
     ops::{
-        logprob::{self, Forward, Settings},
+        logprob::{self, Draws, Forward, Sampled, Settings, Top},
         matmul::Packed,
     },
-    rng::{Philox, Purpose},
+    rng::{Philox, Purpose, Stream},
 };
 
 use super::Bench;
@@ -17,6 +18,8 @@ const MODELS: [(&str, usize, usize); 3] =
     [("0.5b", 896, 151_936), ("1.5b", 1536, 151_936), ("7b", 3584, 152_064)];
 const TOKENS: [usize; 4] = [2048, 4096, 8192, 16_384];
 const DECODED: [usize; 3] = [1, 16, 64];
+/// Of the likeliest tokens, 0 for none.
+const TOPS: [(&str, usize); 3] = [("sample", 0), ("top5", 5), ("top32", 32)];
 
 pub fn heads(b: &mut Bench) {
     let models = if b.tiny { &[("tiny", 64, 200)][..] } else { &MODELS };
@@ -24,8 +27,10 @@ pub fn heads(b: &mut Bench) {
     for &(model, hidden, vocab) in models {
         let wanted =
             |direction: &str, n: &usize| b.wanted(&format!("logprob/{direction}/{model}/{n}"));
-        let any =
-            tokens.iter().chain(decoded).any(|n| wanted("forward", n) || wanted("backward", n));
+        let any = tokens.iter().chain(decoded).any(|n| {
+            let of_all = wanted("forward", n) || wanted("backward", n);
+            of_all || TOPS.iter().any(|(name, _)| wanted(name, n))
+        });
         if any {
             head(b, model, [hidden, vocab], tokens, decoded);
         }
@@ -61,6 +66,9 @@ fn head(
             let (h, t) = (h.view(), targets.view());
             logprob::forward(dev, logp, lse, None, h, &packed, t, settings, room).unwrap();
         });
+        if decoded.contains(&n) {
+            draws(b, model, n, &h, &packed);
+        }
         if decoded.contains(&n) && !b.tiny {
             continue;
         }
@@ -74,6 +82,32 @@ fn head(
             let forward =
                 Forward { h, packed: &packed, w, targets: t, lse, entropy: None, settings };
             logprob::backward(dev, dh, Some(dw), dlogp.view(), None, forward, room).unwrap();
+        });
+    }
+}
+
+/// The next token of `n` rows, alone and beside the likeliest ones.
+fn draws(b: &mut Bench, model: &str, n: usize, h: &Buffer<'_, bf16>, packed: &Packed<bf16>) {
+    let (vocab, hidden) = (packed.n(), packed.k());
+    let (flops, bytes) = (2.0 * (n * vocab * hidden) as f64, 2 * (n + vocab) * hidden);
+    let samples = Buffer::of(&b.dev, "samples", &(0..n as u64).collect::<Vec<_>>()).unwrap();
+    let positions = Buffer::of(&b.dev, "positions", &vec![7u32; n]).unwrap();
+    let [mut logp, mut lse] = [2, 3].map(|i| b.input::<f32>(i, n));
+    let mut tokens = Buffer::<u32>::zeros(&b.dev, "tokens", n).unwrap();
+    let stream = Some(Stream { seed: 1, step: 0, purpose: Purpose::Sample });
+    for (name, k) in TOPS {
+        let mut ids = Buffer::<u32>::zeros(&b.dev, "top", n * k).unwrap();
+        let mut best = b.input::<f32>(4, n * k);
+        let mut scratch = b.input::<f32>(5, logprob::sample_scratch_len(n, vocab, k));
+        b.compute(&format!("logprob/{name}/{model}/{n}"), flops, bytes, |dev, _| {
+            let (tokens, logp) = (tokens.view_mut(), logp.view_mut());
+            let top = Top { k, tokens: ids.view_mut(), logp: best.view_mut() };
+            let top = Some(top).filter(|top| top.k > 0);
+            let out = Sampled { tokens, logp, lse: lse.view_mut(), top };
+            let (samples, positions) = (samples.view(), positions.view());
+            let draws = Draws { stream, samples, positions };
+            let (h, room) = (h.view(), scratch.view_mut());
+            logprob::sample(dev, out, h, packed, Settings::default(), draws, room).unwrap();
         });
     }
 }

@@ -112,6 +112,15 @@ __device__ __forceinline__ void barrier(int id, int threads PTX_AND_AT) {
 
 // -- numbers -----------------------------------------------------------------------------------------
 
+// The number of the lowest bit that is 1; one is.
+__device__ __forceinline__ int lowest(unsigned bits) {
+#ifdef WARPO_SIM
+    return __builtin_ctz(bits);
+#else
+    return __ffs(int(bits)) - 1;
+#endif
+}
+
 // High half of a 32 x 32 bit product.
 __device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) {
 #ifdef WARPO_SIM

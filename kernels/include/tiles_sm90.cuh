@@ -17,6 +17,7 @@ struct Tile {
     // Bytes of a warpgroup's 64 rows of 64 results in bf16; two are under way.
     static constexpr int OUT = 64 * 64 * 2;
     static constexpr bool SENDS = SENDS_;
+    // Bytes of shared memory beside the slots: for these results, or what a tile that is made of this one says.
     static constexpr int ROOM = SENDS ? 2 * CONSUMERS * OUT : 0;
 };
 
@@ -30,7 +31,7 @@ struct Ring {
     __device__ __forceinline__ Ring() {
         Shared shared;
         slots = shared.take<char>(T::STAGES * T::SLOT, 1024);
-        out = T::SENDS ? shared.take<char>(T::ROOM, 1024) : nullptr;
+        out = T::ROOM > 0 ? shared.take<char>(T::ROOM, 1024) : nullptr;
         full = shared.take<uint64_t>(T::STAGES);
         empty = shared.take<uint64_t>(T::STAGES);
         if (threadIdx.x == 0) {

@@ -11,7 +11,7 @@
 mod hopper;
 mod sample;
 
-pub use sample::{Draws, Sampled, sample, sample_scratch_len};
+pub use sample::{Draws, Sampled, Top, sample, sample_scratch_len};
 
 use std::ops::Range;
 

@@ -200,13 +200,14 @@ fn the_readme_has_the_table_of_kernels() {
 }
 
 /// Kernels that load no 16 bytes at once, and why.
-const NARROW: [(&str, &str); 9] = [
+const NARROW: [(&str, &str); 10] = [
     ("embedding_sort", "ids, a lane a row"),
     ("gae_forward", "sequences begin at any token, a lane a token"),
     ("grad_norm_sum", "a sum of at most 256 numbers, in order"),
     ("layer_norm_add_partials", "a column a lane, 128 bytes a warp"),
     ("logprob_from_logits_bf16", "rows begin anywhere, four lanes a chunk"),
     ("logprob_from_logits_f32", "rows begin anywhere, four lanes a chunk"),
+    ("logprob_top", "keys of a list, a lane each"),
     ("rms_norm_add_partials", "a column a lane, 128 bytes a warp"),
     ("sums_total", "a sum of at most 256 rows"),
     ("whiten_moments", "a sum of at most 256 rows"),
@@ -214,11 +215,12 @@ const NARROW: [(&str, &str); 9] = [
 
 /// Files of matrix products, and their kernels that multiply nothing.
 const PRODUCTS: [&str; 2] = ["matmul", "logprob"];
-const NO_PRODUCT: [(&str, &str); 4] = [
+const NO_PRODUCT: [(&str, &str); 5] = [
     ("logprob_from_logits_bf16", "logits that were multiplied before"),
     ("logprob_from_logits_f32", "logits that were multiplied before"),
     ("logprob_merge", "partial sums, a warp a row"),
     ("logprob_pick", "the best of each chunk, a row a warp"),
+    ("logprob_top", "the lists of each chunk, a row a block"),
 ];
 
 /// What the machine code of a kernel has, for every architecture that it is compiled for: loads of 16 bytes, or

@@ -1,6 +1,6 @@
 //! The LM head on Hopper: its tiles and the tensor maps of its operands.
 
-use super::{CHUNK, Draws, Forward, Part, Slopes};
+use super::{CHUNK, Draws, Forward, Part, Slopes, sample::Lists};
 use crate::{
     device::{
         Cuda, Element, View, ViewMut,
@@ -37,17 +37,26 @@ impl Tile {
         }
     }
 
-    /// For all rows and chunks; and its rows and columns.
-    fn launch(self, cuda: &Cuda, rows: usize, vocab: usize) -> Result<(Launch, [usize; 2])> {
+    /// For all rows and chunks, with lists of a sampler's top if `top`; and its rows and columns.
+    fn launch(
+        self,
+        cuda: &Cuda,
+        rows: usize,
+        vocab: usize,
+        top: bool,
+    ) -> Result<(Launch, [usize; 2])> {
         let (high, wide, stages, cluster) = match self {
             Self::Many => (128, 256, 4, 2),
+            Self::Mid if top => (128, 128, 5, 1),
             Self::Mid => (128, 128, 6, 1),
             Self::Few => (64, 128, 8, 1),
         };
         let groups = rows.div_ceil(high * cluster).saturating_mul(vocab.div_ceil(CHUNK));
         let most = (cuda.processors() as usize / cluster).max(1);
-        // Stages with two barriers each.
-        let shared = stages * ((high + wide) * DEPTH * 2 + 16);
+        // Stages with two barriers each, which begin on multiples of 16 bytes; lists of 16 rows a warp.
+        let barriers = usize::next_multiple_of(stages, 2) * 16;
+        let lists = if top { high / 16 * Lists::room(16) } else { 0 };
+        let shared = stages * (high + wide) * DEPTH * 2 + barriers + lists;
         Ok((Launch::row(groups.min(most) * cluster, shared)?, [high, wide]))
     }
 }
@@ -109,18 +118,18 @@ pub(super) fn forward<T: Element>(
         Tile::Mid => kernel::forward_128x128::<T>,
         Tile::Few => kernel::forward_64x128::<T>,
     };
-    let (launch, [high, wide]) = tile.launch(cuda, rows, vocab)?;
+    let (launch, [high, wide]) = tile.launch(cuda, rows, vocab, false)?;
     let h = operand(cuda, h, (rows, d, d), high)?;
     let w = operand(cuda, w, (vocab, d, d), wide / 2)?;
     run(cuda, launch, partial, h, w, targets, rows, vocab, d, scale, cap)
 }
 
-/// Writes the partials of all rows and chunks, with the best token of each.
+/// Writes the partials of all rows and chunks, with the best token of each, and the lists.
 #[allow(clippy::too_many_arguments)]
 pub(super) fn sample<T: Element>(
     cuda: &Cuda,
-    tile: Tile,
     partial: ViewMut<'_, T::Acc>,
+    lists: Option<Lists<'_>>,
     h: View<'_, T>,
     w: View<'_, T>,
     draws: Draws<'_>,
@@ -129,14 +138,26 @@ pub(super) fn sample<T: Element>(
 ) -> Result<()> {
     let Draws { samples, positions, .. } = draws;
     let (rows, (seed, step, purpose, greedy)) = (samples.len(), draws.words());
+    // The widest tile leaves no room for lists.
+    let tile = Tile::of(if lists.is_some() { rows.min(128) } else { rows });
+    let (launch, [high, wide]) = tile.launch(cuda, rows, vocab, lists.is_some())?;
+    let h = operand(cuda, h, (rows, d, d), high)?;
+    let w = operand(cuda, w, (vocab, d, d), wide / 2)?;
+    if let Some(Lists { keys, k }) = lists {
+        let run = match tile {
+            Tile::Few => kernel::top_64x128::<T>,
+            _ => kernel::top_128x128::<T>,
+        };
+        return run(
+            cuda, launch, partial, keys, h, w, samples, positions, rows, vocab, d, scale, cap,
+            seed, step, purpose, greedy, k,
+        );
+    }
     let run = match tile {
         Tile::Many => kernel::sample_128x256::<T>,
         Tile::Mid => kernel::sample_128x128::<T>,
         Tile::Few => kernel::sample_64x128::<T>,
     };
-    let (launch, [high, wide]) = tile.launch(cuda, rows, vocab)?;
-    let h = operand(cuda, h, (rows, d, d), high)?;
-    let w = operand(cuda, w, (vocab, d, d), wide / 2)?;
     run(
         cuda, launch, partial, h, w, samples, positions, rows, vocab, d, scale, cap, seed, step,
         purpose, greedy,

@@ -1,5 +1,7 @@
 //! Drawing tokens where their logits are made: no row of logits is held.
 
+use std::ops::Range;
+
 use super::{CHUNK, Online, PARTIAL, Settings, TILE, WAVE, bend, hopper, width};
 use crate::{
     device::{
@@ -7,7 +9,7 @@ use crate::{
         cpu::gemm::{self, Lhs, Rhs},
         cuda::{Launch, kernels::logprob as kernel},
     },
-    error::Result,
+    error::{Error, Result},
     ops::matmul::Packed,
     rng::{Philox, Stream, philox4x32},
     shape,
@@ -22,6 +24,31 @@ pub struct Sampled<'a, F> {
     pub logp: ViewMut<'a, F>,
     /// As [`super::forward`] writes it.
     pub lse: ViewMut<'a, F>,
+    /// The likeliest tokens, drawn or not.
+    pub top: Option<Top<'a, F>>,
+}
+
+/// The `k` tokens of each row with the largest `z`, without noise: of larger `z` first, of equals the lower id. A NaN is
+/// less than all.
+#[derive(Debug)]
+pub struct Top<'a, F> {
+    /// From 1 to 32, and no more than the vocabulary has.
+    pub k: usize,
+    /// The tokens, `[rows, k]`.
+    pub tokens: ViewMut<'a, u32>,
+    /// Their log-probs `z - lse`, `[rows, k]`.
+    pub logp: ViewMut<'a, F>,
+}
+
+impl<F> Top<'_, F> {
+    fn range(&mut self, rows: Range<usize>) -> Top<'_, F> {
+        let all = rows.start * self.k..rows.end * self.k;
+        Top {
+            k: self.k,
+            tokens: self.tokens.reborrow().range(all.clone()),
+            logp: self.logp.reborrow().range(all),
+        }
+    }
 }
 
 /// Where the random numbers are: row r has those of `samples[r]` at `positions[r]`.
@@ -42,10 +69,19 @@ impl Draws<'_> {
     }
 }
 
-/// Elements of scratch that [`sample`] needs.
+/// The most tokens of a [`Top`]: a warp's lanes.
+const MOST: usize = 32;
+
+/// Rows that [`sample`] takes at a time; of a top `k`, 0 without, fewer.
+fn wave(k: usize) -> usize {
+    if k == 0 { WAVE } else { WAVE / 4 }
+}
+
+/// Elements of scratch that [`sample`] needs with a [`Top`] of `k`, 0 without: on the CPU a chunk of logits a row, on a
+/// CUDA device `8 + 2 k` numbers a row and chunk. At most 176 MB for a vocabulary of 152 k.
 #[must_use]
-pub fn sample_scratch_len(rows: usize, vocab: usize) -> usize {
-    rows.min(WAVE) * width(vocab).max(2 * PARTIAL * vocab.div_ceil(CHUNK))
+pub fn sample_scratch_len(rows: usize, vocab: usize, k: usize) -> usize {
+    rows.min(wave(k)) * width(vocab).max(2 * (PARTIAL + k) * vocab.div_ceil(CHUNK))
 }
 
 /// Draws a token for each row of hidden states `h` `[rows, d]` from the distribution that [`super::forward`]
@@ -54,8 +90,11 @@ pub fn sample_scratch_len(rows: usize, vocab: usize) -> usize {
 /// The token is the one with the largest `z_v + g_v`, `g = -log(-log u)`, of equals the lowest id (Gumbel 1954); `u` in
 /// (0, 1) is a function of the row's address and the token's id. A row with a NaN has a NaN for a log-prob.
 ///
+/// The [`Top`] is kept as logits come along (Milakov and Gimelshein 2018, algorithm 4), and its log-probs are those of
+/// [`super::forward`] too.
+///
 /// # Errors
-/// As [`super::forward`].
+/// As [`super::forward`], and [`Error::Value`] for a `k` that is not from 1 to 32 or more than the vocabulary.
 pub fn sample<T: Element>(
     dev: &Device,
     mut out: Sampled<'_, T::Acc>,
@@ -73,14 +112,24 @@ pub fn sample<T: Element>(
     shape::check(OP, "samples", &[rows], draws.samples.len())?;
     shape::check(OP, "positions", &[rows], draws.positions.len())?;
     settings.validate(OP)?;
-    let mut scratch = scratch.scratch(OP, sample_scratch_len(rows, vocab))?;
-    for first in (0..rows).step_by(WAVE) {
-        let wave = first..rows.min(first + WAVE);
+    if let Some(Top { k, tokens, logp }) = &out.top {
+        if !(1..=MOST.min(vocab)).contains(k) {
+            let wanted = format!("1 to {}", MOST.min(vocab));
+            return Err(Error::value(format!("{OP}: top k"), wanted, k));
+        }
+        shape::check(OP, "top tokens", &[rows, *k], tokens.len())?;
+        shape::check(OP, "top logp", &[rows, *k], logp.len())?;
+    }
+    let k = out.top.as_ref().map_or(0, |top| top.k);
+    let mut scratch = scratch.scratch(OP, sample_scratch_len(rows, vocab, k))?;
+    for first in (0..rows).step_by(wave(k)) {
+        let wave = first..rows.min(first + wave(k));
         let h = h.range(wave.start * d..wave.end * d);
         let out = Sampled {
             tokens: out.tokens.reborrow().range(wave.clone()),
             logp: out.logp.reborrow().range(wave.clone()),
             lse: out.lse.reborrow().range(wave.clone()),
+            top: out.top.as_mut().map(|top| top.range(wave.clone())),
         };
         let draws = Draws {
             samples: draws.samples.range(wave.clone()),
@@ -113,9 +162,12 @@ fn on_cpu<F: Float>(
     let (rows, width, scale) = (out.tokens.len(), width(vocab), settings.scale());
     let (samples, positions) = (draws.samples.host(), draws.positions.host());
     let scratch = &mut scratch.host()[..rows * width];
-    let Sampled { tokens, logp, lse } = out;
+    let Sampled { tokens, logp, lse, top } = out;
+    let k = top.as_ref().map_or(0, |top| top.k);
+    let top = top.map(|top| ((top.tokens.host(), k), (top.logp.host(), k)));
     let out = ((tokens.host(), 1), (logp.host(), 1), (lse.host(), 1));
-    cpu.rows(rows, 12, (out, (scratch, width)), |range, ((tokens, logp, lse), z)| {
+    cpu.rows(rows, 12, (out, top, (scratch, width)), |range, (out, mut top, z)| {
+        let (tokens, logp, lse) = out;
         for t0 in (0..range.len()).step_by(TILE) {
             let (m, first) = (TILE.min(range.len() - t0), range.start + t0);
             let mut state = [Online::EMPTY; TILE];
@@ -133,12 +185,19 @@ fn on_cpu<F: Float>(
                     let at = |s: Stream| s.sample(samples[first + r]);
                     let noise = draws.stream.map(|s| Noise::at(&at(s), positions[first + r]));
                     best[r].visit(z, scale, v0 as u32, noise.as_ref());
+                    if let Some((tokens, best)) = &mut top {
+                        let own = (t0 + r) * k..(t0 + r + 1) * k;
+                        insert(&mut tokens[own.clone()], &mut best[own], z, scale, v0 as u32);
+                    }
                 }
             }
             for r in 0..m {
                 tokens[t0 + r] = best[r].token;
                 lse[t0 + r] = state[r].lse();
                 logp[t0 + r] = best[r].z - lse[t0 + r];
+                if let Some((_, z)) = &mut top {
+                    z[(t0 + r) * k..][..k].iter_mut().for_each(|z| *z -= lse[t0 + r]);
+                }
             }
         }
     });
@@ -153,24 +212,49 @@ fn on_cuda<T: Element>(
     draws: Draws<'_>,
     scratch: ViewMut<'_, T::Acc>,
 ) -> Result<()> {
-    let (rows, vocab, d) = (out.tokens.len(), w.n(), w.k());
-    let mut partial = scratch.range(0..rows * vocab.div_ceil(CHUNK) * 2 * PARTIAL);
+    let Sampled { tokens, logp, mut lse, top } = out;
+    let (rows, vocab, d) = (tokens.len(), w.n(), w.k());
+    let parts = rows * vocab.div_ceil(CHUNK);
+    let (mut partial, lists) = scratch.split_at(parts * 2 * PARTIAL);
+    let mut lists =
+        top.as_ref().map(|top| Lists { keys: lists.range(0..parts * 2 * top.k).cast(), k: top.k });
     let (to, weights) = (partial.reborrow(), w.view());
-    let (scale, cap) = (settings.scale(), settings.cap());
+    let (keys, scaling) = (lists.as_mut().map(Lists::reborrow), (settings.scale(), settings.cap()));
     if cuda.hopper() {
-        let tile = hopper::Tile::of(rows);
-        hopper::sample(cuda, tile, to, h, weights, draws, (vocab, d), (scale, cap))?;
+        hopper::sample(cuda, to, keys, h, weights, draws, (vocab, d), scaling)?;
     } else {
-        ampere(cuda, to, h, weights, draws, (vocab, d), (scale, cap))?;
+        ampere(cuda, to, keys, h, weights, draws, (vocab, d), scaling)?;
     }
     let launch = Launch::row(rows.div_ceil(kernel::WARPS), 0)?;
-    kernel::pick(cuda, launch, out.tokens, out.logp, out.lse, partial.view(), rows, vocab)
+    kernel::pick(cuda, launch, tokens, logp, lse.reborrow(), partial.view(), rows, vocab)?;
+    let Some((top, lists)) = top.zip(lists) else { return Ok(()) };
+    let launch = Launch::row(rows, kernel::WARPS * MOST * size_of::<u64>())?;
+    kernel::top(cuda, launch, top.tokens, top.logp, lse.view(), lists.keys.view(), vocab, top.k)
 }
 
-/// Writes the partials of all rows and chunks.
+/// The `k` best of each row and chunk.
+pub(super) struct Lists<'a> {
+    pub(super) keys: ViewMut<'a, u64>,
+    pub(super) k: usize,
+}
+
+impl Lists<'_> {
+    /// Bytes of shared memory in which a warp has those of so many rows, and eight rows of a tile.
+    pub(super) const fn room(rows: usize) -> usize {
+        8 * (128 + 8) * 4 + rows * MOST * size_of::<u64>()
+    }
+
+    fn reborrow(&mut self) -> Lists<'_> {
+        Lists { keys: self.keys.reborrow(), k: self.k }
+    }
+}
+
+/// Writes the partials of all rows and chunks, and the lists.
+#[allow(clippy::too_many_arguments)]
 fn ampere<T: Element>(
     cuda: &Cuda,
     partial: ViewMut<'_, T::Acc>,
+    lists: Option<Lists<'_>>,
     h: View<'_, T>,
     w: View<'_, T>,
     draws: Draws<'_>,
@@ -179,17 +263,70 @@ fn ampere<T: Element>(
 ) -> Result<()> {
     let Draws { samples, positions, .. } = draws;
     let (rows, (seed, step, purpose, greedy)) = (samples.len(), draws.words());
+    let parts = |tile| rows.div_ceil(tile) * vocab.div_ceil(CHUNK);
+    if let Some(Lists { keys, k }) = lists {
+        let (run, tile, shared): (Tops<T>, _, _) = match super::tile(rows) {
+            (16, shared) => (kernel::top_16, 16, shared + 2 * Lists::room(8)),
+            _ => (kernel::top_64, 64, 4 * 32 * (64 + 128) * 2 + 4 * Lists::room(16)),
+        };
+        let launch = Launch::row(parts(tile), shared)?;
+        return run(
+            cuda, launch, partial, keys, h, w, samples, positions, rows, vocab, d, scale, cap,
+            seed, step, purpose, greedy, k,
+        );
+    }
     let (tile, shared) = super::tile(rows);
     let run = match tile {
         16 => kernel::sample_16,
         64 => kernel::sample_64,
         _ => kernel::sample_128,
     };
-    let launch = Launch::row(rows.div_ceil(tile) * vocab.div_ceil(CHUNK), shared)?;
+    let launch = Launch::row(parts(tile), shared)?;
     run(
         cuda, launch, partial, h, w, samples, positions, rows, vocab, d, scale, cap, seed, step,
         purpose, greedy,
     )
+}
+
+/// Partials and lists, hidden states, the head; samples and positions; rows, vocabulary, d; scale and cap; seed, step,
+/// purpose, and whether there are none; k.
+type Tops<T> = fn(
+    &Cuda,
+    Launch,
+    ViewMut<'_, <T as Element>::Acc>,
+    ViewMut<'_, u64>,
+    View<'_, T>,
+    View<'_, T>,
+    View<'_, u64>,
+    View<'_, u32>,
+    usize,
+    usize,
+    usize,
+    <T as Element>::Acc,
+    <T as Element>::Acc,
+    u64,
+    u64,
+    u32,
+    usize,
+    usize,
+) -> Result<()>;
+
+/// Adds a chunk of raw logits of the tokens from `first` on to the best of all before them, sorted: `tokens` and `best`
+/// `[k]`, as many of them as there were tokens.
+fn insert<F: Float>(tokens: &mut [u32], best: &mut [F], raw: &[F], scale: F, first: u32) {
+    let k = tokens.len();
+    let above = |a: F, b: F| a > b || (b.is_nan() && !a.is_nan());
+    for (token, x) in (first..).zip(raw) {
+        let (z, have) = (*x * scale, k.min(token as usize));
+        // Ids ascend: after its equals.
+        if have < k || above(z, best[k - 1]) {
+            let at = best[..have].partition_point(|b| !above(z, *b));
+            let end = have.min(k - 1);
+            best.copy_within(at..end, at + 1);
+            tokens.copy_within(at..end, at + 1);
+            (best[at], tokens[at]) = (z, token);
+        }
+    }
 }
 
 /// The best token of a row so far.
