@@ -64,7 +64,8 @@ fn attention(c: &mut Criterion) {
     for (q_heads, kv_heads, head_dim, len) in
         [(12, 12, 64, 128), (12, 12, 64, 1024), (8, 2, 128, 512)]
     {
-        let shape = Shape { q_heads, kv_heads, head_dim, scale: 1.0 / (head_dim as f64).sqrt() };
+        let scale = 1.0 / (head_dim as f64).sqrt();
+        let shape = Shape { q_heads, kv_heads, head_dim, scale, softcap: None, window: None };
         let (cols, out_cols) = (shape.qkv_cols(), q_heads * head_dim);
         let (n, per) = (ROWS / len, len.div_ceil(PAGE));
         let segments: Vec<Segment> = (0..n)
@@ -73,28 +74,29 @@ fn attention(c: &mut Criterion) {
                 rows: len as u32,
                 at: (i * len) as u32,
                 pages: (i * per) as u32..((i + 1) * per) as u32,
+                prefix: None,
             })
             .collect();
         let pages: Vec<u32> = (0..(n * per) as u32).collect();
         let mut arena = Arena::new(dev, 1 << 28).unwrap();
         let scope = arena.scope();
-        let mut kv = KvLayer::new(&scope, &shape, n * per).unwrap();
-        let (qkv, mut out) = (randn(1, ROWS * cols), vec![0.0; ROWS * out_cols]);
+        let mut kv = KvLayer::new(&scope, &shape, PAGE, n * per).unwrap();
+        let (mut qkv, mut out) = (randn(1, ROWS * cols), vec![0.0; ROWS * out_cols]);
         let mut lse = vec![0.0; ROWS * q_heads];
         let name = |what: &str| format!("{what}/cpu/f32/{n}x{len}x{q_heads}:{kv_heads}x{head_dim}");
+        let work = attention::Work::new(&segments, &pages);
         bench(&mut g, &name("append"), moves(4 * ROWS * kv_heads * head_dim), || {
-            attention::append(dev, &mut kv, (&qkv).into(), &segments, (&pages).into(), &shape)
-                .unwrap();
+            attention::append(dev, &mut kv, (&mut qkv).into(), work, &shape, None).unwrap();
         });
         let visible = n * len * (len + 1) / 2;
         bench(&mut g, &name("forward"), fma(2 * q_heads * head_dim * visible), || {
             let (out, lse) = ((&mut out).into(), (&mut lse).into());
-            let pages = (&pages).into();
-            attention::forward(dev, out, lse, (&qkv).into(), &kv, &segments, pages, &shape)
+            let qkv = (&qkv).into();
+            attention::forward(dev, out, lse, qkv, &kv, work, &shape, (&mut [][..]).into())
                 .unwrap();
         });
         let (dout, mut dqkv) = (randn(2, ROWS * out_cols), vec![0.0; ROWS * cols]);
-        let mut scratch = vec![0.0; attention::scratch_len(&shape, ROWS)];
+        let mut scratch = vec![0.0; attention::backward_scratch_len(&shape, ROWS)];
         bench(&mut g, &name("backward"), fma(5 * q_heads * head_dim * visible), || {
             attention::backward(
                 dev,
@@ -103,7 +105,7 @@ fn attention(c: &mut Criterion) {
                 (&out).into(),
                 (&qkv).into(),
                 (&lse).into(),
-                &segments,
+                work,
                 &shape,
                 (&mut scratch).into(),
             )
@@ -111,14 +113,22 @@ fn attention(c: &mut Criterion) {
         });
         // One new row of each of 64 sequences against a full cache of one of them.
         let decode: Vec<Segment> = (0..64)
-            .map(|i| Segment { first: len as u32 - 1, rows: 1, at: i, pages: 0..per as u32 })
+            .map(|i| Segment {
+                first: len as u32 - 1,
+                rows: 1,
+                at: i,
+                pages: 0..per as u32,
+                prefix: None,
+            })
             .collect();
+        let decode = attention::Work::new(&decode, &pages);
         let read = Work { flops: 0.0, bytes: 64.0 * 8.0 * (len * kv_heads * head_dim) as f64 };
         bench(&mut g, &name("decode"), read, || {
             let (out, lse) =
                 ((&mut out[..64 * out_cols]).into(), (&mut lse[..64 * q_heads]).into());
-            let (qkv, pages) = (View::from(&qkv[..64 * cols]), (&pages).into());
-            attention::forward(dev, out, lse, qkv, &kv, &decode, pages, &shape).unwrap();
+            let qkv = View::from(&qkv[..64 * cols]);
+            attention::forward(dev, out, lse, qkv, &kv, decode, &shape, (&mut [][..]).into())
+                .unwrap();
         });
     }
 }

@@ -12,6 +12,7 @@
 //   needs    where `width` is a packet: x and table 16-byte aligned, half and row_len whole packets; fewer
 //            than 2^31 threads: the launcher checks
 #include "include/elements.cuh"
+#include "include/rope.cuh"
 
 constexpr int THREADS = 256;
 
@@ -29,11 +30,7 @@ static __device__ void turn(T* x, const uint32_t* positions, const float* table,
             if (position < uint32_t(entries)) {
                 const float* angles = table + int64_t(position) * 2 * half;
                 const Elements<N> cos = take<N>(angles, p), sin = take<N>(angles, each + p);
-                for (int j = 0; j < N; ++j) {
-                    const float u = a.x[j], v = b.x[j], s = sin.x[j] * sign;
-                    a.x[j] = u * cos.x[j] - v * s;
-                    b.x[j] = v * cos.x[j] + u * s;
-                }
+                for (int j = 0; j < N; ++j) turn_pair(a.x[j], b.x[j], cos.x[j], sin.x[j] * sign);
             } else {
                 for (int j = 0; j < N; ++j) a.x[j] = b.x[j] = NAN;
             }

@@ -1,6 +1,7 @@
 //! Reads the KERNEL lines and the constants of a .cu file. Used by build.rs and by the tests.
 
-/// An entry point: `KERNEL(threads, name)(parameters)`, or `KERNEL(threads, name, cluster)(parameters)`.
+/// An entry point: `KERNEL(threads, name)(parameters)`, `KERNEL(threads, name, cluster)(parameters)`, or with the
+/// blocks that share a multiprocessor's registers after that.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
     /// As the driver knows it.
@@ -9,6 +10,8 @@ pub struct Entry {
     pub threads: u32,
     /// Blocks of a cluster, 1 without.
     pub cluster: u32,
+    /// Blocks that share a multiprocessor's registers; 1 where it is not said.
+    pub beside: u32,
     /// In order.
     pub params: Vec<Param>,
 }
@@ -32,15 +35,17 @@ pub fn entries(text: &str) -> Result<Vec<Entry>, String> {
     let mut all = Vec::new();
     for part in text.split("\nKERNEL(").skip(1) {
         let head = part.split_once(')').ok_or("KERNEL without )")?;
-        let (threads, name) = head.0.split_once(',').ok_or("KERNEL without a name")?;
-        let (name, cluster) = name.split_once(',').unwrap_or((name, "1"));
-        let name = name.trim().to_owned();
+        let mut words = head.0.split(',').map(str::trim);
+        let threads = words.next().unwrap_or_default();
+        let name = words.next().ok_or("KERNEL without a name")?.to_owned();
+        let (cluster, beside) = (words.next().unwrap_or("1"), words.next().unwrap_or("1"));
         let number = |what: &str, word: &str| {
             let constant = || constants(text).into_iter().find(|c| c.0 == word).map(|c| c.1);
             word.parse().ok().or_else(constant).ok_or(format!("{name}: {what}?"))
         };
-        let threads = number("threads", threads.trim())?;
-        let cluster = number("cluster", cluster.trim())?;
+        let threads = number("threads", threads)?;
+        let cluster = number("cluster", cluster)?;
+        let beside = number("beside", beside)?;
         let params = head.1.strip_prefix('(').and_then(|p| p.split_once(')'));
         let (params, _) = params.ok_or(format!("{name}: parameters?"))?;
         let param = |p: &str| {
@@ -52,7 +57,7 @@ pub fn entries(text: &str) -> Result<Vec<Entry>, String> {
             Ok::<_, String>(Param { c: words.join(" "), name: own.to_owned(), optional, packed })
         };
         let params = params.split(',').map(param).collect::<Result<_, _>>()?;
-        all.push(Entry { name, threads, cluster, params });
+        all.push(Entry { name, threads, cluster, beside, params });
     }
     Ok(all)
 }

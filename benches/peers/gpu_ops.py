@@ -256,6 +256,58 @@ def liger(ours):
         torch.cuda.empty_cache()
 
 
+# head_dim: heads; sequences of these lengths, 16,384 tokens in all
+ATTENTION = {64: 2} if TINY else {64: 32, 128: 16}
+LENS = (35,) if TINY else (1024, 4096, 16384)
+# heads of queries and of keys, head_dim, sequences, positions of each
+DECODED = [("tiny", 4, 2, 64, 2, 70)] if TINY else [
+    ("qwen-0.5b", 14, 2, 64, 512, 4096), ("llama-8b", 32, 8, 128, 64, 4096), ("llama-8b", 32, 8, 128, 512, 512)
+]
+
+
+def attentions():
+    """Name, heads of queries and of keys, head_dim, sequences, queries and positions of each."""
+    for d, heads in ATTENTION.items():
+        for n in LENS:
+            yield f"attention/forward/{d}/{n}", heads, heads, d, (70 if TINY else 16384) // n, n, n
+    for model, q, kv, d, count, n in DECODED:
+        yield f"attention/decode/{model}/{count}x{n}", q, kv, d, count, 1, n
+
+
+def attention(ours):
+    """torch's scaled_dot_product_attention by FlashAttention and by cuDNN, forward alone, with keys and values that lie
+    side by side and not on pages. A decoding step has no mask: its one query sees all."""
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    backends = {"math": SDPBackend.MATH} if TINY else {
+        "flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION
+    }
+    for name, q_heads, kv_heads, d, count, rows, n in attentions():
+        if not TINY and name not in ours:
+            continue
+        # larger than any cache: one set
+        q = randn(count, rows, q_heads, d).transpose(1, 2)
+        k, v = (randn(count, n, kv_heads, d).transpose(1, 2) for _ in range(2))
+        op, said = ours.get(name, {}), []
+        warpo = op.get("microseconds", 0.0)
+        for backend, kind in backends.items():
+            def run(q, k, v):
+                with torch.no_grad(), sdpa_kernel(kind):
+                    F.scaled_dot_product_attention(q, k, v, is_causal=rows > 1, enable_gqa=q_heads != kv_heads)
+
+            try:
+                us = time(run, [(q, k, v)]) * 1e6
+            except RuntimeError as e:
+                said.append(f"{backend} {str(e).splitlines()[0][:40]}")
+                continue
+            op[f"torch {backend} us"] = us
+            said.append(f"{backend} {us:.1f} us, ratio {us / warpo if warpo else 0:.2f}")
+        print(f"{name:40} {warpo:10.1f} us  {';  '.join(said)}")
+        del q, k, v
+        if not TINY:
+            torch.cuda.empty_cache()
+
+
 def product():
     """FLOP/s of an 8192^3 product in bf16, the card's ceiling for what comes to be measured beside it."""
     n = 64 if TINY else 8192
@@ -278,6 +330,7 @@ def main():
             torch.cuda.empty_cache()
     report(ours, "adamw", adamw(), 0.0)
     liger(ours)
+    attention(ours)
     if TINY:
         product()
     else:

@@ -9,15 +9,19 @@
 // Parameters are pointers to bf16, float, double, uint32_t, uint64_t or int, or such a number by value,
 // where an int is a count. KERNEL(threads, name, blocks): blocks that follow each other in x are a cluster;
 // a block has a multiprocessor's registers to itself, which ptxas must know to heed setmaxnreg, so that a kernel that
-// moves registers between its warpgroups is of this form, be it with 1.
-#define KERNEL(...) KERNEL_PICK(__VA_ARGS__, KERNEL_OF_CLUSTER, KERNEL_OF_BLOCK, )(__VA_ARGS__)
-#define KERNEL_PICK(threads, name, blocks, pick, ...) pick
+// moves registers between its warpgroups is of this form, be it with 1. KERNEL(threads, name, 1, beside): so many blocks
+// share the registers.
+#define KERNEL(...) KERNEL_PICK(__VA_ARGS__, KERNEL_BESIDE, KERNEL_OF_CLUSTER, KERNEL_OF_BLOCK, )(__VA_ARGS__)
+#define KERNEL_PICK(threads, name, blocks, beside, pick, ...) pick
 #define KERNEL_OF_BLOCK(threads, name)                                      \
     static_assert((threads) % 32 == 0 && (threads) <= 1024, "whole warps"); \
     extern "C" __global__ void __launch_bounds__(threads) name
-#define KERNEL_OF_CLUSTER(threads, name, blocks)                            \
+#define KERNEL_OF_CLUSTER(threads, name, blocks) KERNEL_BESIDE(threads, name, blocks, 1)
+#define KERNEL_BESIDE(threads, name, blocks, beside)                        \
     static_assert((threads) % 32 == 0 && (threads) <= 1024, "whole warps"); \
-    extern "C" __global__ void __launch_bounds__(threads, 1) __cluster_dims__(blocks, 1, 1) name
+    extern "C" __global__ void __launch_bounds__(threads, beside) KERNEL_CLUSTER_##blocks name
+#define KERNEL_CLUSTER_1
+#define KERNEL_CLUSTER_2 __cluster_dims__(2, 1, 1)
 
 // Of a pointer parameter: it may be null, and is an Option in Rust.
 #define OPTIONAL

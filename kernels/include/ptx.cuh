@@ -110,6 +110,15 @@ __device__ __forceinline__ void barrier(int id, int threads PTX_AND_AT) {
 #endif
 }
 
+// Counts among the `threads` threads of barrier `id`, without waiting for the others: they see what was written before.
+__device__ __forceinline__ void barrier_arrive(int id, int threads PTX_AND_AT) {
+#ifdef WARPO_SIM
+    ::sim::barrier_arrive(at, id, threads);
+#else
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+#endif
+}
+
 // -- numbers -----------------------------------------------------------------------------------------
 
 // The number of the lowest bit that is 1; one is.
@@ -189,6 +198,16 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 #endif
 }
 
+// Four floats at once, at a multiple of 16 bytes: of a plain store of four the compiler may make four.
+__device__ __forceinline__ void store_four(float* p, const float (&x)[4] PTX_AND_AT) {
+#ifdef WARPO_SIM
+    ::sim::aligned(p, 16, at);
+    for (int i = 0; i < 4; ++i) p[i] = x[i];
+#else
+    asm volatile("st.global.v4.f32 [%0], {%1, %2, %3, %4};" ::"l"(p), "f"(x[0]), "f"(x[1]), "f"(x[2]), "f"(x[3]) : "memory");
+#endif
+}
+
 // *p becomes the least of what it was and all that are brought, whatever their order.
 __device__ __forceinline__ void atomic_min(uint64_t* p, uint64_t x) {
 #ifdef WARPO_SIM
@@ -197,6 +216,30 @@ __device__ __forceinline__ void atomic_min(uint64_t* p, uint64_t x) {
     }
 #else
     atomicMin(reinterpret_cast<unsigned long long*>(p), static_cast<unsigned long long>(x));
+#endif
+}
+
+// -- turns: blocks that run together add to the same global memory one after the other ------------------------
+
+// Until the turn is `mine`. One thread waits; behind a barrier its block sees what the blocks before it have written. The
+// launch is one of blocks that run together (Launch::together), or they might wait for one that never starts.
+__device__ __forceinline__ void turn_wait(const uint32_t* turn, uint32_t mine PTX_AND_AT) {
+#ifdef WARPO_SIM
+    ::sim::turn_wait(turn, mine, at);
+#else
+    uint32_t now;
+    do {
+        asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(now) : "l"(turn) : "memory");
+    } while (now != mine);
+#endif
+}
+
+// The turn is `next` from here on: one thread says so, behind a barrier after what its block has written.
+__device__ __forceinline__ void turn_pass(uint32_t* turn, uint32_t next PTX_AND_AT) {
+#ifdef WARPO_SIM
+    ::sim::turn_pass(turn, next, at);
+#else
+    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(turn), "r"(next) : "memory");
 #endif
 }
 
@@ -389,7 +432,7 @@ __device__ __forceinline__ void mbarrier_arrive_at(uint64_t* bar, int rank PTX_A
 // Copies the box of a matrix that begins at column x and row y to shared memory; its bytes complete at `bar`.
 __device__ __forceinline__ void tma_load(void* to, const TensorMap* map, int x, int y, uint64_t* bar PTX_AND_AT) {
 #ifdef WARPO_SIM
-    ::sim::tma_load(to, map, x, y, bar, 0, at);
+    ::sim::tma_load(to, map, {2, {x, y, 0}}, bar, 0, at);
 #else
     const uint32_t address = uint32_t(__cvta_generic_to_shared(to)), barrier = uint32_t(__cvta_generic_to_shared(bar));
     asm volatile(
@@ -400,11 +443,25 @@ __device__ __forceinline__ void tma_load(void* to, const TensorMap* map, int x, 
 #endif
 }
 
+// The same of a tensor of three dimensions, x the innermost.
+__device__ __forceinline__ void tma_load(void* to, const TensorMap* map, int x, int y, int z, uint64_t* bar PTX_AND_AT) {
+#ifdef WARPO_SIM
+    ::sim::tma_load(to, map, {3, {x, y, z}}, bar, 0, at);
+#else
+    const uint32_t address = uint32_t(__cvta_generic_to_shared(to)), barrier = uint32_t(__cvta_generic_to_shared(bar));
+    asm volatile(
+        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
+            address),
+        "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
+        : "memory");
+#endif
+}
+
 // The same, to the same place in every block of the cluster whose bit is in `blocks`, each with its own mbarrier.
 __device__ __forceinline__ void tma_load_multicast(void* to, const TensorMap* map, int x, int y, uint64_t* bar,
                                                    uint16_t blocks PTX_AND_AT) {
 #ifdef WARPO_SIM
-    ::sim::tma_load(to, map, x, y, bar, blocks, at);
+    ::sim::tma_load(to, map, {2, {x, y, 0}}, bar, blocks, at);
 #else
     const uint32_t address = uint32_t(__cvta_generic_to_shared(to)), barrier = uint32_t(__cvta_generic_to_shared(bar));
     asm volatile(
@@ -583,6 +640,19 @@ __device__ __forceinline__ void wgmma_keep(float (&d)[COUNT]) {
 #endif
 }
 
+// The same of A's registers, which are read until the products are done.
+template <int STEPS>
+__device__ __forceinline__ void wgmma_keep(uint32_t (&a)[STEPS][4]) {
+#ifdef WARPO_SIM
+    (void)a;
+#else
+#pragma unroll
+    for (int i = 0; i < STEPS; ++i) {
+        for (int j = 0; j < 4; ++j) asm volatile("" : "+r"(a[i][j])::"memory");
+    }
+#endif
+}
+
 #ifndef WARPO_SIM
 // One wgmma of every width: LIST are the numbers of the accumulators, VALUES themselves, and the others the numbers
 // of the operands that follow.
@@ -604,6 +674,8 @@ __device__ __forceinline__ void wgmma_keep(float (&d)[COUNT]) {
 #define WGMMA_V8(i) WGMMA_V4(i), WGMMA_V4(i + 4)
 #define WGMMA_V16(i) WGMMA_V8(i), WGMMA_V8(i + 8)
 #define WGMMA_V32(i) WGMMA_V16(i), WGMMA_V16(i + 16)
+#define WGMMA_V40(i) WGMMA_V32(i), WGMMA_V8(i + 32)
+#define WGMMA_V48(i) WGMMA_V32(i), WGMMA_V16(i + 32)
 #define WGMMA_V64(i) WGMMA_V32(i), WGMMA_V32(i + 32)
 #define WGMMA_V128(i) WGMMA_V64(i), WGMMA_V64(i + 64)
 #define WGMMA_L4 "%0, %1, %2, %3"
@@ -613,6 +685,10 @@ __device__ __forceinline__ void wgmma_keep(float (&d)[COUNT]) {
     ", %8, %9, %10, %11, %12, %13, %14, %15"
 #define WGMMA_L32 WGMMA_L16 \
     ", %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31"
+#define WGMMA_L40 WGMMA_L32 \
+    ", %32, %33, %34, %35, %36, %37, %38, %39"
+#define WGMMA_L48 WGMMA_L40 \
+    ", %40, %41, %42, %43, %44, %45, %46, %47"
 #define WGMMA_L64 WGMMA_L32 \
     ", %32, %33, %34, %35, %36, %37, %38, %39, %40, %41, %42, %43, %44, %45, %46, %47" \
     ", %48, %49, %50, %51, %52, %53, %54, %55, %56, %57, %58, %59, %60, %61, %62, %63"
@@ -625,7 +701,7 @@ __device__ __forceinline__ void wgmma_keep(float (&d)[COUNT]) {
 
 // D += A B, or D = A B without `add`: A [64, 16] and B [16, N] in bf16, D [64, N] in f32. Of thread t of the warpgroup,
 // with r = 16 (t / 32) + t % 32 / 4 and c = 2 (t % 4): d[4 j..] = D[r, 8 j + c], D[r, 8 j + c + 1] and the same of row
-// r + 8. A_COLUMNS, B_COLUMNS: how the operand lies. N is 8, 16, 32, 64, 128 or 256.
+// r + 8. A_COLUMNS, B_COLUMNS: how the operand lies. N is 8, 16, 32, 64, 80, 96, 128 or 256.
 template <int N, bool A_COLUMNS, bool B_COLUMNS>
 __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool add PTX_AND_AT) {
     constexpr int COUNT = N / 2;
@@ -636,6 +712,8 @@ __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64
     WGMMA_SHARED(16, WGMMA_L8, WGMMA_V8(0), 8, 9, 10, 11, 12);
     WGMMA_SHARED(32, WGMMA_L16, WGMMA_V16(0), 16, 17, 18, 19, 20);
     WGMMA_SHARED(64, WGMMA_L32, WGMMA_V32(0), 32, 33, 34, 35, 36);
+    WGMMA_SHARED(80, WGMMA_L40, WGMMA_V40(0), 40, 41, 42, 43, 44);
+    WGMMA_SHARED(96, WGMMA_L48, WGMMA_V48(0), 48, 49, 50, 51, 52);
     WGMMA_SHARED(128, WGMMA_L64, WGMMA_V64(0), 64, 65, 66, 67, 68);
     WGMMA_SHARED(256, WGMMA_L128, WGMMA_V128(0), 128, 129, 130, 131, 132);
 #endif
@@ -652,6 +730,8 @@ __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a
     WGMMA_REGISTERS(16, WGMMA_L8, WGMMA_V8(0), 8, 9, 10, 11, 12, 13, 14);
     WGMMA_REGISTERS(32, WGMMA_L16, WGMMA_V16(0), 16, 17, 18, 19, 20, 21, 22);
     WGMMA_REGISTERS(64, WGMMA_L32, WGMMA_V32(0), 32, 33, 34, 35, 36, 37, 38);
+    WGMMA_REGISTERS(80, WGMMA_L40, WGMMA_V40(0), 40, 41, 42, 43, 44, 45, 46);
+    WGMMA_REGISTERS(96, WGMMA_L48, WGMMA_V48(0), 48, 49, 50, 51, 52, 53, 54);
     WGMMA_REGISTERS(128, WGMMA_L64, WGMMA_V64(0), 64, 65, 66, 67, 68, 69, 70);
     WGMMA_REGISTERS(256, WGMMA_L128, WGMMA_V128(0), 128, 129, 130, 131, 132, 133, 134);
 #endif

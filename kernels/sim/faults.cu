@@ -80,3 +80,27 @@ KERNEL(32, fault_wrong_fragment)(float* y, const bf16* a, const bf16* b, int fau
     ptx::mma_bf16(d, fa, fb);
     for (int i = 0; i < 4; ++i) y[(r + i / 2 * 8) * 8 + c + i % 2] = d[i];
 }
+
+// y[i] = 4 x[i] + 2 x[64 + i] + x[128 + i]: three blocks in turn, each a thread a number.
+enum { MISSING = 1, EARLY, LOST };
+static __device__ void add_in_turn(float* y, const float* x, uint32_t* turn, int mistake) {
+    const uint32_t mine = blockIdx.x;
+    if (mine > 0 && threadIdx.x == 0 && mistake != MISSING) ptx::turn_wait(turn, mine);
+    __syncthreads();
+    const float before = mine > 0 ? 2.0f * y[threadIdx.x] : 0.0f;
+    y[threadIdx.x] = before + x[64 * mine + threadIdx.x];
+    if (mistake != EARLY) __syncthreads();
+    if (threadIdx.x == 0 && mistake != LOST) ptx::turn_pass(turn, mine + 1);
+}
+
+// 1: does not wait for its turn.
+KERNEL(64, fault_missing_turn)(float* y, const float* x, uint32_t* turn, int fault) { add_in_turn(y, x, turn, fault * MISSING); }
+
+// 1: passes the turn before all threads of the block have written.
+KERNEL(64, fault_early_turn)(float* y, const float* x, uint32_t* turn, int fault) { add_in_turn(y, x, turn, fault * EARLY); }
+
+// 1: never passes the turn.
+KERNEL(64, fault_lost_turn)(float* y, const float* x, uint32_t* turn, int fault) { add_in_turn(y, x, turn, fault * LOST); }
+
+// 1: the launch does not say that its blocks run together.
+KERNEL(64, fault_turn_apart)(float* y, const float* x, uint32_t* turn, int fault) { add_in_turn(y, x, turn, 0); }

@@ -137,7 +137,8 @@ KERNEL(128, fault90_fragments)(float* y, const uint32_t* a, PACKED const bf16* b
 // matter. 1: no proxy fence between stores to shared memory and the TMA store; 2: the thread exits before its store has
 // read; 3: shared memory is written again before; 4: plain reads of what is swizzled; 5: an mbarrier that is waited for
 // again in the phase that it is in; 6: an mbarrier that one thread does not wait for; 7: as 3, by another
-// thread; 8: an mbarrier that goes on while others wait; 9: a block that exits while TMA brings something.
+// thread; 8: an mbarrier that goes on while others wait; 9: a block that exits while TMA brings something; 10: a matrix
+// that is loaded as a tensor of three dimensions.
 KERNEL(64, fault90_copy)(bf16* unused, TENSOR_MAP x, TENSOR_MAP y, int mistake) {
     Shared shared;
     bf16* in = shared.take<bf16>(64 * 64, 1024);
@@ -149,7 +150,11 @@ KERNEL(64, fault90_copy)(bf16* unused, TENSOR_MAP x, TENSOR_MAP y, int mistake) 
         ptx::mbarrier_init(full + 1, 1);
         ptx::fence_barrier_init();
         ptx::mbarrier_expect(full, 64 * 64 * 2);
-        ptx::tma_load(in, &x, 0, 0, full);
+        if (mistake == 10) {
+            ptx::tma_load(in, &x, 0, 0, 0, full);
+        } else {
+            ptx::tma_load(in, &x, 0, 0, full);
+        }
     }
     __syncthreads();
     if (mistake == 8 && t < 32) ptx::mbarrier_wait(full + 1, 0);
@@ -169,6 +174,33 @@ KERNEL(64, fault90_copy)(bf16* unused, TENSOR_MAP x, TENSOR_MAP y, int mistake) 
         if (mistake != 2) ptx::tma_store_wait_read<0>();
     }
     if (mistake == 7 && t == 1) out[0] = bf16{0};
+}
+
+// y [32] = 2 (2 (2 x[0] + x[1]) + x[2]) for x [3, 32]: of two warps one adds and the other doubles, in turns. 1: the turn is
+// passed on before it is over; 2: it is not passed on in the end.
+KERNEL(64, fault90_turns)(float* y, const float* x, int mistake) {
+    Shared shared;
+    float* sum = shared.take<float>(32);
+    const int w = threadIdx.x / 32, l = threadIdx.x % 32;
+    for (int k = 0; k < 3; ++k) {
+        if (w == 0) {
+            if (k > 0) ptx::barrier(1, 64);
+            sum[l] = x[32 * k + l] + (k > 0 ? sum[l] : 0.0f);
+            ptx::barrier_arrive(2, 64);
+        } else {
+            ptx::barrier(2, 64);
+            const float old = sum[l];
+            if (mistake == 1) ptx::barrier_arrive(1, 64);
+            // Lanes that others go on without.
+            ptx::sync_warp();
+            sum[l] = 2.0f * old;
+            if (mistake == 0 || (mistake == 2 && k < 2)) ptx::barrier_arrive(1, 64);
+        }
+    }
+    if (w == 0) {
+        ptx::barrier(1, 64);
+        y[l] = sum[l];
+    }
 }
 
 // y [2, 64]: sums of the rows of x [3 * 64, 64] over three tiles, in both blocks of a cluster: each loads half of every

@@ -60,6 +60,12 @@ KERNEL(128, map_wgmma_32)(float* out, const uint32_t* regs, const uint32_t* oper
 KERNEL(128, map_wgmma_64)(float* out, const uint32_t* regs, const uint32_t* operands, int form) {
     form_of<64>(out, regs, operands, form);
 }
+KERNEL(128, map_wgmma_80)(float* out, const uint32_t* regs, const uint32_t* operands, int form) {
+    form_of<80>(out, regs, operands, form);
+}
+KERNEL(128, map_wgmma_96)(float* out, const uint32_t* regs, const uint32_t* operands, int form) {
+    form_of<96>(out, regs, operands, form);
+}
 KERNEL(128, map_wgmma_128)(float* out, const uint32_t* regs, const uint32_t* operands, int form) {
     form_of<128>(out, regs, operands, form);
 }
@@ -67,8 +73,9 @@ KERNEL(128, map_wgmma_256)(float* out, const uint32_t* regs, const uint32_t* ope
     form_of<256>(out, regs, operands, form);
 }
 
-// out [bytes]: a box as it lies in shared memory after TMA has loaded it from column x and row y of the matrix.
-KERNEL(32, map_tma)(uint32_t* out, TENSOR_MAP in, uint32_t bytes, int x, int y) {
+// out [bytes]: a box as it lies in shared memory after TMA has loaded it; load(room, full) begins that.
+template <class F>
+__device__ void brought(uint32_t* out, uint32_t bytes, F load) {
     Shared shared;
     uint32_t* room = shared.take<uint32_t>(bytes / 4, 1024);
     uint64_t* full = shared.take<uint64_t>(1);
@@ -76,9 +83,19 @@ KERNEL(32, map_tma)(uint32_t* out, TENSOR_MAP in, uint32_t bytes, int x, int y) 
         ptx::mbarrier_init(full, 1);
         ptx::fence_barrier_init();
         ptx::mbarrier_expect(full, bytes);
-        ptx::tma_load(room, &in, x, y, full);
+        load(room, full);
     }
     ptx::sync_warp();
     ptx::mbarrier_wait(full, 0);
     for (uint32_t i = threadIdx.x; i < bytes / 4; i += 32) out[i] = room[i];
+}
+
+// The box that begins at column x and row y of the matrix.
+KERNEL(32, map_tma)(uint32_t* out, TENSOR_MAP in, uint32_t bytes, int x, int y) {
+    brought(out, bytes, [&](uint32_t* room, uint64_t* full) { ptx::tma_load(room, &in, x, y, full); });
+}
+
+// And at plane z of a tensor.
+KERNEL(32, map_tma_planes)(uint32_t* out, TENSOR_MAP in, uint32_t bytes, int x, int y, int z) {
+    brought(out, bytes, [&](uint32_t* room, uint64_t* full) { ptx::tma_load(room, &in, x, y, z, full); });
 }

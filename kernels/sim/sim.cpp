@@ -185,7 +185,7 @@ struct Copy {
 // A box that TMA stores, by groups as cp.async copies.
 struct Store {
     Map map;
-    int x, y;
+    Corner corner;
     size_t offset;
     Site site;
     bool read = false;
@@ -226,6 +226,7 @@ struct Thread {
 
 struct Barrier {
     std::vector<Thread*> waiting;
+    size_t arrived = 0;  // without waiting
 };
 
 // A set of lanes that exchange values: one for each mask in use.
@@ -301,7 +302,7 @@ struct Block {
 // A box on its way to blocks of a cluster.
 struct Load {
     Map map;
-    int x, y;
+    Corner corner;
     size_t offset, bar;
     std::vector<Block*> to;
     Site site;
@@ -314,7 +315,9 @@ struct Launch {
     Call call = nullptr;
     void** args = nullptr;
     uint64_t random = 1;
-    unsigned cluster = 1, elected = 0;
+    unsigned cluster = 1, beside = 1, elected = 0;
+    bool together = false;                   // all blocks run at once
+    std::map<const uint32_t*, std::vector<Thread*>> turns;  // who waits for them
     bool async = false;                      // TMA or wgmma are used
     std::vector<Load> loads;                 // under way
     std::vector<Thread*> late;               // threads whose next step is under way
@@ -518,19 +521,26 @@ size_t swizzled(size_t offset, unsigned span) { return offset ^ (offset >> 3 & (
 
 // -- TMA -------------------------------------------------------------------------------------------------
 
-size_t box_bytes(const Map& m) { return size_t(m.box[0]) * m.box[1] * m.element_bytes; }
+size_t box_bytes(const Map& m) { return size_t(m.box[0]) * m.box[1] * m.box[2] * m.element_bytes; }
 
-Map check_map(const void* map, Site site) {
+// A map of a tensor of `rank` dimensions, 2 or 3; to a matrix it adds a third of size 1.
+Map check_map(const void* map, int rank, Site site) {
     Map m;
     std::memcpy(&m, map, sizeof m);
     auto is = [&](bool ok, const char* what) {
         if (!ok) fail((std::string("a tensor map ") + what).c_str(), site);
     };
-    is(m.rank == 2, "is not of a matrix");
+    if (m.rank != unsigned(rank)) {
+        fail(("a tensor map of " + std::to_string(m.rank) + " dimensions is used with " + std::to_string(rank)).c_str(), site);
+    }
+    if (rank == 2) m.dims[2] = m.box[2] = 1, m.strides[2] = 0;
     is(m.element_bytes == 1 || m.element_bytes == 2 || m.element_bytes == 4 || m.element_bytes == 8, "has elements of no size");
     is(m.base % 16 == 0, "begins at an address that is no multiple of 16");
-    is(m.strides[0] == m.element_bytes && m.strides[1] % 16 == 0, "has a stride that is no multiple of 16 bytes");
-    is(m.box[0] >= 1 && m.box[0] <= 256 && m.box[1] >= 1 && m.box[1] <= 256, "has a box of more than 256 elements");
+    is(m.strides[0] == m.element_bytes, "has gaps between neighbours");
+    for (int i = 0; i < 3; ++i) {
+        is(i == 0 || m.strides[i] % 16 == 0, "has a stride that is no multiple of 16 bytes");
+        is(m.box[i] >= 1 && m.box[i] <= 256, "has a box of more than 256 elements");
+    }
     is(m.box[0] * m.element_bytes % 16 == 0, "has a box whose rows are no multiple of 16 bytes");
     is(m.swizzle == 0 || m.swizzle == 32 || m.swizzle == 64 || m.swizzle == 128, "has no such swizzle");
     is(m.swizzle == 0 || m.box[0] * m.element_bytes == m.swizzle, "has a box whose rows are not as wide as its swizzle");
@@ -540,16 +550,17 @@ Map check_map(const void* map, Site site) {
 // Calls f(offset in the box as it lies in shared memory at `offset`, address in global memory, bytes, whether inside)
 // for its pieces, each of 16 bytes or of one element.
 template <class F>
-void each_piece(const Map& m, int x, int y, size_t offset, F f) {
+void each_piece(const Map& m, const Corner& corner, size_t offset, F f) {
     const size_t row_bytes = size_t(m.box[0]) * m.element_bytes;
     const int64_t wide = 16 / m.element_bytes;
-    const auto cols = static_cast<int64_t>(m.dims[0]), rows = static_cast<int64_t>(m.dims[1]);
-    for (int64_t r = 0; r < m.box[1]; ++r) {
-        const bool row = y + r >= 0 && y + r < rows;
+    const auto cols = static_cast<int64_t>(m.dims[0]), rows = static_cast<int64_t>(m.dims[1]), planes = static_cast<int64_t>(m.dims[2]);
+    for (int64_t r = 0; r < int64_t(m.box[1]) * m.box[2]; ++r) {
+        const int64_t y = corner.at[1] + r % m.box[1], z = corner.at[2] + r / m.box[1];
+        const bool row = y >= 0 && y < rows && z >= 0 && z < planes;
         for (size_t c = 0; c < row_bytes; c += 16) {
             const size_t at = swizzled(offset + r * row_bytes + c, m.swizzle);
-            const int64_t col = x + static_cast<int64_t>(c / m.element_bytes);
-            char* from = reinterpret_cast<char*>(m.base + (y + r) * m.strides[1] + col * m.element_bytes);
+            const int64_t col = corner.at[0] + static_cast<int64_t>(c / m.element_bytes);
+            char* from = reinterpret_cast<char*>(m.base + y * m.strides[1] + z * m.strides[2] + col * m.element_bytes);
             if (row && col >= 0 && col + wide <= cols) {
                 f(at, from, size_t(16), true);
                 continue;
@@ -572,7 +583,7 @@ void check_place(const Block& b, const Map& m, size_t offset, Site site) {
 std::string land(const Load& l) {
     for (Block* b : l.to) {
         char* shared = b->shared;
-        each_piece(l.map, l.x, l.y, l.offset, [&](size_t to, const char* from, size_t n, bool inside) {
+        each_piece(l.map, l.corner, l.offset, [&](size_t to, const char* from, size_t n, bool inside) {
             if (inside) {
                 std::memcpy(shared + to, from, n);
             } else {
@@ -597,7 +608,7 @@ void read_store(Store& s) {
 }
 
 void write_store(Store& s) {
-    each_piece(s.map, s.x, s.y, s.offset, [&](size_t from, char* to, size_t n, bool inside) {
+    each_piece(s.map, s.corner, s.offset, [&](size_t from, char* to, size_t n, bool inside) {
         if (!inside) return;
         seen_write(to, n);
         std::memcpy(to, s.bytes.data() + (from - s.offset), n);
@@ -709,8 +720,8 @@ size_t in_tile(int t, int i, int columns) {
 
 Warpgroup& warpgroup(Site site) {
     Block& b = *current->block;
-    if (b.threads.size() % GROUP != 0) fail("a warpgroup is 128 threads", site);
     b.groups.resize(b.threads.size() / GROUP);
+    if (current->id / GROUP >= b.groups.size()) fail("a warpgroup is 128 threads", site);
     launch->async = true;
     return b.groups[current->id / GROUP];
 }
@@ -849,13 +860,14 @@ std::string stuck() {
     // Group the waiting threads by place.
     std::map<std::string, int> places;
     int done = 0, waiting = 0;
-    bool full = false;
+    bool full = false, turn = false;
     for (Block& b : launch->blocks) {
         for (Thread& t : b.threads) {
             done += t.state == Thread::Done;
             if (t.state != Thread::Waiting) continue;
             ++waiting;
             full |= std::string(t.what) == "barrier";
+            turn |= std::string(t.what) == "turn";
             std::string place = std::string(t.what) + " at " + at(t.site);
             if (const Counter* c = t.counter) {
                 place += " (in block " + std::to_string(b.index.x) + ", that lacks " + std::to_string(c->pending) +
@@ -864,7 +876,7 @@ std::string stuck() {
             ++places[place];
         }
     }
-    std::string text = full ? "divergent barrier: " : "deadlock: ";
+    std::string text = full && !turn ? "divergent barrier: " : "deadlock: ";
     for (auto& [place, n] : places) text += std::to_string(n) + " threads wait for a " + place + ", ";
     return text + std::to_string(done) + " have exited";
 }
@@ -894,7 +906,7 @@ void start(Block& b, uint3 index) {
     // Room for the regions and a redzone around each of at most 64.
     b.room = launch->shared_bytes + 65 * RED;
     // What a launch gives each thread at most.
-    const int registers = std::min(256u, 65536 / n / 8 * 8);
+    const int registers = std::min(256u, 65536 / (n * launch->beside) / 8 * 8);
     b.shared = static_cast<char*>(std::aligned_alloc(1024, (b.room + 1023) / 1024 * 1024));
     std::memset(b.shared, NAN_BYTE, b.room);
     poison(b.shared, b.room);
@@ -973,7 +985,7 @@ void run_blocks(const std::vector<uint3>& indices) {
 struct Kernel {
     int threads;
     Call call;
-    int cluster;
+    int cluster, beside;
 };
 std::map<std::string, Kernel>& kernels() {
     static std::map<std::string, Kernel> all;
@@ -993,7 +1005,7 @@ std::map<char*, Allocation>& allocations() {
 
 // -- what kernels call -------------------------------------------------------------------------------
 
-void enter(const char* name, int threads, Call call, int cluster) { kernels()[name] = {threads, call, cluster}; }
+void enter(const char* name, int threads, Call call, int cluster, int beside) { kernels()[name] = {threads, call, cluster, beside}; }
 
 uint3 thread_index() { return current->index; }
 uint3 block_index() { return current->block->index; }
@@ -1020,10 +1032,11 @@ void barrier(Site site, int id, int threads) {
     const size_t all = threads > 0 ? threads : b.threads.size();
     if (threads == 0 && b.done > 0) fail("divergent barrier: other threads have exited", site);
     release(&bar);
-    if (bar.waiting.size() + 1 < all) {
+    if (bar.waiting.size() + bar.arrived + 1 < all) {
         bar.waiting.push_back(current);
         wait(site, "barrier");
     } else {
+        bar.arrived = 0;
         for (Thread* t : bar.waiting) {
             if (threads == 0 && (t->site.line != site.line || std::strcmp(t->site.file, site.file) != 0)) {
                 fail(("divergent barrier: another thread waits at " + at(t->site)).c_str(), site);
@@ -1032,6 +1045,16 @@ void barrier(Site site, int id, int threads) {
         wake(bar.waiting);
     }
     acquire(&bar);
+}
+
+void barrier_arrive(Site site, int id, int threads) {
+    Unseen unseen;
+    if (id < 1 || id >= 16) fail("barrier number out of range", site);
+    Barrier& bar = current->block->barriers[id];
+    release(&bar);
+    if (bar.waiting.size() + ++bar.arrived < static_cast<size_t>(threads)) return;
+    bar.arrived = 0;
+    wake(bar.waiting);
 }
 
 void exchange(Warp kind, unsigned mask, const void* value, size_t bytes, void* all, Site site) {
@@ -1105,6 +1128,26 @@ void mbarrier_wait(uint64_t* bar, int parity, Site site) {
     acquire(&c);
 }
 
+void turn_wait(const uint32_t* turn, uint32_t mine, Site site) {
+    Unseen unseen;
+    aligned(turn, 4, site);
+    if (!launch->together) fail("a wait for a turn in a launch whose blocks do not run together", site);
+    while (*turn != mine) {
+        launch->turns[turn].push_back(current);
+        wait(site, "turn");
+    }
+    acquire(const_cast<uint32_t*>(turn));
+}
+
+void turn_pass(uint32_t* turn, uint32_t next, Site site) {
+    Unseen unseen;
+    aligned(turn, 4, site);
+    if (*turn + 1 != next) fail("a turn is passed by who did not have it", site);
+    release(turn);
+    *turn = next;
+    wake(launch->turns[turn]);
+}
+
 void copy_async(void* to, const void* from, size_t bytes, size_t zeros, Site site) {
     Unseen unseen;
     aligned(to, bytes, site);
@@ -1155,11 +1198,11 @@ void mbarrier_arrive_at(uint64_t* bar, int rank, Site site) {
     arrive(to, reinterpret_cast<uint64_t*>(to.shared + offset), 0, site);
 }
 
-void tma_load(void* to, const void* map, int x, int y, uint64_t* bar, unsigned blocks, Site site) {
+void tma_load(void* to, const void* map, Corner corner, uint64_t* bar, unsigned blocks, Site site) {
     Unseen unseen;
     Block& b = *current->block;
     launch->async = true;
-    Load l{check_map(map, site), x, y, offset_of(b, to, site), offset_of(b, bar, site), {}, site};
+    Load l{check_map(map, corner.rank, site), corner, offset_of(b, to, site), offset_of(b, bar, site), {}, site};
     const size_t bytes = box_bytes(l.map);
     if (blocks == 0) blocks = 1u << b.rank;
     for (int rank = 0; blocks >> rank != 0; ++rank) {
@@ -1177,7 +1220,7 @@ void tma_load(void* to, const void* map, int x, int y, uint64_t* bar, unsigned b
         l.to.push_back(&p);
     }
 #ifdef SIM_ASAN
-    each_piece(l.map, x, y, l.offset, [&](size_t, char* from, size_t n, bool inside) {
+    each_piece(l.map, corner, l.offset, [&](size_t, char* from, size_t n, bool inside) {
         if (inside && __asan_region_is_poisoned(from, n) != nullptr) fail("a TMA load reads outside a buffer", site);
     });
 #endif
@@ -1193,12 +1236,12 @@ void tma_store(const void* map, int x, int y, const void* from, Site site) {
     Unseen unseen;
     Block& b = *current->block;
     launch->async = true;
-    Store s{check_map(map, site), x, y, offset_of(b, from, site), site, false, {}};
+    Store s{check_map(map, 2, site), {2, {x, y, 0}}, offset_of(b, from, site), site, false, {}};
     check_place(b, s.map, s.offset, site);
     if (dirty(b, s.offset, box_bytes(s.map))) fail((std::string(DIRTY) + "a TMA store").c_str(), site);
     seen_read(from, box_bytes(s.map));
 #ifdef SIM_ASAN
-    each_piece(s.map, x, y, s.offset, [&](size_t, char* to, size_t n, bool inside) {
+    each_piece(s.map, s.corner, s.offset, [&](size_t, char* to, size_t n, bool inside) {
         if (inside && __asan_region_is_poisoned(to, n) != nullptr) fail("a TMA store writes outside a buffer", site);
     });
 #endif
@@ -1485,6 +1528,8 @@ int sim_launch(const char* name, const unsigned* grid, const unsigned* size, siz
     l.random = thread_seed == 0 ? 0 : thread_seed * 0x9E3779B97F4A7C15ull | 1;
     l.elected = l.random >> 40 & 31;
     l.cluster = it->second.cluster;
+    l.beside = it->second.beside;
+    l.together = together != 0;
 #ifdef SIM_TSAN
     l.host.tsan = __tsan_get_current_fiber();
 #endif

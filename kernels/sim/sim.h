@@ -61,6 +61,7 @@ dim3 grid_size();
 
 // All threads of the block, or `threads` of them at a numbered barrier.
 void barrier(Site site, int id = 0, int threads = 0);
+void barrier_arrive(Site site, int id, int threads);
 
 // What the lanes of a warp do together. All lanes of `mask` call it with the same kind; each brings a
 // value of `bytes` and gets the 32 of them.
@@ -72,6 +73,10 @@ void exchange(Warp kind, unsigned mask, const void* value, size_t bytes, void* a
 void mbarrier_init(uint64_t* bar, int arrivals, Site site);
 void mbarrier_arrive(uint64_t* bar, Site site);
 void mbarrier_wait(uint64_t* bar, int parity, Site site);
+
+// A number in global memory that says whose turn it is, for blocks that run together.
+void turn_wait(const uint32_t* turn, uint32_t mine, Site site);
+void turn_pass(uint32_t* turn, uint32_t next, Site site);
 
 // cp.async: the copy happens as late as allowed, at the wait; until then the destination is NaN.
 void copy_async(void* to, const void* from, size_t bytes, size_t zeros, Site site);
@@ -97,9 +102,15 @@ struct Map {
 };
 static_assert(sizeof(Map) == 128);
 
+// Where a box begins, from the innermost dimension out.
+struct Corner {
+    int rank;
+    int at[3];
+};
+
 // TMA: the copy happens at a random time, at the latest when all threads wait; until then the destination is
 // NaN. `blocks`: of the cluster; 0 is this one.
-void tma_load(void* to, const void* map, int x, int y, uint64_t* bar, unsigned blocks, Site site);
+void tma_load(void* to, const void* map, Corner corner, uint64_t* bar, unsigned blocks, Site site);
 // The source is read at the wait for it, and global memory written at the wait for that or at the end.
 void tma_store(const void* map, int x, int y, const void* from, Site site);
 void tma_store_commit();
@@ -140,7 +151,7 @@ inline void aligned(const void* p, size_t bytes, Site site) {
 
 // Kernels by name, with a function that unpacks the driver's arguments.
 using Call = void (*)(void** args);
-void enter(const char* name, int threads, Call call, int cluster = 1);
+void enter(const char* name, int threads, Call call, int cluster = 1, int beside = 1);
 
 template <auto F>
 struct Unpack;
@@ -161,9 +172,11 @@ struct Unpack<F> {
 };
 
 struct Entry {
-    Entry(const char* name, Call call, int threads, int cluster = 1) { enter(name, threads, call, cluster); }
+    Entry(const char* name, Call call, int threads, int cluster = 1, int beside = 1) {
+        enter(name, threads, call, cluster, beside);
+    }
 };
-// Written by the tests for every KERNEL line: its threads, and the blocks of its cluster where it has one.
+// Written by the tests for every KERNEL line: its threads, the blocks of its cluster, and those that share registers.
 #define SIM_ENTER(name, ...) static ::sim::Entry sim_entry_##name(#name, &::sim::Unpack<&name>::call, __VA_ARGS__);
 
 }  // namespace sim

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::Rows;
-use crate::ops::attention::{PAGE, Segment};
+use crate::ops::attention::{PAGE, Segment, Work};
 
 /// A micro-batch under construction. `clear` and `push` reuse its memory.
 #[derive(Debug, Default)]
@@ -91,6 +91,7 @@ impl Batch {
             rows: ids.len() as u32,
             at,
             pages: start..start + used as u32,
+            prefix: None,
         });
         self.selected.push(at + ids.len() as u32 - 1);
         self.targets.push(0);
@@ -106,7 +107,8 @@ impl Batch {
         self.pages.extend(self.next_page..self.next_page + used);
         self.next_page += used;
         let pages = start..start + used;
-        self.segments.push(Segment { first: 0, rows: ids.len() as u32, at, pages });
+        let rows = ids.len() as u32;
+        self.segments.push(Segment { first: 0, rows, at, pages, prefix: None });
     }
 
     fn close(&mut self) {
@@ -122,8 +124,7 @@ impl Batch {
         Rows {
             ids: (&self.ids).into(),
             positions: (&self.positions).into(),
-            segments: &self.segments,
-            pages: (&self.pages).into(),
+            attention: Work::new(&self.segments, &self.pages),
         }
     }
 

@@ -100,6 +100,8 @@ impl Spec {
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
             scale: 1.0 / (self.head_dim as f64).sqrt(),
+            softcap: None,
+            window: None,
         }
     }
 

@@ -11,7 +11,7 @@ use crate::{
     error::{Error, Result},
     ops::{
         activation,
-        attention::{self, KvLayer, Segment},
+        attention::{self, KvLayer},
         embedding, layer_norm, matmul, rms_norm, rope,
     },
 };
@@ -24,9 +24,7 @@ pub struct Rows<'a> {
     /// Position of each row in its sequence.
     pub positions: View<'a, u32>,
     /// Which rows are which sequence, and where its keys and values are.
-    pub segments: &'a [Segment],
-    /// Page ids that the segments index.
-    pub pages: View<'a, u32>,
+    pub attention: attention::Work<'a>,
 }
 
 /// Keys and values.
@@ -55,7 +53,7 @@ impl<'s, F: Float> Cache<'s, F> {
 
     fn with_layers(scope: &'s Scope<'_>, spec: &Spec, pages: usize, layers: usize) -> Result<Self> {
         let shape = spec.attention();
-        let layers = (0..layers).map(|_| KvLayer::new(scope, &shape, pages));
+        let layers = (0..layers).map(|_| KvLayer::new(scope, &shape, attention::PAGE, pages));
         Ok(Self { layers: layers.collect::<Result<_>>()? })
     }
 }
@@ -122,7 +120,8 @@ impl<'s, F: Float> Activations<'s, F> {
                 act: scope.alloc("MLP activations", rows * spec.mlp_hidden)?,
             })
         };
-        let scratch = if keep { attention::scratch_len(&spec.attention(), rows) } else { 0 };
+        let scratch =
+            if keep { attention::backward_scratch_len(&spec.attention(), rows) } else { 0 };
         Ok(Self {
             x: x.collect::<Result<_>>()?,
             blocks: (0..layers).map(block).collect::<Result<_>>()?,
@@ -222,8 +221,8 @@ impl<F: Float> Model<F> {
             let block = &mut acts.blocks[l.min(kept - 1)];
             let last = cache.layers.len() - 1;
             let kv = &mut cache.layers[l.min(last)];
-            let x = acts.x[from].view();
-            self.attend(dev, l, rows, x, block, kv)?;
+            let (x, scratch) = (acts.x[from].view(), acts.scratch.view_mut());
+            self.attend(dev, l, rows, x, block, kv, scratch)?;
             self.feed_forward(dev, l, acts.x[to].view_mut(), block)?;
         }
         Ok(())
@@ -248,26 +247,23 @@ impl<F: Float> Model<F> {
         x: View<'_, F>,
         b: &mut Block<'_, F>,
         kv: &mut KvLayer<'_, F>,
+        scratch: ViewMut<'_, F>,
     ) -> Result<()> {
         let (shape, w, at) = (self.spec.attention(), &self.blocks[l], Some(l));
         self.norm(dev, &mut b.norm1, x, Slot::Norm1, Slot::Norm1Bias, at)?;
         let bias = self.params.get(Slot::QkvBias, at);
         matmul::forward(dev, b.qkv.view_mut(), b.norm1.y.view(), &w.qkv, bias, None)?;
-        if let Some(table) = &self.rope {
-            let (cols, heads) = (self.spec.qkv_cols(), shape.q_heads + shape.kv_heads);
-            let d = shape.head_dim;
-            rope::forward(dev, b.qkv.view_mut(), cols, heads, d, rows.positions, table)?;
-        }
-        attention::append(dev, kv, b.qkv.view(), rows.segments, rows.pages, &shape)?;
+        let turn = self.rope.as_ref().map(|table| (rows.positions, table));
+        attention::append(dev, kv, b.qkv.view_mut(), rows.attention, &shape, turn)?;
         attention::forward(
             dev,
             b.attention.view_mut(),
             b.lse.view_mut(),
             b.qkv.view(),
             kv,
-            rows.segments,
-            rows.pages,
+            rows.attention,
             &shape,
+            scratch,
         )?;
         let bias = self.params.get(Slot::OutBias, at);
         matmul::forward(dev, b.mid.view_mut(), b.attention.view(), &w.out, bias, Some(x))
@@ -430,7 +426,7 @@ impl<F: Float> Model<F> {
             b.attention.view(),
             b.qkv.view(),
             b.lse.view(),
-            rows.segments,
+            rows.attention,
             &shape,
             scratch,
         )?;

@@ -1,30 +1,41 @@
 //! Causal attention with grouped queries over packed sequences and a paged KV cache.
 //!
-//! `out[r, h] = sum_{j <= r} softmax_j(scale q[r, h] . k[j, g]) v[j, g]`, `g = h / group`.
+//! `out[r, h] = sum_j softmax_j(s[r, j]) v[j, g]`, `s[r, j] = scale q[r, h] . k[j, g]`, or
+//! `cap tanh(s / cap)` of that, `g = h / group`; j runs over the positions up to r's own, or over
+//! the last `window` of them.
 //! (Vaswani et al. 2017, eq. 1; groups: Ainslie et al. 2023; online softmax: Milakov and
-//! Gimelshein 2018)
+//! Gimelshein 2018; window: Beltagy et al. 2020; soft-cap: Gemma Team 2024)
 //!
 //! Training, prefill and decoding are one code path: new keys and values are written to the cache,
 //! then each row visits the pages of its own sequence from absolute position 0. A page's
 //! contribution to a row depends on that row alone, and masked entries add exact zeros, so a row
-//! has the same bits in a batch of whole sequences, in chunks, or alone.
+//! has the same bits in a batch of whole sequences, in chunks, or alone. On a CUDA device softmax starts
+//! anew each 1024 positions and is merged in ascending order, so that few long sequences keep all of it busy.
+
+mod backward;
+mod cuda;
+mod hopper;
+mod parts;
+
+pub use parts::{Parts, Work};
 
 use std::ops::Range;
 
 use crate::{
     device::{
-        Buffer, Device, Float, Scope, View, ViewMut,
+        Buffer, Device, Element, Float, Scope, View, ViewMut,
         cpu::{
-            Isa,
+            Cpu, Isa,
             gemm::{self, Lhs, NR, Rhs},
             math,
         },
     },
     error::{Error, Result},
+    ops::rope,
     shape, simd,
 };
 
-/// Positions of a page: the width of a packed panel, so that a page of keys is one.
+/// Positions of a page on the CPU: the width of a packed panel, so that a page of keys is one.
 pub const PAGE: usize = NR;
 
 /// The widest head: a panel of one page must fit the stack.
@@ -44,6 +55,10 @@ pub struct Shape {
     pub head_dim: usize,
     /// Factor on the scores.
     pub scale: f64,
+    /// Bounds the scores: `cap tanh(s / cap)`.
+    pub softcap: Option<f64>,
+    /// Positions that a row sees, its own included; none is all.
+    pub window: Option<u32>,
 }
 
 impl Shape {
@@ -51,6 +66,15 @@ impl Shape {
     #[must_use]
     pub fn qkv_cols(&self) -> usize {
         (self.q_heads + 2 * self.kv_heads) * self.head_dim
+    }
+
+    /// Positions of a page on `dev`: those of one step of attention there.
+    #[must_use]
+    pub fn page(&self, dev: &Device) -> usize {
+        match dev {
+            Device::Cpu(_) => PAGE,
+            Device::Cuda(cuda) => cuda::page(cuda, self),
+        }
     }
 
     fn group(&self) -> usize {
@@ -75,32 +99,59 @@ impl Shape {
     fn check(&self, op: &'static str) -> Result<()> {
         let ok = self.kv_heads > 0
             && self.q_heads.is_multiple_of(self.kv_heads)
-            && (1..=MAX_HEAD_DIM).contains(&self.head_dim);
+            && (1..=MAX_HEAD_DIM).contains(&self.head_dim)
+            && self.softcap.is_none_or(|cap| cap > 0.0 && cap.is_finite())
+            && self.window != Some(0);
         if ok {
             return Ok(());
         }
-        let want = format!("heads in whole groups, head_dim from 1 to {MAX_HEAD_DIM}");
+        let want = format!(
+            "heads in whole groups, head_dim from 1 to {MAX_HEAD_DIM}, a positive softcap and window"
+        );
         Err(Error::value(format!("{op}: shape"), want, format!("{self:?}")))
+    }
+
+    /// The first position that a row at position `p` sees.
+    fn sees_from(&self, p: usize) -> usize {
+        self.window.map_or(0, |w| (p + 1).saturating_sub(w as usize))
     }
 }
 
 /// Keys and values of one layer.
 #[derive(Debug)]
-pub struct KvLayer<'s, F> {
-    k: Buffer<'s, F>,
-    v: Buffer<'s, F>,
+pub struct KvLayer<'s, T> {
+    k: Buffer<'s, T>,
+    v: Buffer<'s, T>,
+    /// Positions of a page.
+    page: usize,
 }
 
-impl<'s, F: Float> KvLayer<'s, F> {
-    /// Room for `pages` pages.
+impl<'s, T: Element> KvLayer<'s, T> {
+    /// Room for `pages` pages of `page` positions, which is [`Shape::page`] of the device.
     ///
     /// # Errors
     /// [`Error::Memory`] if the plan has no room.
-    pub fn new(scope: &'s Scope<'_>, shape: &Shape, pages: usize) -> Result<Self> {
+    pub fn new(scope: &'s Scope<'_>, shape: &Shape, page: usize, pages: usize) -> Result<Self> {
+        let plain = shape.kv_heads * shape.head_dim * page;
+        let (k, v) = if page == PAGE { (shape.k_page(), shape.v_page()) } else { (plain, plain) };
         Ok(Self {
-            k: scope.alloc("KV cache, keys", pages * shape.k_page())?,
-            v: scope.alloc("KV cache, values", pages * shape.v_page())?,
+            k: scope.alloc("KV cache, keys", pages * k)?,
+            v: scope.alloc("KV cache, values", pages * v)?,
+            page,
         })
+    }
+
+    /// Pages.
+    fn pages(&self, shape: &Shape) -> usize {
+        self.k.len() / (shape.kv_heads * shape.head_dim * self.page)
+    }
+
+    fn check(&self, op: &'static str, dev: &Device, shape: &Shape) -> Result<()> {
+        let want = shape.page(dev);
+        if self.page == want {
+            return Ok(());
+        }
+        Err(Error::value(format!("{op}: positions of a page"), want.to_string(), self.page))
     }
 }
 
@@ -115,6 +166,10 @@ pub struct Segment {
     pub at: u32,
     /// Its pages, as a range of the list of page ids: they cover positions `0 .. first + rows`.
     pub pages: Range<u32>,
+    /// The earlier segment of the batch that holds positions `0 .. first`, for several sequences that
+    /// begin with the same tokens. Whole pages of it may be in the list; the page of position `first`
+    /// is the segment's own, and [`append`] copies there what comes before, even if it has no rows yet.
+    pub prefix: Option<u32>,
 }
 
 impl Segment {
@@ -123,7 +178,7 @@ impl Segment {
     }
 }
 
-/// Checks that segments cover `rows` rows in order.
+/// Checks that segments cover `rows` rows in order, and that prefixes come before.
 fn check_rows(op: &'static str, segments: &[Segment], rows: usize) -> Result<()> {
     let mut next = 0;
     for (i, s) in segments.iter().enumerate() {
@@ -132,6 +187,13 @@ fn check_rows(op: &'static str, segments: &[Segment], rows: usize) -> Result<()>
             return Err(Error::value(what, next.to_string(), s.at));
         }
         next = s.at.saturating_add(s.rows);
+        let Some(p) = s.prefix else { continue };
+        let before = segments[..i].get(p as usize);
+        if !before.is_some_and(|b| b.first == 0 && b.rows == s.first && b.prefix.is_none()) {
+            let want = format!("an earlier one of positions 0 to {}", s.first);
+            let got = before.map_or(format!("{p}"), |b| format!("{p}, {} of {}", b.first, b.rows));
+            return Err(Error::value(format!("{op}: prefix of segment {i}"), want, got));
+        }
     }
     if next as usize == rows {
         return Ok(());
@@ -139,58 +201,107 @@ fn check_rows(op: &'static str, segments: &[Segment], rows: usize) -> Result<()>
     Err(Error::value(format!("{op}: rows of all segments"), rows.to_string(), next))
 }
 
-/// As [`check_rows`], and that the pages of each segment exist.
+/// As [`check_rows`], and that each segment lists the pages that it needs, in a list of `listed`.
 fn check_segments(
     op: &'static str,
     segments: &[Segment],
     rows: usize,
-    list: &[u32],
-    pages: usize,
+    listed: usize,
+    page: usize,
 ) -> Result<()> {
     check_rows(op, segments, rows)?;
     for (i, s) in segments.iter().enumerate() {
-        let what = |part| format!("{op}: {part} of segment {i}");
-        let used = (s.first as usize + s.rows as usize).div_ceil(PAGE);
-        let ids = list.get(s.pages.start as usize..s.pages.end as usize);
-        let Some(ids) = ids.filter(|ids| ids.len() >= used) else {
-            let want = format!("{used} within a list of {}", list.len());
-            return Err(Error::value(what("pages"), want, format!("{:?}", s.pages)));
-        };
-        if let Some(id) = ids.iter().find(|id| **id as usize >= pages) {
-            return Err(Error::value(what("page id"), format!("less than {pages}"), id));
+        let used = (s.first as usize + s.rows as usize).div_ceil(page);
+        let range = s.pages.start as usize..s.pages.end as usize;
+        if range.end > listed || range.start > range.end || range.len() < used {
+            let want = format!("{used} within a list of {listed}");
+            let what = format!("{op}: pages of segment {i}");
+            return Err(Error::value(what, want, format!("{:?}", s.pages)));
         }
     }
     Ok(())
 }
 
+/// Checks that the pages of all segments are below `pages`.
+fn check_pages(op: &str, segments: &[Segment], list: &[u32], pages: usize) -> Result<()> {
+    for (i, s) in segments.iter().enumerate() {
+        let ids = &list[s.pages.start as usize..s.pages.end as usize];
+        if let Some(id) = ids.iter().find(|id| **id as usize >= pages) {
+            let what = format!("{op}: page id of segment {i}");
+            return Err(Error::value(what, format!("less than {pages}"), id));
+        }
+    }
+    Ok(())
+}
+
+/// As [`check_segments`], with the ids of pages: on a CUDA device [`Parts`] has looked at those.
+fn check_work(
+    op: &'static str,
+    work: &Work<'_>,
+    rows: usize,
+    (page, pages): (usize, usize),
+    dev: &Device,
+) -> Result<()> {
+    check_segments(op, work.segments, rows, work.pages.len(), page)?;
+    match dev {
+        Device::Cpu(_) => check_pages(op, work.segments, work.pages.host(), pages),
+        Device::Cuda(_) => Ok(()),
+    }
+}
+
 /// Writes keys and values of new rows to their pages. `qkv` `[rows, (q_heads + 2 kv_heads)
-/// head_dim]` holds queries, keys and values side by side, positions already applied.
+/// head_dim]` holds queries, keys and values side by side; with `turn`, the positions of the rows and
+/// their angles, queries and keys are turned in place before, with the bits of [`rope::forward`]. A CUDA
+/// device takes the positions from the segments, which are the same.
 ///
 /// # Errors
-/// [`Error::Shape`] if `qkv` does not fit, [`Error::Value`] if segments or pages do not.
-pub fn append<F: Float>(
+/// [`Error::Shape`] if `qkv` does not fit, [`Error::Value`] if segments or pages do not; as
+/// [`rope::forward`] for a position beyond the table, whose heads become NaN on a CUDA device instead.
+pub fn append<T: Element>(
     dev: &Device,
-    kv: &mut KvLayer<'_, F>,
-    qkv: View<'_, F>,
-    segments: &[Segment],
-    pages: View<'_, u32>,
+    kv: &mut KvLayer<'_, T>,
+    mut qkv: ViewMut<'_, T>,
+    work: Work<'_>,
     shape: &Shape,
+    turn: Option<(View<'_, u32>, &rope::Table<T::Acc>)>,
 ) -> Result<()> {
     const OP: &str = "attention::append";
-    let cpu = dev.on_cpu(OP)?;
     shape.check(OP)?;
-    let (qkv, list, cols) = (qkv.host(), pages.host(), shape.qkv_cols());
-    let rows = shape::rows(OP, "qkv", qkv.len(), cols)?;
-    let (k_page, v_page) = (shape.k_page(), shape.v_page());
-    let total = kv.k.len() / k_page;
-    check_segments(OP, segments, rows, list, total)?;
+    kv.check(OP, dev, shape)?;
+    let rows = shape::rows(OP, "qkv", qkv.len(), shape.qkv_cols())?;
+    let total = kv.pages(shape);
+    check_work(OP, &work, rows, (kv.page, total), dev)?;
+    match dev {
+        Device::Cpu(cpu) => {
+            if let Some((positions, table)) = turn {
+                let (cols, heads) = (shape.qkv_cols(), shape.q_heads + shape.kv_heads);
+                let (qkv, d) = (qkv.reborrow(), shape.head_dim);
+                rope::forward(dev, qkv, cols, heads, d, positions, table)?;
+            }
+            let (k, v) = (kv.k.view_mut().float()?.host(), kv.v.view_mut().float()?.host());
+            append_on_cpu(cpu, k, v, qkv.view().float()?.host(), work, shape);
+            Ok(())
+        }
+        Device::Cuda(cuda) => cuda::append(cuda, kv, qkv, work, shape, turn.map(|(_, t)| t)),
+    }
+}
+
+fn append_on_cpu<F: Float>(
+    cpu: &Cpu,
+    k: &mut [F],
+    v: &mut [F],
+    qkv: &[F],
+    work: Work<'_>,
+    shape: &Shape,
+) {
+    let (k_page, v_page, cols) = (shape.k_page(), shape.v_page(), shape.qkv_cols());
+    let (total, list) = (k.len() / k_page, work.pages.host());
     // A task owns a range of pages and copies the rows that belong there.
-    let out = ((kv.k.host_mut(), k_page), (kv.v.host_mut(), v_page));
-    cpu.rows(total, 1, out, |range, (k, v)| {
-        for s in segments {
+    cpu.rows(total, 1, ((k, k_page), (v, v_page)), |range, (k, v)| {
+        for s in parts::written(work.segments, PAGE) {
             let (first, end) = (s.first as usize, (s.first + s.rows) as usize);
             for p in first / PAGE..end.div_ceil(PAGE) {
-                let id = list[s.pages.start as usize + p] as usize;
+                let id = list[s.pages as usize + p] as usize;
                 if !range.contains(&id) {
                     continue;
                 }
@@ -204,7 +315,6 @@ pub fn append<F: Float>(
             }
         }
     });
-    Ok(())
 }
 
 fn write_row<F: Float>(k: &mut [F], v: &mut [F], row: &[F], slot: usize, shape: &Shape) {
@@ -222,36 +332,64 @@ fn write_row<F: Float>(k: &mut [F], v: &mut [F], row: &[F], slot: usize, shape: 
     }
 }
 
+/// Elements of scratch that [`forward`] needs on `dev` for batches in which at most `singles` segments have one
+/// row, as in decoding, of sequences of at most `positions`.
+#[must_use]
+pub fn forward_scratch_len(dev: &Device, shape: &Shape, singles: usize, positions: usize) -> usize {
+    match dev {
+        Device::Cpu(_) => 0,
+        Device::Cuda(cuda) => cuda::scratch_len(cuda, shape, singles, positions),
+    }
+}
+
 /// Writes `out` `[rows, q_heads head_dim]` and keeps `lse` `[rows, q_heads]`, the log-sum-exp of
-/// each row's scaled scores, for [`backward`]. Keys and values, the rows' own included, come from
-/// `kv`. `4 head_dim` FLOPs for each query head and visible position.
+/// each row's scores, for [`backward`]. Keys and values, the rows' own included, come from
+/// `kv`. `4 head_dim` FLOPs for each query head and visible position. `scratch` has
+/// [`forward_scratch_len`] elements.
 ///
 /// # Errors
 /// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] if segments or pages do not.
 #[allow(clippy::too_many_arguments)]
-pub fn forward<F: Float>(
+pub fn forward<T: Element>(
     dev: &Device,
-    out: ViewMut<'_, F>,
-    lse: ViewMut<'_, F>,
-    qkv: View<'_, F>,
-    kv: &KvLayer<'_, F>,
-    segments: &[Segment],
-    pages: View<'_, u32>,
+    out: ViewMut<'_, T>,
+    lse: ViewMut<'_, T::Acc>,
+    qkv: View<'_, T>,
+    kv: &KvLayer<'_, T>,
+    work: Work<'_>,
     shape: &Shape,
+    scratch: ViewMut<'_, T::Acc>,
 ) -> Result<()> {
     const OP: &str = "attention";
-    let cpu = dev.on_cpu(OP)?;
     shape.check(OP)?;
-    let (qkv, list) = (qkv.host(), pages.host());
+    kv.check(OP, dev, shape)?;
     let rows = shape::rows(OP, "qkv", qkv.len(), shape.qkv_cols())?;
-    let cols = shape.q_heads * shape.head_dim;
-    shape::check(OP, "out", &[rows, cols], out.len())?;
+    shape::check(OP, "out", &[rows, shape.q_heads * shape.head_dim], out.len())?;
     shape::check(OP, "lse", &[rows, shape.q_heads], lse.len())?;
-    check_segments(OP, segments, rows, list, kv.k.len() / shape.k_page())?;
-    let (k, v) = (kv.k.host(), kv.v.host());
-    let outputs = ((out.host(), cols), (lse.host(), shape.q_heads));
-    cpu.rows(rows, 1, outputs, |range, (out, lse)| {
-        for s in segments {
+    check_work(OP, &work, rows, (kv.page, kv.pages(shape)), dev)?;
+    match dev {
+        Device::Cpu(cpu) => {
+            let (k, v) = (kv.k.view().float()?.host(), kv.v.view().float()?.host());
+            let out = (out.float()?.host(), lse.host());
+            forward_on_cpu(cpu, out, qkv.float()?.host(), (k, v), work, shape);
+            Ok(())
+        }
+        Device::Cuda(cuda) => cuda::forward(cuda, out, lse, qkv, kv, work, shape, scratch),
+    }
+}
+
+fn forward_on_cpu<F: Float>(
+    cpu: &Cpu,
+    (out, lse): (&mut [F], &mut [F]),
+    qkv: &[F],
+    (k, v): (&[F], &[F]),
+    work: Work<'_>,
+    shape: &Shape,
+) {
+    let (cols, list) = (shape.q_heads * shape.head_dim, work.pages.host());
+    let rows = lse.len() / shape.q_heads;
+    cpu.rows(rows, 1, ((out, cols), (lse, shape.q_heads)), |range, (out, lse)| {
+        for s in work.segments {
             let own = s.batch_rows();
             let (mut r, end) = (own.start.max(range.start), own.end.min(range.end));
             let ids = &list[s.pages.start as usize..s.pages.end as usize];
@@ -270,7 +408,6 @@ pub fn forward<F: Float>(
             }
         }
     });
-    Ok(())
 }
 
 /// Up to [`TILE`] rows of one sequence.
@@ -294,12 +431,13 @@ impl<F: Float> Tile<'_, F> {
         shape: &Shape,
     ) {
         let (d, cols, panels) = (shape.head_dim, shape.q_heads * shape.head_dim, shape.v_panels());
-        let end = self.first + self.rows;
+        let (end, begin) = (self.first + self.rows, shape.sees_from(self.first) / PAGE);
+        let bend = Bend::of(shape);
         for h in 0..shape.q_heads {
             let g = h / shape.group();
             let q = Lhs::rows(&self.qkv[h * d..], shape.qkv_cols());
             let (mut top, mut sum) = ([F::NEG_INFINITY; TILE], [F::ZERO; TILE]);
-            for (p, id) in ids[..end.div_ceil(PAGE)].iter().enumerate() {
+            for (p, id) in ids[..end.div_ceil(PAGE)].iter().enumerate().skip(begin) {
                 let id = *id as usize;
                 let seen = (end - p * PAGE).min(PAGE);
                 let mut s = [F::ZERO; TILE * PAGE];
@@ -307,11 +445,12 @@ impl<F: Float> Tile<'_, F> {
                 let sizes = (self.rows, PAGE, d);
                 gemm::serial(isa, &mut s, PAGE, sizes, q, Rhs::Packed(keys), false);
                 for r in 0..self.rows {
-                    let visible = (self.first + r + 1).saturating_sub(p * PAGE).min(PAGE);
+                    let (at, position) = (p * PAGE, self.first + r);
+                    let from = shape.sees_from(position).saturating_sub(at);
+                    let visible = from..(position + 1).saturating_sub(at).min(PAGE);
                     let row = &mut s[r * PAGE..][..PAGE];
-                    let keep =
-                        weigh(isa, row, visible, F::of(shape.scale), &mut top[r], &mut sum[r]);
-                    if p > 0 && keep != F::ONE {
+                    let keep = weigh(isa, row, visible, bend, &mut top[r], &mut sum[r]);
+                    if p > begin && keep != F::ONE {
                         scale_row(isa, &mut out[r * cols + h * d..][..d], keep);
                     }
                 }
@@ -321,7 +460,7 @@ impl<F: Float> Tile<'_, F> {
                     let values = Rhs::Packed(&v[at..at + seen * NR]);
                     let c = &mut out[h * d + panel * NR..];
                     let sizes = (self.rows, nc, seen);
-                    gemm::serial(isa, c, cols, sizes, Lhs::rows(&s, PAGE), values, p > 0);
+                    gemm::serial(isa, c, cols, sizes, Lhs::rows(&s, PAGE), values, p > begin);
                 }
             }
             for r in 0..self.rows {
@@ -332,24 +471,54 @@ impl<F: Float> Tile<'_, F> {
     }
 }
 
+/// How scores are made of products.
+#[derive(Clone, Copy)]
+struct Bend<F> {
+    scale: F,
+    /// 0 is none.
+    cap: F,
+}
+
+impl<F: Float> Bend<F> {
+    fn of(shape: &Shape) -> Self {
+        Self { scale: F::of(shape.scale), cap: F::of(shape.softcap.unwrap_or(0.0)) }
+    }
+}
+
+/// From products to scores.
+#[inline(always)]
+fn score<F: Float>(row: &mut [F], bend: Bend<F>) {
+    for x in row.iter_mut() {
+        *x *= bend.scale;
+    }
+    if bend.cap > F::ZERO {
+        for x in row.iter_mut() {
+            *x = bend.cap * (*x / bend.cap).tanh();
+        }
+    }
+}
+
 simd! {
-    /// Turns a page's scores into weights relative to the new maximum, updates maximum and sum,
+    /// Turns a page's products into weights relative to the new maximum, updates maximum and sum,
     /// and returns the factor on what was accumulated before. With nothing visible, weights are 0
     /// and the factor is 1: an exact no-op.
-    fn weigh[F: Float](row: &mut [F], visible: usize, scale: F, top: &mut F, sum: &mut F) -> F {
-        if visible == 0 {
+    fn weigh[F: Float](
+        row: &mut [F], visible: Range<usize>, bend: Bend<F>, top: &mut F, sum: &mut F,
+    ) -> F {
+        if visible.is_empty() {
             row.fill(F::ZERO);
             return F::ONE;
         }
+        score(&mut row[visible.clone()], bend);
         let mut new = *top;
-        for x in row[..visible].iter_mut() {
-            *x *= scale;
+        for x in row[visible.clone()].iter() {
             new = new.max_nan(*x);
         }
         let mut lanes = [F::ZERO; math::LANES];
         for (j, x) in row.iter_mut().enumerate() {
             // Slots beyond the row may hold anything, NaN too: selected away, not multiplied.
-            *x = if j < visible { *x - new } else { F::NEG_INFINITY };
+            let seen = j >= visible.start && j < visible.end;
+            *x = if seen { *x - new } else { F::NEG_INFINITY };
         }
         for x in row.iter_mut() {
             *x = x.exp();
@@ -372,71 +541,93 @@ simd! {
     }
 }
 
-/// Elements of scratch that [`backward`] needs for `rows` rows: a gradient of queries, keys and
-/// values by heads.
+/// Elements of scratch that [`backward`] needs for `rows` rows on any device: on the CPU a gradient of
+/// queries, keys and values by heads; on a CUDA device sums of the queries' gradient, `dout . out` of each
+/// head, and turns, which are fewer.
 #[must_use]
-pub fn scratch_len(shape: &Shape, rows: usize) -> usize {
+pub fn backward_scratch_len(shape: &Shape, rows: usize) -> usize {
     rows * shape.qkv_cols()
 }
 
 /// Writes `dqkv` `[rows, (q_heads + 2 kv_heads) head_dim]` from `dout`, with `out` and `lse` as
-/// [`forward`] left them. Every segment must be a whole sequence. `10 head_dim` FLOPs for each
-/// query head and visible position: five products, scores recomputed.
+/// [`forward`] left them. Every segment must be a whole sequence, or have its prefix in the batch.
+/// `10 head_dim` FLOPs for each query head and visible position: five products, scores recomputed.
 ///
-/// Sums run in a fixed order: over keys ascending for a query, over queries ascending and then
-/// heads of the group for a key.
+/// Sums run in a fixed order: over keys ascending for a query; for a key over queries ascending and then
+/// heads of the group, on a CUDA device over tiles of queries descending. They do not depend on what else
+/// is in the batch.
 ///
 /// # Errors
 /// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] if a segment starts late or segments
 /// do not cover the rows in order.
 #[allow(clippy::too_many_arguments)]
-pub fn backward<F: Float>(
+pub fn backward<T: Element>(
     dev: &Device,
-    dqkv: ViewMut<'_, F>,
-    dout: View<'_, F>,
-    out: View<'_, F>,
-    qkv: View<'_, F>,
-    lse: View<'_, F>,
-    segments: &[Segment],
+    dqkv: ViewMut<'_, T>,
+    dout: View<'_, T>,
+    out: View<'_, T>,
+    qkv: View<'_, T>,
+    lse: View<'_, T::Acc>,
+    work: Work<'_>,
     shape: &Shape,
-    scratch: ViewMut<'_, F>,
+    scratch: ViewMut<'_, T::Acc>,
 ) -> Result<()> {
     const OP: &str = "attention::backward";
-    let cpu = dev.on_cpu(OP)?;
     shape.check(OP)?;
-    let (d, cols) = (shape.head_dim, shape.qkv_cols());
+    let (d, cols, segments) = (shape.head_dim, shape.qkv_cols(), work.segments);
     let rows = shape::rows(OP, "qkv", qkv.len(), cols)?;
     let out_cols = shape.q_heads * d;
     shape::check(OP, "dqkv", &[rows, cols], dqkv.len())?;
     shape::check(OP, "dout", &[rows, out_cols], dout.len())?;
     shape::check(OP, "out", &[rows, out_cols], out.len())?;
     shape::check(OP, "lse", &[rows, shape.q_heads], lse.len())?;
-    let need = scratch_len(shape, rows);
-    if scratch.len() < need {
-        return Err(Error::shape(OP, "scratch", &[need], &[scratch.len()]));
-    }
-    if let Some(i) = segments.iter().position(|s| s.first != 0) {
+    let scratch = scratch.scratch(OP, backward_scratch_len(shape, rows))?;
+    if let Some(i) = segments.iter().position(|s| s.first != 0 && s.prefix.is_none()) {
         let what = format!("{OP}: first position of segment {i}");
         return Err(Error::value(what, "0", segments[i].first));
     }
     check_rows(OP, segments, rows)?;
+    let cpu = match dev {
+        Device::Cpu(cpu) => cpu,
+        Device::Cuda(cuda) => {
+            let input = backward::Input { dout, out, qkv, lse };
+            return backward::run(cuda, dqkv, input, work, shape, scratch);
+        }
+    };
+    let input = Input {
+        dout: dout.float()?.host(),
+        out: out.float()?.host(),
+        qkv: qkv.float()?.host(),
+        lse: lse.host(),
+        shape,
+    };
+    backward_on_cpu(cpu, dqkv.float()?.host(), &input, segments, scratch.host());
+    Ok(())
+}
 
-    let isa = cpu.isa();
-    let input =
-        Input { dout: dout.host(), out: out.host(), qkv: qkv.host(), lse: lse.host(), shape };
+fn backward_on_cpu<F: Float>(
+    cpu: &Cpu,
+    dqkv: &mut [F],
+    input: &Input<'_, F>,
+    segments: &[Segment],
+    scratch: &mut [F],
+) {
+    let shape = input.shape;
+    let (d, cols, out_cols) = (shape.head_dim, shape.qkv_cols(), shape.q_heads * shape.head_dim);
+    let (rows, isa) = (dqkv.len() / cols, cpu.isa());
     // By KV head: [kv_heads][rows][(group + 2) head_dim], so that a task writes its own memory.
     let width = (shape.group() + 2) * d;
-    let scratch = &mut scratch.host()[..need];
     cpu.rows(shape.kv_heads, 1, (&mut *scratch, rows * width), |range, part| {
         for (g, part) in range.zip(part.chunks_exact_mut((rows * width).max(1))) {
             part.fill(F::ZERO);
-            for s in segments {
-                let own = s.batch_rows();
-                input.head(isa, &mut part[own.start * width..own.end * width], own, g);
+            for (i, keys) in segments.iter().enumerate() {
+                input.head(isa, part, keys, keys, g);
+                let after = segments[i..].iter().filter(|s| s.prefix == Some(i as u32));
+                after.for_each(|queries| input.head(isa, part, keys, queries, g));
             }
         }
     });
-    cpu.rows(rows, 16, (dqkv.host(), cols), |range, dqkv| {
+    cpu.rows(rows, 16, (dqkv, cols), |range, dqkv| {
         for (row, r) in dqkv.chunks_exact_mut(cols).zip(range) {
             let (q, kv) = row.split_at_mut(out_cols);
             let (k, v) = kv.split_at_mut(shape.kv_heads * d);
@@ -449,7 +640,6 @@ pub fn backward<F: Float>(
             }
         }
     });
-    Ok(())
 }
 
 struct Input<'a, F> {
@@ -464,28 +654,34 @@ struct Input<'a, F> {
 const BACK: usize = 48;
 
 impl<F: Float> Input<'_, F> {
-    /// One sequence, one KV head: `part` `[rows, (group + 2) d]` holds dq of the group, dk, dv.
-    fn head(&self, isa: Isa, part: &mut [F], rows: Range<usize>, g: usize) {
+    /// What the queries of one segment and the keys of one give each other, of one KV head: `part`
+    /// `[rows, (group + 2) d]` holds dq of the group, dk, dv.
+    fn head(&self, isa: Isa, part: &mut [F], keys: &Segment, queries: &Segment, g: usize) {
         let shape = self.shape;
         let (d, group) = (shape.head_dim, shape.group());
         let (cols, width, out_cols) = (shape.qkv_cols(), (group + 2) * d, shape.q_heads * d);
-        let n = rows.len();
-        let base = &self.qkv[rows.start * cols..];
         let (k_at, v_at) = (out_cols + g * d, out_cols + (shape.kv_heads + g) * d);
+        let (first, end, bend) = (queries.first as usize, queries.rows as usize, Bend::of(shape));
         let mut k_panel = [F::ZERO; MAX_HEAD_DIM * NR];
         let mut v_panel = [F::ZERO; MAX_HEAD_DIM * NR];
-        for j0 in (0..n).step_by(NR) {
-            let keys = NR.min(n - j0);
-            gemm::pack_panel(&mut k_panel[..d * NR], &base[j0 * cols + k_at..], cols, d, keys);
-            gemm::pack_panel(&mut v_panel[..d * NR], &base[j0 * cols + v_at..], cols, d, keys);
+        for j0 in (0..keys.rows as usize).step_by(NR) {
+            let (n, key) = (NR.min(keys.rows as usize - j0), keys.at as usize + j0);
+            let base = &self.qkv[key * cols..];
+            gemm::pack_panel(&mut k_panel[..d * NR], &base[k_at..], cols, d, n);
+            gemm::pack_panel(&mut v_panel[..d * NR], &base[v_at..], cols, d, n);
+            // Positions from `at` on, which the queries from there on see, up to the window's end.
+            let at = keys.first as usize + j0;
+            let begin = at.saturating_sub(first);
+            let last =
+                shape.window.map_or(end, |w| (at + n - 1 + w as usize).saturating_sub(first));
             for h in 0..group {
                 let head = g * group + h;
-                for i0 in (j0..n).step_by(BACK) {
-                    let m = BACK.min(n - i0);
-                    let at = rows.start + i0;
-                    let q = &base[i0 * cols + head * d..];
-                    let dout = &self.dout[at * out_cols + head * d..];
-                    let out = &self.out[at * out_cols + head * d..];
+                for i0 in (begin..end.min(last)).step_by(BACK) {
+                    let m = BACK.min(end - i0);
+                    let row = queries.at as usize + i0;
+                    let q = &self.qkv[row * cols + head * d..];
+                    let dout = &self.dout[row * out_cols + head * d..];
+                    let out = &self.out[row * out_cols + head * d..];
                     let (mut p, mut ds) = ([F::ZERO; BACK * NR], [F::ZERO; BACK * NR]);
                     let panel = Rhs::Packed(&k_panel[..d * NR]);
                     gemm::serial(isa, &mut p, NR, (m, NR, d), Lhs::rows(q, cols), panel, false);
@@ -493,25 +689,27 @@ impl<F: Float> Input<'_, F> {
                     let lhs = Lhs::rows(dout, out_cols);
                     gemm::serial(isa, &mut ds, NR, (m, NR, d), lhs, panel, false);
                     for r in 0..m {
-                        let lse = self.lse[(at + r) * shape.q_heads + head];
-                        let visible = (i0 + r + 1).saturating_sub(j0).min(keys);
+                        let lse = self.lse[(row + r) * shape.q_heads + head];
+                        let position = first + i0 + r;
+                        let from = shape.sees_from(position).saturating_sub(at).min(n);
+                        let visible = from..(position + 1).saturating_sub(at).min(n);
                         let o = r * out_cols..r * out_cols + d;
                         let delta = dot_row(isa, &dout[o.clone()], &out[o]);
                         let (p, ds) = (&mut p[r * NR..][..NR], &mut ds[r * NR..][..NR]);
-                        unweigh(isa, p, ds, visible, F::of(shape.scale), lse, delta);
+                        unweigh(isa, p, ds, visible, bend, lse, delta);
                     }
                     // dv += pᵀ dout, dk += dsᵀ q, dq += ds k
-                    let at_key = &mut part[j0 * width..];
-                    let (sizes, p, ds) = ((keys, d, m), &p[..], &ds[..]);
+                    let at_key = &mut part[key * width..];
+                    let (sizes, p, ds) = ((n, d, m), &p[..], &ds[..]);
                     let rhs = Rhs::Rows { data: dout, ld: out_cols };
                     let dv = &mut at_key[(group + 1) * d..];
                     gemm::serial(isa, dv, width, sizes, Lhs::columns(p, NR), rhs, true);
                     let rhs = Rhs::Rows { data: q, ld: cols };
                     let dk = &mut at_key[group * d..];
                     gemm::serial(isa, dk, width, sizes, Lhs::columns(ds, NR), rhs, true);
-                    let rhs = Rhs::Rows { data: &base[j0 * cols + k_at..], ld: cols };
-                    let dq = &mut part[i0 * width + h * d..];
-                    gemm::serial(isa, dq, width, (m, d, keys), Lhs::rows(ds, NR), rhs, true);
+                    let rhs = Rhs::Rows { data: &base[k_at..], ld: cols };
+                    let dq = &mut part[row * width + h * d..];
+                    gemm::serial(isa, dq, width, (m, d, n), Lhs::rows(ds, NR), rhs, true);
                 }
             }
         }
@@ -519,16 +717,28 @@ impl<F: Float> Input<'_, F> {
 }
 
 simd! {
-    /// From scores and `dout . v` to weights `p` and `ds = p (dout . v - delta) scale`.
+    /// From products to weights `p`, and from `dout . v` to the gradient of the products,
+    /// `ds = p (dout . v - delta) scale (1 - (s / cap)²)`.
     fn unweigh[F: Float](
-        p: &mut [F], ds: &mut [F], visible: usize, scale: F, lse: F, delta: F,
+        p: &mut [F], ds: &mut [F], visible: Range<usize>, bend: Bend<F>, lse: F, delta: F,
     ) {
+        score(&mut p[visible.clone()], bend);
         for j in 0..p.len() {
-            p[j] = if j < visible { p[j] * scale - lse } else { F::NEG_INFINITY };
+            let seen = j >= visible.start && j < visible.end;
+            let s = if seen { p[j] } else { F::NEG_INFINITY };
+            let slope = if seen && bend.cap > F::ZERO {
+                let t = s / bend.cap;
+                bend.scale * (F::ONE - t) * (F::ONE + t)
+            } else {
+                bend.scale
+            };
+            p[j] = s - lse;
+            // Beyond the row there may be anything.
+            ds[j] = if seen { (ds[j] - delta) * slope } else { F::ZERO };
         }
         for j in 0..p.len() {
             p[j] = p[j].exp();
-            ds[j] = p[j] * (ds[j] - delta) * scale;
+            ds[j] *= p[j];
         }
     }
 

@@ -96,6 +96,18 @@ impl<F: Float> Table<F> {
     }
 }
 
+impl<F: Float> Table<F> {
+    /// Cosines and sines `[positions, head_dim]`, and how many positions there are.
+    pub(super) fn angles(&self) -> (View<'_, F>, usize) {
+        (self.rows.view(), self.positions)
+    }
+
+    /// Width of the heads that it is for.
+    pub(super) fn head_dim(&self) -> usize {
+        2 * self.half
+    }
+}
+
 /// Turns the first `heads` heads of each row of `x` `[rows, row_len]` in place, by the angle of
 /// `positions[row]`; in f32 with the same bits on every device. 3 FLOPs an element.
 ///

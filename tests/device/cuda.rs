@@ -40,16 +40,24 @@ impl Fault {
         let x: Vec<f32> = (0..n + 4).map(|i| (i * i % 17) as f32 - 5.0).collect();
         let half: Vec<bf16> = x.iter().map(|x| bf16::from_f32(*x)).collect();
         let (x_, half): (&[u8], &[u8]) = (bytemuck::cast_slice(&x), bytemuck::cast_slice(&half));
+        let (turns, apart) = (self.name.ends_with("turn"), self.name == "turn_apart");
+        let together = turns || apart && !seeded;
         let seeded = Arg::Int(i32::from(seeded));
         let args = match self.name {
             "wrong_fragment" => &[Arg::Bytes(half), Arg::Bytes(half), seeded][..],
+            _ if turns || apart => &[Arg::Bytes(x_), Arg::Bytes(&[0; 4]), seeded],
             _ => &[Arg::Bytes(x_), seeded],
         };
         let kernel = Kernel {
             image: IMAGE,
             name: &name,
             threads: self.threads,
-            blocks: if self.name == "global_race" { 2 } else { 1 },
+            blocks: match self.name {
+                "global_race" => 2,
+                _ if turns || apart => 3,
+                _ => 1,
+            },
+            together,
             shared: self.shared,
             order: Order::default(),
         };
@@ -75,6 +83,9 @@ impl Fault {
                 let dot = |i: usize, j: usize| (0..16).map(|k| x[i * 16 + k] * x[j * 16 + k]).sum();
                 (0..128).map(|i| dot(i / 8, i % 8)).collect()
             }
+            "missing_turn" | "early_turn" | "lost_turn" | "turn_apart" => {
+                (0..64).map(|i| 4.0 * x[i] + 2.0 * x[64 + i] + x[128 + i]).collect()
+            }
             name => panic!("{name}?"),
         }
     }
@@ -90,7 +101,7 @@ const fn fault(
     Fault { name, threads, shared, variant, says }
 }
 
-const FAULTS: [Fault; 9] = [
+const FAULTS: [Fault; 13] = [
     fault("missing_barrier", 256, 1024, Variant::Thread, "data race"),
     fault("off_by_one", 64, 256, Variant::Address, "use-after-poison"),
     fault("wrong_lane", 32, 0, Variant::Plain, "y[0] is "),
@@ -100,6 +111,10 @@ const FAULTS: [Fault; 9] = [
     fault("unwritten_output", 64, 0, Variant::Plain, "y[63] is NaN"),
     fault("misaligned_packet", 32, 0, Variant::Plain, "misaligned packet at "),
     fault("wrong_fragment", 32, 0, Variant::Plain, "y["),
+    fault("missing_turn", 64, 0, Variant::Thread, "data race"),
+    fault("early_turn", 64, 0, Variant::Thread, "data race"),
+    fault("lost_turn", 64, 0, Variant::Plain, "2 threads wait for a turn at "),
+    fault("turn_apart", 64, 0, Variant::Plain, "in a launch whose blocks do not run together at "),
 ];
 
 #[test]
@@ -264,13 +279,29 @@ fn a_launch_refuses_more_threads_than_kernels_count() {
 }
 
 #[test]
+fn blocks_that_run_together_fit_the_device() {
+    let Some(dev) = device() else { return };
+    let Device::Cuda(cuda) = &dev else { panic!("{dev:?}") };
+    let mut y = Buffer::<f32>::zeros(&dev, "y", 128).unwrap();
+    let x = Buffer::<f32>::zeros(&dev, "x", 128).unwrap();
+    let mut launch = |blocks, cols| {
+        let launch = Launch::row(blocks, kernel::THREADS * 4).unwrap().together();
+        kernel::add_partials(cuda, launch, y.view_mut(), x.view(), 1, cols)
+    };
+    launch(3, 96).unwrap();
+    let is = "device `cuda` is not available: rms_norm_add_partials: 4 blocks that run together, \
+              wanted at most 3";
+    assert_eq!(refusal(launch(4, 128)), is);
+}
+
+#[test]
 fn entries_of_hopper_have_clusters_and_tensor_maps() {
     let text = "constexpr int THREADS = 384;\n\nKERNEL(THREADS, x_sm90_forward, 2)(TENSOR_MAP a, \
-                OPTIONAL const float* bias) {\n\nKERNEL(64, x_sm90_add)(int n) {\n";
+                OPTIONAL const float* bias) {\n\nKERNEL(64, x_sm90_add, 1, 2)(int n) {\n";
     let [a, b] = &scan::entries(text).unwrap()[..] else { panic!("two") };
-    assert_eq!((&a.name[..], a.threads, a.cluster), ("x_sm90_forward", 384, 2));
+    assert_eq!((&a.name[..], a.threads, a.cluster, a.beside), ("x_sm90_forward", 384, 2, 1));
     assert_eq!((&a.params[0].c[..], &a.params[0].name[..]), ("TENSOR_MAP", "a"));
-    assert_eq!((&b.name[..], b.threads, b.cluster), ("x_sm90_add", 64, 1));
+    assert_eq!((&b.name[..], b.threads, b.cluster, b.beside), ("x_sm90_add", 64, 1, 2));
     assert!(scan::hopper("x_sm90") && !scan::hopper("x"));
 }
 

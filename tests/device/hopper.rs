@@ -36,7 +36,7 @@ fn bytes(x: &[f32]) -> Vec<u8> {
 
 /// Boxes of 64 columns of a matrix without gaps, swizzled as wgmma reads them.
 fn boxes(rows: u64, cols: u64, tall: u32) -> Boxes {
-    Boxes { dims: [cols, rows], stride: cols, size: [64, tall], swizzle: 128 }
+    Boxes::matrix([cols, rows], cols, [64, tall], 128)
 }
 
 /// A kernel of `faults_sm90.cu`, and what must be said about its mistakes 1, 2 and so on.
@@ -59,7 +59,7 @@ fn product(a: &[f32], b: &[f32], k: usize, sign: fn(usize) -> f32) -> Vec<f32> {
     (0..a.len() / k * cols).map(|i| dot(i / cols, i % cols)).collect()
 }
 
-fn subjects() -> [Subject; 6] {
+fn subjects() -> [Subject; 7] {
     let (a, b) = (numbers(1, 128 * 256), numbers(2, 64 * 256));
     let (left, right) = (numbers(3, 64 * 64), numbers(4, 64 * 64));
     let x = numbers(5, 60 * 56);
@@ -70,7 +70,8 @@ fn subjects() -> [Subject; 6] {
     };
     let sums: Vec<f32> = (0..64).map(row).collect();
     let lines: Vec<f32> = numbers(7, 384);
-    let copied = Boxes { size: [64, 64], ..boxes(60, 56, 64) };
+    let steps = numbers(8, 96);
+    let copied = boxes(60, 56, 64);
     let halves = Boxes { swizzle: 0, ..boxes(192, 64, 32) };
     [
         Subject {
@@ -144,7 +145,20 @@ fn subjects() -> [Subject; 6] {
                 "y[0] is 0",
                 "an mbarrier has gone on two phases while a thread waits for one at ",
                 "a block exits while a TMA load to its shared memory is under way, at ",
+                "a tensor map of 2 dimensions is used with 3 at ",
             ],
+        },
+        Subject {
+            name: "turns",
+            threads: 64,
+            blocks: 1,
+            shared: 128,
+            inputs: vec![(bytemuck::cast_slice(&steps).to_vec(), None)],
+            stores: None,
+            want: (0..32)
+                .map(|l| 8.0 * steps[l] + 4.0 * steps[32 + l] + 2.0 * steps[64 + l])
+                .collect(),
+            says: &["y[", "threads wait for a barrier at "],
         },
         Subject {
             name: "cluster",
@@ -169,7 +183,8 @@ impl Subject {
     fn run(&self, sim: &Sim, order: Order, mistake: usize) -> Option<String> {
         let name = format!("fault90_{}", self.name);
         let &Self { threads, blocks, shared, .. } = self;
-        let kernel = Kernel { image: FAULTS, name: &name, threads, blocks, shared, order };
+        let kernel =
+            Kernel { image: FAULTS, name: &name, threads, blocks, shared, order, together: false };
         let inputs = self.inputs.iter().map(|(x, boxes)| match boxes {
             Some(boxes) => Arg::Map(x, *boxes),
             None => Arg::Bytes(x),
@@ -267,17 +282,21 @@ fn kernel_tma_brings_boxes() {
         for (wide, tall, swizzle) in
             [(64, 32, 128), (32, 24, 64), (16, 40, 32), (64, 8, 0), (128, 8, 0), (8, 16, 0)]
         {
-            let boxes = Boxes {
-                dims: [cols as u64, rows as u64],
-                stride: stride as u64,
-                size: [wide, tall],
-                swizzle,
-            };
+            let dims = [cols as u64, rows as u64];
+            let boxes = Boxes::matrix(dims, stride as u64, [wide, tall], swizzle);
             let n = (wide * tall) as usize;
             for (left, top) in [(0, 0), (8, 9), (5, 3), (-3, 0), (16, 30), (0, -2), (70, 40)] {
                 let order = Order::default();
                 let (shared, name) = (2 * n + 16, "map_tma");
-                let kernel = Kernel { image: MAPS, name, threads: 32, blocks: 1, shared, order };
+                let kernel = Kernel {
+                    image: MAPS,
+                    name,
+                    threads: 32,
+                    blocks: 1,
+                    shared,
+                    order,
+                    together: false,
+                };
                 let mut out = vec![u16::MAX; n];
                 let ints = [2 * n as i32, left, top].map(Arg::Int);
                 let map = Arg::Map(bytemuck::cast_slice(&x), boxes);
@@ -292,6 +311,58 @@ fn kernel_tma_brings_boxes() {
                         let at = swizzled(2 * (r * wide as i32 + c) as usize, swizzle as usize);
                         assert_eq!(out[at / 2], want, "{boxes:?} at {left}, {top}: {r}, {c}");
                     }
+                }
+            }
+        }
+    });
+}
+
+/// Boxes of three dimensions, as of positions by heads by columns: their rows lie one after the other.
+#[test]
+fn kernel_tma_brings_boxes_of_planes() {
+    sim::check(|sim| {
+        if !has_hopper(sim) {
+            return;
+        }
+        let (cols, rows, planes, strides) = (72i32, 9i32, 5i32, [80usize, 800]);
+        let x: Vec<u16> = (0..planes as usize * strides[1]).map(|i| 1 + i as u16).collect();
+        for (wide, tall, deep, swizzle) in
+            [(64, 3, 4, 128), (64, 8, 2, 128), (32, 5, 3, 64), (8, 2, 7, 0)]
+        {
+            let boxes = Boxes {
+                rank: 3,
+                dims: [cols as u64, rows as u64, planes as u64],
+                strides: strides.map(|n| n as u64),
+                size: [wide, tall, deep],
+                swizzle,
+            };
+            let n = (wide * tall * deep) as usize;
+            for [left, top, front] in [[0, 0, 0], [8, 4, 1], [64, 8, 3], [-3, -1, -2], [0, 0, 5]] {
+                let (shared, name, order) = (2 * n + 16, "map_tma_planes", Order::default());
+                let kernel = Kernel {
+                    image: MAPS,
+                    name,
+                    threads: 32,
+                    blocks: 1,
+                    shared,
+                    order,
+                    together: false,
+                };
+                let mut out = vec![u16::MAX; n];
+                let [bytes, a, b, c] = [2 * n as i32, left, top, front].map(Arg::Int);
+                let args = [Arg::Map(bytemuck::cast_slice(&x), boxes), bytes, a, b, c];
+                kernel.run(sim, bytemuck::cast_slice_mut(&mut out), &args).unwrap();
+                for i in 0..n as i32 {
+                    let (c, r, p) =
+                        (i % wide as i32, i / wide as i32 % tall as i32, i / (wide * tall) as i32);
+                    let (c, r, p) = (left + c, top + r, front + p);
+                    let inside = (0..cols).contains(&c)
+                        && (0..rows).contains(&r)
+                        && (0..planes).contains(&p);
+                    let from = p * strides[1] as i32 + r * strides[0] as i32 + c;
+                    let want = if inside { x[from as usize] } else { 0 };
+                    let at = swizzled(2 * i as usize, swizzle as usize);
+                    assert_eq!(out[at / 2], want, "{boxes:?} at {left}, {top}, {front}: {i}");
                 }
             }
         }
@@ -321,7 +392,7 @@ fn kernel_warpgroups_multiply_what_descriptors_say() {
         if !has_hopper(sim) {
             return;
         }
-        for n in [8usize, 16, 32, 64, 128, 256] {
+        for n in [8usize, 16, 32, 64, 80, 96, 128, 256] {
             for form in [0, 1, 2, 3, 4, 6] {
                 let (a, b) = (numbers(n + form, 64 * K), numbers(n + form + 1, n * K));
                 // What nobody reads is NaN.
@@ -351,8 +422,15 @@ fn kernel_warpgroups_multiply_what_descriptors_say() {
                 }
                 let name = format!("map_wgmma_{n}");
                 let (shared, order) = (RIGHT + 8192, Order::default());
-                let kernel =
-                    Kernel { image: MAPS, name: &name, threads: 128, blocks: 1, shared, order };
+                let kernel = Kernel {
+                    image: MAPS,
+                    name: &name,
+                    threads: 128,
+                    blocks: 1,
+                    shared,
+                    order,
+                    together: false,
+                };
                 let mut out = vec![f32::NAN; 64 * n];
                 let regs = Arg::Bytes(bytemuck::cast_slice(&regs));
                 let args = [regs, Arg::Bytes(&operands), Arg::Int(form as i32)];

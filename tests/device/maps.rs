@@ -13,7 +13,8 @@ const IMAGE: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/maps.fatbin"));
 
 fn run(sim: &Sim, name: &'static str, inputs: [&[u8]; 2], last: i32) -> [[u32; 4]; 32] {
     let order = Order::default();
-    let kernel = Kernel { image: IMAGE, name, threads: 32, blocks: 1, shared: 512, order };
+    let kernel =
+        Kernel { image: IMAGE, name, threads: 32, blocks: 1, shared: 512, order, together: false };
     let mut out = [[u32::MAX; 4]; 32];
     let args = [Arg::Bytes(inputs[0]), Arg::Bytes(inputs[1]), Arg::Int(last)];
     kernel.run(sim, bytemuck::cast_slice_mut(&mut out), &args).unwrap();

@@ -19,6 +19,8 @@ pub struct Kernel<'a> {
     pub name: &'a str,
     pub threads: u32,
     pub blocks: u32,
+    /// They may wait for each other.
+    pub together: bool,
     /// Bytes of shared memory.
     pub shared: usize,
     /// Of threads and blocks on the simulator.
@@ -37,13 +39,14 @@ pub enum Arg<'a> {
     OfOutput(Boxes),
 }
 
-/// How TMA copies a matrix of bf16: a `TENSOR_MAP`. Columns come first.
+/// How TMA copies a tensor of bf16, of two dimensions or three: a `TENSOR_MAP`. Columns come first.
 #[derive(Clone, Copy, Debug)]
 pub struct Boxes {
-    pub dims: [u64; 2],
-    /// Elements from row to row.
-    pub stride: u64,
-    pub size: [u32; 2],
+    pub rank: u32,
+    pub dims: [u64; 3],
+    /// Elements from row to row, and from plane to plane.
+    pub strides: [u64; 2],
+    pub size: [u32; 3],
     /// Bytes, 0 for none.
     pub swizzle: u32,
 }
@@ -61,15 +64,27 @@ impl Value {
 }
 
 impl Boxes {
+    /// Of a matrix.
+    pub fn matrix(
+        [cols, rows]: [u64; 2],
+        stride: u64,
+        [wide, tall]: [u32; 2],
+        swizzle: u32,
+    ) -> Self {
+        let (dims, strides, size) = ([cols, rows, 1], [stride, 0], [wide, tall, 1]);
+        Self { rank: 2, dims, strides, size, swizzle }
+    }
+
     /// As `sim.h` has it.
     fn simulated(self, base: u64) -> Value {
         let two = |low: u32, high: u32| u64::from(low) | u64::from(high) << 32;
         let mut all = [0; 16];
         all[0] = base;
-        all[1] = two(2, 2);
-        all[2..4].copy_from_slice(&self.dims);
-        all[6..8].copy_from_slice(&[2, 2 * self.stride]);
-        all[10..13].copy_from_slice(&[two(self.size[0], self.size[1]), 0, self.swizzle.into()]);
+        let ([cols, rows, planes], [wide, tall, deep]) = (self.dims, self.size);
+        all[1] = two(2, self.rank);
+        all[2..6].copy_from_slice(&[cols, rows, planes, 1]);
+        all[6..9].copy_from_slice(&[2, 2 * self.strides[0], 2 * self.strides[1]]);
+        all[10..13].copy_from_slice(&[two(wide, tall), two(deep, 1), self.swizzle.into()]);
         Value(all)
     }
 
@@ -82,17 +97,17 @@ impl Boxes {
             _ => Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
         };
         let mut map = sys::CUtensorMap { opaque: [0; 16] };
-        // SAFETY: every array is as long as the matrix has dimensions, the strides' one less.
+        // SAFETY: every array is as long as the tensor has dimensions, or longer; the strides' one less.
         unsafe {
             sys::cuTensorMapEncodeTiled(
                 &mut map,
                 sys::CUtensorMapDataType_enum::CU_TENSOR_MAP_DATA_TYPE_BFLOAT16,
-                2,
+                self.rank,
                 base as *mut c_void,
                 self.dims.as_ptr(),
-                [2 * self.stride].as_ptr(),
+                self.strides.map(|n| 2 * n).as_ptr(),
                 self.size.as_ptr(),
-                [1, 1].as_ptr(),
+                [1; 3].as_ptr(),
                 sys::CUtensorMapInterleave_enum::CU_TENSOR_MAP_INTERLEAVE_NONE,
                 swizzle,
                 sys::CUtensorMapL2promotion_enum::CU_TENSOR_MAP_L2_PROMOTION_NONE,
@@ -162,8 +177,8 @@ impl Kernel<'_> {
             let run = library.get::<Run>("sim_launch").unwrap();
             let (blocks, threads) = (blocks.as_ptr(), threads.as_ptr());
             let (values, order) = (values.as_mut_ptr(), self.order);
-            let (one, two) = (order.threads, order.blocks);
-            if run(name.as_ptr(), blocks, threads, self.shared, values, one, two, 0) != 0 {
+            let (one, two, together) = (order.threads, order.blocks, self.together.into());
+            if run(name.as_ptr(), blocks, threads, self.shared, values, one, two, together) != 0 {
                 let text = library.get::<Text>("sim_error").unwrap()();
                 return Err(CStr::from_ptr(text).to_str().unwrap().to_owned());
             }
@@ -206,7 +221,11 @@ impl Kernel<'_> {
                 values.iter_mut().map(|v| (&raw mut *v).cast()).collect();
             let (blocks, threads) = ((self.blocks, 1, 1), (self.threads, 1, 1));
             let stream = std::ptr::null_mut();
-            result::launch_kernel(f, blocks, threads, self.shared as u32, stream, &mut values)?;
+            let start = match self.together {
+                true => result::launch_cooperative_kernel,
+                false => result::launch_kernel,
+            };
+            start(f, blocks, threads, self.shared as u32, stream, &mut values)?;
             result::memcpy_dtoh_sync(out, device[0])?;
             for d in device {
                 result::free_sync(d)?;

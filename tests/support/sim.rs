@@ -551,7 +551,8 @@ impl Build {
             // The file itself, then a line for each of its entries.
             let mut wrapped = format!("#include \"{}\"\n", source.display());
             for e in scan::entries(&text).unwrap() {
-                wrapped += &format!("SIM_ENTER({}, {}, {})\n", e.name, e.threads, e.cluster);
+                let scan::Entry { name, threads, cluster, beside, .. } = e;
+                wrapped += &format!("SIM_ENTER({name}, {threads}, {cluster}, {beside})\n");
             }
             let wrapper = to.with_extension("cpp");
             fs::write(&wrapper, wrapped).unwrap();

@@ -337,12 +337,13 @@ impl Driver for Gpu {
         self.enter()?;
         let f = self.function(k)?;
         let [x, y, z] = launch.blocks;
+        let size = (k.threads, 1, 1);
+        // Where blocks wait for each other, the driver refuses a grid that does not fit the device at once.
+        let start =
+            if launch.together { result::launch_cooperative_kernel } else { result::launch_kernel };
         // SAFETY: the caller's promise; the driver copies the arguments before it returns.
-        unsafe {
-            let size = (k.threads, 1, 1);
-            result::launch_kernel(f, (x, y, z), size, launch.shared, self.stream, args)
-        }
-        .map_err(failed(k.name))
+        unsafe { start(f, (x, y, z), size, launch.shared, self.stream, args) }
+            .map_err(failed(k.name))
     }
 
     fn stream(&self) -> Result<*mut c_void> {

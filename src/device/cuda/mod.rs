@@ -246,6 +246,11 @@ impl Cuda {
             let reason = format!("a grid of {blocks} blocks, wanted a multiple of {cluster}");
             return Err(device_error(format!("{}: {reason}", kernel.name)));
         }
+        let (most, all) = (self.processors(), launch.blocks.iter().product::<u32>());
+        if launch.together && all > most {
+            let reason = format!("{all} blocks that run together, wanted at most {most}");
+            return Err(device_error(format!("{}: {reason}", kernel.name)));
+        }
         if launch.blocks.contains(&0) {
             return Ok(());
         }
@@ -264,6 +269,8 @@ pub struct Launch {
     pub blocks: [u32; 3],
     /// Bytes of dynamic shared memory.
     pub shared: u32,
+    /// All blocks run at the same time, so that one may wait for another: at most one a multiprocessor.
+    pub together: bool,
 }
 
 impl Launch {
@@ -276,7 +283,13 @@ impl Launch {
             let want = format!("at most {}", i32::MAX);
             i32::try_from(n).map(i32::unsigned_abs).map_err(|_| Error::value("launch", want, n))
         };
-        Ok(Self { blocks: [fits(blocks)?, 1, 1], shared: fits(shared)? })
+        Ok(Self { blocks: [fits(blocks)?, 1, 1], shared: fits(shared)?, together: false })
+    }
+
+    /// The same with blocks that may wait for each other.
+    #[must_use]
+    pub fn together(self) -> Self {
+        Self { together: true, ..self }
     }
 
     /// At least `threads` threads in blocks of `per_block`; kernels count them in 32 bits.

@@ -175,7 +175,7 @@ impl Driver for Simulator {
                 args.as_mut_ptr(),
                 self.order.threads,
                 self.order.blocks,
-                0,
+                launch.together.into(),
             )
         };
         if bad == 0 {

@@ -1,0 +1,11 @@
+// Turns pairs of a head's elements by the angles of a position.
+#pragma once
+
+#include "kernel.cuh"
+
+// (a, b) becomes (a cos - b sin, b cos + a sin): products and sum rounded one by one, as on the CPU.
+static __device__ __forceinline__ void turn_pair(float& a, float& b, float cos, float sin) {
+    const float u = a, v = b;
+    a = u * cos - v * sin;
+    b = v * cos + u * sin;
+}
