@@ -358,7 +358,8 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
                 // The registers of p are used again, and those of ds where dq needs more.
                 ptx::wgmma_wait<D <= 96 ? 1 : 0>();
                 ptx::wgmma_keep(dv);
-                if (D > 96) ptx::wgmma_keep(dk);
+                ptx::wgmma_keep(p);
+                if (D > 96) ptx::wgmma_keep(dk), ptx::wgmma_keep(ds);
             }
             // Of 16 columns a lane's four are neighbours in the sums, as they are in its registers.
             const int before = same(facts.step.before);
@@ -410,9 +411,11 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
             }
         } else {
             ptx::wgmma_wait<0>();
+            ptx::wgmma_keep(p);
         }
         ptx::wgmma_keep(dk);
         ptx::wgmma_keep(dv);
+        if (!P::WIDE && (D <= 96 || !adds)) ptx::wgmma_keep(ds);
         const bool ends = same(facts.step.ends);
         const int keys_at = same(facts.step.keys_at), g = same(facts.step.g);
         ptx::sync_warp();

@@ -393,80 +393,80 @@ using Narrow256 = Plan<256, 1, 5, 2>;
 
 KERNEL(384, attention_sm90_forward_wide_64_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                     const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                    OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most, float scale, float cap,
-                                                    int window) {
+                                                    OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
+                                                    float scale, float cap, int window) {
     const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
     forward<Wide64>(out, lse, stash, states, in, Scoring(scale, cap, window));
 }
 
 KERNEL(384, attention_sm90_forward_wide_80_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                     const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                    OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most, float scale, float cap,
-                                                    int window) {
+                                                    OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
+                                                    float scale, float cap, int window) {
     const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
     forward<Wide80>(out, lse, stash, states, in, Scoring(scale, cap, window));
 }
 
 KERNEL(384, attention_sm90_forward_wide_96_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                     const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                    OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most, float scale, float cap,
-                                                    int window) {
+                                                    OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
+                                                    float scale, float cap, int window) {
     const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
     forward<Wide96>(out, lse, stash, states, in, Scoring(scale, cap, window));
 }
 
 KERNEL(384, attention_sm90_forward_wide_128_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                      const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                     OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most, float scale, float cap,
-                                                     int window) {
+                                                     OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
+                                                     float scale, float cap, int window) {
     const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
     forward<Wide128>(out, lse, stash, states, in, Scoring(scale, cap, window));
 }
 
 KERNEL(384, attention_sm90_forward_wide_256_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                      const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                     OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most, float scale, float cap,
-                                                     int window) {
+                                                     OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
+                                                     float scale, float cap, int window) {
     const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
     forward<Wide256>(out, lse, stash, states, in, Scoring(scale, cap, window));
 }
 
 KERNEL(256, attention_sm90_forward_narrow_64_bf16, 1, 2)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                          const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                         OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most, float scale, float cap,
-                                                         int window) {
+                                                         OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
+                                                         float scale, float cap, int window) {
     const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
     forward<Narrow64>(out, lse, stash, states, in, Scoring(scale, cap, window));
 }
 
 KERNEL(256, attention_sm90_forward_narrow_80_bf16, 1, 2)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                          const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                         OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most, float scale, float cap,
-                                                         int window) {
+                                                         OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
+                                                         float scale, float cap, int window) {
     const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
     forward<Narrow80>(out, lse, stash, states, in, Scoring(scale, cap, window));
 }
 
 KERNEL(256, attention_sm90_forward_narrow_96_bf16, 1, 2)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                          const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                         OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most, float scale, float cap,
-                                                         int window) {
+                                                         OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
+                                                         float scale, float cap, int window) {
     const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
     forward<Narrow96>(out, lse, stash, states, in, Scoring(scale, cap, window));
 }
 
 KERNEL(256, attention_sm90_forward_narrow_128_bf16, 1, 2)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                           const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                          OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most, float scale, float cap,
-                                                          int window) {
+                                                          OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
+                                                          float scale, float cap, int window) {
     const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
     forward<Narrow128>(out, lse, stash, states, in, Scoring(scale, cap, window));
 }
 
 KERNEL(256, attention_sm90_forward_narrow_256_bf16)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                     const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                    OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most, float scale, float cap,
-                                                    int window) {
+                                                    OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
+                                                    float scale, float cap, int window) {
     const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
     forward<Narrow256>(out, lse, stash, states, in, Scoring(scale, cap, window));
 }

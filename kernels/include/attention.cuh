@@ -5,7 +5,7 @@
 
 #include "kernel.cuh"
 
-constexpr float LOG2E = 1.4426950408889634f, LN2 = 0.6931471805599453f;
+constexpr float LOG2E = 1.4426950408889634f;
 // Positions after which a row's softmax starts anew; the parts are merged in ascending order. So parts of a long sequence
 // can be computed side by side, with the bits that one block computes after the other.
 constexpr int SPLIT = 1024;
@@ -29,7 +29,9 @@ struct Part {
 // How weights are made of products: s = cap tanh(product scale / cap), or product scale without a cap; a position sees the
 // `window` positions up to itself, or all where that is 0.
 struct Scoring {
-    float scale, inside, unit, factor; // s = unit y, y = tanh(product inside) or the product; factor = unit log2 e; ds = scale (1 - y^2) dproduct, or scale
+    // s = unit y, with y = tanh(product inside), or the product; ds / dproduct = scale (1 - y^2), or scale.
+    float scale, inside, unit;
+    float factor; // unit log2 e
     bool capped;
     int window;
     __device__ __forceinline__ Scoring(float scale, float cap, int window) : scale(scale), capped(cap > 0.0f), window(window) {

@@ -156,7 +156,10 @@ fn the_readme_has_the_table_of_kernels() {
             "sums" => "nll",
             op => op.trim_end_matches("_backward"),
         };
-        let tests = fs::read_to_string(root.join(format!("tests/ops/{op}.rs"))).unwrap();
+        let tests: String = match stem.contains("_backward") {
+            true => fs::read_to_string(root.join(format!("tests/ops/{op}/backward.rs"))).unwrap(),
+            false => tests_of(op).iter().map(|path| fs::read_to_string(path).unwrap()).collect(),
+        };
         let tested =
             tests.contains("sim::check(") && (!scan::hopper(stem) || tests.contains("hopper"));
         let tested = if tested { "yes" } else { "no" };
@@ -372,6 +375,14 @@ fn a_products_loop_is_issued_while_it_multiplies() {
     }
 }
 
+/// The files of an op's tests: its own, and those of its parts in a folder beside it.
+fn tests_of(op: &str) -> Vec<PathBuf> {
+    let ops = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/ops");
+    let folder = ops.join(op);
+    let parts = if folder.is_dir() { files(&folder, "rs") } else { Vec::new() };
+    [vec![ops.join(op).with_extension("rs")], parts].concat()
+}
+
 /// It lies beside nvcc; none if there is none, which `WARPO_KERNELS=require` forbids.
 fn cuobjdump() -> Option<PathBuf> {
     let nvcc = std::env::var_os("NVCC").filter(|_| BUILT);
@@ -423,9 +434,9 @@ fn kernels_open_with_their_headings() {
 /// `.ci/gpu` finds the tests of kernels by their names.
 #[test]
 fn tests_of_kernels_are_named_so() {
-    let ops = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/ops");
+    let ops = files(&Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/ops"), "rs");
     let mut found = 0;
-    for path in files(&ops, "rs") {
+    for path in ops.iter().flat_map(|op| tests_of(op.file_stem().unwrap().to_str().unwrap())) {
         let text = fs::read_to_string(&path).unwrap();
         for test in text.split("#[test]\nfn ").skip(1).filter(|t| t.contains("sim::check(")) {
             let name = test.split('(').next().unwrap();

@@ -1,6 +1,6 @@
 //! What a batch of segments gives a device to do.
 
-use std::{cmp::Reverse, ops::Range};
+use std::{cmp::Reverse, fmt, ops::Range};
 
 use super::{Segment, Shape, backward::Plan, check_pages, check_segments, cuda, hopper::Tile};
 use crate::{
@@ -69,6 +69,18 @@ impl Of {
         let page = cuda::page(cuda, shape);
         let heads = [shape.q_heads, shape.kv_heads, shape.head_dim];
         Self { rows, pages, page, heads, window: shape.window, hopper: cuda.hopper() }
+    }
+}
+
+impl fmt::Display for Of {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let ([q, kv, d], family) = (self.heads, if self.hopper { "Hopper" } else { "sm_80" });
+        write!(f, "{} rows, {q}/{kv} heads of {d}, ", self.rows)?;
+        match self.window {
+            Some(window) => write!(f, "a window of {window}, ")?,
+            None => write!(f, "no window, ")?,
+        }
+        write!(f, "{} pages of {}, on {family}", self.pages, self.page)
     }
 }
 
@@ -227,8 +239,8 @@ impl Parts {
         if self.of.as_ref() == Some(&want) {
             return Ok(());
         }
-        let got = self.of.as_ref().map_or("none".into(), |of| format!("those of {of:?}"));
-        Err(Error::value(format!("{op}: parts"), format!("those of {want:?}"), got))
+        let got = self.of.as_ref().map_or("none".into(), |of| format!("those of {of}"));
+        Err(Error::value(format!("{op}: parts"), format!("those of {want}"), got))
     }
 
     /// Where the words of runs begin, and those of the backward pass.
