@@ -311,9 +311,6 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
 #pragma unroll
             for (int i = 0; i < N / 16; ++i) ptx::wgmma_bf16<COLS, true>(dv, p[i], ptx::operand_advance(grad_columns, i * 2048), true);
             ptx::wgmma_commit();
-#pragma unroll
-            for (int i = 0; i < N / 16; ++i) ptx::wgmma_bf16<COLS, true>(dk, ds[i], ptx::operand_advance(query_columns, i * 2048), true);
-            ptx::wgmma_commit();
         }
         // A row of keys has 64 queries; a lane has 4 bytes of each of its chunks of 16.
         char* const slopes = block.slopes + count % 2 * P::WEIGHTS;
@@ -328,10 +325,18 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
             }
         };
         put(slopes, ds);
-        if constexpr (P::WIDE) put(weight, p);
+        if constexpr (P::WIDE) {
+            put(weight, p);
+        } else {
+            // Only now: registers of a product under way must not even be read.
+            ptx::wgmma_fence();
+#pragma unroll
+            for (int i = 0; i < N / 16; ++i) ptx::wgmma_bf16<COLS, true>(dk, ds[i], ptx::operand_advance(query_columns, i * 2048), true);
+            ptx::wgmma_commit();
+        }
         ptx::fence_async();
-        // All of ds is there for the warpgroup whose step it is; the other goes on. It has waited for the products of the step before,
-        // so that of two rooms for ds the next is free.
+        // All of ds is there for the warpgroup whose step it is; the other goes on. The room is written again two steps on: between, at
+        // the next step's barrier, both meet again, which come there when their products of this step are done.
         const bool adds = P::WIDE || count % 2 == w;
         if (adds) {
             ptx::barrier(SLOPES + count % 2, 256);
@@ -421,7 +426,7 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
         ptx::sync_warp();
         arrive(block.empty + slot.slot);
         if (!ends) continue;
-        // The warpgroup's own values were read for the last time: their room takes what goes out.
+        // The warpgroup's own values were read for the last time, behind this by all of its warps: their room takes what goes out.
         pass();
         bf16* out = dqkv + keys_at * int64_t(cols) + (in.q_heads + g) * D + 64 * box0;
         auto write = [&](const float(&from)[COLS / 2], bf16* out, float scale) {
