@@ -89,6 +89,7 @@ impl Shape {
 
     fn check(&self, op: &'static str) -> Result<()> {
         let ok = self.kv_heads > 0
+            && self.q_heads > 0
             && self.q_heads.is_multiple_of(self.kv_heads)
             && (1..=MAX_HEAD_DIM).contains(&self.head_dim)
             && self.softcap.is_none_or(|cap| cap > 0.0 && cap.is_finite())

@@ -522,7 +522,8 @@ fn bad_input_of_backward_is_refused() {
 
 #[test]
 fn impossible_heads_and_wrong_buffers_are_refused() {
-    for s in [shape(3, 2, 4), shape(1, 0, 4), shape(2, 1, 0), shape(2, 1, MAX_HEAD_DIM + 1)] {
+    let wide = shape(2, 1, MAX_HEAD_DIM + 1);
+    for s in [shape(3, 2, 4), shape(1, 0, 4), shape(0, 1, 4), shape(2, 1, 0), wide] {
         let says = backward_refused([0; 6], &[], &s);
         let want = "attention::backward: shape: got Shape { q_heads: ";
         assert!(says.starts_with(want), "{says}");

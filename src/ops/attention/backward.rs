@@ -28,8 +28,6 @@ fn tiles(cuda: &Cuda, shape: &Shape) -> [usize; 2] {
 /// for tiles before it, and those with the most to do come early.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Plan {
-    /// Rows of the batch.
-    rows: usize,
     /// Tiles of keys.
     tiles: usize,
     /// Runs of tiles of queries that see a tile of keys.
@@ -61,7 +59,6 @@ impl Plan {
         for (i, s) in segments.iter().enumerate() {
             turns.push(plan.turns);
             plan.turns += (s.rows as usize * shape.group()).div_ceil(queries_size);
-            plan.rows += s.rows as usize;
             if let Some(p) = s.prefix {
                 followers[p as usize].push(i);
             }
@@ -144,8 +141,7 @@ pub(super) fn run<T: Element>(
 ) -> Result<()> {
     const OP: &str = "attention::backward";
     cuda::check(OP, shape)?;
-    let rows = input.lse.len() / shape.q_heads;
-    let (parts, words) = cuda::parts(OP, cuda, work, shape, rows, None)?;
+    let (parts, words) = cuda::parts(OP, cuda, work, shape, None)?;
     let (plan, d) = (parts.backward, shape.head_dim);
     let heads = input.lse.len();
     let (sums, rest) = scratch.split_at(heads * d);

@@ -65,18 +65,17 @@ pub(super) fn check(op: &str, shape: &Shape) -> Result<()> {
     Ok(())
 }
 
-/// The parts of `rows` rows, with a cache of `pages` where there is one, and their words on the device.
+/// The parts of the segments, with a cache of `pages` where there is one, and their words on the device.
 pub(super) fn parts<'a>(
     op: &'static str,
     cuda: &Cuda,
     work: Work<'a>,
     shape: &Shape,
-    rows: usize,
     pages: Option<usize>,
 ) -> Result<(&'a Parts, View<'a, u32>)> {
     let (want, what) = ("those of the segments", format!("{op}: parts on a CUDA device"));
     let (parts, words) = work.parts.ok_or_else(|| Error::value(what, want, "none"))?;
-    parts.check(op, cuda, shape, rows, pages)?;
+    parts.check(op, cuda, shape, work.segments, pages)?;
     crate::shape::check(op, "parts", &[parts.words().len()], words.len())?;
     Ok((parts, words))
 }
@@ -94,8 +93,7 @@ pub(super) fn append<T: Element>(
     if let Some(table) = table.filter(|t| t.head_dim() != shape.head_dim) {
         return Err(Error::shape(OP, "table", &[shape.head_dim], &[table.head_dim()]));
     }
-    let (rows, pages) = (qkv.len() / shape.qkv_cols(), kv.pages(shape));
-    let (parts, words) = parts(OP, cuda, work, shape, rows, Some(pages))?;
+    let (parts, words) = parts(OP, cuda, work, shape, Some(kv.pages(shape)))?;
     let ([mut begin, _], page) = (parts.begins(), kv.page);
     // What is copied from prefixes goes after those are turned.
     for (runs, table) in parts.runs.into_iter().zip([table, None]) {
@@ -134,8 +132,7 @@ pub(super) fn forward<T: Element>(
 ) -> Result<()> {
     const OP: &str = "attention";
     check(OP, shape)?;
-    let (rows, pages) = (qkv.len() / shape.qkv_cols(), kv.pages(shape));
-    let (parts, words) = parts(OP, cuda, work, shape, rows, Some(pages))?;
+    let (parts, words) = parts(OP, cuda, work, shape, Some(kv.pages(shape)))?;
     let [slots, states] = parts.kept;
     let scratch = scratch.scratch(OP, stash_len(cuda, shape) + states_len(shape, slots, states))?;
     let (mut stash, mut states) = scratch.split_at(stash_len(cuda, shape));

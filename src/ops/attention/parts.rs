@@ -38,6 +38,7 @@ impl<'a> Work<'a> {
 pub struct Parts {
     words: Vec<u32>,
     of: Option<Of>,
+    segments: Vec<Segment>,
     /// Parts of each launch, in this order, of eight words each; the longest first.
     pub(super) launches: [usize; 4],
     /// On Hopper their kernels, and the most positions that one of a kernel's warpgroups has.
@@ -146,8 +147,10 @@ impl Parts {
         pages: usize,
     ) -> Result<()> {
         const OP: &str = "attention::Parts";
-        *self = Self { words: std::mem::take(&mut self.words), ..Self::default() };
+        let (words, own) = (std::mem::take(&mut self.words), std::mem::take(&mut self.segments));
+        *self = Self { words, segments: own, ..Self::default() };
         self.words.clear();
+        self.segments.clear();
         let Device::Cuda(cuda) = dev else { return Ok(()) };
         shape.check(OP)?;
         let rows = segments.iter().map(|s| s.rows as usize).sum();
@@ -155,6 +158,7 @@ impl Parts {
         check_segments(OP, segments, rows, list.len(), page)?;
         check_pages(OP, segments, list, pages)?;
         self.of = Some(Of::new(cuda, shape, rows, pages));
+        self.segments.extend_from_slice(segments);
         let launches = self.divide(cuda, shape, segments, list);
         for (mut parts, count) in launches.into_iter().zip(&mut self.launches) {
             // What is left at the end is short.
@@ -231,16 +235,27 @@ impl Parts {
         op: &str,
         cuda: &Cuda,
         shape: &Shape,
-        rows: usize,
+        segments: &[Segment],
         pages: Option<usize>,
     ) -> Result<()> {
         let own = self.of.as_ref().map_or(0, |of| of.pages);
+        let rows = segments.iter().map(|s| s.rows as usize).sum();
         let want = Of::new(cuda, shape, rows, pages.map_or(own, |have| have.min(own)));
-        if self.of.as_ref() == Some(&want) {
-            return Ok(());
+        if self.of.as_ref() != Some(&want) {
+            let got = self.of.as_ref().map_or("none".into(), |of| format!("those of {of}"));
+            return Err(Error::value(format!("{op}: parts"), format!("those of {want}"), got));
         }
-        let got = self.of.as_ref().map_or("none".into(), |of| format!("those of {of}"));
-        Err(Error::value(format!("{op}: parts"), format!("those of {want}"), got))
+        // Others of as many rows would be divided otherwise.
+        let segment =
+            |of: &[Segment], i: usize| of.get(i).map_or("none".into(), |s| format!("{s:?}"));
+        let both = self.segments.len().max(segments.len());
+        match (0..both).find(|i| self.segments.get(*i) != segments.get(*i)) {
+            None => Ok(()),
+            Some(i) => {
+                let what = format!("{op}: segment {i} of the parts");
+                Err(Error::value(what, segment(segments, i), segment(&self.segments, i)))
+            }
+        }
     }
 
     /// Where the words of runs begin, and those of the backward pass.

@@ -84,13 +84,16 @@ fn parts_of_others_are_refused() {
     let mut kv = case.cache(&dev, &scope);
     let segment = |prefix| [Segment { first: 0, rows: 5, at: 0, pages: 0..1, prefix }];
     let own = segment(None);
-    let mut refused = |made: &Device, shape: &Shape, segments: &[Segment]| {
+    let mut says = |made: &Device, shape: &Shape, segments: &[Segment]| {
         let parts = Parts::new(made, shape, segments, &[0], 1).unwrap();
         let words = Buffer::of(&dev, "test", parts.words()).unwrap();
         let list = Buffer::of(&dev, "test", &[0u32]).unwrap();
         let work = Work { parts: Some((&parts, words.view())), ..Work::new(&own, list.view()) };
         let mut qkv = Buffer::of(&dev, "test", &case.qkv[0]).unwrap();
-        let e = refusal(attention::append(&dev, &mut kv, qkv.view_mut(), work, &s, None));
+        refusal(attention::append(&dev, &mut kv, qkv.view_mut(), work, &s, None))
+    };
+    let mut refused = |made: &Device, shape: &Shape, segments: &[Segment]| {
+        let e = says(made, shape, segments);
         assert!(e.starts_with("attention::append: parts: got "), "{e}");
     };
     let windowed = Shape { window: Some(3), ..s.clone() };
@@ -100,6 +103,21 @@ fn parts_of_others_are_refused() {
     refused(&sim.hopper().device(Order::default()), &s, &own);
     let fewer = [Segment { rows: 4, ..own[0].clone() }];
     refused(&dev, &s, &fewer);
+    // As many rows, but others: backward has nothing to do for rows that do not begin their sequence.
+    let late = [Segment { first: 3, ..own[0].clone() }];
+    let of = |first: u32| {
+        format!("Segment {{ first: {first}, rows: 5, at: 0, pages: 0..1, prefix: None }}")
+    };
+    let want =
+        format!("attention::append: segment 0 of the parts: got {}, wanted {}", of(3), of(0));
+    assert_eq!(says(&dev, &s, &late), want);
+    let two = [fewer[0].clone(), Segment { first: 0, rows: 1, at: 4, pages: 0..1, prefix: None }];
+    let e = says(&dev, &s, &two);
+    assert!(e.starts_with("attention::append: segment 0 of the parts: got Segment { "), "{e}");
+    let empty = Segment { first: 0, rows: 0, at: 5, pages: 0..0, prefix: None };
+    let e = says(&dev, &s, &[own[0].clone(), empty]);
+    assert!(e.starts_with("attention::append: segment 1 of the parts: got Segment { "), "{e}");
+    assert!(e.ends_with(", wanted none"), "{e}");
     // What a batch must not be.
     let bad = |segments: &[Segment], list: &[u32]| {
         refusal(Parts::new(&dev, &s, segments, list, 1).map(drop))
