@@ -127,11 +127,22 @@ impl<T: Element> Case<T> {
         list: &[u32],
         qkv: &[T],
     ) -> (Vec<T>, Vec<T::Acc>) {
+        self.append(dev, kv, segments, list, qkv);
+        self.look(dev, kv, segments, list, qkv)
+    }
+
+    fn append(
+        &self,
+        dev: &Device,
+        kv: &mut KvLayer<'_, T>,
+        segments: &[Segment],
+        list: &[u32],
+        qkv: &[T],
+    ) {
         let mut buffer = Buffer::of(dev, "test", qkv).unwrap();
         self.with_work(dev, segments, list, |work| {
             attention::append(dev, kv, buffer.view_mut(), work, &self.shape, None).unwrap();
         });
-        self.look(dev, kv, segments, list, qkv)
     }
 
     /// Attends to what is in the cache.

@@ -2,14 +2,14 @@
 
 use half::bf16;
 use warpo::{
-    device::{Buffer, Device},
-    ops::attention::{self, Parts, Segment, Shape, Work},
+    device::{Arena, Buffer, Device, Scope},
+    ops::attention::{self, KvLayer, Parts, Segment, Shape, Work},
 };
 
-use super::{Case, shape};
+use super::{Case, assert_same, shape};
 use crate::support::{
-    host, refusal,
-    sim::{Order, Sim, Variant},
+    assert_norm, host, refusal,
+    sim::{Machine, Order, Sim, Variant},
 };
 
 /// What the words of a batch are, those of runs and of the backward pass aside.
@@ -130,4 +130,114 @@ fn parts_of_others_are_refused() {
     assert!(says.starts_with("attention::Parts: prefix of segment 0: got 7, wanted "), "{says}");
     let says = bad(&own, &[]);
     assert!(says.starts_with("attention::Parts: pages of segment 0: got 0..1, wanted "), "{says}");
+}
+
+/// Sequences whose first pages are the same, and how many positions each has after those.
+struct Alike<'a> {
+    pages: usize,
+    own: &'a [usize],
+}
+
+/// The last row of each sequence has the same bits, decoded beside the others and as one of two rows, which are never
+/// split and read no pages for others; and is right, for one sequence of each group.
+fn decode_alike(dev: &Device, s: &Shape, groups: &[Alike<'_>]) {
+    let (page, cols, width) = (s.page(dev), s.qkv_cols(), s.q_heads * s.head_dim);
+    let lens = groups.iter().flat_map(|g| [&[g.pages * page], g.own].concat());
+    let case = Case::<bf16>::random(dev, s.clone(), &lens.collect::<Vec<_>>());
+    // The rows of a group's common pages, then those of each sequence.
+    let (mut segments, mut list, mut members, mut at) = (Vec::new(), Vec::new(), Vec::new(), 0);
+    let (mut next, mut numbers) = (0..9999, 0..);
+    for g in groups {
+        let common: Vec<u32> = next.by_ref().take(g.pages).collect();
+        for (i, n) in [&[g.pages * page], g.own].concat().into_iter().enumerate() {
+            let (start, first) = (list.len() as u32, if i > 0 { g.pages * page } else { 0 });
+            list.extend(&common);
+            list.extend(next.by_ref().take(if i > 0 { n.div_ceil(page) } else { 0 }));
+            let (pages, rows) = (start..list.len() as u32, n as u32);
+            segments.push(Segment { first: first as u32, rows, at, pages, prefix: None });
+            at += rows;
+            let number: usize = numbers.next().unwrap();
+            members.extend((i > 0).then_some((number, number - i)));
+        }
+    }
+    let layer = |l: &Scope<'_>| KvLayer::<bf16>::new(l, s, page, next.start as usize).map(drop);
+    let mut arena = Arena::new(dev, Arena::plan(layer).unwrap()).unwrap();
+    let scope = arena.scope();
+    let mut kv = KvLayer::new(&scope, s, page, next.start as usize).unwrap();
+    case.append(dev, &mut kv, &segments, &list, &case.qkv.concat());
+    // The last rows of all, each `n` times.
+    let look = |n: u32| {
+        let rows = members.iter().zip(0..).map(|((own, _), i)| {
+            let Segment { first, rows, pages, .. } = segments[*own].clone();
+            Segment { first: first + rows - n, rows: n, at: i * n, pages, prefix: None }
+        });
+        let of = |(own, _): &(usize, usize)| {
+            let row = &case.qkv[*own][case.qkv[*own].len() - cols..];
+            row.repeat(n as usize)
+        };
+        let qkv: Vec<bf16> = members.iter().flat_map(of).collect();
+        case.look(dev, &kv, &rows.collect::<Vec<_>>(), &list, &qkv)
+    };
+    let ((out, lse), (want, want_lse)) = (look(1), look(2));
+    for (i, (own, common)) in members.iter().enumerate() {
+        let what = format!("sequence {i}, {s:?}");
+        let (row, l) = (&out[i * width..][..width], &lse[i * s.q_heads..][..s.q_heads]);
+        assert_same(&what, row, &want[(2 * i + 1) * width..][..width]);
+        assert_same(&what, l, &want_lse[(2 * i + 1) * s.q_heads..][..s.q_heads]);
+        if members.get(i + 1).is_some_and(|(_, c)| c == common) {
+            continue;
+        }
+        let f64s = |x: &[bf16]| -> Vec<f64> { x.iter().map(|x| x.to_f64()).collect() };
+        let whole = f64s(&[&case.qkv[*common][..], &case.qkv[*own]].concat());
+        let (n, row_of) = (whole.len() / cols, whole[whole.len() - cols..].to_vec());
+        let cpu = Case::new(host(), s.clone(), vec![whole]);
+        let mut arena = cpu.room(host());
+        let scope = arena.scope();
+        let mut kv = cpu.cache(host(), &scope);
+        cpu.append(host(), &mut kv, &cpu.segments(&cpu.whole()), &cpu.list, &cpu.qkv[0]);
+        let (t, t_lse) = cpu.look(host(), &kv, &cpu.segments(&[(0, n - 1..n)]), &cpu.list, &row_of);
+        assert_norm(&what, &f64s(row), &t, 0.005);
+        assert_norm(&what, l, &t_lse, 1e-6);
+    }
+}
+
+/// What stands between launches, at each width of heads: groups of several sizes, where a block takes all of one or some;
+/// pages in common that are fewer than a part of the softmax, and more; rows that are split, alone and in a group, and
+/// rows that are not.
+fn decode_in_groups(machine: Machine) {
+    let Some(sim) = Sim::of_gpu().or_else(|| Sim::build(Variant::Plain)) else { return };
+    let dev = sim.device_as(Order { threads: 5, blocks: 1 }, machine);
+    for d in [80, 96, 128, 256] {
+        let few = shape(3, 1, d);
+        let page = few.page(&dev);
+        let part = 1024 / page;
+        let (long, short) = ([1, page - 1, page, page + 1, 5], [2, page]);
+        decode_alike(
+            &dev,
+            &shape(16, 1, d),
+            &[
+                Alike { pages: part + 1, own: &long },
+                Alike { pages: 1, own: &short },
+                Alike { pages: 0, own: &[70] },
+            ],
+        );
+        // Where others have little to do these are split: one that goes on from what a group has seen, one that does not.
+        decode_alike(&dev, &few, &[Alike { pages: 1, own: &[1025 - page, 1024] }]);
+        let alone = Alike { pages: 0, own: &[2049] };
+        decode_alike(
+            &dev,
+            &Shape { softcap: Some(2.0), ..few },
+            &[alone, Alike { pages: 0, own: &[3] }],
+        );
+    }
+}
+
+#[test]
+fn kernels_decode_in_groups_at_all_widths() {
+    decode_in_groups(Machine::Ampere);
+}
+
+#[test]
+fn kernels_on_hopper_decode_in_groups_at_all_widths() {
+    decode_in_groups(Machine::Hopper);
 }
