@@ -113,6 +113,11 @@ impl Sim {
         there.then(|| Self::of(Variant::Gpu, PathBuf::new()))
     }
 
+    /// For tests that no sanitizer looks at: a GPU, where one is named, or the simulator.
+    pub fn plain() -> Option<Self> {
+        Self::of_gpu().or_else(Self::of_child).or_else(|| Self::build(Variant::Plain))
+    }
+
     /// Compiles it, unless that was done before; none without g++.
     pub fn build(variant: Variant) -> Option<Self> {
         static TURN: Mutex<()> = Mutex::new(());

@@ -166,6 +166,34 @@ fn a_nan_of_backward_kernels_stays_in_its_sequence() {
     sim::check(|sim| backward_keeps_nan(sim, Machine::Ampere));
 }
 
+/// Where all that a row sees has scores far below zero, e^-lse is no number: what is not seen, and rows and keys of a tile
+/// that are not there, must not be weighed by it.
+fn backward_stays_finite(sim: &Sim, machine: Machine) {
+    let dev = sim.device_as(Order::default(), machine);
+    for window in [None, Some(40)] {
+        let shape = Shape { scale: 10.0, window, ..shape(3, 1, 64) };
+        let group = Group { shape, prompt: 70, rest: [1, 80, 3] };
+        let mut qkv = group.qkv::<bf16>(1.0);
+        for row in qkv.iter_mut().flat_map(|x| x.chunks_exact_mut(320)) {
+            // Queries are positive, keys negative.
+            row[..192].iter_mut().for_each(|x| *x = x.max(-*x));
+            row[192..256].iter_mut().for_each(|x| *x = x.min(-*x));
+        }
+        let (out, lse, case, segments) = group.run_on(&dev, qkv);
+        assert!(lse.iter().all(|l| *l < -100.0), "{lse:?}");
+        let (dout, qkv) = (vec![bf16::ONE; out.len()], case.qkv.concat());
+        let dqkv = case.gradient(&dev, &segments, [&dout, &out, &qkv], &lse);
+        assert!(dqkv.iter().all(|x| x.is_finite()), "window {window:?}");
+    }
+}
+
+#[test]
+fn gradients_of_kernels_are_finite_where_scores_are_far_below_zero() {
+    let Some(sim) = Sim::plain() else { return };
+    backward_stays_finite(&sim, Machine::Ampere);
+    backward_stays_finite(&sim, Machine::Hopper);
+}
+
 #[test]
 fn what_backward_kernels_cannot_take_is_refused() {
     let Some(sim) = Sim::build(Variant::Plain) else { return };
