@@ -221,6 +221,8 @@ fn decode_in_groups(machine: Machine) {
                 Alike { pages: 0, own: &[70] },
             ],
         );
+        // The softmax starts anew just where each goes on alone.
+        decode_alike(&dev, &few, &[Alike { pages: part, own: &[1, 2, 3, page] }]);
         // Where others have little to do these are split: one that goes on from what a group has seen, one that does not.
         decode_alike(&dev, &few, &[Alike { pages: 1, own: &[1025 - page, 1024] }]);
         let alone = Alike { pages: 0, own: &[2049] };
