@@ -1,5 +1,5 @@
 //! Log-probs of chosen tokens through the LM heads of Qwen2.5, and their gradients; the draw of the next token, and the
-//! likeliest ones.
+//! likeliest ones; the head of a value or reward model.
 
 use half::bf16;
 use warpo::{
@@ -7,11 +7,12 @@ use warpo::{
     ops::{
         logprob::{self, Draws, Forward, Sampled, Settings, Top},
         matmul::Packed,
+        scalar_head,
     },
     rng::{Philox, Purpose, Stream},
 };
 
-use super::Bench;
+use super::{Bench, Sizes};
 
 /// Hidden size, vocabulary.
 const MODELS: [(&str, usize, usize); 3] =
@@ -35,6 +36,22 @@ pub fn heads(b: &mut Bench) {
             head(b, model, [hidden, vocab], tokens, decoded);
         }
     }
+    scalar_heads(b);
+}
+
+fn scalar_heads(b: &mut Bench) {
+    let Sizes { rows, hidden, .. } = b.sizes;
+    let n = rows * hidden;
+    let (h, mut dh) = (b.inputs::<bf16>(1, n), b.inputs::<bf16>(2, n));
+    let (w, mut dw) = (b.input::<bf16>(3, hidden), b.input::<f32>(4, hidden));
+    let [mut y, dy] = [5, 6].map(|i| b.input::<f32>(i, rows));
+    b.run("scalar_head/forward", 2 * n, |dev, i| {
+        scalar_head::forward(dev, y.view_mut(), h[i].view(), w.view()).unwrap();
+    });
+    b.run("scalar_head/backward", 4 * n, |dev, i| {
+        let (dh, dw) = (dh[i].view_mut(), dw.view_mut());
+        scalar_head::backward(dev, dh, dw, dy.view(), h[i].view(), w.view()).unwrap();
+    });
 }
 
 fn head(

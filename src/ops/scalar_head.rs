@@ -1,62 +1,91 @@
 //! Value and reward heads: one number a row, `y[r] = h[r] . w`.
 
 use crate::{
-    device::{Device, Float, View, ViewMut, cpu::math},
+    device::{
+        Device, Element, Float, View, ViewMut,
+        cpu::math,
+        cuda::{self, Launch, kernels::scalar_head as kernel},
+    },
     error::Result,
     shape, simd,
 };
 
-/// Writes `y` `[rows]` from `h` `[rows, d]` and `w` `[d]`.
+/// Writes `y` `[rows]` from `h` `[rows, d]` and `w` `[d]`; sums in an order that depends on `d` only.
+///
+/// `2 * rows * d` FLOPs. Reads `rows * d` elements.
 ///
 /// # Errors
-/// [`crate::Error::Shape`] if `h` is not `rows * d` long.
-pub fn forward<F: Float>(
+/// [`crate::Error::Shape`] if `h` is not `rows * d` long; on a CUDA device [`crate::Error::Device`] if `h` or `w`
+/// does not begin at a multiple of 16 bytes.
+pub fn forward<T: Element>(
     dev: &Device,
-    y: ViewMut<'_, F>,
-    h: View<'_, F>,
-    w: View<'_, F>,
+    y: ViewMut<'_, T::Acc>,
+    h: View<'_, T>,
+    w: View<'_, T>,
 ) -> Result<()> {
-    let cpu = dev.on_cpu("scalar_head")?;
-    let d = w.len();
-    shape::check("scalar_head", "h", &[y.len(), d], h.len())?;
-    let (y, h, w) = (y.host(), h.host(), w.host());
-    cpu.rows(y.len(), 64, (y, 1), |range, y| {
-        for (y, r) in y.iter_mut().zip(range) {
-            *y = dot(cpu.isa(), &h[r * d..][..d], w);
+    let (rows, d) = (y.len(), w.len());
+    shape::check("scalar_head", "h", &[rows, d], h.len())?;
+    match dev {
+        Device::Cpu(cpu) => {
+            let (y, h, w) = (y.host(), h.float()?.host(), w.float()?.host());
+            cpu.rows(rows, 64, (y, 1), |range, y| {
+                for (y, r) in y.iter_mut().zip(range) {
+                    *y = dot(cpu.isa(), &h[r * d..][..d], w);
+                }
+            });
+            Ok(())
         }
-    });
-    Ok(())
+        Device::Cuda(cuda) => {
+            let launch = Launch::row(rows.div_ceil(kernel::THREADS / 32), 0)?;
+            kernel::forward(cuda, launch, y, h, w, rows, d, cuda::width::<T>(&[d], &[]))
+        }
+    }
 }
 
-/// Writes `dh[r] = dy[r] w` and adds `sum_r dy[r] h[r]` to `dw`, rows in ascending order.
+/// Writes `dh[r] = dy[r] w` `[rows, d]` and adds `sum_r dy[r] h[r]` to `dw` `[d]`, in an order that depends on
+/// `rows` only; on the CPU rows in ascending order.
+///
+/// `3 * rows * d` FLOPs. Reads and writes `2 * rows * d` elements.
 ///
 /// # Errors
-/// [`crate::Error::Shape`] if a buffer does not fit.
-pub fn backward<F: Float>(
+/// As [`forward`].
+pub fn backward<T: Element>(
     dev: &Device,
-    dh: ViewMut<'_, F>,
-    dw: ViewMut<'_, F>,
-    dy: View<'_, F>,
-    h: View<'_, F>,
-    w: View<'_, F>,
+    dh: ViewMut<'_, T>,
+    dw: ViewMut<'_, T::Acc>,
+    dy: View<'_, T::Acc>,
+    h: View<'_, T>,
+    w: View<'_, T>,
 ) -> Result<()> {
-    let cpu = dev.on_cpu("scalar_head::backward")?;
+    const OP: &str = "scalar_head::backward";
     let (rows, d) = (dy.len(), w.len());
-    shape::check("scalar_head::backward", "h", &[rows, d], h.len())?;
-    shape::check("scalar_head::backward", "dh", &[rows, d], dh.len())?;
-    shape::check("scalar_head::backward", "dw", &[d], dw.len())?;
-    let (dh, dw, dy, h, w) = (dh.host(), dw.host(), dy.host(), h.host(), w.host());
-    cpu.rows(rows, 64, (dh, d), |range, dh| {
-        for (dh, r) in dh.chunks_exact_mut(d.max(1)).zip(range) {
-            scaled(cpu.isa(), dh, dy[r], w);
+    shape::check(OP, "h", &[rows, d], h.len())?;
+    shape::check(OP, "dh", &[rows, d], dh.len())?;
+    shape::check(OP, "dw", &[d], dw.len())?;
+    match dev {
+        Device::Cpu(cpu) => {
+            let (dh, dw, dy) = (dh.float()?.host(), dw.host(), dy.host());
+            let (h, w) = (h.float()?.host(), w.float()?.host());
+            cpu.rows(rows, 64, (dh, d), |range, dh| {
+                for (dh, r) in dh.chunks_exact_mut(d.max(1)).zip(range) {
+                    scaled(cpu.isa(), dh, dy[r], w);
+                }
+            });
+            cpu.rows(d, 64, (dw, 1), |range, dw| {
+                for r in 0..rows {
+                    axpy(cpu.isa(), dw, dy[r], &h[r * d..][range.clone()]);
+                }
+            });
+            Ok(())
         }
-    });
-    cpu.rows(d, 64, (dw, 1), |range, dw| {
-        for r in 0..rows {
-            axpy(cpu.isa(), dw, dy[r], &h[r * d..][range.clone()]);
+        // Not even the sign of a zero in `dw` changes.
+        Device::Cuda(_) if rows == 0 => Ok(()),
+        Device::Cuda(cuda) => {
+            let launch = Launch::row(d.div_ceil(kernel::COLS), kernel::THREADS * 4)?;
+            let width = cuda::width::<T>(&[d], &[]);
+            kernel::backward(cuda, launch, dh, dw, dy, h, w, rows, d, width)
         }
-    });
-    Ok(())
+    }
 }
 
 simd! {

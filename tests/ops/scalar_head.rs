@@ -1,13 +1,15 @@
 //! Scalar head: hand-worked values, central differences, bits.
 
+use half::bf16;
 use warpo::{
-    device::{Device, Float},
+    device::{Buffer, Device, Element, Float},
     ops::scalar_head,
 };
 
 use crate::support::{
     OP, assert_bits, assert_earned, assert_nan_only, devices, gather, gradcheck, inner, narrow,
     randn, refusal, shuffled,
+    sim::{self, Case, Lab},
 };
 
 fn forward<F: Float>(dev: &Device, h: &[F], w: &[F]) -> Vec<F> {
@@ -102,6 +104,121 @@ fn a_nan_stays_in_its_row() {
     let dh = backward(&dev, &mut dw, &[1.0, f32::NAN, 1.0, 1.0, 1.0], &h, &w);
     assert_nan_only("dh", &dh, &w.repeat(5), 10..20);
     assert!(dw.iter().all(|d| d.is_nan()), "every weight saw the bad row");
+}
+
+struct Head {
+    rows: usize,
+    d: usize,
+}
+
+impl Case for Head {
+    fn run<T: Element>(&self, lab: &mut Lab<'_>) -> warpo::Result<()> {
+        let (dev, rows, d) = (lab.dev(), self.rows, self.d);
+        let (h, w) = (lab.rows::<T>("h", rows, d), lab.input::<T>("w", d));
+        let (dy, mut y) = (lab.rows::<T::Acc>("dy", rows, 1), lab.room::<T::Acc>(rows));
+        scalar_head::forward(dev, y.view_mut(), h.view(), w.view())?;
+        let (mut dh, mut dw) = (lab.room::<T>(rows * d), lab.input::<T::Acc>("dw", d));
+        let (dh_, dw_) = (dh.view_mut(), dw.view_mut());
+        scalar_head::backward(dev, dh_, dw_, dy.view(), h.view(), w.view())?;
+        lab.by_row("y", &y);
+        lab.by_row("dh", &dh);
+        lab.sum("dw", &dw);
+        Ok(())
+    }
+}
+
+/// Rows of a large model; backward, columns of 32 do not see how many there are.
+struct Wide(usize);
+
+impl Case for Wide {
+    fn run<T: Element>(&self, lab: &mut Lab<'_>) -> warpo::Result<()> {
+        let (h, w) = (lab.rows::<T>("h", 3, self.0), lab.input::<T>("w", self.0));
+        let mut y = lab.room::<T::Acc>(3);
+        scalar_head::forward(lab.dev(), y.view_mut(), h.view(), w.view())?;
+        lab.by_row("y", &y);
+        Ok(())
+    }
+}
+
+/// No rows, one, those around a block's in both directions; rows of one element, of no whole packets, of a packet,
+/// of those of a block and around them, of more than one round of a warp.
+#[test]
+fn kernels_are_as_exact_as_plain_ones() {
+    sim::check(|sim| {
+        for (rows, d) in [
+            (0, 8),
+            (1, 1),
+            (15, 7),
+            (16, 8),
+            (17, 33),
+            (63, 24),
+            (129, 40),
+            (513, 8 * 13),
+            (2, 1032),
+        ] {
+            sim.hold(&Head { rows, d });
+        }
+        [8192, 12296].into_iter().for_each(|d| sim.hold(&Wide(d)));
+    });
+}
+
+#[test]
+fn kernel_rows_do_not_see_their_batch() {
+    sim::check(|sim| {
+        for d in [9, 264] {
+            sim.hold_rows(34, |rows| Head { rows, d });
+        }
+    });
+}
+
+#[test]
+fn a_nan_stays_in_its_row_of_the_kernel() {
+    fn run<T: Element>(dev: &Device, bad: Option<usize>) -> [Vec<f32>; 3] {
+        let of =
+            |name: &str, n: usize| randn::<f64>(name, n).into_iter().map(T::of).collect::<Vec<T>>();
+        let (mut h, mut dy) = (of("h", 20 * 24), randn::<f32>("dy", 20));
+        if let Some(row) = bad {
+            h[row * 24 + 5] = T::of(f64::NAN);
+            dy[row] = f32::NAN;
+        }
+        let h = Buffer::of(dev, "h", &h).unwrap();
+        let (w, dy) = (of("w", 24), dy.into_iter().map(|x| Element::of(x.into())));
+        let w = Buffer::of(dev, "w", &w).unwrap();
+        let dy = Buffer::of(dev, "dy", &dy.collect::<Vec<T::Acc>>()).unwrap();
+        let mut y = Buffer::new(dev, "y", 20).unwrap();
+        let mut dh = Buffer::<T>::new(dev, "dh", 20 * 24).unwrap();
+        let mut dw = Buffer::zeros(dev, "dw", 24).unwrap();
+        scalar_head::forward(dev, y.view_mut(), h.view(), w.view()).unwrap();
+        let (dh_, dw_) = (dh.view_mut(), dw.view_mut());
+        scalar_head::backward(dev, dh_, dw_, dy.view(), h.view(), w.view()).unwrap();
+        let (y, dh) = (dev.read(y.view()).unwrap(), dev.read(dh.view()).unwrap());
+        let dw: Vec<T::Acc> = dev.read(dw.view()).unwrap();
+        let f32s = |x: &[T::Acc]| x.iter().map(|x| x.f64() as f32).collect();
+        [f32s(&y), dh.iter().map(|x| x.f64() as f32).collect(), f32s(&dw)]
+    }
+    sim::check(|sim| {
+        let dev = sim.device(Default::default());
+        for run in [run::<bf16>, run::<f32>] {
+            let ([y, dh, _], [bad_y, bad_dh, bad_dw]) = (run(&dev, None), run(&dev, Some(17)));
+            assert_nan_only("y", &bad_y, &y, 17..18);
+            assert_nan_only("dh", &bad_dh, &dh, 17 * 24..18 * 24);
+            assert!(bad_dw.iter().all(|d| d.is_nan()), "every weight saw the bad row");
+        }
+    });
+}
+
+/// A width has one order of sums wherever its rows begin: what would have another one is refused.
+#[test]
+fn kernels_refuse_what_does_not_begin_at_a_packet() {
+    sim::check(|sim| {
+        let dev = sim.device(Default::default());
+        let h = Buffer::<bf16>::zeros(&dev, "h", 40).unwrap();
+        let mut y = Buffer::zeros(&dev, "y", 2).unwrap();
+        let part = h.view().range(4..36);
+        let e = refusal(scalar_head::forward(&dev, y.view_mut(), part, h.view().range(0..16)));
+        assert!(e.contains("scalar_head_forward_bf16: `h` begins at"), "{e}");
+        assert!(e.ends_with("wanted a multiple of 16"), "{e}");
+    });
 }
 
 #[test]
