@@ -27,9 +27,11 @@ mod device {
     mod gemm;
     mod hopper;
     mod kernels;
+    mod later;
     mod maps;
     mod math;
     mod pool;
+    mod staging;
 }
 mod eval {
     mod report;

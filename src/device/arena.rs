@@ -127,13 +127,13 @@ impl<'a> Scope<'a> {
         if cfg!(debug_assertions) {
             // An earlier phase or child may have left numbers here.
             // SAFETY: `bytes` bytes from here are within the block and nobody else's.
-            unsafe { at.fill(0xFF, bytes)? };
+            unsafe { at.poison(0xFF, bytes)? };
         }
         if REDZONE > 0 {
             // SAFETY: the last REDZONE bytes of this allocation, within the block.
             let zone = unsafe { at.add(bytes - REDZONE) };
             // SAFETY: as above.
-            unsafe { zone.fill(ZONE_BYTE, REDZONE)? };
+            unsafe { zone.poison(ZONE_BYTE, REDZONE)? };
             // SAFETY: as above.
             unsafe { zone.guard(REDZONE, true) };
             self.zones.borrow_mut().push(start + bytes - REDZONE);
@@ -177,7 +177,7 @@ impl Drop for Scope<'_> {
             // SAFETY: as above.
             unsafe { zone.guard(REDZONE, false) };
             // SAFETY: as above.
-            let bytes = unsafe { zone.read(REDZONE) };
+            let bytes = unsafe { zone.inspect(REDZONE) };
             if !std::thread::panicking() {
                 let clean = bytes.is_ok_and(|b| b.iter().all(|b| *b == ZONE_BYTE));
                 assert!(clean, "a buffer was written past its end");

@@ -89,20 +89,16 @@ impl Block {
         };
         let ptr = ptr.ok_or_else(|| error(free.unwrap_or(0)))?;
         let bytes = if cuda.is_some() { bytes } else { layout.size() };
-        let mut block = Self { ptr, bytes, cuda };
+        let block = Self { ptr, bytes, cuda };
         if POISON {
-            block.fill(0xFF)?;
+            // SAFETY: nobody else has the block yet.
+            unsafe { block.region().poison(0xFF, block.bytes)? };
         }
         Ok(block)
     }
 
     pub(super) fn bytes(&self) -> usize {
         self.bytes
-    }
-
-    fn fill(&mut self, byte: u8) -> Result<()> {
-        // SAFETY: `&mut`: nobody else uses the block.
-        unsafe { self.region().fill(byte, self.bytes) }
     }
 
     pub(super) fn region(&self) -> Region<'_> {
@@ -146,31 +142,31 @@ impl<'a> Region<'a> {
         Self { at: unsafe { self.at.add(bytes) }, ..self }
     }
 
-    /// Sets `bytes` bytes to `byte`.
+    /// Sets `bytes` bytes to `byte`, which says nothing: poison or a redzone.
     ///
     /// # Safety
     /// They are inside the block, and nobody else uses them.
-    pub(super) unsafe fn fill(self, byte: u8, bytes: usize) -> Result<()> {
+    pub(super) unsafe fn poison(self, byte: u8, bytes: usize) -> Result<()> {
         match self.cuda {
             // SAFETY: the caller's promise.
             None => unsafe { self.at.as_ptr().write_bytes(byte, bytes) },
             // SAFETY: as above.
-            Some(cuda) => unsafe { cuda.fill(self.at, byte, bytes)? },
+            Some(cuda) => unsafe { cuda.poison(self.at, byte, bytes)? },
         }
         Ok(())
     }
 
-    /// A copy of `bytes` bytes.
+    /// A copy of `bytes` bytes, to see whether somebody wrote where nobody may.
     ///
     /// # Safety
     /// They are inside the block.
-    pub(super) unsafe fn read(self, bytes: usize) -> Result<Vec<u8>> {
+    pub(super) unsafe fn inspect(self, bytes: usize) -> Result<Vec<u8>> {
         let mut out = vec![0; bytes];
         match self.cuda {
             // SAFETY: the caller's promise; `out` is as long.
             None => unsafe { self.at.as_ptr().copy_to_nonoverlapping(out.as_mut_ptr(), bytes) },
             // SAFETY: the caller's promise.
-            Some(cuda) => unsafe { cuda.copy_out(&mut out, self.at)? },
+            Some(cuda) => unsafe { cuda.inspect(&mut out, self.at)? },
         }
         Ok(out)
     }
@@ -236,9 +232,8 @@ impl<T: Pod> Buffer<'static, T> {
     pub fn zeros(dev: &Device, what: &'static str, len: usize) -> Result<Self> {
         let mut buffer = Self::new(dev, what, len)?;
         // Of the host, a block that is not poisoned is zeroed already, and its pages are not there yet.
-        let zeroed = !POISON && buffer.place == Place::Host;
-        if let Some(block) = buffer._own.as_mut().filter(|_| !zeroed) {
-            block.fill(0)?;
+        if POISON || buffer.place == Place::Device {
+            dev.zero(buffer.view_mut())?;
         }
         Ok(buffer)
     }

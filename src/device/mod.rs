@@ -9,6 +9,7 @@ pub mod cpu;
 pub mod cuda;
 pub mod file;
 mod float;
+mod later;
 mod system;
 
 pub use arena::{Arena, Scope};
@@ -16,6 +17,7 @@ pub use buffer::{Buffer, View, ViewMut, allocations};
 pub use cpu::Cpu;
 pub use cuda::Cuda;
 pub use float::{Element, Float};
+pub use later::Later;
 pub use system::free_disk_bytes;
 
 use bytemuck::Pod;
@@ -91,7 +93,20 @@ impl Device {
         }
     }
 
-    /// Copies `from` to a buffer.
+    /// A copy of a buffer as it is after all work on it so far, which need not be done yet: on a CUDA device
+    /// nobody waits before [`Later::get`], and the buffer may be written or end meanwhile.
+    ///
+    /// # Errors
+    /// As [`Device::read`].
+    pub fn read_later<T: Pod>(&self, x: View<'_, T>) -> Result<Later<Vec<T>>> {
+        match self {
+            Self::Cpu(_) => Ok(Later::now(x.host().to_vec())),
+            Self::Cuda(cuda) => cuda.read_later(x),
+        }
+    }
+
+    /// Copies `from` to a buffer. On a CUDA device it does not wait for the copy, though `from` may change or
+    /// end when it returns.
     ///
     /// # Errors
     /// As [`Device::read`], and [`Error::Shape`] if the lengths differ.
@@ -100,6 +115,18 @@ impl Device {
         match self {
             Self::Cpu(_) => to.host().copy_from_slice(from),
             Self::Cuda(cuda) => cuda.write(to, from)?,
+        }
+        Ok(())
+    }
+
+    /// Sets all bytes of a buffer to 0.
+    ///
+    /// # Errors
+    /// As [`Device::read`].
+    pub fn zero<T: Pod>(&self, to: ViewMut<'_, T>) -> Result<()> {
+        match self {
+            Self::Cpu(_) => to.host().fill(T::zeroed()),
+            Self::Cuda(cuda) => cuda.zero(to)?,
         }
         Ok(())
     }

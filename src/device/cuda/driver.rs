@@ -13,7 +13,7 @@ use cudarc::driver::{
 };
 
 use super::{
-    Driver, Kernel, Launch, device_error, kernels,
+    Driver, Event, Kernel, Launch, device_error, kernels,
     map::{Tensor, Words},
 };
 use crate::error::Result;
@@ -303,20 +303,38 @@ impl Driver for Gpu {
         }
     }
 
+    fn pin(&self, bytes: usize) -> Result<NonNull<u8>> {
+        self.enter()?;
+        // SAFETY: the context is current; the memory is written below.
+        let at = unsafe { result::malloc_host(bytes, 0) }
+            .map_err(failed(&format!("pinning {bytes} bytes of host memory")))?;
+        let at = NonNull::new(at.cast::<u8>());
+        let at = at.ok_or_else(|| device_error("pinned host memory at address 0"))?;
+        // SAFETY: just allocated with as many bytes.
+        unsafe { at.as_ptr().write_bytes(0, bytes) };
+        Ok(at)
+    }
+
+    unsafe fn unpin(&self, at: NonNull<u8>) {
+        // Copies may be under way. Where that cannot be known, the memory stays.
+        if self.synchronize().is_ok() {
+            // SAFETY: the caller's promise.
+            let _ = unsafe { result::free_host(at.as_ptr().cast()) };
+        }
+    }
+
     unsafe fn copy_in(&self, to: NonNull<u8>, from: &[u8]) -> Result<()> {
         self.enter()?;
-        // SAFETY: the caller's promise; the copy is over before `from` ends, since we wait.
+        // SAFETY: the caller's promise.
         unsafe { result::memcpy_htod_async(dptr(to), from, self.stream) }
-            .map_err(failed("copying to the device"))?;
-        self.synchronize()
+            .map_err(failed("copying to the device"))
     }
 
     unsafe fn copy_out(&self, to: &mut [u8], from: NonNull<u8>) -> Result<()> {
         self.enter()?;
-        // SAFETY: the caller's promise; the copy is over before `to` ends, since we wait.
+        // SAFETY: the caller's promise.
         unsafe { result::memcpy_dtoh_async(to, dptr(from), self.stream) }
-            .map_err(failed("copying from the device"))?;
-        self.synchronize()
+            .map_err(failed("copying from the device"))
     }
 
     unsafe fn copy(&self, to: NonNull<u8>, from: NonNull<u8>, bytes: usize) -> Result<()> {
@@ -355,6 +373,33 @@ impl Driver for Gpu {
         self.enter()?;
         // SAFETY: the stream lives as long as `self`.
         unsafe { result::stream::synchronize(self.stream) }.map_err(failed("the device"))
+    }
+
+    fn event(&self) -> Result<Event> {
+        self.enter()?;
+        // Of one that takes no time stamp, recording and waiting are cheapest.
+        let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
+        let event = result::event::create(flags).map_err(failed("event"))?;
+        Ok(Event(event.cast()))
+    }
+
+    unsafe fn record(&self, event: &Event) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the caller's promise; the stream lives as long as `self`.
+        unsafe { result::event::record(event.0.cast(), self.stream) }.map_err(failed("event"))
+    }
+
+    unsafe fn wait_for(&self, event: &Event) -> Result<()> {
+        self.enter()?;
+        // SAFETY: the caller's promise.
+        unsafe { result::event::synchronize(event.0.cast()) }.map_err(failed("the device"))
+    }
+
+    unsafe fn end_event(&self, event: &Event) {
+        if self.enter().is_ok() {
+            // SAFETY: the caller's promise.
+            let _ = unsafe { result::event::destroy(event.0.cast()) };
+        }
     }
 
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {

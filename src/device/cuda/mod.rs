@@ -1,7 +1,7 @@
 //! The CUDA device: a driver, real or simulated, and the kernels of `kernels/`.
 //!
-//! All work goes to one stream, in order, so ops need no synchronisation among themselves; reading
-//! a buffer waits for what was launched before it.
+//! All work goes to one stream, in order, so ops need no synchronisation among themselves, and the host runs
+//! ahead of it: only what brings numbers to the host waits for the device, and memory that is freed.
 
 #![allow(unsafe_code)]
 
@@ -10,6 +10,7 @@ mod driver;
 mod map;
 mod room;
 mod simulator;
+mod staging;
 
 use std::{
     ffi::c_void,
@@ -23,22 +24,32 @@ use half::bf16;
 use super::{
     buffer::{View, ViewMut},
     float::{Element, Float},
+    later::Later,
 };
 use crate::error::{Error, Result};
 
 pub use map::{Map, Swizzle, Tiles};
 pub use room::{PARTS, Parts};
 pub use simulator::{Machine, Order};
+pub use staging::{Calls, Ring};
 
 /// A handle to a GPU, or to the simulator of one. Cloning shares it.
 #[derive(Clone, Debug)]
 pub struct Cuda {
     driver: Arc<dyn Driver>,
+    staging: Arc<staging::Staging>,
     room: Arc<Mutex<room::Room>>,
     lt: Option<Arc<cublaslt::Lt>>,
 }
 
-/// What a GPU is asked for.
+/// A point of the stream that can be waited for: the driver's handle.
+#[derive(Debug)]
+struct Event(*mut c_void);
+
+// SAFETY: the driver's handles may be used from any thread.
+unsafe impl Send for Event {}
+
+/// What a GPU is asked for. Copies, fills and launches are done in order and after the call returns.
 trait Driver: std::fmt::Debug + Send + Sync {
     /// A line for people.
     fn describe(&self) -> String;
@@ -55,11 +66,20 @@ trait Driver: std::fmt::Debug + Send + Sync {
     /// # Safety
     /// `at` came from [`Driver::alloc`], and nothing uses it any more.
     unsafe fn free(&self, at: NonNull<u8>);
+    /// `bytes` bytes of pinned host memory, which hold some value.
+    fn pin(&self, bytes: usize) -> Result<NonNull<u8>>;
+    /// Waits for the copies under way.
+    ///
     /// # Safety
-    /// `to` has `from.len()` bytes of device memory that nobody else uses.
+    /// `at` came from [`Driver::pin`], and nothing uses it any more.
+    unsafe fn unpin(&self, at: NonNull<u8>);
+    /// # Safety
+    /// `to` has `from.len()` bytes of device memory that nobody else uses; `from` is pinned and stays as it is
+    /// until the stream has passed this copy.
     unsafe fn copy_in(&self, to: NonNull<u8>, from: &[u8]) -> Result<()>;
     /// # Safety
-    /// `from` has `to.len()` bytes of device memory.
+    /// `from` has `to.len()` bytes of device memory; nobody looks at `to`, nor frees it, until the stream has
+    /// passed this copy.
     unsafe fn copy_out(&self, to: &mut [u8], from: NonNull<u8>) -> Result<()>;
     /// # Safety
     /// `from` and `to` have `bytes` bytes of device memory, those of `to` used by nobody else.
@@ -87,6 +107,21 @@ trait Driver: std::fmt::Debug + Send + Sync {
     }
     /// Waits for all that was launched.
     fn synchronize(&self) -> Result<()>;
+    /// An event that was not recorded yet.
+    fn event(&self) -> Result<Event>;
+    /// Records an event at the end of the stream as it is now.
+    ///
+    /// # Safety
+    /// The event came from [`Driver::event`] and has not ended.
+    unsafe fn record(&self, event: &Event) -> Result<()>;
+    /// Waits until the stream has passed the event where it was recorded last; not at all if it never was.
+    ///
+    /// # Safety
+    /// As [`Driver::record`].
+    unsafe fn wait_for(&self, event: &Event) -> Result<()>;
+    /// # Safety
+    /// As [`Driver::record`], and nothing uses it any more.
+    unsafe fn end_event(&self, event: &Event);
     /// Seconds on the device that `work` takes.
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64>;
 }
@@ -101,7 +136,7 @@ impl Cuda {
     /// # Errors
     /// [`Error::Device`] saying what is missing: the driver, a device, or this build's kernels.
     pub fn new(ordinal: usize) -> Result<Self> {
-        Self::over(Arc::new(driver::Gpu::new(ordinal)?))
+        Self::over(Arc::new(driver::Gpu::new(ordinal)?), Ring::GPU)
     }
 
     /// The simulator in the shared library `library`, which plays `machine` and runs threads and
@@ -110,12 +145,21 @@ impl Cuda {
     /// # Errors
     /// [`Error::Device`] if the library cannot be loaded.
     pub fn simulated(library: &std::path::Path, order: Order, machine: Machine) -> Result<Self> {
-        Self::over(Arc::new(simulator::Simulator::open(library, order, machine)?))
+        let simulator = simulator::Simulator::open(library, order, machine)?;
+        Self::over(Arc::new(simulator), Ring::SIMULATOR)
     }
 
-    fn over(driver: Arc<dyn Driver>) -> Result<Self> {
-        let room = room::Room::new(&driver)?;
-        Ok(Self { driver, room, lt: None })
+    fn over(driver: Arc<dyn Driver>, ring: Ring) -> Result<Self> {
+        let (room, staging) = (room::Room::new(&driver)?, staging::Staging::new(&driver, ring)?);
+        Ok(Self { driver, staging, room, lt: None })
+    }
+
+    /// The same device, whose writes go through another ring, and whose [`Cuda::calls`] begin at 0. For tests.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the ring has no slots or these no bytes, or there is no room.
+    pub fn with_ring(self, ring: Ring) -> Result<Self> {
+        Ok(Self { staging: staging::Staging::new(&self.driver, ring)?, ..self })
     }
 
     /// What the driver and the devices are, or why there are none; for `warpo doctor`.
@@ -147,7 +191,19 @@ impl Cuda {
     /// # Errors
     /// [`Error::Device`] if something that was launched failed.
     pub fn synchronize(&self) -> Result<()> {
-        self.driver.synchronize()
+        self.staging.wait()
+    }
+
+    /// How often the device was asked for something since it was opened, by all clones of this.
+    #[must_use]
+    pub fn calls(&self) -> Calls {
+        self.staging.calls()
+    }
+
+    /// Bytes of host memory that are pinned for copies. They do not grow in a steady state.
+    #[must_use]
+    pub fn pinned_bytes(&self) -> usize {
+        self.staging.pinned()
     }
 
     /// Seconds on the device that `work` takes, by events.
@@ -155,6 +211,7 @@ impl Cuda {
     /// # Errors
     /// Those of `work`, and [`Error::Device`].
     pub fn time(&self, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
+        self.staging.count(|c| c.waits += 1);
         self.driver.time(&mut work)
     }
 
@@ -162,12 +219,32 @@ impl Cuda {
     pub(super) fn read<T: Pod>(&self, x: View<'_, T>) -> Result<Vec<T>> {
         let mut out = vec![T::zeroed(); x.len()];
         let at = x.device_ptr()?;
-        // SAFETY: a view of device memory holds `len` elements.
-        unsafe { self.copy_out(bytemuck::cast_slice_mut(&mut out), at)? };
+        if out.is_empty() {
+            return Ok(out);
+        }
+        self.staging.count(|c| c.reads += 1);
+        // SAFETY: a view of device memory holds `len` elements; we wait before `out` is seen.
+        unsafe { self.driver.copy_out(bytemuck::cast_slice_mut(&mut out), at)? };
+        self.staging.wait()?;
         Ok(out)
     }
 
-    /// Copies host memory to the device; the lengths are equal.
+    /// A copy of device memory as it is after all that was launched, without waiting for it.
+    pub(super) fn read_later<T: Pod>(&self, x: View<'_, T>) -> Result<Later<Vec<T>>> {
+        let (at, len) = (x.device_ptr()?, x.len());
+        if len == 0 {
+            return Ok(Later::now(Vec::new()));
+        }
+        // SAFETY: a view of device memory holds `len` elements.
+        let landing = unsafe { self.staging.read(at, len * size_of::<T>())? };
+        Ok(Later::from_device(move || {
+            let mut out = vec![T::zeroed(); len];
+            landing.get(bytemuck::cast_slice_mut(&mut out))?;
+            Ok(out)
+        }))
+    }
+
+    /// Copies host memory, which may end then, to the device; the lengths are equal.
     pub(super) fn write<T: Pod>(&self, to: ViewMut<'_, T>, from: &[T]) -> Result<()> {
         assert_eq!(to.len(), from.len());
         let at = to.device_ptr()?;
@@ -175,7 +252,15 @@ impl Cuda {
             return Ok(());
         }
         // SAFETY: an exclusive view of device memory holds `len` elements.
-        unsafe { self.driver.copy_in(at, bytemuck::cast_slice(from)) }
+        unsafe { self.staging.write(at, bytemuck::cast_slice(from)) }
+    }
+
+    /// Sets all bytes to 0.
+    pub(super) fn zero<T: Pod>(&self, to: ViewMut<'_, T>) -> Result<()> {
+        let bytes = to.len() * size_of::<T>();
+        let at = to.device_ptr()?;
+        // SAFETY: an exclusive view of device memory holds its elements.
+        unsafe { self.fill(at, 0, bytes) }
     }
 
     /// Copies device memory; the lengths are equal.
@@ -186,18 +271,47 @@ impl Cuda {
         if bytes == 0 {
             return Ok(());
         }
+        self.staging.count(|c| c.copies += 1);
         // SAFETY: views of device memory hold their elements, and one that writes is exclusive.
         unsafe { self.driver.copy(to, from, bytes) }
     }
 
+    /// Sets `bytes` bytes to `byte`.
+    ///
     /// # Safety
-    /// As [`Driver::copy_out`].
-    pub(super) unsafe fn copy_out(&self, to: &mut [u8], from: NonNull<u8>) -> Result<()> {
+    /// As [`Driver::fill`].
+    unsafe fn fill(&self, to: NonNull<u8>, byte: u8, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
+        self.staging.count(|c| c.fills += 1);
+        // SAFETY: the caller's promise.
+        unsafe { self.driver.fill(to, byte, bytes) }
+    }
+
+    /// A read that waits, of memory that watches itself: not counted.
+    ///
+    /// # Safety
+    /// `from` has `to.len()` bytes of device memory.
+    pub(super) unsafe fn inspect(&self, to: &mut [u8], from: NonNull<u8>) -> Result<()> {
         if to.is_empty() {
             return Ok(());
         }
+        // SAFETY: the caller's promise; we wait before `to` is seen.
+        unsafe { self.driver.copy_out(to, from)? };
+        self.driver.synchronize()
+    }
+
+    /// A fill of memory that watches itself: not counted.
+    ///
+    /// # Safety
+    /// As [`Driver::fill`].
+    pub(super) unsafe fn poison(&self, to: NonNull<u8>, byte: u8, bytes: usize) -> Result<()> {
+        if bytes == 0 {
+            return Ok(());
+        }
         // SAFETY: the caller's promise.
-        unsafe { self.driver.copy_out(to, from) }
+        unsafe { self.driver.fill(to, byte, bytes) }
     }
 
     pub(super) fn free_memory(&self) -> Result<Option<usize>> {
@@ -211,18 +325,9 @@ impl Cuda {
     /// # Safety
     /// As [`Driver::free`].
     pub(super) unsafe fn free(&self, at: NonNull<u8>) {
+        self.staging.count(|c| c.waits += 1);
         // SAFETY: the caller's promise.
         unsafe { self.driver.free(at) };
-    }
-
-    /// # Safety
-    /// As [`Driver::fill`].
-    pub(super) unsafe fn fill(&self, to: NonNull<u8>, byte: u8, bytes: usize) -> Result<()> {
-        if bytes == 0 {
-            return Ok(());
-        }
-        // SAFETY: the caller's promise.
-        unsafe { self.driver.fill(to, byte, bytes) }
     }
 
     /// # Safety
@@ -254,6 +359,7 @@ impl Cuda {
         if launch.blocks.contains(&0) {
             return Ok(());
         }
+        self.staging.count(|c| c.launches += 1);
         let at = |v| std::ptr::from_mut::<map::Words>(v).cast();
         let mut pointers: Vec<*mut c_void> = args.values.iter_mut().map(at).collect();
         // SAFETY: the generated functions push the values of the kernel's parameters in its order; that

@@ -6,14 +6,14 @@ use std::{
     ffi::{CStr, CString, c_char, c_int, c_void},
     path::Path,
     ptr::NonNull,
-    sync::Mutex,
+    sync::{Mutex, MutexGuard, PoisonError},
     time::Instant,
 };
 
 use libloading::{Library, Symbol};
 
 use super::{
-    Driver, Kernel, Launch, device_error,
+    Driver, Event, Kernel, Launch, device_error,
     map::{Tensor, Words},
 };
 use crate::error::Result;
@@ -51,10 +51,52 @@ type Run = unsafe extern "C" fn(
 /// The library has one list of allocations, whoever opened it. Launches are apart: each thread has its own.
 static ALLOCATIONS: Mutex<()> = Mutex::new(());
 
+/// Copies under way. All other work is done when it is asked for; what the host must wait for is made to be
+/// missed: a copy to the device takes its bytes as late as a GPU may, and one to the host brings them as late.
+#[derive(Default)]
+struct Stream {
+    /// Copies to the device since anything else was asked for: where to, where from, how many bytes.
+    to_device: Vec<(NonNull<u8>, NonNull<u8>, usize)>,
+    /// Copies to the device that are done.
+    done: usize,
+    /// For each event, how many come before it.
+    events: Vec<usize>,
+    /// Bytes for the host.
+    to_host: Vec<(NonNull<u8>, Vec<u8>)>,
+}
+
+// SAFETY: who asks for a copy promises that its memory stays until the copy is done, on whatever thread.
+unsafe impl Send for Stream {}
+
+impl Stream {
+    /// Does all but what the host waits for.
+    fn advance(&mut self) {
+        self.advance_by(self.to_device.len());
+    }
+
+    fn advance_by(&mut self, copies: usize) {
+        self.done += copies;
+        for (to, from, bytes) in self.to_device.drain(..copies) {
+            // SAFETY: the promise of the caller of `copy_in`; device memory is host memory here.
+            unsafe { to.as_ptr().copy_from_nonoverlapping(from.as_ptr(), bytes) };
+        }
+    }
+
+    /// Does all.
+    fn finish(&mut self) {
+        self.advance();
+        for (to, bytes) in self.to_host.drain(..) {
+            // SAFETY: the promise of the caller of `copy_out`.
+            unsafe { to.as_ptr().copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
+        }
+    }
+}
+
 pub(super) struct Simulator {
     library: Library,
     order: Order,
     machine: Machine,
+    stream: Mutex<Stream>,
 }
 
 impl std::fmt::Debug for Simulator {
@@ -68,7 +110,11 @@ impl Simulator {
         // SAFETY: the library is our own; its constructors register kernels and do nothing else.
         let library = unsafe { Library::new(path) };
         let library = library.map_err(|e| device_error(format!("{}: {e}", path.display())))?;
-        Ok(Self { library, order, machine })
+        Ok(Self { library, order, machine, stream: Mutex::default() })
+    }
+
+    fn under_way(&self) -> MutexGuard<'_, Stream> {
+        self.stream.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// # Safety
@@ -115,6 +161,7 @@ impl Driver for Simulator {
         // SAFETY: the signature of sim.cpp.
         let free = unsafe { self.symbol::<unsafe extern "C" fn(*mut u8) -> c_int>("sim_free") };
         let Ok(free) = free else { return };
+        self.under_way().finish();
         let turn = ALLOCATIONS.lock();
         // SAFETY: the caller's promise.
         let touched = unsafe { free(at.as_ptr()) };
@@ -124,25 +171,43 @@ impl Driver for Simulator {
         }
     }
 
+    /// The redzones of device memory watch this one too.
+    fn pin(&self, bytes: usize) -> Result<NonNull<u8>> {
+        self.alloc(bytes)
+    }
+
+    unsafe fn unpin(&self, at: NonNull<u8>) {
+        // SAFETY: the caller's promise; `pin` took it from `alloc`.
+        unsafe { self.free(at) };
+    }
+
     unsafe fn copy_in(&self, to: NonNull<u8>, from: &[u8]) -> Result<()> {
-        // SAFETY: the caller's promise; the simulator's device memory is host memory.
-        unsafe { to.as_ptr().copy_from_nonoverlapping(from.as_ptr(), from.len()) };
+        let at = NonNull::from(from).cast();
+        self.under_way().to_device.push((to, at, from.len()));
         Ok(())
     }
 
     unsafe fn copy_out(&self, to: &mut [u8], from: NonNull<u8>) -> Result<()> {
-        // SAFETY: as above.
-        unsafe { from.as_ptr().copy_to_nonoverlapping(to.as_mut_ptr(), to.len()) };
+        let mut stream = self.under_way();
+        stream.advance();
+        let mut bytes = vec![0; to.len()];
+        // SAFETY: the caller's promise; the simulator's device memory is host memory.
+        unsafe { from.as_ptr().copy_to_nonoverlapping(bytes.as_mut_ptr(), bytes.len()) };
+        // What the host sees if it does not wait.
+        to.fill(0xFF);
+        stream.to_host.push((NonNull::from(to).cast(), bytes));
         Ok(())
     }
 
     unsafe fn copy(&self, to: NonNull<u8>, from: NonNull<u8>, bytes: usize) -> Result<()> {
+        self.under_way().advance();
         // SAFETY: as above.
         unsafe { to.as_ptr().copy_from_nonoverlapping(from.as_ptr(), bytes) };
         Ok(())
     }
 
     unsafe fn fill(&self, to: NonNull<u8>, byte: u8, bytes: usize) -> Result<()> {
+        self.under_way().advance();
         // SAFETY: as above.
         unsafe { to.as_ptr().write_bytes(byte, bytes) };
         Ok(())
@@ -159,6 +224,7 @@ impl Driver for Simulator {
     }
 
     unsafe fn launch(&self, k: &Kernel, launch: Launch, args: &mut [*mut c_void]) -> Result<()> {
+        self.under_way().advance();
         let name = CString::new(k.name).map_err(|e| device_error(e.to_string()))?;
         // SAFETY: the signature of sim.cpp.
         let run = unsafe { self.symbol::<Run>("sim_launch")? };
@@ -189,12 +255,37 @@ impl Driver for Simulator {
     }
 
     fn synchronize(&self) -> Result<()> {
+        self.under_way().finish();
         Ok(())
     }
+
+    fn event(&self) -> Result<Event> {
+        let mut stream = self.under_way();
+        stream.events.push(0);
+        Ok(Event(std::ptr::without_provenance_mut(stream.events.len() - 1)))
+    }
+
+    unsafe fn record(&self, event: &Event) -> Result<()> {
+        let mut stream = self.under_way();
+        let before = stream.done + stream.to_device.len();
+        stream.events[event.0.addr()] = before;
+        Ok(())
+    }
+
+    unsafe fn wait_for(&self, event: &Event) -> Result<()> {
+        let mut stream = self.under_way();
+        let before = stream.events[event.0.addr()];
+        let copies = before.saturating_sub(stream.done);
+        stream.advance_by(copies);
+        Ok(())
+    }
+
+    unsafe fn end_event(&self, _event: &Event) {}
 
     fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
         let start = Instant::now();
         work()?;
+        self.synchronize()?;
         Ok(start.elapsed().as_secs_f64())
     }
 }

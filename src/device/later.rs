@@ -1,0 +1,62 @@
+//! A result that may still be under way on a device.
+
+use std::fmt;
+
+use crate::error::Result;
+
+/// A result that the device may still be working on, so that the host can go on meanwhile.
+///
+/// On the CPU it is there from the start. On a CUDA device a copy to the host was issued behind the work
+/// that makes it: it is the value of that time, whatever happens to the device's memory later. One wait
+/// brings all results that were issued before it. To drop one unread costs nothing.
+#[must_use = "what is not read may be a check that nobody makes"]
+pub struct Later<R>(State<R>);
+
+enum State<R> {
+    Now(R),
+    /// Waits if need be.
+    OnDevice(Box<dyn FnOnce() -> Result<R> + Send>),
+}
+
+impl<R> Later<R> {
+    /// A result that is there.
+    pub fn now(result: R) -> Self {
+        Self(State::Now(result))
+    }
+
+    /// A result that `get` brings.
+    pub(super) fn from_device(get: impl FnOnce() -> Result<R> + Send + 'static) -> Self {
+        Self(State::OnDevice(Box::new(get)))
+    }
+
+    /// What `f` makes of it; called at once if it is there, else by [`Later::get`].
+    pub fn map<S>(self, f: impl FnOnce(R) -> S + Send + 'static) -> Later<S>
+    where
+        R: 'static,
+    {
+        match self.0 {
+            State::Now(result) => Later::now(f(result)),
+            State::OnDevice(get) => Later::from_device(move || get().map(f)),
+        }
+    }
+
+    /// The result. Waits for the device unless something did since this was issued.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if work that was launched before failed.
+    pub fn get(self) -> Result<R> {
+        match self.0 {
+            State::Now(result) => Ok(result),
+            State::OnDevice(get) => get(),
+        }
+    }
+}
+
+impl<R: fmt::Debug> fmt::Debug for Later<R> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.0 {
+            State::Now(result) => f.debug_tuple("Later").field(result).finish(),
+            State::OnDevice(_) => f.write_str("Later(on a device)"),
+        }
+    }
+}

@@ -1,0 +1,120 @@
+//! Results that may still be under way: their values, what they cost, and what may happen before they are
+//! read.
+
+use warpo::device::{Arena, Buffer, Cuda, Device, Later, cuda::Ring};
+
+use crate::support::{
+    host, refusal,
+    sim::{self, Order, Sim},
+};
+
+/// A device with counts of its own, and a handle to it.
+fn device(sim: &Sim) -> (Device, Cuda) {
+    let Device::Cuda(cuda) = sim.device(Order::default()) else { panic!("no cuda device") };
+    let cuda = cuda.with_ring(Ring { slots: 2, bytes: 256 }).unwrap();
+    (Device::Cuda(cuda.clone()), cuda)
+}
+
+fn numbers(from: u32, n: usize) -> Vec<u32> {
+    (from..).take(n).collect()
+}
+
+#[test]
+fn on_the_cpu_it_is_there() {
+    let x = vec![1.0f32, 2.0, 3.0];
+    let later = host().read_later((&x).into()).unwrap();
+    assert_eq!(format!("{later:?}"), "Later([1.0, 2.0, 3.0])");
+    let sum = later.map(|x| x.iter().sum::<f32>());
+    assert_eq!(format!("{sum:?}"), "Later(6.0)");
+    assert_eq!(sum.map(|sum| sum.to_string()).get().unwrap(), "6");
+    assert_eq!(Later::now(7).get().unwrap(), 7);
+}
+
+#[test]
+fn one_wait_brings_all_that_were_issued_before() {
+    sim::check(|sim| {
+        let (dev, cuda) = device(sim);
+        let buffers: Vec<Buffer<'_, u32>> =
+            (0..20).map(|i| Buffer::of(&dev, "x", &numbers(i, 40 * i as usize)).unwrap()).collect();
+        let begin = cuda.calls();
+        let mut laters: Vec<_> =
+            buffers.iter().map(|x| dev.read_later(x.view()).unwrap()).collect();
+        let after = cuda.calls() - begin;
+        assert_eq!((after.reads, after.waits), (19, 0), "there is nothing to read of the first");
+        assert_eq!(format!("{:?}", laters[1]), "Later(on a device)");
+        // In any order.
+        assert_eq!(laters.remove(7).get().unwrap(), numbers(7, 280));
+        let late = dev.read_later(buffers[7].view()).unwrap().map(|x| x.len());
+        for (i, later) in (0..20).filter(|i| *i != 7).zip(laters) {
+            assert_eq!(later.get().unwrap(), numbers(i, 40 * i as usize));
+        }
+        assert_eq!((cuda.calls() - begin).waits, 1);
+        assert_eq!(late.get().unwrap(), 280);
+        assert_eq!((cuda.calls() - begin).waits, 2, "issued after the first wait");
+        // Whoever waits.
+        let waits: [&dyn Fn(); 2] =
+            [&|| cuda.synchronize().unwrap(), &|| drop(dev.read(buffers[1].view()).unwrap())];
+        for (i, wait) in (3..).zip(waits) {
+            let later = dev.read_later(buffers[3].view()).unwrap();
+            wait();
+            assert_eq!(later.get().unwrap(), numbers(3, 120));
+            assert_eq!((cuda.calls() - begin).waits, i);
+        }
+    });
+}
+
+#[test]
+fn it_keeps_the_value_of_its_time() {
+    sim::check(|sim| {
+        let (dev, cuda) = device(sim);
+        let mut arena = Arena::new(&dev, 1 << 12).unwrap();
+        let mut laters = Vec::new();
+        for i in 0..5 {
+            let scope = arena.scope();
+            let mut x: Buffer<'_, u32> = scope.alloc("x", 100).unwrap();
+            dev.write(x.view_mut(), &numbers(i, 100)).unwrap();
+            laters.push(dev.read_later(x.view()).unwrap());
+            dev.zero(x.view_mut()).unwrap();
+        }
+        drop(arena);
+        let x = Buffer::of(&dev, "x", &numbers(9, 100)).unwrap();
+        laters.push(dev.read_later(x.view()).unwrap());
+        drop((x, dev, cuda));
+        for (i, later) in [0, 1, 2, 3, 4, 9].into_iter().zip(laters) {
+            assert_eq!(later.get().unwrap(), numbers(i, 100));
+        }
+    });
+}
+
+#[test]
+fn one_that_is_dropped_unread_costs_nothing() {
+    sim::check(|sim| {
+        let (dev, cuda) = device(sim);
+        let mut x = Buffer::of(&dev, "x", &numbers(0, 100)).unwrap();
+        let begin = cuda.calls();
+        drop(dev.read_later(x.view()).unwrap());
+        let pinned = cuda.pinned_bytes();
+        for i in 1..50 {
+            // Of about the same size, in the block of the one before, whose copy is under way.
+            drop(dev.read_later(x.view().range(0..70 + i % 30)).unwrap());
+            dev.write(x.view_mut(), &numbers(i as u32, 100)).unwrap();
+            drop(dev.read_later(x.view()).unwrap().map(|x| x[0]));
+        }
+        assert_eq!((cuda.calls() - begin).waits, 0);
+        let [a, b] = [10, 30].map(|at| dev.read_later(x.view().range(at..at + 70)).unwrap());
+        assert_eq!(a.get().unwrap(), numbers(59, 70));
+        assert_eq!(b.get().unwrap(), numbers(79, 70));
+        assert_eq!((cuda.calls() - begin).waits, 1);
+        // One more block: for a short while there were two.
+        assert_eq!(cuda.pinned_bytes(), pinned + 512);
+    });
+}
+
+#[test]
+fn host_memory_has_no_copy_under_way() {
+    sim::check(|sim| {
+        let (dev, _) = device(sim);
+        let e = refusal(dev.read_later((&vec![1.0f32; 3]).into()));
+        assert_eq!(e, "device `cuda` is not available: a buffer is in host memory");
+    });
+}
