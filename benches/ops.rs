@@ -287,19 +287,26 @@ fn losses(c: &mut Criterion) {
             advantages: (&adv).into(),
         };
         let (d, e) = ((&mut d).into(), Some((&mut e).into()));
-        ppo_loss::policy(dev, d, e, tokens, &settings, n as f64).unwrap();
+        ppo_loss::policy(dev, d, e, tokens, &settings, n as f64).unwrap().get().unwrap();
     });
     bench(&mut g, "value_loss/cpu/f32/65536", moves(4 * n), || {
         let (d, v) = ((&mut d).into(), (&logp).into());
         value_loss::forward(dev, d, v, (&old).into(), (&adv).into(), Some(0.2), 0.1, n as f64)
+            .unwrap()
+            .get()
             .unwrap();
     });
     bench(&mut g, "nll/cpu/f32/65536", moves(3 * n), || {
-        nll::forward(dev, (&mut d).into(), (&logp).into(), (&old).into(), n as f64).unwrap();
+        nll::forward(dev, (&mut d).into(), (&logp).into(), (&old).into(), n as f64)
+            .unwrap()
+            .get()
+            .unwrap();
     });
     bench(&mut g, "bradley_terry/cpu/f32/65536", moves(2 * n), || {
         let margins = View::from(&[][..]);
         bradley_terry::forward(dev, (&mut d).into(), (&logp).into(), margins, 0.01, n as f64 / 2.0)
+            .unwrap()
+            .get()
             .unwrap();
     });
     let offsets: Vec<u32> = (0..=n as u32).step_by(256).collect();
@@ -365,10 +372,10 @@ fn optimizer(c: &mut Criterion) {
         adamw::step(dev, state, grad.view(), [0][..].into(), 0.5, 3, &hyper).unwrap();
     });
     bench(&mut g, "grad_norm/cpu/f32/16M", moves(n), || {
-        std::hint::black_box(grad_norm::norm(dev, grad.view()).unwrap());
+        std::hint::black_box(grad_norm::norm(dev, grad.view()).unwrap().get().unwrap());
     });
     bench(&mut g, "first_bad/cpu/f32/16M", moves(n), || {
-        std::hint::black_box(grad_norm::first_bad(dev, grad.view()).unwrap());
+        std::hint::black_box(grad_norm::first_bad(dev, grad.view()).unwrap().get().unwrap());
     });
 }
 

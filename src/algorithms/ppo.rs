@@ -356,7 +356,7 @@ impl Algorithm for Ppo {
             advantages: c.advantages[t].into(),
         };
         let total = c.tokens() as f64;
-        let stats = ppo_loss::policy(dev, dlogp, dentropy, tokens, &settings, total)?;
+        let stats = ppo_loss::policy(dev, dlogp, dentropy, tokens, &settings, total)?.get()?;
         self.policy.merge(&stats);
         if micro.sequences.end == c.sequences() {
             self.updates += 1.0;
@@ -375,7 +375,8 @@ impl Algorithm for Ppo {
         let (old, returns) = (c.old_values[t.clone()].into(), c.returns[t].into());
         let total = c.tokens() as f64;
         let stats =
-            value_loss::forward(dev, dy, y, old, returns, s.value_clip, s.value_coef, total)?;
+            value_loss::forward(dev, dy, y, old, returns, s.value_clip, s.value_coef, total)?
+                .get()?;
         self.value.merge(&stats);
         Ok(())
     }

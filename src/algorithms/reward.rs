@@ -68,7 +68,8 @@ impl Algorithm for Reward {
         let own = micro.sequences.start / 2..micro.sequences.end / 2;
         let margins = if margins.is_empty() { &[][..] } else { &margins[own] };
         let centre = self.settings.center_coef;
-        let stats = bradley_terry::forward(dev, dy, y, margins.into(), centre, pairs as f64)?;
+        let stats =
+            bradley_terry::forward(dev, dy, y, margins.into(), centre, pairs as f64)?.get()?;
         self.stats.merge(&stats);
         Ok(())
     }

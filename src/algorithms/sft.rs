@@ -69,7 +69,7 @@ impl Algorithm for Sft {
         let denominator: f64 = all.iter().map(|w| f64::from(*w)).sum();
         let weights = &all[micro.tokens()];
         self.tokens += weights.len() as f64;
-        self.loss += nll::forward(dev, dlogp, logp, weights.into(), denominator)?;
+        self.loss += nll::forward(dev, dlogp, logp, weights.into(), denominator)?.get()?;
         Ok(())
     }
 

@@ -4,7 +4,7 @@
 //! `-log sigmoid(chosen - rejected - margin) + centre (chosen + rejected)²`, mean over pairs.
 
 use crate::{
-    device::{Device, Float, View, ViewMut, cuda::kernels::bradley_terry as kernel},
+    device::{Device, Float, Later, View, ViewMut, cuda::kernels::bradley_terry as kernel},
     error::Result,
     shape,
 };
@@ -47,7 +47,7 @@ pub fn forward<F: Float>(
     margins: View<'_, F>,
     centre: f64,
     denominator: f64,
-) -> Result<Stats> {
+) -> Result<Later<Stats>> {
     let pairs = shape::rows("bradley_terry", "scores", scores.len(), 2)?;
     shape::check("bradley_terry", "dscores", &[pairs, 2], dscores.len())?;
     if !margins.is_empty() {
@@ -56,16 +56,23 @@ pub fn forward<F: Float>(
     match dev {
         Device::Cpu(_) => {
             let (d, scores, margins) = (dscores.host(), scores.host(), margins.host());
-            Ok(on_cpu(d, scores, margins, centre, denominator))
+            Ok(Later::now(on_cpu(d, scores, margins, centre, denominator)))
         }
         Device::Cuda(cuda) => {
             let (n, scale) = (scores.len(), 1.0 / denominator);
             let margins = Some(margins).filter(|m| !m.is_empty());
-            let [loss, right, difference, score] = cuda.sums(n, 0, |launch, partial, share| {
+            let sums = cuda.sums(n, 0, |launch, partial, share| {
                 let (d, s, m) = (dscores, scores, margins);
                 kernel::forward(cuda, launch, d, partial, s, m, n, share, centre, scale)
             })?;
-            Ok(Stats { pairs: pairs as f64, loss, right, difference, score })
+            let pairs = pairs as f64;
+            Ok(sums.map(move |[loss, right, difference, score]| Stats {
+                pairs,
+                loss,
+                right,
+                difference,
+                score,
+            }))
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use crate::{
     device::{
-        Device, Float, View,
+        Device, Float, Later, View,
         cpu::math,
         cuda::{self, Launch, kernels::grad_norm as kernel},
     },
@@ -21,7 +21,7 @@ const GROUP: usize = kernel::GROUP;
 ///
 /// # Errors
 /// [`crate::Error::Device`] if the device fails.
-pub fn norm<F: Float>(dev: &Device, x: View<'_, F>) -> Result<f64> {
+pub fn norm<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Later<f64>> {
     let n = x.len();
     // Groups of a part: 1 up to 2^28 elements.
     let groups = n.div_ceil(CHUNK * GROUP).div_ceil(cuda::PARTS).max(1);
@@ -39,19 +39,19 @@ pub fn norm<F: Float>(dev: &Device, x: View<'_, F>) -> Result<f64> {
             };
             let part = |x: &[F]| x.chunks(GROUP * CHUNK).map(group).sum::<f64>();
             // The sum of no f64 is -0.
-            0.0 + x.host().chunks(groups * GROUP * CHUNK).map(part).sum::<f64>()
+            Later::now(0.0 + x.host().chunks(groups * GROUP * CHUNK).map(part).sum::<f64>())
         }
         Device::Cuda(cuda) => {
             let parts = n.div_ceil(groups * GROUP * CHUNK);
-            let [sum] = cuda.reduce(parts, |total, mut partial| {
+            let sums = cuda.reduce(parts, |total, mut partial| {
                 let launch = Launch::row(parts, GROUP * 4)?;
                 kernel::squares(cuda, launch, partial.reborrow(), x, n as u64, groups)?;
                 kernel::sum(cuda, Launch::row(1, 0)?, total, partial.view(), parts)
             })?;
-            sum
+            sums.map(|[sum]| sum)
         }
     };
-    Ok(sum.sqrt())
+    Ok(sum.map(f64::sqrt))
 }
 
 /// The factor that brings a gradient of this norm down to `max_norm`:
@@ -68,7 +68,7 @@ pub fn clip_scale(norm: f64, max_norm: f64) -> f64 {
 ///
 /// # Errors
 /// As [`norm`].
-pub fn first_bad<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Option<usize>> {
+pub fn first_bad<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Later<Option<usize>>> {
     match dev {
         Device::Cpu(cpu) => {
             let bad = |(i, chunk): (usize, &[F])| {
@@ -78,15 +78,15 @@ pub fn first_bad<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Option<usize>
                 }
                 chunk.iter().position(|x| !x.is_finite()).map(|at| i * CHUNK + at)
             };
-            Ok(x.host().chunks(CHUNK).enumerate().find_map(bad))
+            Ok(Later::now(x.host().chunks(CHUNK).enumerate().find_map(bad)))
         }
         Device::Cuda(cuda) => {
             let blocks = x.len().div_ceil(CHUNK * kernel::BAD_THREADS / 32);
-            let [index] = cuda.reduce(0, |index, _| {
+            let index = cuda.reduce(0, |index, _| {
                 kernel::bad(cuda, Launch::row(blocks, 0)?, index, x, x.len() as u64)
             })?;
             // All bits are set, as the room begins, if none was found.
-            Ok((index != u64::MAX).then_some(index as usize))
+            Ok(index.map(|[index]: [u64; 1]| (index != u64::MAX).then_some(index as usize)))
         }
     }
 }

@@ -2,7 +2,7 @@
 //! (Schulman 2020, "Approximating KL divergence")
 
 use crate::{
-    device::{Device, Float, View, ViewMut, cuda::kernels::kl as kernel},
+    device::{Device, Float, Later, View, ViewMut, cuda::kernels::kl as kernel},
     error::Result,
     shape,
 };
@@ -58,7 +58,7 @@ pub fn forward<F: Float>(
     reference: View<'_, F>,
     estimator: KlEstimator,
     scale: f64,
-) -> Result<f64> {
+) -> Result<Later<f64>> {
     let n = logp.len();
     shape::check("kl", "reference", &[n], reference.len())?;
     shape::check("kl", "out", &[n], out.len())?;
@@ -70,14 +70,14 @@ pub fn forward<F: Float>(
                 sum += k;
                 *out = F::of(scale * k);
             }
-            Ok(sum)
+            Ok(Later::now(sum))
         }
         Device::Cuda(cuda) => {
-            let [sum] = cuda.sums(n, 0, |launch, partial, share| {
+            let sums = cuda.sums(n, 0, |launch, partial, share| {
                 let (r, k) = (reference, estimator as usize);
                 kernel::forward(cuda, launch, out, partial, logp, r, n, share, k, scale)
             })?;
-            Ok(sum)
+            Ok(sums.map(|[sum]| sum))
         }
     }
 }

@@ -1,7 +1,7 @@
 //! The loss of supervised fine-tuning: the weighted negative log-likelihood of tokens.
 
 use crate::{
-    device::{Device, Float, View, ViewMut, cuda::kernels::nll as kernel},
+    device::{Device, Float, Later, View, ViewMut, cuda::kernels::nll as kernel},
     error::Result,
     shape,
 };
@@ -17,7 +17,7 @@ pub fn forward<F: Float>(
     logp: View<'_, F>,
     weights: View<'_, F>,
     denominator: f64,
-) -> Result<f64> {
+) -> Result<Later<f64>> {
     let n = logp.len();
     shape::check("nll", "weights", &[n], weights.len())?;
     shape::check("nll", "dlogp", &[n], dlogp.len())?;
@@ -29,14 +29,14 @@ pub fn forward<F: Float>(
                 sum -= weights[i].f64() * logp[i].f64();
                 d[i] = F::of(-weights[i].f64() / denominator);
             }
-            Ok(sum / denominator)
+            Ok(Later::now(sum / denominator))
         }
         Device::Cuda(cuda) => {
             let scale = 1.0 / denominator;
-            let [loss] = cuda.sums(n, 0, |launch, partial, share| {
+            let sums = cuda.sums(n, 0, |launch, partial, share| {
                 kernel::forward(cuda, launch, dlogp, partial, logp, weights, n, share, scale)
             })?;
-            Ok(loss)
+            Ok(sums.map(|[loss]| loss))
         }
     }
 }

@@ -7,7 +7,7 @@
 
 use super::kl::KlEstimator;
 use crate::{
-    device::{Cuda, Device, Float, View, ViewMut, cuda::kernels::ppo_loss as kernel},
+    device::{Cuda, Device, Float, Later, View, ViewMut, cuda::kernels::ppo_loss as kernel},
     error::Result,
     shape,
 };
@@ -112,7 +112,7 @@ pub fn policy<F: Float>(
     t: Tokens<'_, F>,
     s: &Settings,
     denominator: f64,
-) -> Result<Stats> {
+) -> Result<Later<Stats>> {
     const OP: &str = "ppo_loss";
     let n = t.logp.len();
     shape::check(OP, "old_logp", &[n], t.old_logp.len())?;
@@ -133,7 +133,7 @@ pub fn policy<F: Float>(
             if let Some(d) = dentropy {
                 d.host().fill(F::of(-s.entropy_coef / denominator));
             }
-            Ok(on_cpu(dlogp.host(), &t, s, denominator))
+            Ok(Later::now(on_cpu(dlogp.host(), &t, s, denominator)))
         }
         Device::Cuda(cuda) => on_cuda(cuda, dlogp, dentropy, &t, s, denominator),
     }
@@ -146,7 +146,7 @@ fn on_cuda<F: Float>(
     t: &Tokens<'_, F>,
     s: &Settings,
     denominator: f64,
-) -> Result<Stats> {
+) -> Result<Later<Stats>> {
     let n = t.logp.len();
     let (low, high) = (1.0 - s.clip_low, 1.0 + s.clip_high);
     let dual = s.dual_clip.unwrap_or(f64::INFINITY);
@@ -178,19 +178,22 @@ fn on_cuda<F: Float>(
             1.0 / denominator,
         )
     })?;
-    let [loss, policy, kl, entropy, low, high, dual_clipped, approx_kl, max_log_ratio] = sums;
-    Ok(Stats {
-        tokens: n as f64,
-        loss,
-        policy,
-        kl,
-        entropy,
-        clipped_low: low,
-        clipped_high: high,
-        dual_clipped,
-        approx_kl,
-        max_log_ratio,
-    })
+    let tokens = n as f64;
+    Ok(sums.map(move |sums| {
+        let [loss, policy, kl, entropy, low, high, dual_clipped, approx_kl, max_log_ratio] = sums;
+        Stats {
+            tokens,
+            loss,
+            policy,
+            kl,
+            entropy,
+            clipped_low: low,
+            clipped_high: high,
+            dual_clipped,
+            approx_kl,
+            max_log_ratio,
+        }
+    }))
 }
 
 fn on_cpu<F: Float>(dlogp: &mut [F], t: &Tokens<'_, F>, s: &Settings, denominator: f64) -> Stats {

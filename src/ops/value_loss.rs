@@ -2,7 +2,7 @@
 //! (Schulman et al. 2017, OpenAI baselines; as TRL, OpenRLHF and verl compute it)
 
 use crate::{
-    device::{Device, Float, View, ViewMut, cuda::kernels::value_loss as kernel},
+    device::{Device, Float, Later, View, ViewMut, cuda::kernels::value_loss as kernel},
     error::Result,
     shape,
 };
@@ -49,7 +49,7 @@ pub fn forward<F: Float>(
     clip: Option<f64>,
     coef: f64,
     denominator: f64,
-) -> Result<Stats> {
+) -> Result<Later<Stats>> {
     let n = v.len();
     shape::check("value_loss", "old", &[n], old.len())?;
     shape::check("value_loss", "returns", &[n], returns.len())?;
@@ -58,16 +58,22 @@ pub fn forward<F: Float>(
     match dev {
         Device::Cpu(_) => {
             let (v, old, returns) = (v.host(), old.host(), returns.host());
-            Ok(on_cpu(dv.host(), v, old, returns, clip, scale))
+            Ok(Later::now(on_cpu(dv.host(), v, old, returns, clip, scale)))
         }
         Device::Cuda(cuda) => {
             let (old, clip) = (clip.map(|_| old), clip.unwrap_or(0.0));
-            let [loss, value, clipped, squared_error] =
-                cuda.sums(n, 0, |launch, partial, share| {
-                    let ret = returns;
-                    kernel::forward(cuda, launch, dv, partial, v, old, ret, n, share, clip, scale)
-                })?;
-            Ok(Stats { tokens: n as f64, loss, value, clipped, squared_error })
+            let sums = cuda.sums(n, 0, |launch, partial, share| {
+                let ret = returns;
+                kernel::forward(cuda, launch, dv, partial, v, old, ret, n, share, clip, scale)
+            })?;
+            let tokens = n as f64;
+            Ok(sums.map(move |[loss, value, clipped, squared_error]| Stats {
+                tokens,
+                loss,
+                value,
+                clipped,
+                squared_error,
+            }))
         }
     }
 }

@@ -48,12 +48,13 @@ impl Moments {
             }
             Device::Cuda(cuda) => {
                 let (parts, room) = (Parts::of(n), kernel::THREADS / 32 * 8);
-                let [count, mean, squares] = cuda.reduce(parts.count, |moments, mut partial| {
+                let sums = cuda.reduce(parts.count, |moments, mut partial| {
                     let (launch, to) = (Launch::row(parts.count, room)?, partial.reborrow());
                     kernel::partial(cuda, launch, to, x, n, parts.share)?;
                     let (launch, partial) = (Launch::row(1, room)?, partial.view());
                     kernel::moments(cuda, launch, moments, partial, parts.count)
                 })?;
+                let [count, mean, squares] = sums.get()?;
                 Ok(Self { count, mean, squares })
             }
         }

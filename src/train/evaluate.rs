@@ -42,7 +42,7 @@ impl Trainer {
         let pairs = (out.len() / 2) as f64;
         let mut d = vec![0.0; out.len()];
         let (d, y, m) = ((&mut d).into(), (&out).into(), (&columns.margins).into());
-        let stats = bradley_terry::forward(dev, d, y, m, 0.0, pairs)?;
+        let stats = bradley_terry::forward(dev, d, y, m, 0.0, pairs)?.get()?;
         Ok(vec![("eval_loss", stats.loss), ("eval_accuracy", stats.right / pairs)])
     }
 }

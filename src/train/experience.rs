@@ -125,7 +125,7 @@ fn check_columns(dev: &Device, c: &Columns<f32>, step: u64) -> Result<()> {
         ("the value", &c.old_values),
         ("the score", &c.scores),
     ] {
-        let Some(i) = grad_norm::first_bad(dev, x.into())? else { continue };
+        let Some(i) = grad_norm::first_bad(dev, x.into())?.get()? else { continue };
         // scores are by sequence, all else by token
         let s = if what == "the score" { i } else { c.sequence_of(i) };
         let samples = c.samples.get(s).copied().into_iter().collect();

@@ -2,7 +2,7 @@
 
 use super::settings::Settings;
 use crate::{
-    device::{Buffer, Device},
+    device::{Buffer, Device, Later},
     error::{Error, Result},
     models::{self, Layout, Model, Params},
     ops::{
@@ -53,7 +53,7 @@ impl Role {
     /// # Errors
     /// [`Error::BadNumber`] naming the tensor if a gradient is not finite.
     pub fn gradient_norm(&self, dev: &Device, step: u64) -> Result<f64> {
-        let norm = grad_norm::norm(dev, self.grads.flat())?;
+        let norm = grad_norm::norm(dev, self.grads.flat())?.get()?;
         if norm.is_finite() { Ok(norm) } else { Err(self.bad(dev, "gradient", norm, step)) }
     }
 
@@ -89,7 +89,7 @@ impl Role {
         let groups = self.groups.view();
         let groups = if s.decay_all { groups.range(0..1) } else { groups };
         adamw::step(dev, state, self.grads.flat(), groups, scale, self.updates, &hyper)?;
-        if grad_norm::first_bad(dev, self.model.params().flat())?.is_some() {
+        if grad_norm::first_bad(dev, self.model.params().flat())?.get()?.is_some() {
             return Err(self.bad(dev, "new weight", f64::NAN, step));
         }
         self.model.repack(dev)
@@ -99,7 +99,7 @@ impl Role {
     /// whose squares overflow: they have no first culprit.
     fn bad(&self, dev: &Device, what: &str, whole: f64, step: u64) -> Error {
         let all = if what == "gradient" { &self.grads } else { self.model.params() };
-        let at = match grad_norm::first_bad(dev, all.flat()) {
+        let at = match grad_norm::first_bad(dev, all.flat()).and_then(Later::get) {
             Ok(at) => at,
             Err(e) => return e,
         };

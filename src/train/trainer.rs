@@ -510,7 +510,7 @@ impl Norms {
 
 /// Property 9: a bad number stops the step, and names what it is and whose.
 fn check(dev: &Device, micro: &Micro<'_, f32>, x: &[f32], step: u64, what: &str) -> Result<()> {
-    let Some(i) = grad_norm::first_bad(dev, x.into())? else { return Ok(()) };
+    let Some(i) = grad_norm::first_bad(dev, x.into())?.get()? else { return Ok(()) };
     let sample = sample_of(micro, i);
     let value = f64::from(x[i]);
     let (what, samples) = (what.into(), vec![sample]);

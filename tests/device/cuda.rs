@@ -7,7 +7,7 @@ use half::bf16;
 use warpo::{
     Result,
     device::{
-        Arena, Buffer, Cuda, Device, View,
+        Arena, Buffer, Cuda, Device, Later, View,
         cuda::{
             Launch, Machine, Map, Order, PARTS, Parts, Swizzle, Tiles, kernels::rms_norm as kernel,
         },
@@ -406,6 +406,7 @@ fn a_reduction_starts_from_nan_and_has_few_parts() {
                 assert_eq!(partial.len(), 2 * PARTS);
                 dev.write(total.range(0..1), &[5.0])
             })
+            .and_then(Later::get)
             .unwrap();
         assert!(a == 5.0 && b.is_nan());
     }

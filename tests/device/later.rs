@@ -1,10 +1,13 @@
 //! Results that may still be under way: their values, what they cost, and what may happen before they are
 //! read.
 
-use warpo::device::{Arena, Buffer, Cuda, Device, Later, cuda::Ring};
+use warpo::{
+    device::{Arena, Buffer, Cuda, Device, Later, cuda::Ring},
+    ops::{grad_norm, nll},
+};
 
 use crate::support::{
-    host, refusal,
+    host, randn, refusal,
     sim::{self, Order, Sim},
 };
 
@@ -107,6 +110,40 @@ fn one_that_is_dropped_unread_costs_nothing() {
         assert_eq!((cuda.calls() - begin).waits, 1);
         // One more block: for a short while there were two.
         assert_eq!(cuda.pinned_bytes(), pinned + 512);
+    });
+}
+
+#[test]
+fn sums_of_kernels_are_read_with_one_wait() {
+    sim::check(|sim| {
+        let (dev, cuda) = device(sim);
+        let of = |i: usize| -> (Vec<f32>, Vec<f32>) {
+            let (x, w) = (randn(&format!("x{i}"), 500 * i), randn("w", 500 * i));
+            let narrow = |x: Vec<f64>| x.into_iter().map(|x| x as f32).collect();
+            (narrow(x), narrow(w))
+        };
+        let mut waits = 0;
+        for i in 0..4 {
+            let (x, w) = of(i);
+            let mut d = Buffer::new(&dev, "d", x.len()).unwrap();
+            let [a, b] = [&x, &w].map(|x| Buffer::of(&dev, "x", x).unwrap());
+            let begin = cuda.calls();
+            let loss = nll::forward(&dev, d.view_mut(), a.view(), b.view(), 7.0).unwrap();
+            // In the room of the loss, which nobody has read yet.
+            let norm = grad_norm::norm(&dev, a.view()).unwrap();
+            let bad = grad_norm::first_bad(&dev, d.view()).unwrap();
+            assert_eq!((cuda.calls() - begin).waits, 0);
+            let all = (loss.get().unwrap(), norm.get().unwrap(), bad.get().unwrap());
+            waits += (cuda.calls() - begin).waits;
+            let mut own = vec![0.0; x.len()];
+            let want = nll::forward(host(), (&mut own).into(), (&x).into(), (&w).into(), 7.0);
+            let want = want.unwrap().get().unwrap();
+            assert!((all.0 - want).abs() <= 1e-12 * (1.0 + want.abs()), "{} {want}", all.0);
+            let want = grad_norm::norm(host(), (&x).into()).unwrap().get().unwrap();
+            assert!((all.1 - want).abs() <= 1e-6 * want, "{} {want}", all.1);
+            assert_eq!(all.2, None);
+        }
+        assert_eq!(waits, 4);
     });
 }
 

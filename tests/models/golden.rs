@@ -287,7 +287,7 @@ fn sft_loss_and_gradients_are_those_of_hugging_face() {
         let (grads, loss) = sft(&model, &g);
         assert_close("loss", &[loss], &[g.scalar("loss")], 1e-12, 1e-12);
         assert_gradients(&g, "grad/", (&model, &grads), (1e-11, 1e-9));
-        let norm = grad_norm::norm(&Device::cpu(), grads.flat()).unwrap();
+        let norm = grad_norm::norm(&Device::cpu(), grads.flat()).unwrap().get().unwrap();
         assert_close("norm", &[norm], &[g.scalar("grad_norm")], 0.0, 1e-10);
 
         // f32 against f64: relative norm at most 1e-5 (G5)
@@ -353,7 +353,7 @@ fn reward_scores_losses_and_gradients_are_those_of_hugging_face() {
                 ("loss", &[], 0.0), // last: its gradient goes on
             ] {
                 let (dy, margins) = (dy.reborrow(), margins.into());
-                let s = bradley_terry::forward(&dev, dy, y, margins, centre, n as f64)?;
+                let s = bradley_terry::forward(&dev, dy, y, margins, centre, n as f64)?.get()?;
                 assert_close(key, &[s.loss], &[g.scalar(key)], 1e-12, 1e-12);
             }
             Ok(())
@@ -513,7 +513,7 @@ fn ppo_losses_and_gradients_are_those_of_trl() {
                     kl: None,
                     entropy_coef: 0.0,
                 };
-                let s = ppo_loss::policy(&dev, c.dlogp.reborrow(), None, tokens, &s, n)?;
+                let s = ppo_loss::policy(&dev, c.dlogp.reborrow(), None, tokens, &s, n)?.get()?;
                 let close = |key: &str, x: f64| {
                     let key = format!("{tag}{key}");
                     assert_close(&key, &[x], &[g.scalar(&key)], 1e-11, 1e-10);
@@ -550,7 +550,7 @@ fn ppo_losses_and_gradients_are_those_of_trl() {
                 let (_, returns) = m.estimate(&g, tag);
                 let old = m.packed(g.get(&format!("{tag}values")), 1);
                 let (d, old, returns) = (dy.reborrow(), (&old).into(), (&returns).into());
-                let s = value_loss::forward(&dev, d, y, old, returns, Some(0.2), 0.1, n)?;
+                let s = value_loss::forward(&dev, d, y, old, returns, Some(0.2), 0.1, n)?.get()?;
                 let vf = scalar(format!("{tag}vf_loss"));
                 assert_close("vf_loss", &[s.loss], &[0.1 * vf], 1e-11, 1e-10);
                 let clipped = scalar(format!("{tag}vf_clipfrac"));

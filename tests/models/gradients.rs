@@ -124,7 +124,10 @@ impl PolicyColumns {
 
     fn sft(&self, logp: View<'_, f64>, dlogp: ViewMut<'_, f64>) -> f64 {
         let denominator = self.weights.iter().sum();
-        nll::forward(&device(), dlogp, logp, (&self.weights).into(), denominator).unwrap()
+        nll::forward(&device(), dlogp, logp, (&self.weights).into(), denominator)
+            .unwrap()
+            .get()
+            .unwrap()
     }
 
     fn ppo(
@@ -150,7 +153,10 @@ impl PolicyColumns {
             advantages: (&self.advantages).into(),
         };
         let n = logp.len() as f64;
-        ppo_loss::policy(&device(), dlogp, Some(dentropy), tokens, &settings, n).unwrap()
+        ppo_loss::policy(&device(), dlogp, Some(dentropy), tokens, &settings, n)
+            .unwrap()
+            .get()
+            .unwrap()
     }
 }
 
@@ -205,7 +211,8 @@ fn every_weight_of_a_policy_has_the_gradient_of_sft_and_ppo() {
 /// Bradley-Terry on the last scalar of each sequence, two sequences a pair.
 fn reward(scores: View<'_, f64>, d: ViewMut<'_, f64>) -> f64 {
     let margins = [0.3, -0.2];
-    bradley_terry::forward(&device(), d, scores, margins[..].into(), 0.05, 2.0).unwrap().loss
+    let s = bradley_terry::forward(&device(), d, scores, margins[..].into(), 0.05, 2.0);
+    s.unwrap().get().unwrap().loss
 }
 
 /// Old values and returns around the values of a model.
@@ -223,7 +230,10 @@ impl ValueColumns {
 
     fn loss(&self, v: View<'_, f64>, d: ViewMut<'_, f64>) -> value_loss::Stats {
         let (old, returns, n) = ((&self.old).into(), (&self.returns).into(), v.len() as f64);
-        value_loss::forward(&device(), d, v, old, returns, Some(0.2), 0.5, n).unwrap()
+        value_loss::forward(&device(), d, v, old, returns, Some(0.2), 0.5, n)
+            .unwrap()
+            .get()
+            .unwrap()
     }
 }
 
@@ -300,7 +310,7 @@ fn gradients_of_longer_sequences() {
             let mut loss = 0.0;
             pass::policy(&dev, m, &mut grads, &scope, &batch, 1.0, false, |c| {
                 let sum = weights.iter().sum();
-                loss = nll::forward(&dev, c.dlogp, c.logp, (&weights).into(), sum)?;
+                loss = nll::forward(&dev, c.dlogp, c.logp, (&weights).into(), sum)?.get()?;
                 Ok(())
             })
             .unwrap();

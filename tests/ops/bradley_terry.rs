@@ -29,7 +29,7 @@ fn forward_on<F: Float>(
     let mut d = Column::room(dev, first, scores.len());
     let [scores, margins] = [scores, margins].map(|x| Column::of(dev, first, x));
     let (scores, margins) = (scores.view(), margins.view());
-    let stats = bradley_terry::forward(dev, d.view_mut(), scores, margins, centre, n)?;
+    let stats = bradley_terry::forward(dev, d.view_mut(), scores, margins, centre, n)?.get()?;
     Ok((stats, d.read()))
 }
 

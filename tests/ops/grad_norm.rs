@@ -12,11 +12,11 @@ const BLOCK: usize = 4096;
 const GROUP: usize = 256 * BLOCK;
 
 fn norm<F: Float>(dev: &Device, x: View<'_, F>) -> f64 {
-    grad_norm::norm(dev, x).unwrap()
+    grad_norm::norm(dev, x).unwrap().get().unwrap()
 }
 
 fn first_bad<F: Float>(dev: &Device, x: View<'_, F>) -> Option<usize> {
-    grad_norm::first_bad(dev, x).unwrap()
+    grad_norm::first_bad(dev, x).unwrap().get().unwrap()
 }
 
 #[test]

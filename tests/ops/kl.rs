@@ -104,7 +104,7 @@ fn forward<F: Float>(
     let mut out = Column::room(dev, first, logp.len());
     let [logp, reference] = [logp, reference].map(|x| Column::of(dev, first, x));
     let (logp, reference) = (logp.view(), reference.view());
-    let sum = kl::forward(dev, out.view_mut(), logp, reference, estimator, scale)?;
+    let sum = kl::forward(dev, out.view_mut(), logp, reference, estimator, scale)?.get()?;
     Ok((sum, out.read()))
 }
 
@@ -234,7 +234,10 @@ fn loss_gradient(
         advantages: advantages.into(),
     };
     let s = Settings { clip_low: 0.2, clip_high: 0.2, dual_clip: None, kl, entropy_coef: 0.0 };
-    ppo_loss::policy(&Device::cpu(), (&mut dlogp).into(), None, tokens, &s, 1.0).unwrap();
+    ppo_loss::policy(&Device::cpu(), (&mut dlogp).into(), None, tokens, &s, 1.0)
+        .unwrap()
+        .get()
+        .unwrap();
     dlogp
 }
 

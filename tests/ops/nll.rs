@@ -25,7 +25,7 @@ fn forward_on<F: Float>(
 ) -> warpo::Result<(f64, Vec<F>)> {
     let mut d = Column::room(dev, first, logp.len());
     let [logp, weights] = [logp, weights].map(|x| Column::of(dev, first, x));
-    let loss = nll::forward(dev, d.view_mut(), logp.view(), weights.view(), denominator)?;
+    let loss = nll::forward(dev, d.view_mut(), logp.view(), weights.view(), denominator)?.get()?;
     Ok((loss, d.read()))
 }
 

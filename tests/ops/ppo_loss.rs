@@ -78,7 +78,7 @@ impl<F: Float> Columns<F> {
             advantages: adv.view(),
         };
         let (d, dent) = (dlogp.view_mut(), there(&entropy).then(|| dentropy.view_mut()));
-        let stats = ppo_loss::policy(dev, d, dent, tokens, s, n)?;
+        let stats = ppo_loss::policy(dev, d, dent, tokens, s, n)?.get()?;
         Ok((stats, dlogp.read(), dentropy.read()))
     }
 }
@@ -460,7 +460,7 @@ fn chain(g: &Golden, tag: &str, estimator: KlEstimator, whitened: bool, gamma: f
     let (d, v, old, r) =
         ((&mut dv).into(), (&vpred).into(), (&old_values).into(), (&returns).into());
     let tokens = vpred.len() as f64;
-    let v = value_loss::forward(&dev, d, v, old, r, Some(0.2), 0.1, tokens).unwrap();
+    let v = value_loss::forward(&dev, d, v, old, r, Some(0.2), 0.1, tokens).unwrap().get().unwrap();
     close("d_vpred", &dv, &longer);
     // The ratio is the slope of the unclipped loss at advantage -1.
     let free = Settings { clip_high: f64::INFINITY, clip_low: 1.0, ..PLAIN };
@@ -505,7 +505,7 @@ fn chain(g: &Golden, tag: &str, estimator: KlEstimator, whitened: bool, gamma: f
     let plain: Vec<f32> = plain.collect();
     let mut dv = vec![f32::NAN; v.len()];
     let (d, v, old, r) = ((&mut dv).into(), (&v).into(), (&old).into(), (&r).into());
-    value_loss::forward(&dev, d, v, old, r, Some(0.2), 0.1, tokens).unwrap();
+    value_loss::forward(&dev, d, v, old, r, Some(0.2), 0.1, tokens).unwrap().get().unwrap();
     let truth = g.kept(&format!("{tag}/d_vpred"), &longer);
     assert_earned(&format!("{tag}/d_vpred"), &dv, &plain, &truth);
 }

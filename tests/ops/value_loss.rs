@@ -28,7 +28,7 @@ fn forward_on<F: Float>(
     let mut dv = Column::room(dev, first, columns[0].len());
     let columns = columns.map(|x| Column::of(dev, first, x));
     let [v, old, ret] = columns.each_ref().map(Column::view);
-    let stats = value_loss::forward(dev, dv.view_mut(), v, old, ret, clip, 0.5, n)?;
+    let stats = value_loss::forward(dev, dv.view_mut(), v, old, ret, clip, 0.5, n)?.get()?;
     Ok((stats, dv.read()))
 }
 

@@ -32,7 +32,7 @@ fn ten_steps_of_adamw_are_those_of_torch() {
             for step in 1..=10 {
                 let (grads, loss) = sft(&model, &batch);
                 losses.push(loss);
-                norms.push(grad_norm::norm(&dev, grads.flat()).unwrap());
+                norms.push(grad_norm::norm(&dev, grads.flat()).unwrap().get().unwrap());
                 let scale = grad_norm::clip_scale(norms[step - 1], 1.0);
                 for t in layout.tensors() {
                     let decays = *decay_all || t.slot.is_matrix();

@@ -10,7 +10,10 @@ use bytemuck::Pod;
 
 use super::{Cuda, Driver, Launch, device_error, kernels};
 use crate::{
-    device::buffer::{Region, ViewMut},
+    device::{
+        buffer::{Region, ViewMut},
+        later::Later,
+    },
     error::Result,
 };
 
@@ -68,8 +71,8 @@ impl Drop for Room {
 
 impl Cuda {
     /// The `N` numbers that `work` leaves in its first argument; the second is room for as many of each
-    /// of `parts` parts. All bits of both are set at first. Waits for the device. `work`
-    /// cannot reduce anything itself: there is one room.
+    /// of `parts` parts. All bits of both are set at first. Nobody waits for them: who reduces next uses the
+    /// room behind this in the stream. `work` cannot reduce anything itself: there is one room.
     ///
     /// # Errors
     /// Those of `work`, and [`crate::Error::Device`] if there are more than [`PARTS`] parts.
@@ -77,7 +80,7 @@ impl Cuda {
         &self,
         parts: usize,
         work: impl FnOnce(ViewMut<'_, T>, ViewMut<'_, T>) -> Result<()>,
-    ) -> Result<[T; N]> {
+    ) -> Result<Later<[T; N]>> {
         const { assert!(size_of::<T>() <= 8 && N <= 16) };
         if parts > PARTS {
             return Err(device_error(format!(
@@ -96,9 +99,11 @@ impl Cuda {
         // SAFETY: as for the total.
         let mut partial = unsafe { behind.buffer::<T>(parts * N) };
         work(total.view_mut(), partial.view_mut())?;
-        let mut out = [T::zeroed(); N];
-        out.copy_from_slice(&self.read(total.view())?);
-        Ok(out)
+        Ok(self.read_later(total.view())?.map(|total| {
+            let mut out = [T::zeroed(); N];
+            out.copy_from_slice(&total);
+            out
+        }))
     }
 
     /// `N` sums over a column of `tokens` tokens, of which the last `maxima` are maxima: `work` launches a
@@ -111,7 +116,7 @@ impl Cuda {
         tokens: usize,
         maxima: usize,
         work: impl FnOnce(Launch, ViewMut<'_, f64>, usize) -> Result<()>,
-    ) -> Result<[f64; N]> {
+    ) -> Result<Later<[f64; N]>> {
         let parts = Parts::of(tokens);
         self.reduce(parts.count, |total, mut partial| {
             let launch = Launch::row(parts.count, kernels::sums::THREADS / 32 * N * 8)?;
