@@ -163,7 +163,7 @@ fn lm_head(c: &mut Criterion) {
         bench(&mut g, &name("backward"), fma(3 * rows * vocab * d), || {
             let f = logprob::Forward {
                 h: (&h).into(),
-                packed: &packed,
+                packed: (&packed).into(),
                 w: (&w).into(),
                 targets: (&targets).into(),
                 lse: (&lse).into(),
@@ -345,7 +345,7 @@ fn sampling(c: &mut Criterion) {
     ] {
         bench(&mut g, &format!("{name}/cpu/f32/32x50257"), moves(rows * VOCAB), || {
             let (t, s, p) = ((&mut tokens).into(), (&samples).into(), (&positions).into());
-            let (z, room) = ((&logits).into(), (&mut scratch).into());
+            let (z, room) = (View::from(&logits), (&mut scratch).into());
             sample::next(dev, t, z, &params, stream, s, p, room).unwrap();
         });
     }

@@ -15,8 +15,9 @@ use warpo::{
     algorithms::ALGORITHMS,
     config,
     device::Arena,
-    models::{self, Config, Head, Model, Slot},
+    models::{self, Config, Head, Model, Slot, Use},
     ops::sample,
+    ops::sample::Params,
     rng::{Philox, Purpose, Stream},
     rollout::{Generator, Prompt, Settings as Generation},
     train::{Settings, Silent, Trainer},
@@ -29,7 +30,8 @@ const CONFIG: &str = r#"{
 
 fn random(head: Head) -> Model<f32> {
     let mut model =
-        Model::zeros(device(), Config::parse(CONFIG, "config.json").unwrap(), head).unwrap();
+        Model::zeros(device(), Config::parse(CONFIG, "config.json").unwrap(), head, Use::Frozen)
+            .unwrap();
     let layout = model.params().layout().clone();
     for (i, t) in layout.tensors().iter().enumerate() {
         let to = model.params_mut().tensor_mut(t).host();
@@ -56,10 +58,10 @@ fn ids(stream: u64, n: usize) -> Vec<u32> {
     (0..n as u32).map(|i| 3 + draw.below(i, 4997)).collect()
 }
 
-fn trainer(algorithm: &str, len: usize, more: &[&str]) -> Trainer {
+fn trainer(algorithm: &str, len: usize, more: &[&str]) -> Trainer<f32> {
     let (model, judge) = (folder("model"), folder("judge"));
-    models::save(&random(Head::Lm), &model).unwrap();
-    models::save(&random(Head::Scalar), &judge).unwrap();
+    models::save(device(), &random(Head::Lm), &model).unwrap();
+    models::save(device(), &random(Head::Scalar), &judge).unwrap();
     let data = folder("data").join(format!("{algorithm}.jsonl"));
     let text = (0..64).fold(String::new(), |mut text, i| {
         writeln!(text, "{{\"input_ids\": {:?}}}", ids(i, len)).unwrap();
@@ -76,7 +78,7 @@ fn trainer(algorithm: &str, len: usize, more: &[&str]) -> Trainer {
     for pair in pairs.iter().map(String::as_str).chain(more.iter().copied()) {
         config::set_pair(&mut [&mut settings, &mut *section], pair).unwrap();
     }
-    Trainer::new(settings, (entry.build)(&*section).unwrap()).unwrap()
+    Trainer::new(device(), settings, (entry.build)(&*section).unwrap()).unwrap()
 }
 
 /// FLOPs of matrix products over `tokens` tokens, of which `predicted` go through the LM head.
@@ -96,7 +98,9 @@ fn generate(c: &mut Criterion) {
         stream: Stream { seed: 0, step: 0, purpose: Purpose::Sample },
     };
     let generator = Generator::for_prompts(&prompts, 64, 32, 1024);
-    let mut arena = Arena::new(dev, generator.plan::<f32>(model.spec()).unwrap()).unwrap();
+    let mut arena =
+        Arena::new(dev, generator.plan::<f32>(dev, model.spec(), &Params::default()).unwrap())
+            .unwrap();
     let mut g = c.benchmark_group("rollout");
     g.sample_size(10).sampling_mode(SamplingMode::Flat);
     let work = Work { flops: flops(&model, 32 * 95, 32 * 64), bytes: 0.0 };

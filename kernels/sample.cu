@@ -1,7 +1,7 @@
 // The next token of each row: temperature, top-k, top-p and min-p, in this order, then one uniform number u.
 // With w[i] = e^(scale z[i] - max scale z), the token is the first id at which the sum of the kept weights
 // exceeds u times their total. Greedy: the lowest id among the largest logits.
-//   shapes   tokens [rows] u32; z [rows, vocab] bf16 or f32; samples [rows] u64 and positions [rows] u32, the
+//   shapes   tokens [rows] u32; z [rows, stride] bf16 or f32, vocab of each row; samples [rows] u64 and positions [rows] u32, the
 //            row's address; scratch [rows, vocab] f32, for top-k and top-p only
 //   tiling   one block a row. Sums and maxima: packets where the row has whole ones. Draw: each warp sums a
 //            16th of the row, the part that holds the draw is divided again, 5 times for 200,000 tokens.
@@ -184,13 +184,13 @@ static __device__ Cut cut(const Row<T>& row, uint32_t low, F f, Goal goal_of, fl
 
 template <class T>
 static __device__ void next(uint32_t* tokens, const T* z, const uint64_t* samples, const uint32_t* positions, float* scratch,
-                            int vocab, float scale, int top_k, float top_p, float min_p, const Stream& stream) {
+                            int vocab, int stride, float scale, int top_k, float top_p, float min_p,
+                            const Stream& stream) {
     Shared shared;
     float* maxima = shared.take<float>(WARPS);
     uint64_t* room = shared.take<uint64_t>((WARPS + 1) * WAYS);
-    const int64_t base = int64_t(blockIdx.x) * vocab;
-    Row<T> row = {z + base, vocab, scale, -INFINITY};
-    float* list = scratch + base;
+    Row<T> row = {z + int64_t(blockIdx.x) * stride, vocab, scale, -INFINITY};
+    float* list = scratch + int64_t(blockIdx.x) * vocab;
     each(row.z, 0, vocab, threadIdx.x, THREADS, [&](int, float x) { row.top = Max::of(row.top, x); });
     row.top = block_reduce<Max>(row.top, maxima) * scale;
     if (!(fabsf(row.top) < INFINITY)) {
@@ -227,10 +227,10 @@ static __device__ void next(uint32_t* tokens, const T* z, const uint64_t* sample
 }
 
 template <class T>
-static __device__ void greedy(uint32_t* tokens, const T* z, int vocab) {
+static __device__ void greedy(uint32_t* tokens, const T* z, int vocab, int stride) {
     Shared shared;
     uint64_t* room = shared.take<uint64_t>(WARPS);
-    const T* row = z + int64_t(blockIdx.x) * vocab;
+    const T* row = z + int64_t(blockIdx.x) * stride;
     // The logit's bits as an ordered integer, then the id, the lower the better: one maximum of both.
     uint64_t best = 0;
     each(row, 0, vocab, threadIdx.x, THREADS, [&](int i, float x) {
@@ -254,17 +254,23 @@ static __device__ void greedy(uint32_t* tokens, const T* z, int vocab) {
 }
 
 KERNEL(THREADS, sample_next_bf16)(uint32_t* tokens, const bf16* z, const uint64_t* samples, const uint32_t* positions,
-                                  float* scratch, int vocab, float scale, int top_k, float top_p, float min_p,
-                                  uint64_t seed, uint64_t step, uint32_t purpose) {
-    next(tokens, z, samples, positions, scratch, vocab, scale, top_k, top_p, min_p, Stream{seed, step, purpose});
+                                  float* scratch, int vocab, int stride, float scale, int top_k, float top_p,
+                                  float min_p, uint64_t seed, uint64_t step, uint32_t purpose) {
+    const Stream stream = {seed, step, purpose};
+    next(tokens, z, samples, positions, scratch, vocab, stride, scale, top_k, top_p, min_p, stream);
 }
 
 KERNEL(THREADS, sample_next_f32)(uint32_t* tokens, const float* z, const uint64_t* samples, const uint32_t* positions,
-                                 float* scratch, int vocab, float scale, int top_k, float top_p, float min_p,
-                                 uint64_t seed, uint64_t step, uint32_t purpose) {
-    next(tokens, z, samples, positions, scratch, vocab, scale, top_k, top_p, min_p, Stream{seed, step, purpose});
+                                 float* scratch, int vocab, int stride, float scale, int top_k, float top_p,
+                                 float min_p, uint64_t seed, uint64_t step, uint32_t purpose) {
+    const Stream stream = {seed, step, purpose};
+    next(tokens, z, samples, positions, scratch, vocab, stride, scale, top_k, top_p, min_p, stream);
 }
 
-KERNEL(THREADS, sample_greedy_bf16)(uint32_t* tokens, const bf16* z, int vocab) { greedy(tokens, z, vocab); }
+KERNEL(THREADS, sample_greedy_bf16)(uint32_t* tokens, const bf16* z, int vocab, int stride) {
+    greedy(tokens, z, vocab, stride);
+}
 
-KERNEL(THREADS, sample_greedy_f32)(uint32_t* tokens, const float* z, int vocab) { greedy(tokens, z, vocab); }
+KERNEL(THREADS, sample_greedy_f32)(uint32_t* tokens, const float* z, int vocab, int stride) {
+    greedy(tokens, z, vocab, stride);
+}

@@ -38,6 +38,7 @@ mod eval {
 }
 mod models {
     mod config;
+    mod device;
     pub mod golden;
     mod gradients;
     mod stories;
@@ -72,6 +73,7 @@ mod rollout {
 }
 mod train {
     mod checkpoint;
+    mod device;
     mod events;
     mod experience;
     mod feed;

@@ -96,8 +96,15 @@ fn head(
         b.compute(&format!("logprob/backward/{model}/{n}"), 3.0 * flops, bytes, |dev, _| {
             let (dh, dw, room) = (dh.view_mut(), dw.view_mut(), scratch.view_mut());
             let (h, w, t, lse) = (h.view(), w.view(), targets.view(), lse.view());
-            let forward =
-                Forward { h, packed: &packed, w, targets: t, lse, entropy: None, settings };
+            let forward = Forward {
+                h,
+                packed: (&packed).into(),
+                w,
+                targets: t,
+                lse,
+                entropy: None,
+                settings,
+            };
             logprob::backward(dev, dh, Some(dw), dlogp.view(), None, forward, room).unwrap();
         });
     }

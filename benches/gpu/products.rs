@@ -12,7 +12,7 @@ use warpo::{
     },
     ops::{
         activation::Activation,
-        matmul::{self, After, Packed},
+        matmul::{self, After, Packed, Weight},
     },
     rng::{Philox, Purpose},
 };
@@ -216,7 +216,7 @@ impl Lab {
             }
             (Who::Warpo, Of::Forward, _) => matmul::forward(dev, out, left, w, None, None),
             (Who::Warpo, Of::BackwardInput, _) => {
-                matmul::backward_input(dev, out, left, w.view(), (n, k))
+                matmul::backward_input(dev, out, left, Weight::from(w).view(), (n, k))
             }
             (Who::Warpo, Of::BackwardWeight, _) => {
                 matmul::backward_weight(dev, sum, None, left, right, (n, k))
@@ -227,7 +227,7 @@ impl Lab {
             (Who::CublasLt(algorithm), _, Some(lt)) => {
                 // The product alone, where there is an activation with it.
                 let (out, _) = out.split_at(if product.of == Of::Forward { m * n } else { m * k });
-                lt.product(product, &algorithm, out, (left, w.view()), false)
+                lt.product(product, &algorithm, out, (left, Weight::from(w).view()), false)
             }
             (Who::CublasLt(_), _, None) => Ok(()),
         }

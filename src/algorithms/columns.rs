@@ -2,7 +2,10 @@
 
 use std::ops::Range;
 
-use crate::device::Float;
+use crate::{
+    device::{Buffer, Device, Float, Scope, View},
+    error::Result,
+};
 
 /// All sequences of an optimizer step. Per-token columns hold the predicted tokens of all
 /// sequences back to back; a column that no loss asked for is empty.
@@ -87,20 +90,121 @@ impl<F: Float> Columns<F> {
     }
 }
 
-/// A micro-batch: consecutive sequences of a step's or minibatch's [`Columns`].
-#[derive(Clone, Debug)]
+/// A column that a loss reads on the device.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[allow(missing_docs)]
+pub enum Column {
+    Weights,
+    OldLogp,
+    RefLogp,
+    OldValues,
+    Advantages,
+    Returns,
+    /// One number a pair.
+    Margins,
+}
+
+impl Column {
+    const ALL: [Self; 7] = [
+        Self::Weights,
+        Self::OldLogp,
+        Self::RefLogp,
+        Self::OldValues,
+        Self::Advantages,
+        Self::Returns,
+        Self::Margins,
+    ];
+}
+
+/// A micro-batch: consecutive sequences of a step's or minibatch's [`Columns`], and where a device reads its part of
+/// them.
+#[derive(Debug)]
 pub struct Micro<'a, F> {
     /// The columns of the whole minibatch.
     pub columns: &'a Columns<F>,
     /// Sequences of this micro-batch.
     pub sequences: Range<usize>,
+    /// On a CUDA device its part of all columns, one after another.
+    staged: Option<Buffer<'a, F>>,
 }
 
-impl<F: Float> Micro<'_, F> {
+const STAGED: &str = "columns of a loss";
+
+/// Elements at a multiple of which a column begins: a cache line.
+const LINE: usize = 16;
+
+impl<'a, F: Float> Micro<'a, F> {
+    /// For the CPU.
+    #[must_use]
+    pub fn new(columns: &'a Columns<F>, sequences: Range<usize>) -> Self {
+        Self { columns, sequences, staged: None }
+    }
+
+    /// For `dev`.
+    ///
+    /// # Errors
+    /// [`crate::Error::Memory`] if the plan has no room.
+    pub fn stage(
+        dev: &Device,
+        scope: &'a Scope<'_>,
+        columns: &'a Columns<F>,
+        sequences: Range<usize>,
+    ) -> Result<Self> {
+        let mut micro = Self::new(columns, sequences);
+        if let Device::Cuda(_) = dev {
+            let mut all = Vec::new();
+            for column in Column::ALL {
+                all.extend_from_slice(micro.own(column));
+                all.resize(all.len().next_multiple_of(LINE), F::ZERO);
+            }
+            let mut staged = scope.alloc(STAGED, all.len())?;
+            dev.write(staged.view_mut(), &all)?;
+            micro.staged = Some(staged);
+        }
+        Ok(micro)
+    }
+
+    /// Takes the room of a micro-batch of up to `tokens` tokens.
+    ///
+    /// # Errors
+    /// [`crate::Error::Memory`] if the plan has no room.
+    pub fn plan(dev: &Device, scope: &'a Scope<'_>, tokens: usize) -> Result<()> {
+        let Device::Cuda(_) = dev else { return Ok(()) };
+        let len = Column::ALL.len() * tokens.next_multiple_of(LINE);
+        scope.alloc::<F>(STAGED, len).map(drop)
+    }
+
     /// Its tokens, as a range of the columns.
     #[must_use]
     pub fn tokens(&self) -> Range<usize> {
         self.columns.span(&self.sequences)
+    }
+
+    /// Its part of a column, in host memory; nothing of an empty column.
+    #[must_use]
+    pub fn own(&self, column: Column) -> &[F] {
+        let c = self.columns;
+        let pairs = self.sequences.start / 2..self.sequences.end / 2;
+        let all = match column {
+            Column::Weights => &c.weights,
+            Column::OldLogp => &c.old_logp,
+            Column::RefLogp => &c.ref_logp,
+            Column::OldValues => &c.old_values,
+            Column::Advantages => &c.advantages,
+            Column::Returns => &c.returns,
+            Column::Margins => &c.margins,
+        };
+        let own = if column == Column::Margins { pairs } else { self.tokens() };
+        if all.is_empty() { &[] } else { &all[own] }
+    }
+
+    /// Its part of a column, where the device reads it.
+    #[must_use]
+    pub fn view(&self, column: Column) -> View<'_, F> {
+        let Some(staged) = &self.staged else { return self.own(column).into() };
+        let before = Column::ALL.into_iter().take_while(|c| *c != column);
+        let at = before.map(|c| self.own(c).len().next_multiple_of(LINE)).sum();
+        staged.view().range(at..at + self.own(column).len())
     }
 
     /// Offsets of its sequences, from 0.

@@ -9,7 +9,7 @@ mod ppo;
 mod reward;
 mod sft;
 
-pub use columns::{Columns, Micro};
+pub use columns::{Column, Columns, Micro};
 pub use ppo::{Ppo, PpoSettings};
 pub use reward::{Reward, RewardSettings};
 pub use sft::{Sft, SftSettings};
@@ -98,7 +98,8 @@ pub trait Algorithm: Send {
     /// What it needs.
     fn needs(&self) -> Needs;
 
-    /// Once a step, before the first update: fills advantages and the like.
+    /// Once a step, before the first update: fills advantages and the like, on the CPU: columns are in host
+    /// memory, a few numbers a token.
     ///
     /// # Errors
     /// If the columns do not fit.
@@ -142,7 +143,10 @@ pub trait Algorithm: Send {
     }
 
     /// After the last update of a step: the means over it.
-    fn finish(&mut self, out: &mut Metrics);
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if they cannot be had from the device.
+    fn finish(&mut self, out: &mut Metrics) -> Result<()>;
 
     /// What must survive a restart, beside the columns.
     fn state(&self) -> serde_json::Value {

@@ -11,10 +11,12 @@
 
 use std::path::PathBuf;
 
-use super::{Algorithm, Columns, Entry, Inputs, Metrics, Micro, Needs, Origin, Sampling, Scalar};
+use super::{
+    Algorithm, Column, Columns, Entry, Inputs, Metrics, Micro, Needs, Origin, Sampling, Scalar,
+};
 use crate::{
     config::Section,
-    device::{Device, View, ViewMut},
+    device::{Device, Later, View, ViewMut},
     error::{Error, Result},
     ops::{
         gae,
@@ -129,8 +131,9 @@ crate::settings! {
 pub struct Ppo {
     settings: PpoSettings,
     kl_coef: f64,
-    policy: ppo_loss::Stats,
-    value: value_loss::Stats,
+    /// Of each micro-batch.
+    policy: Vec<Later<ppo_loss::Stats>>,
+    value: Vec<Later<value_loss::Stats>>,
     updates: f64,
     /// KL of a sequence and number of sequences of the step, for the adaptation of `kl_coef`.
     kl: f64,
@@ -186,8 +189,8 @@ impl Ppo {
         Ok(Self {
             kl_coef: settings.kl_coef,
             settings,
-            policy: ppo_loss::Stats::default(),
-            value: value_loss::Stats::default(),
+            policy: Vec::new(),
+            value: Vec::new(),
             updates: 0.0,
             kl: 0.0,
             sequences: 0.0,
@@ -335,7 +338,7 @@ impl Algorithm for Ppo {
         dlogp: ViewMut<'_, f32>,
         dentropy: Option<ViewMut<'_, f32>>,
     ) -> Result<()> {
-        let (c, t, s) = (micro.columns, micro.tokens(), &self.settings);
+        let (c, s) = (micro.columns, &self.settings);
         let kl = (s.kl_in == KlIn::Loss).then(|| KlTerm {
             coef: self.kl_coef,
             estimator: self.estimator(),
@@ -350,14 +353,13 @@ impl Algorithm for Ppo {
         };
         let tokens = ppo_loss::Tokens {
             logp,
-            old_logp: c.old_logp[t.clone()].into(),
-            ref_logp: Some(c.ref_logp[t.clone()].into()),
+            old_logp: micro.view(Column::OldLogp),
+            ref_logp: Some(micro.view(Column::RefLogp)),
             entropy,
-            advantages: c.advantages[t].into(),
+            advantages: micro.view(Column::Advantages),
         };
         let total = c.tokens() as f64;
-        let stats = ppo_loss::policy(dev, dlogp, dentropy, tokens, &settings, total)?.get()?;
-        self.policy.merge(&stats);
+        self.policy.push(ppo_loss::policy(dev, dlogp, dentropy, tokens, &settings, total)?);
         if micro.sequences.end == c.sequences() {
             self.updates += 1.0;
         }
@@ -371,18 +373,24 @@ impl Algorithm for Ppo {
         y: View<'_, f32>,
         dy: ViewMut<'_, f32>,
     ) -> Result<()> {
-        let (c, t, s) = (micro.columns, micro.tokens(), &self.settings);
-        let (old, returns) = (c.old_values[t.clone()].into(), c.returns[t].into());
-        let total = c.tokens() as f64;
+        let s = &self.settings;
+        let (old, returns) = (micro.view(Column::OldValues), micro.view(Column::Returns));
+        let total = micro.columns.tokens() as f64;
         let stats =
-            value_loss::forward(dev, dy, y, old, returns, s.value_clip, s.value_coef, total)?
-                .get()?;
-        self.value.merge(&stats);
+            value_loss::forward(dev, dy, y, old, returns, s.value_clip, s.value_coef, total)?;
+        self.value.push(stats);
         Ok(())
     }
 
-    fn finish(&mut self, out: &mut Metrics) {
-        let (p, v, updates) = (&self.policy, &self.value, self.updates.max(1.0));
+    fn finish(&mut self, out: &mut Metrics) -> Result<()> {
+        let (mut p, mut v) = (ppo_loss::Stats::default(), value_loss::Stats::default());
+        for part in self.policy.drain(..) {
+            p.merge(&part.get()?);
+        }
+        for part in self.value.drain(..) {
+            v.merge(&part.get()?);
+        }
+        let updates = self.updates.max(1.0);
         out.push(("loss", (p.loss + v.loss) / updates));
         out.push(("policy_loss", p.policy / p.tokens));
         out.push(("value_loss", v.loss / updates));
@@ -395,14 +403,13 @@ impl Algorithm for Ppo {
         if self.settings.entropy_coef != 0.0 {
             out.push(("entropy", p.entropy / p.tokens));
         }
-        self.policy = ppo_loss::Stats::default();
-        self.value = value_loss::Stats::default();
         self.updates = 0.0;
         // After the last update: all of a step's updates see one coefficient.
         if let Some(target) = self.settings.kl_target {
             let error = (self.kl / target - 1.0).clamp(-0.2, 0.2);
             self.kl_coef *= 1.0 + error * self.sequences / self.settings.kl_horizon;
         }
+        Ok(())
     }
 
     fn state(&self) -> serde_json::Value {

@@ -1,10 +1,10 @@
 //! A reward model from human preferences: Bradley-Terry on pairs, a scalar head at the last token.
 //! Departures from TRL: none; an optional margin column, centring off by default as there.
 
-use super::{Algorithm, Entry, Inputs, Metrics, Micro, Needs, Origin, Scalar};
+use super::{Algorithm, Column, Entry, Inputs, Metrics, Micro, Needs, Origin, Scalar};
 use crate::{
     config::Section,
-    device::{Device, View, ViewMut},
+    device::{Device, Later, View, ViewMut},
     error::Result,
     ops::bradley_terry::{self, Stats},
 };
@@ -22,7 +22,8 @@ crate::settings! {
 #[derive(Debug)]
 pub struct Reward {
     settings: RewardSettings,
-    stats: Stats,
+    /// Of each micro-batch.
+    stats: Vec<Later<Stats>>,
 }
 
 pub(super) const ENTRY: Entry = Entry {
@@ -39,7 +40,7 @@ pub(super) const ENTRY: Entry = Entry {
     build: |s: &dyn Section| {
         let settings = s.as_any().downcast_ref::<RewardSettings>().cloned().unwrap_or_default();
         settings.validate()?;
-        Ok(Box::new(Reward { settings, stats: Stats::default() }))
+        Ok(Box::new(Reward { settings, stats: Vec::new() }))
     },
 };
 
@@ -64,22 +65,20 @@ impl Algorithm for Reward {
         dy: ViewMut<'_, f32>,
     ) -> Result<()> {
         let pairs = micro.columns.sequences() / 2;
-        let margins = &micro.columns.margins;
-        let own = micro.sequences.start / 2..micro.sequences.end / 2;
-        let margins = if margins.is_empty() { &[][..] } else { &margins[own] };
-        let centre = self.settings.center_coef;
-        let stats =
-            bradley_terry::forward(dev, dy, y, margins.into(), centre, pairs as f64)?.get()?;
-        self.stats.merge(&stats);
+        let (margins, centre) = (micro.view(Column::Margins), self.settings.center_coef);
+        self.stats.push(bradley_terry::forward(dev, dy, y, margins, centre, pairs as f64)?);
         Ok(())
     }
 
-    fn finish(&mut self, out: &mut Metrics) {
-        let s = &self.stats;
+    fn finish(&mut self, out: &mut Metrics) -> Result<()> {
+        let mut s = Stats::default();
+        for part in self.stats.drain(..) {
+            s.merge(&part.get()?);
+        }
         out.push(("loss", s.loss));
         out.push(("accuracy", s.right / s.pairs));
         out.push(("reward_margin", s.difference / s.pairs));
         out.push(("reward_mean", s.score / (2.0 * s.pairs)));
-        self.stats = Stats::default();
+        Ok(())
     }
 }

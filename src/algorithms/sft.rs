@@ -2,10 +2,10 @@
 //! of the step. Departures from the usual: none; the mean is over the whole step, never of a
 //! micro-batch.
 
-use super::{Algorithm, Entry, Inputs, Metrics, Micro, Needs};
+use super::{Algorithm, Column, Entry, Inputs, Metrics, Micro, Needs};
 use crate::{
     config::Section,
-    device::{Device, View, ViewMut},
+    device::{Device, Later, View, ViewMut},
     error::Result,
     ops::nll,
 };
@@ -23,7 +23,8 @@ crate::settings! {
 #[derive(Debug)]
 pub struct Sft {
     settings: SftSettings,
-    loss: f64,
+    /// Of each micro-batch.
+    losses: Vec<Later<f64>>,
     tokens: f64,
 }
 
@@ -39,7 +40,7 @@ pub(super) const ENTRY: Entry = Entry {
     section: || Box::new(SftSettings::default()),
     build: |s: &dyn Section| {
         let settings = s.as_any().downcast_ref::<SftSettings>().cloned().unwrap_or_default();
-        Ok(Box::new(Sft { settings, loss: 0.0, tokens: 0.0 }))
+        Ok(Box::new(Sft { settings, losses: Vec::new(), tokens: 0.0 }))
     },
 };
 
@@ -67,16 +68,21 @@ impl Algorithm for Sft {
     ) -> Result<()> {
         let all = &micro.columns.weights;
         let denominator: f64 = all.iter().map(|w| f64::from(*w)).sum();
-        let weights = &all[micro.tokens()];
+        let weights = micro.view(Column::Weights);
         self.tokens += weights.len() as f64;
-        self.loss += nll::forward(dev, dlogp, logp, weights.into(), denominator)?.get()?;
+        self.losses.push(nll::forward(dev, dlogp, logp, weights, denominator)?);
         Ok(())
     }
 
-    fn finish(&mut self, out: &mut Metrics) {
-        out.push(("loss", self.loss));
-        out.push(("perplexity", self.loss.exp()));
+    fn finish(&mut self, out: &mut Metrics) -> Result<()> {
+        let mut loss = 0.0;
+        for part in self.losses.drain(..) {
+            loss += part.get()?;
+        }
+        out.push(("loss", loss));
+        out.push(("perplexity", loss.exp()));
         out.push(("learned_tokens", self.tokens));
-        (self.loss, self.tokens) = (0.0, 0.0);
+        self.tokens = 0.0;
+        Ok(())
     }
 }

@@ -2,13 +2,14 @@
 
 use std::{io::IsTerminal, path::PathBuf, time::Instant};
 
+use half::bf16;
 use indicatif::ProgressBar;
 use serde_json::json;
 
 use super::{Place, note, warn};
 use crate::{
     data::{self, Limits, Tokenizer},
-    device::Arena,
+    device::{Arena, Device, Element},
     error::{Error, Result},
     eval,
     models::{Head, Model},
@@ -67,7 +68,19 @@ const PART: usize = 8;
 pub(super) fn run(args: &Args) -> Result<()> {
     let sampling = args.sampling()?;
     let dev = args.place.device()?;
-    let model = Model::<f32>::load(&dev, &args.model, Head::Lm, None)?;
+    match dev {
+        Device::Cpu(_) => run_in::<f32>(args, &dev, sampling),
+        Device::Cuda(_) => run_in::<bf16>(args, &dev, sampling),
+    }
+}
+
+/// [`run`] with models that compute in `T`.
+fn run_in<T: Element<Acc = f32>>(
+    args: &Args,
+    dev: &Device,
+    sampling: sample::Params,
+) -> Result<()> {
+    let model = Model::<T>::load(dev, &args.model, Head::Lm, None)?;
     let tokenizer = Tokenizer::open_if_there(&args.model)?;
     let (spec, new) = (model.spec(), args.max_new_tokens as usize);
     let Some(max_length) = spec.max_positions.checked_sub(new).filter(|n| *n > 0) else {
@@ -92,14 +105,15 @@ pub(super) fn run(args: &Args) -> Result<()> {
         None => None,
         Some(dir) => {
             let longest = longest + new;
-            Some(eval::load_reward_model(&dev, dir, spec, tokenizer.as_ref(), longest)?)
+            let tokenizer = tokenizer.as_ref();
+            Some(eval::load_reward_model::<T>(dev, dir, spec, tokenizer, longest)?)
         }
     };
     let (each, slots) = (u64::from(args.samples), args.slots as usize);
     let total = prompts.len() as u64 * each;
     let slots = slots.min(usize::try_from(total).unwrap_or(slots));
     let generator = Generator { slots, max_len: longest + new, rows: longest.max(slots).max(512) };
-    let mut arena = Arena::new(&dev, generator.plan::<f32>(spec)?)?;
+    let mut arena = Arena::new(dev, generator.plan::<T>(dev, spec, &sampling)?)?;
     let eos = tokenizer.iter().flat_map(|t| t.eos().to_vec());
     let settings = Settings {
         sampling,
@@ -114,12 +128,12 @@ pub(super) fn run(args: &Args) -> Result<()> {
         let prompt = |i: u64| prompts[(i / each) as usize].ids.clone();
         let part: Vec<Prompt> =
             (next..end).map(|sample| Prompt { sample, ids: prompt(sample) }).collect();
-        let done = generator.run(&dev, &model, &arena.scope(), &part, &settings, |_| true)?;
+        let done = generator.run(dev, &model, &arena.scope(), &part, &settings, |_| true)?;
         let done = done.unwrap_or_default();
         let whole: Vec<Vec<u32>> =
             part.iter().zip(&done).map(|(p, c)| [&p.ids[..], &c.ids].concat()).collect();
         let rewards = match &reward_model {
-            Some(model) => eval::rate(&dev, model, &whole)?,
+            Some(model) => eval::rate(dev, model, &whole)?,
             None => Vec::new(),
         };
         for (i, (p, c)) in part.iter().zip(&done).enumerate() {

@@ -3,6 +3,7 @@
 mod config;
 mod doctor;
 mod generate;
+mod plan;
 mod progress;
 mod quickstart;
 mod report;
@@ -36,6 +37,7 @@ Examples:
 #[derive(Debug, Subcommand)]
 enum Command {
     Train(train::Args),
+    Plan(plan::Args),
     Generate(generate::Args),
     Score(score::Args),
     Config(config::Args),
@@ -49,6 +51,7 @@ enum Command {
 pub fn run() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Train(args) => train::run(&args),
+        Command::Plan(args) => plan::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Score(args) => score::run(&args),
         Command::Config(args) => config::run(&args),
@@ -81,7 +84,7 @@ fn fail(error: &Error) -> ExitCode {
 /// Where to compute.
 #[derive(Debug, clap::Args)]
 struct Place {
-    /// auto, cpu, cuda or cuda:N
+    /// auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
     /// Threads of the CPU device; 0 takes all cores

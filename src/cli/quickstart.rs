@@ -2,6 +2,7 @@
 
 use std::{path::PathBuf, time::Instant};
 
+use half::bf16;
 use serde_json::{Value, json};
 
 use super::{
@@ -13,6 +14,7 @@ use crate::{
     algorithms::Inputs,
     config::{self, Section, Value_ as Toml},
     data::{self, Limits, Tokenizer},
+    device::{Device, Element},
     error::{Error, Result},
     eval::{self, Evaluation, Evaluator},
     models::{Head, Model},
@@ -143,8 +145,21 @@ impl Args {
     /// The policy before and after PPO, on prompts that no stage has seen.
     fn compare(&self, settings: &Settings, section: &dyn Section) -> Result<[Evaluation; 2]> {
         let dev = self.place.device()?;
+        match dev {
+            Device::Cpu(_) => self.compare_in::<f32>(&dev, settings, section),
+            Device::Cuda(_) => self.compare_in::<bf16>(&dev, settings, section),
+        }
+    }
+
+    /// [`Args::compare`] with models that compute in `T`.
+    fn compare_in<T: Element<Acc = f32>>(
+        &self,
+        dev: &Device,
+        settings: &Settings,
+        section: &dyn Section,
+    ) -> Result<[Evaluation; 2]> {
         let load = |name: &str, head| {
-            Model::<f32>::load(&dev, &self.out.join(name).join("final"), head, None)
+            Model::<T>::load(dev, &self.out.join(name).join("final"), head, None)
         };
         let before = load("sft", Head::Lm)?;
         let after = load("ppo", Head::Lm)?;
@@ -167,7 +182,7 @@ impl Args {
             stream: Stream { seed: settings.seed, step: 0, purpose: Purpose::Evaluate },
         };
         let evaluator = Evaluator {
-            dev: &dev,
+            dev,
             tokenizer: Some(&tokenizer),
             prompts: &prompts,
             settings: &generation,

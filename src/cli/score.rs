@@ -2,12 +2,13 @@
 
 use std::path::PathBuf;
 
+use half::bf16;
 use serde_json::{Value, json};
 
 use super::{Place, warn};
 use crate::{
     data::{self, Limits, Record, Text, Tokenizer},
-    device::{Arena, Device},
+    device::{Arena, Device, Element},
     error::{Error, Result},
     eval,
     models::{Batch, Head, Model},
@@ -43,7 +44,15 @@ pub(super) fn run(args: &Args) -> Result<()> {
         return Err(Error::config("--temperature", "above 0", args.temperature));
     }
     let dev = args.place.device()?;
-    let load = |d: &PathBuf| Model::<f32>::load(&dev, d, Head::Lm, None);
+    match dev {
+        Device::Cpu(_) => run_in::<f32>(args, &dev),
+        Device::Cuda(_) => run_in::<bf16>(args, &dev),
+    }
+}
+
+/// [`run`] with models that compute in `T`.
+fn run_in<T: Element<Acc = f32>>(args: &Args, dev: &Device) -> Result<()> {
+    let load = |d: &PathBuf| Model::<T>::load(dev, d, Head::Lm, None);
     let model = args.model.as_ref().map(load).transpose()?;
     let Some(dir) = args.model.as_ref().or(args.reward_model.as_ref()) else {
         return Err(Error::config("--model", "a model or a reward model", "neither"));
@@ -52,9 +61,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let reward_model = match (&args.reward_model, &model) {
         (None, _) => None,
         (Some(dir), Some(model)) => {
-            Some(eval::load_reward_model(&dev, dir, model.spec(), tokenizer.as_ref(), 0)?)
+            Some(eval::load_reward_model(dev, dir, model.spec(), tokenizer.as_ref(), 0)?)
         }
-        (Some(dir), None) => Some(Model::load(&dev, dir, Head::Scalar, None)?),
+        (Some(dir), None) => Some(Model::load(dev, dir, Head::Scalar, None)?),
     };
     let spec = model.iter().chain(&reward_model).map(Model::spec);
     let (max_length, vocab) =
@@ -72,8 +81,8 @@ pub(super) fn run(args: &Args) -> Result<()> {
         warn(&format!("{n} texts lost their end: longer than {max_length} tokens"));
     }
     let ids: Vec<&[u32]> = texts.iter().map(|t| &t.ids[..]).collect();
-    let rewards = reward_model.map(|m| eval::rate(&dev, &m, &ids)).transpose()?;
-    let logprobs = model.map(|m| logprobs(&dev, &m, &texts, args.temperature)).transpose()?;
+    let rewards = reward_model.map(|m| eval::rate(dev, &m, &ids)).transpose()?;
+    let logprobs = model.map(|m| logprobs(dev, &m, &texts, args.temperature)).transpose()?;
     let line = |i: usize| -> Result<Value> {
         let text = tokenizer.as_ref().map(|t| t.decode(&texts[i].ids)).transpose()?;
         let mut line = json!({ "input_ids": texts[i].ids, "text": text });
@@ -103,9 +112,14 @@ pub(super) fn run(args: &Args) -> Result<()> {
 }
 
 /// Log-probs of the tokens that count in each text.
-fn logprobs(dev: &Device, model: &Model<f32>, texts: &[Text], t: f32) -> Result<Vec<Vec<f32>>> {
+fn logprobs<T: Element<Acc = f32>>(
+    dev: &Device,
+    model: &Model<T>,
+    texts: &[Text],
+    t: f32,
+) -> Result<Vec<Vec<f32>>> {
     let scorer = Scorer::for_lengths(texts.iter().map(|t| t.ids.len()));
-    let mut arena = Arena::new(dev, scorer.plan::<f32>(model.spec())?)?;
+    let mut arena = Arena::new(dev, scorer.plan::<T>(dev, model.spec(), model.head())?)?;
     let mut batch = Batch::default();
     let mut out = Vec::with_capacity(texts.len());
     for group in scorer.groups(texts.iter().map(|t| t.ids.len())) {

@@ -13,6 +13,13 @@ use crate::{
 /// Train a model; the same command again goes on with an interrupted run
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
+    #[command(flatten)]
+    told: Told,
+}
+
+/// What a run is told.
+#[derive(Debug, clap::Args)]
+pub(super) struct Told {
     #[arg(help = super::algorithms())]
     algorithm: String,
     /// Settings in TOML; `warpo config ALGORITHM` prints all of them
@@ -27,7 +34,7 @@ pub(super) struct Args {
     /// Folder of the run
     #[arg(long, value_name = "DIR")]
     out: Option<String>,
-    /// auto, cpu, cuda or cuda:N
+    /// auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N
     #[arg(long)]
     device: Option<String>,
     /// One setting, as in the TOML; may be given again
@@ -69,7 +76,8 @@ fn other_algorithm(entry: &Entry, error: Error) -> Error {
     Error::Config { key, message, hint }
 }
 
-pub(super) fn run(args: &Args) -> Result<()> {
+/// An algorithm, and its settings: the defaults, then the file, then what the command line says.
+pub(super) fn settings(args: &Told) -> Result<(&'static Entry, Settings, Box<dyn Section>)> {
     let entry = algorithm(&args.algorithm)?;
     let (mut settings, mut section) = defaults(entry)?;
     if let Some(path) = &args.config {
@@ -98,6 +106,11 @@ pub(super) fn run(args: &Args) -> Result<()> {
         let done = config::set_pair(&mut [&mut settings, &mut *section], pair);
         done.map_err(|e| other_algorithm(entry, e))?;
     }
+    Ok((entry, settings, section))
+}
+
+pub(super) fn run(args: &Args) -> Result<()> {
+    let (entry, settings, section) = settings(&args.told)?;
     let mut progress = Progress::new(entry.name);
     let done = train::run(entry, &settings, &*section, &mut progress);
     progress.finish();

@@ -12,7 +12,7 @@ use std::{
     marker::PhantomData,
     ops::Range,
     ptr::NonNull,
-    sync::atomic::{AtomicU64, Ordering},
+    sync::atomic::{AtomicU64, AtomicUsize, Ordering},
 };
 
 use bytemuck::Pod;
@@ -37,6 +37,13 @@ pub(super) enum Place {
 const LARGE: usize = 64 << 20;
 
 static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
+static ALLOCATED: AtomicUsize = AtomicUsize::new(0);
+
+/// Bytes of device memory that this process has now, as they were asked for.
+#[must_use]
+pub fn allocated() -> usize {
+    ALLOCATED.load(Ordering::Relaxed)
+}
 
 /// How often device memory was allocated in this process. Nothing is allocated inside a step.
 #[must_use]
@@ -49,6 +56,8 @@ pub fn allocations() -> u64 {
 pub(super) struct Block {
     ptr: NonNull<u8>,
     bytes: usize,
+    /// As [`allocated`] counts them.
+    asked: usize,
     /// Whose memory it is; none for the host's.
     cuda: Option<Cuda>,
 }
@@ -88,8 +97,10 @@ impl Block {
             }
         };
         let ptr = ptr.ok_or_else(|| error(free.unwrap_or(0)))?;
+        ALLOCATED.fetch_add(bytes, Ordering::Relaxed);
+        let asked = bytes;
         let bytes = if cuda.is_some() { bytes } else { layout.size() };
-        let block = Self { ptr, bytes, cuda };
+        let block = Self { ptr, bytes, asked, cuda };
         if POISON {
             // SAFETY: nobody else has the block yet.
             unsafe { block.region().poison(0xFF, block.bytes)? };
@@ -108,6 +119,7 @@ impl Block {
 
 impl Drop for Block {
     fn drop(&mut self) {
+        ALLOCATED.fetch_sub(self.asked, Ordering::Relaxed);
         match &self.cuda {
             None => {
                 // The layout of `new`, which succeeded there.
@@ -236,6 +248,27 @@ impl<T: Pod> Buffer<'static, T> {
             dev.zero(buffer.view_mut())?;
         }
         Ok(buffer)
+    }
+
+    /// No elements, in no memory: what stands where a buffer was taken from.
+    #[must_use]
+    pub fn none() -> Self {
+        Self::empty()
+    }
+
+    /// The same memory for `len` numbers of another type. They are to be written before they are read.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] if they do not fit; the buffer is gone then.
+    pub fn reuse<U: Pod>(self, what: &'static str, len: usize) -> Result<Buffer<'static, U>> {
+        const { assert!(align_of::<U>() <= ALIGN) };
+        let have = self._own.as_ref().map_or(0, |block| block.asked);
+        let want = len.saturating_mul(size_of::<U>());
+        if want > have {
+            return Err(Error::Memory { what, want, have });
+        }
+        let Self { ptr, place, _own, .. } = self;
+        Ok(Buffer { ptr: ptr.cast(), len, place, _own, _arena: PhantomData })
     }
 
     /// A copy of host memory.

@@ -22,9 +22,17 @@ impl Element for bf16 {
     type Acc = f32;
     const NAME: &'static str = "BF16";
 
+    /// To nearest, ties to even. `bf16::from_f64` does not see the low half of a f64's mantissa, and takes what lies just
+    /// above a tie for one.
     #[inline(always)]
     fn of(x: f64) -> Self {
-        bf16::from_f64(x)
+        let near = x as f32;
+        if f64::from(near) == x || !near.is_finite() {
+            return bf16::from_f32(near);
+        }
+        // Toward 0, then odd: whatever was cut off keeps it from being a tie.
+        let bits = near.to_bits() - u32::from(f64::from(near).abs() > x.abs());
+        bf16::from_f32(f32::from_bits(bits | 1))
     }
     #[inline(always)]
     fn f64(self) -> f64 {

@@ -13,12 +13,14 @@ mod later;
 mod system;
 
 pub use arena::{Arena, Scope};
-pub use buffer::{Buffer, View, ViewMut, allocations};
+pub use buffer::{Buffer, View, ViewMut, allocated, allocations};
 pub use cpu::Cpu;
 pub use cuda::Cuda;
 pub use float::{Element, Float};
 pub use later::Later;
 pub use system::free_disk_bytes;
+
+use std::borrow::Cow;
 
 use bytemuck::Pod;
 
@@ -46,8 +48,9 @@ impl Device {
         Self::Cpu(Cpu::new(0))
     }
 
-    /// Parses `auto`, `cpu`, `cuda` or `cuda:N`; `auto` is the CPU until every op has a CUDA kernel.
-    /// `threads` is 0 for all cores.
+    /// Parses `auto`, `cpu`, `cuda` or `cuda:N`; `auto` is the first GPU if this build has kernels for it, else the
+    /// CPU. `sim` and `sim:hopper` are the simulator in the library that `$WARPO_SIM` names, for tests. `threads` is
+    /// 0 for all cores.
     ///
     /// # Errors
     /// [`Error::Device`] if the name is unknown or the device is not there, [`Error::Config`] if
@@ -58,13 +61,25 @@ impl Device {
         }
         let cpu = || Self::Cpu(Cpu::new(threads));
         match (name, name.strip_prefix("cuda:").map(str::parse)) {
-            ("auto" | "cpu", _) => Ok(cpu()),
+            ("auto", _) => Ok(Cuda::new(0).map_or_else(|_| cpu(), Self::Cuda)),
+            ("cpu", _) => Ok(cpu()),
             ("cuda", _) => Cuda::new(0).map(Self::Cuda),
+            ("sim", _) => simulated(name, cuda::Machine::Ampere),
+            ("sim:hopper", _) => simulated(name, cuda::Machine::Hopper),
             (_, Some(Ok(ordinal))) => Cuda::new(ordinal).map(Self::Cuda),
             _ => Err(Error::Device {
                 wanted: name.into(),
-                reason: "known devices are auto, cpu, cuda and cuda:N".into(),
+                reason: "known devices are auto, cpu, cuda, cuda:N, sim and sim:hopper".into(),
             }),
+        }
+    }
+
+    /// Where host memory is worked on: itself, or the CPU beside a GPU, with `threads` threads.
+    #[must_use]
+    pub fn host(&self, threads: usize) -> Self {
+        match self {
+            Self::Cpu(_) => self.clone(),
+            Self::Cuda(_) => Self::Cpu(Cpu::new(threads)),
         }
     }
 
@@ -119,18 +134,6 @@ impl Device {
         Ok(())
     }
 
-    /// Sets all bytes of a buffer to 0.
-    ///
-    /// # Errors
-    /// As [`Device::read`].
-    pub fn zero<T: Pod>(&self, to: ViewMut<'_, T>) -> Result<()> {
-        match self {
-            Self::Cpu(_) => to.host().fill(T::zeroed()),
-            Self::Cuda(cuda) => cuda.zero(to)?,
-        }
-        Ok(())
-    }
-
     /// Copies `from` to `to`, both of this device.
     ///
     /// # Errors
@@ -144,6 +147,40 @@ impl Device {
         Ok(())
     }
 
+    /// Sets all bytes of a buffer to 0.
+    ///
+    /// # Errors
+    /// As [`Device::read`].
+    pub fn zero<T: Pod>(&self, to: ViewMut<'_, T>) -> Result<()> {
+        match self {
+            Self::Cpu(_) => to.host().fill(T::zeroed()),
+            Self::Cuda(cuda) => cuda.zero(to)?,
+        }
+        Ok(())
+    }
+
+    /// The numbers of a buffer in host memory: where they are on the CPU, else a copy.
+    ///
+    /// # Errors
+    /// As [`Device::read`].
+    pub fn on_host<'a, T: Pod>(&self, x: View<'a, T>) -> Result<Cow<'a, [T]>> {
+        match self {
+            Self::Cpu(_) => Ok(x.host().into()),
+            Self::Cuda(cuda) => Ok(cuda.read(x)?.into()),
+        }
+    }
+
+    /// Bytes of its memory that are free, if that is known.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the driver fails.
+    pub fn free_memory(&self) -> Result<Option<usize>> {
+        match self {
+            Self::Cpu(_) => Ok(system::free_memory_bytes()),
+            Self::Cuda(cuda) => cuda.free_memory(),
+        }
+    }
+
     /// A line for people: kind, threads, instruction set.
     #[must_use]
     pub fn describe(&self) -> String {
@@ -152,4 +189,14 @@ impl Device {
             Self::Cuda(cuda) => cuda.describe(),
         }
     }
+}
+
+/// The simulator, playing this machine.
+fn simulated(name: &str, machine: cuda::Machine) -> Result<Device> {
+    let Some(library) = std::env::var_os("WARPO_SIM") else {
+        let reason =
+            "WARPO_SIM does not name the library of the simulator, which `cargo test` builds";
+        return Err(Error::Device { wanted: name.into(), reason: reason.into() });
+    };
+    Cuda::simulated(library.as_ref(), cuda::Order::default(), machine).map(Device::Cuda)
 }

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use crate::{
     data::Tokenizer,
-    device::Device,
+    device::{Device, Element},
     error::{Error, Result},
     models::{Head, Model, Spec},
 };
@@ -14,13 +14,13 @@ use crate::{
 /// # Errors
 /// [`Error::File`] if it has no scalar head, another vocabulary or tokenizer than the policy, or too
 /// few positions; those of [`Model::load`].
-pub fn load_reward_model(
+pub fn load_reward_model<T: Element>(
     dev: &Device,
     dir: &Path,
     policy: &Spec,
     tokenizer: Option<&Tokenizer>,
     longest: usize,
-) -> Result<Model<f32>> {
+) -> Result<Model<T>> {
     let model = Model::load(dev, dir, Head::Scalar, None)?;
     let (want, got) = (policy.vocab, model.spec().vocab);
     if want != got {

@@ -3,7 +3,7 @@
 use super::distinct;
 use crate::{
     data::{self, Tokenizer},
-    device::{Arena, Device},
+    device::{Arena, Device, Element},
     error::Result,
     models::{Batch, Model},
     rollout::{Completion, Generator, Prompt, Scorer, Settings, last_scores},
@@ -11,7 +11,7 @@ use crate::{
 
 /// What policies are compared on: the same prompts, the same draws, the same judges.
 #[derive(Debug)]
-pub struct Evaluator<'a> {
+pub struct Evaluator<'a, T: Element> {
     /// Where to compute.
     pub dev: &'a Device,
     /// Of the policy.
@@ -21,9 +21,9 @@ pub struct Evaluator<'a> {
     /// How to continue them.
     pub settings: &'a Settings,
     /// The policy that training started from.
-    pub reference: &'a Model<f32>,
+    pub reference: &'a Model<T>,
     /// Models with a scalar head, each of which rates every sample.
-    pub judges: &'a [&'a Model<f32>],
+    pub judges: &'a [&'a Model<T>],
 }
 
 /// One sample.
@@ -63,12 +63,12 @@ pub struct Evaluation {
     pub distinct: [f64; 2],
 }
 
-impl Evaluator<'_> {
+impl<T: Element<Acc = f32>> Evaluator<'_, T> {
     /// Samples one completion a prompt from `policy` and rates all of them.
     ///
     /// # Errors
     /// Those of generation and scoring.
-    pub fn run(&self, policy: &Model<f32>) -> Result<Evaluation> {
+    pub fn run(&self, policy: &Model<T>) -> Result<Evaluation> {
         let all: Vec<Prompt> = self
             .prompts
             .iter()
@@ -76,7 +76,8 @@ impl Evaluator<'_> {
             .map(|(p, sample)| Prompt { sample, ids: p.ids.clone() })
             .collect();
         let generator = Generator::for_prompts(&all, self.settings.max_new_tokens, 64, 512);
-        let mut arena = Arena::new(self.dev, generator.plan::<f32>(policy.spec())?)?;
+        let bytes = generator.plan::<T>(self.dev, policy.spec(), &self.settings.sampling)?;
+        let mut arena = Arena::new(self.dev, bytes)?;
         let scope = arena.scope();
         let done = generator.run(self.dev, policy, &scope, &all, self.settings, |_| true)?;
         drop(scope);
@@ -109,12 +110,13 @@ impl Evaluator<'_> {
     /// Log-probs and entropies of all completions, one after another.
     fn logprobs(
         &self,
-        model: &Model<f32>,
+        model: &Model<T>,
         prompts: &[Prompt],
         whole: &[Vec<u32>],
     ) -> Result<(Vec<f32>, Vec<f32>)> {
         let scorer = Scorer::for_lengths(whole.iter().map(Vec::len));
-        let mut arena = Arena::new(self.dev, scorer.plan::<f32>(model.spec())?)?;
+        let bytes = scorer.plan::<T>(self.dev, model.spec(), model.head())?;
+        let mut arena = Arena::new(self.dev, bytes)?;
         let (mut logp, mut entropy, mut batch) = (Vec::new(), Vec::new(), Batch::default());
         let temperature = self.settings.sampling.temperature;
         let temperature = if temperature == 0.0 { 1.0 } else { temperature };
@@ -134,10 +136,14 @@ impl Evaluator<'_> {
 ///
 /// # Errors
 /// Those of scoring.
-pub fn rate<S: AsRef<[u32]>>(dev: &Device, judge: &Model<f32>, whole: &[S]) -> Result<Vec<f32>> {
+pub fn rate<T: Element, S: AsRef<[u32]>>(
+    dev: &Device,
+    judge: &Model<T>,
+    whole: &[S],
+) -> Result<Vec<T::Acc>> {
     let all: Vec<&[u32]> = whole.iter().map(AsRef::as_ref).collect();
     let scorer = Scorer::for_lengths(all.iter().map(|s| s.len()));
-    let mut arena = Arena::new(dev, scorer.plan::<f32>(judge.spec())?)?;
+    let mut arena = Arena::new(dev, scorer.plan::<T>(dev, judge.spec(), judge.head())?)?;
     last_scores(dev, judge, &mut arena, scorer, &all)
 }
 

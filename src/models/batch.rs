@@ -2,20 +2,33 @@
 
 use std::ops::Range;
 
-use super::Rows;
-use crate::ops::attention::{PAGE, Segment, Work};
+use super::{Extent, Rows, Spec};
+use crate::{
+    device::{Buffer, Device, Scope, View},
+    error::Result,
+    ops::attention::{self, Parts, Segment, Work},
+};
 
 /// A micro-batch under construction. `clear` and `push` reuse its memory.
 #[derive(Debug, Default)]
 pub struct Batch {
     ids: Vec<u32>,
     positions: Vec<u32>,
-    segments: Vec<Segment>,
+    sequences: Vec<Sequence>,
     pages: Vec<u32>,
-    next_page: u32,
     selected: Vec<u32>,
     targets: Vec<u32>,
     offsets: Vec<u32>,
+}
+
+/// New rows of a sequence.
+#[derive(Clone, Debug)]
+struct Sequence {
+    first: u32,
+    rows: u32,
+    at: u32,
+    /// Where its keys and values are; none for a whole sequence, whose pages are the next ones.
+    pages: Option<Range<u32>>,
 }
 
 impl Batch {
@@ -26,9 +39,8 @@ impl Batch {
         Self {
             ids: v(),
             positions: v(),
-            segments: Vec::with_capacity(rows),
+            sequences: Vec::with_capacity(rows),
             pages: v(),
-            next_page: 0,
             selected: v(),
             targets: v(),
             offsets: v(),
@@ -39,9 +51,8 @@ impl Batch {
     pub fn clear(&mut self) {
         self.ids.clear();
         self.positions.clear();
-        self.segments.clear();
+        self.sequences.clear();
         self.pages.clear();
-        self.next_page = 0;
         self.selected.clear();
         self.targets.clear();
         self.offsets.clear();
@@ -59,7 +70,7 @@ impl Batch {
     pub fn push_masked(&mut self, ids: &[u32], predicted: &[Range<usize>]) {
         let at = self.ids.len();
         let end = predicted.iter().map(|r| r.end).max().unwrap_or(0).min(ids.len());
-        self.push_rows(&ids[..end.saturating_sub(1)]);
+        self.push_rows(&ids[..end.saturating_sub(1)], 0, None);
         for t in predicted.iter().cloned().flatten().filter(|t| *t > 0 && *t < ids.len()) {
             self.selected.push((at + t - 1) as u32);
             self.targets.push(ids[t]);
@@ -69,7 +80,7 @@ impl Batch {
 
     /// A whole sequence whose last row is selected: the place of a reward.
     pub fn push_last(&mut self, ids: &[u32]) {
-        self.push_rows(ids);
+        self.push_rows(ids, 0, None);
         if let Some(last) = self.ids.len().checked_sub(1).filter(|_| !ids.is_empty()) {
             self.selected.push(last as u32);
             self.targets.push(0);
@@ -77,38 +88,23 @@ impl Batch {
         self.close();
     }
 
-    /// New rows of a sequence from position `first` whose keys and values are in `pages`; the last
-    /// one is selected. For decoding.
+    /// New rows of a sequence from position `first`, whose keys and values are in `pages`, all that the
+    /// sequence has by then; the last one is selected. For decoding.
     pub fn push_cached(&mut self, ids: &[u32], first: usize, pages: &[u32]) {
-        let at = self.ids.len() as u32;
-        self.ids.extend_from_slice(ids);
-        self.positions.extend((first..first + ids.len()).map(|p| p as u32));
         let start = self.pages.len() as u32;
-        let used = (first + ids.len()).div_ceil(PAGE);
-        self.pages.extend_from_slice(&pages[..used]);
-        self.segments.push(Segment {
-            first: first as u32,
-            rows: ids.len() as u32,
-            at,
-            pages: start..start + used as u32,
-            prefix: None,
-        });
-        self.selected.push(at + ids.len() as u32 - 1);
+        self.pages.extend_from_slice(pages);
+        self.push_rows(ids, first, Some(start..self.pages.len() as u32));
+        self.selected.push(self.ids.len() as u32 - 1);
         self.targets.push(0);
         self.close();
     }
 
-    fn push_rows(&mut self, ids: &[u32]) {
+    fn push_rows(&mut self, ids: &[u32], first: usize, pages: Option<Range<u32>>) {
         let at = self.ids.len() as u32;
         self.ids.extend_from_slice(ids);
-        self.positions.extend(0..ids.len() as u32);
-        let start = self.pages.len() as u32;
-        let used = ids.len().div_ceil(PAGE) as u32;
-        self.pages.extend(self.next_page..self.next_page + used);
-        self.next_page += used;
-        let pages = start..start + used;
-        let rows = ids.len() as u32;
-        self.segments.push(Segment { first: 0, rows, at, pages, prefix: None });
+        self.positions.extend((first..first + ids.len()).map(|p| p as u32));
+        let (first, rows) = (first as u32, ids.len() as u32);
+        self.sequences.push(Sequence { first, rows, at, pages });
     }
 
     fn close(&mut self) {
@@ -116,16 +112,6 @@ impl Batch {
             self.offsets.push(0);
         }
         self.offsets.push(self.selected.len() as u32);
-    }
-
-    /// What the forward pass reads.
-    #[must_use]
-    pub fn rows(&self) -> Rows<'_> {
-        Rows {
-            ids: (&self.ids).into(),
-            positions: (&self.positions).into(),
-            attention: Work::new(&self.segments, &self.pages),
-        }
     }
 
     /// Rows of the pass.
@@ -143,13 +129,14 @@ impl Batch {
     /// Sequences.
     #[must_use]
     pub fn sequences(&self) -> usize {
-        self.segments.len()
+        self.sequences.len()
     }
 
-    /// Pages that a transient cache must have.
+    /// Pages of `page` positions that a cache must have for the whole sequences.
     #[must_use]
-    pub fn transient_pages(&self) -> usize {
-        self.next_page as usize
+    pub fn transient_pages(&self, page: usize) -> usize {
+        let whole = self.sequences.iter().filter(|s| s.pages.is_none());
+        whole.map(|s| (s.rows as usize).div_ceil(page)).sum()
     }
 
     /// Rows that a head reads.
@@ -168,5 +155,116 @@ impl Batch {
     #[must_use]
     pub fn offsets(&self) -> &[u32] {
         &self.offsets
+    }
+
+    /// Brings it to where `dev` reads it, for a model of this spec and a cache of `pages` pages.
+    ///
+    /// # Errors
+    /// [`crate::Error::Memory`] if the plan has no room, [`crate::Error::Value`] if pages do not fit.
+    pub fn stage<'a>(
+        &'a self,
+        dev: &Device,
+        scope: &'a Scope<'_>,
+        spec: &Spec,
+        pages: usize,
+    ) -> Result<Staged<'a>> {
+        let shape = spec.attention();
+        let (segments, list) = self.segments(shape.page(dev));
+        let parts = Parts::new(dev, &shape, &segments, &list, pages)?;
+        let mut staged = Staged { batch: self, segments, list, parts, words: None };
+        if let Device::Cuda(_) = dev {
+            let mut all = Vec::new();
+            for column in staged.columns() {
+                all.extend_from_slice(column);
+                all.resize(all.len().next_multiple_of(LINE), 0);
+            }
+            let mut words = scope.alloc(WORDS, all.len())?;
+            dev.write(words.view_mut(), &all)?;
+            staged.words = Some(words);
+        }
+        Ok(staged)
+    }
+
+    fn segments(&self, page: usize) -> (Vec<Segment>, Vec<u32>) {
+        let (mut list, mut next) = (self.pages.clone(), 0);
+        let segments = self.sequences.iter().map(|s| {
+            let pages = s.pages.clone().unwrap_or_else(|| {
+                let (start, used) = (list.len() as u32, s.rows.div_ceil(page as u32));
+                list.extend(next..next + used);
+                next += used;
+                start..start + used
+            });
+            Segment { first: s.first, rows: s.rows, at: s.at, pages, prefix: None }
+        });
+        (segments.collect(), list)
+    }
+}
+
+const WORDS: &str = "ids, positions and parts of a batch";
+
+/// Words at a multiple of which a column begins: a cache line.
+const LINE: usize = 16;
+
+/// A batch where a device reads it.
+#[derive(Debug)]
+pub struct Staged<'a> {
+    batch: &'a Batch,
+    segments: Vec<Segment>,
+    list: Vec<u32>,
+    parts: Parts,
+    /// On a CUDA device all columns, one after another.
+    words: Option<Buffer<'a, u32>>,
+}
+
+impl<'a> Staged<'a> {
+    /// Takes the room that [`Batch::stage`] takes of a scope.
+    ///
+    /// # Errors
+    /// [`crate::Error::Memory`] if the plan has no room.
+    pub fn plan(dev: &Device, scope: &'a Scope<'_>, spec: &Spec, extent: Extent) -> Result<()> {
+        let Device::Cuda(_) = dev else { return Ok(()) };
+        let shape = spec.attention();
+        let Extent { rows, sequences, selected, cached } = extent;
+        let parts = attention::most_words(dev, &shape, rows, sequences, cached.max(1));
+        let pages = extent.pages(shape.page(dev));
+        let words = [rows, rows, selected, selected, pages, parts];
+        let words: usize = words.iter().map(|n| n.next_multiple_of(LINE)).sum();
+        scope.alloc::<u32>(WORDS, words).map(drop)
+    }
+
+    fn columns(&self) -> [&[u32]; 6] {
+        let b = self.batch;
+        [&b.ids, &b.positions, &b.selected, &b.targets, &self.list, self.parts.words()]
+    }
+
+    fn column(&self, i: usize) -> View<'_, u32> {
+        let columns = self.columns();
+        match &self.words {
+            None => columns[i].into(),
+            Some(words) => {
+                let at = columns[..i].iter().map(|c| c.len().next_multiple_of(LINE)).sum();
+                words.view().range(at..at + columns[i].len())
+            }
+        }
+    }
+
+    /// What the forward pass reads.
+    #[must_use]
+    pub fn rows(&self) -> Rows<'_> {
+        let parts = self.words.as_ref().map(|_| (&self.parts, self.column(5)));
+        let attention = Work { segments: &self.segments, pages: self.column(4), parts };
+        Rows { ids: self.column(0), positions: self.column(1), attention }
+    }
+
+    /// Rows that a head reads.
+    #[must_use]
+    pub fn selected(&self) -> View<'_, u32> {
+        self.column(2)
+    }
+
+    /// The token that follows each selected row.
+    #[must_use]
+    pub fn targets(&self) -> View<'_, u32> {
+        self.column(3)
     }
 }

@@ -62,5 +62,6 @@ fn spec(c: &Config) -> Result<Spec> {
         out_bias: true,
         mlp_bias: true,
         tied: c.bool_or("tie_word_embeddings", true)?,
+        stored: None,
     })
 }

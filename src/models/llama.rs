@@ -66,5 +66,6 @@ fn spec(c: &Config) -> Result<Spec> {
         out_bias: attention_bias,
         mlp_bias: c.bool_or("mlp_bias", false)?,
         tied: c.bool_or("tie_word_embeddings", false)?,
+        stored: None,
     })
 }

@@ -13,13 +13,13 @@ mod spec;
 mod transformer;
 mod weights;
 
-pub use batch::Batch;
+pub use batch::{Batch, Staged};
 pub use config::Config;
-pub use model::{Head, Model};
+pub use model::{Head, Master, Model, Use, bytes};
 pub use params::{Layout, Params, Slot, Tensor};
-pub use spec::{Family, Mlp, Norm, Position, Spec};
-pub use transformer::{Activations, Cache, Gradients, Rows, Selected};
-pub use weights::{load, named, save, tensor_at};
+pub use spec::{Family, Mlp, Norm, Position, Spec, Widths};
+pub use transformer::{Activations, Cache, Extent, Gradients, Keep, Rows, Selected};
+pub use weights::{Named, count, load, named, save, tensor_at};
 
 /// All model families, found by `model_type` in `config.json`.
 pub const FAMILIES: &[&Family] = &[&gpt2::FAMILY, &llama::FAMILY];

@@ -1,12 +1,17 @@
 //! A model that can run: spec, weights, and what is derived from them.
 
-use std::{path::Path, sync::Arc};
+use std::{any::TypeId, borrow::Cow, path::Path, sync::Arc};
+
+use half::bf16;
 
 use super::{Config, Family, Layout, Params, Position, Slot, Spec, weights};
 use crate::{
-    device::{Device, Float, View},
+    device::{Buffer, Device, Element, View, ViewMut},
     error::{Error, Result},
-    ops::{matmul::Packed, rope},
+    ops::{
+        matmul::{self, Packed, Weight},
+        rope,
+    },
 };
 
 /// What stands on the trunk.
@@ -18,68 +23,110 @@ pub enum Head {
     Scalar,
 }
 
-/// Weights of a block's linear layers, packed for the forward product.
-#[derive(Debug)]
-pub(super) struct PackedBlock<F: 'static> {
-    pub qkv: Packed<F>,
-    pub out: Packed<F>,
-    pub up: Packed<F>,
-    pub down: Packed<F>,
+/// What a model is for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Use {
+    /// To compute with.
+    Frozen,
+    /// To compute with now and then: weights wait in host memory ([`Model::park`]).
+    Parked,
+    /// To be trained: where it computes in bf16, its weights are also kept in f32.
+    Trained,
 }
 
-/// A transformer with its head.
+/// What an update of a model writes, flat.
 #[derive(Debug)]
-pub struct Model<F: Float> {
+pub struct Master<'a, F> {
+    /// The weights of [`Model::master`].
+    pub weights: ViewMut<'a, F>,
+    /// What is rounded from them, if the model computes with that.
+    pub copy: Option<ViewMut<'a, bf16>>,
+}
+
+/// Weights of a block's linear layers, packed for the forward product on the CPU.
+#[derive(Debug)]
+struct PackedBlock<T: 'static> {
+    qkv: Packed<T>,
+    out: Packed<T>,
+    up: Packed<T>,
+    down: Packed<T>,
+}
+
+/// A transformer with its head, which computes in `T`: f32 or f64 on the CPU, bf16 on a CUDA device.
+#[derive(Debug)]
+pub struct Model<T: Element> {
     pub(super) family: &'static Family,
     pub(super) config: Config,
     pub(super) spec: Spec,
     pub(super) head: Head,
-    pub(super) params: Params<F>,
-    pub(super) blocks: Vec<PackedBlock<F>>,
-    pub(super) lm: Option<Packed<F>>,
-    pub(super) rope: Option<rope::Table<F>>,
+    pub(super) params: Params<T>,
+    /// What `params` are rounded from.
+    pub(super) master: Option<Params<T::Acc>>,
+    /// The weights, if they wait in host memory.
+    parked: Option<Vec<T>>,
+    /// None on a CUDA device, which multiplies by weights as they are.
+    blocks: Vec<PackedBlock<T>>,
+    lm: Option<Packed<T>>,
+    pub(super) rope: Option<rope::Table<T::Acc>>,
 }
 
-impl<F: Float> Model<F> {
+impl<T: Element> Model<T> {
     /// A model of `config` with all weights 0, to be filled through [`Model::params_mut`].
     ///
     /// # Errors
-    /// [`Error::File`] if the config is unknown or wrong, [`Error::Memory`] if there is no room.
-    pub fn zeros(dev: &Device, config: Config, head: Head) -> Result<Self> {
-        dev.on_cpu("a model")?;
+    /// [`Error::File`] if the config is unknown or wrong, [`Error::Memory`] if there is no room, [`Error::Value`]
+    /// if the device has no kernels for its widths.
+    pub fn zeros(dev: &Device, config: Config, head: Head, used: Use) -> Result<Self> {
         let (family, spec) = config.spec()?;
-        let params = Params::zeros(dev, "weights", &Arc::new(Layout::new(&spec, head)))?;
-        let h = spec.hidden;
-        let block = |_| {
-            Ok(PackedBlock {
-                qkv: Packed::new(dev, spec.qkv_cols(), h)?,
-                out: Packed::new(dev, h, spec.attention_cols())?,
-                up: Packed::new(dev, spec.up_cols(), h)?,
-                down: Packed::new(dev, h, spec.mlp_hidden)?,
-            })
-        };
+        let spec = spec.on(dev);
+        if matmul::width(dev, spec.hidden) != spec.hidden {
+            let what = "hidden size on a CUDA device";
+            return Err(Error::value(what, "a multiple of 8", spec.hidden));
+        }
+        let layout = Arc::new(Layout::new(&spec, head));
+        let master = (rounded::<T>() && used == Use::Trained)
+            .then(|| Params::zeros(dev, "f32 weights", &layout))
+            .transpose()?;
+        let params = Params::zeros(dev, "weights", &layout)?;
+        let sides = sides(&spec);
+        sides.iter().try_for_each(|(n, k)| matmul::prepare::<T>(dev, *n, *k))?;
+        let (mut blocks, mut lm) = (Vec::new(), None);
+        if let Device::Cpu(_) = dev {
+            let [qkv, out, up, down] = sides;
+            let new = |(n, k)| Packed::new(dev, n, k);
+            for _ in 0..spec.layers {
+                let (qkv, out, up, down) = (new(qkv)?, new(out)?, new(up)?, new(down)?);
+                blocks.push(PackedBlock { qkv, out, up, down });
+            }
+            lm = (head == Head::Lm).then(|| new((spec.vocab, spec.hidden))).transpose()?;
+        }
+        let widths = (spec.stored().head_dim, spec.head_dim);
         let rope = match &spec.position {
-            Position::Rope(r) => Some(rope::Table::new(dev, r, spec.head_dim, spec.max_positions)?),
+            Position::Rope(r) => Some(rope::Table::wide(dev, r, widths, spec.max_positions)?),
             Position::Learned => None,
         };
-        Ok(Self {
-            family,
-            config,
-            head,
-            params,
-            blocks: (0..spec.layers).map(block).collect::<Result<_>>()?,
-            lm: (head == Head::Lm).then(|| Packed::new(dev, spec.vocab, h)).transpose()?,
-            rope,
-            spec,
-        })
+        Ok(Self { family, config, head, params, master, parked: None, blocks, lm, rope, spec })
     }
 
-    /// Loads a Hugging Face folder; see [`super::load`].
+    /// Loads a Hugging Face folder to compute with; see [`super::load`].
     ///
     /// # Errors
     /// Those of [`super::load`].
     pub fn load(dev: &Device, dir: &Path, head: Head, new_head: Option<u64>) -> Result<Self> {
-        weights::load(dev, dir, head, new_head)
+        weights::load(dev, dir, head, new_head, Use::Frozen)
+    }
+
+    /// Loads a Hugging Face folder to train it; see [`super::load`].
+    ///
+    /// # Errors
+    /// Those of [`super::load`].
+    pub fn load_trained(
+        dev: &Device,
+        dir: &Path,
+        head: Head,
+        new_head: Option<u64>,
+    ) -> Result<Self> {
+        weights::load(dev, dir, head, new_head, Use::Trained)
     }
 
     /// The spec.
@@ -106,19 +153,109 @@ impl<F: Float> Model<F> {
         &self.config
     }
 
-    /// The weights.
+    /// The weights that it computes with.
     #[must_use]
-    pub fn params(&self) -> &Params<F> {
+    pub fn params(&self) -> &Params<T> {
         &self.params
     }
 
-    /// The weights, to write. Call [`Model::repack`] before the next forward pass.
+    /// The weights, to write, where they are no copies of others. Call [`Model::repack`] before the next
+    /// forward pass.
     #[must_use]
-    pub fn params_mut(&mut self) -> &mut Params<F> {
+    pub fn params_mut(&mut self) -> &mut Params<T> {
         &mut self.params
     }
 
-    /// Renews the packed copies after the weights changed.
+    /// The weights that an update changes, flat: [`Model::params`] themselves, or the f32 ones that those are
+    /// rounded from.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the model is frozen on a device that rounds.
+    pub fn master(&self) -> Result<View<'_, T::Acc>> {
+        match &self.master {
+            Some(master) => Ok(master.flat()),
+            None => self.params.flat().float(),
+        }
+    }
+
+    /// What an update writes.
+    ///
+    /// # Errors
+    /// As [`Model::master`].
+    pub fn master_mut(&mut self) -> Result<Master<'_, T::Acc>> {
+        match &mut self.master {
+            // bf16 is the one type that is rounded.
+            Some(master) => {
+                let copy = Some(self.params.flat_mut().cast());
+                Ok(Master { weights: master.flat_mut(), copy })
+            }
+            None => Ok(Master { weights: self.params.flat_mut().float()?, copy: None }),
+        }
+    }
+
+    /// Takes these for the weights of [`Model::master`].
+    ///
+    /// # Errors
+    /// [`Error::Shape`] if they are not as many.
+    pub fn set_master(&mut self, dev: &Device, weights: &[T::Acc]) -> Result<()> {
+        if let Some(master) = &mut self.master {
+            dev.write(master.flat_mut(), weights)?;
+        }
+        let own: Vec<T> = weights.iter().map(|w| T::of(w.f64())).collect();
+        dev.write(self.params.flat_mut(), &own)?;
+        self.repack(dev)
+    }
+
+    /// Moves the weights of a frozen model to host memory, where they wait for [`Model::visit`]. On the CPU they are
+    /// there.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the device fails.
+    pub fn park(&mut self, dev: &Device) -> Result<()> {
+        if let (Device::Cuda(_), None) = (dev, &self.parked) {
+            self.parked = Some(dev.read(self.params.flat())?);
+            self.params.data = Buffer::none();
+        }
+        Ok(())
+    }
+
+    /// Does `work` with the model; parked weights lie in the memory of `room` meanwhile, whose numbers are lost.
+    ///
+    /// # Errors
+    /// Those of `work`, and [`Error::Memory`] if `room` is too small.
+    pub fn visit<R>(
+        &mut self,
+        dev: &Device,
+        room: &mut Params<T::Acc>,
+        work: impl FnOnce(&Self) -> Result<R>,
+    ) -> Result<R> {
+        const WHAT: &str = "parked weights, in the gradients' memory";
+        let Some(weights) = &self.parked else { return work(self) };
+        let (len, have) = (room.data.len(), room.data.len() * size_of::<T::Acc>());
+        let want = weights.len() * size_of::<T>();
+        if want > have {
+            return Err(Error::Memory { what: WHAT, want, have });
+        }
+        let data = std::mem::replace(&mut room.data, Buffer::none());
+        self.params.data = data.reuse(WHAT, weights.len())?;
+        let done = dev.write(self.params.flat_mut(), weights).and_then(|()| work(self));
+        let data = std::mem::replace(&mut self.params.data, Buffer::none());
+        room.data = data.reuse(WHAT, len)?;
+        done
+    }
+
+    /// The weights that it computes with, in host memory.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the device fails.
+    pub fn on_host<'a>(&'a self, dev: &Device) -> Result<Cow<'a, [T]>> {
+        match &self.parked {
+            Some(weights) => Ok(weights.into()),
+            None => dev.on_host(self.params.flat()),
+        }
+    }
+
+    /// Renews the packed copies after the weights changed: on the CPU; there are none elsewhere.
     ///
     /// # Errors
     /// None that a caller could cause; shapes come from the layout.
@@ -133,8 +270,8 @@ impl<F: Float> Model<F> {
                 packed.pack(dev, need(&self.params, slot, Some(l))?)?;
             }
         }
+        let slot = self.lm_slot();
         if let Some(lm) = &mut self.lm {
-            let slot = if self.spec.tied { Slot::Embedding } else { Slot::LmHead };
             lm.pack(dev, need(&self.params, slot, None)?)?;
         }
         Ok(())
@@ -146,13 +283,23 @@ impl<F: Float> Model<F> {
     ///
     /// # Errors
     /// [`Error::Value`] if an LM head is wanted and this model has none.
-    pub fn copy_as(&self, dev: &Device, head: Head, seed: u64) -> Result<Self> {
-        let mut copy = Self::zeros(dev, self.config.clone(), head)?;
+    pub fn copy_as(&self, dev: &Device, head: Head, seed: u64, used: Use) -> Result<Self> {
+        let mut copy = Self::zeros(dev, self.config.clone(), head, used)?;
         for t in copy.params.layout().clone().tensors() {
             if let Some(from) = self.params.get(t.slot, t.layer) {
-                copy.params.tensor_mut(t).host().copy_from_slice(from.host());
+                dev.copy(copy.params.tensor_mut(t), from)?;
+                if let Some(master) = &mut copy.master {
+                    let to = master.tensor_mut(t);
+                    match self.master.as_ref().and_then(|m| m.get(t.slot, t.layer)) {
+                        Some(from) => dev.copy(to, from)?,
+                        None => {
+                            let wide = |x: &T| <T::Acc as Element>::of(x.f64());
+                            dev.write(to, &dev.read(from)?.iter().map(wide).collect::<Vec<_>>())?;
+                        }
+                    }
+                }
             } else if t.slot == Slot::Score {
-                weights::init_score(copy.params.tensor_mut(t).host(), seed);
+                copy.write(dev, t, &weights::new_score(t.cols, seed))?;
             } else {
                 let got = format!("a model without {}", t.name());
                 return Err(Error::value("model", "one with an LM head", got));
@@ -162,16 +309,68 @@ impl<F: Float> Model<F> {
         Ok(copy)
     }
 
-    /// The matrix of the LM head `[vocab, hidden]` and its packed form.
+    /// Writes one tensor, and what it is rounded from.
+    pub(super) fn write(
+        &mut self,
+        dev: &Device,
+        t: &super::Tensor,
+        weights: &[T::Acc],
+    ) -> Result<()> {
+        if let Some(master) = &mut self.master {
+            dev.write(master.tensor_mut(t), weights)?;
+        }
+        let own: Vec<T> = weights.iter().map(|w| T::of(w.f64())).collect();
+        dev.write(self.params.tensor_mut(t), &own)
+    }
+
+    /// A weight of a block's linear layers as the forward product reads it.
+    pub(super) fn linear(&self, dev: &Device, slot: Slot, l: usize) -> Result<Weight<'_, T>> {
+        if let Some(block) = self.blocks.get(l) {
+            let packed = match slot {
+                Slot::Qkv => &block.qkv,
+                Slot::Out => &block.out,
+                Slot::Up => &block.up,
+                _ => &block.down,
+            };
+            return Ok(packed.into());
+        }
+        self.rows(dev, slot, Some(l))
+    }
+
+    fn rows(&self, dev: &Device, slot: Slot, layer: Option<usize>) -> Result<Weight<'_, T>> {
+        let sides = self.params.layout().find(slot, layer).map_or((0, 0), |t| (t.rows, t.cols));
+        Weight::rows(dev, need(&self.params, slot, layer)?, sides)
+    }
+
+    /// The matrix of the LM head `[vocab, hidden]`, and as the forward product reads it.
     ///
     /// # Errors
     /// [`Error::Value`] if the head is a scalar.
-    pub fn lm_head(&self) -> Result<(View<'_, F>, &Packed<F>)> {
-        let slot = self.lm_slot();
-        match &self.lm {
-            Some(packed) => Ok((need(&self.params, slot, None)?, packed)),
-            None => Err(Error::value("head", "an LM head", "a scalar head")),
+    pub fn lm_head(&self, dev: &Device) -> Result<(View<'_, T>, Weight<'_, T>)> {
+        if self.head != Head::Lm {
+            return Err(Error::value("head", "an LM head", "a scalar head"));
         }
+        let slot = self.lm_slot();
+        let w = need(&self.params, slot, None)?;
+        match &self.lm {
+            Some(packed) => Ok((w, packed.into())),
+            None => Ok((w, self.rows(dev, slot, None)?)),
+        }
+    }
+
+    /// The LM head as [`matmul::forward`] makes logits with it: on a CUDA device with rows of 0 up to a multiple of 8,
+    /// whose logits mean nothing.
+    ///
+    /// # Errors
+    /// As [`Model::lm_head`].
+    pub fn logit_head(&self, dev: &Device) -> Result<Weight<'_, T>> {
+        let (_, head) = self.lm_head(dev)?;
+        let (rows, cols) = (self.spec.vocab_room(), self.spec.hidden);
+        let Some(t) = self.params.layout().find(self.lm_slot(), None) else { return Ok(head) };
+        if rows == t.rows {
+            return Ok(head);
+        }
+        Weight::rows(dev, self.params.flat().range(t.offset..t.offset + rows * cols), (rows, cols))
     }
 
     /// Where the LM head's weight is.
@@ -184,18 +383,57 @@ impl<F: Float> Model<F> {
     ///
     /// # Errors
     /// [`Error::Value`] if the head is an LM head.
-    pub fn score_head(&self) -> Result<View<'_, F>> {
+    pub fn score_head(&self) -> Result<View<'_, T>> {
         let score = self.params.get(Slot::Score, None);
         score.ok_or_else(|| Error::value("head", "a scalar head", "an LM head"))
     }
 }
 
+/// Bytes that [`Model::zeros`] takes for a model of this spec, as `dev` computes it, by what they hold.
+#[must_use]
+pub fn bytes<T: Element>(
+    dev: &Device,
+    spec: &Spec,
+    head: Head,
+    used: Use,
+) -> Vec<(&'static str, usize)> {
+    let len = Layout::new(spec, head).len();
+    let mut all = Vec::new();
+    if used != Use::Parked {
+        all.push(("weights", len * size_of::<T>()));
+    }
+    if rounded::<T>() && used == Use::Trained {
+        all.push(("f32 weights", len * size_of::<T::Acc>()));
+    }
+    if let Device::Cpu(_) = dev {
+        let packed = |(n, k)| Packed::<T>::bytes(dev, n, k);
+        let blocks = spec.layers * sides(spec).map(packed).iter().sum::<usize>();
+        let lm = if head == Head::Lm { packed((spec.vocab, spec.hidden)) } else { 0 };
+        all.push(("packed weights", blocks + lm));
+    }
+    if let Position::Rope(_) = spec.position {
+        all.push(("rotary table", spec.max_positions * spec.head_dim * size_of::<T::Acc>()));
+    }
+    all
+}
+
+/// Whether `T` holds what is rounded from f32.
+fn rounded<T: Element>() -> bool {
+    TypeId::of::<T>() != TypeId::of::<T::Acc>()
+}
+
+/// Outputs and inputs of the linear layers of a block: Qkv, Out, Up, Down.
+fn sides(spec: &Spec) -> [(usize, usize); 4] {
+    let (h, att) = (spec.hidden, spec.attention_cols());
+    [(spec.qkv_cols(), h), (h, att), (spec.up_cols(), h), (h, spec.mlp_hidden)]
+}
+
 /// A weight that the layout promises.
-pub(super) fn need<F: Float>(
-    params: &Params<F>,
+pub(super) fn need<T: Element>(
+    params: &Params<T>,
     slot: Slot,
     layer: Option<usize>,
-) -> Result<View<'_, F>> {
+) -> Result<View<'_, T>> {
     let missing = || Error::value("weights", format!("{slot:?} of block {layer:?}"), "none");
     params.get(slot, layer).ok_or_else(missing)
 }

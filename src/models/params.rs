@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use super::{Head, Norm, Position, Spec};
 use crate::{
-    device::{Buffer, Device, Float, View, ViewMut},
+    device::{Buffer, Device, Element, View, ViewMut},
     error::Result,
     ops::adamw,
 };
@@ -105,6 +105,8 @@ pub struct Layout {
     len: usize,
     per_layer: usize,
     before: usize,
+    /// Rows that there is room for in embedding and LM head.
+    vocab: usize,
 }
 
 impl Layout {
@@ -113,7 +115,8 @@ impl Layout {
     pub fn new(spec: &Spec, head: Head) -> Self {
         let h = spec.hidden;
         let layer_norm = spec.norm == Norm::Layer;
-        let mut layout = Self { tensors: Vec::new(), len: 0, per_layer: 0, before: 0 };
+        let vocab = spec.vocab_room();
+        let mut layout = Self { tensors: Vec::new(), len: 0, per_layer: 0, before: 0, vocab };
         layout.push(Slot::Embedding, None, spec.vocab, h);
         if spec.position == Position::Learned {
             layout.push(Slot::Positions, None, spec.max_positions, h);
@@ -157,7 +160,8 @@ impl Layout {
     fn push(&mut self, slot: Slot, layer: Option<usize>, rows: usize, cols: usize) {
         self.tensors.push(Tensor { slot, layer, rows, cols, offset: self.len });
         // 64 bytes of f32: every tensor starts on a cache line. The gap stays 0 for ever.
-        self.len += (rows * cols).next_multiple_of(adamw::LINE);
+        let room = if matches!(slot, Slot::Embedding | Slot::LmHead) { self.vocab } else { rows };
+        self.len += (room * cols).next_multiple_of(adamw::LINE);
     }
 
     /// All tensors, in the order of their offsets.
@@ -204,18 +208,26 @@ impl Layout {
 
 /// Numbers in a [`Layout`]: weights, gradients or moments.
 #[derive(Debug)]
-pub struct Params<F: 'static> {
+pub struct Params<T: 'static> {
     layout: Arc<Layout>,
-    data: Buffer<'static, F>,
+    pub(super) data: Buffer<'static, T>,
 }
 
-impl<F: Float> Params<F> {
+impl<T: Element> Params<T> {
     /// All 0. `what` names them in messages.
     ///
     /// # Errors
     /// [`crate::Error::Memory`] if there is no room.
     pub fn zeros(dev: &Device, what: &'static str, layout: &Arc<Layout>) -> Result<Self> {
         Ok(Self { layout: layout.clone(), data: Buffer::zeros(dev, what, layout.len())? })
+    }
+
+    /// Sets all to 0.
+    ///
+    /// # Errors
+    /// [`crate::Error::Device`] if the device fails.
+    pub fn zero(&mut self, dev: &Device) -> Result<()> {
+        dev.zero(self.data.view_mut())
     }
 
     /// The layout.
@@ -226,37 +238,37 @@ impl<F: Float> Params<F> {
 
     /// Everything, flat.
     #[must_use]
-    pub fn flat(&self) -> View<'_, F> {
+    pub fn flat(&self) -> View<'_, T> {
         self.data.view()
     }
 
     /// Everything, flat, to write.
     #[must_use]
-    pub fn flat_mut(&mut self) -> ViewMut<'_, F> {
+    pub fn flat_mut(&mut self) -> ViewMut<'_, T> {
         self.data.view_mut()
     }
 
     /// One tensor.
     #[must_use]
-    pub fn tensor(&self, t: &Tensor) -> View<'_, F> {
+    pub fn tensor(&self, t: &Tensor) -> View<'_, T> {
         self.data.view().range(t.offset..t.offset + t.len())
     }
 
     /// One tensor, to write.
     #[must_use]
-    pub fn tensor_mut(&mut self, t: &Tensor) -> ViewMut<'_, F> {
+    pub fn tensor_mut(&mut self, t: &Tensor) -> ViewMut<'_, T> {
         self.data.view_mut().range(t.offset..t.offset + t.len())
     }
 
     /// The weight of a slot, if the model has it.
     #[must_use]
-    pub fn get(&self, slot: Slot, layer: Option<usize>) -> Option<View<'_, F>> {
+    pub fn get(&self, slot: Slot, layer: Option<usize>) -> Option<View<'_, T>> {
         self.layout.find(slot, layer).map(|t| self.tensor(t))
     }
 
     /// The weight of a slot, to write, if the model has it.
     #[must_use]
-    pub fn get_mut(&mut self, slot: Slot, layer: Option<usize>) -> Option<ViewMut<'_, F>> {
+    pub fn get_mut(&mut self, slot: Slot, layer: Option<usize>) -> Option<ViewMut<'_, T>> {
         let layout = self.layout.clone();
         layout.find(slot, layer).map(|t| self.tensor_mut(t))
     }
@@ -269,7 +281,7 @@ impl<F: Float> Params<F> {
         weight: Slot,
         bias: Slot,
         layer: Option<usize>,
-    ) -> (ViewMut<'_, F>, Option<ViewMut<'_, F>>) {
+    ) -> (ViewMut<'_, T>, Option<ViewMut<'_, T>>) {
         let layout = self.layout.clone();
         let flat = self.data.view_mut();
         let Some(w) = layout.find(weight, layer) else { return (flat.range(0..0), None) };

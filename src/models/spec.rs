@@ -2,8 +2,9 @@
 
 use super::{Config, Slot};
 use crate::{
+    device::Device,
     error::Result,
-    ops::{activation::Activation, attention, rope::Rope},
+    ops::{activation::Activation, attention, matmul, rope::Rope},
 };
 
 /// Normalisation before attention, before the MLP and before the head.
@@ -68,9 +69,44 @@ pub struct Spec {
     pub mlp_bias: bool,
     /// The LM head is the embedding.
     pub tied: bool,
+    /// Widths in files, where the spec is a CUDA device's, which may take wider ones. What is beside them is 0, and
+    /// so are its gradients.
+    pub stored: Option<Widths>,
+}
+
+/// Widths inside a block that a device may want wider.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Widths {
+    /// Width of a head.
+    pub head_dim: usize,
+    /// Width inside the MLP.
+    pub mlp_hidden: usize,
 }
 
 impl Spec {
+    /// The model as `dev` computes it: heads and MLP as wide as its kernels take them.
+    #[must_use]
+    pub fn on(self, dev: &Device) -> Self {
+        let stored = self.stored();
+        let head_dim = attention::width(dev, stored.head_dim);
+        let mlp_hidden = matmul::width(dev, stored.mlp_hidden);
+        let stored = matches!(dev, Device::Cuda(_)).then_some(stored);
+        Self { head_dim, mlp_hidden, stored, ..self }
+    }
+
+    /// Widths in files.
+    #[must_use]
+    pub fn stored(&self) -> Widths {
+        let Self { head_dim, mlp_hidden, .. } = *self;
+        self.stored.unwrap_or(Widths { head_dim, mlp_hidden })
+    }
+
+    /// Rows that there is room for in the embedding and the LM head.
+    #[must_use]
+    pub fn vocab_room(&self) -> usize {
+        if self.stored.is_some() { self.vocab.next_multiple_of(8) } else { self.vocab }
+    }
+
     /// Columns of the fused query, key and value projection.
     #[must_use]
     pub fn qkv_cols(&self) -> usize {
@@ -92,14 +128,14 @@ impl Spec {
         }
     }
 
-    /// The attention op's view of it; scores are divided by sqrt(head_dim).
+    /// The attention op's view of it; scores are divided by sqrt(head_dim), as it is in files.
     #[must_use]
     pub fn attention(&self) -> attention::Shape {
         attention::Shape {
             q_heads: self.q_heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
-            scale: 1.0 / (self.head_dim as f64).sqrt(),
+            scale: 1.0 / (self.stored().head_dim as f64).sqrt(),
             softcap: None,
             window: None,
         }

@@ -7,7 +7,7 @@
 
 use super::{Mlp, Model, Norm, Params, Slot, Spec, model::need};
 use crate::{
-    device::{Buffer, Device, Float, Scope, View, ViewMut},
+    device::{Buffer, Device, Element, Scope, View, ViewMut},
     error::{Error, Result},
     ops::{
         activation,
@@ -27,19 +27,54 @@ pub struct Rows<'a> {
     pub attention: attention::Work<'a>,
 }
 
-/// Keys and values.
-#[derive(Debug)]
-pub struct Cache<'s, F> {
-    layers: Vec<KvLayer<'s, F>>,
+/// Sizes of a forward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Extent {
+    /// Rows.
+    pub rows: usize,
+    /// Sequences that they are of.
+    pub sequences: usize,
+    /// Rows that a head reads.
+    pub selected: usize,
+    /// The most positions of a sequence of which a cache holds the beginning; 0 if all are whole.
+    pub cached: usize,
 }
 
-impl<'s, F: Float> Cache<'s, F> {
+impl Extent {
+    /// Pages of `page` positions that hold all keys and values.
+    #[must_use]
+    pub fn pages(&self, page: usize) -> usize {
+        match self.cached {
+            0 => self.rows / page + self.sequences,
+            n => self.sequences * n.div_ceil(page),
+        }
+    }
+}
+
+/// What a forward pass keeps for a backward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    /// Nothing.
+    Nothing,
+    /// The residual stream before each block; the backward pass computes the block again.
+    Streams,
+    /// All that the backward pass reads.
+    All,
+}
+
+/// Keys and values.
+#[derive(Debug)]
+pub struct Cache<'s, T> {
+    layers: Vec<KvLayer<'s, T>>,
+}
+
+impl<'s, T: Element> Cache<'s, T> {
     /// `pages` pages for every block, to decode from.
     ///
     /// # Errors
     /// [`Error::Memory`] if the plan has no room.
-    pub fn new(scope: &'s Scope<'_>, spec: &Spec, pages: usize) -> Result<Self> {
-        Self::with_layers(scope, spec, pages, spec.layers)
+    pub fn new(dev: &Device, scope: &'s Scope<'_>, spec: &Spec, pages: usize) -> Result<Self> {
+        Self::with_layers(dev, scope, spec, pages, spec.layers)
     }
 
     /// `pages` pages that the blocks use one after the other: enough where rows are complete
@@ -47,26 +82,37 @@ impl<'s, F: Float> Cache<'s, F> {
     ///
     /// # Errors
     /// [`Error::Memory`] if the plan has no room.
-    pub fn transient(scope: &'s Scope<'_>, spec: &Spec, pages: usize) -> Result<Self> {
-        Self::with_layers(scope, spec, pages, 1)
+    pub fn transient(
+        dev: &Device,
+        scope: &'s Scope<'_>,
+        spec: &Spec,
+        pages: usize,
+    ) -> Result<Self> {
+        Self::with_layers(dev, scope, spec, pages, 1)
     }
 
-    fn with_layers(scope: &'s Scope<'_>, spec: &Spec, pages: usize, layers: usize) -> Result<Self> {
+    fn with_layers(
+        dev: &Device,
+        scope: &'s Scope<'_>,
+        spec: &Spec,
+        pages: usize,
+        layers: usize,
+    ) -> Result<Self> {
         let shape = spec.attention();
-        let layers = (0..layers).map(|_| KvLayer::new(scope, &shape, attention::PAGE, pages));
+        let layers = (0..layers).map(|_| KvLayer::new(scope, &shape, shape.page(dev), pages));
         Ok(Self { layers: layers.collect::<Result<_>>()? })
     }
 }
 
 /// What a normalisation keeps.
 #[derive(Debug)]
-struct Normed<'s, F> {
-    y: Buffer<'s, F>,
-    mean: Buffer<'s, F>,
-    rstd: Buffer<'s, F>,
+struct Normed<'s, T: Element> {
+    y: Buffer<'s, T>,
+    mean: Buffer<'s, T::Acc>,
+    rstd: Buffer<'s, T::Acc>,
 }
 
-impl<'s, F: Float> Normed<'s, F> {
+impl<'s, T: Element> Normed<'s, T> {
     fn new(scope: &'s Scope<'_>, spec: &Spec, rows: usize) -> Result<Self> {
         let means = if spec.norm == Norm::Layer { rows } else { 0 };
         Ok(Self {
@@ -79,34 +125,42 @@ impl<'s, F: Float> Normed<'s, F> {
 
 /// What a block keeps for its backward pass.
 #[derive(Debug)]
-struct Block<'s, F> {
-    norm1: Normed<'s, F>,
-    qkv: Buffer<'s, F>,
-    attention: Buffer<'s, F>,
-    lse: Buffer<'s, F>,
-    mid: Buffer<'s, F>,
-    norm2: Normed<'s, F>,
-    up: Buffer<'s, F>,
-    act: Buffer<'s, F>,
+struct Block<'s, T: Element> {
+    norm1: Normed<'s, T>,
+    qkv: Buffer<'s, T>,
+    attention: Buffer<'s, T>,
+    lse: Buffer<'s, T::Acc>,
+    mid: Buffer<'s, T>,
+    norm2: Normed<'s, T>,
+    up: Buffer<'s, T>,
+    act: Buffer<'s, T>,
 }
 
 /// Buffers of a forward pass.
 #[derive(Debug)]
-pub struct Activations<'s, F> {
+pub struct Activations<'s, T: Element> {
     /// The residual stream before each block, and after the last; one buffer if nothing is kept.
-    x: Vec<Buffer<'s, F>>,
-    blocks: Vec<Block<'s, F>>,
-    scratch: Buffer<'s, F>,
+    x: Vec<Buffer<'s, T>>,
+    /// One for each block, or one that all use in turn.
+    blocks: Vec<Block<'s, T>>,
+    scratch: Buffer<'s, T::Acc>,
 }
 
-impl<'s, F: Float> Activations<'s, F> {
-    /// For `rows` rows; `keep` holds every block's intermediates for a backward pass.
+impl<'s, T: Element> Activations<'s, T> {
+    /// For a pass of this extent.
     ///
     /// # Errors
     /// [`Error::Memory`] if the plan has no room.
-    pub fn new(scope: &'s Scope<'_>, spec: &Spec, rows: usize, keep: bool) -> Result<Self> {
-        let layers = if keep { spec.layers } else { 1 };
-        let streams = if keep { layers + 1 } else { 1 };
+    pub fn new(
+        dev: &Device,
+        scope: &'s Scope<'_>,
+        spec: &Spec,
+        extent: Extent,
+        keep: Keep,
+    ) -> Result<Self> {
+        let rows = extent.rows;
+        let layers = if keep == Keep::All { spec.layers } else { 1 };
+        let streams = if keep == Keep::Nothing { 1 } else { spec.layers + 1 };
         let x = (0..streams).map(|_| scope.alloc("residual stream", rows * spec.hidden));
         let block = |_| {
             Ok(Block {
@@ -120,8 +174,14 @@ impl<'s, F: Float> Activations<'s, F> {
                 act: scope.alloc("MLP activations", rows * spec.mlp_hidden)?,
             })
         };
-        let scratch =
-            if keep { attention::backward_scratch_len(&spec.attention(), rows) } else { 0 };
+        // A row that is alone in its segment sees more than itself only if a cache has what comes before.
+        let (shape, alone) =
+            (spec.attention(), if extent.cached > 0 { extent.sequences } else { 0 });
+        let scratch = attention::forward_scratch_len(dev, &shape, alone, extent.cached);
+        let scratch = match keep {
+            Keep::Nothing => scratch,
+            _ => scratch.max(attention::backward_scratch_len(&shape, rows)),
+        };
         Ok(Self {
             x: x.collect::<Result<_>>()?,
             blocks: (0..layers).map(block).collect::<Result<_>>()?,
@@ -132,19 +192,19 @@ impl<'s, F: Float> Activations<'s, F> {
     /// The residual stream before block `l` of a pass that kept it, `[rows, hidden]`; `l = layers`
     /// is the last one, before the final norm.
     #[must_use]
-    pub fn stream(&self, l: usize) -> Option<View<'_, F>> {
+    pub fn stream(&self, l: usize) -> Option<View<'_, T>> {
         self.x.get(l).map(Buffer::view)
     }
 }
 
 /// The rows that a head reads, after the final norm.
 #[derive(Debug)]
-pub struct Selected<'s, F> {
-    x: Buffer<'s, F>,
-    norm: Normed<'s, F>,
+pub struct Selected<'s, T: Element> {
+    x: Buffer<'s, T>,
+    norm: Normed<'s, T>,
 }
 
-impl<'s, F: Float> Selected<'s, F> {
+impl<'s, T: Element> Selected<'s, T> {
     /// Room for `rows` rows.
     ///
     /// # Errors
@@ -156,26 +216,26 @@ impl<'s, F: Float> Selected<'s, F> {
 
     /// The hidden states `[rows, hidden]`.
     #[must_use]
-    pub fn hidden(&self) -> View<'_, F> {
+    pub fn hidden(&self) -> View<'_, T> {
         self.norm.y.view()
     }
 }
 
 /// Buffers of a backward pass.
 #[derive(Debug)]
-pub struct Gradients<'s, F> {
-    dx: Buffer<'s, F>,
-    dnorm: Buffer<'s, F>,
-    dqkv: Buffer<'s, F>,
-    dattention: Buffer<'s, F>,
-    dup: Buffer<'s, F>,
-    dact: Buffer<'s, F>,
-    dselected: Buffer<'s, F>,
-    scratch: Buffer<'s, F>,
+pub struct Gradients<'s, T: Element> {
+    dx: Buffer<'s, T>,
+    dnorm: Buffer<'s, T>,
+    dqkv: Buffer<'s, T>,
+    dattention: Buffer<'s, T>,
+    dup: Buffer<'s, T>,
+    dact: Buffer<'s, T>,
+    dselected: Buffer<'s, T>,
+    scratch: Buffer<'s, T::Acc>,
     order: Buffer<'s, u64>,
 }
 
-impl<'s, F: Float> Gradients<'s, F> {
+impl<'s, T: Element> Gradients<'s, T> {
     /// For `rows` rows of which a head reads `selected`.
     ///
     /// # Errors
@@ -200,7 +260,7 @@ impl<'s, F: Float> Gradients<'s, F> {
     }
 }
 
-impl<F: Float> Model<F> {
+impl<T: Element> Model<T> {
     /// Runs the blocks over `rows`; the residual stream stays in `acts`, new keys and values go to
     /// `cache`.
     ///
@@ -211,8 +271,8 @@ impl<F: Float> Model<F> {
         &self,
         dev: &Device,
         rows: &Rows<'_>,
-        acts: &mut Activations<'_, F>,
-        cache: &mut Cache<'_, F>,
+        acts: &mut Activations<'_, T>,
+        cache: &mut Cache<'_, T>,
     ) -> Result<()> {
         self.embed(dev, rows, acts.x[0].view_mut())?;
         let (streams, kept) = (acts.x.len(), acts.blocks.len());
@@ -228,7 +288,7 @@ impl<F: Float> Model<F> {
         Ok(())
     }
 
-    fn embed(&self, dev: &Device, rows: &Rows<'_>, mut x: ViewMut<'_, F>) -> Result<()> {
+    fn embed(&self, dev: &Device, rows: &Rows<'_>, mut x: ViewMut<'_, T>) -> Result<()> {
         let table = need(&self.params, Slot::Embedding, None)?;
         embedding::forward(dev, x.reborrow(), rows.ids, table, false)?;
         if let Some(table) = self.params.get(Slot::Positions, None) {
@@ -244,15 +304,15 @@ impl<F: Float> Model<F> {
         dev: &Device,
         l: usize,
         rows: &Rows<'_>,
-        x: View<'_, F>,
-        b: &mut Block<'_, F>,
-        kv: &mut KvLayer<'_, F>,
-        scratch: ViewMut<'_, F>,
+        x: View<'_, T>,
+        b: &mut Block<'_, T>,
+        kv: &mut KvLayer<'_, T>,
+        scratch: ViewMut<'_, T::Acc>,
     ) -> Result<()> {
-        let (shape, w, at) = (self.spec.attention(), &self.blocks[l], Some(l));
+        let (shape, at) = (self.spec.attention(), Some(l));
         self.norm(dev, &mut b.norm1, x, Slot::Norm1, Slot::Norm1Bias, at)?;
-        let bias = self.params.get(Slot::QkvBias, at);
-        matmul::forward(dev, b.qkv.view_mut(), b.norm1.y.view(), &w.qkv, bias, None)?;
+        let (w, bias) = (self.linear(dev, Slot::Qkv, l)?, self.params.get(Slot::QkvBias, at));
+        matmul::forward(dev, b.qkv.view_mut(), b.norm1.y.view(), w, bias, None)?;
         let turn = self.rope.as_ref().map(|table| (rows.positions, table));
         attention::append(dev, kv, b.qkv.view_mut(), rows.attention, &shape, turn)?;
         attention::forward(
@@ -265,41 +325,48 @@ impl<F: Float> Model<F> {
             &shape,
             scratch,
         )?;
-        let bias = self.params.get(Slot::OutBias, at);
-        matmul::forward(dev, b.mid.view_mut(), b.attention.view(), &w.out, bias, Some(x))
+        let (w, bias) = (self.linear(dev, Slot::Out, l)?, self.params.get(Slot::OutBias, at));
+        matmul::forward(dev, b.mid.view_mut(), b.attention.view(), w, bias, Some(x))
     }
 
-    /// `y = mid + down(act(up(norm2(mid))))`
+    /// `y = mid + down(act)`, after [`Model::expand`].
     fn feed_forward(
         &self,
         dev: &Device,
         l: usize,
-        y: ViewMut<'_, F>,
-        b: &mut Block<'_, F>,
+        y: ViewMut<'_, T>,
+        b: &mut Block<'_, T>,
     ) -> Result<()> {
-        let (w, at) = (&self.blocks[l], Some(l));
+        self.expand(dev, l, b)?;
+        let (w, bias) =
+            (self.linear(dev, Slot::Down, l)?, self.params.get(Slot::DownBias, Some(l)));
+        matmul::forward(dev, y, b.act.view(), w, bias, Some(b.mid.view()))
+    }
+
+    /// `act = act(up(norm2(mid)))`
+    fn expand(&self, dev: &Device, l: usize, b: &mut Block<'_, T>) -> Result<()> {
+        let at = Some(l);
         self.norm(dev, &mut b.norm2, b.mid.view(), Slot::Norm2, Slot::Norm2Bias, at)?;
-        let bias = self.params.get(Slot::UpBias, at);
+        let (w, bias) = (self.linear(dev, Slot::Up, l)?, self.params.get(Slot::UpBias, at));
         let after = match self.spec.mlp {
             Mlp::Plain(act) => matmul::After { act, gated: false },
             Mlp::Gated(act) => matmul::After { act, gated: true },
         };
         let (act, up) = (b.act.view_mut(), b.up.view_mut());
-        matmul::activated(dev, after, act, up, b.norm2.y.view(), &w.up, bias)?;
-        let bias = self.params.get(Slot::DownBias, at);
-        matmul::forward(dev, y, b.act.view(), &w.down, bias, Some(b.mid.view()))
+        matmul::activated(dev, after, act, up, b.norm2.y.view(), w, bias)
     }
 
     fn norm(
         &self,
         dev: &Device,
-        out: &mut Normed<'_, F>,
-        x: View<'_, F>,
+        out: &mut Normed<'_, T>,
+        x: View<'_, T>,
         weight: Slot,
         bias: Slot,
         layer: Option<usize>,
     ) -> Result<()> {
-        let (w, eps) = (need(&self.params, weight, layer)?, F::of(self.spec.norm_eps));
+        let (w, eps) =
+            (need(&self.params, weight, layer)?, <T::Acc as Element>::of(self.spec.norm_eps));
         let (y, rstd) = (out.y.view_mut(), out.rstd.view_mut());
         match self.spec.norm {
             Norm::Rms => rms_norm::forward(dev, y, rstd, x, w, eps),
@@ -318,9 +385,9 @@ impl<F: Float> Model<F> {
     pub fn select(
         &self,
         dev: &Device,
-        acts: &Activations<'_, F>,
+        acts: &Activations<'_, T>,
         rows: View<'_, u32>,
-        out: &mut Selected<'_, F>,
+        out: &mut Selected<'_, T>,
     ) -> Result<()> {
         let Some(x) = acts.x.last() else {
             return Err(Error::value("activations", "at least one stream", 0));
@@ -332,7 +399,8 @@ impl<F: Float> Model<F> {
 
     /// Adds to `grads` the gradient of all trunk weights, given `dh` `[selected, hidden]`, the
     /// gradient of the hidden states that [`Model::select`] made from `selected_rows`. The head's
-    /// own weight is the caller's. Every segment must be a whole sequence, from position 0.
+    /// own weight is the caller's. Every segment must be a whole sequence, from position 0. Where the forward pass
+    /// kept the residual stream alone, blocks are computed again, with its very bits, and `cache` is written.
     ///
     /// # Errors
     /// [`Error::Shape`] if the buffers do not belong to one pass.
@@ -340,25 +408,31 @@ impl<F: Float> Model<F> {
     pub fn backward(
         &self,
         dev: &Device,
-        grads: &mut Params<F>,
+        grads: &mut Params<T::Acc>,
         rows: &Rows<'_>,
-        acts: &mut Activations<'_, F>,
-        selected: &Selected<'_, F>,
+        acts: &mut Activations<'_, T>,
+        cache: &mut Cache<'_, T>,
+        selected: &Selected<'_, T>,
         selected_rows: View<'_, u32>,
-        dh: View<'_, F>,
-        g: &mut Gradients<'_, F>,
+        dh: View<'_, T>,
+        g: &mut Gradients<'_, T>,
     ) -> Result<()> {
         let hidden = self.spec.hidden;
         let d = (g.dselected.view_mut(), g.scratch.view_mut());
         let x = selected.x.view();
         self.norm_backward(dev, grads, d, dh, x, &selected.norm, Slot::FinalNorm, None)?;
-        g.dx.host_mut().fill(F::ZERO);
+        dev.zero(g.dx.view_mut())?;
         let (dx, d, order) = (g.dx.view_mut(), g.dselected.view(), g.order.view_mut());
         embedding::scatter(dev, dx, order, selected_rows, d, hidden)?;
         for l in (0..self.spec.layers).rev() {
-            let b = &acts.blocks[l];
+            let kept = acts.blocks.len() == self.spec.layers;
+            let b = &mut acts.blocks[if kept { l } else { 0 }];
+            let (x, mut scratch) = (acts.x[l].view(), acts.scratch.view_mut());
+            if !kept {
+                self.attend(dev, l, rows, x, b, &mut cache.layers[0], scratch.reborrow())?;
+                self.expand(dev, l, b)?;
+            }
             self.feed_forward_backward(dev, grads, l, b, g)?;
-            let (x, scratch) = (acts.x[l].view(), acts.scratch.view_mut());
             self.attend_backward(dev, grads, l, rows, x, b, g, scratch)?;
         }
         if let Some(d) = grads.get_mut(Slot::Embedding, None) {
@@ -374,10 +448,10 @@ impl<F: Float> Model<F> {
     fn feed_forward_backward(
         &self,
         dev: &Device,
-        grads: &mut Params<F>,
+        grads: &mut Params<T::Acc>,
         l: usize,
-        b: &Block<'_, F>,
-        g: &mut Gradients<'_, F>,
+        b: &Block<'_, T>,
+        g: &mut Gradients<'_, T>,
     ) -> Result<()> {
         let (h, up, mlp) = (self.spec.hidden, self.spec.up_cols(), self.spec.mlp_hidden);
         let at = Some(l);
@@ -405,13 +479,13 @@ impl<F: Float> Model<F> {
     fn attend_backward(
         &self,
         dev: &Device,
-        grads: &mut Params<F>,
+        grads: &mut Params<T::Acc>,
         l: usize,
         rows: &Rows<'_>,
-        x: View<'_, F>,
-        b: &Block<'_, F>,
-        g: &mut Gradients<'_, F>,
-        scratch: ViewMut<'_, F>,
+        x: View<'_, T>,
+        b: &Block<'_, T>,
+        g: &mut Gradients<'_, T>,
+        scratch: ViewMut<'_, T::Acc>,
     ) -> Result<()> {
         let (h, att, qkv) = (self.spec.hidden, self.spec.attention_cols(), self.spec.qkv_cols());
         let (shape, at) = (self.spec.attention(), Some(l));
@@ -448,11 +522,11 @@ impl<F: Float> Model<F> {
     fn norm_backward(
         &self,
         dev: &Device,
-        grads: &mut Params<F>,
-        (dx, scratch): (ViewMut<'_, F>, ViewMut<'_, F>),
-        dy: View<'_, F>,
-        x: View<'_, F>,
-        kept: &Normed<'_, F>,
+        grads: &mut Params<T::Acc>,
+        (dx, scratch): (ViewMut<'_, T>, ViewMut<'_, T::Acc>),
+        dy: View<'_, T>,
+        x: View<'_, T>,
+        kept: &Normed<'_, T>,
         slot: Slot,
         layer: Option<usize>,
     ) -> Result<()> {

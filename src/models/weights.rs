@@ -3,6 +3,7 @@
 use std::{
     borrow::Cow,
     collections::{BTreeMap, HashMap},
+    ops::Range,
     path::{Path, PathBuf},
 };
 
@@ -11,9 +12,11 @@ use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 
-use super::{Config, Family, Head, Layout, Model, Params, Position, Slot, Spec, Tensor};
+use super::{
+    Config, Family, Head, Layout, Model, Params, Position, Slot, Spec, Tensor, Use, Widths,
+};
 use crate::{
-    device::{Device, Float, file},
+    device::{Device, Element, Float, file},
     error::{Error, Result},
     rng::{Philox, Purpose},
 };
@@ -38,8 +41,9 @@ fn sources(family: &Family, t: &Tensor, spec: &Spec) -> Vec<Source> {
         _ => {}
     }
     let names = family.names.iter().find(|n| n.0 == t.slot).map_or(&[][..], |n| n.1);
-    let (q, kv) = (spec.q_heads * spec.head_dim, spec.kv_heads * spec.head_dim);
-    let total = if t.slot.is_vector() { t.cols } else { t.rows };
+    let d = spec.stored().head_dim;
+    let (q, kv) = (spec.q_heads * d, spec.kv_heads * d);
+    let total = stored_rows(t, spec);
     let parts: &[usize] = match (t.slot, names.len()) {
         (_, 1) => &[total],
         (Slot::Qkv | Slot::QkvBias, 3) => &[q, kv, kv],
@@ -50,6 +54,59 @@ fn sources(family: &Family, t: &Tensor, spec: &Spec) -> Vec<Source> {
         rows: *rows,
     };
     names.iter().zip(parts).map(source).collect()
+}
+
+/// Rows of a stored weight, or the length of a vector.
+fn stored_rows(t: &Tensor, spec: &Spec) -> usize {
+    let Widths { head_dim, mlp_hidden } = spec.stored();
+    match t.slot {
+        Slot::Qkv | Slot::QkvBias => (spec.q_heads + 2 * spec.kv_heads) * head_dim,
+        Slot::Up | Slot::UpBias => spec.up_cols() / spec.mlp_hidden * mlp_hidden,
+        _ if t.slot.is_vector() => t.cols,
+        _ => t.rows,
+    }
+}
+
+/// Where the rows and columns of stored weights are in ours, which may be wider ([`Spec::stored`]). A vector is a
+/// column.
+struct Places {
+    rows: Vec<usize>,
+    cols: Vec<usize>,
+    /// From one of our rows to the next.
+    stride: usize,
+}
+
+impl Places {
+    fn of(t: &Tensor, spec: &Spec) -> Self {
+        let all = |n: usize| (0..n).collect::<Vec<_>>();
+        let widths = spec.stored();
+        // Halves of a head stay halves: rotary pairs are as far apart as the kernels look for them.
+        let (d, wide) = (widths.head_dim, spec.head_dim);
+        let at = |i: usize| if i < d / 2 || d == wide { i } else { wide / 2 + i - d / 2 };
+        let heads = |n: usize| (0..n).map(|i| i / d * wide + at(i % d)).collect::<Vec<_>>();
+        let (m, wide) = (widths.mlp_hidden, spec.mlp_hidden);
+        let n = stored_rows(t, spec);
+        let rows = match t.slot {
+            Slot::Qkv | Slot::QkvBias => heads(n),
+            Slot::Up | Slot::UpBias => (0..n).map(|i| i / m * wide + i % m).collect(),
+            _ => all(n),
+        };
+        if t.slot.is_vector() {
+            return Self { rows, cols: vec![0], stride: 1 };
+        }
+        let cols = match t.slot {
+            Slot::Out => heads(spec.q_heads * d),
+            Slot::Down => all(m),
+            _ => all(t.cols),
+        };
+        Self { rows, cols, stride: t.cols }
+    }
+
+    /// Ours are no wider.
+    fn plain(&self) -> bool {
+        let in_place = |x: &[usize]| x.last().is_none_or(|last| last + 1 == x.len());
+        self.cols.len() == self.stride && in_place(&self.rows)
+    }
 }
 
 /// Tensors by name: what each holds, and its file.
@@ -118,12 +175,13 @@ fn shards(index: &Path) -> Result<Vec<String>> {
 /// # Errors
 /// [`Error::Io`] and [`Error::File`], naming file and tensor: missing, of the wrong shape or
 /// dtype, not finite, or unknown (a tensor that would be ignored is a model that is misread).
-pub fn load<F: Float>(
+pub fn load<T: Element>(
     dev: &Device,
     dir: &Path,
     head: Head,
     new_head: Option<u64>,
-) -> Result<Model<F>> {
+    used: Use,
+) -> Result<Model<T>> {
     let config = Config::read(dir)?;
     let (family, spec) = config.spec()?;
     let folder = Folder::open(dir)?;
@@ -132,26 +190,28 @@ pub fn load<F: Float>(
         let message = format!("`{SCORE}` is missing: it is no reward model");
         return Err(Error::file(dir, message));
     }
-    check_sizes::<F>(dir, &config, family, &spec, head, &stored)?;
-    let mut model = Model::zeros(dev, config, head)?;
+    check_sizes::<T>(dir, &config, family, &spec, head, &stored)?;
+    let mut model = Model::zeros(dev, config, head, used)?;
+    let mut out = Vec::new();
     for t in model.params.layout().clone().tensors() {
         if let (Slot::Score, Some(seed), false) = (t.slot, new_head, stored.contains_key(SCORE)) {
-            init_score(model.params.tensor_mut(t).host(), seed);
+            model.write(dev, t, &new_score(t.cols, seed))?;
             continue;
         }
-        let out = model.params.tensor_mut(t).host();
-        let mut row = 0;
-        for source in sources(family, t, &spec) {
+        out.clear();
+        out.resize(t.len(), T::Acc::ZERO);
+        let (places, mut row) = (Places::of(t, &model.spec), 0);
+        for source in sources(family, t, &model.spec) {
             let name = stored_name(&stored, family, &source.name);
             let Some((view, path)) = stored.remove(name) else {
                 return Err(Error::file(dir, format!("`{name}` is missing")));
             };
-            let cols = if t.slot.is_vector() { 1 } else { t.cols };
-            let part = &mut out[row * cols..(row + source.rows) * cols];
-            copy(part, &view, (source.rows, cols), is_transposed(family, t))
+            let rows = row..row + source.rows;
+            row = rows.end;
+            copy::<T>(&mut out, &places, rows, &view, is_transposed(family, t))
                 .map_err(|message| Error::file(path, format!("`{name}` {message}")))?;
-            row += source.rows;
         }
+        model.write(dev, t, &out)?;
     }
     let known = |name: &str| {
         name == LM_HEAD || name == SCORE || family.ignored.iter().any(|end| name.ends_with(end))
@@ -176,7 +236,7 @@ fn is_transposed(family: &Family, t: &Tensor) -> bool {
 
 /// Refuses a config whose sizes are not those of the stored tensors. It is run before anything is
 /// allocated by the config's word, so that a model never takes memory that its files cannot fill.
-fn check_sizes<F: Float>(
+fn check_sizes<T: Element>(
     dir: &Path,
     config: &Config,
     family: &Family,
@@ -216,7 +276,7 @@ fn check_sizes<F: Float>(
     }
     if let Position::Rope(_) = spec.position {
         let files: usize = stored.values().map(|(view, _)| view.data().len()).sum();
-        let table = spec.max_positions * spec.head_dim * size_of::<F>();
+        let table = spec.max_positions * spec.head_dim * size_of::<T::Acc>();
         // No less than this: small models with long contexts exist.
         if table > files.max(64 << 20) {
             let want = format!(
@@ -228,23 +288,31 @@ fn check_sizes<F: Float>(
     Ok(())
 }
 
-/// Widens a stored tensor of the right shape into `out` `[rows, cols]`; the message says what was
-/// wanted and came.
-fn copy<F: Float>(
-    out: &mut [F],
+/// Widens a stored tensor of the right shape into the rows `rows` of one of ours; the message says what was wanted
+/// and came.
+fn copy<T: Element>(
+    out: &mut [T::Acc],
+    places: &Places,
+    rows: Range<usize>,
     view: &TensorView<'_>,
-    (rows, cols): (usize, usize),
     transposed: bool,
 ) -> Result<(), String> {
-    let place = |i: usize| if transposed { i % rows * cols + i / rows } else { i };
+    let (n, cols) = (rows.len(), places.cols.len());
+    let plain = places.plain() && !transposed;
+    let place = |i: usize| {
+        if plain {
+            return rows.start * cols + i;
+        }
+        let (r, c) = if transposed { (i % n, i / n) } else { (i / cols, i % cols) };
+        places.rows[rows.start + r] * places.stride + places.cols[c]
+    };
     let data = view.data();
     let mut bad = None;
     let mut put = |i: usize, x: f64| {
-        let y = F::of(x);
-        if !y.is_finite() {
+        if !T::of(x).f64().is_finite() {
             bad.get_or_insert((i, x));
         }
-        out[place(i)] = y;
+        out[place(i)] = <T::Acc as Element>::of(x);
     };
     let two = |c: &[u8]| u16::from_le_bytes([c[0], c[1]]);
     match view.dtype() {
@@ -263,23 +331,21 @@ fn copy<F: Float>(
         other => return Err(format!("is {other:?}, wanted F32, F16, BF16 or F64")),
     }
     match bad {
-        Some((i, x)) => Err(format!("has {x} at element {i}, wanted finite {}", F::NAME)),
+        Some((i, x)) => Err(format!("has {x} at element {i}, wanted finite {}", T::NAME)),
         None => Ok(()),
     }
 }
 
-/// Draws a scalar head.
-pub(super) fn init_score<F: Float>(w: &mut [F], seed: u64) {
+/// A new scalar head.
+pub(super) fn new_score<F: Float>(cols: usize, seed: u64) -> Vec<F> {
     let draw = Philox::new(seed, 0, 0, Purpose::Init);
-    let std = 1.0 / ((w.len() + 1) as f64).sqrt();
-    for (i, w) in w.iter_mut().enumerate() {
-        *w = F::of(std * draw.normal(i as u32));
-    }
+    let std = 1.0 / ((cols + 1) as f64).sqrt();
+    (0..cols).map(|i| F::of(std * draw.normal(i as u32))).collect()
 }
 
 /// A stored tensor, made when the writer asks for it.
-struct Stored<'a, F> {
-    data: &'a [F],
+struct Stored<'a, F: Clone> {
+    data: Cow<'a, [F]>,
     shape: Vec<usize>,
     transposed: bool,
 }
@@ -293,31 +359,39 @@ impl<F: Float> safetensors::View for Stored<'_, F> {
     }
     fn data(&self) -> Cow<'_, [u8]> {
         if !self.transposed {
-            return Cow::Borrowed(bytemuck::cast_slice(self.data));
+            return Cow::Borrowed(bytemuck::cast_slice(&self.data));
         }
         let (k, n) = (self.shape[0], self.shape[1]);
         let turned: Vec<F> = (0..k * n).map(|i| self.data[i % n * k + i / n]).collect();
         Cow::Owned(bytemuck::cast_slice(&turned).to_vec())
     }
     fn data_len(&self) -> usize {
-        size_of_val(self.data)
+        size_of_val(&*self.data)
     }
 }
 
-/// The tensors of `params` as Hugging Face names and shapes them.
-fn stored<'a, F: Float>(
-    model: &'a Model<F>,
-    params: &'a Params<F>,
+/// The tensors of a model as Hugging Face names and shapes them, from all its numbers.
+fn stored<'a, T: Element, F: Float>(
+    model: &'a Model<T>,
+    flat: &'a [F],
 ) -> impl Iterator<Item = (String, Stored<'a, F>)> {
-    params.layout().tensors().iter().flat_map(move |t| {
-        let all = params.tensor(t).host();
+    model.params.layout().tensors().iter().flat_map(move |t| {
+        let all = &flat[t.offset..t.offset + t.len()];
         let transposed = is_transposed(model.family, t);
-        let vector = t.slot.is_vector();
-        let cols = if vector { 1 } else { t.cols };
-        let mut row = 0;
+        let (vector, places) = (t.slot.is_vector(), Places::of(t, &model.spec));
+        let (cols, mut row) = (places.cols.len(), 0);
         sources(model.family, t, &model.spec).into_iter().map(move |source| {
-            let data = &all[row * cols..(row + source.rows) * cols];
-            row += source.rows;
+            let rows = row..row + source.rows;
+            row = rows.end;
+            let data = if places.plain() {
+                Cow::Borrowed(&all[rows.start * cols..rows.end * cols])
+            } else {
+                let mut part = Vec::with_capacity(rows.len() * cols);
+                for r in &places.rows[rows] {
+                    part.extend(places.cols.iter().map(|c| all[r * places.stride + c]));
+                }
+                Cow::Owned(part)
+            };
             let shape = match (t.slot, vector, transposed) {
                 (Slot::Score, ..) => vec![1, t.cols],
                 (_, true, _) => vec![source.rows],
@@ -329,20 +403,42 @@ fn stored<'a, F: Float>(
     })
 }
 
-/// Weights, gradients or moments under their Hugging Face names: name, shape, numbers in the
-/// stored order.
-#[must_use]
-pub fn named<F: Float>(model: &Model<F>, params: &Params<F>) -> Vec<(String, Vec<usize>, Vec<F>)> {
+/// A tensor as Hugging Face has it: name, shape, numbers in the stored order.
+pub type Named<F> = (String, Vec<usize>, Vec<F>);
+
+/// Weights, gradients or moments under their Hugging Face names.
+///
+/// # Errors
+/// [`Error::Device`] if they cannot be read.
+pub fn named<T: Element, F: Float>(
+    dev: &Device,
+    model: &Model<T>,
+    params: &Params<F>,
+) -> Result<Vec<Named<F>>> {
     use safetensors::View;
     let numbers = |s: &Stored<'_, F>| bytemuck::allocation::pod_collect_to_vec::<u8, F>(&s.data());
-    stored(model, params).map(|(name, s)| (name, s.shape.clone(), numbers(&s))).collect()
+    let flat = dev.on_host(params.flat())?;
+    Ok(stored(model, &flat).map(|(name, s)| (name, s.shape.clone(), numbers(&s))).collect())
+}
+
+/// Weights of a model in files.
+#[must_use]
+pub fn count<T: Element>(model: &Model<T>) -> usize {
+    let size = |t: &Tensor| {
+        let p = Places::of(t, &model.spec);
+        p.rows.len() * p.cols.len()
+    };
+    model.params.layout().tensors().iter().map(size).sum()
 }
 
 /// The Hugging Face name of the tensor that holds element `i` of all weights (or gradients).
 #[must_use]
-pub fn tensor_at<F: Float>(model: &Model<F>, i: usize) -> Option<String> {
+pub fn tensor_at<T: Element>(model: &Model<T>, i: usize) -> Option<String> {
     let t = model.params.layout().at(i)?;
-    let row = (i - t.offset) / if t.slot.is_vector() { 1 } else { t.cols };
+    let places = Places::of(t, &model.spec);
+    let own = (i - t.offset) / places.stride;
+    // What lies beside a stored row counts as that row.
+    let row = places.rows.partition_point(|r| *r <= own).saturating_sub(1);
     let mut end = 0;
     let holds = |s: &Source| {
         end += s.rows;
@@ -357,14 +453,15 @@ pub fn tensor_at<F: Float>(model: &Model<F>, i: usize) -> Option<String> {
 ///
 /// # Errors
 /// [`Error::Io`] or [`Error::File`] if a file cannot be written.
-pub fn save<F: Float>(model: &Model<F>, dir: &Path) -> Result<()> {
+pub fn save<T: Element>(dev: &Device, model: &Model<T>, dir: &Path) -> Result<()> {
     let path = dir.join("config.json");
     let mut text = serde_json::to_string_pretty(&Value::Object(config(model)))
         .map_err(|e| Error::file(&path, e.to_string()))?;
     text.push('\n');
     std::fs::write(&path, text).map_err(Error::io("write", &path))?;
 
-    let stored: BTreeMap<String, Stored<'_, F>> = stored(model, &model.params).collect();
+    let flat = dev.on_host(model.master()?)?;
+    let stored: BTreeMap<String, Stored<'_, T::Acc>> = stored(model, &flat).collect();
     let path = dir.join(SINGLE);
     let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
     safetensors::serialize_to_file(stored, Some(metadata), &path)
@@ -372,7 +469,7 @@ pub fn save<F: Float>(model: &Model<F>, dir: &Path) -> Result<()> {
 }
 
 /// The loaded `config.json` with head and dtype as they are now.
-fn config<F: Float>(model: &Model<F>) -> serde_json::Map<String, Value> {
+fn config<T: Element>(model: &Model<T>) -> serde_json::Map<String, Value> {
     let mut json = model.config.json().clone();
     let architecture = match model.head {
         Head::Lm => model.family.causal_lm,
@@ -381,7 +478,7 @@ fn config<F: Float>(model: &Model<F>) -> serde_json::Map<String, Value> {
     json.insert("architectures".into(), json!([architecture]));
     // "torch_dtype" up to transformers 4, "dtype" from 5
     let key = if json.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-    json.insert(key.into(), json!(if size_of::<F>() == 4 { "float32" } else { "float64" }));
+    json.insert(key.into(), json!(if size_of::<T::Acc>() == 4 { "float32" } else { "float64" }));
     if model.head == Head::Scalar {
         json.insert("num_labels".into(), json!(1));
         json.insert("id2label".into(), json!({"0": "LABEL_0"}));

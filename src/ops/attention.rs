@@ -18,7 +18,7 @@ mod cuda;
 mod hopper;
 mod parts;
 
-pub use parts::{Parts, Work};
+pub use parts::{Parts, Work, most_words};
 
 use std::ops::Range;
 
@@ -34,6 +34,16 @@ pub const PAGE: usize = NR;
 
 /// The widest head: a panel of one page must fit the stack.
 pub const MAX_HEAD_DIM: usize = 256;
+
+/// `d`, or the next width of a head that kernels take on `dev`.
+#[must_use]
+pub fn width(dev: &Device, d: usize) -> usize {
+    let wider = |widths: &[usize]| widths.iter().copied().find(|w| *w >= d).unwrap_or(d);
+    match dev {
+        Device::Cpu(_) => d,
+        Device::Cuda(_) => wider(&cuda::WIDTHS),
+    }
+}
 
 /// What an attention layer computes.
 #[derive(Clone, Debug, PartialEq)]

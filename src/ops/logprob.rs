@@ -26,7 +26,7 @@ use crate::{
         cuda::{Launch, kernels::logprob as kernel},
     },
     error::{Error, Result},
-    ops::matmul::{self, Packed},
+    ops::matmul::{self, Weight},
     shape, simd,
 };
 
@@ -121,18 +121,19 @@ fn check_targets(op: &str, targets: &[u32], vocab: usize) -> Result<()> {
 /// positive, or a target beyond the vocabulary; on a CUDA device its log-prob becomes NaN instead. There
 /// [`Error::Device`] as [`super::matmul::forward`].
 #[allow(clippy::too_many_arguments)]
-pub fn forward<T: Element>(
+pub fn forward<'a, T: Element>(
     dev: &Device,
     logp: ViewMut<'_, T::Acc>,
     lse: ViewMut<'_, T::Acc>,
     entropy: Option<ViewMut<'_, T::Acc>>,
     h: View<'_, T>,
-    w: &Packed<T>,
+    w: impl Into<Weight<'a, T>>,
     targets: View<'_, u32>,
     settings: Settings<T::Acc>,
     scratch: ViewMut<'_, T::Acc>,
 ) -> Result<()> {
     const OP: &str = "logprob";
+    let w = w.into();
     let (rows, vocab, d) = (targets.len(), w.n(), w.k());
     shape::check(OP, "h", &[rows, d], h.len())?;
     settings.validate(OP)?;
@@ -206,7 +207,7 @@ fn on_cuda<T: Element>(
     cuda: &Cuda,
     out: Outputs<'_, T::Acc>,
     h: View<'_, T>,
-    w: &Packed<T>,
+    w: Weight<'_, T>,
     targets: View<'_, u32>,
     settings: Settings<T::Acc>,
     scratch: ViewMut<'_, T::Acc>,
@@ -323,8 +324,8 @@ pub fn from_logits<T: Element>(
 pub struct Forward<'a, T: Element> {
     /// Hidden states `[rows, d]`.
     pub h: View<'a, T>,
-    /// The head, packed.
-    pub packed: &'a Packed<T>,
+    /// The head as [`forward`] reads it.
+    pub packed: Weight<'a, T>,
     /// The head `[vocab, d]`.
     pub w: View<'a, T>,
     /// `[rows]`

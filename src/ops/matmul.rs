@@ -29,36 +29,27 @@ use crate::{
     shape, simd,
 };
 
-/// A weight `[n, k]` as [`forward`] reads it, made anew after each optimizer step: in panels on the CPU, by
-/// rows on a CUDA device.
-#[derive(Debug)]
-pub struct Packed<T: 'static> {
-    data: Buffer<'static, T>,
+/// A weight `[n, k]` as [`forward`] reads it: in panels on the CPU, by rows on a CUDA device.
+#[derive(Clone, Copy, Debug)]
+pub struct Weight<'a, T> {
+    data: View<'a, T>,
     n: usize,
     k: usize,
 }
 
-impl<T: Element> Packed<T> {
-    /// Room for a weight of `n` outputs and `k` inputs.
+impl<'a, T: Element> Weight<'a, T> {
+    /// A weight as it is stored, for a CUDA device.
     ///
     /// # Errors
-    /// [`crate::Error::Memory`] if there is no room, [`crate::Error::Value`] if `k` is no multiple of 8 on a
-    /// CUDA device.
-    pub fn new(dev: &Device, n: usize, k: usize) -> Result<Self> {
-        let len = match dev {
-            Device::Cpu(_) => gemm::packed_len(k, n),
-            Device::Cuda(_) => {
-                eights("matmul", 0, k)?;
-                n.saturating_mul(k)
-            }
-        };
-        if let Device::Cuda(cuda) = dev {
-            // Algorithms are chosen here, since choosing takes memory.
-            for of in [Of::Forward, Of::BackwardInput, Of::BackwardWeight] {
-                pinned::<T>(cuda, of, n, k)?;
-            }
+    /// [`crate::Error::Device`] on the CPU, which reads a [`Packed`] one; [`crate::Error::Shape`] if `w` is not
+    /// `n * k` long.
+    pub fn rows(dev: &Device, w: View<'a, T>, (n, k): (usize, usize)) -> Result<Self> {
+        if let Device::Cpu(_) = dev {
+            let reason = "it reads packed weights, not rows".into();
+            return Err(Error::Device { wanted: "cpu".into(), reason });
         }
-        Ok(Self { data: Buffer::new(dev, "a packed weight", len)?, n, k })
+        shape::check("matmul", "w", &[n, k], w.len())?;
+        Ok(Self { data: w, n, k })
     }
 
     /// Outputs.
@@ -73,10 +64,76 @@ impl<T: Element> Packed<T> {
         self.k
     }
 
-    /// The weight in its form: panels on the CPU, to multiply by a part of them; `[n, k]` on a CUDA device.
+    /// Panels, to multiply by a part of them; `[n, k]` on a CUDA device.
     #[must_use]
-    pub fn view(&self) -> View<'_, T> {
-        self.data.view()
+    pub fn view(&self) -> View<'a, T> {
+        self.data
+    }
+}
+
+impl<'a, T: Element> From<&'a Packed<T>> for Weight<'a, T> {
+    fn from(p: &'a Packed<T>) -> Self {
+        Self { data: p.data.view(), n: p.n, k: p.k }
+    }
+}
+
+/// Gets ready to multiply by weights `[n, k]` on this device: cuBLASLt's algorithms are chosen here, where the
+/// device may use it, since choosing takes memory.
+///
+/// # Errors
+/// [`crate::Error::Value`] if `k` is no multiple of 8 on a CUDA device.
+pub fn prepare<T: Element>(dev: &Device, n: usize, k: usize) -> Result<()> {
+    if let Device::Cuda(cuda) = dev {
+        eights("matmul", 0, k)?;
+        for of in [Of::Forward, Of::BackwardInput, Of::BackwardWeight] {
+            pinned::<T>(cuda, of, n, k)?;
+        }
+    }
+    Ok(())
+}
+
+/// A [`Weight`] in memory of its own, made anew after each optimizer step: what the CPU needs.
+#[derive(Debug)]
+pub struct Packed<T: 'static> {
+    data: Buffer<'static, T>,
+    n: usize,
+    k: usize,
+}
+
+impl<T: Element> Packed<T> {
+    /// Room for a weight of `n` outputs and `k` inputs.
+    ///
+    /// # Errors
+    /// [`crate::Error::Memory`] if there is no room, [`crate::Error::Value`] if `k` is no multiple of 8 on a
+    /// CUDA device.
+    pub fn new(dev: &Device, n: usize, k: usize) -> Result<Self> {
+        prepare::<T>(dev, n, k)?;
+        Ok(Self { data: Buffer::new(dev, "a packed weight", Self::len(dev, n, k))?, n, k })
+    }
+
+    fn len(dev: &Device, n: usize, k: usize) -> usize {
+        match dev {
+            Device::Cpu(_) => gemm::packed_len(k, n),
+            Device::Cuda(_) => n.saturating_mul(k),
+        }
+    }
+
+    /// Bytes that it takes.
+    #[must_use]
+    pub fn bytes(dev: &Device, n: usize, k: usize) -> usize {
+        Self::len(dev, n, k).saturating_mul(size_of::<T>())
+    }
+
+    /// Outputs.
+    #[must_use]
+    pub fn n(&self) -> usize {
+        self.n
+    }
+
+    /// Inputs.
+    #[must_use]
+    pub fn k(&self) -> usize {
+        self.k
     }
 
     /// Copies `w` `[n, k]` in.
@@ -115,6 +172,15 @@ fn eights(op: &str, n: usize, k: usize) -> Result<()> {
     }
 }
 
+/// `n`, or the next number of outputs or inputs that weights may have on `dev`.
+#[must_use]
+pub fn width(dev: &Device, n: usize) -> usize {
+    match dev {
+        Device::Cpu(_) => n,
+        Device::Cuda(_) => n.next_multiple_of(8),
+    }
+}
+
 /// `y = x Wᵀ (+ bias) (+ residual)`: `x` `[m, k]`, `y` and `residual` `[m, n]`, `bias` `[n]`. `2 m n k` FLOPs.
 ///
 /// Bias and residual are added to the f32 sum, in this order; on the CPU each with one more rounding.
@@ -122,14 +188,15 @@ fn eights(op: &str, n: usize, k: usize) -> Result<()> {
 /// # Errors
 /// [`crate::Error::Shape`] if a buffer does not fit; on a CUDA device [`crate::Error::Device`] if one does not
 /// begin at a multiple of 16 bytes, or there is no kernel for its type: there are those for bf16.
-pub fn forward<T: Element>(
+pub fn forward<'a, T: Element>(
     dev: &Device,
     mut y: ViewMut<'_, T>,
     x: View<'_, T>,
-    w: &Packed<T>,
+    w: impl Into<Weight<'a, T>>,
     bias: Option<View<'_, T>>,
     residual: Option<View<'_, T>>,
 ) -> Result<()> {
+    let w = w.into();
     let (n, k) = (w.n, w.k);
     let m = shape::rows("matmul", "x", x.len(), k)?;
     shape::check("matmul", "y", &[m, n], y.len())?;
@@ -177,16 +244,17 @@ pub struct After {
 /// # Errors
 /// As [`forward`].
 #[allow(clippy::too_many_arguments)]
-pub fn activated<T: Element>(
+pub fn activated<'a, T: Element>(
     dev: &Device,
     after: After,
     y: ViewMut<'_, T>,
     mut up: ViewMut<'_, T>,
     x: View<'_, T>,
-    w: &Packed<T>,
+    w: impl Into<Weight<'a, T>>,
     bias: Option<View<'_, T>>,
 ) -> Result<()> {
     const OP: &str = "matmul::activated";
+    let w = w.into();
     let (n, k) = (w.n, w.k);
     let m = shape::rows(OP, "x", x.len(), k)?;
     let cols = if after.gated { n / 2 } else { n };

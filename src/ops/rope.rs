@@ -73,7 +73,22 @@ impl<F: Float> Table<F> {
     /// # Errors
     /// [`Error::Memory`] if there is no room.
     pub fn new(dev: &Device, rope: &Rope, head_dim: usize, positions: usize) -> Result<Self> {
-        let freq = rope.inv_freq(head_dim);
+        Self::wide(dev, rope, (head_dim, head_dim), positions)
+    }
+
+    /// For heads of `head_dim` that lie in wider ones: the first half of each at the beginning of a half of
+    /// `width`. What is beside them is not turned.
+    ///
+    /// # Errors
+    /// As [`Table::new`].
+    pub fn wide(
+        dev: &Device,
+        rope: &Rope,
+        (head_dim, width): (usize, usize),
+        positions: usize,
+    ) -> Result<Self> {
+        let mut freq = rope.inv_freq(head_dim);
+        freq.resize(freq.len().max(width / 2), 0.0);
         let half = freq.len();
         let mut rows = Buffer::new(dev, "the rotary table", positions * 2 * half)?;
         let fill = |rows: &mut [F]| {

@@ -67,7 +67,9 @@ impl Params {
         Ok(())
     }
 
-    fn filters(&self) -> bool {
+    /// Whether some tokens are kept from being drawn.
+    #[must_use]
+    pub fn filters(&self) -> bool {
         self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0
     }
 }
@@ -77,6 +79,21 @@ const UNIT: f64 = (1u64 << 44) as f64;
 
 /// The largest vocabulary: so many units still fit 64 bits.
 const MAX_VOCAB: usize = 1 << 19;
+
+/// Logits `[rows, vocab]`, or the first `vocab` of each row.
+#[derive(Clone, Copy, Debug)]
+pub struct Logits<'a, T> {
+    /// All rows.
+    pub z: View<'a, T>,
+    /// Logits of a row that count; all where there is no number.
+    pub vocab: Option<usize>,
+}
+
+impl<'a, T> From<View<'a, T>> for Logits<'a, T> {
+    fn from(z: View<'a, T>) -> Self {
+        Self { z, vocab: None }
+    }
+}
 
 /// Elements of scratch that [`next`] needs.
 #[must_use]
@@ -90,10 +107,10 @@ pub fn scratch_len(rows: usize, vocab: usize) -> usize {
 /// # Errors
 /// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] if a parameter is out of range.
 #[allow(clippy::too_many_arguments)]
-pub fn next<T: Element>(
+pub fn next<'a, T: Element>(
     dev: &Device,
     tokens: ViewMut<'_, u32>,
-    logits: View<'_, T>,
+    logits: impl Into<Logits<'a, T>>,
     params: &Params,
     stream: Stream,
     samples: View<'_, u64>,
@@ -106,7 +123,12 @@ pub fn next<T: Element>(
     if rows == 0 {
         return Ok(());
     }
-    let vocab = shape::rows(OP, "logits", logits.len(), rows)?;
+    let Logits { z: logits, vocab } = logits.into();
+    let stride = shape::rows(OP, "logits", logits.len(), rows)?;
+    let vocab = vocab.unwrap_or(stride);
+    if vocab > stride {
+        return Err(Error::shape(OP, "logits", &[rows, vocab], &[rows, stride]));
+    }
     shape::check(OP, "samples", &[rows], samples.len())?;
     shape::check(OP, "positions", &[rows], positions.len())?;
     if !(1..=MAX_VOCAB).contains(&vocab) {
@@ -122,7 +144,7 @@ pub fn next<T: Element>(
             let out = ((tokens.host(), 1), (scratch, 2 * vocab));
             cpu.rows(rows, 1, out, |range, (tokens, scratch)| {
                 for (i, r) in range.enumerate() {
-                    let z = &logits[r * vocab..][..vocab];
+                    let z = &logits[r * stride..][..vocab];
                     let (p, order) = scratch[i * 2 * vocab..][..2 * vocab].split_at_mut(vocab);
                     tokens[i] = if greedy {
                         argmax(z)
@@ -139,7 +161,7 @@ pub fn next<T: Element>(
         }
         Device::Cuda(cuda) if greedy => {
             let launch = Launch::row(rows, kernel::WARPS * 8)?;
-            kernel::greedy(cuda, launch, tokens, logits, vocab)
+            kernel::greedy(cuda, launch, tokens, logits, vocab, stride)
         }
         Device::Cuda(cuda) => {
             let shared = kernel::WARPS * 4 + (kernel::WARPS + 1) * kernel::WAYS * 8;
@@ -155,6 +177,7 @@ pub fn next<T: Element>(
                 positions,
                 scratch,
                 vocab,
+                stride,
                 scale,
                 params.top_k.min(vocab),
                 top_p,

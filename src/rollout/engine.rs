@@ -2,15 +2,20 @@
 //!
 //! Sequences join and leave the batch as slots free up; because no row sees its batch and every
 //! draw is addressed by (seed, step, sample, position), neither the order nor the number of slots
-//! changes a token or a bit of its log-prob.
+//! changes a token or a bit of its log-prob. Samples of one prompt share the pages that it fills: they are
+//! computed once, and on a CUDA device read once for all of them.
 
 use std::collections::VecDeque;
 
 use crate::{
-    device::{Arena, Device, Float, Scope},
+    device::{Arena, Buffer, Device, Element, Float, Scope},
     error::{Error, Result},
-    models::{Activations, Batch, Cache, Model, Selected, Spec},
-    ops::{attention::PAGE, logprob, matmul, sample},
+    models::{Activations, Batch, Cache, Extent, Keep, Model, Selected, Spec, Staged},
+    ops::{
+        logprob::{self, Draws, Sampled},
+        matmul,
+        sample::{self, Logits},
+    },
     rng::Stream,
 };
 
@@ -82,16 +87,29 @@ impl Generator {
         Self { slots, max_len: longest + max_new, rows: rows.max(slots).max(longest) }
     }
 
-    /// Bytes that [`Generator::run`] needs of an arena.
+    /// Bytes that [`Generator::run`] needs of an arena to draw so.
     ///
     /// # Errors
     /// [`Error::Memory`] if the sizes overflow.
-    pub fn plan<F: Float>(&self, spec: &Spec) -> Result<usize> {
+    pub fn plan<T: Element>(
+        &self,
+        dev: &Device,
+        spec: &Spec,
+        sampling: &sample::Params,
+    ) -> Result<usize> {
         Arena::plan(|scope| {
-            let _cache = Cache::<F>::new(scope, spec, self.slots * self.max_len.div_ceil(PAGE))?;
+            let extent = self.extent(self.rows, self.slots);
+            let pages = extent.pages(spec.attention().page(dev));
+            let _cache = Cache::<T>::new(dev, scope, spec, pages)?;
             let pass = scope.child();
-            Pass::<F>::new(&pass, spec, self.rows, self.slots).map(drop)
+            Staged::plan(dev, &pass, spec, extent)?;
+            Pass::<T>::new(dev, &pass, spec, extent, sampling).map(drop)
         })
+    }
+
+    /// Of a pass of `rows` rows for `sequences` sequences.
+    fn extent(&self, rows: usize, sequences: usize) -> Extent {
+        Extent { rows, sequences, selected: sequences, cached: self.max_len }
     }
 
     /// Continues every prompt; completions come in the order of the prompts. `progress` hears the
@@ -100,24 +118,23 @@ impl Generator {
     /// # Errors
     /// [`Error::Value`] for an empty or too long prompt or an id out of range,
     /// [`Error::Interrupted`]-free: a stop by `progress` returns what is finished so far as `None`.
-    pub fn run<F: Float>(
+    pub fn run<T: Element>(
         &self,
         dev: &Device,
-        model: &Model<F>,
+        model: &Model<T>,
         scope: &Scope<'_>,
         prompts: &[Prompt],
         settings: &Settings,
         mut progress: impl FnMut(usize) -> bool,
-    ) -> Result<Option<Vec<Completion<F>>>> {
+    ) -> Result<Option<Vec<Completion<T::Acc>>>> {
         self.check(model.spec(), prompts, settings)?;
-        let per_slot = self.max_len.div_ceil(PAGE);
-        let mut cache = Cache::new(scope, model.spec(), self.slots * per_slot)?;
-        let mut free: Vec<u32> = (0..self.slots as u32).rev().collect();
+        let page = model.spec().attention().page(dev);
+        let mut pages = Pages::new(page, self.slots * self.max_len.div_ceil(page));
+        let mut cache = Cache::new(dev, scope, model.spec(), pages.held.len())?;
         let mut waiting: VecDeque<usize> = (0..prompts.len()).collect();
-        let mut live: Vec<Live<F>> = Vec::with_capacity(self.slots);
-        let mut done: Vec<Option<Completion<F>>> = vec![None; prompts.len()];
+        let mut live: Vec<Live<T::Acc>> = Vec::with_capacity(self.slots);
+        let mut done: Vec<Option<Completion<T::Acc>>> = vec![None; prompts.len()];
         let mut batch = Batch::with_capacity(self.rows);
-        let mut draws = Draws::default();
         if settings.max_new_tokens == 0 {
             waiting.clear();
             for (done, p) in done.iter_mut().zip(prompts) {
@@ -128,25 +145,28 @@ impl Generator {
         while !waiting.is_empty() || !live.is_empty() {
             // One row for each live sequence, and whole prompts while rows are left.
             batch.clear();
-            for s in &live {
+            for s in &mut live {
+                pages.grow(s);
                 batch.push_cached(&s.ids[s.cached..], s.cached, &s.pages);
             }
-            while let (Some(&next), Some(&slot)) = (waiting.front(), free.last()) {
+            while let Some(&next) = waiting.front().filter(|_| live.len() < self.slots) {
                 let ids = &prompts[next].ids;
-                if batch.len() + ids.len() > self.rows {
+                let mut s = Live::start(next, ids, settings.max_new_tokens);
+                // Its keys and values are there, or will be when this pass reads them.
+                if let Some(same) = live.iter().find(|s| prompts[s.index].ids == *ids) {
+                    pages.share(same, &mut s);
+                }
+                if batch.len() + ids.len() - s.cached > self.rows {
+                    pages.release(&s);
                     break;
                 }
                 waiting.pop_front();
-                free.pop();
-                let pages = slot * per_slot as u32..(slot + 1) * per_slot as u32;
-                let s = Live::start(next, ids, pages.collect(), settings.max_new_tokens);
-                batch.push_cached(&s.ids, 0, &s.pages);
+                pages.grow(&mut s);
+                batch.push_cached(&s.ids[s.cached..], s.cached, &s.pages);
                 live.push(s);
             }
             let pass = scope.child();
-            self.step(
-                dev, model, &pass, &batch, &mut cache, &mut live, prompts, settings, &mut draws,
-            )?;
+            self.step(dev, model, &pass, &batch, &mut cache, &mut live, prompts, settings)?;
             drop(pass);
             let made = live.len();
             live.retain_mut(|s| {
@@ -154,7 +174,7 @@ impl Generator {
                 let stopped = settings.stop_ids.contains(&last);
                 let ended = stopped || s.ids.len() - s.prompt == settings.max_new_tokens;
                 if ended {
-                    free.push(s.pages[0] / per_slot as u32);
+                    pages.release(s);
                     done[s.index] = Some(s.finish(prompts[s.index].sample, stopped));
                 }
                 !ended
@@ -189,45 +209,33 @@ impl Generator {
 
     /// One forward pass, one new token for each live sequence.
     #[allow(clippy::too_many_arguments)]
-    fn step<F: Float>(
+    fn step<T: Element>(
         &self,
         dev: &Device,
-        model: &Model<F>,
+        model: &Model<T>,
         scope: &Scope<'_>,
         batch: &Batch,
-        cache: &mut Cache<'_, F>,
-        live: &mut [Live<F>],
+        cache: &mut Cache<'_, T>,
+        live: &mut [Live<T::Acc>],
         prompts: &[Prompt],
         settings: &Settings,
-        draws: &mut Draws<F>,
     ) -> Result<()> {
-        let (spec, n) = (model.spec(), live.len());
-        let mut pass = Pass::<F>::new(scope, spec, batch.len(), n)?;
-        model.forward(dev, &batch.rows(), &mut pass.acts, cache)?;
-        model.select(dev, &pass.acts, batch.selected().into(), &mut pass.selected)?;
-        let (_, packed) = model.lm_head()?;
-        matmul::forward(dev, pass.logits.view_mut(), pass.selected.hidden(), packed, None, None)?;
-        draws.reset(live, prompts);
-        let scratch = pass.scratch.view_mut();
-        let (samples, positions) = ((&draws.samples).into(), (&draws.positions).into());
-        sample::next(
-            dev,
-            (&mut draws.tokens).into(),
-            pass.logits.view(),
-            &settings.sampling,
-            settings.stream,
-            samples,
-            positions,
-            scratch,
-        )?;
-        let (logp, lse) = ((&mut draws.logp).into(), (&mut draws.lse).into());
-        // Greedy decoding reports log-probs at temperature 1.
-        let t = settings.sampling.temperature;
-        let t = F::of(if t == 0.0 { 1.0 } else { f64::from(t) });
-        let tokens = (&draws.tokens).into();
-        let settings = logprob::Settings::at(t);
-        logprob::from_logits(dev, logp, lse, None, pass.logits.view(), tokens, settings)?;
-        for (s, (token, logp)) in live.iter_mut().zip(draws.tokens.iter().zip(&draws.logp)) {
+        let (spec, extent) = (model.spec(), self.extent(batch.len(), live.len()));
+        let pages = self.extent(0, self.slots).pages(spec.attention().page(dev));
+        let staged = batch.stage(dev, scope, spec, pages)?;
+        let mut pass = Pass::<T>::new(dev, scope, spec, extent, &settings.sampling)?;
+        let samples: Vec<u64> = live.iter().map(|s| prompts[s.index].sample).collect();
+        let positions: Vec<u32> = live.iter().map(|s| s.ids.len() as u32).collect();
+        dev.write(pass.samples.view_mut(), &samples)?;
+        dev.write(pass.positions.view_mut(), &positions)?;
+        model.forward(dev, &staged.rows(), &mut pass.acts, cache)?;
+        model.select(dev, &pass.acts, staged.selected(), &mut pass.selected)?;
+        pass.draw(dev, model, settings)?;
+        // Both with one wait.
+        let (tokens, logp) =
+            (dev.read_later(pass.tokens.view())?, dev.read_later(pass.logp.view())?);
+        let (tokens, logp) = (tokens.get()?, logp.get()?);
+        for (s, (token, logp)) in live.iter_mut().zip(tokens.iter().zip(&logp)) {
             s.cached = s.ids.len();
             s.ids.push(*token);
             s.logprobs.push(*logp);
@@ -236,12 +244,12 @@ impl Generator {
     }
 }
 
-impl<F> Live<F> {
-    fn start(index: usize, ids: &[u32], pages: Vec<u32>, max_new: usize) -> Self {
+impl<F: Float> Live<F> {
+    fn start(index: usize, ids: &[u32], max_new: usize) -> Self {
         let mut all = Vec::with_capacity(ids.len() + max_new);
         all.extend_from_slice(ids);
         let logprobs = Vec::with_capacity(max_new);
-        Self { index, ids: all, prompt: ids.len(), cached: 0, pages, logprobs }
+        Self { index, ids: all, prompt: ids.len(), cached: 0, pages: Vec::new(), logprobs }
     }
 
     fn finish(&mut self, sample: u64, stopped: bool) -> Completion<F> {
@@ -250,43 +258,144 @@ impl<F> Live<F> {
     }
 }
 
-/// Buffers of one pass.
-struct Pass<'s, F> {
-    acts: Activations<'s, F>,
-    selected: Selected<'s, F>,
-    logits: crate::device::Buffer<'s, F>,
-    scratch: crate::device::Buffer<'s, F>,
+/// The pages of the cache: samples of one prompt share those that the prompt fills.
+struct Pages {
+    /// Positions of a page.
+    page: usize,
+    /// Sequences that have each page.
+    held: Vec<u32>,
+    free: Vec<u32>,
 }
 
-impl<'s, F: Float> Pass<'s, F> {
-    fn new(scope: &'s Scope<'_>, spec: &Spec, rows: usize, n: usize) -> Result<Self> {
-        Ok(Self {
-            acts: Activations::new(scope, spec, rows, false)?,
-            selected: Selected::new(scope, spec, n)?,
-            logits: scope.alloc("logits of the next token", n * spec.vocab)?,
-            scratch: scope.alloc("sampling scratch", sample::scratch_len(n, spec.vocab))?,
-        })
+impl Pages {
+    /// As many as sequences need that share nothing: they never run out.
+    fn new(page: usize, count: usize) -> Self {
+        Self { page, held: vec![0; count], free: (0..count as u32).rev().collect() }
+    }
+
+    /// Gives a sequence the pages that its tokens need.
+    fn grow<F>(&mut self, s: &mut Live<F>) {
+        while s.pages.len() < s.ids.len().div_ceil(self.page) {
+            let Some(page) = self.free.pop() else { return };
+            self.held[page as usize] = 1;
+            s.pages.push(page);
+        }
+    }
+
+    /// Gives `to`, of the same prompt as `from`, the pages that it fills; one token at least is left to be
+    /// computed.
+    fn share<F>(&mut self, from: &Live<F>, to: &mut Live<F>) {
+        let whole = (to.prompt - 1) / self.page;
+        to.pages.extend_from_slice(&from.pages[..whole]);
+        to.pages.iter().for_each(|page| self.held[*page as usize] += 1);
+        to.cached = whole * self.page;
+    }
+
+    /// Takes back what nobody else has.
+    fn release<F>(&mut self, s: &Live<F>) {
+        for page in &s.pages {
+            self.held[*page as usize] -= 1;
+            if self.held[*page as usize] == 0 {
+                self.free.push(*page);
+            }
+        }
     }
 }
 
-/// The addresses and results of a pass's draws.
-#[derive(Default)]
-struct Draws<F> {
-    samples: Vec<u64>,
-    positions: Vec<u32>,
-    tokens: Vec<u32>,
-    logp: Vec<F>,
-    lse: Vec<F>,
+/// Buffers of one pass.
+struct Pass<'s, T: Element> {
+    acts: Activations<'s, T>,
+    selected: Selected<'s, T>,
+    samples: Buffer<'s, u64>,
+    positions: Buffer<'s, u32>,
+    tokens: Buffer<'s, u32>,
+    logp: Buffer<'s, T::Acc>,
+    lse: Buffer<'s, T::Acc>,
+    /// None where tokens are drawn as their logits are made.
+    logits: Option<Buffer<'s, T>>,
+    scratch: Buffer<'s, T::Acc>,
 }
 
-impl<F: Float> Draws<F> {
-    fn reset(&mut self, live: &[Live<F>], prompts: &[Prompt]) {
-        self.samples.clear();
-        self.positions.clear();
-        self.samples.extend(live.iter().map(|s| prompts[s.index].sample));
-        self.positions.extend(live.iter().map(|s| s.ids.len() as u32));
-        self.tokens.resize(live.len(), 0);
-        self.logp.resize(live.len(), F::ZERO);
-        self.lse.resize(live.len(), F::ZERO);
+/// Rows whose logits are held.
+const WAVE: usize = 64;
+
+/// Whether tokens are drawn as their logits are made. On the CPU drawing from whole rows of logits is faster: it needs one
+/// random number a row, not one a token.
+fn fused(dev: &Device, sampling: &sample::Params) -> bool {
+    matches!(dev, Device::Cuda(_)) && (sampling.temperature == 0.0 || !sampling.filters())
+}
+
+impl<'s, T: Element> Pass<'s, T> {
+    fn new(
+        dev: &Device,
+        scope: &'s Scope<'_>,
+        spec: &Spec,
+        extent: Extent,
+        sampling: &sample::Params,
+    ) -> Result<Self> {
+        let (n, vocab) = (extent.selected, spec.vocab);
+        let wave = n.min(WAVE);
+        let (logits, scratch) = if fused(dev, sampling) {
+            (None, logprob::sample_scratch_len(n, vocab, 0))
+        } else {
+            let room = sample::scratch_len(wave, vocab).max(logprob::scratch_len(wave, vocab));
+            (Some(wave * spec.vocab_room()), room)
+        };
+        Ok(Self {
+            acts: Activations::new(dev, scope, spec, extent, Keep::Nothing)?,
+            selected: Selected::new(scope, spec, n)?,
+            samples: scope.alloc("samples", n)?,
+            positions: scope.alloc("positions of draws", n)?,
+            tokens: scope.alloc("drawn tokens", n)?,
+            logp: scope.alloc("their log-probs", n)?,
+            lse: scope.alloc("log-sum-exp", n)?,
+            logits: logits.map(|len| scope.alloc("logits of the next token", len)).transpose()?,
+            scratch: scope.alloc("sampling scratch", scratch)?,
+        })
+    }
+
+    /// The next tokens, and their log-probs with the bits of [`logprob::forward`].
+    fn draw(&mut self, dev: &Device, model: &Model<T>, settings: &Settings) -> Result<()> {
+        let (_, head) = model.lm_head(dev)?;
+        let (h, params) = (self.selected.hidden(), &settings.sampling);
+        let greedy = params.temperature == 0.0;
+        // Greedy decoding reports log-probs at temperature 1.
+        let t = if greedy { 1.0 } else { f64::from(params.temperature) };
+        let at = logprob::Settings::at(<T::Acc as Element>::of(t));
+        let (samples, positions) = (self.samples.view(), self.positions.view());
+        let (logp, lse) = (self.logp.view_mut(), self.lse.view_mut());
+        let mut scratch = self.scratch.view_mut();
+        let Some(logits) = &mut self.logits else {
+            let tokens = self.tokens.view_mut();
+            let stream = (!greedy).then_some(settings.stream);
+            let draws = Draws { stream, samples, positions };
+            let out = Sampled { tokens, logp, lse, top: None };
+            return logprob::sample(dev, out, h, head, at, draws, scratch);
+        };
+        let (n, all) = (self.tokens.len(), model.logit_head(dev)?);
+        let (vocab, stride, d) = (head.n(), all.n(), head.k());
+        let (mut tokens, mut logp, mut lse) = (self.tokens.view_mut(), logp, lse);
+        for first in (0..n).step_by(WAVE) {
+            let rows = first..n.min(first + WAVE);
+            let h = h.range(rows.start * d..rows.end * d);
+            let (logp, lse) =
+                (logp.reborrow().range(rows.clone()), lse.reborrow().range(rows.clone()));
+            let mut tokens = tokens.reborrow().range(rows.clone());
+            let mut logits = logits.view_mut().range(0..rows.len() * stride);
+            matmul::forward(dev, logits.reborrow(), h, all, None, None)?;
+            let (to, logits, room) = (tokens.reborrow(), logits.view(), scratch.reborrow());
+            let (samples, positions) = (samples.range(rows.clone()), positions.range(rows));
+            let z = Logits { z: logits, vocab: Some(vocab) };
+            sample::next(dev, to, z, params, settings.stream, samples, positions, room)?;
+            let (tokens, room) = (tokens.view(), scratch.reborrow());
+            match dev {
+                Device::Cpu(_) => logprob::from_logits(dev, logp, lse, None, logits, tokens, at)?,
+                // Logits that are stored are rounded.
+                Device::Cuda(_) => {
+                    logprob::forward(dev, logp, lse, None, h, head, tokens, at, room)?;
+                }
+            }
+        }
+        Ok(())
     }
 }

@@ -3,11 +3,10 @@
 use std::ops::Range;
 
 use crate::{
-    device::{Arena, Buffer, Device, Float, Scope, ViewMut},
+    device::{Arena, Buffer, Device, Element, Scope},
     error::Result,
-    models::{Activations, Batch, Cache, Head, Model, Selected, Spec},
+    models::{Activations, Batch, Cache, Extent, Head, Keep, Model, Selected, Spec, Staged},
     ops::{
-        attention::PAGE,
         logprob::{self, Settings},
         scalar_head,
     },
@@ -33,10 +32,13 @@ impl Scorer {
     ///
     /// # Errors
     /// [`crate::Error::Memory`] if the sizes overflow.
-    pub fn plan<F: Float>(&self, spec: &Spec) -> Result<usize> {
+    pub fn plan<T: Element>(&self, dev: &Device, spec: &Spec, head: Head) -> Result<usize> {
+        let Self { rows, sequences } = *self;
         Arena::plan(|scope| {
-            let pages = self.rows / PAGE + self.sequences;
-            Pass::<F>::new(scope, spec, (self.rows, self.rows, self.rows), pages).map(drop)
+            let extent = Extent { rows, sequences, selected: rows, cached: 0 };
+            Staged::plan(dev, scope, spec, extent)?;
+            let pages = extent.pages(spec.attention().page(dev));
+            Pass::<T>::new(dev, scope, spec, head, extent, pages).map(drop)
         })
     }
 
@@ -66,59 +68,54 @@ impl Scorer {
     /// # Errors
     /// [`crate::Error::Value`] for ids out of range, [`crate::Error::Memory`] if the plan has no
     /// room.
-    pub fn logprobs<F: Float>(
+    pub fn logprobs<T: Element>(
         &self,
         dev: &Device,
-        model: &Model<F>,
+        model: &Model<T>,
         scope: &Scope<'_>,
         batch: &Batch,
-        temperature: F,
-        out: &mut Vec<F>,
-        entropy: Option<&mut Vec<F>>,
+        temperature: T::Acc,
+        out: &mut Vec<T::Acc>,
+        entropy: Option<&mut Vec<T::Acc>>,
     ) -> Result<()> {
-        let n = batch.selected().len();
-        let mut pass = Pass::<F>::of(scope, model, batch)?;
-        pass.run(dev, model, batch)?;
-        let at = out.len();
-        out.resize(at + n, F::ZERO);
-        let entropy = entropy.map(|e| {
-            let at = e.len();
-            e.resize(at + n, F::ZERO);
-            ViewMut::from(&mut e[at..])
-        });
-        let (_, packed) = model.lm_head()?;
+        let (mut pass, staged) = Pass::run(dev, scope, model, batch)?;
+        let (_, head) = model.lm_head(dev)?;
         logprob::forward(
             dev,
-            (&mut out[at..]).into(),
+            pass.y.view_mut(),
             pass.lse.view_mut(),
-            entropy,
+            entropy.is_some().then(|| pass.entropy.view_mut()),
             pass.selected.hidden(),
-            packed,
-            batch.targets().into(),
+            head,
+            staged.targets(),
             Settings::at(temperature),
             pass.scratch.view_mut(),
-        )
+        )?;
+        let logp = dev.read_later(pass.y.view())?;
+        if let Some(entropy) = entropy {
+            entropy.extend(dev.read_later(pass.entropy.view())?.get()?);
+        }
+        out.extend(logp.get()?);
+        Ok(())
     }
 
     /// The scalar head at each selected row: values, or rewards if the last rows are selected.
     ///
     /// # Errors
     /// As [`Scorer::logprobs`].
-    pub fn scalars<F: Float>(
+    pub fn scalars<T: Element>(
         &self,
         dev: &Device,
-        model: &Model<F>,
+        model: &Model<T>,
         scope: &Scope<'_>,
         batch: &Batch,
-        out: &mut Vec<F>,
+        out: &mut Vec<T::Acc>,
     ) -> Result<()> {
-        let n = batch.selected().len();
-        let mut pass = Pass::<F>::of(scope, model, batch)?;
-        pass.run(dev, model, batch)?;
-        let at = out.len();
-        out.resize(at + n, F::ZERO);
+        let (mut pass, _staged) = Pass::run(dev, scope, model, batch)?;
         let w = model.score_head()?;
-        scalar_head::forward(dev, (&mut out[at..]).into(), pass.selected.hidden(), w)
+        scalar_head::forward(dev, pass.y.view_mut(), pass.selected.hidden(), w)?;
+        out.extend(dev.read(pass.y.view())?);
+        Ok(())
     }
 }
 
@@ -126,13 +123,13 @@ impl Scorer {
 ///
 /// # Errors
 /// As [`Scorer::logprobs`].
-pub fn last_scores<F: Float>(
+pub fn last_scores<T: Element>(
     dev: &Device,
-    model: &Model<F>,
+    model: &Model<T>,
     arena: &mut Arena,
     scorer: Scorer,
     sequences: &[&[u32]],
-) -> Result<Vec<F>> {
+) -> Result<Vec<T::Acc>> {
     let mut batch = Batch::default();
     let mut out = Vec::with_capacity(sequences.len());
     for group in scorer.groups(sequences.iter().map(|s| s.len())) {
@@ -143,40 +140,57 @@ pub fn last_scores<F: Float>(
     Ok(out)
 }
 
-struct Pass<'s, F> {
-    acts: Activations<'s, F>,
-    cache: Cache<'s, F>,
-    selected: Selected<'s, F>,
-    lse: Buffer<'s, F>,
-    scratch: Buffer<'s, F>,
+struct Pass<'s, T: Element> {
+    acts: Activations<'s, T>,
+    cache: Cache<'s, T>,
+    selected: Selected<'s, T>,
+    /// Log-probs or scalars.
+    y: Buffer<'s, T::Acc>,
+    lse: Buffer<'s, T::Acc>,
+    entropy: Buffer<'s, T::Acc>,
+    scratch: Buffer<'s, T::Acc>,
 }
 
-impl<'s, F: Float> Pass<'s, F> {
-    fn of(scope: &'s Scope<'_>, model: &Model<F>, batch: &Batch) -> Result<Self> {
-        let (rows, n) = (batch.len(), batch.selected().len());
-        let lm = if model.head() == Head::Lm { n } else { 0 };
-        Self::new(scope, model.spec(), (rows, n, lm), batch.transient_pages())
-    }
-
-    /// For `rows` rows, `n` of them selected, `lm` of those read by an LM head.
+impl<'s, T: Element> Pass<'s, T> {
     fn new(
+        dev: &Device,
         scope: &'s Scope<'_>,
         spec: &Spec,
-        (rows, n, lm): (usize, usize, usize),
+        head: Head,
+        extent: Extent,
         pages: usize,
     ) -> Result<Self> {
-        let scratch = logprob::scratch_len(lm, spec.vocab);
+        let n = extent.selected;
+        let (lm, scratch) = match head {
+            Head::Lm => (n, logprob::scratch_len(n, spec.vocab)),
+            Head::Scalar => (0, 0),
+        };
         Ok(Self {
-            acts: Activations::new(scope, spec, rows, false)?,
-            cache: Cache::transient(scope, spec, pages)?,
+            acts: Activations::new(dev, scope, spec, extent, Keep::Nothing)?,
+            cache: Cache::transient(dev, scope, spec, pages)?,
             selected: Selected::new(scope, spec, n)?,
+            y: scope.alloc("head outputs", n)?,
             lse: scope.alloc("log-sum-exp", lm)?,
-            scratch: scope.alloc("LM head scratch", if lm == 0 { 0 } else { scratch })?,
+            entropy: scope.alloc("entropy", lm)?,
+            scratch: scope.alloc("LM head scratch", scratch)?,
         })
     }
 
-    fn run(&mut self, dev: &Device, model: &Model<F>, batch: &Batch) -> Result<()> {
-        model.forward(dev, &batch.rows(), &mut self.acts, &mut self.cache)?;
-        model.select(dev, &self.acts, batch.selected().into(), &mut self.selected)
+    /// The forward pass over a batch, up to the head.
+    fn run(
+        dev: &Device,
+        scope: &'s Scope<'_>,
+        model: &Model<T>,
+        batch: &'s Batch,
+    ) -> Result<(Self, Staged<'s>)> {
+        let (spec, selected) = (model.spec(), batch.selected().len());
+        let pages = batch.transient_pages(spec.attention().page(dev));
+        let staged = batch.stage(dev, scope, spec, pages)?;
+        let (rows, sequences) = (batch.len(), batch.sequences());
+        let extent = Extent { rows, sequences, selected, cached: 0 };
+        let mut pass = Self::new(dev, scope, spec, model.head(), extent, pages)?;
+        model.forward(dev, &staged.rows(), &mut pass.acts, &mut pass.cache)?;
+        model.select(dev, &pass.acts, staged.selected(), &mut pass.selected)?;
+        Ok((pass, staged))
     }
 }

@@ -1,9 +1,9 @@
 //! What the trained model makes of data that it is not trained on.
 
 use super::Trainer;
-use crate::{algorithms::Metrics, error::Result, ops::bradley_terry};
+use crate::{algorithms::Metrics, device::Element, error::Result, ops::bradley_terry};
 
-impl Trainer {
+impl<T: Element<Acc = f32>> Trainer<T> {
     /// Loss, and accuracy of a reward model, on the held-out data.
     ///
     /// # Errors
@@ -14,7 +14,7 @@ impl Trainer {
         let Some((sequences, columns)) = held_out.sequences(&all, 0) else {
             return Ok(Metrics::new());
         };
-        let (scorer, dev) = (self.scorer(), &self.dev);
+        let (scorer, dev) = (self.work.scorer(), &self.dev);
         let mut out = Vec::new();
         for group in scorer.groups(sequences.iter().map(|s| s.ids.len())) {
             self.batch.clear();
@@ -42,7 +42,7 @@ impl Trainer {
         let pairs = (out.len() / 2) as f64;
         let mut d = vec![0.0; out.len()];
         let (d, y, m) = ((&mut d).into(), (&out).into(), (&columns.margins).into());
-        let stats = bradley_terry::forward(dev, d, y, m, 0.0, pairs)?.get()?;
+        let stats = bradley_terry::forward(&self.host, d, y, m, 0.0, pairs)?.get()?;
         Ok(vec![("eval_loss", stats.loss), ("eval_accuracy", stats.right / pairs)])
     }
 }

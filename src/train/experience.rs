@@ -1,6 +1,6 @@
 //! Where a step's samples come from: prompts continued by the policy, and judged by the other models.
 
-use std::time::Instant;
+use std::{ops::Range, time::Instant};
 
 use super::{
     Observer, Trainer,
@@ -10,14 +10,15 @@ use super::{
 };
 use crate::{
     algorithms::Columns,
-    device::Device,
+    device::{Device, Element},
     error::{Error, Result},
+    models::Batch,
     ops::grad_norm,
     rng::{Purpose, Stream},
     rollout::{Completion, Prompt, Settings as Generation},
 };
 
-impl Trainer {
+impl<T: Element<Acc = f32>> Trainer<T> {
     /// Continues prompts, and fills the columns that need a model.
     pub(super) fn roll_out(
         &mut self,
@@ -53,7 +54,7 @@ impl Trainer {
         }
         seen.phase("score", 0, 1);
         self.score(&sequences, &mut columns)?;
-        check_columns(&self.dev, &columns, self.step + 1)?;
+        check_columns(&self.host, &columns, self.step + 1)?;
         self.clock.push(("score", start.elapsed().as_secs_f64()));
         Ok(Some((sequences, columns)))
     }
@@ -66,7 +67,7 @@ impl Trainer {
         let (Some(policy), Some(sampling)) = (&self.policy, self.sampling()) else {
             return Ok(None);
         };
-        let generator = self.generator(sampling);
+        let generator = self.work.generator();
         let settings = Generation {
             sampling: sampling.params,
             max_new_tokens: sampling.max_new_tokens,
@@ -85,25 +86,38 @@ impl Trainer {
 
     /// Reference log-probs, values and scores of the sampled sequences.
     fn score(&mut self, sequences: &[Sequence], c: &mut Columns<f32>) -> Result<()> {
-        let (scorer, dev, t) = (self.scorer(), &self.dev, self.temperature());
-        for group in scorer.groups(sequences.iter().map(|s| s.ids.len())) {
-            self.batch.clear();
-            for s in &sequences[group.clone()] {
-                self.batch.push_masked(&s.ids, &s.predicted);
+        let (scorer, dev, t) = (self.work.scorer(), &self.dev, self.temperature());
+        let groups = scorer.groups(sequences.iter().map(|s| s.ids.len()));
+        let (arena, batch) = (&mut self.arena, &mut self.batch);
+        let tokens = |batch: &mut Batch, group: &Range<usize>| {
+            batch.clear();
+            sequences[group.clone()].iter().for_each(|s| batch.push_masked(&s.ids, &s.predicted));
+        };
+        // Parked weights come into the memory of gradients, which are of the last step.
+        let Some(policy) = &mut self.policy else { return Ok(()) };
+        if let Some(model) = &mut self.reference {
+            model.visit(dev, &mut policy.grads, |model| {
+                groups.iter().try_for_each(|group| {
+                    tokens(batch, group);
+                    let scope = arena.scope();
+                    scorer.logprobs(dev, model, &scope, batch, t, &mut c.ref_logp, None)
+                })
+            })?;
+        }
+        if let Some(role) = &self.scalar {
+            for group in &groups {
+                tokens(batch, group);
+                scorer.scalars(dev, &role.model, &arena.scope(), batch, &mut c.old_values)?;
             }
-            if let Some(model) = &self.reference {
-                let scope = self.arena.scope();
-                scorer.logprobs(dev, model, &scope, &self.batch, t, &mut c.ref_logp, None)?;
-            }
-            if let Some(role) = &self.scalar {
-                let scope = self.arena.scope();
-                scorer.scalars(dev, &role.model, &scope, &self.batch, &mut c.old_values)?;
-            }
-            if let Some(model) = &self.reward_model {
-                self.batch.clear();
-                sequences[group].iter().for_each(|s| self.batch.push_last(&s.ids));
-                scorer.scalars(dev, model, &self.arena.scope(), &self.batch, &mut c.scores)?;
-            }
+        }
+        if let Some(model) = &mut self.reward_model {
+            model.visit(dev, &mut policy.grads, |model| {
+                groups.iter().try_for_each(|group| {
+                    batch.clear();
+                    sequences[group.clone()].iter().for_each(|s| batch.push_last(&s.ids));
+                    scorer.scalars(dev, model, &arena.scope(), batch, &mut c.scores)
+                })
+            })?;
         }
         Ok(())
     }

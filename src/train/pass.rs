@@ -1,11 +1,14 @@
 //! One micro-batch through one model: forward, loss, backward.
 
 use crate::{
-    device::{Arena, Buffer, Device, Float, Scope, View, ViewMut},
+    algorithms::Micro,
+    device::{Arena, Buffer, Device, Element, Scope, View, ViewMut},
     error::Result,
-    models::{Activations, Batch, Cache, Gradients, Head, Model, Params, Selected, Slot, Spec},
+    models::{
+        Activations, Batch, Cache, Extent, Gradients, Head, Keep, Model, Params, Selected, Slot,
+        Spec, Staged,
+    },
     ops::{
-        attention::PAGE,
         logprob::{self, Settings},
         scalar_head,
     },
@@ -21,56 +24,77 @@ pub struct Sizes {
 }
 
 impl Sizes {
-    /// Bytes that a training pass of this size needs of an arena.
+    /// Bytes that a training pass of this size needs of an arena, with the columns of its loss.
     ///
     /// # Errors
     /// [`crate::Error::Memory`] if the sizes overflow.
-    pub fn plan<F: Float>(&self, spec: &Spec, head: Head, entropy: bool) -> Result<usize> {
+    pub fn plan<T: Element>(
+        &self,
+        dev: &Device,
+        spec: &Spec,
+        head: Head,
+        how: How,
+    ) -> Result<usize> {
+        let Self { rows, sequences } = *self;
         Arena::plan(|scope| {
-            let pages = self.rows / PAGE + self.sequences;
-            Buffers::<F>::new(scope, spec, head, entropy, (self.rows, self.rows), pages).map(drop)
+            Micro::<T::Acc>::plan(dev, scope, rows)?;
+            let extent = Extent { rows, sequences, selected: rows, cached: 0 };
+            Staged::plan(dev, scope, spec, extent)?;
+            let pages = extent.pages(spec.attention().page(dev));
+            Buffers::<T>::new(dev, scope, spec, head, how, extent, pages).map(drop)
         })
     }
 }
 
-/// Buffers of a pass.
-struct Buffers<'s, F> {
-    acts: Activations<'s, F>,
-    cache: Cache<'s, F>,
-    selected: Selected<'s, F>,
-    gradients: Gradients<'s, F>,
-    /// Log-probs or scalars, and their gradient.
-    y: Buffer<'s, F>,
-    dy: Buffer<'s, F>,
-    lse: Buffer<'s, F>,
-    entropy: Buffer<'s, F>,
-    dentropy: Buffer<'s, F>,
-    dh: Buffer<'s, F>,
-    scratch: Buffer<'s, F>,
+/// How a pass is made.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct How {
+    /// With the entropy of each prediction.
+    pub entropy: bool,
+    /// Blocks are computed again in the backward pass instead of kept.
+    pub recompute: bool,
 }
 
-impl<'s, F: Float> Buffers<'s, F> {
+/// Buffers of a pass.
+struct Buffers<'s, T: Element> {
+    acts: Activations<'s, T>,
+    cache: Cache<'s, T>,
+    selected: Selected<'s, T>,
+    gradients: Gradients<'s, T>,
+    /// Log-probs or scalars, and their gradient.
+    y: Buffer<'s, T::Acc>,
+    dy: Buffer<'s, T::Acc>,
+    lse: Buffer<'s, T::Acc>,
+    entropy: Buffer<'s, T::Acc>,
+    dentropy: Buffer<'s, T::Acc>,
+    dh: Buffer<'s, T>,
+    scratch: Buffer<'s, T::Acc>,
+}
+
+impl<'s, T: Element> Buffers<'s, T> {
     fn new(
+        dev: &Device,
         scope: &'s Scope<'_>,
         spec: &Spec,
         head: Head,
-        entropy: bool,
-        (rows, n): (usize, usize),
+        how: How,
+        extent: Extent,
         pages: usize,
     ) -> Result<Self> {
+        let (rows, n) = (extent.rows, extent.selected);
         let lm = if head == Head::Lm { n } else { 0 };
-        let with = if entropy { n } else { 0 };
-        let scratch = match lm {
-            0 => 0,
-            _ => logprob::scratch_len(n, spec.vocab).max(logprob::backward_scratch_len(
-                n,
-                spec.vocab,
-                spec.hidden,
-            )),
+        let with = if how.entropy { n } else { 0 };
+        let (vocab, hidden) = (spec.vocab, spec.hidden);
+        let scratch = match head {
+            Head::Scalar => 0,
+            Head::Lm => {
+                logprob::scratch_len(n, vocab).max(logprob::backward_scratch_len(n, vocab, hidden))
+            }
         };
+        let keep = if how.recompute { Keep::Streams } else { Keep::All };
         Ok(Self {
-            acts: Activations::new(scope, spec, rows, true)?,
-            cache: Cache::transient(scope, spec, pages)?,
+            acts: Activations::new(dev, scope, spec, extent, keep)?,
+            cache: Cache::transient(dev, scope, spec, pages)?,
             selected: Selected::new(scope, spec, n)?,
             gradients: Gradients::new(scope, spec, rows, n)?,
             y: scope.alloc("head outputs", n)?,
@@ -78,35 +102,45 @@ impl<'s, F: Float> Buffers<'s, F> {
             lse: scope.alloc("log-sum-exp", lm)?,
             entropy: scope.alloc("entropy", with)?,
             dentropy: scope.alloc("gradient of entropy", with)?,
-            dh: scope.alloc("gradient of hidden states", n * spec.hidden)?,
+            dh: scope.alloc("gradient of hidden states", n * hidden)?,
             scratch: scope.alloc("LM head scratch", scratch)?,
         })
     }
 
-    fn of(scope: &'s Scope<'_>, m: &Model<F>, batch: &Batch, entropy: bool) -> Result<Self> {
-        let sizes = (batch.len(), batch.selected().len());
-        Self::new(scope, m.spec(), m.head(), entropy, sizes, batch.transient_pages())
-    }
-
-    fn forward(&mut self, dev: &Device, model: &Model<F>, batch: &Batch) -> Result<()> {
-        model.forward(dev, &batch.rows(), &mut self.acts, &mut self.cache)?;
-        model.select(dev, &self.acts, batch.selected().into(), &mut self.selected)
+    /// The forward pass over a batch, up to the head.
+    fn forward(
+        dev: &Device,
+        scope: &'s Scope<'_>,
+        model: &Model<T>,
+        batch: &'s Batch,
+        how: How,
+    ) -> Result<(Self, Staged<'s>)> {
+        let (spec, selected) = (model.spec(), batch.selected().len());
+        let pages = batch.transient_pages(spec.attention().page(dev));
+        let staged = batch.stage(dev, scope, spec, pages)?;
+        let (rows, sequences) = (batch.len(), batch.sequences());
+        let extent = Extent { rows, sequences, selected, cached: 0 };
+        let mut b = Self::new(dev, scope, spec, model.head(), how, extent, pages)?;
+        model.forward(dev, &staged.rows(), &mut b.acts, &mut b.cache)?;
+        model.select(dev, &b.acts, staged.selected(), &mut b.selected)?;
+        Ok((b, staged))
     }
 
     fn backward(
         &mut self,
         dev: &Device,
-        model: &Model<F>,
-        grads: &mut Params<F>,
-        batch: &Batch,
+        model: &Model<T>,
+        grads: &mut Params<T::Acc>,
+        staged: &Staged<'_>,
     ) -> Result<()> {
         model.backward(
             dev,
             grads,
-            &batch.rows(),
+            &staged.rows(),
             &mut self.acts,
+            &mut self.cache,
             &self.selected,
-            batch.selected().into(),
+            staged.selected(),
             self.dh.view(),
             &mut self.gradients,
         )
@@ -132,20 +166,19 @@ pub struct PolicyColumns<'a, F> {
 /// # Errors
 /// Those of the ops and of `loss`.
 #[allow(clippy::too_many_arguments)]
-pub fn policy<F: Float>(
+pub fn policy<T: Element>(
     dev: &Device,
-    model: &Model<F>,
-    grads: &mut Params<F>,
+    model: &Model<T>,
+    grads: &mut Params<T::Acc>,
     scope: &Scope<'_>,
     batch: &Batch,
-    temperature: F,
-    entropy: bool,
-    loss: impl FnOnce(PolicyColumns<'_, F>) -> Result<()>,
+    temperature: T::Acc,
+    how: How,
+    loss: impl FnOnce(PolicyColumns<'_, T::Acc>) -> Result<()>,
 ) -> Result<()> {
-    let mut b = Buffers::of(scope, model, batch, entropy)?;
-    b.forward(dev, model, batch)?;
-    let (w, packed) = model.lm_head()?;
-    let (targets, settings) = (View::from(batch.targets()), Settings::at(temperature));
+    let (mut b, staged) = Buffers::forward(dev, scope, model, batch, how)?;
+    let (w, packed) = model.lm_head(dev)?;
+    let (targets, settings, entropy) = (staged.targets(), Settings::at(temperature), how.entropy);
     logprob::forward(
         dev,
         b.y.view_mut(),
@@ -176,7 +209,7 @@ pub fn policy<F: Float>(
     let dentropy = entropy.then(|| b.dentropy.view());
     let (dh, scratch) = (b.dh.view_mut(), b.scratch.view_mut());
     logprob::backward(dev, dh, dw, b.dy.view(), dentropy, forward, scratch)?;
-    b.backward(dev, model, grads, batch)
+    b.backward(dev, model, grads, &staged)
 }
 
 /// A scalar model: its head at each selected row, `loss(y, dy)`, and the gradient of all weights
@@ -184,16 +217,16 @@ pub fn policy<F: Float>(
 ///
 /// # Errors
 /// Those of the ops and of `loss`.
-pub fn scalar<F: Float>(
+pub fn scalar<T: Element>(
     dev: &Device,
-    model: &Model<F>,
-    grads: &mut Params<F>,
+    model: &Model<T>,
+    grads: &mut Params<T::Acc>,
     scope: &Scope<'_>,
     batch: &Batch,
-    loss: impl FnOnce(View<'_, F>, ViewMut<'_, F>) -> Result<()>,
+    how: How,
+    loss: impl FnOnce(View<'_, T::Acc>, ViewMut<'_, T::Acc>) -> Result<()>,
 ) -> Result<()> {
-    let mut b = Buffers::of(scope, model, batch, false)?;
-    b.forward(dev, model, batch)?;
+    let (mut b, staged) = Buffers::forward(dev, scope, model, batch, how)?;
     let w = model.score_head()?;
     scalar_head::forward(dev, b.y.view_mut(), b.selected.hidden(), w)?;
     loss(b.y.view(), b.dy.view_mut())?;
@@ -201,5 +234,5 @@ pub fn scalar<F: Float>(
         let h = b.selected.hidden();
         scalar_head::backward(dev, b.dh.view_mut(), dw, b.dy.view(), h, w)?;
     }
-    b.backward(dev, model, grads, batch)
+    b.backward(dev, model, grads, &staged)
 }

@@ -7,6 +7,7 @@ use std::{
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
 
+use half::bf16;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
@@ -20,9 +21,10 @@ use super::{
     storage::{Disk, check_room},
 };
 use crate::{
-    algorithms::Entry,
+    algorithms::{Algorithm, Entry},
     config::{self, Section},
     data::Tokenizer,
+    device::{Device, Element},
     error::{Error, Result},
     models::{self, Model},
 };
@@ -52,16 +54,32 @@ pub fn run(
     section: &dyn Section,
     seen: &mut dyn Observer,
 ) -> Result<PathBuf> {
-    let out = PathBuf::from(&settings.out);
+    settings.validate()?;
     let algorithm = (entry.build)(section)?;
+    let dev = Device::from_name(&settings.device, settings.threads)?;
+    let all = (entry, settings, section);
+    match dev {
+        Device::Cpu(_) => run_in::<f32>(&dev, algorithm, all, seen),
+        Device::Cuda(_) => run_in::<bf16>(&dev, algorithm, all, seen),
+    }
+}
+
+/// [`run`] with models that compute in `T`.
+fn run_in<T: Element<Acc = f32>>(
+    dev: &Device,
+    algorithm: Box<dyn Algorithm>,
+    (entry, settings, section): (&Entry, &Settings, &dyn Section),
+    seen: &mut dyn Observer,
+) -> Result<PathBuf> {
+    let out = PathBuf::from(&settings.out);
     // A folder that is there may be another trainer's, which is asked before models take memory; one
     // that is not there is made once the run is known to be possible.
     let early = out.is_dir().then(|| Lock::acquire(&out)).transpose()?;
     signals::install()?;
-    let trainer = Trainer::new(settings.clone(), algorithm)?;
+    let trainer = Trainer::<T>::new(dev, settings.clone(), algorithm)?;
     fs::create_dir_all(&out).map_err(Error::io("create", &out))?;
     let _lock = early.map_or_else(|| Lock::acquire(&out), Ok)?;
-    let models = hashes(&trainer);
+    let models = hashes(&trainer)?;
     let mut run = Run { checkpoints: out.join("checkpoints"), out, trainer, models, saved: None };
     let about = run.about(entry);
     about.iter().for_each(|(name, text)| seen.note(&format!("{name}: {text}")));
@@ -105,24 +123,23 @@ pub fn run(
     run.finish()
 }
 
-struct Run {
+struct Run<T: Element> {
     out: PathBuf,
     checkpoints: PathBuf,
-    trainer: Trainer,
+    trainer: Trainer<T>,
     /// SHA-256 of the weights that the run began with, by model.
     models: Vec<(&'static str, String)>,
     /// Step of the newest checkpoint.
     saved: Option<u64>,
 }
 
-impl Run {
+impl<T: Element<Acc = f32>> Run<T> {
     /// What the run is, in lines for people and in `run.json`.
     fn about(&self, entry: &Entry) -> Vec<(&'static str, String)> {
         let t = &self.trainer;
-        let (s, mib) = (&t.stats, t.planned_bytes() as f64 / (1 << 20) as f64);
-        let size = |m: &Model<f32>| {
-            format!("{}, {} weights", m.family().model_type, m.params().layout().weights())
-        };
+        let (s, mib) = (&t.stats, t.memory().shared() as f64 / (1 << 20) as f64);
+        let size =
+            |m: &Model<T>| format!("{}, {} weights", m.family().model_type, models::count(m));
         let mut about = vec![("algorithm", entry.name.to_owned()), ("device", t.dev.describe())];
         for role in t.policy.iter().chain(&t.scalar) {
             about.push((role.name, size(&role.model)));
@@ -171,7 +188,7 @@ impl Run {
             self.models.iter().map(|(name, hash)| ((*name).to_owned(), json!(hash))).collect();
         json!({
             "algorithm": entry.name, "settings": all, "models": models, "tokenizer": tokenizer,
-            "data": self.trainer.examples.digest(),
+            "data": self.trainer.examples.digest(), "precision": T::NAME,
         })
     }
 
@@ -213,11 +230,16 @@ impl Run {
         let t = &mut self.trainer;
         for role in t.policy.iter_mut().chain(&mut t.scalar) {
             let name = role.name;
-            let read = |what: &str, out: &mut [f32]| loaded.read(&Disk, name, what, out);
-            read("weights", role.model.params_mut().flat_mut().host())?;
-            read("m", role.m.flat_mut().host())?;
-            read("v", role.v.flat_mut().host())?;
-            role.model.repack(&t.dev)?;
+            let mut numbers = vec![0.0; role.grads.layout().len()];
+            let mut read = |what: &str| loaded.read(&Disk, name, what, &mut numbers);
+            read("weights")?;
+            role.model.set_master(&t.dev, &numbers)?;
+            let mut read = |what: &str| loaded.read(&Disk, name, what, &mut numbers);
+            read("m")?;
+            t.dev.write(role.m.flat_mut(), &numbers)?;
+            let mut read = |what: &str| loaded.read(&Disk, name, what, &mut numbers);
+            read("v")?;
+            t.dev.write(role.v.flat_mut(), &numbers)?;
             role.updates = loaded.state["updates"][name].as_u64().unwrap_or(0);
         }
         t.algorithm.restore(&loaded.state["algorithm"])?;
@@ -232,15 +254,16 @@ impl Run {
         if self.saved == Some(t.step) {
             return Ok(());
         }
-        let mut tensors = Vec::new();
-        let mut updates = Map::new();
+        let (mut numbers, mut updates) = (Vec::new(), Map::new());
         for role in t.policy.iter().chain(&t.scalar) {
-            for (what, x) in [("weights", role.model.params()), ("m", &role.m), ("v", &role.v)] {
-                let x = x.flat().host();
-                tensors.push(Tensor::new(role.name, what, &[x.len()], x));
+            let weights = role.model.master()?;
+            for (what, x) in [("weights", weights), ("m", role.m.flat()), ("v", role.v.flat())] {
+                numbers.push((role.name, what, t.dev.on_host(x)?));
             }
             updates.insert(role.name.into(), role.updates.into());
         }
+        let tensors = numbers.iter().map(|(role, what, x)| Tensor::new(role, *what, &[x.len()], x));
+        let tensors: Vec<Tensor<'_>> = tensors.collect();
         let state = json!({
             "run": fixed,
             "updates": updates,
@@ -291,39 +314,41 @@ impl Run {
     /// Exports the trained models: `final/`, and `final-value/` beside a policy.
     fn finish(self) -> Result<PathBuf> {
         let from = Path::new(&self.trainer.settings.model);
-        self.exports().try_for_each(|(role, dir)| export(role, from, &dir))?;
+        let dev = &self.trainer.dev;
+        self.exports().try_for_each(|(role, dir)| export(dev, role, from, &dir))?;
         Ok(self.out.join("final"))
     }
 
     /// Each trained model and the folder that it is exported to.
-    fn exports(&self) -> impl Iterator<Item = (&Role, PathBuf)> {
-        let name = |r: &Role| if r.name == "value" { "final-value" } else { "final" };
+    fn exports(&self) -> impl Iterator<Item = (&Role<T>, PathBuf)> {
+        let name = |r: &Role<T>| if r.name == "value" { "final-value" } else { "final" };
         let roles = self.trainer.policy.iter().chain(&self.trainer.scalar);
         roles.map(move |role| (role, self.out.join(name(role))))
     }
 }
 
 /// SHA-256 of the weights of the models that are given to a run; all others are made from them.
-fn hashes(t: &Trainer) -> Vec<(&'static str, String)> {
+fn hashes<T: Element<Acc = f32>>(t: &Trainer<T>) -> Result<Vec<(&'static str, String)>> {
     let roles = t.policy.iter().chain(&t.scalar).filter(|r| r.name != "value");
     let trained = roles.map(|r| (r.name, &r.model));
     let frozen = [("reference", &t.reference), ("reward_model", &t.reward_model)];
     let frozen = frozen.into_iter().filter_map(|(name, m)| Some((name, m.as_ref()?)));
-    let hash = |m: &Model<f32>| {
-        let bytes = bytemuck::cast_slice::<f32, u8>(m.params().flat().host());
-        Sha256::digest(bytes).iter().map(|b| format!("{b:02x}")).collect()
+    let hash = |m: &Model<T>| {
+        let all = m.on_host(&t.dev)?;
+        let digest = Sha256::digest(bytemuck::cast_slice::<T, u8>(&all));
+        Ok(digest.iter().map(|b| format!("{b:02x}")).collect())
     };
-    trained.chain(frozen).map(|(name, m)| (name, hash(m))).collect()
+    trained.chain(frozen).map(|(name, m)| Ok((name, hash(m)?))).collect()
 }
 
 /// Writes a model folder aside and renames it into place.
-fn export(role: &Role, from: &Path, dir: &Path) -> Result<()> {
+fn export<T: Element>(dev: &Device, role: &Role<T>, from: &Path, dir: &Path) -> Result<()> {
     let aside = dir.with_extension("tmp");
     if aside.exists() {
         fs::remove_dir_all(&aside).map_err(Error::io("remove", &aside))?;
     }
     fs::create_dir_all(&aside).map_err(Error::io("create", &aside))?;
-    models::save(&role.model, &aside)?;
+    models::save(dev, &role.model, &aside)?;
     for name in COMPANIONS {
         let file = from.join(name);
         if file.exists() {
@@ -341,8 +366,13 @@ fn same(was: &Value, now: &Value, out: &Path) -> Result<()> {
     let hint = || Some("use the run's config.toml, or another --out folder".to_owned());
     let models = now["models"].as_object().into_iter().flatten();
     let models = models.map(|(name, hash)| (name.as_str(), &was["models"][name], hash));
+    // Runs of before there were devices are in f32.
+    let f32 = json!("F32");
+    let precision = if was["precision"].is_null() { &f32 } else { &was["precision"] };
+    let precision = [("precision", precision, &now["precision"])].into_iter();
     let others = ["algorithm", "data", "tokenizer"].map(|key| (key, &was[key], &now[key]));
-    for (key, before, after) in others.into_iter().chain(models) {
+    let others = precision.chain(others);
+    for (key, before, after) in others.chain(models) {
         if before != after {
             let message =
                 format!("{} holds a run with {before}, this one has {after}", out.display());

@@ -19,7 +19,7 @@ crate::settings! {
         pub eval_every: u64 = 0,
         /// Folder of the run: metrics, rollouts, checkpoints, the final model.
         pub out: String = "run".into(),
-        /// auto, cpu, cuda or cuda:N.
+        /// auto (a GPU if there is one, else the CPU), cpu, cuda, cuda:N; sim or sim:hopper, for tests.
         pub device: String = "auto".into(),
         /// Threads of the CPU device; 0 takes all cores. Changes no bit of the result.
         pub threads: usize = 0 => "at most 1024" if |n| *n <= 1024,
@@ -57,6 +57,13 @@ crate::settings! {
         /// Tokens of a micro-batch: bounds memory, changes no mean (our own; enough rows to fill a CPU).
         pub micro_batch_tokens: usize = 2048
             => "from 1 to 100000000" if |n| (1..=100_000_000).contains(n),
+        /// Keep only the residual stream of a micro-batch and compute each block again in the backward pass: a
+        /// third more work, much less memory, the same bits (Hugging Face: gradient_checkpointing, off).
+        pub recompute: bool = false,
+        /// Keep the reference and the reward model in host memory; to score they come into the memory of the gradients,
+        /// which are not there yet. A CUDA device then needs no room for them (OpenRLHF: offload of reference and
+        /// reward model, off).
+        pub offload_frozen: bool = false,
         /// The longest sequence in tokens, prompt and sample together; 0 takes the model's limit (TRL: 1024).
         pub max_length: usize = 1024,
         /// Prompts are the first so many tokens of texts, where the data has no prompts.
@@ -74,5 +81,13 @@ crate::settings! {
 
 impl Settings {
     /// Keys that may differ between a run and its resumption: they change no bit of the result.
-    pub const FREE: &[&str] = &["out", "device", "threads", "checkpoint_every", "keep_checkpoints"];
+    pub const FREE: &[&str] = &[
+        "out",
+        "device",
+        "threads",
+        "recompute",
+        "offload_frozen",
+        "checkpoint_every",
+        "keep_checkpoints",
+    ];
 }

@@ -1,10 +1,12 @@
 //! The training loop: one for all algorithms.
 
-use std::{path::PathBuf, time::Instant};
+use std::{ops::Range, path::PathBuf, time::Instant};
 
 use super::{
     feed::{self, Examples, Sequence},
-    pass::{self, Sizes},
+    job::Job,
+    pass::{self, How},
+    plan::{self, Plan, Work},
     role::Role,
     rollouts::Rollout,
     schedule,
@@ -12,15 +14,12 @@ use super::{
 };
 use crate::{
     algorithms::{Algorithm, Columns, Inputs, Metrics, Micro, Needs, Origin, Sampling},
-    config::Section,
-    data::{Limits, Order, Stats, Tokenizer},
-    device::{Arena, Device},
+    data::{Order, Stats, Tokenizer},
+    device::{Arena, Device, Element, Later, View},
     error::{Error, Result},
     eval::load_reward_model,
-    models::{Batch, Config, Head, Model},
-    ops::grad_norm,
+    models::{Batch, Head, Model, Use},
     rng::{Philox, Purpose},
-    rollout::{Generator, Scorer},
 };
 
 /// Hears how a run goes.
@@ -43,16 +42,18 @@ impl Observer for Silent {
     fn note(&mut self, _line: &str) {}
 }
 
-/// A run in memory: models, data and the step it is at.
-pub struct Trainer {
+/// A run in memory: models, which compute in `T`, data and the step it is at.
+pub struct Trainer<T: Element> {
     pub(super) dev: Device,
+    /// Where columns are, and what is made of them once a step.
+    pub(super) host: Device,
     pub(super) settings: Settings,
     pub(super) algorithm: Box<dyn Algorithm>,
     pub(super) needs: Needs,
-    pub(super) policy: Option<Role>,
-    pub(super) scalar: Option<Role>,
-    pub(super) reference: Option<Model<f32>>,
-    pub(super) reward_model: Option<Model<f32>>,
+    pub(super) policy: Option<Role<T>>,
+    pub(super) scalar: Option<Role<T>>,
+    pub(super) reference: Option<Model<T>>,
+    pub(super) reward_model: Option<Model<T>>,
     pub(super) tokenizer: Option<Tokenizer>,
     pub(super) examples: Examples,
     pub(super) held_out: Option<Examples>,
@@ -63,11 +64,14 @@ pub struct Trainer {
     pub(super) steps: u64,
     order: Order,
     pub(super) arena: Arena,
-    sizes: Sizes,
+    pub(super) work: Work,
+    memory: Plan,
     pub(super) batch: Batch,
     /// Samples of the last step, for the records of the run.
     pub(super) rollouts: Vec<Rollout>,
     pub(super) clock: Vec<(&'static str, f64)>,
+    /// What the step's updates made of the weights, by role.
+    changed: Vec<(&'static str, Later<Option<usize>>)>,
 }
 
 /// What a step did.
@@ -79,81 +83,41 @@ pub struct Report {
     pub seconds: Vec<(&'static str, f64)>,
 }
 
-impl Trainer {
+impl<T: Element<Acc = f32>> Trainer<T> {
     /// Loads models and data, and plans all memory.
     ///
     /// # Errors
     /// Those of the parts, naming file and key.
-    pub fn new(settings: Settings, algorithm: Box<dyn Algorithm>) -> Result<Self> {
-        settings.validate()?;
-        let dev = Device::from_name(&settings.device, settings.threads)?;
-        let needs = algorithm.needs();
+    pub fn new(dev: &Device, settings: Settings, algorithm: Box<dyn Algorithm>) -> Result<Self> {
+        let dev = dev.clone();
+        let Job {
+            settings,
+            algorithm,
+            needs,
+            tokenizer,
+            eos,
+            examples,
+            held_out,
+            stats,
+            steps,
+            work,
+            ..
+        } = Job::new(settings, algorithm)?;
         let dir = PathBuf::from(&settings.model);
-        let (_, spec) = Config::read(&dir)?.spec()?;
-        let tokenizer = Tokenizer::open_if_there(&dir)?;
-        let mut eos: Vec<u32> = settings.eos_id.into_iter().collect();
-        if eos.is_empty() {
-            eos.extend(tokenizer.iter().flat_map(|t| t.eos().to_vec()));
-        }
-        let room = match settings.max_length {
-            0 => spec.max_positions,
-            n => n.min(spec.max_positions),
-        };
-        let sampling = match &needs.inputs {
-            Inputs::Prompts(s) => Some(s),
-            _ => None,
-        };
-        if room < 2 {
-            return Err(Error::config("max_length", "2 or more, or 0", settings.max_length));
-        }
-        let new = sampling.map_or(0, |s| s.max_new_tokens);
-        let Some(max_length) = room.checked_sub(new).filter(|n| *n > 0) else {
-            let want = format!("less than the {room} positions of a prompt and its sample");
-            return Err(Error::config("max_new_tokens", want, new));
-        };
-        if !settings.eval_data.is_empty() && sampling.is_some() {
-            let want = "none for an algorithm that samples; its metrics are of new samples";
-            return Err(Error::config("eval_data", want, settings.eval_data.join(", ")));
-        }
-        let ids = |key: &str, ids: &[u32]| {
-            let bad = ids.iter().find(|id| **id as usize >= spec.vocab);
-            let want = format!("below the vocabulary of {}", spec.vocab);
-            bad.map_or(Ok(()), |id| Err(Error::config(key, want, id)))
-        };
-        ids("eos_id", &eos)?;
-        ids("stop_ids", &settings.stop_ids)?;
-        let limits = Limits { max_length, vocab: spec.vocab, eos: eos.first().copied() };
-        let load = |files: &[String]| {
-            Examples::load(files, &needs.inputs, tokenizer.as_ref(), limits, &settings)
-        };
-        let (examples, stats) = load(&settings.data)?;
-        let held_out = match settings.eval_data.is_empty() {
-            false => Some(load(&settings.eval_data)?.0),
-            true => None,
-        };
-        let per_prompt = sampling.map_or(1, |s| s.samples_per_prompt);
-        if !settings.batch_size.is_multiple_of(per_prompt.saturating_mul(needs.minibatches)) {
-            let parts = needs.minibatches;
-            let want =
-                format!("a multiple of samples_per_prompt {per_prompt} x minibatches {parts}");
-            return Err(Error::config("batch_size", want, settings.batch_size));
-        }
-        let draws = settings.batch_size / per_prompt;
-        let steps = match settings.steps {
-            0 => (settings.epochs * examples.len() as f64 / draws as f64).ceil().max(1.0) as u64,
-            n => n,
-        };
         let mut this = Self {
             policy: None,
             scalar: None,
             reference: None,
             reward_model: None,
+            host: dev.host(settings.threads),
             order: feed::order(&examples, &settings),
             arena: Arena::new(&dev, 0)?,
-            sizes: Sizes { rows: 0, sequences: 0 },
+            work,
+            memory: Plan { parts: Vec::new(), phases: Vec::new() },
             batch: Batch::default(),
             rollouts: Vec::new(),
             clock: Vec::new(),
+            changed: Vec::new(),
             step: 0,
             dev,
             settings,
@@ -167,24 +131,29 @@ impl Trainer {
             steps,
         };
         this.load_models(&dir)?;
-        this.plan()?;
+        this.take_room()?;
         Ok(this)
     }
 
     fn load_models(&mut self, dir: &std::path::Path) -> Result<()> {
         let (dev, seed) = (&self.dev, self.settings.seed);
         if !self.needs.policy {
-            let model = Model::load(dev, dir, Head::Scalar, Some(seed))?;
+            let model = Model::load_trained(dev, dir, Head::Scalar, Some(seed))?;
             self.scalar = Some(Role::new(dev, "reward", model)?);
             return Ok(());
         }
-        let policy = Model::load(dev, dir, Head::Lm, None)?;
+        let policy = Model::load_trained(dev, dir, Head::Lm, None)?;
+        let parks = plan::frozen(dev, &self.settings) == Use::Parked;
         if self.needs.reference {
-            self.reference = Some(policy.copy_as(dev, Head::Lm, seed)?);
+            let mut reference = policy.copy_as(dev, Head::Lm, seed, Use::Frozen)?;
+            if parks {
+                reference.park(dev)?;
+            }
+            self.reference = Some(reference);
         }
         if let Some(folder) = self.sampling().and_then(|s| s.reward_model.as_ref()) {
             let (spec, tokenizer) = (policy.spec(), self.tokenizer.as_ref());
-            let model = load_reward_model(dev, folder, spec, tokenizer, self.longest())?;
+            let model = load_reward_model(dev, folder, spec, tokenizer, self.work.longest)?;
             self.reward_model = Some(model);
         }
         if let Some(scalar) = self.needs.scalar {
@@ -192,7 +161,11 @@ impl Trainer {
                 (Origin::RewardModel, Some(model)) => model,
                 _ => &policy,
             };
-            self.scalar = Some(Role::new(dev, "value", from.copy_as(dev, Head::Scalar, seed)?)?);
+            let value = from.copy_as(dev, Head::Scalar, seed, Use::Trained)?;
+            self.scalar = Some(Role::new(dev, "value", value)?);
+        }
+        if let Some(model) = self.reward_model.as_mut().filter(|_| parks) {
+            model.park(dev)?;
         }
         self.policy = Some(Role::new(dev, "policy", policy)?);
         Ok(())
@@ -200,10 +173,7 @@ impl Trainer {
 
     /// How samples are made, if the algorithm samples.
     pub(super) fn sampling(&self) -> Option<&Sampling> {
-        match &self.needs.inputs {
-            Inputs::Prompts(sampling) => Some(sampling),
-            _ => None,
-        }
+        plan::sampling(&self.needs)
     }
 
     /// Divides the logits of the policy and of the reference.
@@ -211,61 +181,37 @@ impl Trainer {
         self.sampling().map_or(1.0, |s| s.params.temperature)
     }
 
-    /// Sequences that must stay in one micro-batch.
-    fn unit(&self) -> usize {
-        if self.needs.inputs == Inputs::Pairs { 2 } else { 1 }
-    }
-
-    /// The longest sequence of a step.
-    fn longest(&self) -> usize {
-        let held_out = self.held_out.as_ref().map_or(0, Examples::longest);
-        let new = self.sampling().map_or(0, |s| s.max_new_tokens);
-        self.examples.longest().max(held_out) + new
-    }
-
     /// Takes the memory that the largest phase needs.
-    fn plan(&mut self) -> Result<()> {
-        let unit = self.unit();
-        let rows = self.settings.micro_batch_tokens.max(unit * self.longest());
-        // A sequence has at least one row.
-        self.sizes = Sizes { rows, sequences: (unit * self.settings.batch_size).min(rows) };
-        let mut bytes = 0;
-        for role in self.policy.iter().chain(&self.scalar) {
-            let (spec, head) = (role.model.spec(), role.model.head());
-            let entropy = head == Head::Lm && self.needs.entropy;
-            bytes = bytes.max(self.sizes.plan::<f32>(spec, head, entropy)?);
-        }
-        let scorer = self.scorer();
-        for model in self.reference.iter().chain(&self.reward_model) {
-            bytes = bytes.max(scorer.plan::<f32>(model.spec())?);
-        }
-        if let (Some(sampling), Some(policy)) = (self.sampling(), &self.policy) {
-            let generator = self.generator(sampling);
-            bytes = bytes.max(generator.plan::<f32>(policy.model.spec())?);
-        }
-        self.arena = Arena::new(&self.dev, bytes)?;
-        self.batch = Batch::with_capacity(rows);
+    fn take_room(&mut self) -> Result<()> {
+        let model = self.policy.iter().chain(&self.scalar).map(|r| r.model.spec()).next();
+        let Some(model) = model else { return Ok(()) };
+        let judge = self.reward_model.as_ref().map_or(model, Model::spec);
+        let specs = (model, judge);
+        self.memory = Plan::new::<T>(&self.dev, &self.settings, &self.needs, &self.work, specs)?;
+        self.arena = Arena::new(&self.dev, self.memory.shared())?;
+        self.batch = Batch::with_capacity(self.work.sizes.rows);
         Ok(())
     }
 
-    pub(super) fn scorer(&self) -> Scorer {
-        Scorer { rows: self.sizes.rows, sequences: self.sizes.sequences }
+    /// Memory of the run, all of which is taken.
+    #[must_use]
+    pub fn memory(&self) -> &Plan {
+        &self.memory
     }
 
-    pub(super) fn generator(&self, sampling: &Sampling) -> Generator {
-        let slots = sampling.slots.min(self.settings.batch_size);
-        Generator { slots, max_len: self.longest(), rows: self.sizes.rows.max(slots) }
+    fn how(&self, head: Head) -> How {
+        plan::how(&self.settings, &self.needs, head)
     }
 
     /// The language model that is trained.
     #[must_use]
-    pub fn policy(&self) -> Option<&Model<f32>> {
+    pub fn policy(&self) -> Option<&Model<T>> {
         self.policy.as_ref().map(|role| &role.model)
     }
 
     /// The reward or value model that is trained.
     #[must_use]
-    pub fn scalar(&self) -> Option<&Model<f32>> {
+    pub fn scalar(&self) -> Option<&Model<T>> {
         self.scalar.as_ref().map(|role| &role.model)
     }
 
@@ -290,13 +236,10 @@ impl Trainer {
                 n.epochs * n.minibatches
             ),
         };
-        format!("{head}; micro-batches of up to {} tokens; {} steps", self.sizes.rows, self.steps)
-    }
-
-    /// Bytes of memory that phases share.
-    #[must_use]
-    pub fn planned_bytes(&self) -> usize {
-        self.arena.bytes()
+        format!(
+            "{head}; micro-batches of up to {} tokens; {} steps",
+            self.work.sizes.rows, self.steps
+        )
     }
 
     /// One optimizer step. `None` if a signal came while it was sampling: nothing has changed then.
@@ -307,7 +250,7 @@ impl Trainer {
     pub fn step(&mut self, seen: &mut dyn Observer) -> Result<Option<Report>> {
         let per_prompt = self.sampling().map_or(1, |s| s.samples_per_prompt);
         let chosen = self.order.batch(self.step, self.settings.batch_size / per_prompt);
-        let base = self.step * (self.settings.batch_size * self.unit()) as u64;
+        let base = self.step * (self.settings.batch_size * self.work.unit) as u64;
         self.step_on(&chosen, base, seen).map_err(|mut e| {
             if let Error::BadNumber { samples, places, .. } = &mut e {
                 *places = samples.iter().filter_map(|s| self.place(&chosen, base, *s)).collect();
@@ -319,7 +262,7 @@ impl Trainer {
     /// The line of data that a sample of this step comes from.
     fn place(&self, chosen: &[usize], base: u64, sample: u64) -> Option<String> {
         let i = sample.checked_sub(base)? as usize;
-        let each = self.sampling().map_or(self.unit(), |s| s.samples_per_prompt);
+        let each = self.sampling().map_or(self.work.unit, |s| s.samples_per_prompt);
         let places = self.examples.places(*chosen.get(i / each)?);
         places.get(i % each).or(places.first()).map(ToString::to_string)
     }
@@ -333,6 +276,7 @@ impl Trainer {
         let mut metrics = Metrics::new();
         self.rollouts.clear();
         self.clock.clear();
+        self.changed.clear();
         let (sequences, mut columns) = match self.examples.sequences(chosen, base) {
             Some(ready) => ready,
             None => match self.roll_out(chosen, base, seen)? {
@@ -340,7 +284,7 @@ impl Trainer {
                 None => return Ok(None),
             },
         };
-        self.algorithm.prepare(&self.dev, &mut columns, &mut metrics)?;
+        self.algorithm.prepare(&self.host, &mut columns, &mut metrics)?;
         self.finish_rollouts(&columns);
         let start = Instant::now();
         let lr = self.settings.learning_rate * self.schedule();
@@ -361,7 +305,8 @@ impl Trainer {
                 self.update(&mini, &columns.subset(chosen), first, lr, &mut norms)?;
             }
         }
-        self.algorithm.finish(&mut metrics);
+        self.algorithm.finish(&mut metrics)?;
+        self.check_weights()?;
         norms.report(&mut metrics);
         metrics.push(("learning_rate", lr));
         metrics.push(("tokens", tokens as f64));
@@ -385,30 +330,40 @@ impl Trainer {
         lr: f64,
         norms: &mut Norms,
     ) -> Result<()> {
-        let unit = self.unit();
+        let unit = self.work.unit;
         let lens = sequences.chunks(unit).map(|u| u.iter().map(|s| s.ids.len()).sum());
-        let groups = self.scorer().groups(lens);
+        let groups = self.work.scorer().groups(lens);
         let dev = self.dev.clone();
         let (mut policy, mut scalar) = (self.policy.take(), self.scalar.take());
         let mut run = || {
             // Both gradients are there and known to be good before either model changes.
+            let mut watched = Vec::new();
             if let Some(role) = &mut policy {
-                self.policy_gradient(&dev, role, sequences, columns, &groups, first)?;
+                self.policy_gradient(&dev, role, sequences, columns, &groups, &mut watched)?;
             }
             if let Some(role) = &mut scalar {
-                self.scalar_gradient(&dev, role, sequences, columns, &groups, unit)?;
+                self.scalar_gradient(&dev, role, sequences, columns, &groups, &mut watched)?;
             }
             let step = self.step + 1;
-            let norm = |role: &Role| role.gradient_norm(&dev, step);
+            // The device has it all at once: the host waits for it once.
+            let norm = |role: &Role<T>| role.gradient_norm(&dev);
             let policy_norm = policy.as_ref().map(norm).transpose()?;
             let scalar_norm = scalar.as_ref().map(norm).transpose()?;
-            if let (Some(role), Some(norm)) = (&mut policy, policy_norm) {
-                role.update(&dev, &self.settings, lr, norm, step)?;
+            for w in watched {
+                w.check(columns, first, step)?;
             }
-            if let (Some(role), Some(norm)) = (&mut scalar, scalar_norm) {
-                let own = self.needs.scalar.and_then(|s| s.learning_rate);
-                let lr = own.map_or(lr, |peak| peak * self.schedule());
-                role.update(&dev, &self.settings, lr, norm, step)?;
+            let known = |role: &Option<Role<T>>, norm: Option<Later<f64>>| {
+                role.as_ref().zip(norm).map(|(role, norm)| role.known(&dev, norm, step)).transpose()
+            };
+            let (policy_norm, scalar_norm) =
+                (known(&policy, policy_norm)?, known(&scalar, scalar_norm)?);
+            let own = self.needs.scalar.and_then(|s| s.learning_rate);
+            let scalar_lr = own.map_or(lr, |peak| peak * self.schedule());
+            for (role, norm, lr) in
+                [(&mut policy, policy_norm, lr), (&mut scalar, scalar_norm, scalar_lr)]
+            {
+                let (Some(role), Some(norm)) = (role, norm) else { continue };
+                self.changed.push((role.name, role.update(&dev, &self.settings, lr, norm)?));
             }
             norms.policy.extend(policy_norm);
             norms.scalar.extend(scalar_norm);
@@ -419,34 +374,40 @@ impl Trainer {
         done
     }
 
+    /// Whether all updates of the step left weights that are numbers.
+    fn check_weights(&mut self) -> Result<()> {
+        for (name, bad) in std::mem::take(&mut self.changed) {
+            let role = self.policy.iter().chain(&self.scalar).find(|role| role.name == name);
+            role.map_or(Ok(()), |role| role.healthy(&self.dev, bad, self.step + 1))?;
+        }
+        Ok(())
+    }
+
     fn policy_gradient(
         &mut self,
         dev: &Device,
-        role: &mut Role,
+        role: &mut Role<T>,
         sequences: &[Sequence],
         columns: &Columns<f32>,
-        groups: &[std::ops::Range<usize>],
-        first: bool,
+        groups: &[Range<usize>],
+        watched: &mut Vec<Watched>,
     ) -> Result<()> {
-        role.zero_grads();
-        let temperature = self.temperature();
-        let (step, entropy) = (self.step + 1, self.needs.entropy);
+        role.zero_grads(dev)?;
+        let (temperature, how) = (self.temperature(), self.how(Head::Lm));
         for group in groups {
             self.batch.clear();
             for s in &sequences[group.clone()] {
                 self.batch.push_masked(&s.ids, &s.predicted);
             }
-            let micro = Micro { columns, sequences: group.clone() };
             let (algorithm, scope) = (&mut self.algorithm, self.arena.scope());
+            let micro = Micro::stage(dev, &scope, columns, group.clone())?;
             let (model, grads, batch) = (&role.model, &mut role.grads, &self.batch);
-            pass::policy(dev, model, grads, &scope, batch, temperature, entropy, |mut c| {
-                check(dev, &micro, c.logp.host(), step, "log-prob")?;
-                if first {
-                    exact(&micro, c.logp.host(), step)?;
-                }
+            pass::policy(dev, model, grads, &scope, batch, temperature, how, |mut c| {
+                let mut watch = Watch { dev, sequences: group, watched };
+                watch.on(LOGP, c.logp)?;
                 let (dlogp, dentropy) = (c.dlogp.reborrow(), c.dentropy);
                 algorithm.policy_loss(dev, &micro, c.logp, c.entropy, dlogp, dentropy)?;
-                check(dev, &micro, c.dlogp.view().host(), step, "d loss / d log-prob")
+                watch.on("d loss / d log-prob", c.dlogp.view())
             })?;
         }
         Ok(())
@@ -455,14 +416,14 @@ impl Trainer {
     fn scalar_gradient(
         &mut self,
         dev: &Device,
-        role: &mut Role,
+        role: &mut Role<T>,
         sequences: &[Sequence],
         columns: &Columns<f32>,
-        groups: &[std::ops::Range<usize>],
-        unit: usize,
+        groups: &[Range<usize>],
+        watched: &mut Vec<Watched>,
     ) -> Result<()> {
-        role.zero_grads();
-        let (step, name) = (self.step + 1, role.name);
+        role.zero_grads(dev)?;
+        let (name, how, unit) = (role.name, self.how(Head::Scalar), self.work.unit);
         for group in groups {
             let group = group.start * unit..group.end * unit;
             self.batch.clear();
@@ -473,13 +434,14 @@ impl Trainer {
                     self.batch.push_last(&s.ids);
                 }
             }
-            let micro = Micro { columns, sequences: group };
             let (algorithm, scope) = (&mut self.algorithm, self.arena.scope());
+            let micro = Micro::stage(dev, &scope, columns, group.clone())?;
             let (model, grads, batch) = (&role.model, &mut role.grads, &self.batch);
-            pass::scalar(dev, model, grads, &scope, batch, |y, mut dy| {
-                check(dev, &micro, y.host(), step, name)?;
+            pass::scalar(dev, model, grads, &scope, batch, how, |y, mut dy| {
+                let mut watch = Watch { dev, sequences: &group, watched };
+                watch.on(name, y)?;
                 algorithm.scalar_loss(dev, &micro, y, dy.reborrow())?;
-                check(dev, &micro, dy.view().host(), step, "d loss / d scalar")
+                watch.on("d loss / d scalar", dy.view())
             })?;
         }
         Ok(())
@@ -508,34 +470,52 @@ impl Norms {
     }
 }
 
-/// Property 9: a bad number stops the step, and names what it is and whose.
-fn check(dev: &Device, micro: &Micro<'_, f32>, x: &[f32], step: u64, what: &str) -> Result<()> {
-    let Some(i) = grad_norm::first_bad(dev, x.into())?.get()? else { return Ok(()) };
-    let sample = sample_of(micro, i);
-    let value = f64::from(x[i]);
-    let (what, samples) = (what.into(), vec![sample]);
-    Err(Error::BadNumber { step, what, value, samples, places: Vec::new() })
+const LOGP: &str = "log-prob";
+
+/// Numbers of a micro-batch that are looked at before the update.
+struct Watched {
+    what: &'static str,
+    /// Of the minibatch.
+    sequences: Range<usize>,
+    numbers: Later<Vec<f32>>,
 }
 
-/// Property 2: before the first update of a step, the training forward gives the very log-prob
-/// that was recorded when each token was sampled.
-fn exact(micro: &Micro<'_, f32>, logp: &[f32], step: u64) -> Result<()> {
-    if micro.columns.old_logp.is_empty() {
-        return Ok(());
+/// Where a micro-batch leaves them.
+struct Watch<'a> {
+    dev: &'a Device,
+    sequences: &'a Range<usize>,
+    watched: &'a mut Vec<Watched>,
+}
+
+impl Watch<'_> {
+    fn on(&mut self, what: &'static str, x: View<'_, f32>) -> Result<()> {
+        let (sequences, numbers) = (self.sequences.clone(), self.dev.read_later(x)?);
+        self.watched.push(Watched { what, sequences, numbers });
+        Ok(())
     }
-    let old = &micro.columns.old_logp[micro.tokens()];
-    let Some(i) = logp.iter().zip(old).position(|(a, b)| a.to_bits() != b.to_bits()) else {
-        return Ok(());
-    };
-    let value = (f64::from(logp[i]) - f64::from(old[i])).exp();
-    let what = "the first ratio (training against sampled log-prob, wanted exactly 1)".into();
-    let samples = vec![sample_of(micro, i)];
-    Err(Error::BadNumber { step, what, value, samples, places: Vec::new() })
 }
 
-/// The sample that holds number `i` of a micro-batch.
-fn sample_of(micro: &Micro<'_, f32>, i: usize) -> u64 {
-    let c = micro.columns;
-    let s = c.sequence_of(micro.tokens().start + i);
-    c.samples.get(s).copied().unwrap_or(u64::MAX)
+impl Watched {
+    /// Property 9: a bad number stops the step, and names what it is and whose. Property 2: before the `first`
+    /// update of a step, the training forward gives the very log-prob that was recorded when each token was sampled.
+    fn check(self, c: &Columns<f32>, first: bool, step: u64) -> Result<()> {
+        let x = self.numbers.get()?;
+        let span = c.span(&self.sequences);
+        let error = |what: &str, i: usize, value: f64| {
+            let samples = c.samples.get(c.sequence_of(span.start + i)).copied();
+            let samples = vec![samples.unwrap_or(u64::MAX)];
+            Err(Error::BadNumber { step, what: what.into(), value, samples, places: Vec::new() })
+        };
+        if let Some(i) = x.iter().position(|x| !x.is_finite()) {
+            return error(self.what, i, f64::from(x[i]));
+        }
+        if !first || self.what != LOGP || c.old_logp.is_empty() {
+            return Ok(());
+        }
+        let old = &c.old_logp[span.clone()];
+        let differs = x.iter().zip(old).position(|(a, b)| a.to_bits() != b.to_bits());
+        let what = "the first ratio (training against sampled log-prob, wanted exactly 1)";
+        let ratio = |i: usize| (f64::from(x[i]) - f64::from(old[i])).exp();
+        differs.map_or(Ok(()), |i| error(what, i, ratio(i)))
+    }
 }

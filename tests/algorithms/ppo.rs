@@ -3,11 +3,12 @@
 
 use std::{collections::BTreeMap, path::Path};
 
+use half::bf16;
 use warpo::{
     Error,
     algorithms::{Algorithm, Columns, Metrics},
-    device::Device,
-    models::{self, Batch, Config, Head, Model, Slot},
+    device::{Device, Element},
+    models::{self, Batch, Config, Head, Model, Slot, Use},
     rollout::Scorer,
     train::Silent,
 };
@@ -15,9 +16,9 @@ use warpo::{
 use crate::support::{
     assert_bits, assert_close, host,
     losses::{build, finish, policy_loss, scalar_loss},
-    randn, room,
-    runs::trainer,
-    temp_dir, wide,
+    randn, room_on,
+    runs::trainer_on,
+    sim, temp_dir, wide,
 };
 
 const LENS: [usize; 5] = [3, 1, 6, 2, 4];
@@ -361,9 +362,13 @@ fn a_wrong_setting_is_a_wrong_configuration() {
 
 /// A model over two tokens whose last score is 1 after `arm` and 0 after the other.
 fn judge(dir: &Path, arm: usize) {
-    let mut judge =
-        Model::<f32>::zeros(host(), Config::parse(BANDIT, "config.json").unwrap(), Head::Scalar)
-            .unwrap();
+    let mut judge = Model::<f32>::zeros(
+        host(),
+        Config::parse(BANDIT, "config.json").unwrap(),
+        Head::Scalar,
+        Use::Frozen,
+    )
+    .unwrap();
     let h = judge.spec().hidden;
     let params = judge.params_mut();
     for slot in [Slot::Norm1, Slot::Norm2] {
@@ -374,7 +379,7 @@ fn judge(dir: &Path, arm: usize) {
     let embedding = params.get_mut(Slot::Embedding, None).unwrap().host();
     (embedding[0], embedding[h + 1]) = (1.0, 1.0);
     params.get_mut(Slot::Score, None).unwrap().host()[arm] = 1.0 / (h as f32).sqrt();
-    models::save(&judge, dir).unwrap();
+    models::save(host(), &judge, dir).unwrap();
 }
 
 const BANDIT: &str = r#"{"model_type": "llama", "vocab_size": 2, "hidden_size": 8,
@@ -385,65 +390,81 @@ const BANDIT: &str = r#"{"model_type": "llama", "vocab_size": 2, "hidden_size": 
 #[test]
 fn ppo_learns_a_bandit() {
     for arm in [0, 1] {
-        let dir = temp_dir(&format!("bandit_{arm}"));
-        let (policy, reward) = (dir.join("policy"), dir.join("judge"));
-        std::fs::create_dir_all(&policy).unwrap();
-        std::fs::create_dir_all(&reward).unwrap();
-        judge(&reward, arm);
-        let mut model =
-            Model::<f32>::zeros(host(), Config::parse(BANDIT, "config.json").unwrap(), Head::Lm)
-                .unwrap();
-        for t in model.params().layout().clone().tensors() {
-            let x: Vec<f32> = randn(&t.name(), t.len());
-            let w = model.params_mut().tensor_mut(t).host();
-            w.iter_mut()
-                .zip(x)
-                .for_each(|(w, x)| *w = if t.slot.is_matrix() { 0.2 * x } else { 1.0 });
-        }
-        model.repack(&Device::cpu()).unwrap();
-        models::save(&model, &policy).unwrap();
-        let data = dir.join("data.jsonl");
-        std::fs::write(&data, "{\"input_ids\": [0, 1]}\n").unwrap();
-
-        let more = [
-            &format!("model={}", policy.display()),
-            &format!("reward_model={}", reward.display()),
-            &format!("data={}", data.display()),
-            "steps=25",
-            "batch_size=32",
-            "minibatches=1",
-            "learning_rate=0.03",
-            "schedule=constant",
-            "warmup_steps=0",
-            "max_new_tokens=1",
-            "temperature=1",
-            "kl_coef=0",
-            "kl_target=none",
-            "value_init=policy",
-            "eos_id=none",
-        ];
-        let mut trainer = trainer(&dir, "ppo", &more).unwrap();
-        let before = probability(trainer.policy().unwrap(), arm);
-        assert!((0.05..0.95).contains(&before), "{before}");
-        let mut scores = Vec::new();
-        for _ in 0..25 {
-            let report = trainer.step(&mut Silent).unwrap().unwrap();
-            scores.push(report.metrics.iter().find(|m| m.0 == "score").unwrap().1);
-        }
-        let after = probability(trainer.policy().unwrap(), arm);
-        assert!(after > 0.95, "arm {arm}: from {before} to {after}, scores {scores:?}");
-        assert!(scores[24] > scores[0] && scores[24] > 0.9, "{scores:?}");
+        learns::<f32>(&Device::cpu(), arm, &temp_dir(&format!("bandit_{arm}")));
     }
 }
 
+/// The same in bf16 on a device.
+#[test]
+fn ppo_learns_a_bandit_on_a_device() {
+    let mut arm = 0;
+    sim::on_devices(|dev| {
+        learns::<bf16>(dev, arm, &temp_dir(&format!("bandit_on_a_device_{arm}")));
+        arm += 1;
+    });
+}
+
+fn learns<T: Element<Acc = f32>>(dev: &Device, arm: usize, dir: &Path) {
+    let (policy, reward) = (dir.join("policy"), dir.join("judge"));
+    std::fs::create_dir_all(&policy).unwrap();
+    std::fs::create_dir_all(&reward).unwrap();
+    judge(&reward, arm);
+    let mut model = Model::<f32>::zeros(
+        host(),
+        Config::parse(BANDIT, "config.json").unwrap(),
+        Head::Lm,
+        Use::Frozen,
+    )
+    .unwrap();
+    for t in model.params().layout().clone().tensors() {
+        let x: Vec<f32> = randn(&t.name(), t.len());
+        let w = model.params_mut().tensor_mut(t).host();
+        w.iter_mut().zip(x).for_each(|(w, x)| *w = if t.slot.is_matrix() { 0.2 * x } else { 1.0 });
+    }
+    model.repack(&Device::cpu()).unwrap();
+    models::save(host(), &model, &policy).unwrap();
+    let data = dir.join("data.jsonl");
+    std::fs::write(&data, "{\"input_ids\": [0, 1]}\n").unwrap();
+
+    let more = [
+        &format!("model={}", policy.display()),
+        &format!("reward_model={}", reward.display()),
+        &format!("data={}", data.display()),
+        "steps=25",
+        "batch_size=32",
+        "minibatches=1",
+        "learning_rate=0.03",
+        "schedule=constant",
+        "warmup_steps=0",
+        "max_new_tokens=1",
+        "temperature=1",
+        "kl_coef=0",
+        "kl_target=none",
+        "value_init=policy",
+        "eos_id=none",
+        "rollout_slots=32",
+        "micro_batch_tokens=128",
+    ];
+    let mut trainer = trainer_on::<T>(dev, dir, "ppo", &more).unwrap();
+    let before = probability(dev, trainer.policy().unwrap(), arm);
+    assert!((0.05..0.95).contains(&before), "{before}");
+    let mut scores = Vec::new();
+    for _ in 0..25 {
+        let report = trainer.step(&mut Silent).unwrap().unwrap();
+        scores.push(report.metrics.iter().find(|m| m.0 == "score").unwrap().1);
+    }
+    let after = probability(dev, trainer.policy().unwrap(), arm);
+    assert!(after > 0.95, "arm {arm}: from {before} to {after}, scores {scores:?}");
+    assert!(scores[24] > scores[0] && scores[24] > 0.9, "{scores:?}");
+}
+
 /// Of pulling an arm.
-fn probability(model: &Model<f32>, arm: usize) -> f32 {
+fn probability<T: Element<Acc = f32>>(dev: &Device, model: &Model<T>, arm: usize) -> f32 {
     let mut batch = Batch::default();
     batch.push_predicted(&[0, 1, arm as u32], 2);
     let scorer = Scorer { rows: 2, sequences: 1 };
-    let mut arena = room(scorer.plan::<f32>(model.spec()).unwrap());
-    let mut logp = Vec::new();
-    let (dev, scope) = (Device::cpu(), arena.scope());
-    scorer.logprobs(&dev, model, &scope, &batch, 1.0, &mut logp, None).unwrap();
+    let mut arena = room_on(dev, scorer.plan::<T>(dev, model.spec(), model.head()).unwrap());
+    let (mut logp, scope) = (Vec::new(), arena.scope());
+    scorer.logprobs(dev, model, &scope, &batch, 1.0, &mut logp, None).unwrap();
     logp[0].exp()
 }

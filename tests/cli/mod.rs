@@ -289,3 +289,61 @@ fn doctor_says_what_is_there() {
         assert!(text.contains(word), "{word}: {text}");
     }
 }
+
+/// A plan for GPUs that are not there, of a model of which there is only the config.
+#[test]
+fn plan_says_what_fits() {
+    let dir = temp_dir("cli_plan");
+    let config = r#"{"model_type": "llama", "vocab_size": 151936, "hidden_size": 896, "num_hidden_layers": 24,
+        "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864,
+        "max_position_embeddings": 4096, "tie_word_embeddings": true}"#;
+    std::fs::write(dir.join("config.json"), config).unwrap();
+    let model = dir.display().to_string();
+    let plan = |more: &[&str]| {
+        let judge = format!("reward_model={model}");
+        let args = [&["plan", "ppo", "--model", &model, "--set", &judge], more].concat();
+        let done = warpo(&args).output().unwrap();
+        let text = |bytes| String::from_utf8(bytes).unwrap();
+        (done.status.code(), text(done.stdout), text(done.stderr))
+    };
+    let number = |text: &str, row: &str| -> f64 {
+        let line =
+            text.lines().find(|l| l.starts_with(row)).unwrap_or_else(|| panic!("{row}: {text}"));
+        line.split_whitespace().rev().nth(2).unwrap().parse().unwrap()
+    };
+    let (code, text, _) = plan(&["--gpu", "h100"]);
+    assert_eq!(code, Some(0));
+    assert!(text.contains("NVIDIA H100 SXM, 80 GB"), "{text}");
+    let (fixed, shared) = (number(&text, "for the whole run"), number(&text, "all phases share"));
+    assert_eq!(number(&text, "total"), fixed + shared);
+    // bf16 weights of four models; f32 weights, gradients and two moments of two
+    let weights = 494e6;
+    assert!((fixed / (weights * (4.0 * 2.0 + 2.0 * 16.0)) - 1.0).abs() < 0.02, "{fixed}");
+
+    // What it says to fit fits, and one token more does not.
+    let most = text.split("of up to ").last().unwrap().split(':').next().unwrap().to_owned();
+    let more = (most.parse::<usize>().unwrap() + 1).to_string();
+    let at = |rows: &str| {
+        let rows = format!("micro_batch_tokens={rows}");
+        number(&plan(&["--gpu", "h100", "--set", &rows]).1, "total")
+    };
+    let memory = f64::from(81_559) * f64::from(1 << 20);
+    assert!(at(&most) <= memory && at(&more) > memory, "{most}");
+
+    // Less is needed where blocks are computed again and frozen models wait on the host.
+    let less = ["--gpu", "h100", "--set", "recompute=true", "--set", "offload_frozen=true"];
+    let (_, saved, _) = plan(&less);
+    assert!(number(&saved, "for the whole run") < fixed - 1.9 * weights, "{saved}");
+    assert!(number(&saved, "train the policy") < number(&text, "train the policy"), "{saved}");
+    let (_, text, _) = plan(&["--gpu", "rtx4090", "--memory", "20GiB"]);
+    assert!(text.contains("In 20.00 GiB fit micro_batch_tokens of up to "), "{text}");
+    let (_, text, _) = plan(&["--gpu", "rtx4090", "--memory", "8GB"]);
+    assert!(text.contains("It does not fit 7.45 GiB: micro-batches of "), "{text}");
+    for (more, says) in [
+        (&["--gpu", "h9000"][..], "`--gpu`: got h9000, wanted one of h200, h100"),
+        (&["--gpu", "h100", "--memory", "much"], "`--memory`: got much, wanted a size as 141GB"),
+    ] {
+        let (code, _, text) = plan(more);
+        assert!(code == Some(2) && text.contains(says), "{text}");
+    }
+}

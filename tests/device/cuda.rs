@@ -434,7 +434,10 @@ fn without_a_driver_the_name_says_what_is_missing() {
     assert!(Device::from_name("auto", 1).unwrap().describe().starts_with("cpu"));
     for name in ["cuda:", "cuda:x", "cuda:-1", "gpu"] {
         let e = refusal(Device::from_name(name, 0));
-        assert!(e.ends_with("known devices are auto, cpu, cuda and cuda:N"), "{e}");
+        assert!(
+            e.ends_with("known devices are auto, cpu, cuda, cuda:N, sim and sim:hopper"),
+            "{e}"
+        );
     }
     assert_eq!(Cuda::survey().len(), 1, "{:?}", Cuda::survey());
 }

@@ -1,6 +1,7 @@
 //! The elementary functions of f32 against f64, over the whole range.
 
-use warpo::device::cpu::math;
+use half::bf16;
+use warpo::device::{Element, cpu::math};
 
 /// Distance in units of the last place of the rounded truth.
 fn ulps(got: f32, truth: f64) -> f64 {
@@ -92,5 +93,28 @@ fn erf_agrees_with_tables() {
     ] {
         assert!((math::erf(x) - y).abs() < 2e-15, "erf({x}) = {:e}", math::erf(x));
         assert_eq!(math::erf(-x), -math::erf(x));
+    }
+}
+
+/// f32 to bf16 is one rounding, whichever way it goes, and so is f64: what lies just above a tie is none.
+#[test]
+fn bf16_is_rounded_once() {
+    for bits in (0..=u32::MAX).step_by(65_521).chain((0..1 << 19).map(|i| 0x3F80_0000 + i)) {
+        let x = f32::from_bits(bits);
+        let (got, want) = (bf16::of(f64::from(x)), bf16::from_f32(x));
+        assert!(got.to_bits() == want.to_bits() || x.is_nan() && got.is_nan(), "{bits:#x}");
+    }
+    let (low, tie, high) = (1.0, 1.0 + 1.0 / 256.0, 1.0 + 1.0 / 128.0);
+    for (x, want) in [
+        (tie, low),
+        (tie + 1e-6, high),
+        (tie + 1e-12, high),
+        (tie - 1e-12, low),
+        (-tie - 1e-12, -high),
+        (3.0 * tie, f64::from(bf16::from_f32(3.0 * tie as f32))),
+        (1e300, f64::INFINITY),
+        (-1e-300, 0.0),
+    ] {
+        assert_eq!(bf16::of(x).to_f64(), want, "{x}");
     }
 }

@@ -5,7 +5,9 @@
 
 use warpo::{
     device::{Arena, Device, Float},
-    models::{Activations, Batch, Cache, Config, Head, Model, Params, Selected, Slot},
+    models::{
+        Activations, Batch, Cache, Config, Extent, Head, Keep, Model, Params, Selected, Slot,
+    },
     ops::{
         attention::PAGE,
         bradley_terry, gae, grad_norm,
@@ -21,7 +23,8 @@ use warpo::{
 };
 
 use crate::support::{
-    assert_bits, assert_close, assert_earned, golden, golden::Golden, params, room, temp_dir, wide,
+    PARAMS, assert_bits, assert_close, assert_earned, golden, golden::Golden, host, how, params,
+    room, temp_dir, wide,
 };
 
 pub const MODELS: [&str; 3] = ["gpt2", "llama", "llama_tied"];
@@ -66,15 +69,17 @@ pub fn forward<F: Float>(model: &Model<F>, rows: &[Vec<u32>]) -> Pass<F> {
     let spec = model.spec();
     let mut arena = room(1 << 23);
     let scope = arena.scope();
-    let mut acts = Activations::new(&scope, spec, n, true).unwrap();
-    let pages = n / PAGE + rows.len();
-    let mut cache = Cache::transient(&scope, spec, pages).unwrap();
+    let extent = Extent { rows: n, sequences: rows.len(), selected: n, cached: 0 };
+    let mut acts = Activations::new(&dev, &scope, spec, extent, Keep::All).unwrap();
+    let pages = extent.pages(PAGE);
+    let staged = batch.stage(&dev, &scope, spec, pages).unwrap();
+    let mut cache = Cache::transient(&dev, &scope, spec, pages).unwrap();
     let mut selected = Selected::new(&scope, spec, n).unwrap();
-    model.forward(&dev, &batch.rows(), &mut acts, &mut cache).unwrap();
+    model.forward(&dev, &staged.rows(), &mut acts, &mut cache).unwrap();
     let all: Vec<u32> = (0..n as u32).collect();
     model.select(&dev, &acts, (&all).into(), &mut selected).unwrap();
     let mut logits = Vec::new();
-    if let Ok((_, packed)) = model.lm_head() {
+    if let Ok((_, packed)) = model.lm_head(host()) {
         logits.resize(n * spec.vocab, F::ZERO);
         matmul::forward(&dev, (&mut logits).into(), selected.hidden(), packed, None, None).unwrap();
     }
@@ -196,7 +201,7 @@ fn logprobs_and_entropy_are_those_of_hugging_face() {
 /// Memory for one pass.
 fn pass_arena<F: Float>(model: &Model<F>, batch: &Batch, entropy: bool) -> Arena {
     let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
-    room(sizes.plan::<F>(model.spec(), model.head(), entropy).unwrap())
+    room(sizes.plan::<F>(host(), model.spec(), model.head(), how(entropy)).unwrap())
 }
 
 /// Runs a policy pass with gradient 0.
@@ -204,7 +209,7 @@ fn policy<F: Float>(model: &Model<F>, batch: &Batch, grads: &mut Params<F>) -> (
     let mut arena = pass_arena(model, batch, true);
     let (mut logp, mut entropy) = (Vec::new(), Vec::new());
     let (dev, scope) = (Device::cpu(), arena.scope());
-    pass::policy(&dev, model, grads, &scope, batch, F::ONE, true, |c| {
+    pass::policy(&dev, model, grads, &scope, batch, F::ONE, how(true), |c| {
         logp = c.logp.host().to_vec();
         entropy = c.entropy.unwrap().host().to_vec();
         c.dlogp.host().fill(F::ZERO);
@@ -238,7 +243,7 @@ fn greedy_tokens_are_those_of_hugging_face() {
             stream: Stream { seed: 0, step: 0, purpose: Purpose::Sample },
         };
         let generator = Generator::for_prompts(&prompts, 64, 3, 16);
-        let mut arena = room(generator.plan::<f32>(model.spec()).unwrap());
+        let mut arena = room(generator.plan::<f32>(host(), model.spec(), &PARAMS).unwrap());
         let dev = Device::cpu();
         let out = generator.run(&dev, &model, &arena.scope(), &prompts, &settings, |_| true);
         let out = out.unwrap().unwrap();
@@ -256,10 +261,8 @@ fn greedy_tokens_are_those_of_hugging_face() {
 
 /// Names of the fixtures' parameters, and where they are in our layout.
 pub fn named<F: Float>(params: &Params<F>, model: &Model<F>) -> Vec<(String, Vec<f64>)> {
-    warpo::models::named(model, params)
-        .into_iter()
-        .map(|(name, _, data)| (name, wide(&data)))
-        .collect()
+    let all = warpo::models::named(host(), model, params).unwrap();
+    all.into_iter().map(|(name, _, data)| (name, wide(&data))).collect()
 }
 
 /// Every gradient under `prefix` of the golden file, and no other, within `tolerance`.
@@ -306,8 +309,8 @@ fn sft_loss_and_gradients_are_those_of_hugging_face() {
     }
 }
 
-/// Loss and gradients of the SFT batch.
-pub fn sft<F: Float>(model: &Model<F>, g: &Golden) -> (Params<F>, f64) {
+/// The SFT batch.
+pub fn sft_batch(g: &Golden) -> Batch {
     let rows = unpad(g, "input_ids", "attention_mask");
     let cols = g.shape("labels")[1];
     let labels = g.ints("labels");
@@ -316,12 +319,18 @@ pub fn sft<F: Float>(model: &Model<F>, g: &Golden) -> (Params<F>, f64) {
         let learn = (1..row.len()).filter(|t| labels[b * cols + t] != -100);
         batch.push_masked(row, &learn.map(|t| t..t + 1).collect::<Vec<_>>());
     }
+    batch
+}
+
+/// Loss and gradients of the SFT batch.
+pub fn sft<F: Float>(model: &Model<F>, g: &Golden) -> (Params<F>, f64) {
+    let batch = sft_batch(g);
     let n = batch.selected().len() as f64;
     let mut grads = params(model.params().layout());
     let mut arena = pass_arena(model, &batch, false);
     let (dev, scope) = (Device::cpu(), arena.scope());
     let mut loss = 0.0;
-    pass::policy(&dev, model, &mut grads, &scope, &batch, F::ONE, false, |c| {
+    pass::policy(&dev, model, &mut grads, &scope, &batch, F::ONE, how(false), |c| {
         loss = -c.logp.host().iter().map(|x| x.f64()).sum::<f64>() / n;
         c.dlogp.host().fill(F::of(-1.0 / n));
         Ok(())
@@ -345,7 +354,7 @@ fn reward_scores_losses_and_gradients_are_those_of_hugging_face() {
         let mut grads = params(model.params().layout());
         let mut arena = pass_arena(&model, &batch, false);
         let (dev, scope) = (Device::cpu(), arena.scope());
-        pass::scalar(&dev, &model, &mut grads, &scope, &batch, |y, mut dy| {
+        pass::scalar(&dev, &model, &mut grads, &scope, &batch, how(false), |y, mut dy| {
             assert_close("scores", y.host(), &want, 1e-11, 1e-10);
             for (key, margins, centre) in [
                 ("loss_margin", g.get("margins"), 0.0),
@@ -491,7 +500,7 @@ fn ppo_losses_and_gradients_are_those_of_trl() {
         m.rows.iter().zip(&m.lens).for_each(|(r, n)| batch.push_predicted(r, r.len() - n));
         let (dev, mut memory) = (Device::cpu(), pass_arena(&model, &batch, false));
         let scope = memory.scope();
-        pass::policy(&dev, &model, &mut grads, &scope, &batch, 1.0, false, |mut c| {
+        pass::policy(&dev, &model, &mut grads, &scope, &batch, 1.0, how(false), |mut c| {
             let logp = c.logp.host();
             let want = m.packed(g.get("new_logprobs"), 0);
             assert_close("new_logprobs", logp, &want, 1e-11, 1e-10);
@@ -544,7 +553,7 @@ fn ppo_losses_and_gradients_are_those_of_trl() {
         }
         let (n, mut memory) = (m.tokens(1) as f64, pass_arena(&model, &batch, false));
         let scope = memory.scope();
-        pass::scalar(&dev, &model, &mut grads, &scope, &batch, |y, mut dy| {
+        pass::scalar(&dev, &model, &mut grads, &scope, &batch, how(false), |y, mut dy| {
             assert_close("vpred", y.host(), &m.packed(g.get("vpred"), 1), 1e-11, 1e-10);
             for tag in ["k3w/", ""] {
                 let (_, returns) = m.estimate(&g, tag);
@@ -565,7 +574,7 @@ fn ppo_losses_and_gradients_are_those_of_trl() {
 
         let rows: Vec<&[u32]> = m.rows.iter().map(Vec::as_slice).collect();
         let scorer = Scorer { rows: 64, sequences: 4 };
-        let mut arena = room(scorer.plan::<f64>(model.spec()).unwrap());
+        let mut arena = room(scorer.plan::<f64>(host(), model.spec(), model.head()).unwrap());
         let scores = last_scores(&dev, &model, &mut arena, scorer, &rows).unwrap();
         assert_close("scores", &scores, g.get("scores"), 1e-11, 1e-10);
         g.all_read(&[]);

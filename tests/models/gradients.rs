@@ -3,7 +3,7 @@
 
 use warpo::{
     device::{Cpu, Device, View, ViewMut},
-    models::{Batch, Config, Head, Model, Params, Slot},
+    models::{Batch, Config, Head, Model, Params, Slot, Use},
     ops::{
         bradley_terry,
         kl::KlEstimator,
@@ -15,7 +15,7 @@ use warpo::{
     train::pass::{self, Sizes},
 };
 
-use crate::support::{host, inner, params, randn, room};
+use crate::support::{host, how, inner, params, randn, room};
 
 /// LayerNorm, learned positions, biases, tied head.
 const GPT2: &str = r#"{"model_type": "gpt2", "vocab_size": 37, "n_embd": 16, "n_layer": 1, "n_head": 2,
@@ -39,7 +39,7 @@ const MODELS: [(&str, &str); 3] = [("gpt2", GPT2), ("llama", LLAMA), ("llama3", 
 /// The weights of a model from N(0, 0.3²), norms around 1.
 fn model(config: &str, head: Head) -> Model<f64> {
     let config = Config::parse(config, "config.json").unwrap();
-    let mut model = Model::zeros(host(), config, head).unwrap();
+    let mut model = Model::zeros(host(), config, head, Use::Frozen).unwrap();
     for t in model.params().layout().clone().tensors() {
         let norm = matches!(t.slot, Slot::Norm1 | Slot::Norm2 | Slot::FinalNorm);
         let centre = if norm { 1.0 } else { 0.0 };
@@ -170,7 +170,7 @@ fn every_weight_of_a_policy_has_the_gradient_of_sft_and_ppo() {
             batch.push_predicted(s, from);
         }
         let scorer = Scorer { rows: batch.len(), sequences: batch.sequences() };
-        let mut arena = room(scorer.plan::<f64>(m.spec()).unwrap());
+        let mut arena = room(scorer.plan::<f64>(host(), m.spec(), m.head()).unwrap());
         let mut forward = |m: &Model<f64>| {
             let (mut logp, mut entropy) = (Vec::new(), Vec::new());
             let (scope, h) = (arena.scope(), Some(&mut entropy));
@@ -180,9 +180,9 @@ fn every_weight_of_a_policy_has_the_gradient_of_sft_and_ppo() {
         let columns = PolicyColumns::new(&forward(&m).0);
         let grads = |ppo: bool| {
             let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
-            let mut arena = room(sizes.plan::<f64>(m.spec(), Head::Lm, true).unwrap());
+            let mut arena = room(sizes.plan::<f64>(host(), m.spec(), Head::Lm, how(true)).unwrap());
             let (scope, mut grads) = (arena.scope(), params(m.params().layout()));
-            pass::policy(&dev, &m, &mut grads, &scope, &batch, T, true, |mut c| {
+            pass::policy(&dev, &m, &mut grads, &scope, &batch, T, how(true), |mut c| {
                 let mut dentropy = c.dentropy.unwrap();
                 let (d, dh) = (c.dlogp.reborrow(), dentropy.reborrow());
                 let s = columns.ppo(c.logp, c.entropy.unwrap(), d, dh);
@@ -253,7 +253,7 @@ fn every_weight_of_a_scalar_model_has_the_gradient_of_reward_and_value_loss() {
             (numbers(ends), numbers(values))
         };
         let scorer = Scorer { rows: all.len(), sequences: all.sequences() };
-        let mut arena = room(scorer.plan::<f64>(m.spec()).unwrap());
+        let mut arena = room(scorer.plan::<f64>(host(), m.spec(), m.head()).unwrap());
         let mut forward = |m: &Model<f64>| {
             let mut y = Vec::new();
             scorer.scalars(&dev, m, &arena.scope(), &all, &mut y).unwrap();
@@ -266,9 +266,10 @@ fn every_weight_of_a_scalar_model_has_the_gradient_of_reward_and_value_loss() {
                 if value { batch.push_predicted(s, 1) } else { batch.push_last(s) }
             }
             let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
-            let mut arena = room(sizes.plan::<f64>(m.spec(), Head::Scalar, false).unwrap());
+            let mut arena =
+                room(sizes.plan::<f64>(host(), m.spec(), Head::Scalar, how(false)).unwrap());
             let (scope, mut grads) = (arena.scope(), params(m.params().layout()));
-            pass::scalar(&dev, &m, &mut grads, &scope, &batch, |y, dy| {
+            pass::scalar(&dev, &m, &mut grads, &scope, &batch, how(false), |y, dy| {
                 if value {
                     let clipped = columns.loss(y, dy).clipped;
                     assert!(clipped > 0.0 && clipped < y.len() as f64, "{name}: {clipped}");
@@ -304,11 +305,11 @@ fn gradients_of_longer_sequences() {
         ids(&[70, 33, 1, 32], m.spec().vocab).iter().for_each(|s| batch.push_predicted(s, 1));
         let weights: Vec<f64> = randn("weights", batch.selected().len());
         let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
-        let mut arena = room(sizes.plan::<f64>(m.spec(), Head::Lm, false).unwrap());
+        let mut arena = room(sizes.plan::<f64>(host(), m.spec(), Head::Lm, how(false)).unwrap());
         let mut run = |m: &Model<f64>| {
             let (scope, mut grads) = (arena.scope(), params(m.params().layout()));
             let mut loss = 0.0;
-            pass::policy(&dev, m, &mut grads, &scope, &batch, 1.0, false, |c| {
+            pass::policy(&dev, m, &mut grads, &scope, &batch, 1.0, how(false), |c| {
                 let sum = weights.iter().sum();
                 loss = nll::forward(&dev, c.dlogp, c.logp, (&weights).into(), sum)?.get()?;
                 Ok(())

@@ -14,7 +14,7 @@ use warpo::{
 };
 
 use super::golden::forward;
-use crate::support::{assert_close, golden, room};
+use crate::support::{PARAMS, assert_close, golden, host, room};
 
 #[derive(Deserialize)]
 struct Story {
@@ -52,7 +52,7 @@ fn logits_and_logprobs<F: Float>(rounding: f64) {
         let mut batch = Batch::default();
         batch.push_predicted(&s.ids, 1);
         let scorer = Scorer { rows: batch.len(), sequences: 1 };
-        let mut arena = room(scorer.plan::<F>(model.spec()).unwrap());
+        let mut arena = room(scorer.plan::<F>(host(), model.spec(), model.head()).unwrap());
         let mut logp = Vec::new();
         let (dev, scope) = (Device::cpu(), arena.scope());
         scorer.logprobs(&dev, &model, &scope, &batch, F::ONE, &mut logp, None).unwrap();
@@ -82,7 +82,7 @@ fn forty_greedy_tokens_of_a_real_model() {
         stream: Stream { seed: 0, step: 0, purpose: Purpose::Sample },
     };
     let generator = Generator::for_prompts(&prompts, 40, 4, 8);
-    let mut arena = room(generator.plan::<f32>(model.spec()).unwrap());
+    let mut arena = room(generator.plan::<f32>(host(), model.spec(), &PARAMS).unwrap());
     let (dev, scope) = (Device::cpu(), arena.scope());
     let done = generator.run(&dev, &model, &scope, &prompts, &settings, |_| true).unwrap().unwrap();
     for ((s, p), c) in stories.iter().zip(&prompts).zip(&done) {

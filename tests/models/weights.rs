@@ -12,12 +12,12 @@ use serde_json::{Value, json};
 use warpo::{
     Error,
     device::{Cpu, Device, Float},
-    models::{self, Head, Model, Slot},
+    models::{self, Head, Model, Slot, Use},
     rng::{Philox, Purpose},
 };
 
 use super::golden::{MODELS, load};
-use crate::support::{assert_bits, golden, temp_dir};
+use crate::support::{assert_bits, golden, host, temp_dir};
 
 /// A stored tensor.
 #[derive(Clone, Debug, PartialEq)]
@@ -143,7 +143,7 @@ fn what_is_saved_is_what_hugging_face_stored() {
     for name in MODELS {
         for (folder, head) in [(name.to_owned(), Head::Lm), (format!("{name}/rm"), Head::Scalar)] {
             let model = load::<f32>(&folder, head);
-            models::save(&model, &dir).unwrap();
+            models::save(host(), &model, &dir).unwrap();
             let from = golden::path(&folder);
             let file = "model.safetensors";
             assert!(read(&dir.join(file)) == read(&from.join(file)), "{folder}");
@@ -169,8 +169,8 @@ fn a_new_head_and_a_new_dtype_stand_in_the_saved_config() {
     let dir = temp_dir("weights_new_head");
     for name in MODELS {
         let model = load::<f64>(name, Head::Lm);
-        let value = model.copy_as(&Device::cpu(), Head::Scalar, 3).unwrap();
-        models::save(&value, &dir).unwrap();
+        let value = model.copy_as(&Device::cpu(), Head::Scalar, 3, Use::Frozen).unwrap();
+        models::save(host(), &value, &dir).unwrap();
         let config: Value =
             serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap();
         let architecture = if name == "gpt2" { "GPT2" } else { "Llama" };
@@ -231,7 +231,7 @@ fn half_precision_widens_exactly() {
             folder.tensors.insert(name.clone(), Tensor { dtype, shape: t.shape.clone(), data });
         }
         let model = folder.write().load::<f32>(Head::Lm).unwrap();
-        for (name, _, got) in models::named(&model, model.params()) {
+        for (name, _, got) in models::named(host(), &model, model.params()).unwrap() {
             assert_bits(&format!("{dtype:?} {name}"), &got, &want[&name]);
         }
     }
@@ -297,11 +297,11 @@ fn a_tied_head_is_the_embedding() {
     folder.tensors.insert("lm_head.weight".into(), other);
     let tied = folder.write().load::<f32>(Head::Lm).unwrap();
     assert_bits("tied", flat(&tied), flat(&load::<f32>("llama_tied", Head::Lm)));
-    assert_bits("head", tied.lm_head().unwrap().0.host(), &embedding.numbers());
+    assert_bits("head", tied.lm_head(host()).unwrap().0.host(), &embedding.numbers());
 
     folder.config["tie_word_embeddings"] = json!(false);
     let untied = folder.write().load::<f32>(Head::Lm).unwrap();
-    assert!(untied.lm_head().unwrap().0.host().iter().all(|x| *x == 7.0));
+    assert!(untied.lm_head(host()).unwrap().0.host().iter().all(|x| *x == 7.0));
 
     // GPT-2 with a head of its own, which is stored `[out, in]` as everywhere
     let mut folder = Folder::copy("tied", "gpt2");
@@ -310,7 +310,7 @@ fn a_tied_head_is_the_embedding() {
     folder.tensors.insert("lm_head.weight".into(), Tensor::f32(&wte.shape, &head));
     folder.config["tie_word_embeddings"] = json!(false);
     let untied = folder.write().load::<f32>(Head::Lm).unwrap();
-    assert_bits("gpt2 head", untied.lm_head().unwrap().0.host(), &head);
+    assert_bits("gpt2 head", untied.lm_head(host()).unwrap().0.host(), &head);
 }
 
 /// N(0, 1/(hidden + 1)) of the seed, where the folder has no scalar head; the stored one where it
@@ -344,26 +344,26 @@ fn copies_are_equal_and_apart() {
     let dev = Device::cpu();
     for name in MODELS {
         let policy = load::<f32>(name, Head::Lm);
-        let mut reference = policy.copy_as(&dev, Head::Lm, 0).unwrap();
+        let mut reference = policy.copy_as(&dev, Head::Lm, 0, Use::Frozen).unwrap();
         assert_bits(name, flat(&reference), flat(&policy));
         reference.params_mut().flat_mut().host().fill(1.0);
         assert_bits(name, flat(&policy), flat(&load::<f32>(name, Head::Lm)));
 
         // a value model of a policy: its trunk, and the head that loading would have drawn
-        let value = policy.copy_as(&dev, Head::Scalar, 9).unwrap();
+        let value = policy.copy_as(&dev, Head::Scalar, 9, Use::Frozen).unwrap();
         let want = Model::<f32>::load(&dev, &golden::path(name), Head::Scalar, Some(9)).unwrap();
         assert_bits(name, flat(&value), flat(&want));
-        assert!(value.lm_head().is_err());
+        assert!(value.lm_head(host()).is_err());
 
         // of a reward model: its head too, whatever the seed
         let judge = load::<f32>(&format!("{name}/rm"), Head::Scalar);
-        let value = judge.copy_as(&dev, Head::Scalar, 9).unwrap();
+        let value = judge.copy_as(&dev, Head::Scalar, 9, Use::Frozen).unwrap();
         assert_bits(name, flat(&value), flat(&judge));
     }
     let judge = load::<f32>("llama/rm", Head::Scalar);
-    let error = judge.copy_as(&dev, Head::Lm, 0).unwrap_err().to_string();
+    let error = judge.copy_as(&dev, Head::Lm, 0, Use::Frozen).unwrap_err().to_string();
     assert_eq!(error, "model: got a model without LmHead, wanted one with an LM head");
-    let error = judge.lm_head().unwrap_err().to_string();
+    let error = judge.lm_head(host()).unwrap_err().to_string();
     assert_eq!(error, "head: got a scalar head, wanted an LM head");
     let error = load::<f32>("llama", Head::Lm).score_head().unwrap_err().to_string();
     assert_eq!(error, "head: got an LM head, wanted a scalar head");

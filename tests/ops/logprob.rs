@@ -105,7 +105,7 @@ fn backward<F: Float>(
     let mut scratch = vec![F::of(f64::NAN); need];
     let f = logprob::Forward {
         h: h.into(),
-        packed: &head.packed,
+        packed: (&head.packed).into(),
         w: (&head.w).into(),
         targets: targets.into(),
         lse: (&out.lse).into(),
@@ -383,7 +383,7 @@ fn entropy_and_the_weight_gradient_are_optional() {
     let packed = &head.packed;
     let f = logprob::Forward {
         h: x,
-        packed,
+        packed: packed.into(),
         w,
         targets: t,
         lse,
@@ -481,7 +481,7 @@ fn bad_input_of_backward_is_refused() {
         let mut scratch = vec![0.0f32; n[4]];
         let f = logprob::Forward {
             h: x[..m[0]].into(),
-            packed: &head.packed,
+            packed: (&head.packed).into(),
             w: x[..m[1]].into(),
             targets: targets[..].into(),
             lse: x[..m[2]].into(),
@@ -549,7 +549,7 @@ impl Case for Gathered {
             for with in [false, true] {
                 let f = logprob::Forward {
                     h,
-                    packed: &packed,
+                    packed: (&packed).into(),
                     w: w.view(),
                     targets,
                     lse: lse.view(),
@@ -636,7 +636,7 @@ fn a_cap_bends_logits() {
     let mut scratch = vec![f64::NAN; logprob::backward_scratch_len(rows, vocab, d)];
     let f = logprob::Forward {
         h: (&h).into(),
-        packed: &head.packed,
+        packed: (&head.packed).into(),
         w: (&w).into(),
         targets: (&targets).into(),
         lse: (&out.lse).into(),
@@ -712,7 +712,7 @@ fn on_kernels(dev: &Device, h: &[f64], w: &[f64], targets: &[u32]) -> [Vec<f32>;
     let ones = Buffer::of(dev, "test", &vec![1.0f32; rows]).unwrap();
     let f = logprob::Forward {
         h: x,
-        packed: &packed,
+        packed: (&packed).into(),
         w: w.view(),
         targets: t,
         lse: lse.view(),

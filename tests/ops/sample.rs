@@ -2,7 +2,7 @@
 //! follow them and depend on nothing but their address.
 
 use warpo::{
-    device::{Buffer, Device, Element, Float},
+    device::{Buffer, Device, Element, Float, View},
     ops::sample::{self, Params},
     rng::{Purpose, Stream},
 };
@@ -31,7 +31,7 @@ fn next<F: Float>(
     sample::next(
         dev,
         (&mut tokens).into(),
-        logits.into(),
+        View::from(logits),
         params,
         Stream { seed, step, purpose: Purpose::Sample },
         (&samples).into(),
@@ -240,7 +240,7 @@ fn large_vocabularies_are_drawn_exactly() {
     let e = refusal(sample::next(
         &Device::cpu(),
         (&mut vec![0; 1]).into(),
-        (&vec![0.0f32; (1 << 19) + 1]).into(),
+        View::from(&vec![0.0f32; (1 << 19) + 1]),
         &Params::default(),
         Stream { seed: 0, step: 0, purpose: Purpose::Sample },
         (&vec![0]).into(),
@@ -433,7 +433,7 @@ fn refused(n: [usize; 5], params: &Params) -> String {
     refusal(sample::next(
         &Device::cpu(),
         (&mut tokens).into(),
-        (&logits).into(),
+        View::from(&logits),
         params,
         Stream { seed: 0, step: 0, purpose: Purpose::Sample },
         (&samples).into(),

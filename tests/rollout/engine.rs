@@ -1,10 +1,11 @@
 //! Property 2 and G4: the log-prob that is recorded when a token is sampled is the one of the
 //! training forward, bit for bit; and no sample sees the batch it was made in.
 
+use half::bf16;
 use warpo::{
     Error,
-    device::{Cpu, Device, Float},
-    models::{Batch, Head, Model, Slot},
+    device::{Cpu, Device, Element, Float},
+    models::{Batch, Head, Model, Params, Slot},
     ops::sample,
     rng::{Philox, Purpose, Stream},
     rollout::{Completion, Generator, Prompt, Settings},
@@ -13,7 +14,7 @@ use warpo::{
 
 use crate::{
     models::golden::{forward, load},
-    support::{assert_bits, devices, params, room},
+    support::{PARAMS, assert_bits, devices, golden, host, how, room, room_on, sim},
 };
 
 const STREAM: Stream = Stream { seed: 5, step: 3, purpose: Purpose::Sample };
@@ -33,30 +34,31 @@ fn settings(sampling: sample::Params, max_new_tokens: usize) -> Settings {
 }
 
 /// Completions by `slots` slots and passes of `rows` rows, in just the memory that was planned.
-fn generate<F: Float>(
+fn generate<T: Element>(
     dev: &Device,
-    model: &Model<F>,
+    model: &Model<T>,
     prompts: &[Prompt],
     settings: &Settings,
     (slots, rows): (usize, usize),
-) -> Vec<Completion<F>> {
+) -> Vec<Completion<T::Acc>> {
     let generator = Generator::for_prompts(prompts, settings.max_new_tokens, slots, rows);
-    let mut arena = room(generator.plan::<F>(model.spec()).unwrap());
+    let bytes = generator.plan::<T>(dev, model.spec(), &settings.sampling).unwrap();
+    let mut arena = room_on(dev, bytes);
     let scope = arena.scope();
     generator.run(dev, model, &scope, prompts, settings, |_| true).unwrap().unwrap()
 }
 
 /// Log-probs of the completions by the training pass, `per` sequences a micro-batch. The loss that
 /// reads them ends the pass.
-fn trained<F: Float>(
+fn trained<T: Element>(
     dev: &Device,
-    model: &Model<F>,
+    model: &Model<T>,
     prompts: &[Prompt],
-    completions: &[Completion<F>],
-    temperature: F,
+    completions: &[Completion<T::Acc>],
+    temperature: T::Acc,
     per: usize,
-) -> Vec<F> {
-    let mut grads = params(model.params().layout());
+) -> Vec<T::Acc> {
+    let mut grads = Params::zeros(dev, "gradients", model.params().layout()).unwrap();
     let (mut out, mut batch) = (Vec::new(), Batch::default());
     for (prompts, completions) in prompts.chunks(per).zip(completions.chunks(per)) {
         batch.clear();
@@ -64,12 +66,14 @@ fn trained<F: Float>(
             batch.push_predicted(&[&p.ids[..], &c.ids].concat(), p.ids.len());
         }
         let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
-        let mut arena = room(sizes.plan::<F>(model.spec(), Head::Lm, false).unwrap());
+        let bytes = sizes.plan::<T>(dev, model.spec(), Head::Lm, how(false)).unwrap();
+        let mut arena = room_on(dev, bytes);
         let scope = arena.scope();
-        let done = pass::policy(dev, model, &mut grads, &scope, &batch, temperature, false, |c| {
-            out.extend_from_slice(c.logp.host());
-            Err(Error::value("enough", "no backward pass", "a forward pass"))
-        });
+        let done =
+            pass::policy(dev, model, &mut grads, &scope, &batch, temperature, how(false), |c| {
+                out.extend(dev.read(c.logp)?);
+                Err(Error::value("enough", "no backward pass", "a forward pass"))
+            });
         assert!(done.unwrap_err().to_string().starts_with("enough"));
     }
     out
@@ -85,6 +89,38 @@ const FILTERS: [sample::Params; 4] = [
     sample::Params { temperature: 1.0, top_k: 0, top_p: 0.8, min_p: 0.0 },
     sample::Params { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.1 },
 ];
+
+/// In bf16 on every device: equal bits drawn as logits are made or from whole rows of them, greedily too; of models
+/// whose heads are narrower than the kernels', and whose vocabulary is odd.
+#[test]
+fn rollout_equals_training_on_a_device() {
+    sim::on_devices(|dev| {
+        for name in ["gpt2", "llama"] {
+            let model = Model::<bf16>::load(dev, &golden::path(name), Head::Lm, None).unwrap();
+            let prompts = prompts(5, model.spec().vocab);
+            let all = sample::Params { temperature: 0.7, top_k: 40, top_p: 0.9, min_p: 0.01 };
+            let mut drawn = Vec::new();
+            for (sampling, slots, rows, per) in [
+                (FILTERS[0], 2, 41, 5),
+                (FILTERS[0], 5, 512, 1),
+                (all, 3, 64, 2),
+                (sample::Params::greedy(), 5, 37, 5),
+            ] {
+                let settings = settings(sampling, 6);
+                let done = generate(dev, &model, &prompts, &settings, (slots, rows));
+                let t = if sampling.temperature == 0.0 { 1.0 } else { sampling.temperature };
+                let what = format!("{name} {sampling:?} {slots} slots {rows} rows");
+                let ours = logprobs(&done);
+                assert_bits(&what, &ours, &trained(dev, &model, &prompts, &done, t, per));
+                let other = trained(dev, &model, &prompts, &done, t * 1.01, per);
+                assert!(ours != other, "{what}: another temperature has other log-probs");
+                drawn.push(done);
+            }
+            assert!(drawn[0] == drawn[1], "{name}: slots and rows change no token");
+            assert!(drawn[0] != drawn[2] && drawn[0] != drawn[3], "{name}: filters do");
+        }
+    });
+}
 
 #[test]
 fn rollout_equals_training() {
@@ -271,7 +307,7 @@ fn nothing_is_asked_for_and_nothing_comes() {
 fn what_does_not_fit_is_named() {
     let (dev, model) = (Device::cpu(), load::<f32>("llama_tied", Head::Lm));
     let fail = |ids: Vec<u32>, generator: Generator, settings: &Settings| {
-        let mut arena = room(generator.plan::<f32>(model.spec()).unwrap());
+        let mut arena = room(generator.plan::<f32>(host(), model.spec(), &PARAMS).unwrap());
         let prompts = [Prompt { sample: 1, ids: vec![1] }, Prompt { sample: 42, ids }];
         let scope = arena.scope();
         let error = generator.run(&dev, &model, &scope, &prompts, settings, |_| true).unwrap_err();
@@ -311,7 +347,7 @@ fn progress_is_heard_and_obeyed() {
     let (dev, model) = (Device::cpu(), load::<f32>("llama_tied", Head::Lm));
     let prompts = prompts(5, model.spec().vocab);
     let generator = Generator::for_prompts(&prompts, 6, 2, 64);
-    let mut arena = room(generator.plan::<f32>(model.spec()).unwrap());
+    let mut arena = room(generator.plan::<f32>(host(), model.spec(), &PARAMS).unwrap());
     let settings = settings(FILTERS[0], 6);
     let mut heard = 0;
     let mut count = |n| {

@@ -11,7 +11,7 @@ use warpo::{
 
 use crate::{
     models::golden::{forward, load},
-    support::{assert_bits, assert_close, devices, params, room, wide},
+    support::{assert_bits, assert_close, devices, host, how, params, room, wide},
 };
 
 fn ids(sequence: usize, len: usize) -> Vec<u32> {
@@ -31,7 +31,7 @@ fn logprobs<F: Float>(
     scorer: Scorer,
     t: F,
 ) -> (Vec<F>, Vec<F>) {
-    let mut arena = room(scorer.plan::<F>(model.spec()).unwrap());
+    let mut arena = room(scorer.plan::<F>(host(), model.spec(), model.head()).unwrap());
     let (mut logp, mut entropy, mut batch) = (Vec::new(), Vec::new(), Batch::default());
     for group in scorer.groups(documents.iter().map(Vec::len)) {
         batch.clear();
@@ -48,7 +48,7 @@ fn scores<F: Float>(
     documents: &[Vec<u32>],
     scorer: Scorer,
 ) -> Vec<F> {
-    let mut arena = room(scorer.plan::<F>(model.spec()).unwrap());
+    let mut arena = room(scorer.plan::<F>(host(), model.spec(), model.head()).unwrap());
     let all: Vec<&[u32]> = documents.iter().map(Vec::as_slice).collect();
     last_scores(dev, model, &mut arena, scorer, &all).unwrap()
 }
@@ -141,7 +141,7 @@ fn rewards_are_at_the_last_token() {
     // one token more, whose own row is not computed: the scalars before each of the others
     all.iter().for_each(|d| batch.push_predicted(&[d, &[0][..]].concat(), 1));
     let scorer = Scorer { rows: batch.len(), sequences: all.len() };
-    let mut arena = room(scorer.plan::<f32>(judge.spec()).unwrap());
+    let mut arena = room(scorer.plan::<f32>(host(), judge.spec(), judge.head()).unwrap());
     let mut rows = Vec::new();
     scorer.scalars(&dev, &judge, &arena.scope(), &batch, &mut rows).unwrap();
     let last: Vec<f32> = batch.offsets()[1..].iter().map(|o| rows[*o as usize - 1]).collect();
@@ -150,9 +150,10 @@ fn rewards_are_at_the_last_token() {
     let mut batch = Batch::default();
     all.iter().for_each(|d| batch.push_last(d));
     let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
-    let mut arena = room(sizes.plan::<f32>(judge.spec(), Head::Scalar, false).unwrap());
+    let mut arena =
+        room(sizes.plan::<f32>(host(), judge.spec(), Head::Scalar, how(false)).unwrap());
     let (scope, mut grads) = (arena.scope(), params(judge.params().layout()));
-    pass::scalar(&dev, &judge, &mut grads, &scope, &batch, |y, dy| {
+    pass::scalar(&dev, &judge, &mut grads, &scope, &batch, how(false), |y, dy| {
         assert_bits("training", y.host(), &want);
         dy.host().fill(0.0);
         Ok(())
@@ -183,7 +184,7 @@ fn groups_are_consecutive_and_within_their_sizes() {
     // what is longer than a pass stands alone, and is refused when it is run
     assert_eq!(groups(&[1, 11, 1]), [0..1, 1..2, 2..3]);
     let (dev, judge) = (Device::cpu(), load::<f32>("gpt2/rm", Head::Scalar));
-    let mut arena = room(scorer.plan::<f32>(judge.spec()).unwrap());
+    let mut arena = room(scorer.plan::<f32>(host(), judge.spec(), judge.head()).unwrap());
     let long = ids(0, 90);
     let error = last_scores(&dev, &judge, &mut arena, scorer, &[&long]).unwrap_err();
     assert!(matches!(error, Error::Memory { .. }), "{error:?}");
@@ -193,7 +194,11 @@ fn groups_are_consecutive_and_within_their_sizes() {
 fn what_does_not_fit_is_named() {
     let (dev, policy) = (Device::cpu(), load::<f32>("llama_tied", Head::Lm));
     let fail = |ids: &[u32], t: f32, model: &Model<f32>| {
-        let mut arena = room(Scorer { rows: 200, sequences: 1 }.plan::<f32>(model.spec()).unwrap());
+        let mut arena = room(
+            Scorer { rows: 200, sequences: 1 }
+                .plan::<f32>(host(), model.spec(), model.head())
+                .unwrap(),
+        );
         let (mut batch, mut out) = (Batch::default(), Vec::new());
         batch.push_predicted(ids, 1);
         let scope = arena.scope();

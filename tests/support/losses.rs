@@ -22,7 +22,7 @@ pub fn build(name: &str, pairs: &[&str]) -> warpo::Result<Box<dyn Algorithm>> {
 /// Consecutive micro-batches of the columns, `per` sequences each.
 fn micros(c: &Columns<f32>, per: usize) -> impl Iterator<Item = Micro<'_, f32>> {
     let n = c.sequences();
-    (0..n).step_by(per).map(move |s| Micro { columns: c, sequences: s..(s + per).min(n) })
+    (0..n).step_by(per).map(move |s| Micro::new(c, s..(s + per).min(n)))
 }
 
 /// d loss / d log-prob of a minibatch, `per` sequences a micro-batch.
@@ -59,6 +59,6 @@ pub fn scalar_loss(a: &mut dyn Algorithm, c: &Columns<f32>, y: &[f32], per: usiz
 /// The metrics that an algorithm reports at the end of a step.
 pub fn finish(a: &mut dyn Algorithm) -> BTreeMap<&'static str, f64> {
     let mut out = Metrics::new();
-    a.finish(&mut out);
+    a.finish(&mut out).unwrap();
     out.into_iter().collect()
 }

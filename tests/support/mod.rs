@@ -14,7 +14,9 @@ use std::sync::{Arc, OnceLock};
 use warpo::{
     device::{Arena, Cpu, Device, Float, cpu::Isa},
     models::{Layout, Params},
+    ops::sample,
     rng::{Philox, Purpose},
+    train::pass::How,
 };
 
 /// An empty folder for one test; tests run in parallel, so `name` is the test's.
@@ -55,7 +57,21 @@ pub fn host() -> &'static Device {
 
 /// An arena of `bytes` bytes.
 pub fn room(bytes: usize) -> Arena {
-    Arena::new(host(), bytes).unwrap()
+    room_on(host(), bytes)
+}
+
+/// The same on a device.
+pub fn room_on(dev: &Device, bytes: usize) -> Arena {
+    Arena::new(dev, bytes).unwrap()
+}
+
+/// How tests draw, where a plan asks: on the CPU it needs the same room for all.
+pub const PARAMS: sample::Params =
+    sample::Params { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+
+/// A pass that keeps all blocks.
+pub fn how(entropy: bool) -> How {
+    How { entropy, recompute: false }
 }
 
 /// Zeros in a layout, for gradients.

@@ -11,6 +11,7 @@ use warpo::{
     Result,
     algorithms::{ALGORITHMS, Entry},
     config,
+    device::{Device, Element},
     rng::{Philox, Purpose},
     train::{self, Settings, Silent, Trainer},
 };
@@ -90,7 +91,28 @@ pub fn train(algorithm: &str, pairs: &[String]) -> Result<PathBuf> {
 }
 
 /// A small run in memory, on one thread; later pairs win.
-pub fn trainer(dir: &Path, algorithm: &str, more: &[&str]) -> Result<Trainer> {
+pub fn trainer(dir: &Path, algorithm: &str, more: &[&str]) -> Result<Trainer<f32>> {
+    let (settings, ..) = settings(dir, algorithm, more)?;
+    let dev = Device::from_name(&settings.device, settings.threads)?;
+    trainer_on(&dev, dir, algorithm, more)
+}
+
+/// The same on a device.
+pub fn trainer_on<T: Element<Acc = f32>>(
+    dev: &Device,
+    dir: &Path,
+    algorithm: &str,
+    more: &[&str],
+) -> Result<Trainer<T>> {
+    let (settings, section) = settings(dir, algorithm, more)?;
+    Trainer::new(dev, settings, (entry(algorithm).build)(&*section)?)
+}
+
+fn settings(
+    dir: &Path,
+    algorithm: &str,
+    more: &[&str],
+) -> Result<(Settings, Box<dyn config::Section>)> {
     let (entry, mut settings) = (entry(algorithm), Settings::default());
     let mut section = (entry.section)();
     let mut pairs = small(dir, algorithm, &dir.join("run"));
@@ -98,7 +120,7 @@ pub fn trainer(dir: &Path, algorithm: &str, more: &[&str]) -> Result<Trainer> {
     for pair in pairs.iter().map(String::as_str).chain(more.iter().copied()) {
         config::set_pair(&mut [&mut settings, &mut *section], pair)?;
     }
-    Trainer::new(settings, (entry.build)(&*section)?)
+    Ok((settings, section))
 }
 
 /// The `warpo` command.

@@ -92,6 +92,18 @@ pub fn check<F: Fn(&Sim)>(test: F) {
     }
 }
 
+/// Runs `test` on each machine that the simulator plays, without sanitizers: those look at single kernels; or on
+/// a GPU, where `$WARPO_GPU` names one.
+pub fn on_devices(mut test: impl FnMut(&Device)) {
+    if let Some(gpu) = Sim::of_gpu() {
+        return test(&gpu.device(Order::default()));
+    }
+    let Some(sim) = Sim::build(Variant::Plain) else { return };
+    for machine in [Machine::Ampere, Machine::Hopper] {
+        test(&sim.device_as(Order::default(), machine));
+    }
+}
+
 /// The name of the test function around a closure.
 pub fn test_name<F>() -> &'static str {
     let name = type_name::<F>().trim_end_matches("::{{closure}}");

@@ -11,7 +11,7 @@ use warpo::{
 };
 
 use crate::support::{
-    golden, room,
+    golden, host, room,
     runs::{metrics, small, train},
     temp_dir,
 };
@@ -93,7 +93,7 @@ fn token_in_token_out() {
     let dev = Device::cpu();
     let model = Model::<f32>::load(&dev, &golden::path("llama_tied"), Head::Lm, None).unwrap();
     let scorer = Scorer { rows: 64, sequences: 1 };
-    let mut arena = room(scorer.plan::<f32>(model.spec()).unwrap());
+    let mut arena = room(scorer.plan::<f32>(host(), model.spec(), model.head()).unwrap());
     let all = rollouts(&run);
     assert_eq!(all.len(), 20);
     for r in all {

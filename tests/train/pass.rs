@@ -9,7 +9,7 @@ use warpo::{
 
 use crate::{
     models::golden::{MODELS, load},
-    support::{assert_bits, devices, params, randn, room},
+    support::{assert_bits, devices, host, how, params, randn, room},
 };
 
 /// Ragged sequences, and from which token each is learned.
@@ -34,7 +34,7 @@ fn gradients<F: Float>(dev: &Device, model: &Model<F>, per: usize) -> (Params<F>
     }
     let rows = batches.iter().map(Batch::len).max().unwrap();
     let sizes = Sizes { rows, sequences: per };
-    let mut arena = room(sizes.plan::<F>(model.spec(), model.head(), policy).unwrap());
+    let mut arena = room(sizes.plan::<F>(host(), model.spec(), model.head(), how(policy)).unwrap());
     let (w, v): (Vec<F>, Vec<F>) = (randn("w", 400), randn("v", 400));
     let (mut grads, mut outputs) = (params(model.params().layout()), Vec::new());
     for batch in &batches {
@@ -42,7 +42,7 @@ fn gradients<F: Float>(dev: &Device, model: &Model<F>, per: usize) -> (Params<F>
         let scope = arena.scope();
         let fill = |d: &mut [F], x: &[F]| d.copy_from_slice(&x[at..at + d.len()]);
         if policy {
-            pass::policy(dev, model, &mut grads, &scope, batch, F::of(0.7), true, |c| {
+            pass::policy(dev, model, &mut grads, &scope, batch, F::of(0.7), how(true), |c| {
                 fill(c.dlogp.host(), &w);
                 fill(c.dentropy.unwrap().host(), &v);
                 outputs.extend_from_slice(c.logp.host());
@@ -50,7 +50,7 @@ fn gradients<F: Float>(dev: &Device, model: &Model<F>, per: usize) -> (Params<F>
             })
             .unwrap();
         } else {
-            pass::scalar(dev, model, &mut grads, &scope, batch, |y, dy| {
+            pass::scalar(dev, model, &mut grads, &scope, batch, how(false), |y, dy| {
                 fill(dy.host(), &w);
                 outputs.extend_from_slice(y.host());
                 Ok(())
@@ -109,10 +109,11 @@ fn only_what_is_read_is_computed() {
         let mut batch = Batch::default();
         batch.push_masked(ids, &[learn]);
         let sizes = Sizes { rows: batch.len(), sequences: 1 };
-        let mut arena = room(sizes.plan::<f32>(model.spec(), Head::Lm, false).unwrap());
+        let mut arena =
+            room(sizes.plan::<f32>(host(), model.spec(), Head::Lm, how(false)).unwrap());
         let (scope, mut grads) = (arena.scope(), params(model.params().layout()));
         let mut logp = Vec::new();
-        pass::policy(&dev, &model, &mut grads, &scope, &batch, 1.0, false, |c| {
+        pass::policy(&dev, &model, &mut grads, &scope, &batch, 1.0, how(false), |c| {
             logp = c.logp.host().to_vec();
             c.dlogp.host().fill(1.0);
             Ok(())
@@ -136,12 +137,12 @@ fn only_what_is_read_is_computed() {
 fn the_plan_is_kept() {
     let (dev, model) = (Device::cpu(), load::<f32>("gpt2", Head::Lm));
     let sizes = Sizes { rows: 8, sequences: 1 };
-    let mut arena = room(sizes.plan::<f32>(model.spec(), Head::Lm, false).unwrap());
+    let mut arena = room(sizes.plan::<f32>(host(), model.spec(), Head::Lm, how(false)).unwrap());
     let (mut batch, mut grads) = (Batch::default(), params(model.params().layout()));
     batch.push_predicted(&[1; 9], 1);
     let mut run = |batch: &Batch| {
         let scope = arena.scope();
-        pass::policy(&dev, &model, &mut grads, &scope, batch, 1.0, false, |c| {
+        pass::policy(&dev, &model, &mut grads, &scope, batch, 1.0, how(false), |c| {
             c.dlogp.host().fill(0.0);
             Ok(())
         })

@@ -13,7 +13,7 @@ use warpo::{
 };
 
 use crate::support::{
-    golden,
+    golden, host,
     runs::{assert_same, copy, data, entry, metrics, outcome, small, train, train_command},
     temp_dir,
 };
@@ -359,7 +359,9 @@ impl Algorithm for Poison {
         Ok(())
     }
 
-    fn finish(&mut self, _: &mut Vec<(&'static str, f64)>) {}
+    fn finish(&mut self, _: &mut Vec<(&'static str, f64)>) -> warpo::Result<()> {
+        Ok(())
+    }
 }
 
 /// Property 9: whichever sample of a step is bad, in whichever micro-batch, it is named.
@@ -374,7 +376,7 @@ fn the_bad_sample_is_named() {
     for value in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
         for sample in 0..12 {
             let poison = Box::new(Poison { sample, value });
-            let mut trainer = Trainer::new(settings.clone(), poison).unwrap();
+            let mut trainer = Trainer::<f32>::new(host(), settings.clone(), poison).unwrap();
             let before = trainer.policy().unwrap().params().flat().host().to_vec();
             let mut step = 0;
             let error = loop {

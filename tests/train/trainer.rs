@@ -13,7 +13,7 @@ use warpo::{
 };
 
 use crate::support::{
-    assert_bits, golden, process, room,
+    assert_bits, golden, host, process, room,
     runs::{metrics, small, train, trainer},
     temp_dir,
 };
@@ -202,7 +202,8 @@ fn the_reference_and_the_judge_stay_as_they_were() {
         let mut batch = Batch::default();
         batch.push_predicted(&whole, prompt.len());
         let scorer = Scorer { rows: 64, sequences: 1 };
-        let mut arena = room(scorer.plan::<f32>(reference.spec()).unwrap());
+        let mut arena =
+            room(scorer.plan::<f32>(host(), reference.spec(), reference.head()).unwrap());
         let mut logp = Vec::new();
         // the temperature of `small`
         scorer.logprobs(&dev, &reference, &arena.scope(), &batch, 0.9, &mut logp, None).unwrap();
@@ -225,7 +226,7 @@ fn overflowing(dir: &Path, factor: f32) {
     let norm = params.get_mut(Slot::FinalNorm, None).unwrap().host();
     norm.iter_mut().for_each(|w| *w *= factor);
     std::fs::create_dir_all(dir).unwrap();
-    models::save(&judge, dir).unwrap();
+    models::save(host(), &judge, dir).unwrap();
 }
 
 /// Property 9: a bad number of a model that is not trained stops the step too, and its sample is
@@ -281,7 +282,7 @@ fn scores(judge: &Path, sequences: &[Vec<u32>]) -> Vec<f32> {
     let dev = Device::cpu();
     let judge = Model::<f32>::load(&dev, judge, Head::Scalar, None).unwrap();
     let scorer = Scorer { rows: 64, sequences: 1 };
-    let mut arena = room(scorer.plan::<f32>(judge.spec()).unwrap());
+    let mut arena = room(scorer.plan::<f32>(host(), judge.spec(), judge.head()).unwrap());
     let all: Vec<&[u32]> = sequences.iter().map(Vec::as_slice).collect();
     last_scores(&dev, &judge, &mut arena, scorer, &all).unwrap()
 }

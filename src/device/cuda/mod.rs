@@ -5,6 +5,7 @@
 
 #![allow(unsafe_code)]
 
+mod blueprint;
 pub mod cublaslt;
 mod driver;
 mod map;
@@ -28,6 +29,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 
+pub use blueprint::{MACHINES, Machine as Blueprint};
 pub use map::{Map, Swizzle, Tiles};
 pub use room::{PARTS, Parts};
 pub use simulator::{Machine, Order};
@@ -147,6 +149,15 @@ impl Cuda {
     pub fn simulated(library: &std::path::Path, order: Order, machine: Machine) -> Result<Self> {
         let simulator = simulator::Simulator::open(library, order, machine)?;
         Self::over(Arc::new(simulator), Ring::SIMULATOR)
+    }
+
+    /// A GPU that is not there, to make a plan for: all that would run on it is refused.
+    ///
+    /// # Errors
+    /// None; as the others.
+    pub fn planned(machine: Blueprint) -> Result<Self> {
+        let ring = Ring { slots: 1, bytes: 64 };
+        Self::over(Arc::new(blueprint::Blueprint::new(machine)), ring)
     }
 
     fn over(driver: Arc<dyn Driver>, ring: Ring) -> Result<Self> {

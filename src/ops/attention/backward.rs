@@ -20,6 +20,11 @@ fn tiles(cuda: &Cuda, shape: &Shape) -> [usize; 2] {
     [if shape.head_dim <= 128 { kernel::TILE } else { kernel::WIDE_TILE }; 2]
 }
 
+/// Positions of a tile of keys.
+pub(super) fn keys(cuda: &Cuda, shape: &Shape) -> usize {
+    tiles(cuda, shape)[0]
+}
+
 /// Of [`Parts`](super::Parts): what a kernel does for every KV head, eight words a tile of keys and then
 /// eight for each visit; none if a segment lacks its beginning.
 ///

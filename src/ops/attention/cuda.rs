@@ -48,11 +48,14 @@ pub(super) fn scratch_len(cuda: &Cuda, shape: &Shape, singles: usize, positions:
     stash_len(cuda, shape) + states_len(shape, singles, states)
 }
 
+/// Widths of heads that there are kernels for.
+pub(super) const WIDTHS: [usize; 5] = [64, 80, 96, 128, 256];
+
 pub(super) fn check(op: &str, shape: &Shape) -> Result<()> {
-    let (widths, group) = ([64, 80, 96, 128, 256], shape.group());
-    if !widths.contains(&shape.head_dim) {
+    let group = shape.group();
+    if !WIDTHS.contains(&shape.head_dim) {
         let what = format!("{op}: head_dim on a CUDA device");
-        return Err(Error::value(what, format!("one of {widths:?}"), shape.head_dim));
+        return Err(Error::value(what, format!("one of {WIDTHS:?}"), shape.head_dim));
     }
     if group > ROWS {
         let what = format!("{op}: query heads of a KV head on a CUDA device");

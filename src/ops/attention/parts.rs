@@ -271,6 +271,27 @@ impl Parts {
     }
 }
 
+/// The most words of [`Parts`] of up to `rows` rows in up to `segments` segments of up to `positions` positions,
+/// without prefixes.
+#[must_use]
+pub fn most_words(
+    dev: &Device,
+    shape: &Shape,
+    rows: usize,
+    segments: usize,
+    positions: usize,
+) -> usize {
+    let Device::Cuda(cuda) = dev else { return 0 };
+    let most = (cuda::ROWS / shape.group()).max(1);
+    // What a row sees is split, and so is what its group has in common.
+    let splits = positions.div_ceil(cuda::SPLIT) + 1;
+    let forward = rows.div_ceil(most) + segments * (2 * splits + 3);
+    let runs = rows.div_ceil(RUN as usize) + segments;
+    // A tile of keys and its visit.
+    let backward = 2 * (rows.div_ceil(super::backward::keys(cuda, shape)) + segments);
+    8 * (forward + backward) + 5 * runs
+}
+
 /// What parts are made by.
 struct Tiling {
     /// Positions of a page.

@@ -10,7 +10,7 @@ use crate::{
         cuda::{Launch, kernels::logprob as kernel},
     },
     error::{Error, Result},
-    ops::matmul::Packed,
+    ops::matmul::Weight,
     rng::{Philox, Stream, philox4x32},
     shape,
 };
@@ -95,16 +95,17 @@ pub fn sample_scratch_len(rows: usize, vocab: usize, k: usize) -> usize {
 ///
 /// # Errors
 /// As [`super::forward`], and [`Error::Value`] for a `k` that is not from 1 to 32 or more than the vocabulary.
-pub fn sample<T: Element>(
+pub fn sample<'a, T: Element>(
     dev: &Device,
     mut out: Sampled<'_, T::Acc>,
     h: View<'_, T>,
-    w: &Packed<T>,
+    w: impl Into<Weight<'a, T>>,
     settings: Settings<T::Acc>,
     draws: Draws<'_>,
     scratch: ViewMut<'_, T::Acc>,
 ) -> Result<()> {
     const OP: &str = "logprob::sample";
+    let w = w.into();
     let (rows, vocab, d) = (out.tokens.len(), w.n(), w.k());
     shape::check(OP, "h", &[rows, d], h.len())?;
     shape::check(OP, "logp", &[rows], out.logp.len())?;
@@ -207,7 +208,7 @@ fn on_cuda<T: Element>(
     cuda: &Cuda,
     out: Sampled<'_, T::Acc>,
     h: View<'_, T>,
-    w: &Packed<T>,
+    w: Weight<'_, T>,
     settings: Settings<T::Acc>,
     draws: Draws<'_>,
     scratch: ViewMut<'_, T::Acc>,

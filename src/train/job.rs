@@ -1,0 +1,128 @@
+//! What a run is told and what it works on, checked, before any model is loaded.
+
+use std::path::Path;
+
+use super::{
+    feed::Examples,
+    plan::{self, Work},
+    settings::Settings,
+};
+use crate::{
+    algorithms::{Algorithm, Needs},
+    config::Section,
+    data::{Limits, Stats, Tokenizer},
+    error::{Error, Result},
+    models::{Config, Spec},
+};
+
+/// A run without its models.
+pub struct Job {
+    /// What it is told.
+    pub settings: Settings,
+    /// What it does.
+    pub algorithm: Box<dyn Algorithm>,
+    /// What that needs.
+    pub needs: Needs,
+    /// The model that it is given.
+    pub spec: Spec,
+    /// The tokenizer beside it.
+    pub tokenizer: Option<Tokenizer>,
+    /// Ids that end a text.
+    pub eos: Vec<u32>,
+    /// What it learns from.
+    pub examples: Examples,
+    /// What it is evaluated on.
+    pub held_out: Option<Examples>,
+    /// Of the examples.
+    pub stats: Stats,
+    /// Optimizer steps.
+    pub steps: u64,
+    /// Sizes of its passes.
+    pub work: Work,
+}
+
+/// Tokens that a text or a prompt of this run may have.
+///
+/// # Errors
+/// [`Error::Config`] if none are left beside the sample.
+pub fn max_length(s: &Settings, needs: &Needs, spec: &Spec) -> Result<usize> {
+    let room = match s.max_length {
+        0 => spec.max_positions,
+        n => n.min(spec.max_positions),
+    };
+    if room < 2 {
+        return Err(Error::config("max_length", "2 or more, or 0", s.max_length));
+    }
+    let new = plan::sampling(needs).map_or(0, |s| s.max_new_tokens);
+    room.checked_sub(new).filter(|n| *n > 0).ok_or_else(|| {
+        let want = format!("less than the {room} positions of a prompt and its sample");
+        Error::config("max_new_tokens", want, new)
+    })
+}
+
+impl Job {
+    /// Reads config, tokenizer and data.
+    ///
+    /// # Errors
+    /// Those of the parts, naming file and key.
+    pub fn new(settings: Settings, algorithm: Box<dyn Algorithm>) -> Result<Self> {
+        settings.validate()?;
+        let needs = algorithm.needs();
+        let dir = Path::new(&settings.model);
+        let (_, spec) = Config::read(dir)?.spec()?;
+        let tokenizer = Tokenizer::open_if_there(dir)?;
+        let mut eos: Vec<u32> = settings.eos_id.into_iter().collect();
+        if eos.is_empty() {
+            eos.extend(tokenizer.iter().flat_map(|t| t.eos().to_vec()));
+        }
+        let max_length = max_length(&settings, &needs, &spec)?;
+        let sampling = plan::sampling(&needs);
+        if !settings.eval_data.is_empty() && sampling.is_some() {
+            let want = "none for an algorithm that samples; its metrics are of new samples";
+            return Err(Error::config("eval_data", want, settings.eval_data.join(", ")));
+        }
+        let ids = |key: &str, ids: &[u32]| {
+            let bad = ids.iter().find(|id| **id as usize >= spec.vocab);
+            let want = format!("below the vocabulary of {}", spec.vocab);
+            bad.map_or(Ok(()), |id| Err(Error::config(key, want, id)))
+        };
+        ids("eos_id", &eos)?;
+        ids("stop_ids", &settings.stop_ids)?;
+        let limits = Limits { max_length, vocab: spec.vocab, eos: eos.first().copied() };
+        let load = |files: &[String]| {
+            Examples::load(files, &needs.inputs, tokenizer.as_ref(), limits, &settings)
+        };
+        let (examples, stats) = load(&settings.data)?;
+        let held_out = match settings.eval_data.is_empty() {
+            false => Some(load(&settings.eval_data)?.0),
+            true => None,
+        };
+        let longest = held_out.as_ref().map_or(0, Examples::longest).max(examples.longest());
+        let work = Work::new(&settings, &needs, longest);
+        let per_prompt = sampling.map_or(1, |s| s.samples_per_prompt);
+        if !settings.batch_size.is_multiple_of(per_prompt.saturating_mul(needs.minibatches)) {
+            let parts = needs.minibatches;
+            let want =
+                format!("a multiple of samples_per_prompt {per_prompt} x minibatches {parts}");
+            return Err(Error::config("batch_size", want, settings.batch_size));
+        }
+        let draws = settings.batch_size / per_prompt;
+        let steps = match settings.steps {
+            0 => (settings.epochs * examples.len() as f64 / draws as f64).ceil().max(1.0) as u64,
+            n => n,
+        };
+        Ok(Self {
+            settings,
+            algorithm,
+            needs,
+            spec,
+            tokenizer,
+            eos,
+            examples,
+            held_out,
+            stats,
+            steps,
+            work,
+        })
+    }
+}

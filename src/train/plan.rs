@@ -1,0 +1,199 @@
+//! What a run takes of a device's memory, known before it takes any: models and optimizers for the whole run, and one
+//! arena that its phases share in time. [`Trainer`](super::Trainer) takes what is written here.
+
+use super::{
+    pass::{How, Sizes},
+    role,
+    settings::Settings,
+};
+use crate::{
+    algorithms::{Inputs, Needs, Origin, Sampling},
+    device::{Device, Element},
+    error::Result,
+    models::{self, Head, Spec, Use},
+    rollout::{Generator, Scorer},
+};
+
+/// Sizes of a run's passes.
+#[derive(Clone, Debug)]
+pub struct Work {
+    /// Sequences that must stay in one micro-batch.
+    pub unit: usize,
+    /// Tokens of the longest sequence, prompt and sample together.
+    pub longest: usize,
+    /// Of a micro-batch.
+    pub sizes: Sizes,
+    /// Sequences that are sampled at once.
+    slots: usize,
+}
+
+impl Work {
+    /// Of a run whose longest sequence, without what is sampled, has `longest` tokens.
+    #[must_use]
+    pub fn new(s: &Settings, needs: &Needs, longest: usize) -> Self {
+        let unit = if needs.inputs == Inputs::Pairs { 2 } else { 1 };
+        let sampling = sampling(needs);
+        let longest = longest + sampling.map_or(0, |s| s.max_new_tokens);
+        let rows = s.micro_batch_tokens.max(unit * longest);
+        // A sequence has at least one row.
+        let sizes = Sizes { rows, sequences: (unit * s.batch_size).min(rows) };
+        let slots = sampling.map_or(0, |p| p.slots.min(s.batch_size));
+        Self { unit, longest, sizes, slots }
+    }
+
+    /// Of a scoring pass: as long as a micro-batch.
+    #[must_use]
+    pub fn scorer(&self) -> Scorer {
+        Scorer { rows: self.sizes.rows, sequences: self.sizes.sequences }
+    }
+
+    /// Of sampling.
+    #[must_use]
+    pub fn generator(&self) -> Generator {
+        let rows = self.sizes.rows.max(self.slots);
+        Generator { slots: self.slots, max_len: self.longest, rows }
+    }
+}
+
+/// How samples are made, if the algorithm samples.
+#[must_use]
+pub fn sampling(needs: &Needs) -> Option<&Sampling> {
+    match &needs.inputs {
+        Inputs::Prompts(sampling) => Some(sampling),
+        _ => None,
+    }
+}
+
+/// How the passes of a model with this head are made.
+#[must_use]
+pub fn how(s: &Settings, needs: &Needs, head: Head) -> How {
+    How { entropy: head == Head::Lm && needs.entropy, recompute: s.recompute }
+}
+
+/// Where models are that are not trained.
+#[must_use]
+pub fn frozen(dev: &Device, s: &Settings) -> Use {
+    match dev {
+        Device::Cuda(_) if s.offload_frozen => Use::Parked,
+        _ => Use::Frozen,
+    }
+}
+
+/// Memory for the whole run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Part {
+    /// Whose: `policy`, `value`, `reward`, `reference` or `reward_model`.
+    pub role: &'static str,
+    /// `weights`, `gradients` and so on.
+    pub what: &'static str,
+    /// Bytes.
+    pub bytes: usize,
+}
+
+/// Memory of a run.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Plan {
+    /// What stays.
+    pub parts: Vec<Part>,
+    /// What each phase needs of the arena.
+    pub phases: Vec<(String, usize)>,
+}
+
+impl Plan {
+    /// Of a run on `dev` with models that compute in `T`: `policy` is the model that it is given, `judge` the reward
+    /// model that scores samples.
+    ///
+    /// # Errors
+    /// [`crate::Error::Memory`] if the sizes overflow.
+    pub fn new<T: Element>(
+        dev: &Device,
+        s: &Settings,
+        needs: &Needs,
+        work: &Work,
+        (policy, judge): (&Spec, &Spec),
+    ) -> Result<Self> {
+        let mut plan = Self { parts: Vec::new(), phases: Vec::new() };
+        if !needs.policy {
+            plan.trained::<T>(dev, s, needs, work, ("reward", policy, Head::Scalar))?;
+            return Ok(plan);
+        }
+        if needs.reference {
+            plan.frozen::<T>(dev, s, work, ("reference", policy, Head::Lm))?;
+        }
+        let sampling = sampling(needs);
+        if sampling.is_some_and(|s| s.reward_model.is_some()) {
+            plan.frozen::<T>(dev, s, work, ("reward_model", judge, Head::Scalar))?;
+        }
+        if let Some(scalar) = needs.scalar {
+            let from = if scalar.from == Origin::RewardModel { judge } else { policy };
+            plan.trained::<T>(dev, s, needs, work, ("value", from, Head::Scalar))?;
+        }
+        plan.trained::<T>(dev, s, needs, work, ("policy", policy, Head::Lm))?;
+        if let Some(sampling) = sampling {
+            let spec = policy.clone().on(dev);
+            let bytes = work.generator().plan::<T>(dev, &spec, &sampling.params)?;
+            plan.phases.push(("sample".into(), bytes));
+        }
+        Ok(plan)
+    }
+
+    fn model<T: Element>(
+        &mut self,
+        dev: &Device,
+        role: &'static str,
+        (spec, head): (&Spec, Head),
+        used: Use,
+    ) {
+        let parts = models::bytes::<T>(dev, spec, head, used).into_iter();
+        self.parts.extend(parts.map(|(what, bytes)| Part { role, what, bytes }));
+    }
+
+    fn frozen<T: Element>(
+        &mut self,
+        dev: &Device,
+        s: &Settings,
+        work: &Work,
+        (role, spec, head): (&'static str, &Spec, Head),
+    ) -> Result<()> {
+        let spec = spec.clone().on(dev);
+        self.model::<T>(dev, role, (&spec, head), frozen(dev, s));
+        let bytes = work.scorer().plan::<T>(dev, &spec, head)?;
+        self.phases.push((format!("score by the {role}"), bytes));
+        Ok(())
+    }
+
+    fn trained<T: Element>(
+        &mut self,
+        dev: &Device,
+        s: &Settings,
+        needs: &Needs,
+        work: &Work,
+        (role, spec, head): (&'static str, &Spec, Head),
+    ) -> Result<()> {
+        let spec = spec.clone().on(dev);
+        self.model::<T>(dev, role, (&spec, head), Use::Trained);
+        let parts = role::bytes::<T>(&spec, head).into_iter();
+        self.parts.extend(parts.map(|(what, bytes)| Part { role, what, bytes }));
+        let bytes = work.sizes.plan::<T>(dev, &spec, head, how(s, needs, head))?;
+        self.phases.push((format!("train the {role}"), bytes));
+        Ok(())
+    }
+
+    /// Bytes for the whole run.
+    #[must_use]
+    pub fn fixed(&self) -> usize {
+        self.parts.iter().map(|p| p.bytes).sum()
+    }
+
+    /// Bytes of the arena: those of the largest phase.
+    #[must_use]
+    pub fn shared(&self) -> usize {
+        self.phases.iter().map(|p| p.1).max().unwrap_or(0)
+    }
+
+    /// All bytes.
+    #[must_use]
+    pub fn total(&self) -> usize {
+        self.fixed() + self.shared()
+    }
+}

@@ -1,0 +1,155 @@
+//! Models on a CUDA device, in bf16: what they say and learn is what Hugging Face computes in f64, as far as bf16
+//! goes; and what the device takes wider changes nothing.
+
+use half::bf16;
+use warpo::{
+    device::Device,
+    models::{self, Batch, Head, Model, Params, Slot},
+    train::pass::{self, How, Sizes},
+};
+
+use super::golden::{MODELS as ALL, named, sft, sft_batch};
+use crate::support::{assert_bits, golden, golden::Golden, room_on, sim, temp_dir};
+
+/// Those of the golden models that a device takes: it wants widths of whole packets.
+const MODELS: [&str; 2] = ["gpt2", "llama"];
+
+fn load(dev: &Device, name: &str, head: Head) -> Model<bf16> {
+    Model::load_trained(dev, &golden::path(name), head, None).unwrap()
+}
+
+/// Loss and gradients of the SFT batch, the gradients by the names of Hugging Face.
+fn learn(
+    dev: &Device,
+    model: &Model<bf16>,
+    batch: &Batch,
+    recompute: bool,
+) -> (f64, Vec<(String, Vec<f32>)>) {
+    let mut grads = Params::zeros(dev, "gradients", model.params().layout()).unwrap();
+    let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
+    let how = How { entropy: false, recompute };
+    let bytes = sizes.plan::<bf16>(dev, model.spec(), model.head(), how).unwrap();
+    let mut arena = room_on(dev, bytes);
+    let (scope, mut loss) = (arena.scope(), 0.0);
+    pass::policy(dev, model, &mut grads, &scope, batch, 1.0, how, |c| {
+        let logp = dev.read(c.logp)?;
+        let n = logp.len();
+        loss = -logp.iter().map(|x| f64::from(*x)).sum::<f64>() / n as f64;
+        dev.write(c.dlogp, &vec![-1.0 / n as f32; n])
+    })
+    .unwrap();
+    let named = models::named(dev, model, &grads).unwrap();
+    // What lies beside the stored weights has no gradient, so that it stays 0.
+    let all = dev.read(grads.flat()).unwrap();
+    let sum = |x: &mut dyn Iterator<Item = f32>| x.map(|x| f64::from(x.abs())).sum::<f64>();
+    let (inside, whole) = (
+        sum(&mut named.iter().flat_map(|(_, _, x)| x.iter().copied())),
+        sum(&mut all.iter().copied()),
+    );
+    assert!((inside - whole).abs() <= 1e-9 * whole, "{inside} of {whole}");
+    (loss, named.into_iter().map(|(name, _, x)| (name, x)).collect())
+}
+
+/// Loss and every gradient are those of f64 to bf16's 8 bits, for each family; and the backward pass that computes blocks
+/// again has the bits of the one that kept them.
+#[test]
+fn models_learn_on_a_device_what_they_learn_in_f64() {
+    sim::on_devices(|dev| {
+        for name in MODELS {
+            let g = Golden::open(&format!("{name}/sft.safetensors"));
+            let (model, batch) = (load(dev, name, Head::Lm), sft_batch(&g));
+            let (loss, grads) = learn(dev, &model, &batch, false);
+            let truth = g.scalar("loss");
+            assert!((loss - truth).abs() < truth / 256.0, "{name}: {loss} for {truth}");
+            let (mut off, mut all) = (0.0, 0.0);
+            for (key, ours) in &grads {
+                let truth = g.get(&format!("grad/{key}"));
+                assert_eq!(ours.len(), truth.len(), "{key}");
+                for (a, t) in ours.iter().zip(truth) {
+                    off += (f64::from(*a) - t).powi(2);
+                    all += t * t;
+                }
+            }
+            let error = (off / all).sqrt();
+            println!("{name}: loss off by {:.1e}, gradient by {error:.1e}", loss / truth - 1.0);
+            assert!(error < 0.03, "{name}: the gradient is off by {error}");
+
+            let (again, recomputed) = learn(dev, &model, &batch, true);
+            assert_eq!(again.to_bits(), loss.to_bits());
+            for ((key, a), (_, b)) in grads.iter().zip(&recomputed) {
+                assert_bits(key, a, b);
+            }
+        }
+    });
+}
+
+/// On the CPU too.
+#[test]
+fn recomputed_blocks_have_the_bits_of_kept_ones() {
+    let dev = Device::cpu();
+    for name in ALL {
+        let g = Golden::open(&format!("{name}/sft.safetensors"));
+        let model = super::golden::load::<f32>(name, Head::Lm);
+        let (kept, _) = sft(&model, &g);
+        let batch = sft_batch(&g);
+        let mut grads = Params::zeros(&dev, "gradients", model.params().layout()).unwrap();
+        let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
+        let bytes = |recompute| {
+            let how = How { entropy: false, recompute };
+            sizes.plan::<f32>(&dev, model.spec(), model.head(), how).unwrap()
+        };
+        let how = How { entropy: false, recompute: true };
+        assert!(bytes(true) < bytes(false), "{} of {}", bytes(true), bytes(false));
+        let mut arena = room_on(&dev, bytes(true));
+        let (scope, n) = (arena.scope(), batch.selected().len() as f32);
+        pass::policy(&dev, &model, &mut grads, &scope, &batch, 1.0, how, |c| {
+            c.dlogp.host().fill(-1.0 / n);
+            Ok(())
+        })
+        .unwrap();
+        for ((key, a), (_, b)) in named(&kept, &model).iter().zip(&named(&grads, &model)) {
+            assert!(a == b, "{name}: {key}");
+        }
+    }
+}
+
+/// A model goes to a device and back to a folder with not a bit of its f32 weights changed, whatever width its heads have
+/// there; a copy computes with the same numbers.
+#[test]
+fn weights_come_back_from_a_device_as_they_were() {
+    sim::on_devices(|dev| {
+        let dir = temp_dir(&format!("weights_of_{:?}", std::thread::current().id()));
+        for (name, head) in MODELS
+            .map(|m| (m.to_owned(), Head::Lm))
+            .into_iter()
+            .chain([("llama/rm".into(), Head::Scalar)])
+        {
+            let model = load(dev, &name, head);
+            models::save(dev, &model, &dir).unwrap();
+            let back = Model::<f32>::load(&Device::cpu(), &dir, head, None).unwrap();
+            let first =
+                Model::<f32>::load(&Device::cpu(), &golden::path(&name), head, None).unwrap();
+            assert_bits(&name, back.params().flat().host(), first.params().flat().host());
+            assert_eq!(models::count(&model), models::count(&first), "{name}");
+
+            let copy = model.copy_as(dev, head, 0, models::Use::Frozen).unwrap();
+            let read = |m: &Model<bf16>| dev.read(m.params().flat()).unwrap();
+            assert_eq!(read(&copy), read(&model), "{name}");
+            assert!(copy.master().is_err(), "a frozen model has no f32 weights");
+            if head == Head::Lm {
+                let value = model.copy_as(dev, Head::Scalar, 9, models::Use::Trained).unwrap();
+                assert_eq!(value.master().unwrap().len(), value.params().flat().len());
+                assert!(value.params().get(Slot::Score, None).is_some());
+            }
+        }
+    });
+}
+
+#[test]
+fn a_width_that_no_kernel_takes_is_named() {
+    sim::on_devices(|dev| {
+        let e = Model::<bf16>::load(dev, &golden::path("llama_tied"), Head::Lm, None).unwrap_err();
+        let want = "hidden size on a CUDA device: got 36, wanted a multiple of 8";
+        assert_eq!(e.to_string(), want);
+    });
+}
