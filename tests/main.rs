@@ -31,6 +31,7 @@ mod device {
     mod maps;
     mod math;
     mod pool;
+    mod profile;
     mod staging;
 }
 mod eval {

@@ -10,6 +10,7 @@ pub mod cuda;
 pub mod file;
 mod float;
 mod later;
+pub mod profile;
 mod system;
 
 pub use arena::{Arena, Scope};
@@ -18,6 +19,7 @@ pub use cpu::Cpu;
 pub use cuda::Cuda;
 pub use float::{Element, Float};
 pub use later::Later;
+pub use profile::{Profile, Work};
 pub use system::free_disk_bytes;
 
 use std::borrow::Cow;

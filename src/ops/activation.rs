@@ -2,7 +2,7 @@
 
 use crate::{
     device::{
-        Device, Element, Float, View, ViewMut,
+        Device, Element, Float, View, ViewMut, Work,
         cuda::{self, Launch, kernels::activation as kernel},
     },
     error::Result,
@@ -45,6 +45,8 @@ const GRAIN: usize = 2048;
 
 /// `y = act(x)`, elementwise.
 ///
+/// Reads x, writes y.
+///
 /// # Errors
 /// [`crate::Error::Shape`] if the lengths differ, [`crate::Error::Device`] if a buffer does not begin at
 /// a multiple of 16 bytes on a CUDA device.
@@ -55,6 +57,7 @@ pub fn forward<T: Element>(
     x: View<'_, T>,
 ) -> Result<()> {
     shape::check("activation", "y", &[x.len()], y.len())?;
+    let _op = dev.op("activation", || Work::moves::<T>(2 * x.len()));
     match dev {
         Device::Cpu(cpu) => {
             let (y, x) = (y.float()?.host(), x.float()?.host());
@@ -70,6 +73,8 @@ pub fn forward<T: Element>(
 
 /// `dx = dy act'(x)`, elementwise.
 ///
+/// Reads both, writes dx.
+///
 /// # Errors
 /// As [`forward`].
 pub fn backward<T: Element>(
@@ -81,6 +86,7 @@ pub fn backward<T: Element>(
 ) -> Result<()> {
     shape::check("activation::backward", "dx", &[x.len()], dx.len())?;
     shape::check("activation::backward", "dy", &[x.len()], dy.len())?;
+    let _op = dev.op("activation::backward", || Work::moves::<T>(3 * x.len()));
     match dev {
         Device::Cpu(cpu) => {
             let (dx, dy, x) = (dx.float()?.host(), dy.float()?.host(), x.float()?.host());
@@ -99,6 +105,8 @@ pub fn backward<T: Element>(
 /// `y = act(gate) * up`: `gate_up` `[rows, 2 cols]` holds gate and up side by side, `y`
 /// `[rows, cols]`.
 ///
+/// Reads `2 * rows * cols` elements, writes half as many.
+///
 /// # Errors
 /// [`crate::Error::Shape`] if `gate_up` is not twice as long as `y`.
 pub fn gated_forward<T: Element>(
@@ -110,6 +118,7 @@ pub fn gated_forward<T: Element>(
 ) -> Result<()> {
     let rows = shape::rows("gated activation", "y", y.len(), cols)?;
     shape::check("gated activation", "gate_up", &[rows, 2 * cols], gate_up.len())?;
+    let _op = dev.op("activation::gated_forward", || Work::moves::<T>(3 * rows * cols));
     match dev {
         Device::Cpu(cpu) => {
             let (y, x) = (y.float()?.host(), gate_up.float()?.host());
@@ -132,6 +141,8 @@ pub fn gated_forward<T: Element>(
 
 /// Gradients of [`gated_forward`]: `dgate = dy up act'(gate)`, `dup = dy act(gate)`, side by side.
 ///
+/// Reads `3 * rows * cols` elements, writes `2 * rows * cols`.
+///
 /// # Errors
 /// [`crate::Error::Shape`] if a buffer does not fit `dy`.
 pub fn gated_backward<T: Element>(
@@ -145,6 +156,7 @@ pub fn gated_backward<T: Element>(
     let rows = shape::rows("gated activation::backward", "dy", dy.len(), cols)?;
     shape::check("gated activation::backward", "gate_up", &[rows, 2 * cols], gate_up.len())?;
     shape::check("gated activation::backward", "dgate_up", &[rows, 2 * cols], dgate_up.len())?;
+    let _op = dev.op("activation::gated_backward", || Work::moves::<T>(5 * rows * cols));
     match dev {
         Device::Cpu(cpu) => {
             let dx = dgate_up.float()?.host();

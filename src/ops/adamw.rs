@@ -7,7 +7,7 @@ use half::bf16;
 
 use crate::{
     device::{
-        Device, Element, Float, View, ViewMut,
+        Device, Element, Float, View, ViewMut, Work,
         cuda::{Launch, kernels::adamw as kernel},
     },
     error::{Error, Result},
@@ -91,6 +91,9 @@ pub fn step<F: Float>(
         epsilon: F::of(hyper.epsilon),
         scale: F::of(scale),
     };
+    let _op = dev.op(OP, || {
+        Work::moves::<F>(7 * n).and(Work::moves::<bf16>(state.copy.as_ref().map_or(0, |c| c.len())))
+    });
     let State { p, m, v, copy } = state;
     match dev {
         Device::Cpu(cpu) => {

@@ -13,6 +13,7 @@
 //! anew each 1024 positions and is merged in ascending order, so that few long sequences keep all of it busy.
 
 mod backward;
+mod cost;
 mod cpu;
 mod cuda;
 mod hopper;
@@ -254,7 +255,8 @@ fn check_work(
 /// Writes keys and values of new rows to their pages. `qkv` `[rows, (q_heads + 2 kv_heads)
 /// head_dim]` holds queries, keys and values side by side; with `turn`, the positions of the rows and
 /// their angles, queries and keys are turned in place before, with the bits of [`rope::forward`]. A CUDA
-/// device takes the positions from the segments, which are the same.
+/// device takes the positions from the segments, which are the same. Reads keys and values and writes them to pages; with
+/// `turn` reads and writes queries, too, and writes keys once more.
 ///
 /// # Errors
 /// [`Error::Shape`] if `qkv` does not fit, [`Error::Value`] if segments or pages do not; as
@@ -273,6 +275,7 @@ pub fn append<T: Element>(
     let rows = shape::rows(OP, "qkv", qkv.len(), shape.qkv_cols())?;
     let total = kv.pages(shape);
     check_work(OP, &work, rows, (kv.page, total), dev)?;
+    let _op = dev.op(OP, || cost::append::<T>(shape, rows, turn.is_some()));
     match dev {
         Device::Cpu(cpu) => {
             if let Some((positions, table)) = turn {
@@ -301,7 +304,7 @@ pub fn forward_scratch_len(dev: &Device, shape: &Shape, singles: usize, position
 /// Writes `out` `[rows, q_heads head_dim]` and keeps `lse` `[rows, q_heads]`, the log-sum-exp of
 /// each row's scores, for [`backward`]. Keys and values, the rows' own included, come from
 /// `kv`. `4 head_dim` FLOPs for each query head and visible position. `scratch` has
-/// [`forward_scratch_len`] elements.
+/// [`forward_scratch_len`] elements. Reads queries, and for each segment the keys and values that it sees, writes `out`.
 ///
 /// # Errors
 /// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] if segments or pages do not.
@@ -323,6 +326,7 @@ pub fn forward<T: Element>(
     shape::check(OP, "out", &[rows, shape.q_heads * shape.head_dim], out.len())?;
     shape::check(OP, "lse", &[rows, shape.q_heads], lse.len())?;
     check_work(OP, &work, rows, (kv.page, kv.pages(shape)), dev)?;
+    let _op = dev.op(OP, || cost::forward::<T>(shape, rows, work.segments));
     match dev {
         Device::Cpu(cpu) => {
             let (k, v) = (kv.k.view().float()?.host(), kv.v.view().float()?.host());
@@ -344,7 +348,8 @@ pub fn backward_scratch_len(shape: &Shape, rows: usize) -> usize {
 
 /// Writes `dqkv` `[rows, (q_heads + 2 kv_heads) head_dim]` from `dout`, with `out` and `lse` as
 /// [`forward`] left them. Every segment must be a whole sequence, or have its prefix in the batch.
-/// `10 head_dim` FLOPs for each query head and visible position: five products, scores recomputed.
+/// `10 head_dim` FLOPs for each query head and visible position: five products, scores recomputed. Reads `dout`, `out` and
+/// `qkv`, writes `dqkv`.
 ///
 /// Sums run in a fixed order: over keys ascending for a query; for a key over queries ascending and then
 /// heads of the group, on a CUDA device over tiles of queries descending. They do not depend on what else
@@ -380,6 +385,7 @@ pub fn backward<T: Element>(
         return Err(Error::value(what, "0", segments[i].first));
     }
     check_rows(OP, segments, rows)?;
+    let _op = dev.op(OP, || cost::backward::<T>(shape, rows, segments));
     match dev {
         Device::Cpu(cpu) => {
             let input = cpu::Input {

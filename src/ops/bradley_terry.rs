@@ -4,7 +4,7 @@
 //! `-log sigmoid(chosen - rejected - margin) + centre (chosen + rejected)²`, mean over pairs.
 
 use crate::{
-    device::{Device, Float, Later, View, ViewMut, cuda::kernels::bradley_terry as kernel},
+    device::{Device, Float, Later, View, ViewMut, Work, cuda::kernels::bradley_terry as kernel},
     error::Result,
     shape,
 };
@@ -38,6 +38,8 @@ impl Stats {
 /// Writes `dscores` `[2 pairs]` and returns the sums. `scores` holds chosen, rejected, chosen, ...;
 /// `margins` `[pairs]` or empty; `denominator` is the number of pairs of the whole optimizer step.
 ///
+/// Reads scores and margins, writes as many gradients as scores.
+///
 /// # Errors
 /// [`crate::Error::Shape`] if the columns do not fit.
 pub fn forward<F: Float>(
@@ -53,6 +55,7 @@ pub fn forward<F: Float>(
     if !margins.is_empty() {
         shape::check("bradley_terry", "margins", &[pairs], margins.len())?;
     }
+    let _op = dev.op("bradley_terry", || Work::moves::<F>(4 * pairs + margins.len()));
     match dev {
         Device::Cpu(_) => {
             let (d, scores, margins) = (dscores.host(), scores.host(), margins.host());

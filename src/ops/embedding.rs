@@ -3,7 +3,7 @@
 
 use crate::{
     device::{
-        Cuda, Device, Element, Float, View, ViewMut,
+        Cuda, Device, Element, Float, View, ViewMut, Work,
         cuda::{self, Launch, kernels::embedding as kernel},
     },
     error::{Error, Result},
@@ -41,6 +41,7 @@ pub fn forward<T: Element>(
     let cols = y.len() / rows;
     shape::check(OP, "y", &[rows, cols], y.len())?;
     let entries = shape::rows(OP, "table", table.len(), cols)?;
+    let _op = dev.op(OP, || Work::moves::<T>(rows * cols * if add { 3 } else { 2 }));
     match dev {
         Device::Cpu(cpu) => {
             let (y, ids, table) = (y.float()?.host(), ids.host(), table.float()?.host());
@@ -71,6 +72,8 @@ pub fn scratch_len(rows: usize) -> usize {
 /// The gradient of a table of weights: `dtable[ids[r]] += dy[r]`, rows in ascending order for each
 /// entry; in f32 with the same bits on every device.
 ///
+/// Reads dy, and the rows of `dtable` that there are ids of, which are not counted, and writes them.
+///
 /// # Errors
 /// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] for an id beyond the table; on a CUDA
 /// device its row is left out instead.
@@ -82,11 +85,14 @@ pub fn backward<T: Element>(
     dy: View<'_, T>,
     cols: usize,
 ) -> Result<()> {
+    let _op = dev.op("embedding::backward", || Work::moves::<T>(dy.len()));
     add_rows("embedding::backward", dev, dtable, scratch, ids, dy, cols, kernel::backward)
 }
 
 /// As [`backward`] where the table was rows of activations, whose gradient is stored as theirs: puts
 /// rows back to where [`forward`] picked them.
+///
+/// Reads dy, and reads and writes as much of `dtable`.
 ///
 /// # Errors
 /// As [`backward`].
@@ -98,6 +104,7 @@ pub fn scatter<T: Element>(
     dy: View<'_, T>,
     cols: usize,
 ) -> Result<()> {
+    let _op = dev.op("embedding::scatter", || Work::moves::<T>(3 * dy.len()));
     add_rows("embedding::scatter", dev, dtable, scratch, ids, dy, cols, kernel::scatter)
 }
 

@@ -2,7 +2,7 @@
 
 use crate::{
     device::{
-        Device, Float, View, ViewMut,
+        Device, Float, View, ViewMut, Work,
         cuda::{Launch, kernels::gae as kernel},
     },
     error::{Error, Result},
@@ -53,6 +53,7 @@ pub fn forward<F: Float>(
     shape::check("gae", "values", &[n], values.len())?;
     shape::check("gae", "advantages", &[n], advantages.len())?;
     shape::check("gae", "returns", &[n], returns.len())?;
+    let _op = dev.op("gae", || Work::moves::<F>(4 * n));
     match dev {
         Device::Cpu(_) => {
             check_offsets("gae", offsets.host(), n)?;

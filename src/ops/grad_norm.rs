@@ -2,7 +2,7 @@
 
 use crate::{
     device::{
-        Device, Float, Later, View,
+        Device, Float, Later, View, Work,
         cpu::math,
         cuda::{self, Launch, kernels::grad_norm as kernel},
     },
@@ -19,10 +19,13 @@ const GROUP: usize = kernel::GROUP;
 /// `sqrt(sum x²)`, the same bits for any number of threads, and in f32 on every device. NaN if any
 /// element is NaN.
 ///
+/// Reads x once.
+///
 /// # Errors
 /// [`crate::Error::Device`] if the device fails.
 pub fn norm<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Later<f64>> {
     let n = x.len();
+    let _op = dev.op("grad_norm", || Work::moves::<F>(n));
     // Groups of a part: 1 up to 2^28 elements.
     let groups = n.div_ceil(CHUNK * GROUP).div_ceil(cuda::PARTS).max(1);
     let sum = match dev {
@@ -66,9 +69,12 @@ pub fn clip_scale(norm: f64, max_norm: f64) -> f64 {
 
 /// Index of the first NaN or infinity.
 ///
+/// Reads x once.
+///
 /// # Errors
 /// As [`norm`].
 pub fn first_bad<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Later<Option<usize>>> {
+    let _op = dev.op("grad_norm::first_bad", || Work::moves::<F>(x.len()));
     match dev {
         Device::Cpu(cpu) => {
             let bad = |(i, chunk): (usize, &[F])| {

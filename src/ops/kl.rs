@@ -2,7 +2,7 @@
 //! (Schulman 2020, "Approximating KL divergence")
 
 use crate::{
-    device::{Device, Float, Later, View, ViewMut, cuda::kernels::kl as kernel},
+    device::{Device, Float, Later, View, ViewMut, Work, cuda::kernels::kl as kernel},
     error::Result,
     shape,
 };
@@ -62,6 +62,7 @@ pub fn forward<F: Float>(
     let n = logp.len();
     shape::check("kl", "reference", &[n], reference.len())?;
     shape::check("kl", "out", &[n], out.len())?;
+    let _op = dev.op("kl", || Work::moves::<F>(3 * n));
     match dev {
         Device::Cpu(_) => {
             let mut sum = 0.0;

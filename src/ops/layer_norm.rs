@@ -4,7 +4,7 @@
 use super::residual;
 use crate::{
     device::{
-        Device, Element, Float, View, ViewMut,
+        Device, Element, Float, View, ViewMut, Work,
         cpu::math,
         cuda::{self, Launch, kernels::layer_norm as kernel},
     },
@@ -38,6 +38,7 @@ pub fn forward<T: Element>(
     shape::check(OP, "y", &[rows, cols], y.len())?;
     shape::check(OP, "mean", &[rows], mean.len())?;
     shape::check(OP, "b", &[cols], b.len())?;
+    let _op = dev.op(OP, || Work::moves::<T>(2 * rows * cols));
     match dev {
         Device::Cpu(cpu) => {
             let (x, w, b) = (x.float()?.host(), w.float()?.host(), b.float()?.host());
@@ -87,6 +88,7 @@ pub fn add_forward<T: Element>(
     shape::check(OP, "y", &[rows, cols], y.len())?;
     shape::check(OP, "mean", &[rows], mean.len())?;
     shape::check(OP, "b", &[cols], b.len())?;
+    let _op = dev.op(OP, || Work::moves::<T>(4 * rows * cols));
     match dev {
         Device::Cpu(_) => {
             residual::add(dev, x.reborrow(), r)?;
@@ -114,6 +116,8 @@ pub fn scratch_len(rows: usize, cols: usize) -> usize {
 /// With `n = (x - mean) rstd` and `g = dy w`: `dx = rstd (g - mean_c(g) - n mean_c(g n))`,
 /// `dw += sum_r dy n`, `db += sum_r dy`.
 ///
+/// Reads dy and x, writes dx: `3 * rows * cols` elements, with `add` reads dx, too.
+///
 /// # Errors
 /// As [`forward`], and [`crate::Error::Shape`] if `scratch` is too short.
 #[allow(clippy::too_many_arguments)]
@@ -139,6 +143,7 @@ pub fn backward<T: Element>(
     shape::check(OP, "dw", &[cols], dw.len())?;
     shape::check(OP, "db", &[cols], db.len())?;
     let mut partial = scratch.scratch(OP, scratch_len(rows, cols))?;
+    let _op = dev.op(OP, || Work::moves::<T>(rows * cols * if add { 4 } else { 3 }));
     match dev {
         Device::Cpu(cpu) => {
             let (dx, dw, db) = (dx.float()?.host(), dw.host(), db.host());

@@ -17,7 +17,7 @@ use std::ops::Range;
 
 use crate::{
     device::{
-        Cuda, Device, Element, Float, View, ViewMut,
+        Cuda, Device, Element, Float, View, ViewMut, Work,
         cpu::{
             Cpu, Isa,
             gemm::{self, Lhs, NR, Rhs},
@@ -116,6 +116,8 @@ fn check_targets(op: &str, targets: &[u32], vocab: usize) -> Result<()> {
 /// Writes `logp` and `lse` `[rows]`, and `entropy` `[rows]` in nats if given, from hidden states `h`
 /// `[rows, d]`, the packed head `w` `[vocab, d]` and `targets` `[rows]`. `2 rows vocab d` FLOPs.
 ///
+/// Reads h and the head.
+///
 /// # Errors
 /// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] for a temperature or a cap that is not
 /// positive, or a target beyond the vocabulary; on a CUDA device its log-prob becomes NaN instead. There
@@ -137,6 +139,7 @@ pub fn forward<'a, T: Element>(
     let (rows, vocab, d) = (targets.len(), w.n(), w.k());
     shape::check(OP, "h", &[rows, d], h.len())?;
     settings.validate(OP)?;
+    let _op = dev.op(OP, || Work::moves::<T>((rows + vocab) * d).product(rows, vocab, d));
     let mut out = Outputs::new(OP, logp, lse, entropy, rows)?;
     let mut scratch = scratch.scratch(OP, scratch_len(rows, vocab))?;
     if let Device::Cpu(_) = dev {
@@ -266,6 +269,8 @@ type Forwards<T> = fn(
 /// [`forward`] from logits `h Wᵀ` `[rows, vocab]`: in f32 the same bits, if
 /// [`super::matmul::forward`] made them on the CPU.
 ///
+/// Reads the logits.
+///
 /// # Errors
 /// As [`forward`].
 pub fn from_logits<T: Element>(
@@ -282,6 +287,7 @@ pub fn from_logits<T: Element>(
     let vocab = logits.len().checked_div(rows).unwrap_or(0);
     shape::check(OP, "logits", &[rows, vocab], logits.len())?;
     settings.validate(OP)?;
+    let _op = dev.op(OP, || Work::moves::<T>(rows * vocab));
     let out = Outputs::new(OP, logp, lse, entropy, rows)?;
     let scale = settings.scale();
     match dev {
@@ -338,6 +344,15 @@ pub struct Forward<'a, T: Element> {
     pub settings: Settings<T::Acc>,
 }
 
+impl<T: Element> Forward<'_, T> {
+    /// Of [`backward`], with a gradient of the head or without.
+    fn work(&self, weight: bool) -> Work {
+        let (rows, vocab, d) = (self.targets.len(), self.packed.n(), self.packed.k());
+        let dw = Work::moves::<T::Acc>(if weight { 2 * vocab * d } else { 0 });
+        Work::moves::<T>((2 * rows + vocab) * d).and(dw).product(3 * rows, vocab, d)
+    }
+}
+
 /// Rows that [`backward`] takes at a time.
 const BACKWARD_WAVE: usize = 8192;
 
@@ -364,6 +379,8 @@ fn slice(vocab: usize) -> usize {
 /// On the CPU each element of `dw` is one chain over rows in ascending order, each of `dh` one over the
 /// vocabulary. On a CUDA device `dx` is rounded to `T`; a chain of `dw` has at most 8192 rows, one of `dh` 8192
 /// columns, and the chains are added in ascending order.
+///
+/// Reads h and the head, writes dh, reads and writes dw.
 ///
 /// # Errors
 /// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] as [`forward`], or if `dentropy`
@@ -401,6 +418,7 @@ pub fn backward<T: Element>(
     if let Device::Cpu(_) = dev {
         check_targets(OP, f.targets.host(), vocab)?;
     }
+    let _op = dev.op(OP, || f.work(dw.is_some()));
     let mut scratch = scratch.scratch(OP, backward_scratch_len(rows, vocab, d))?;
     for first in (0..rows).step_by(BACKWARD_WAVE) {
         let wave = first..rows.min(first + BACKWARD_WAVE);

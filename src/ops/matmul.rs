@@ -17,7 +17,7 @@ pub use tiles::{Choice, Tile};
 
 use crate::{
     device::{
-        Buffer, Cuda, Device, Element, Float, View, ViewMut,
+        Buffer, Cuda, Device, Element, Float, View, ViewMut, Work,
         cpu::gemm::{self, Lhs, Rhs},
         cuda::cublaslt::{Algorithm, Lt, Of, Product},
     },
@@ -142,6 +142,7 @@ impl<T: Element> Packed<T> {
     /// [`crate::Error::Shape`] if `w` is not `n * k` long.
     pub fn pack(&mut self, dev: &Device, w: View<'_, T>) -> Result<()> {
         shape::check("matmul::pack", "w", &[self.n, self.k], w.len())?;
+        let _op = dev.op("matmul::pack", || Work::moves::<T>(2 * self.n * self.k));
         match dev {
             Device::Cpu(cpu) => {
                 let to = self.data.view_mut().float()?.host();
@@ -152,6 +153,9 @@ impl<T: Element> Packed<T> {
         }
     }
 }
+
+/// Its products in a profile.
+const LT: &str = "cublaslt";
 
 /// cuBLASLt's algorithm for a weight, where the device may use it and it has one whose rows do not see their batch.
 fn pinned<T: Element>(cuda: &Cuda, of: Of, n: usize, k: usize) -> Result<Option<(&Lt, Algorithm)>> {
@@ -185,6 +189,8 @@ pub fn width(dev: &Device, n: usize) -> usize {
 ///
 /// Bias and residual are added to the f32 sum, in this order; on the CPU each with one more rounding.
 ///
+/// Reads x, the weight and the residual, writes y.
+///
 /// # Errors
 /// [`crate::Error::Shape`] if a buffer does not fit; on a CUDA device [`crate::Error::Device`] if one does not
 /// begin at a multiple of 16 bytes, or there is no kernel for its type: there are those for bf16.
@@ -203,6 +209,10 @@ pub fn forward<'a, T: Element>(
     for (name, view, want) in [("bias", &bias, &[n][..]), ("residual", &residual, &[m, n])] {
         view.as_ref().map_or(Ok(()), |v| shape::check("matmul", name, want, v.len()))?;
     }
+    let _op = dev.op("matmul", || {
+        let columns = n * if residual.is_some() { 2 } else { 1 };
+        Work::moves::<T>(m * (k + columns) + n * k).product(m, n, k)
+    });
     if let Device::Cuda(_) = dev {
         eights("matmul", n, k)?;
     }
@@ -220,7 +230,8 @@ pub fn forward<'a, T: Element>(
                 && let Some((lt, algorithm)) = pinned::<T>(cuda, Of::Forward, n, k)?
             {
                 let product = Product { of: Of::Forward, m, n, k };
-                return lt.product(&product, &algorithm, y, (x, w.view()), false);
+                return cuda
+                    .launches(LT, || lt.product(&product, &algorithm, y, (x, w.view()), false));
             }
             let sizes = (m, n, k);
             Tile::of(cuda, m, n).forward(cuda, y, x, w.view(), bias, residual, sizes)
@@ -261,6 +272,7 @@ pub fn activated<'a, T: Element>(
     shape::check(OP, "up", &[m, n], up.len())?;
     shape::check(OP, "y", &[m, cols], y.len())?;
     bias.as_ref().map_or(Ok(()), |b| shape::check(OP, "bias", &[n], b.len()))?;
+    let _op = dev.op(OP, || Work::moves::<T>(m * (k + n + cols) + n * k).product(m, n, k));
     match dev {
         Device::Cpu(_) => {
             forward(dev, up.reborrow(), x, w, bias, None)?;
@@ -280,6 +292,8 @@ pub fn activated<'a, T: Element>(
 
 /// `dx = dy W`: `dy` `[m, n]`, `w` `[n, k]`, `dx` `[m, k]`. `2 m n k` FLOPs.
 ///
+/// Reads dy and w, writes dx.
+///
 /// # Errors
 /// As [`forward`].
 pub fn backward_input<T: Element>(
@@ -293,6 +307,7 @@ pub fn backward_input<T: Element>(
     let m = shape::rows(OP, "dy", dy.len(), n)?;
     shape::check(OP, "w", &[n, k], w.len())?;
     shape::check(OP, "dx", &[m, k], dx.len())?;
+    let _op = dev.op(OP, || Work::moves::<T>(m * (n + k) + n * k).product(m, n, k));
     match dev {
         Device::Cpu(cpu) => {
             let (dx, dy, w) = (dx.float()?.host(), dy.float()?.host(), w.float()?.host());
@@ -305,7 +320,7 @@ pub fn backward_input<T: Element>(
             eights(OP, n, k)?;
             if let Some((lt, algorithm)) = pinned::<T>(cuda, Of::BackwardInput, n, k)? {
                 let product = Product { of: Of::BackwardInput, m, n, k };
-                return lt.product(&product, &algorithm, dx, (dy, w), false);
+                return cuda.launches(LT, || lt.product(&product, &algorithm, dx, (dy, w), false));
             }
             Tile::of_many(cuda, m, k).backward_input(cuda, dx, dy, w, (m, n, k))
         }
@@ -314,6 +329,8 @@ pub fn backward_input<T: Element>(
 
 /// `dw += dyᵀ x` and `dbias += sum_rows dy`: `dy` `[m, n]`, `x` `[m, k]`, `dw` `[n, k]`,
 /// `dbias` `[n]`. The sums run over rows in ascending order, on the CPU continuing from what is there.
+///
+/// Reads dy and x, reads and writes dw.
 ///
 /// # Errors
 /// As [`forward`].
@@ -332,6 +349,9 @@ pub fn backward_weight<T: Element>(
     if let Some(dbias) = &dbias {
         shape::check(OP, "dbias", &[n], dbias.len())?;
     }
+    let _op = dev.op(OP, || {
+        Work::moves::<T>(m * (n + k)).and(Work::moves::<T::Acc>(2 * n * k)).product(m, n, k)
+    });
     match dev {
         Device::Cpu(cpu) => {
             let (dw, dy, x) = (dw.host(), dy.float()?.host(), x.float()?.host());
@@ -353,7 +373,7 @@ pub fn backward_weight<T: Element>(
                 && let Some((lt, algorithm)) = pinned::<T>(cuda, Of::BackwardWeight, n, k)?
             {
                 let product = Product { of: Of::BackwardWeight, m, n, k };
-                return lt.product(&product, &algorithm, dw, (dy, x), true);
+                return cuda.launches(LT, || lt.product(&product, &algorithm, dw, (dy, x), true));
             }
             Tile::of_many(cuda, n, k).backward_weight(cuda, dw, dbias, dy, x, (m, n, k))
         }

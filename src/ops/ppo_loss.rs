@@ -7,7 +7,7 @@
 
 use super::kl::KlEstimator;
 use crate::{
-    device::{Cuda, Device, Float, Later, View, ViewMut, cuda::kernels::ppo_loss as kernel},
+    device::{Cuda, Device, Float, Later, View, ViewMut, Work, cuda::kernels::ppo_loss as kernel},
     error::Result,
     shape,
 };
@@ -103,6 +103,8 @@ impl Stats {
 /// At a tie of the two branches outside the clip range the gradient is that of PyTorch's
 /// `torch.max`: half of each; inside the range both are the same.
 ///
+/// Reads logp, old_logp, advantages and what else is there, writes one or two columns.
+///
 /// # Errors
 /// [`crate::Error::Shape`] if the columns differ in length or one that is needed is missing.
 pub fn policy<F: Float>(
@@ -128,6 +130,10 @@ pub fn policy<F: Float>(
     if let Some(d) = &dentropy {
         shape::check(OP, "dentropy", &[n], d.len())?;
     }
+    let _op = dev.op(OP, || {
+        let more = [s.kl.is_some(), t.entropy.is_some(), dentropy.is_some()];
+        Work::moves::<F>(n * (4 + more.into_iter().filter(|there| *there).count()))
+    });
     match dev {
         Device::Cpu(_) => {
             if let Some(d) = dentropy {

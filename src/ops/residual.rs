@@ -2,7 +2,7 @@
 
 use crate::{
     device::{
-        Device, Element, Float, View, ViewMut,
+        Device, Element, Float, View, ViewMut, Work,
         cuda::{Launch, kernels::residual as kernel},
     },
     error::Result,
@@ -16,6 +16,7 @@ use crate::{
 /// a multiple of 16 bytes on a CUDA device.
 pub fn add<T: Element>(dev: &Device, y: ViewMut<'_, T>, x: View<'_, T>) -> Result<()> {
     shape::check("residual", "y", &[x.len()], y.len())?;
+    let _op = dev.op("residual", || Work::moves::<T>(3 * x.len()));
     match dev {
         Device::Cpu(cpu) => {
             let (y, x) = (y.float()?.host(), x.float()?.host());

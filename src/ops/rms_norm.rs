@@ -4,7 +4,7 @@
 use super::residual;
 use crate::{
     device::{
-        Device, Element, Float, View, ViewMut,
+        Device, Element, Float, View, ViewMut, Work,
         cpu::math,
         cuda::{self, Launch, kernels::rms_norm as kernel},
     },
@@ -33,6 +33,7 @@ pub fn forward<T: Element>(
     let (rows, cols) = (rstd.len(), w.len());
     shape::check(OP, "x", &[rows, cols], x.len())?;
     shape::check(OP, "y", &[rows, cols], y.len())?;
+    let _op = dev.op(OP, || Work::moves::<T>(2 * rows * cols));
     match dev {
         Device::Cpu(cpu) => {
             let (y, rstd) = (y.float()?.host(), rstd.host());
@@ -77,6 +78,7 @@ pub fn add_forward<T: Element>(
     shape::check(OP, "x", &[rows, cols], x.len())?;
     shape::check(OP, "r", &[rows, cols], r.len())?;
     shape::check(OP, "y", &[rows, cols], y.len())?;
+    let _op = dev.op(OP, || Work::moves::<T>(4 * rows * cols));
     match dev {
         Device::Cpu(_) => {
             residual::add(dev, x.reborrow(), r)?;
@@ -102,6 +104,8 @@ pub fn scratch_len(rows: usize, cols: usize) -> usize {
 ///
 /// `dx = rstd * (dy*w - x * rstd² * mean_c(dy*w*x))`, `dw += sum_r dy * x * rstd`
 ///
+/// Reads dy and x, writes dx: `3 * rows * cols` elements, with `add` reads dx, too.
+///
 /// # Errors
 /// As [`forward`], and [`crate::Error::Shape`] if `scratch` is too short.
 #[allow(clippy::too_many_arguments)]
@@ -123,6 +127,7 @@ pub fn backward<T: Element>(
     shape::check(OP, "x", &[rows, cols], x.len())?;
     shape::check(OP, "dw", &[cols], dw.len())?;
     let mut partial = scratch.scratch(OP, scratch_len(rows, cols))?;
+    let _op = dev.op(OP, || Work::moves::<T>(rows * cols * if add { 4 } else { 3 }));
     match dev {
         Device::Cpu(cpu) => {
             let (dx, dw, rstd) = (dx.float()?.host(), dw.host(), rstd.host());

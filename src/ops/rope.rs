@@ -3,7 +3,7 @@
 
 use crate::{
     device::{
-        Buffer, Device, Element, Float, View, ViewMut,
+        Buffer, Device, Element, Float, View, ViewMut, Work,
         cuda::{self, Launch, kernels::rope as kernel},
     },
     error::{Error, Result},
@@ -124,7 +124,7 @@ impl<F: Float> Table<F> {
 }
 
 /// Turns the first `heads` heads of each row of `x` `[rows, row_len]` in place, by the angle of
-/// `positions[row]`; in f32 with the same bits on every device. 3 FLOPs an element.
+/// `positions[row]`; in f32 with the same bits on every device. 3 FLOPs an element, which is read and written.
 ///
 /// # Errors
 /// [`Error::Shape`] if the heads do not fit the row or the table, [`Error::Value`] for a position
@@ -138,6 +138,7 @@ pub fn forward<T: Element>(
     positions: View<'_, u32>,
     table: &Table<T::Acc>,
 ) -> Result<()> {
+    let _op = dev.op("rope", || work::<T>(positions.len(), heads, head_dim));
     turn(dev, x, (row_len, heads, head_dim), positions, table, T::Acc::ONE)
 }
 
@@ -154,7 +155,13 @@ pub fn backward<T: Element>(
     positions: View<'_, u32>,
     table: &Table<T::Acc>,
 ) -> Result<()> {
+    let _op = dev.op("rope::backward", || work::<T>(positions.len(), heads, head_dim));
     turn(dev, dx, (row_len, heads, head_dim), positions, table, -T::Acc::ONE)
+}
+
+fn work<T>(rows: usize, heads: usize, head_dim: usize) -> Work {
+    let elements = rows * heads * head_dim;
+    Work::moves::<T>(2 * elements).flops(3.0 * elements as f64)
 }
 
 fn turn<T: Element>(

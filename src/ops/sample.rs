@@ -9,7 +9,7 @@
 
 use crate::{
     device::{
-        Device, Element, Float, View, ViewMut,
+        Device, Element, Float, View, ViewMut, Work,
         cpu::math,
         cuda::{Launch, kernels::sample as kernel},
     },
@@ -104,6 +104,8 @@ pub fn scratch_len(rows: usize, vocab: usize) -> usize {
 /// Writes `tokens` `[rows]`, drawn from `logits` `[rows, vocab]`. Row r uses the random number of
 /// `samples[r]` at `positions[r]`. In f32 the tokens are the same on every device.
 ///
+/// Reads logits; `scratch` stays in the cache.
+///
 /// # Errors
 /// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] if a parameter is out of range.
 #[allow(clippy::too_many_arguments)]
@@ -135,6 +137,7 @@ pub fn next<'a, T: Element>(
         return Err(Error::value("sample: vocabulary", format!("1 to {MAX_VOCAB}"), vocab));
     }
     let scratch = scratch.scratch(OP, scratch_len(rows, vocab))?;
+    let _op = dev.op(OP, || Work::moves::<T>(rows * vocab));
     let greedy = params.temperature == 0.0;
     let scale = <T::Acc as Element>::of(1.0 / f64::from(params.temperature));
     match dev {
@@ -192,6 +195,8 @@ pub fn next<'a, T: Element>(
 
 /// The distribution that [`next`] draws from: `probs` `[vocab]` from `logits` `[vocab]`.
 ///
+/// Reads and writes `vocab` numbers.
+///
 /// # Errors
 /// [`Error::Shape`] if the lengths differ, [`Error::Value`] if a parameter is out of range.
 pub fn probabilities<F: Float>(
@@ -201,6 +206,7 @@ pub fn probabilities<F: Float>(
     params: &Params,
 ) -> Result<()> {
     let cpu = dev.on_cpu("sample::probabilities")?;
+    let _op = dev.op("sample::probabilities", || Work::moves::<F>(2 * logits.len()));
     params.validate()?;
     shape::check("sample::probabilities", "probs", &[logits.len()], probs.len())?;
     if params.temperature == 0.0 {

@@ -2,7 +2,7 @@
 
 use crate::{
     device::{
-        Device, Element, Float, View, ViewMut,
+        Device, Element, Float, View, ViewMut, Work,
         cpu::math,
         cuda::{self, Launch, kernels::scalar_head as kernel},
     },
@@ -25,6 +25,7 @@ pub fn forward<T: Element>(
 ) -> Result<()> {
     let (rows, d) = (y.len(), w.len());
     shape::check("scalar_head", "h", &[rows, d], h.len())?;
+    let _op = dev.op("scalar_head", || Work::moves::<T>(rows * d).product(rows, 1, d));
     match dev {
         Device::Cpu(cpu) => {
             let (y, h, w) = (y.host(), h.float()?.host(), w.float()?.host());
@@ -62,6 +63,7 @@ pub fn backward<T: Element>(
     shape::check(OP, "h", &[rows, d], h.len())?;
     shape::check(OP, "dh", &[rows, d], dh.len())?;
     shape::check(OP, "dw", &[d], dw.len())?;
+    let _op = dev.op(OP, || Work::moves::<T>(2 * rows * d).flops(3.0 * (rows * d) as f64));
     match dev {
         Device::Cpu(cpu) => {
             let (dh, dw, dy) = (dh.float()?.host(), dw.host(), dy.host());

@@ -2,7 +2,7 @@
 //! (Schulman et al. 2017, OpenAI baselines; as TRL, OpenRLHF and verl compute it)
 
 use crate::{
-    device::{Device, Float, Later, View, ViewMut, cuda::kernels::value_loss as kernel},
+    device::{Device, Float, Later, View, ViewMut, Work, cuda::kernels::value_loss as kernel},
     error::Result,
     shape,
 };
@@ -37,6 +37,8 @@ impl Stats {
 /// divided by `denominator`, the token count of the whole optimizer step. `clip` off keeps the
 /// first term.
 ///
+/// Reads 3, writes 1 number a token.
+///
 /// # Errors
 /// [`crate::Error::Shape`] if the columns differ in length.
 #[allow(clippy::too_many_arguments)]
@@ -54,6 +56,7 @@ pub fn forward<F: Float>(
     shape::check("value_loss", "old", &[n], old.len())?;
     shape::check("value_loss", "returns", &[n], returns.len())?;
     shape::check("value_loss", "dv", &[n], dv.len())?;
+    let _op = dev.op("value_loss", || Work::moves::<F>(4 * n));
     let scale = coef / denominator;
     match dev {
         Device::Cpu(_) => {

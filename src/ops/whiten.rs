@@ -3,7 +3,7 @@
 
 use crate::{
     device::{
-        Device, Float, View, ViewMut,
+        Device, Float, View, ViewMut, Work,
         cuda::{Launch, Parts, kernels::whiten as kernel},
     },
     error::Result,
@@ -32,6 +32,8 @@ pub struct Moments {
 impl Moments {
     /// The moments of a column in f64, as exact as in two passes; on the CPU in two.
     ///
+    /// Reads x once.
+    ///
     /// # Errors
     /// [`crate::Error::Device`] if the device fails.
     pub fn of<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Self> {
@@ -39,6 +41,7 @@ impl Moments {
         if n == 0 {
             return Ok(Self::default());
         }
+        let _op = dev.op("whiten::moments", || Work::moves::<F>(n));
         match dev {
             Device::Cpu(_) => {
                 let (x, count) = (x.host(), n as f64);
@@ -74,6 +77,8 @@ impl Moments {
 /// `x = (x - mean) / sqrt(variance + eps)`, plus the mean again unless `shift_mean`.
 /// (`eps` = 1e-8 in TRL, verl and OpenRLHF.)
 ///
+/// Reads and writes x.
+///
 /// # Errors
 /// [`crate::Error::Device`] if the device fails.
 pub fn apply<F: Float>(
@@ -86,6 +91,7 @@ pub fn apply<F: Float>(
 ) -> Result<()> {
     let rstd = 1.0 / (moments.variance(variance) + eps).sqrt();
     let back = if shift_mean { 0.0 } else { moments.mean };
+    let _op = dev.op("whiten", || Work::moves::<F>(2 * x.len()));
     match dev {
         Device::Cpu(_) => {
             for x in x.host() {

@@ -12,11 +12,14 @@ use std::{ops::Range, sync::Arc};
 use pool::Pool;
 pub use simd::Isa;
 
+use super::profile::Profile;
+
 /// A handle to the threads of this machine. Cloning shares them.
 #[derive(Clone, Debug)]
 pub struct Cpu {
     pool: Arc<Pool>,
     isa: Isa,
+    profile: Option<Profile>,
 }
 
 impl Cpu {
@@ -31,7 +34,16 @@ impl Cpu {
     pub fn with_isa(threads: usize, isa: Isa) -> Self {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if threads == 0 { cores() } else { threads };
-        Self { pool: Arc::new(Pool::new(threads)), isa }
+        Self { pool: Arc::new(Pool::new(threads)), isa, profile: None }
+    }
+
+    /// The same, which writes what it does to this profile.
+    pub(super) fn with_profile(self, profile: Option<Profile>) -> Self {
+        Self { profile, ..self }
+    }
+
+    pub(super) fn profile(&self) -> Option<&Profile> {
+        self.profile.as_ref()
     }
 
     /// Threads that work, the caller's included.

@@ -2,7 +2,7 @@
 
 use std::{ffi::c_void, ptr::NonNull};
 
-use super::{Driver, Event, Kernel, Launch, device_error, map};
+use super::{Driver, Event, Kernel, Launch, Mark, device_error, map};
 use crate::error::Result;
 
 /// What a plan needs to know of a GPU.
@@ -58,6 +58,10 @@ impl Blueprint {
 impl Driver for Blueprint {
     fn describe(&self) -> String {
         self.machine.name.into()
+    }
+
+    fn name(&self) -> &str {
+        self.machine.name
     }
 
     fn processors(&self) -> u32 {
@@ -128,7 +132,13 @@ impl Driver for Blueprint {
 
     unsafe fn end_event(&self, _event: &Event) {}
 
-    fn time(&self, _work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+    fn mark(&self) -> Result<Mark> {
         self.absent()
     }
+
+    fn between(&self, _start: Mark, _end: Mark) -> Result<f64> {
+        self.absent()
+    }
+
+    fn forget(&self, _marks: &[Mark]) {}
 }

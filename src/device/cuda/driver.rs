@@ -4,7 +4,7 @@ use std::{
     collections::HashMap,
     ffi::{CString, c_int, c_void},
     ptr::NonNull,
-    sync::Mutex,
+    sync::{Mutex, PoisonError},
 };
 
 use cudarc::driver::{
@@ -13,7 +13,7 @@ use cudarc::driver::{
 };
 
 use super::{
-    Driver, Event, Kernel, Launch, device_error, kernels,
+    Driver, Event, Kernel, Launch, Mark, device_error, kernels,
     map::{Tensor, Words},
 };
 use crate::error::Result;
@@ -89,6 +89,8 @@ pub(super) struct Gpu {
     context: sys::CUcontext,
     stream: sys::CUstream,
     loaded: Mutex<Loaded>,
+    /// Events that no mark is of.
+    events: Mutex<Vec<sys::CUevent>>,
 }
 
 /// Modules by .cu file and functions by kernel, loaded when first used.
@@ -98,7 +100,7 @@ struct Loaded {
     functions: HashMap<&'static str, sys::CUfunction>,
 }
 
-// SAFETY: the driver's handles may be used from any thread; the maps are behind a lock.
+// SAFETY: the driver's handles may be used from any thread; maps and events are behind locks.
 unsafe impl Send for Gpu {}
 // SAFETY: as above.
 unsafe impl Sync for Gpu {}
@@ -184,8 +186,7 @@ impl Gpu {
         unsafe { result::ctx::set_current(context) }.map_err(failed("context"))?;
         let stream = result::stream::create(result::stream::StreamKind::NonBlocking)
             .map_err(failed("stream"))?;
-        let loaded = Mutex::default();
-        Ok(Self { facts, context, stream, loaded })
+        Ok(Self { facts, context, stream, loaded: Mutex::default(), events: Mutex::default() })
     }
 
     /// Makes the context that of this thread: every call needs it.
@@ -195,7 +196,7 @@ impl Gpu {
     }
 
     fn function(&self, kernel: &Kernel) -> Result<sys::CUfunction> {
-        let mut loaded = self.loaded.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(f) = loaded.functions.get(kernel.name) {
             return Ok(*f);
         }
@@ -231,6 +232,10 @@ impl Gpu {
 impl Driver for Gpu {
     fn describe(&self) -> String {
         self.facts.to_string()
+    }
+
+    fn name(&self) -> &str {
+        &self.facts.name
     }
 
     fn processors(&self) -> u32 {
@@ -402,31 +407,37 @@ impl Driver for Gpu {
         }
     }
 
-    fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
+    fn mark(&self) -> Result<Mark> {
         self.enter()?;
+        let free = self.events.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
-        let event = || result::event::create(flags).map_err(failed("event"));
-        let (start, end) = (event()?, event()?);
-        let record = |e| {
-            // SAFETY: event and stream are alive.
-            unsafe { result::event::record(e, self.stream) }.map_err(failed("event"))
-        };
-        let done = record(start).and_then(|()| work()).and_then(|()| record(end));
-        let seconds = done.and_then(|()| self.synchronize()).and_then(|()| {
-            // SAFETY: both events were recorded, and the stream has passed them.
-            let ms = unsafe { result::event::elapsed(start, end) }.map_err(failed("event"))?;
-            Ok(f64::from(ms) / 1e3)
-        });
-        for e in [start, end] {
-            // SAFETY: created above, used by nothing any more.
-            let _ = unsafe { result::event::destroy(e) };
-        }
-        seconds
+        let event = free.map_or_else(|| result::event::create(flags), Ok);
+        let event = event.map_err(failed("event"))?;
+        let mark = Mark(event as u64);
+        // SAFETY: event and stream are alive.
+        let done = unsafe { result::event::record(event, self.stream) };
+        done.map_err(failed("event")).map(|()| mark).inspect_err(|_| self.forget(&[mark]))
+    }
+
+    fn between(&self, start: Mark, end: Mark) -> Result<f64> {
+        let [start, end] = [start, end].map(|mark| mark.0 as sys::CUevent);
+        // SAFETY: marks are events that were recorded, and live until the device ends.
+        let ms = unsafe { result::event::elapsed(start, end) }.map_err(failed("event"))?;
+        Ok(f64::from(ms) / 1e3)
+    }
+
+    fn forget(&self, marks: &[Mark]) {
+        let events = marks.iter().map(|mark| mark.0 as sys::CUevent);
+        self.events.lock().unwrap_or_else(PoisonError::into_inner).extend(events);
     }
 }
 
 impl Drop for Gpu {
     fn drop(&mut self) {
+        for event in self.events.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
+            // SAFETY: created by `mark`, and given back.
+            let _ = unsafe { result::event::destroy(event) };
+        }
         // SAFETY: nothing can use the stream any more; modules go with the context.
         let _ = unsafe { result::stream::destroy(self.stream) };
         // SAFETY: retained in `new`.

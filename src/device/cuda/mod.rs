@@ -9,6 +9,7 @@ mod blueprint;
 pub mod cublaslt;
 mod driver;
 mod map;
+pub(super) mod nvtx;
 mod room;
 mod simulator;
 mod staging;
@@ -26,6 +27,7 @@ use super::{
     buffer::{View, ViewMut},
     float::{Element, Float},
     later::Later,
+    profile::Profile,
 };
 use crate::error::{Error, Result};
 
@@ -42,6 +44,7 @@ pub struct Cuda {
     staging: Arc<staging::Staging>,
     room: Arc<Mutex<room::Room>>,
     lt: Option<Arc<cublaslt::Lt>>,
+    profile: Option<Profile>,
 }
 
 /// A point of the stream that can be waited for: the driver's handle.
@@ -51,10 +54,16 @@ struct Event(*mut c_void);
 // SAFETY: the driver's handles may be used from any thread.
 unsafe impl Send for Event {}
 
+/// A point of the stream whose time is taken: an event, or a time of the simulator.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Mark(u64);
+
 /// What a GPU is asked for. Copies, fills and launches are done in order and after the call returns.
 trait Driver: std::fmt::Debug + Send + Sync {
     /// A line for people.
     fn describe(&self) -> String;
+    /// What its maker calls it.
+    fn name(&self) -> &str;
     /// Multiprocessors.
     fn processors(&self) -> u32;
     /// Compute capability 9.0, for which the kernels of `*_sm90.cu` are.
@@ -124,9 +133,16 @@ trait Driver: std::fmt::Debug + Send + Sync {
     /// # Safety
     /// As [`Driver::record`], and nothing uses it any more.
     unsafe fn end_event(&self, event: &Event);
-    /// Seconds on the device that `work` takes.
-    fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64>;
+    /// Sets a mark; does not wait.
+    fn mark(&self) -> Result<Mark>;
+    /// Seconds on the device between two marks that it has passed.
+    fn between(&self, start: Mark, end: Mark) -> Result<f64>;
+    /// Gives marks back, to be set anew.
+    fn forget(&self, marks: &[Mark]);
 }
+
+/// What a profile calls copies to the host.
+const COPY_OUT: &str = "copy from the device";
 
 fn device_error(reason: impl Into<String>) -> Error {
     Error::Device { wanted: "cuda".into(), reason: reason.into() }
@@ -162,7 +178,7 @@ impl Cuda {
 
     fn over(driver: Arc<dyn Driver>, ring: Ring) -> Result<Self> {
         let (room, staging) = (room::Room::new(&driver)?, staging::Staging::new(&driver, ring)?);
-        Ok(Self { driver, staging, room, lt: None })
+        Ok(Self { driver, staging, room, lt: None, profile: None })
     }
 
     /// The same device, whose writes go through another ring, and whose [`Cuda::calls`] begin at 0. For tests.
@@ -183,6 +199,12 @@ impl Cuda {
     #[must_use]
     pub fn describe(&self) -> String {
         self.driver.describe()
+    }
+
+    /// What its maker calls it.
+    #[must_use]
+    pub fn name(&self) -> &str {
+        self.driver.name()
     }
 
     /// Multiprocessors.
@@ -221,9 +243,47 @@ impl Cuda {
     ///
     /// # Errors
     /// Those of `work`, and [`Error::Device`].
-    pub fn time(&self, mut work: impl FnMut() -> Result<()>) -> Result<f64> {
-        self.staging.count(|c| c.waits += 1);
-        self.driver.time(&mut work)
+    pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
+        let mut marks = vec![self.mark()?];
+        let seconds = work().and_then(|()| {
+            marks.push(self.mark()?);
+            self.synchronize()?;
+            self.between(marks[0], marks[1])
+        });
+        self.forget(&marks);
+        seconds
+    }
+
+    pub(super) fn mark(&self) -> Result<Mark> {
+        self.driver.mark()
+    }
+
+    pub(super) fn between(&self, start: Mark, end: Mark) -> Result<f64> {
+        self.driver.between(start, end)
+    }
+
+    pub(super) fn forget(&self, marks: &[Mark]) {
+        self.driver.forget(marks);
+    }
+
+    /// The same, which writes what it does to this profile.
+    pub(super) fn with_profile(&self, profile: Option<Profile>) -> Self {
+        Self { profile, ..self.clone() }
+    }
+
+    pub(super) fn profile(&self) -> Option<&Profile> {
+        self.profile.as_ref()
+    }
+
+    /// Runs `work`, which launches `name` and no kernel by [`Cuda`]: a profile sees it as one.
+    ///
+    /// # Errors
+    /// Those of `work`, and [`Error::Device`] if the device fails.
+    pub fn launches<R>(&self, name: &'static str, work: impl FnOnce() -> Result<R>) -> Result<R> {
+        match &self.profile {
+            None => work(),
+            Some(profile) => profile.launch(name, work),
+        }
     }
 
     /// A copy of device memory, after all that was launched.
@@ -234,8 +294,9 @@ impl Cuda {
             return Ok(out);
         }
         self.staging.count(|c| c.reads += 1);
+        let to = bytemuck::cast_slice_mut(&mut out);
         // SAFETY: a view of device memory holds `len` elements; we wait before `out` is seen.
-        unsafe { self.driver.copy_out(bytemuck::cast_slice_mut(&mut out), at)? };
+        self.launches(COPY_OUT, || unsafe { self.driver.copy_out(to, at) })?;
         self.staging.wait()?;
         Ok(out)
     }
@@ -246,8 +307,9 @@ impl Cuda {
         if len == 0 {
             return Ok(Later::now(Vec::new()));
         }
+        let bytes = len * size_of::<T>();
         // SAFETY: a view of device memory holds `len` elements.
-        let landing = unsafe { self.staging.read(at, len * size_of::<T>())? };
+        let landing = self.launches(COPY_OUT, || unsafe { self.staging.read(at, bytes) })?;
         Ok(Later::from_device(move || {
             let mut out = vec![T::zeroed(); len];
             landing.get(bytemuck::cast_slice_mut(&mut out))?;
@@ -263,7 +325,8 @@ impl Cuda {
             return Ok(());
         }
         // SAFETY: an exclusive view of device memory holds `len` elements.
-        unsafe { self.staging.write(at, bytemuck::cast_slice(from)) }
+        let copy = || unsafe { self.staging.write(at, bytemuck::cast_slice(from)) };
+        self.launches("copy to the device", copy)
     }
 
     /// Sets all bytes to 0.
@@ -284,7 +347,7 @@ impl Cuda {
         }
         self.staging.count(|c| c.copies += 1);
         // SAFETY: views of device memory hold their elements, and one that writes is exclusive.
-        unsafe { self.driver.copy(to, from, bytes) }
+        self.launches("copy on the device", || unsafe { self.driver.copy(to, from, bytes) })
     }
 
     /// Sets `bytes` bytes to `byte`.
@@ -297,7 +360,7 @@ impl Cuda {
         }
         self.staging.count(|c| c.fills += 1);
         // SAFETY: the caller's promise.
-        unsafe { self.driver.fill(to, byte, bytes) }
+        self.launches("fill", || unsafe { self.driver.fill(to, byte, bytes) })
     }
 
     /// A read that waits, of memory that watches itself: not counted.
@@ -375,7 +438,8 @@ impl Cuda {
         let mut pointers: Vec<*mut c_void> = args.values.iter_mut().map(at).collect();
         // SAFETY: the generated functions push the values of the kernel's parameters in its order; that
         // memory is as large as the kernel expects is checked by the op that calls them.
-        unsafe { self.driver.launch(kernel, launch, &mut pointers) }
+        let run = || unsafe { self.driver.launch(kernel, launch, &mut pointers) };
+        self.launches(kernel.name, run)
     }
 }
 

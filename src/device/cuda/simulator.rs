@@ -13,7 +13,7 @@ use std::{
 use libloading::{Library, Symbol};
 
 use super::{
-    Driver, Event, Kernel, Launch, device_error,
+    Driver, Event, Kernel, Launch, Mark, device_error,
     map::{Tensor, Words},
 };
 use crate::error::Result;
@@ -97,6 +97,8 @@ pub(super) struct Simulator {
     order: Order,
     machine: Machine,
     stream: Mutex<Stream>,
+    /// Marks are nanoseconds since then.
+    opened: Instant,
 }
 
 impl std::fmt::Debug for Simulator {
@@ -110,7 +112,7 @@ impl Simulator {
         // SAFETY: the library is our own; its constructors register kernels and do nothing else.
         let library = unsafe { Library::new(path) };
         let library = library.map_err(|e| device_error(format!("{}: {e}", path.display())))?;
-        Ok(Self { library, order, machine, stream: Mutex::default() })
+        Ok(Self { library, order, machine, stream: Mutex::default(), opened: Instant::now() })
     }
 
     fn under_way(&self) -> MutexGuard<'_, Stream> {
@@ -128,7 +130,11 @@ impl Simulator {
 
 impl Driver for Simulator {
     fn describe(&self) -> String {
-        "simulated cuda device".into()
+        self.name().into()
+    }
+
+    fn name(&self) -> &str {
+        "simulated cuda device"
     }
 
     fn processors(&self) -> u32 {
@@ -282,10 +288,13 @@ impl Driver for Simulator {
 
     unsafe fn end_event(&self, _event: &Event) {}
 
-    fn time(&self, work: &mut dyn FnMut() -> Result<()>) -> Result<f64> {
-        let start = Instant::now();
-        work()?;
-        self.synchronize()?;
-        Ok(start.elapsed().as_secs_f64())
+    fn mark(&self) -> Result<Mark> {
+        Ok(Mark(self.opened.elapsed().as_nanos() as u64))
     }
+
+    fn between(&self, start: Mark, end: Mark) -> Result<f64> {
+        Ok(end.0.saturating_sub(start.0) as f64 / 1e9)
+    }
+
+    fn forget(&self, _marks: &[Mark]) {}
 }

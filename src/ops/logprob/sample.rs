@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::{CHUNK, Online, PARTIAL, Settings, TILE, WAVE, bend, hopper, width};
 use crate::{
     device::{
-        Cpu, Cuda, Device, Element, Float, View, ViewMut,
+        Cpu, Cuda, Device, Element, Float, View, ViewMut, Work,
         cpu::gemm::{self, Lhs, Rhs},
         cuda::{Launch, kernels::logprob as kernel},
     },
@@ -121,6 +121,7 @@ pub fn sample<'a, T: Element>(
         shape::check(OP, "top tokens", &[rows, *k], tokens.len())?;
         shape::check(OP, "top logp", &[rows, *k], logp.len())?;
     }
+    let _op = dev.op(OP, || Work::moves::<T>((rows + vocab) * d).product(rows, vocab, d));
     let k = out.top.as_ref().map_or(0, |top| top.k);
     let mut scratch = scratch.scratch(OP, sample_scratch_len(rows, vocab, k))?;
     for first in (0..rows).step_by(wave(k)) {
