@@ -67,11 +67,10 @@ const PART: usize = 8;
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let sampling = args.sampling()?;
-    let dev = args.place.device()?;
-    match dev {
-        Device::Cpu(_) => run_in::<f32>(args, &dev, sampling),
-        Device::Cuda(_) => run_in::<bf16>(args, &dev, sampling),
-    }
+    args.place.run(|dev| match dev {
+        Device::Cpu(_) => run_in::<f32>(args, dev, sampling),
+        Device::Cuda(_) => run_in::<bf16>(args, dev, sampling),
+    })
 }
 
 /// [`run`] with models that compute in `T`.

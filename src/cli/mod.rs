@@ -4,6 +4,7 @@ mod config;
 mod doctor;
 mod generate;
 mod plan;
+mod profile;
 mod progress;
 mod quickstart;
 mod report;
@@ -90,11 +91,14 @@ struct Place {
     /// Threads of the CPU device; 0 takes all cores
     #[arg(long, default_value_t = 0)]
     threads: usize,
+    #[command(flatten)]
+    profiling: profile::Profiling,
 }
 
 impl Place {
-    fn device(&self) -> crate::Result<Device> {
-        Device::from_name(&self.device, self.threads)
+    /// Runs `work` there.
+    fn run<R>(&self, work: impl FnOnce(&Device) -> crate::Result<R>) -> crate::Result<R> {
+        self.profiling.on(Device::from_name(&self.device, self.threads)?, work)
     }
 }
 

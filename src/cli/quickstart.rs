@@ -81,15 +81,19 @@ const STAGES: [Stage; 4] = [
 pub(super) fn run(args: &Args) -> Result<()> {
     let start = Instant::now();
     let ppo = args.settings(&STAGES[3])?;
-    for (i, stage) in STAGES.iter().enumerate() {
-        let (settings, section) = args.settings(stage)?;
-        let mut progress = Progress::new(stage.name);
-        progress.line(&format!("\n{}/{} {}: {}", i + 1, STAGES.len(), stage.name, stage.title));
-        let done = train::run(algorithm(stage.algorithm)?, &settings, &*section, &mut progress);
-        progress.finish();
-        done?;
-    }
-    let [before, after] = args.compare(&ppo.0, &*ppo.1)?;
+    let [before, after] = args.place.run(|dev| {
+        for (i, stage) in STAGES.iter().enumerate() {
+            let _phase = dev.span(stage.name);
+            let (settings, section) = args.settings(stage)?;
+            let mut progress = Progress::new(stage.name);
+            progress.line(&format!("\n{}/{} {}: {}", i + 1, STAGES.len(), stage.name, stage.title));
+            let entry = algorithm(stage.algorithm)?;
+            let done = train::run_on(dev, entry, &settings, &*section, &mut progress);
+            progress.finish();
+            done?;
+        }
+        args.compare(dev, &ppo.0, &*ppo.1)
+    })?;
     args.save(&before, &after)?;
     let page = args.out.join("report.html");
     eval::report(&args.out, &page, 1000)?;
@@ -133,6 +137,11 @@ impl Args {
         if stage.name == "ppo" {
             config::set(sections, "reward_model", &path(self.out.join("reward/final")))?;
             self.set.iter().try_for_each(|pair| config::set_pair(sections, pair))?;
+            let Settings { device, threads, .. } = &settings;
+            if (device, *threads) != (&self.place.device, self.place.threads) {
+                let want = "the device and the threads of all stages: --device, --threads";
+                return Err(Error::config("--set", want, format!("{device}, {threads} threads")));
+            }
         } else {
             config::set(sections, "eval_data", &path(self.from.join("heldout.jsonl")))?;
         }
@@ -143,11 +152,16 @@ impl Args {
     }
 
     /// The policy before and after PPO, on prompts that no stage has seen.
-    fn compare(&self, settings: &Settings, section: &dyn Section) -> Result<[Evaluation; 2]> {
-        let dev = self.place.device()?;
+    fn compare(
+        &self,
+        dev: &Device,
+        settings: &Settings,
+        section: &dyn Section,
+    ) -> Result<[Evaluation; 2]> {
+        let _phase = dev.span("compare");
         match dev {
-            Device::Cpu(_) => self.compare_in::<f32>(&dev, settings, section),
-            Device::Cuda(_) => self.compare_in::<bf16>(&dev, settings, section),
+            Device::Cpu(_) => self.compare_in::<f32>(dev, settings, section),
+            Device::Cuda(_) => self.compare_in::<bf16>(dev, settings, section),
         }
     }
 

@@ -43,11 +43,10 @@ pub(super) fn run(args: &Args) -> Result<()> {
     if !(args.temperature > 0.0 && args.temperature.is_finite()) {
         return Err(Error::config("--temperature", "above 0", args.temperature));
     }
-    let dev = args.place.device()?;
-    match dev {
-        Device::Cpu(_) => run_in::<f32>(args, &dev),
-        Device::Cuda(_) => run_in::<bf16>(args, &dev),
-    }
+    args.place.run(|dev| match dev {
+        Device::Cpu(_) => run_in::<f32>(args, dev),
+        Device::Cuda(_) => run_in::<bf16>(args, dev),
+    })
 }
 
 /// [`run`] with models that compute in `T`.

@@ -2,10 +2,11 @@
 
 use std::path::PathBuf;
 
-use super::progress::Progress;
+use super::{profile::Profiling, progress::Progress};
 use crate::{
     algorithms::{ALGORITHMS, Entry},
     config::{self, Section},
+    device::Device,
     error::{Error, Result},
     train::{self, Settings},
 };
@@ -15,6 +16,8 @@ use crate::{
 pub(super) struct Args {
     #[command(flatten)]
     told: Told,
+    #[command(flatten)]
+    profiling: Profiling,
 }
 
 /// What a run is told.
@@ -111,9 +114,12 @@ pub(super) fn settings(args: &Told) -> Result<(&'static Entry, Settings, Box<dyn
 
 pub(super) fn run(args: &Args) -> Result<()> {
     let (entry, settings, section) = settings(&args.told)?;
-    let mut progress = Progress::new(entry.name);
-    let done = train::run(entry, &settings, &*section, &mut progress);
-    progress.finish();
-    let dir = done?;
+    let dev = Device::from_name(&settings.device, settings.threads)?;
+    let dir = args.profiling.on(dev, |dev| {
+        let mut progress = Progress::new(entry.name);
+        let done = train::run_on(dev, entry, &settings, &*section, &mut progress);
+        progress.finish();
+        done
+    })?;
     super::print(&format!("{}\n", dir.display()))
 }

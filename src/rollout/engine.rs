@@ -207,7 +207,7 @@ impl Generator {
         Ok(())
     }
 
-    /// One forward pass, one new token for each live sequence.
+    /// One forward pass, one new token for each live sequence. To a profile it is a prefill if a prompt is in it.
     #[allow(clippy::too_many_arguments)]
     fn step<T: Element>(
         &self,
@@ -220,6 +220,8 @@ impl Generator {
         prompts: &[Prompt],
         settings: &Settings,
     ) -> Result<()> {
+        let decodes = live.iter().all(|s| s.cached > 0);
+        let _phase = dev.span(if decodes { "decode" } else { "prefill" });
         let (spec, extent) = (model.spec(), self.extent(batch.len(), live.len()));
         let pages = self.extent(0, self.slots).pages(spec.attention().page(dev));
         let staged = batch.stage(dev, scope, spec, pages)?;

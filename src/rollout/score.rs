@@ -79,6 +79,7 @@ impl Scorer {
         entropy: Option<&mut Vec<T::Acc>>,
     ) -> Result<()> {
         let (mut pass, staged) = Pass::run(dev, scope, model, batch)?;
+        let _phase = dev.span("head");
         let (_, head) = model.lm_head(dev)?;
         logprob::forward(
             dev,
@@ -112,6 +113,7 @@ impl Scorer {
         out: &mut Vec<T::Acc>,
     ) -> Result<()> {
         let (mut pass, _staged) = Pass::run(dev, scope, model, batch)?;
+        let _phase = dev.span("head");
         let w = model.score_head()?;
         scalar_head::forward(dev, pass.y.view_mut(), pass.selected.hidden(), w)?;
         out.extend(dev.read(pass.y.view())?);
@@ -183,6 +185,7 @@ impl<'s, T: Element> Pass<'s, T> {
         model: &Model<T>,
         batch: &'s Batch,
     ) -> Result<(Self, Staged<'s>)> {
+        let _phase = dev.span("forward");
         let (spec, selected) = (model.spec(), batch.selected().len());
         let pages = batch.transient_pages(spec.attention().page(dev));
         let staged = batch.stage(dev, scope, spec, pages)?;

@@ -10,6 +10,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     /// Those of the passes.
     pub fn evaluate(&mut self) -> Result<Metrics> {
         let Some(held_out) = &self.held_out else { return Ok(Metrics::new()) };
+        let _phase = self.dev.span("evaluate");
         let all: Vec<usize> = (0..held_out.len()).collect();
         let Some((sequences, columns)) = held_out.sequences(&all, 0) else {
             return Ok(Metrics::new());

@@ -67,6 +67,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         let (Some(policy), Some(sampling)) = (&self.policy, self.sampling()) else {
             return Ok(None);
         };
+        let _phase = self.dev.span("sample");
         let generator = self.work.generator();
         let settings = Generation {
             sampling: sampling.params,
@@ -86,6 +87,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
 
     /// Reference log-probs, values and scores of the sampled sequences.
     fn score(&mut self, sequences: &[Sequence], c: &mut Columns<f32>) -> Result<()> {
+        let _phase = self.dev.span("score");
         let (scorer, dev, t) = (self.work.scorer(), &self.dev, self.temperature());
         let groups = scorer.groups(sequences.iter().map(|s| s.ids.len()));
         let (arena, batch) = (&mut self.arena, &mut self.batch);

@@ -19,6 +19,6 @@ pub mod signals;
 pub mod storage;
 mod trainer;
 
-pub use run::run;
+pub use run::{run, run_on};
 pub use settings::Settings;
 pub use trainer::{Observer, Report, Silent, Trainer};

@@ -115,6 +115,7 @@ impl<'s, T: Element> Buffers<'s, T> {
         batch: &'s Batch,
         how: How,
     ) -> Result<(Self, Staged<'s>)> {
+        let _phase = dev.span("forward");
         let (spec, selected) = (model.spec(), batch.selected().len());
         let pages = batch.transient_pages(spec.attention().page(dev));
         let staged = batch.stage(dev, scope, spec, pages)?;
@@ -177,6 +178,7 @@ pub fn policy<T: Element>(
     loss: impl FnOnce(PolicyColumns<'_, T::Acc>) -> Result<()>,
 ) -> Result<()> {
     let (mut b, staged) = Buffers::forward(dev, scope, model, batch, how)?;
+    let phase = dev.span("head");
     let (w, packed) = model.lm_head(dev)?;
     let (targets, settings, entropy) = (staged.targets(), Settings::at(temperature), how.entropy);
     logprob::forward(
@@ -190,12 +192,16 @@ pub fn policy<T: Element>(
         settings,
         b.scratch.view_mut(),
     )?;
+    drop(phase);
+    let phase = dev.span("loss");
     loss(PolicyColumns {
         logp: b.y.view(),
         entropy: entropy.then(|| b.entropy.view()),
         dlogp: b.dy.view_mut(),
         dentropy: entropy.then(|| b.dentropy.view_mut()),
     })?;
+    drop(phase);
+    let _phase = dev.span("backward");
     let forward = logprob::Forward {
         h: b.selected.hidden(),
         packed,
@@ -227,9 +233,14 @@ pub fn scalar<T: Element>(
     loss: impl FnOnce(View<'_, T::Acc>, ViewMut<'_, T::Acc>) -> Result<()>,
 ) -> Result<()> {
     let (mut b, staged) = Buffers::forward(dev, scope, model, batch, how)?;
+    let phase = dev.span("head");
     let w = model.score_head()?;
     scalar_head::forward(dev, b.y.view_mut(), b.selected.hidden(), w)?;
+    drop(phase);
+    let phase = dev.span("loss");
     loss(b.y.view(), b.dy.view_mut())?;
+    drop(phase);
+    let _phase = dev.span("backward");
     if let Some(dw) = grads.get_mut(Slot::Score, None) {
         let h = b.selected.hidden();
         scalar_head::backward(dev, b.dh.view_mut(), dw, b.dy.view(), h, w)?;

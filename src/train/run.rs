@@ -55,12 +55,27 @@ pub fn run(
     seen: &mut dyn Observer,
 ) -> Result<PathBuf> {
     settings.validate()?;
-    let algorithm = (entry.build)(section)?;
     let dev = Device::from_name(&settings.device, settings.threads)?;
+    run_on(&dev, entry, settings, section, seen)
+}
+
+/// [`run`] on a device that is there, whatever the settings name.
+///
+/// # Errors
+/// As [`run`].
+pub fn run_on(
+    dev: &Device,
+    entry: &Entry,
+    settings: &Settings,
+    section: &dyn Section,
+    seen: &mut dyn Observer,
+) -> Result<PathBuf> {
+    settings.validate()?;
+    let algorithm = (entry.build)(section)?;
     let all = (entry, settings, section);
     match dev {
-        Device::Cpu(_) => run_in::<f32>(&dev, algorithm, all, seen),
-        Device::Cuda(_) => run_in::<bf16>(&dev, algorithm, all, seen),
+        Device::Cpu(_) => run_in::<f32>(dev, algorithm, all, seen),
+        Device::Cuda(_) => run_in::<bf16>(dev, algorithm, all, seen),
     }
 }
 
@@ -76,10 +91,12 @@ fn run_in<T: Element<Acc = f32>>(
     // that is not there is made once the run is known to be possible.
     let early = out.is_dir().then(|| Lock::acquire(&out)).transpose()?;
     signals::install()?;
+    let loading = dev.span("load");
     let trainer = Trainer::<T>::new(dev, settings.clone(), algorithm)?;
     fs::create_dir_all(&out).map_err(Error::io("create", &out))?;
     let _lock = early.map_or_else(|| Lock::acquire(&out), Ok)?;
     let models = hashes(&trainer)?;
+    drop(loading);
     let mut run = Run { checkpoints: out.join("checkpoints"), out, trainer, models, saved: None };
     let about = run.about(entry);
     about.iter().for_each(|(name, text)| seen.note(&format!("{name}: {text}")));
@@ -254,6 +271,7 @@ impl<T: Element<Acc = f32>> Run<T> {
         if self.saved == Some(t.step) {
             return Ok(());
         }
+        let _phase = t.dev.span("checkpoint");
         let (mut numbers, mut updates) = (Vec::new(), Map::new());
         for role in t.policy.iter().chain(&t.scalar) {
             let weights = role.model.master()?;
@@ -315,6 +333,7 @@ impl<T: Element<Acc = f32>> Run<T> {
     fn finish(self) -> Result<PathBuf> {
         let from = Path::new(&self.trainer.settings.model);
         let dev = &self.trainer.dev;
+        let _phase = dev.span("export");
         self.exports().try_for_each(|(role, dir)| export(dev, role, from, &dir))?;
         Ok(self.out.join("final"))
     }

@@ -248,6 +248,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     /// [`Error::BadNumber`] naming what is no number any more, and whose. The models may then be
     /// in the middle of the step: go on from a checkpoint.
     pub fn step(&mut self, seen: &mut dyn Observer) -> Result<Option<Report>> {
+        let _phase = self.dev.span("step");
         let per_prompt = self.sampling().map_or(1, |s| s.samples_per_prompt);
         let chosen = self.order.batch(self.step, self.settings.batch_size / per_prompt);
         let base = self.step * (self.settings.batch_size * self.work.unit) as u64;
@@ -344,6 +345,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             if let Some(role) = &mut scalar {
                 self.scalar_gradient(&dev, role, sequences, columns, &groups, &mut watched)?;
             }
+            let _phase = dev.span("update");
             let step = self.step + 1;
             // The device has it all at once: the host waits for it once.
             let norm = |role: &Role<T>| role.gradient_norm(&dev);
@@ -392,6 +394,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         groups: &[Range<usize>],
         watched: &mut Vec<Watched>,
     ) -> Result<()> {
+        let _phase = dev.span("policy gradient");
         role.zero_grads(dev)?;
         let (temperature, how) = (self.temperature(), self.how(Head::Lm));
         for group in groups {
@@ -422,6 +425,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         groups: &[Range<usize>],
         watched: &mut Vec<Watched>,
     ) -> Result<()> {
+        let _phase = dev.span(if self.needs.policy { "value gradient" } else { "reward gradient" });
         role.zero_grads(dev)?;
         let (name, how, unit) = (role.name, self.how(Head::Scalar), self.work.unit);
         for group in groups {

@@ -1,5 +1,7 @@
 //! The command line as a user meets it: help, wrong input, pipes, exit codes.
 
+mod profile;
+
 use std::{
     io::{Read, Write},
     path::Path,
