@@ -16,17 +16,15 @@ mod gradients;
 mod heads;
 #[path = "gpu/products.rs"]
 mod products;
+mod support;
 
-use std::{cell::RefCell, path::Path, process::Command, time::Duration};
+use std::{cell::RefCell, time::Duration};
 
 use criterion::Criterion;
 use half::bf16;
 use serde_json::{Value, json};
 use warpo::{
-    device::{
-        Buffer, Cuda, Device, Element,
-        cuda::{Machine, Order},
-    },
+    device::{Buffer, Cuda, Device, Element},
     ops::{
         activation::{self, Activation},
         adamw, bradley_terry, embedding, gae, grad_norm,
@@ -367,40 +365,16 @@ fn optimizer(b: &mut Bench) {
     });
 }
 
-/// What nvidia-smi says of the card now; nothing if there is none.
-fn card() -> String {
-    let fields =
-        "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu";
-    let mut command = Command::new("nvidia-smi");
-    command.arg(format!("--query-gpu={fields}")).arg("--format=csv,noheader");
-    let said = command.output().map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned());
-    format!("{fields}: {}", said.unwrap_or_default())
-}
-
 fn main() {
-    let simulator = std::env::var_os("WARPO_SIM");
-    let (dev, sizes) = match simulator.as_ref().map(Path::new) {
-        Some(library) => {
-            let (order, machine) = (Order::default(), Machine::Ampere);
-            (Cuda::simulated(library, order, machine).map(Device::Cuda), TINY)
-        }
-        None => (Device::from_name("cuda", 0), SIZES),
-    };
-    let dev = match dev {
-        Ok(dev) => dev,
-        Err(e) => {
-            println!("nothing is measured: {e}");
-            std::process::exit(i32::from(std::env::var_os("WARPO_GPU").is_some()));
-        }
-    };
+    let (dev, tiny) = support::gpu();
+    let sizes = if tiny { TINY } else { SIZES };
     println!("{}", dev.describe());
     let criterion = Criterion::default()
         .sample_size(15)
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1))
         .configure_from_args();
-    let (tiny, results) = (simulator.is_some(), Vec::new());
-    let mut b = Bench { criterion, dev, sizes, tiny, copy: f64::NAN, results };
+    let mut b = Bench { criterion, dev, sizes, tiny, copy: f64::NAN, results: Vec::new() };
     b.copy = copy(&b);
     println!("a copy moves {:.0} GB/s", b.copy / 1e9);
     let bandwidth = [norms, layer_norms, elementwise, losses, sampling, optimizer];
@@ -410,6 +384,7 @@ fn main() {
     b.criterion.final_summary();
     let Some(path) = std::env::var_os("WARPO_RESULTS") else { return };
     let (device, copy) = (b.dev.describe(), b.copy / 1e9);
-    let all = json!({ "device": device, "card": card(), "copy GB/s": copy, "ops": b.results });
+    let all =
+        json!({ "device": device, "card": support::card(), "copy GB/s": copy, "ops": b.results });
     std::fs::write(path, serde_json::to_string_pretty(&all).unwrap() + "\n").unwrap();
 }

@@ -6,13 +6,18 @@
 use std::{
     cell::RefCell,
     hint::black_box,
+    path::Path,
+    process::Command,
     sync::OnceLock,
     time::{Duration, Instant},
 };
 
 use criterion::{BenchmarkGroup, Throughput, measurement::WallTime};
 use warpo::{
-    device::{Cpu, Device},
+    device::{
+        Cpu, Cuda, Device,
+        cuda::{Machine, Order},
+    },
     rng::{Philox, Purpose},
 };
 
@@ -117,6 +122,35 @@ pub fn peak() -> Peak {
 pub fn device() -> &'static Device {
     static DEVICE: OnceLock<Device> = OnceLock::new();
     DEVICE.get_or_init(|| Device::Cpu(Cpu::new(0)))
+}
+
+/// The GPU that is measured, or the simulator in the library that `$WARPO_SIM` names, where a bench only shows that it
+/// runs; and whether it is that. Where there is neither the process says so and ends, failing if `$WARPO_GPU` is set.
+pub fn gpu() -> (Device, bool) {
+    let simulator = std::env::var_os("WARPO_SIM");
+    let dev = match simulator.as_ref().map(Path::new) {
+        Some(library) => {
+            Cuda::simulated(library, Order::default(), Machine::Ampere).map(Device::Cuda)
+        }
+        None => Device::from_name("cuda", 0),
+    };
+    match dev {
+        Ok(dev) => (dev, simulator.is_some()),
+        Err(e) => {
+            println!("nothing is measured: {e}");
+            std::process::exit(i32::from(std::env::var_os("WARPO_GPU").is_some()));
+        }
+    }
+}
+
+/// What nvidia-smi says of the card now; nothing if there is none.
+pub fn card() -> String {
+    let fields =
+        "name,driver_version,clocks.sm,clocks.mem,clocks.max.sm,power.limit,temperature.gpu";
+    let mut command = Command::new("nvidia-smi");
+    command.arg(format!("--query-gpu={fields}")).arg("--format=csv,noheader");
+    let said = command.output().map(|o| String::from_utf8_lossy(&o.stdout).trim().to_owned());
+    format!("{fields}: {}", said.unwrap_or_default())
 }
 
 /// `n` numbers from N(0, 1).
