@@ -11,7 +11,7 @@ use safetensors::{Dtype, SafeTensors};
 
 /// `tests/golden/NAME`.
 pub fn path(name: &str) -> PathBuf {
-    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(name)
+    super::root().join("tests/golden").join(name)
 }
 
 /// One safetensors file, all of its numbers widened to f64. It remembers which tensors were read.

@@ -19,6 +19,12 @@ use warpo::{
     train::pass::How,
 };
 
+/// The checkout that tests find their files in: where cargo, or a bundle that left it, says that it is.
+pub fn root() -> std::path::PathBuf {
+    let now = std::env::var_os("CARGO_MANIFEST_DIR");
+    now.map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), Into::into)
+}
+
 /// An empty folder for one test; tests run in parallel, so `name` is the test's.
 pub fn temp_dir(name: &str) -> std::path::PathBuf {
     let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);

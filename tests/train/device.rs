@@ -12,7 +12,7 @@ use warpo::{
 };
 
 use crate::support::{
-    golden, host, process,
+    golden, host, process, root,
     runs::{entry, small, warpo},
     sim::{self, Sim, Variant},
     temp_dir,
@@ -50,7 +50,7 @@ fn step<T: Element<Acc = f32>>(t: &mut Trainer<T>) -> Metrics {
 
 /// The quick-start's settings of a stage, with its model, at so many texts a step.
 fn quickstart(stage: &str, batch: usize) -> Vec<String> {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/quickstart");
+    let dir = root().join("examples/quickstart");
     let text = std::fs::read_to_string(dir.join(format!("{stage}.toml"))).unwrap();
     let kept = |line: &&str| {
         line.contains('=') && !line.starts_with('#') && !line.starts_with("eval_data")
@@ -220,10 +220,10 @@ fn the_plan_is_what_a_run_takes() {
 /// Killed after any step, a run on a device goes on and ends with the same bytes; on another kind of device it does not go on.
 #[test]
 fn runs_on_a_device_resume() {
-    let Some(sim) = Sim::build(Variant::Plain) else { return };
     if Sim::of_gpu().is_some() {
         return;
     }
+    let Some(sim) = Sim::build(Variant::Plain) else { return };
     let dir = temp_dir("device_resume");
     for (algorithm, device) in [("sft", "sim"), ("ppo", "sim:hopper")] {
         let run = |out: &Path, more: &[&str]| {
