@@ -5,7 +5,6 @@
 
 use std::{
     cell::RefCell,
-    hint::black_box,
     path::Path,
     process::Command,
     sync::OnceLock,
@@ -16,6 +15,7 @@ use criterion::{BenchmarkGroup, Throughput, measurement::WallTime};
 use warpo::{
     device::{
         Cpu, Cuda, Device,
+        cpu::Peak,
         cuda::{Machine, Order},
     },
     rng::{Philox, Purpose},
@@ -40,74 +40,11 @@ pub fn moves(n: usize) -> Work {
     Work { flops: 0.0, bytes: 4.0 * n as f64 }
 }
 
-/// Ceilings of this machine, in FLOP/s and bytes/s.
-#[derive(Clone, Copy, Debug)]
-pub struct Peak {
-    /// Fused multiply-adds on registers, all threads.
-    pub flops: f64,
-    /// A copy of 256 MiB, bytes read and written, all threads.
-    pub copy: f64,
-}
-
-warpo::simd! {
-    /// `n` rounds over `N` independent vectors of 16 numbers.
-    fn chains_6(acc: &mut [[f32; 16]; 6], n: usize) {
-        rounds(acc, n);
-    }
-
-    fn chains_12(acc: &mut [[f32; 16]; 12], n: usize) {
-        rounds(acc, n);
-    }
-}
-
-#[inline(always)]
-fn rounds<const N: usize>(acc: &mut [[f32; 16]; N], n: usize) {
-    let mut local = *acc;
-    for _ in 0..n {
-        for v in &mut local {
-            for x in v {
-                *x = x.mul_add(0.999, 0.001);
-            }
-        }
-    }
-    *acc = local;
-}
-
-/// The best of several tries: the peak is a ceiling, not a mean.
-fn best(tries: usize, mut f: impl FnMut()) -> f64 {
-    let one = |f: &mut dyn FnMut()| {
-        let start = Instant::now();
-        f();
-        start.elapsed().as_secs_f64()
-    };
-    (0..tries).map(|_| one(&mut f)).fold(f64::INFINITY, f64::min)
-}
-
+/// The ceilings of this machine.
 pub fn peak() -> Peak {
     static PEAK: OnceLock<Peak> = OnceLock::new();
     *PEAK.get_or_init(|| {
-        let cpu = device().on_cpu("peak").unwrap();
-        const ROUNDS: usize = 2_000_000;
-        let run = |width: usize, f: &(dyn Fn(usize) + Sync)| {
-            let seconds = best(5, || cpu.run(cpu.threads(), f));
-            2.0 * (cpu.threads() * ROUNDS * width) as f64 / seconds
-        };
-        let six = run(6 * 16, &|t| {
-            let mut acc = [[t as f32; 16]; 6];
-            chains_6(cpu.isa(), &mut acc, ROUNDS);
-            black_box(acc);
-        });
-        let twelve = run(12 * 16, &|t| {
-            let mut acc = [[t as f32; 16]; 12];
-            chains_12(cpu.isa(), &mut acc, ROUNDS);
-            black_box(acc);
-        });
-        let n = 64 << 20;
-        let (from, mut to) = (vec![1.0f32; n], vec![0.0f32; n]);
-        let seconds = best(5, || {
-            cpu.rows(n, 1 << 16, (&mut to[..], 1), |range, to| to.copy_from_slice(&from[range]));
-        });
-        let peak = Peak { flops: six.max(twelve), copy: 8.0 * n as f64 / seconds };
+        let peak = Peak::measure(device().on_cpu("peak").unwrap());
         println!(
             "peak of {}: {:.1} GFLOP/s, copy {:.1} GB/s",
             device().describe(),

@@ -122,10 +122,13 @@ fn phases_inside_of_each_other_share_the_time() {
         pause(30);
     }
     let report = profile.report().unwrap();
-    let names: Vec<&str> = report.phases.iter().map(|p| p.name).collect();
-    assert_eq!(names, ["update", "step"], "the longest first");
+    assert!(report.phases.is_sorted_by(|a, b| a.seconds >= b.seconds), "the longest first");
     assert!(report.phases.iter().map(|p| p.seconds).sum::<f64>() <= report.seconds);
-    assert!(report.phases[1].seconds < 0.03 && report.phases[1].seconds >= 0.005);
+    let phase = |name: &str| report.phases.iter().find(|p| p.name == name).unwrap();
+    let (update, step) = (phase("update"), phase("step"));
+    assert!(step.seconds >= 0.005 && update.seconds >= 0.03, "{report}");
+    assert_eq!(update.whole, update.seconds);
+    assert!((step.whole - (step.seconds + update.whole)).abs() < 1e-9, "{report}");
 }
 
 #[test]
@@ -156,10 +159,10 @@ fn the_report_says_what_ops_did() {
     let product = op(&report, "matmul");
     let bytes = 4.0 * (m * k + n * k + m * n) as f64;
     assert_eq!(product.work, Work { flops: (2 * m * n * k) as f64, bytes });
-    assert_eq!(report.of_peak(product), None, "nobody knows the peaks of a CPU");
+    assert!(report.of_peak(product).is_some_and(|part| part > 0.0), "{:?}", report.peaks);
     let text = report.to_string();
     println!("{text}");
-    for says in ["cpu, ", "peaks of this device are not known", "matmul::pack", "outside of ops"] {
+    for says in ["cpu, ", "peaks as measured: ", "matmul::pack", "outside of ops"] {
         assert!(text.contains(says), "{says} in\n{text}");
     }
     let percent = |line: &str| {

@@ -4,11 +4,13 @@
 
 pub mod gemm;
 pub mod math;
+mod peak;
 mod pool;
 pub mod simd;
 
 use std::{ops::Range, sync::Arc};
 
+pub use peak::Peak;
 use pool::Pool;
 pub use simd::Isa;
 

@@ -13,13 +13,13 @@ use std::{
     fmt,
     marker::PhantomData,
     path::Path,
-    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError},
     thread::ThreadId,
     time::Instant,
 };
 
 use super::{
-    Cuda, Device,
+    Cpu, Cuda, Device,
     cuda::{Mark, nvtx},
 };
 use crate::error::Result;
@@ -109,7 +109,9 @@ impl fmt::Debug for Profile {
 
 struct Inner {
     device: String,
-    peaks: Option<Peaks>,
+    peaks: OnceLock<Option<Peaks>>,
+    /// Whose peaks are measured, when they are first asked for.
+    cpu: Option<Cpu>,
     /// Whose events are used; none for the CPU.
     cuda: Option<Cuda>,
     /// Whether a tool of NVIDIA's may want the names.
@@ -170,6 +172,8 @@ struct Launched {
 #[derive(Clone, Copy, Default)]
 struct Total {
     calls: u64,
+    /// By the clock, what is inside of it included.
+    whole: f64,
     /// Its own, by the clock.
     seconds: f64,
     /// In which it, or the device, works.
@@ -181,14 +185,15 @@ impl Device {
     /// The same device, which from now on writes down what it does, and what it wrote.
     #[must_use]
     pub fn profiled(self) -> (Self, Profile) {
-        let (cuda, peaks) = match &self {
-            Self::Cpu(_) => (None, None),
+        let (cpu, cuda) = match &self {
+            Self::Cpu(cpu) => (Some(cpu.clone().with_profile(None)), None),
             // That of the profile has none itself, else neither would end.
-            Self::Cuda(cuda) => (Some(cuda.with_profile(None)), Peaks::of(cuda.name())),
+            Self::Cuda(cuda) => (None, Some(cuda.with_profile(None))),
         };
         let inner = Inner {
             device: self.describe(),
-            peaks,
+            peaks: OnceLock::new(),
+            cpu,
             cuda,
             nvtx: nvtx::is_there(),
             start: Instant::now(),
@@ -283,6 +288,7 @@ impl Profile {
         let own = seconds - open.inner;
         let total = state.spans.entry((open.kind, open.name)).or_default();
         total.calls += 1;
+        total.whole += seconds;
         total.seconds += own;
         total.work = total.work.and(open.work.without(open.inner_work));
         if !cuda && open.kind == Kind::Op {
@@ -336,14 +342,19 @@ impl Profile {
         Ok(done)
     }
 
-    /// What took how long so far. Waits for the device.
+    /// What took how long so far. Waits for the device; on the CPU its peaks are measured, which takes some tenths
+    /// of a second.
     ///
     /// # Errors
     /// [`crate::Error::Device`] if the device failed.
     pub fn report(&self) -> Result<Report> {
-        let state = self.resolved()?;
-        let (seconds, cuda) = (self.now(), self.0.cuda.is_some());
-        Ok(report::report(&self.0.device, self.0.peaks, seconds, cuda, &state))
+        let (state, seconds) = (self.resolved()?, self.now());
+        let Inner { device, cpu, cuda, .. } = &*self.0;
+        let peaks = self.0.peaks.get_or_init(|| match (cpu, cuda) {
+            (Some(cpu), _) => Some(Peaks::measured(cpu)),
+            (_, cuda) => cuda.as_ref().and_then(|cuda| Peaks::of(cuda.name())),
+        });
+        Ok(report::report(device, *peaks, seconds, cuda.is_some(), &state))
     }
 
     /// Writes a trace in the JSON format of Chrome, which <https://ui.perfetto.dev> shows: a track for each thread of

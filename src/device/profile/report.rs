@@ -3,11 +3,12 @@
 use std::fmt;
 
 use super::{Kind, State, Total, Work};
+use crate::device::{Cpu, cpu::Peak};
 
-/// What a device can do at most, by its data sheet.
+/// What a device can do at most: a GPU by its data sheet, a CPU as measured.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Peaks {
-    /// Operations a second in bf16 with f32 sums, without sparsity.
+    /// Operations a second: of a GPU in bf16 with f32 sums, without sparsity; of a CPU multiply-adds in f32.
     pub flops: f64,
     /// Bytes a second of its memory.
     pub bytes: f64,
@@ -23,12 +24,19 @@ const PEAKS: [(&str, f64, f64); 5] = [
 ];
 
 impl Peaks {
-    /// Those of a GPU with this name, if they are known. Of a CPU none are: they depend on its clock, memory and
-    /// neighbours.
+    /// Those of a GPU with this name, if they are known. A CPU's depend on its clock, memory and neighbours, and
+    /// are [`Peaks::measured`].
     #[must_use]
     pub fn of(name: &str) -> Option<Self> {
         let (_, flops, bytes) = PEAKS.into_iter().find(|(of, ..)| *of == name)?;
         Some(Self { flops: flops * 1e12, bytes: bytes * 1e12 })
+    }
+
+    /// Those of this machine.
+    #[must_use]
+    pub fn measured(cpu: &Cpu) -> Self {
+        let Peak { flops, copy } = Peak::measure(cpu);
+        Self { flops, bytes: copy }
     }
 
     /// The least seconds for this work.
@@ -38,16 +46,18 @@ impl Peaks {
     }
 }
 
-/// A phase of the run; of phases inside of each other each has its own time.
+/// A phase of the run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PhaseRow {
     /// As given to [`super::Device::span`].
     pub name: &'static str,
     /// How often.
     pub calls: u64,
-    /// By the clock.
+    /// By the clock, with the phases inside of it.
+    pub whole: f64,
+    /// Without them, so that shares add up.
     pub seconds: f64,
-    /// In which an op computes, on a CUDA device a kernel.
+    /// Of those, in which an op computes, on a CUDA device a kernel.
     pub busy: f64,
 }
 
@@ -109,9 +119,9 @@ pub(super) fn report(
 ) -> Report {
     let mut ops: Vec<OpRow> = Vec::new();
     let mut phases = Vec::new();
-    for (&(kind, name), &Total { calls, seconds, busy, work }) in &state.spans {
+    for (&(kind, name), &Total { calls, whole, seconds, busy, work }) in &state.spans {
         match kind {
-            Kind::Phase => phases.push(PhaseRow { name, calls, seconds, busy }),
+            Kind::Phase => phases.push(PhaseRow { name, calls, whole, seconds, busy }),
             _ => ops.push(OpRow { name, calls, seconds: busy, work, kernels: Vec::new() }),
         }
     }
@@ -175,20 +185,25 @@ impl fmt::Display for Report {
         match self.peaks {
             Some(Peaks { flops, bytes }) => {
                 let (flops, bytes) = (flops / 1e12, bytes / 1e12);
-                writeln!(f, "peaks of the data sheet: {flops} TFLOP/s in bf16, {bytes} TB/s")?;
+                if self.cuda {
+                    writeln!(f, "peaks of the data sheet: {flops} TFLOP/s in bf16, {bytes} TB/s")?;
+                } else {
+                    let line = format!("{flops:.3} TFLOP/s in f32, a copy of {bytes:.3} TB/s");
+                    writeln!(f, "peaks as measured: {line}; in caches there is more")?;
+                }
             }
             None => writeln!(f, "peaks of this device are not known")?,
         }
         if !self.phases.is_empty() {
             writeln!(
                 f,
-                "\n{:40} {:>8} {:>10} {:>8} {:>8}",
-                "phase", "calls", "s", "share", "busy"
+                "\n{:40} {:>8} {:>10} {:>10} {:>8} {:>8}",
+                "phase", "calls", "s", "own s", "share", "busy"
             )?;
         }
-        for PhaseRow { name, calls, seconds, busy } in &self.phases {
+        for PhaseRow { name, calls, whole, seconds, busy } in &self.phases {
             let (part, busy) = (share(*seconds, *all), share(*busy, *seconds));
-            writeln!(f, "{name:40} {calls:>8} {seconds:>10.3} {part:>8} {busy:>8}")?;
+            writeln!(f, "{name:40} {calls:>8} {whole:>10.3} {seconds:>10.3} {part:>8} {busy:>8}")?;
         }
         writeln!(
             f,
