@@ -33,6 +33,9 @@ pub(super) struct Args {
     memory: Option<String>,
 }
 
+/// What is left to the driver, its context and the kernels of a GPU that is not there.
+const DRIVER: usize = 1 << 30;
+
 fn gpus() -> String {
     let names: Vec<&str> = MACHINES.iter().map(|m| m.key).collect();
     format!("A GPU that need not be there: {}", names.join(", "))
@@ -43,7 +46,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     let (dev, own) = match &args.gpu {
         Some(name) => {
             let machine = find(name)?;
-            (Device::Cuda(Cuda::planned(machine)?), Some(machine.memory))
+            (Device::Cuda(Cuda::planned(machine)?), Some(machine.memory - DRIVER))
         }
         None => {
             let dev = Device::from_name(&settings.device, settings.threads)?;
@@ -171,7 +174,7 @@ fn describe<T: Element>(
     row_of_heads(&mut row, &plan);
     row("all phases share", "", plan.shared());
     row("total", "", plan.total());
-    text += "\nThe driver's own memory is not counted.\n";
+    text += "\nThe driver's own memory is not counted; of a --gpu 1 GiB is left to it.\n";
     let Some(memory) = memory else { return Ok(text) };
     text += &match run.largest::<T>(memory)? {
         Some(rows) => format!(

@@ -172,6 +172,16 @@ impl Device {
         }
     }
 
+    /// Devices of a family give the same bits: `cpu`, `sm_80` or `Hopper`.
+    #[must_use]
+    pub fn family(&self) -> &'static str {
+        match self {
+            Self::Cpu(_) => "cpu",
+            Self::Cuda(cuda) if cuda.hopper() => "Hopper",
+            Self::Cuda(_) => "sm_80",
+        }
+    }
+
     /// Bytes of its memory that are free, if that is known.
     ///
     /// # Errors

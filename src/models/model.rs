@@ -28,7 +28,8 @@ pub enum Head {
 pub enum Use {
     /// To compute with.
     Frozen,
-    /// To compute with now and then: weights wait in host memory ([`Model::park`]).
+    /// To compute with now and then, for a plan: made as a frozen one, its weights then wait in host memory
+    /// ([`Model::park`]).
     Parked,
     /// To be trained: where it computes in bf16, its weights are also kept in f32.
     Trained,

@@ -220,7 +220,7 @@ impl Generator {
         prompts: &[Prompt],
         settings: &Settings,
     ) -> Result<()> {
-        let decodes = live.iter().all(|s| s.cached > 0);
+        let decodes = live.iter().all(|s| s.ids.len() > s.prompt);
         let _phase = dev.span(if decodes { "decode" } else { "prefill" });
         let (spec, extent) = (model.spec(), self.extent(batch.len(), live.len()));
         let pages = self.extent(0, self.slots).pages(spec.attention().page(dev));
@@ -278,7 +278,9 @@ impl Pages {
     /// Gives a sequence the pages that its tokens need.
     fn grow<F>(&mut self, s: &mut Live<F>) {
         while s.pages.len() < s.ids.len().div_ceil(self.page) {
-            let Some(page) = self.free.pop() else { return };
+            let page = self.free.pop();
+            debug_assert!(page.is_some(), "there are pages for sequences that share nothing");
+            let Some(page) = page else { return };
             self.held[page as usize] = 1;
             s.pages.push(page);
         }

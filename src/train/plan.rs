@@ -10,7 +10,7 @@ use crate::{
     algorithms::{Inputs, Needs, Origin, Sampling},
     device::{Device, Element},
     error::Result,
-    models::{self, Head, Spec, Use},
+    models::{self, Head, Layout, Spec, Use},
     rollout::{Generator, Scorer},
 };
 
@@ -70,11 +70,19 @@ pub fn how(s: &Settings, needs: &Needs, head: Head) -> How {
     How { entropy: head == Head::Lm && needs.entropy, recompute: s.recompute }
 }
 
-/// Where models are that are not trained.
+/// How a model that is not trained is kept: parked if it is asked for, and fits the memory of the policy's gradients.
+/// Specs are the device's.
 #[must_use]
-pub fn frozen(dev: &Device, s: &Settings) -> Use {
+pub fn frozen<T: Element>(
+    dev: &Device,
+    s: &Settings,
+    (spec, head): (&Spec, Head),
+    policy: &Spec,
+) -> Use {
+    let room = Layout::new(policy, Head::Lm).len() * size_of::<T::Acc>();
+    let fits = Layout::new(spec, head).len() * size_of::<T>() <= room;
     match dev {
-        Device::Cuda(_) if s.offload_frozen => Use::Parked,
+        Device::Cuda(_) if s.offload_frozen && fits => Use::Parked,
         _ => Use::Frozen,
     }
 }
@@ -118,11 +126,11 @@ impl Plan {
             return Ok(plan);
         }
         if needs.reference {
-            plan.frozen::<T>(dev, s, work, ("reference", policy, Head::Lm))?;
+            plan.frozen::<T>(dev, s, work, ("reference", policy, Head::Lm), policy)?;
         }
         let sampling = sampling(needs);
         if sampling.is_some_and(|s| s.reward_model.is_some()) {
-            plan.frozen::<T>(dev, s, work, ("reward_model", judge, Head::Scalar))?;
+            plan.frozen::<T>(dev, s, work, ("reward_model", judge, Head::Scalar), policy)?;
         }
         if let Some(scalar) = needs.scalar {
             let from = if scalar.from == Origin::RewardModel { judge } else { policy };
@@ -154,9 +162,11 @@ impl Plan {
         s: &Settings,
         work: &Work,
         (role, spec, head): (&'static str, &Spec, Head),
+        policy: &Spec,
     ) -> Result<()> {
-        let spec = spec.clone().on(dev);
-        self.model::<T>(dev, role, (&spec, head), frozen(dev, s));
+        let (spec, policy) = (spec.clone().on(dev), policy.clone().on(dev));
+        let used = frozen::<T>(dev, s, (&spec, head), &policy);
+        self.model::<T>(dev, role, (&spec, head), used);
         let bytes = work.scorer().plan::<T>(dev, &spec, head)?;
         self.phases.push((format!("score by the {role}"), bytes));
         Ok(())

@@ -244,6 +244,12 @@ impl<T: Element<Acc = f32>> Run<T> {
                 "the run was begun by version {was}, this is {is}: bits may differ"
             ));
         }
+        let (was, is) = (&loaded.state["family"], self.trainer.dev.family());
+        if was.as_str().is_some_and(|was| was != is) {
+            seen.note(&format!(
+                "the run was begun with kernels for {was}, this is {is}: bits may differ"
+            ));
+        }
         let t = &mut self.trainer;
         for role in t.policy.iter_mut().chain(&mut t.scalar) {
             let name = role.name;
@@ -287,6 +293,7 @@ impl<T: Element<Acc = f32>> Run<T> {
             "updates": updates,
             "algorithm": t.algorithm.state(),
             "version": env!("CARGO_PKG_VERSION"),
+            "family": t.dev.family(),
         });
         let keep = t.settings.keep_checkpoints;
         let saved = checkpoint::save(&Disk, &self.checkpoints, t.step, keep, tensors, &state)?;
@@ -385,13 +392,21 @@ fn same(was: &Value, now: &Value, out: &Path) -> Result<()> {
     let hint = || Some("use the run's config.toml, or another --out folder".to_owned());
     let models = now["models"].as_object().into_iter().flatten();
     let models = models.map(|(name, hash)| (name.as_str(), &was["models"][name], hash));
-    // Runs of before there were devices are in f32.
-    let f32 = json!("F32");
-    let precision = if was["precision"].is_null() { &f32 } else { &was["precision"] };
-    let precision = [("precision", precision, &now["precision"])].into_iter();
     let others = ["algorithm", "data", "tokenizer"].map(|key| (key, &was[key], &now[key]));
-    let others = precision.chain(others);
-    for (key, before, after) in others.chain(models) {
+    // Runs of before there were devices are in f32.
+    let precision = |state: &Value| state["precision"].as_str().unwrap_or("F32").to_owned();
+    let (begun, here) = (precision(was), precision(now));
+    let same = others.iter().all(|(_, before, after)| before == after);
+    if same && begun != here {
+        let message = format!(
+            "{} holds a run that was computed in {begun}, this device computes in {here}",
+            out.display()
+        );
+        let wanted = if begun == "F32" { "--device cpu" } else { "--device cuda" };
+        let hint = format!("go on with {wanted}, or take another --out folder");
+        return Err(Error::Config { key: "device".into(), message, hint: Some(hint) });
+    }
+    for (key, before, after) in others.into_iter().chain(models) {
         if before != after {
             let message =
                 format!("{} holds a run with {before}, this one has {after}", out.display());

@@ -61,8 +61,8 @@ crate::settings! {
         /// third more work, much less memory, the same bits (Hugging Face: gradient_checkpointing, off).
         pub recompute: bool = false,
         /// Keep the reference and the reward model in host memory; to score they come into the memory of the gradients,
-        /// which are not there yet. A CUDA device then needs no room for them (OpenRLHF: offload of reference and
-        /// reward model, off).
+        /// which are not there yet. A CUDA device then needs no room for them, but for a reward model of more than twice the
+        /// policy's size, which stays (OpenRLHF: offload of reference and reward model, off).
         pub offload_frozen: bool = false,
         /// The longest sequence in tokens, prompt and sample together; 0 takes the model's limit (TRL: 1024).
         pub max_length: usize = 1024,

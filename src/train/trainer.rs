@@ -71,7 +71,7 @@ pub struct Trainer<T: Element> {
     pub(super) rollouts: Vec<Rollout>,
     pub(super) clock: Vec<(&'static str, f64)>,
     /// What the step's updates made of the weights, by role.
-    changed: Vec<(&'static str, Later<Option<usize>>)>,
+    changed: Changed,
 }
 
 /// What a step did.
@@ -143,10 +143,13 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             return Ok(());
         }
         let policy = Model::load_trained(dev, dir, Head::Lm, None)?;
-        let parks = plan::frozen(dev, &self.settings) == Use::Parked;
+        let parks = |model: &Model<T>| {
+            let kind = (model.spec(), model.head());
+            plan::frozen::<T>(dev, &self.settings, kind, policy.spec()) == Use::Parked
+        };
         if self.needs.reference {
             let mut reference = policy.copy_as(dev, Head::Lm, seed, Use::Frozen)?;
-            if parks {
+            if parks(&reference) {
                 reference.park(dev)?;
             }
             self.reference = Some(reference);
@@ -164,7 +167,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             let value = from.copy_as(dev, Head::Scalar, seed, Use::Trained)?;
             self.scalar = Some(Role::new(dev, "value", value)?);
         }
-        if let Some(model) = self.reward_model.as_mut().filter(|_| parks) {
+        if let Some(model) = self.reward_model.as_mut().filter(|model| parks(model)) {
             model.park(dev)?;
         }
         self.policy = Some(Role::new(dev, "policy", policy)?);
@@ -307,7 +310,8 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             }
         }
         self.algorithm.finish(&mut metrics)?;
-        self.check_weights()?;
+        let roles = [&self.policy, &self.scalar];
+        healthy(&self.dev, &mut self.changed, roles, self.step + 1)?;
         norms.report(&mut metrics);
         metrics.push(("learning_rate", lr));
         metrics.push(("tokens", tokens as f64));
@@ -351,6 +355,8 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             let norm = |role: &Role<T>| role.gradient_norm(&dev);
             let policy_norm = policy.as_ref().map(norm).transpose()?;
             let scalar_norm = scalar.as_ref().map(norm).transpose()?;
+            // Weights that the last update spoilt are told before what became of them.
+            healthy(&dev, &mut self.changed, [&policy, &scalar], step)?;
             for w in watched {
                 w.check(columns, first, step)?;
             }
@@ -374,15 +380,6 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         let done = run();
         (self.policy, self.scalar) = (policy, scalar);
         done
-    }
-
-    /// Whether all updates of the step left weights that are numbers.
-    fn check_weights(&mut self) -> Result<()> {
-        for (name, bad) in std::mem::take(&mut self.changed) {
-            let role = self.policy.iter().chain(&self.scalar).find(|role| role.name == name);
-            role.map_or(Ok(()), |role| role.healthy(&self.dev, bad, self.step + 1))?;
-        }
-        Ok(())
     }
 
     fn policy_gradient(
@@ -450,6 +447,23 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         }
         Ok(())
     }
+}
+
+/// What updates made of the weights, by role.
+type Changed = Vec<(&'static str, Later<Option<usize>>)>;
+
+/// Whether all updates so far left weights that are numbers.
+fn healthy<T: Element>(
+    dev: &Device,
+    changed: &mut Changed,
+    roles: [&Option<Role<T>>; 2],
+    step: u64,
+) -> Result<()> {
+    for (name, bad) in changed.drain(..) {
+        let role = roles.into_iter().flatten().find(|role| role.name == name);
+        role.map_or(Ok(()), |role| role.healthy(dev, bad, step))?;
+    }
+    Ok(())
 }
 
 /// Gradient norms of a step's updates, before clipping.

@@ -122,6 +122,46 @@ fn rollout_equals_training_on_a_device() {
     });
 }
 
+/// Samples of one prompt share the pages that it fills, and have the bits of samples that were made one at a time.
+#[test]
+fn samples_of_one_prompt_share_its_pages_on_a_device() {
+    fn check<T: Element>(dev: &Device) {
+        let model = Model::<T>::load(dev, &golden::path("llama"), Head::Lm, None).unwrap();
+        let ids = |n| Philox::new(7, n, 0, Purpose::Init);
+        let prompt =
+            |n: u64, len: u32| -> Vec<u32> { (0..len).map(|t| ids(n).below(t, 150)).collect() };
+        let (long, other) = (prompt(0, 130), prompt(1, 129));
+        let all = [&long, &long, &other, &long, &other, &long];
+        let prompts: Vec<Prompt> = all
+            .into_iter()
+            .zip(0..)
+            .map(|(ids, sample)| Prompt { sample, ids: ids.clone() })
+            .collect();
+        // Half of all tokens end a sample: donors go before those that they gave pages to.
+        let mut settings = settings(FILTERS[0], 5);
+        settings.stop_ids = (0..75).collect();
+        let alone = generate(dev, &model, &prompts, &settings, (1, 130));
+        for (slots, rows) in [(2, 512), (3, 140), (6, 512)] {
+            let together = generate(dev, &model, &prompts, &settings, (slots, rows));
+            assert!(together == alone, "{slots} slots, {rows} rows on {}", dev.describe());
+        }
+        // Two prompts in a pass that has room for one and the end of another.
+        let generator = Generator { slots: 2, max_len: 132, rows: 132 };
+        let bytes = generator.plan::<T>(dev, model.spec(), &FILTERS[0]).unwrap();
+        let (mut arena, mut heard) = (room_on(dev, bytes), Vec::new());
+        let hear = |n| {
+            heard.push(n);
+            true
+        };
+        settings.max_new_tokens = 2;
+        let scope = arena.scope();
+        generator.run(dev, &model, &scope, &prompts[..2], &settings, hear).unwrap().unwrap();
+        assert_eq!(heard[0], 2, "{}", dev.describe());
+    }
+    check::<f32>(&Device::cpu());
+    sim::on_devices(check::<bf16>);
+}
+
 #[test]
 fn rollout_equals_training() {
     let dev = Device::cpu();
