@@ -21,13 +21,17 @@ use warpo::{
 
 /// The checkout that tests find their files in: where cargo, or a bundle that left it, says that it is.
 pub fn root() -> std::path::PathBuf {
-    let now = std::env::var_os("CARGO_MANIFEST_DIR");
-    now.map_or_else(|| env!("CARGO_MANIFEST_DIR").into(), Into::into)
+    place("CARGO_MANIFEST_DIR", env!("CARGO_MANIFEST_DIR"))
+}
+
+/// What a variable says now, or what it said when this was compiled.
+fn place(variable: &str, built: &str) -> std::path::PathBuf {
+    std::env::var_os(variable).map_or_else(|| built.into(), Into::into)
 }
 
 /// An empty folder for one test; tests run in parallel, so `name` is the test's.
 pub fn temp_dir(name: &str) -> std::path::PathBuf {
-    let dir = std::path::Path::new(env!("CARGO_TARGET_TMPDIR")).join(name);
+    let dir = place("CARGO_TARGET_TMPDIR", env!("CARGO_TARGET_TMPDIR")).join(name);
     let _ = std::fs::remove_dir_all(&dir);
     std::fs::create_dir_all(&dir).unwrap();
     dir

@@ -273,7 +273,7 @@ fn the_quickstart_runs_on_a_device() {
     if Sim::of_gpu().is_some() {
         return;
     }
-    let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("examples/quickstart");
+    let from = root().join("examples/quickstart");
     let (dir, out) = (temp_dir("device_quickstart"), temp_dir("device_quickstart_out"));
     std::fs::create_dir_all(dir.join("model")).unwrap();
     for entry in std::fs::read_dir(from.join("model")).unwrap() {
