@@ -114,8 +114,8 @@ impl<'a> Run<'a> {
         let policy = spec(Path::new(&settings.model))?;
         let judge = plan::sampling(&needs).and_then(|s| s.reward_model.clone());
         let judge = match judge {
-            Some(dir) if dir.join("config.json").exists() => spec(&dir)?,
-            _ => policy.clone(),
+            Some(dir) => spec(&dir)?,
+            None => policy.clone(),
         };
         if settings.data.is_empty() {
             let longest = job::max_length(&settings, &needs, &policy)?;

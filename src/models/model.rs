@@ -80,10 +80,7 @@ impl<T: Element> Model<T> {
     pub fn zeros(dev: &Device, config: Config, head: Head, used: Use) -> Result<Self> {
         let (family, spec) = config.spec()?;
         let spec = spec.on(dev);
-        if matmul::width(dev, spec.hidden) != spec.hidden {
-            let what = "hidden size on a CUDA device";
-            return Err(Error::value(what, "a multiple of 8", spec.hidden));
-        }
+        spec.check(dev)?;
         let layout = Arc::new(Layout::new(&spec, head));
         let master = (rounded::<T>() && used == Use::Trained)
             .then(|| Params::zeros(dev, "f32 weights", &layout))

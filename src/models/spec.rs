@@ -3,7 +3,7 @@
 use super::{Config, Slot};
 use crate::{
     device::Device,
-    error::Result,
+    error::{Error, Result},
     ops::{activation::Activation, attention, matmul, rope::Rope},
 };
 
@@ -92,6 +92,18 @@ impl Spec {
         let mlp_hidden = matmul::width(dev, stored.mlp_hidden);
         let stored = matches!(dev, Device::Cuda(_)).then_some(stored);
         Self { head_dim, mlp_hidden, stored, ..self }
+    }
+
+    /// Whether `dev` computes such a model, after [`Spec::on`].
+    ///
+    /// # Errors
+    /// [`Error::Value`] naming what there are no kernels for.
+    pub fn check(&self, dev: &Device) -> Result<()> {
+        if matmul::width(dev, self.hidden) != self.hidden {
+            let what = "hidden size on a CUDA device";
+            return Err(Error::value(what, "a multiple of 8", self.hidden));
+        }
+        attention::supported(dev, &self.attention())
     }
 
     /// Widths in files.

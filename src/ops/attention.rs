@@ -46,6 +46,19 @@ pub fn width(dev: &Device, d: usize) -> usize {
     }
 }
 
+/// Whether `dev` has kernels for such a layer.
+///
+/// # Errors
+/// [`Error::Value`] naming what it lacks.
+pub fn supported(dev: &Device, shape: &Shape) -> Result<()> {
+    const OP: &str = "attention";
+    shape.check(OP)?;
+    match dev {
+        Device::Cpu(_) => Ok(()),
+        Device::Cuda(_) => cuda::check(OP, shape),
+    }
+}
+
 /// What an attention layer computes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Shape {

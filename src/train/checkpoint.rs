@@ -129,7 +129,7 @@ pub fn load_newest(storage: &dyn Storage, dir: &Path) -> Result<Option<Loaded>> 
 ///
 /// * `dir`: the folder of all checkpoints of the run; made if it is missing
 /// * `keep`: good checkpoints to keep, this one included; fewer than 2 counts as 2
-/// * `tensors`: borrowed, written in place; nothing is copied
+/// * `tensors`: those in host memory are written in place; others are brought one at a time, when they are written
 /// * `state`: all else that a resumed run needs
 ///
 /// After `Ok` the checkpoint survives a loss of power. After an error the one before it does, and
@@ -204,7 +204,7 @@ fn make_dir(storage: &dyn Storage, dir: &Path) -> Result<()> {
 
 fn pre_flight(storage: &dyn Storage, dir: &Path, tensors: &[Tensor<'_>]) -> Result<()> {
     // per tensor: its lines in the header and the manifest; once: the state
-    let want = tensors.iter().map(|t| t.bytes.len() as u64 + 1024).sum::<u64>() + (1 << 20);
+    let want = tensors.iter().map(|t| t.len as u64 + 1024).sum::<u64>() + (1 << 20);
     check_room(storage, "the checkpoint", dir, want)
 }
 

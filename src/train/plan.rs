@@ -112,7 +112,7 @@ impl Plan {
     /// model that scores samples.
     ///
     /// # Errors
-    /// [`crate::Error::Memory`] if the sizes overflow.
+    /// [`crate::Error::Memory`] if the sizes overflow, [`crate::Error::Value`] if the device does not compute such a model.
     pub fn new<T: Element>(
         dev: &Device,
         s: &Settings,
@@ -121,6 +121,7 @@ impl Plan {
         (policy, judge): (&Spec, &Spec),
     ) -> Result<Self> {
         let mut plan = Self { parts: Vec::new(), phases: Vec::new() };
+        [policy, judge].into_iter().try_for_each(|spec| spec.clone().on(dev).check(dev))?;
         if !needs.policy {
             plan.trained::<T>(dev, s, needs, work, ("reward", policy, Head::Scalar))?;
             return Ok(plan);

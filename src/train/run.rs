@@ -254,15 +254,12 @@ impl<T: Element<Acc = f32>> Run<T> {
         for role in t.policy.iter_mut().chain(&mut t.scalar) {
             let name = role.name;
             let mut numbers = vec![0.0; role.grads.layout().len()];
-            let mut read = |what: &str| loaded.read(&Disk, name, what, &mut numbers);
-            read("weights")?;
+            loaded.read(&Disk, name, "weights", &mut numbers)?;
             role.model.set_master(&t.dev, &numbers)?;
-            let mut read = |what: &str| loaded.read(&Disk, name, what, &mut numbers);
-            read("m")?;
-            t.dev.write(role.m.flat_mut(), &numbers)?;
-            let mut read = |what: &str| loaded.read(&Disk, name, what, &mut numbers);
-            read("v")?;
-            t.dev.write(role.v.flat_mut(), &numbers)?;
+            for (what, to) in [("m", &mut role.m), ("v", &mut role.v)] {
+                loaded.read(&Disk, name, what, &mut numbers)?;
+                t.dev.write(to.flat_mut(), &numbers)?;
+            }
             role.updates = loaded.state["updates"][name].as_u64().unwrap_or(0);
         }
         t.algorithm.restore(&loaded.state["algorithm"])?;
@@ -278,16 +275,15 @@ impl<T: Element<Acc = f32>> Run<T> {
             return Ok(());
         }
         let _phase = t.dev.span("checkpoint");
-        let (mut numbers, mut updates) = (Vec::new(), Map::new());
+        let (mut tensors, mut updates) = (Vec::new(), Map::new());
         for role in t.policy.iter().chain(&t.scalar) {
             let weights = role.model.master()?;
             for (what, x) in [("weights", weights), ("m", role.m.flat()), ("v", role.v.flat())] {
-                numbers.push((role.name, what, t.dev.on_host(x)?));
+                let read = move || t.dev.on_host(x);
+                tensors.push(Tensor::read(role.name, what, &[x.len()], x.len(), read));
             }
             updates.insert(role.name.into(), role.updates.into());
         }
-        let tensors = numbers.iter().map(|(role, what, x)| Tensor::new(role, *what, &[x.len()], x));
-        let tensors: Vec<Tensor<'_>> = tensors.collect();
         let state = json!({
             "run": fixed,
             "updates": updates,

@@ -297,7 +297,7 @@ fn doctor_says_what_is_there() {
 fn plan_says_what_fits() {
     let dir = temp_dir("cli_plan");
     let config = r#"{"model_type": "llama", "vocab_size": 151936, "hidden_size": 896, "num_hidden_layers": 24,
-        "num_attention_heads": 14, "num_key_value_heads": 2, "intermediate_size": 4864,
+        "num_attention_heads": 14, "head_dim": 64, "num_key_value_heads": 2, "intermediate_size": 4864,
         "max_position_embeddings": 4096, "tie_word_embeddings": true}"#;
     std::fs::write(dir.join("config.json"), config).unwrap();
     let model = dir.display().to_string();
@@ -341,6 +341,17 @@ fn plan_says_what_fits() {
     assert!(text.contains("In 20.00 GiB fit micro_batch_tokens of up to "), "{text}");
     let (_, text, _) = plan(&["--gpu", "rtx4090", "--memory", "8GB"]);
     assert!(text.contains("It does not fit 7.45 GiB: micro-batches of "), "{text}");
+    let (code, _, text) = plan(&["--gpu", "h100", "--set", "reward_model=nowhere"]);
+    assert!(code == Some(1) && text.contains("nowhere/config.json"), "{text}");
+    std::fs::write(dir.join("config.json"), config.replace("896", "900")).unwrap();
+    let (code, _, text) = plan(&["--gpu", "h100"]);
+    let want = "hidden size on a CUDA device: got 900, wanted a multiple of 8";
+    assert!(code == Some(1) && text.contains(want), "{text}");
+    std::fs::write(dir.join("config.json"), config.replace(": 14,", ": 130,")).unwrap();
+    let (code, _, text) = plan(&["--gpu", "h100"]);
+    let want = "query heads of a KV head on a CUDA device: got 65, wanted at most 64";
+    assert!(code == Some(1) && text.contains(want), "{text}");
+    std::fs::write(dir.join("config.json"), config).unwrap();
     for (more, says) in [
         (&["--gpu", "h9000"][..], "`--gpu`: got h9000, wanted one of h200, h100"),
         (&["--gpu", "h100", "--memory", "much"], "`--memory`: got much, wanted a size as 141GB"),

@@ -9,6 +9,7 @@ use sha2::{Digest, Sha256};
 use super::run;
 use crate::{
     error::{Error, Result},
+    shape,
     train::storage::{Storage, StorageFile, append_all},
 };
 
@@ -58,8 +59,7 @@ impl Element for u64 {
     const DTYPE: Dtype = Dtype::U64;
 }
 
-/// A tensor to save, in the caller's memory.
-#[derive(Clone, Debug)]
+/// A tensor to save, in the caller's memory or brought there when it is written.
 pub struct Tensor<'a> {
     /// Stem of the file it goes to: `model` is `model.safetensors`.
     pub file: &'a str,
@@ -68,7 +68,18 @@ pub struct Tensor<'a> {
     /// Its shape; empty for a single number.
     pub shape: Vec<usize>,
     pub(super) dtype: Dtype,
-    pub(super) bytes: &'a [u8],
+    /// Bytes.
+    pub(super) len: usize,
+    /// Hands its bytes to a visitor.
+    visit: Box<Visit<'a>>,
+}
+
+type Visit<'a> = dyn Fn(&mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> + 'a;
+
+impl std::fmt::Debug for Tensor<'_> {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Tensor({} of {}, {:?} {:?})", self.name, self.file, self.dtype, self.shape)
+    }
 }
 
 impl<'a> Tensor<'a> {
@@ -79,12 +90,35 @@ impl<'a> Tensor<'a> {
         shape: &[usize],
         data: &'a [T],
     ) -> Self {
-        let bytes = bytemuck::cast_slice(data);
-        Self { file, name: name.into(), shape: shape.into(), dtype: T::DTYPE, bytes }
+        Self::read(file, name, shape, data.len(), move || Ok(data.into()))
+    }
+
+    /// A tensor of `shape`, `len` numbers that are read when it is written, so that of many that are on a device one
+    /// at a time is in host memory.
+    pub fn read<T: Element>(
+        file: &'a str,
+        name: impl Into<Cow<'a, str>>,
+        shape: &[usize],
+        len: usize,
+        read: impl Fn() -> Result<Cow<'a, [T]>> + 'a,
+    ) -> Self {
+        let len = len * size_of::<T>();
+        let visit = Box::new(move |seen: &mut dyn FnMut(&[u8]) -> Result<()>| {
+            seen(bytemuck::cast_slice(&read()?))
+        });
+        Self { file, name: name.into(), shape: shape.into(), dtype: T::DTYPE, len, visit }
+    }
+
+    /// Its bytes.
+    pub(super) fn with_bytes(&self, mut seen: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
+        (self.visit)(&mut |bytes| {
+            shape::check("checkpoint::save", "bytes of a tensor", &[self.len], bytes.len())?;
+            seen(bytes)
+        })
     }
 
     pub(super) fn check(&self) -> Result<()> {
-        let len = self.bytes.len() / self.dtype.bytes();
+        let len = self.len / self.dtype.bytes();
         if elements(&self.shape) != Some(len) {
             return Err(Error::Shape {
                 op: "checkpoint::save",
@@ -267,7 +301,7 @@ fn safetensors(
     let mut end = 0;
     for t in group {
         let start = end;
-        end += t.bytes.len();
+        end += t.len;
         let value = json!({"dtype": t.dtype, "shape": t.shape, "data_offsets": [start, end]});
         header.insert(t.name.to_string(), value);
     }
@@ -279,10 +313,12 @@ fn safetensors(
         let offset = out.bytes;
         let mut hash = Sha256::new();
         // in pieces, so that both hashes and the write find the bytes in the cache
-        for piece in t.bytes.chunks(1 << 20) {
-            hash.update(piece);
-            out.append(path, piece)?;
-        }
+        t.with_bytes(|bytes| {
+            bytes.chunks(1 << 20).try_for_each(|piece| {
+                hash.update(piece);
+                out.append(path, piece)
+            })
+        })?;
         entries.push(TensorEntry {
             file: t.file.into(),
             name: t.name.to_string(),
