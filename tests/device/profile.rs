@@ -392,9 +392,10 @@ fn nvidias_profilers_are_told_of_phases_and_ops() {
 
 /// Public functions of `src/ops` that take a device and are no ops of a step: they say how much room is needed, make
 /// it, or prepare what a step then uses.
-const NO_OPS: [&str; 13] = [
+const NO_OPS: [&str; 14] = [
     "attention.rs::forward_scratch_len",
     "attention.rs::page",
+    "attention.rs::supported",
     "attention.rs::width",
     "attention/parts.rs::most_words",
     "attention/parts.rs::new",
