@@ -23,7 +23,7 @@ use warpo::{
     ops::sample::Params,
     rng::{Purpose, Stream},
     rollout::{Generator, Prompt, Settings as Generation},
-    train::{Settings, Silent, Trainer, job::Job, plan::Plan},
+    train::{Settings, Silent, Trainer, job::Job},
 };
 
 use folder::{Folder, ids};
@@ -199,8 +199,7 @@ fn ppo(folder: &Folder, work: &Work, micro: usize) -> (Settings, Box<dyn Algorit
 
 /// Bytes of a run.
 fn planned(dev: &Device, (settings, algorithm): (Settings, Box<dyn Algorithm>)) -> usize {
-    let Job { settings, needs, work, spec, .. } = Job::new(settings, algorithm).unwrap();
-    Plan::new::<bf16>(dev, &settings, &needs, &work, (&spec, &spec)).unwrap().total()
+    Job::new(settings, algorithm).unwrap().plan::<bf16>(dev).unwrap().total()
 }
 
 impl Bench {

@@ -176,7 +176,10 @@ impl Error {
             Self::Locked { .. } => {
                 Some("wait for it, stop it, or choose another --out folder".into())
             }
-            Self::Memory { .. } => Some("lower `micro_batch_tokens` or the sequence length".into()),
+            Self::Memory { .. } => Some(
+                "`warpo plan` shows what takes it; lower `micro_batch_tokens` or the sequence length"
+                    .into(),
+            ),
             Self::BadNumber { samples, .. } => {
                 let look = if samples.is_empty() { "" } else { ", or look at the named samples" };
                 Some(format!("the last checkpoint is untouched; lower `learning_rate`{look}"))

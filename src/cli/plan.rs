@@ -1,7 +1,5 @@
 //! `warpo plan`: what a run takes of a device's memory, for machines that are not there too.
 
-use std::path::Path;
-
 use half::bf16;
 
 use super::train::{self, Told};
@@ -12,7 +10,7 @@ use crate::{
         cuda::{Blueprint, MACHINES},
     },
     error::{Error, Result},
-    models::{Config, Spec},
+    models::Spec,
     train::{
         Settings,
         job::{self, Job},
@@ -100,7 +98,7 @@ struct Run<'a> {
     settings: Settings,
     algorithm: Box<dyn Algorithm>,
     policy: Spec,
-    judge: Spec,
+    judge: Option<Spec>,
     /// Tokens of the longest text or prompt.
     longest: usize,
     /// Where that comes from.
@@ -110,13 +108,7 @@ struct Run<'a> {
 impl<'a> Run<'a> {
     fn new(dev: &'a Device, settings: Settings, algorithm: Box<dyn Algorithm>) -> Result<Self> {
         let needs = algorithm.needs();
-        let spec = |dir: &Path| Config::read(dir)?.spec().map(|(_, spec)| spec);
-        let policy = spec(Path::new(&settings.model))?;
-        let judge = plan::sampling(&needs).and_then(|s| s.reward_model.clone());
-        let judge = match judge {
-            Some(dir) => spec(&dir)?,
-            None => policy.clone(),
-        };
+        let (policy, judge) = job::specs(&settings, &needs)?;
         if settings.data.is_empty() {
             let longest = job::max_length(&settings, &needs, &policy)?;
             let source = "max_length, as there is no data";
@@ -134,7 +126,7 @@ impl<'a> Run<'a> {
         let settings = Settings { micro_batch_tokens: rows, ..self.settings.clone() };
         let needs = self.algorithm.needs();
         let work = Work::new(&settings, &needs, self.longest);
-        let specs = (&self.policy, &self.judge);
+        let specs = (&self.policy, self.judge.as_ref());
         let plan = Plan::new::<T>(self.dev, &settings, &needs, &work, specs)?;
         Ok((work, plan))
     }

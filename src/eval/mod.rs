@@ -8,5 +8,5 @@ mod samples;
 
 pub use diversity::distinct;
 pub use report::report;
-pub use reward_model::load_reward_model;
+pub use reward_model::{check_reward_model, load_reward_model};
 pub use samples::{Evaluation, Evaluator, Sample, rate};

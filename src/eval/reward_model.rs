@@ -12,8 +12,7 @@ use crate::{
 /// Loads the reward model in `dir`, which shall rate texts of up to `longest` tokens by a policy.
 ///
 /// # Errors
-/// [`Error::File`] if it has no scalar head, another vocabulary or tokenizer than the policy, or too
-/// few positions; those of [`Model::load`].
+/// Those of [`check_reward_model`] and of [`Model::load`].
 pub fn load_reward_model<T: Element>(
     dev: &Device,
     dir: &Path,
@@ -22,18 +21,32 @@ pub fn load_reward_model<T: Element>(
     longest: usize,
 ) -> Result<Model<T>> {
     let model = Model::load(dev, dir, Head::Scalar, None)?;
-    let (want, got) = (policy.vocab, model.spec().vocab);
+    check_reward_model(dir, model.spec(), policy, tokenizer, longest)?;
+    Ok(model)
+}
+
+/// Whether the reward model in `dir`, of this spec, can rate texts of up to `longest` tokens by a policy.
+///
+/// # Errors
+/// [`Error::File`] if it has another vocabulary or tokenizer than the policy, or too few positions.
+pub fn check_reward_model(
+    dir: &Path,
+    spec: &Spec,
+    policy: &Spec,
+    tokenizer: Option<&Tokenizer>,
+    longest: usize,
+) -> Result<()> {
+    let (want, got) = (policy.vocab, spec.vocab);
     if want != got {
         return Err(Error::file(
             dir,
             format!("has a vocabulary of {got}, the policy one of {want}"),
         ));
     }
-    let most = model.spec().max_positions;
+    let most = spec.max_positions;
     if most < longest {
         let message = format!("reads texts of up to {most} tokens, the policy writes {longest}");
         return Err(Error::file(dir, message));
     }
-    tokenizer.map_or(Ok(()), |t| t.agrees(dir))?;
-    Ok(model)
+    tokenizer.map_or(Ok(()), |t| t.agrees(dir))
 }

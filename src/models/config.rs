@@ -55,24 +55,20 @@ impl Config {
             return Err(self.wrong("model_type", &format!("one of {known:?}"), &kind));
         };
         let spec = (family.spec)(self)?;
-        for (key, n) in [
-            ("vocab_size", spec.vocab),
-            ("hidden size", spec.hidden),
-            ("number of layers", spec.layers),
-            ("number of heads", spec.q_heads),
-            ("number of key-value heads", spec.kv_heads),
-            ("head_dim", spec.head_dim),
-            ("MLP size", spec.mlp_hidden),
-            ("number of positions", spec.max_positions),
+        // The bounds keep the bytes of all weights inside 64 bits.
+        for (key, n, most) in [
+            ("vocab_size", spec.vocab, 1 << 24),
+            ("hidden size", spec.hidden, 1 << 20),
+            ("number of layers", spec.layers, 1 << 12),
+            ("number of heads", spec.q_heads, 1 << 16),
+            ("number of key-value heads", spec.kv_heads, 1 << 16),
+            ("head_dim", spec.head_dim, MAX_HEAD_DIM),
+            ("MLP size", spec.mlp_hidden, 1 << 22),
+            ("number of positions", spec.max_positions, 1 << 24),
         ] {
-            // The bound keeps every product of two sizes, in bytes, inside 64 bits.
-            if n == 0 || n > 1 << 24 {
-                return Err(self.wrong(key, "a number from 1 to 16777216", &n));
+            if n == 0 || n > most {
+                return Err(self.wrong(key, &format!("a number from 1 to {most}"), &n));
             }
-        }
-        if spec.head_dim > MAX_HEAD_DIM {
-            let want = format!("at most {MAX_HEAD_DIM}");
-            return Err(self.wrong("head_dim", &want, &spec.head_dim));
         }
         if !(spec.norm_eps >= 0.0 && spec.norm_eps.is_finite()) {
             return Err(self.wrong("epsilon of the norms", "0 or more", &spec.norm_eps));

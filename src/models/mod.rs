@@ -11,6 +11,7 @@ mod model;
 mod params;
 mod spec;
 mod transformer;
+mod trunk;
 mod weights;
 
 pub use batch::{Batch, Staged};
@@ -19,6 +20,7 @@ pub use model::{Head, Master, Model, Use, bytes};
 pub use params::{Layout, Params, Slot, Tensor};
 pub use spec::{Family, Mlp, Norm, Position, Spec, Widths};
 pub use transformer::{Activations, Cache, Extent, Gradients, Keep, Rows, Selected};
+pub use trunk::Trunk;
 pub use weights::{Named, count, load, named, save, tensor_at};
 
 /// All model families, found by `model_type` in `config.json`.

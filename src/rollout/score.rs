@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::{
     device::{Arena, Buffer, Device, Element, Scope},
     error::Result,
-    models::{Activations, Batch, Cache, Extent, Head, Keep, Model, Selected, Spec, Staged},
+    models::{Batch, Head, Keep, Model, Spec, Trunk},
     ops::{
         logprob::{self, Settings},
         scalar_head,
@@ -35,10 +35,8 @@ impl Scorer {
     pub fn plan<T: Element>(&self, dev: &Device, spec: &Spec, head: Head) -> Result<usize> {
         let Self { rows, sequences } = *self;
         Arena::plan(|scope| {
-            let extent = Extent { rows, sequences, selected: rows, cached: 0 };
-            Staged::plan(dev, scope, spec, extent)?;
-            let pages = extent.pages(spec.attention().page(dev));
-            Pass::<T>::new(dev, scope, spec, head, extent, pages).map(drop)
+            Trunk::<T>::plan(dev, scope, spec, (rows, sequences), Keep::Nothing)?;
+            Outputs::<T::Acc>::new(scope, spec, head, rows).map(drop)
         })
     }
 
@@ -78,23 +76,24 @@ impl Scorer {
         out: &mut Vec<T::Acc>,
         entropy: Option<&mut Vec<T::Acc>>,
     ) -> Result<()> {
-        let (mut pass, staged) = Pass::run(dev, scope, model, batch)?;
+        let trunk = Trunk::forward(dev, scope, model, batch, Keep::Nothing)?;
         let _phase = dev.span("head");
+        let mut made = Outputs::new(scope, model.spec(), Head::Lm, batch.selected().len())?;
         let (_, head) = model.lm_head(dev)?;
         logprob::forward(
             dev,
-            pass.y.view_mut(),
-            pass.lse.view_mut(),
-            entropy.is_some().then(|| pass.entropy.view_mut()),
-            pass.selected.hidden(),
+            made.y.view_mut(),
+            made.lse.view_mut(),
+            entropy.is_some().then(|| made.entropy.view_mut()),
+            trunk.hidden(),
             head,
-            staged.targets(),
+            trunk.targets(),
             Settings::at(temperature),
-            pass.scratch.view_mut(),
+            made.scratch.view_mut(),
         )?;
-        let logp = dev.read_later(pass.y.view())?;
+        let logp = dev.read_later(made.y.view())?;
         if let Some(entropy) = entropy {
-            entropy.extend(dev.read_later(pass.entropy.view())?.get()?);
+            entropy.extend(dev.read_later(made.entropy.view())?.get()?);
         }
         out.extend(logp.get()?);
         Ok(())
@@ -112,11 +111,12 @@ impl Scorer {
         batch: &Batch,
         out: &mut Vec<T::Acc>,
     ) -> Result<()> {
-        let (mut pass, _staged) = Pass::run(dev, scope, model, batch)?;
+        let trunk = Trunk::forward(dev, scope, model, batch, Keep::Nothing)?;
         let _phase = dev.span("head");
+        let mut made = Outputs::new(scope, model.spec(), Head::Scalar, batch.selected().len())?;
         let w = model.score_head()?;
-        scalar_head::forward(dev, pass.y.view_mut(), pass.selected.hidden(), w)?;
-        out.extend(dev.read(pass.y.view())?);
+        scalar_head::forward(dev, made.y.view_mut(), trunk.hidden(), w)?;
+        out.extend(dev.read(made.y.view())?);
         Ok(())
     }
 }
@@ -142,58 +142,27 @@ pub fn last_scores<T: Element>(
     Ok(out)
 }
 
-struct Pass<'s, T: Element> {
-    acts: Activations<'s, T>,
-    cache: Cache<'s, T>,
-    selected: Selected<'s, T>,
+/// What a head makes of a batch.
+struct Outputs<'s, F: Element> {
     /// Log-probs or scalars.
-    y: Buffer<'s, T::Acc>,
-    lse: Buffer<'s, T::Acc>,
-    entropy: Buffer<'s, T::Acc>,
-    scratch: Buffer<'s, T::Acc>,
+    y: Buffer<'s, F>,
+    lse: Buffer<'s, F>,
+    entropy: Buffer<'s, F>,
+    scratch: Buffer<'s, F>,
 }
 
-impl<'s, T: Element> Pass<'s, T> {
-    fn new(
-        dev: &Device,
-        scope: &'s Scope<'_>,
-        spec: &Spec,
-        head: Head,
-        extent: Extent,
-        pages: usize,
-    ) -> Result<Self> {
-        let n = extent.selected;
+impl<'s, F: Element> Outputs<'s, F> {
+    /// For `n` rows.
+    fn new(scope: &'s Scope<'_>, spec: &Spec, head: Head, n: usize) -> Result<Self> {
         let (lm, scratch) = match head {
             Head::Lm => (n, logprob::scratch_len(n, spec.vocab)),
             Head::Scalar => (0, 0),
         };
         Ok(Self {
-            acts: Activations::new(dev, scope, spec, extent, Keep::Nothing)?,
-            cache: Cache::transient(dev, scope, spec, pages)?,
-            selected: Selected::new(scope, spec, n)?,
             y: scope.alloc("head outputs", n)?,
             lse: scope.alloc("log-sum-exp", lm)?,
             entropy: scope.alloc("entropy", lm)?,
             scratch: scope.alloc("LM head scratch", scratch)?,
         })
-    }
-
-    /// The forward pass over a batch, up to the head.
-    fn run(
-        dev: &Device,
-        scope: &'s Scope<'_>,
-        model: &Model<T>,
-        batch: &'s Batch,
-    ) -> Result<(Self, Staged<'s>)> {
-        let _phase = dev.span("forward");
-        let (spec, selected) = (model.spec(), batch.selected().len());
-        let pages = batch.transient_pages(spec.attention().page(dev));
-        let staged = batch.stage(dev, scope, spec, pages)?;
-        let (rows, sequences) = (batch.len(), batch.sequences());
-        let extent = Extent { rows, sequences, selected, cached: 0 };
-        let mut pass = Self::new(dev, scope, spec, model.head(), extent, pages)?;
-        model.forward(dev, &staged.rows(), &mut pass.acts, &mut pass.cache)?;
-        model.select(dev, &pass.acts, staged.selected(), &mut pass.selected)?;
-        Ok((pass, staged))
     }
 }

@@ -9,13 +9,13 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     /// # Errors
     /// Those of the passes.
     pub fn evaluate(&mut self) -> Result<Metrics> {
-        let Some(held_out) = &self.held_out else { return Ok(Metrics::new()) };
+        let Some(held_out) = &self.job.held_out else { return Ok(Metrics::new()) };
         let _phase = self.dev.span("evaluate");
         let all: Vec<usize> = (0..held_out.len()).collect();
         let Some((sequences, columns)) = held_out.sequences(&all, 0) else {
             return Ok(Metrics::new());
         };
-        let (scorer, dev) = (self.work.scorer(), &self.dev);
+        let (scorer, dev) = (self.job.work.scorer(), &self.dev);
         let mut out = Vec::new();
         for group in scorer.groups(sequences.iter().map(|s| s.ids.len())) {
             self.batch.clear();

@@ -26,7 +26,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         base: u64,
         seen: &mut dyn Observer,
     ) -> Result<Option<(Vec<Sequence>, Columns<f32>)>> {
-        let (Examples::Prompts(all), Some(sampling)) = (&self.examples, self.sampling()) else {
+        let (Examples::Prompts(all), Some(sampling)) = (&self.job.examples, self.sampling()) else {
             return Ok(None);
         };
         let per = sampling.samples_per_prompt;
@@ -68,12 +68,16 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             return Ok(None);
         };
         let _phase = self.dev.span("sample");
-        let generator = self.work.generator();
+        let generator = self.job.work.generator();
         let settings = Generation {
             sampling: sampling.params,
             max_new_tokens: sampling.max_new_tokens,
-            stop_ids: self.eos.iter().chain(&self.settings.stop_ids).copied().collect(),
-            stream: Stream { seed: self.settings.seed, step: self.step, purpose: Purpose::Sample },
+            stop_ids: self.job.eos.iter().chain(&self.job.settings.stop_ids).copied().collect(),
+            stream: Stream {
+                seed: self.job.settings.seed,
+                step: self.step,
+                purpose: Purpose::Sample,
+            },
         };
         let total = prompts.len() * settings.max_new_tokens;
         let mut made = 0;
@@ -88,7 +92,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     /// Reference log-probs, values and scores of the sampled sequences.
     fn score(&mut self, sequences: &[Sequence], c: &mut Columns<f32>) -> Result<()> {
         let _phase = self.dev.span("score");
-        let (scorer, dev, t) = (self.work.scorer(), &self.dev, self.temperature());
+        let (scorer, dev, t) = (self.job.work.scorer(), &self.dev, self.temperature());
         let groups = scorer.groups(sequences.iter().map(|s| s.ids.len()));
         let (arena, batch) = (&mut self.arena, &mut self.batch);
         let tokens = |batch: &mut Batch, group: &Range<usize>| {
@@ -127,7 +131,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     /// Writes scores, values and advantages into the records of the step.
     pub(super) fn finish_rollouts(&mut self, c: &Columns<f32>) {
         for (s, r) in self.rollouts.iter_mut().enumerate() {
-            r.fill(c, s, self.tokenizer.as_ref());
+            r.fill(c, s, self.job.tokenizer.as_ref());
         }
     }
 }

@@ -4,14 +4,16 @@ use std::path::Path;
 
 use super::{
     feed::Examples,
-    plan::{self, Work},
+    plan::{self, Plan, Work},
     settings::Settings,
 };
 use crate::{
     algorithms::{Algorithm, Needs},
     config::Section,
     data::{Limits, Stats, Tokenizer},
+    device::{Device, Element},
     error::{Error, Result},
+    eval,
     models::{Config, Spec},
 };
 
@@ -25,6 +27,8 @@ pub struct Job {
     pub needs: Needs,
     /// The model that it is given.
     pub spec: Spec,
+    /// The reward model that scores samples, if there is one.
+    pub judge: Option<Spec>,
     /// The tokenizer beside it.
     pub tokenizer: Option<Tokenizer>,
     /// Ids that end a text.
@@ -60,6 +64,16 @@ pub fn max_length(s: &Settings, needs: &Needs, spec: &Spec) -> Result<usize> {
     })
 }
 
+/// Of the model that a run is given, and of its reward model.
+///
+/// # Errors
+/// [`Error::File`] if a config is missing or wrong.
+pub fn specs(s: &Settings, needs: &Needs) -> Result<(Spec, Option<Spec>)> {
+    let spec = |dir: &Path| Config::read(dir)?.spec().map(|(_, spec)| spec);
+    let judge = plan::sampling(needs).and_then(|s| s.reward_model.as_ref());
+    Ok((spec(Path::new(&s.model))?, judge.map(|dir| spec(dir)).transpose()?))
+}
+
 impl Job {
     /// Reads config, tokenizer and data.
     ///
@@ -69,7 +83,7 @@ impl Job {
         settings.validate()?;
         let needs = algorithm.needs();
         let dir = Path::new(&settings.model);
-        let (_, spec) = Config::read(dir)?.spec()?;
+        let (spec, judge) = specs(&settings, &needs)?;
         let tokenizer = Tokenizer::open_if_there(dir)?;
         let mut eos: Vec<u32> = settings.eos_id.into_iter().collect();
         if eos.is_empty() {
@@ -99,6 +113,9 @@ impl Job {
         };
         let longest = held_out.as_ref().map_or(0, Examples::longest).max(examples.longest());
         let work = Work::new(&settings, &needs, longest);
+        if let (Some(dir), Some(judge)) = (sampling.and_then(|s| s.reward_model.as_ref()), &judge) {
+            eval::check_reward_model(dir, judge, &spec, tokenizer.as_ref(), work.longest)?;
+        }
         let per_prompt = sampling.map_or(1, |s| s.samples_per_prompt);
         if !settings.batch_size.is_multiple_of(per_prompt.saturating_mul(needs.minibatches)) {
             let parts = needs.minibatches;
@@ -116,6 +133,7 @@ impl Job {
             algorithm,
             needs,
             spec,
+            judge,
             tokenizer,
             eos,
             examples,
@@ -124,5 +142,14 @@ impl Job {
             steps,
             work,
         })
+    }
+
+    /// Its memory on `dev`, with models that compute in `T`.
+    ///
+    /// # Errors
+    /// As [`Plan::new`].
+    pub fn plan<T: Element>(&self, dev: &Device) -> Result<Plan> {
+        let specs = (&self.spec, self.judge.as_ref());
+        Plan::new::<T>(dev, &self.settings, &self.needs, &self.work, specs)
     }
 }

@@ -4,10 +4,7 @@ use crate::{
     algorithms::Micro,
     device::{Arena, Buffer, Device, Element, Scope, View, ViewMut},
     error::Result,
-    models::{
-        Activations, Batch, Cache, Extent, Gradients, Head, Keep, Model, Params, Selected, Slot,
-        Spec, Staged,
-    },
+    models::{Batch, Gradients, Head, Keep, Model, Params, Slot, Spec, Trunk},
     ops::{
         logprob::{self, Settings},
         scalar_head,
@@ -38,10 +35,8 @@ impl Sizes {
         let Self { rows, sequences } = *self;
         Arena::plan(|scope| {
             Micro::<T::Acc>::plan(dev, scope, rows)?;
-            let extent = Extent { rows, sequences, selected: rows, cached: 0 };
-            Staged::plan(dev, scope, spec, extent)?;
-            let pages = extent.pages(spec.attention().page(dev));
-            Buffers::<T>::new(dev, scope, spec, head, how, extent, pages).map(drop)
+            Trunk::<T>::plan(dev, scope, spec, (rows, sequences), how.keep())?;
+            Outputs::<T>::new(scope, spec, head, how, (rows, rows)).map(drop)
         })
     }
 }
@@ -55,11 +50,14 @@ pub struct How {
     pub recompute: bool,
 }
 
-/// Buffers of a pass.
-struct Buffers<'s, T: Element> {
-    acts: Activations<'s, T>,
-    cache: Cache<'s, T>,
-    selected: Selected<'s, T>,
+impl How {
+    fn keep(self) -> Keep {
+        if self.recompute { Keep::Streams } else { Keep::All }
+    }
+}
+
+/// What a head makes of a batch, and the gradients down from there.
+struct Outputs<'s, T: Element> {
     gradients: Gradients<'s, T>,
     /// Log-probs or scalars, and their gradient.
     y: Buffer<'s, T::Acc>,
@@ -71,17 +69,15 @@ struct Buffers<'s, T: Element> {
     scratch: Buffer<'s, T::Acc>,
 }
 
-impl<'s, T: Element> Buffers<'s, T> {
+impl<'s, T: Element> Outputs<'s, T> {
+    /// For `rows` rows of which the head reads `n`.
     fn new(
-        dev: &Device,
         scope: &'s Scope<'_>,
         spec: &Spec,
         head: Head,
         how: How,
-        extent: Extent,
-        pages: usize,
+        (rows, n): (usize, usize),
     ) -> Result<Self> {
-        let (rows, n) = (extent.rows, extent.selected);
         let lm = if head == Head::Lm { n } else { 0 };
         let with = if how.entropy { n } else { 0 };
         let (vocab, hidden) = (spec.vocab, spec.hidden);
@@ -91,11 +87,7 @@ impl<'s, T: Element> Buffers<'s, T> {
                 logprob::scratch_len(n, vocab).max(logprob::backward_scratch_len(n, vocab, hidden))
             }
         };
-        let keep = if how.recompute { Keep::Streams } else { Keep::All };
         Ok(Self {
-            acts: Activations::new(dev, scope, spec, extent, keep)?,
-            cache: Cache::transient(dev, scope, spec, pages)?,
-            selected: Selected::new(scope, spec, n)?,
             gradients: Gradients::new(scope, spec, rows, n)?,
             y: scope.alloc("head outputs", n)?,
             dy: scope.alloc("gradient of head outputs", n)?,
@@ -106,46 +98,19 @@ impl<'s, T: Element> Buffers<'s, T> {
             scratch: scope.alloc("LM head scratch", scratch)?,
         })
     }
+}
 
-    /// The forward pass over a batch, up to the head.
-    fn forward(
-        dev: &Device,
-        scope: &'s Scope<'_>,
-        model: &Model<T>,
-        batch: &'s Batch,
-        how: How,
-    ) -> Result<(Self, Staged<'s>)> {
-        let _phase = dev.span("forward");
-        let (spec, selected) = (model.spec(), batch.selected().len());
-        let pages = batch.transient_pages(spec.attention().page(dev));
-        let staged = batch.stage(dev, scope, spec, pages)?;
-        let (rows, sequences) = (batch.len(), batch.sequences());
-        let extent = Extent { rows, sequences, selected, cached: 0 };
-        let mut b = Self::new(dev, scope, spec, model.head(), how, extent, pages)?;
-        model.forward(dev, &staged.rows(), &mut b.acts, &mut b.cache)?;
-        model.select(dev, &b.acts, staged.selected(), &mut b.selected)?;
-        Ok((b, staged))
-    }
-
-    fn backward(
-        &mut self,
-        dev: &Device,
-        model: &Model<T>,
-        grads: &mut Params<T::Acc>,
-        staged: &Staged<'_>,
-    ) -> Result<()> {
-        model.backward(
-            dev,
-            grads,
-            &staged.rows(),
-            &mut self.acts,
-            &mut self.cache,
-            &self.selected,
-            staged.selected(),
-            self.dh.view(),
-            &mut self.gradients,
-        )
-    }
+/// The forward pass over a batch up to the head, and room for what follows.
+fn forward<'s, T: Element>(
+    dev: &Device,
+    scope: &'s Scope<'_>,
+    model: &Model<T>,
+    batch: &'s Batch,
+    how: How,
+) -> Result<(Trunk<'s, T>, Outputs<'s, T>)> {
+    let trunk = Trunk::forward(dev, scope, model, batch, how.keep())?;
+    let sizes = (batch.len(), batch.selected().len());
+    Ok((trunk, Outputs::new(scope, model.spec(), model.head(), how, sizes)?))
 }
 
 /// What a policy's loss reads and writes, one number for each predicted token.
@@ -177,16 +142,16 @@ pub fn policy<T: Element>(
     how: How,
     loss: impl FnOnce(PolicyColumns<'_, T::Acc>) -> Result<()>,
 ) -> Result<()> {
-    let (mut b, staged) = Buffers::forward(dev, scope, model, batch, how)?;
+    let (mut trunk, mut b) = forward(dev, scope, model, batch, how)?;
     let phase = dev.span("head");
     let (w, packed) = model.lm_head(dev)?;
-    let (targets, settings, entropy) = (staged.targets(), Settings::at(temperature), how.entropy);
+    let (targets, settings, entropy) = (trunk.targets(), Settings::at(temperature), how.entropy);
     logprob::forward(
         dev,
         b.y.view_mut(),
         b.lse.view_mut(),
         entropy.then(|| b.entropy.view_mut()),
-        b.selected.hidden(),
+        trunk.hidden(),
         packed,
         targets,
         settings,
@@ -203,7 +168,7 @@ pub fn policy<T: Element>(
     drop(phase);
     let _phase = dev.span("backward");
     let forward = logprob::Forward {
-        h: b.selected.hidden(),
+        h: trunk.hidden(),
         packed,
         w,
         targets,
@@ -215,7 +180,7 @@ pub fn policy<T: Element>(
     let dentropy = entropy.then(|| b.dentropy.view());
     let (dh, scratch) = (b.dh.view_mut(), b.scratch.view_mut());
     logprob::backward(dev, dh, dw, b.dy.view(), dentropy, forward, scratch)?;
-    b.backward(dev, model, grads, &staged)
+    trunk.backward(dev, model, grads, b.dh.view(), &mut b.gradients)
 }
 
 /// A scalar model: its head at each selected row, `loss(y, dy)`, and the gradient of all weights
@@ -232,18 +197,18 @@ pub fn scalar<T: Element>(
     how: How,
     loss: impl FnOnce(View<'_, T::Acc>, ViewMut<'_, T::Acc>) -> Result<()>,
 ) -> Result<()> {
-    let (mut b, staged) = Buffers::forward(dev, scope, model, batch, how)?;
+    let (mut trunk, mut b) = forward(dev, scope, model, batch, how)?;
     let phase = dev.span("head");
     let w = model.score_head()?;
-    scalar_head::forward(dev, b.y.view_mut(), b.selected.hidden(), w)?;
+    scalar_head::forward(dev, b.y.view_mut(), trunk.hidden(), w)?;
     drop(phase);
     let phase = dev.span("loss");
     loss(b.y.view(), b.dy.view_mut())?;
     drop(phase);
     let _phase = dev.span("backward");
     if let Some(dw) = grads.get_mut(Slot::Score, None) {
-        let h = b.selected.hidden();
+        let h = trunk.hidden();
         scalar_head::backward(dev, b.dh.view_mut(), dw, b.dy.view(), h, w)?;
     }
-    b.backward(dev, model, grads, &staged)
+    trunk.backward(dev, model, grads, b.dh.view(), &mut b.gradients)
 }

@@ -9,7 +9,7 @@ use super::{
 use crate::{
     algorithms::{Inputs, Needs, Origin, Sampling},
     device::{Device, Element},
-    error::Result,
+    error::{Error, Result},
     models::{self, Head, Layout, Spec, Use},
     rollout::{Generator, Scorer},
 };
@@ -112,16 +112,18 @@ impl Plan {
     /// model that scores samples.
     ///
     /// # Errors
-    /// [`crate::Error::Memory`] if the sizes overflow, [`crate::Error::Value`] if the device does not compute such a model.
+    /// [`Error::Memory`] if the sizes overflow, [`Error::Value`] if the device does not compute such a model.
     pub fn new<T: Element>(
         dev: &Device,
         s: &Settings,
         needs: &Needs,
         work: &Work,
-        (policy, judge): (&Spec, &Spec),
+        (policy, judge): (&Spec, Option<&Spec>),
     ) -> Result<Self> {
         let mut plan = Self { parts: Vec::new(), phases: Vec::new() };
-        [policy, judge].into_iter().try_for_each(|spec| spec.clone().on(dev).check(dev))?;
+        std::iter::once(policy)
+            .chain(judge)
+            .try_for_each(|spec| spec.clone().on(dev).check(dev))?;
         if !needs.policy {
             plan.trained::<T>(dev, s, needs, work, ("reward", policy, Head::Scalar))?;
             return Ok(plan);
@@ -130,11 +132,11 @@ impl Plan {
             plan.frozen::<T>(dev, s, work, ("reference", policy, Head::Lm), policy)?;
         }
         let sampling = sampling(needs);
-        if sampling.is_some_and(|s| s.reward_model.is_some()) {
+        if let Some(judge) = judge {
             plan.frozen::<T>(dev, s, work, ("reward_model", judge, Head::Scalar), policy)?;
         }
         if let Some(scalar) = needs.scalar {
-            let from = if scalar.from == Origin::RewardModel { judge } else { policy };
+            let from = judge.filter(|_| scalar.from == Origin::RewardModel).unwrap_or(policy);
             plan.trained::<T>(dev, s, needs, work, ("value", from, Head::Scalar))?;
         }
         plan.trained::<T>(dev, s, needs, work, ("policy", policy, Head::Lm))?;
@@ -200,6 +202,15 @@ impl Plan {
     #[must_use]
     pub fn shared(&self) -> usize {
         self.phases.iter().map(|p| p.1).max().unwrap_or(0)
+    }
+
+    /// Refuses what the device has no room for.
+    ///
+    /// # Errors
+    /// [`Error::Memory`] with all that the run takes and what is free.
+    pub fn fits(&self, dev: &Device) -> Result<()> {
+        let (want, Some(have)) = (self.total(), dev.free_memory()?) else { return Ok(()) };
+        if want <= have { Ok(()) } else { Err(Error::Memory { what: "the run", want, have }) }
     }
 
     /// All bytes.

@@ -109,9 +109,9 @@ fn run_in<T: Element<Acc = f32>>(
     run.pre_flight()?;
     run.write_about(about)?;
     run.write_config(entry, section)?;
-    seen.begin(run.trainer.step, run.trainer.steps);
+    seen.begin(run.trainer.step, run.trainer.job.steps);
     let mut metrics = MetricsFile::open(&run.out, Some(run.trainer.step).filter(|s| *s > 0))?;
-    while run.trainer.step < run.trainer.steps {
+    while run.trainer.step < run.trainer.job.steps {
         let start = Instant::now();
         if let Some(mut report) = run.trainer.step(seen)? {
             let (seconds, at) = (start.elapsed().as_secs_f64(), run.trainer.step);
@@ -123,12 +123,12 @@ fn run_in<T: Element<Acc = f32>>(
             }
             metrics.log(at, &report.metrics)?;
             run.time(at, seconds, &report)?;
-            seen.step(run.trainer.step, run.trainer.steps, &report.metrics, seconds);
+            seen.step(run.trainer.step, run.trainer.job.steps, &report.metrics, seconds);
         }
         let signal = signals::requested();
-        let every = run.trainer.settings.checkpoint_every;
+        let every = run.trainer.job.settings.checkpoint_every;
         let due = every > 0 && run.trainer.step.is_multiple_of(every);
-        let last = run.trainer.step == run.trainer.steps;
+        let last = run.trainer.step == run.trainer.job.steps;
         if signal.is_some() || due || last {
             metrics.sync()?;
             run.save(&state, seen)?;
@@ -154,7 +154,7 @@ impl<T: Element<Acc = f32>> Run<T> {
     /// What the run is, in lines for people and in `run.json`.
     fn about(&self, entry: &Entry) -> Vec<(&'static str, String)> {
         let t = &self.trainer;
-        let (s, mib) = (&t.stats, t.memory().shared() as f64 / (1 << 20) as f64);
+        let (s, mib) = (&t.job.stats, t.memory().shared() as f64 / (1 << 20) as f64);
         let size =
             |m: &Model<T>| format!("{}, {} weights", m.family().model_type, models::count(m));
         let mut about = vec![("algorithm", entry.name.to_owned()), ("device", t.dev.describe())];
@@ -187,7 +187,7 @@ impl<T: Element<Acc = f32>> Run<T> {
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |t| t.as_secs_f64());
         let mut all: Map<String, Value> =
             about.into_iter().map(|(name, text)| (name.to_owned(), text.into())).collect();
-        all.insert("steps".into(), self.trainer.steps.into());
+        all.insert("steps".into(), self.trainer.job.steps.into());
         all.insert("version".into(), env!("CARGO_PKG_VERSION").into());
         all.insert("started".into(), before["started"].as_f64().unwrap_or(now).into());
         let text = format!("{:#}\n", Value::from(all));
@@ -196,23 +196,23 @@ impl<T: Element<Acc = f32>> Run<T> {
 
     /// What must be the same when the run is resumed.
     fn fixed(&self, entry: &Entry, section: &dyn Section) -> Value {
-        let keys = Section::keys(&self.trainer.settings).into_iter().chain(section.keys());
+        let keys = Section::keys(&self.trainer.job.settings).into_iter().chain(section.keys());
         let keys = keys.filter(|k| !Settings::FREE.contains(&k.name));
         let all: Map<String, Value> =
             keys.map(|k| (k.name.to_owned(), Value::String(k.value))).collect();
-        let tokenizer = self.trainer.tokenizer.as_ref().map(Tokenizer::digest);
+        let tokenizer = self.trainer.job.tokenizer.as_ref().map(Tokenizer::digest);
         let models: Map<String, Value> =
             self.models.iter().map(|(name, hash)| ((*name).to_owned(), json!(hash))).collect();
         json!({
             "algorithm": entry.name, "settings": all, "models": models, "tokenizer": tokenizer,
-            "data": self.trainer.examples.digest(), "precision": T::NAME,
+            "data": self.trainer.job.examples.digest(), "precision": T::NAME,
         })
     }
 
     /// All steps are done and all models exported.
     fn is_finished(&self) -> bool {
         let t = &self.trainer;
-        t.step == t.steps && self.exports().all(|(_, dir)| dir.is_dir())
+        t.step == t.job.steps && self.exports().all(|(_, dir)| dir.is_dir())
     }
 
     /// Checks that the disk has room for the checkpoints and models that the run will leave, so that
@@ -223,7 +223,7 @@ impl<T: Element<Acc = f32>> Run<T> {
             t.policy.iter().chain(&t.scalar).map(|r| r.grads.layout().len() as u64).sum();
         // Weights and two moments; while one is written, all that are kept are still there.
         let kept = checkpoint::list(&Disk, &self.checkpoints)?.len();
-        let more = (t.settings.keep_checkpoints.max(2) + 1).saturating_sub(kept) as u64;
+        let more = (t.job.settings.keep_checkpoints.max(2) + 1).saturating_sub(kept) as u64;
         check_room(&Disk, "the run", &self.out, (12 * more + 4) * numbers)
     }
 
@@ -262,7 +262,7 @@ impl<T: Element<Acc = f32>> Run<T> {
             }
             role.updates = loaded.state["updates"][name].as_u64().unwrap_or(0);
         }
-        t.algorithm.restore(&loaded.state["algorithm"])?;
+        t.job.algorithm.restore(&loaded.state["algorithm"])?;
         t.step = loaded.step;
         self.saved = Some(loaded.step);
         seen.note(&format!("resumed at step {} from {}", loaded.step, loaded.path.display()));
@@ -287,11 +287,11 @@ impl<T: Element<Acc = f32>> Run<T> {
         let state = json!({
             "run": fixed,
             "updates": updates,
-            "algorithm": t.algorithm.state(),
+            "algorithm": t.job.algorithm.state(),
             "version": env!("CARGO_PKG_VERSION"),
             "family": t.dev.family(),
         });
-        let keep = t.settings.keep_checkpoints;
+        let keep = t.job.settings.keep_checkpoints;
         let saved = checkpoint::save(&Disk, &self.checkpoints, t.step, keep, tensors, &state)?;
         for problem in &saved.problems {
             seen.note(&format!("the checkpoint is safe, but {problem}"));
@@ -302,8 +302,9 @@ impl<T: Element<Acc = f32>> Run<T> {
 
     /// Whether the step just done is followed by an evaluation.
     fn evaluates(&self) -> bool {
-        let (t, every) = (&self.trainer, self.trainer.settings.eval_every);
-        t.held_out.is_some() && (t.step == t.steps || every > 0 && t.step.is_multiple_of(every))
+        let (t, every) = (&self.trainer, self.trainer.job.settings.eval_every);
+        t.job.held_out.is_some()
+            && (t.step == t.job.steps || every > 0 && t.step.is_multiple_of(every))
     }
 
     fn write_config(&self, entry: &Entry, section: &dyn Section) -> Result<()> {
@@ -312,7 +313,7 @@ impl<T: Element<Acc = f32>> Run<T> {
             "# warpo train {} --config {}\n\n{}",
             entry.name,
             path.display(),
-            config::template(&[&self.trainer.settings, section])
+            config::template(&[&self.trainer.job.settings, section])
         );
         fs::write(&path, text).map_err(Error::io("write", &path))
     }
@@ -334,7 +335,7 @@ impl<T: Element<Acc = f32>> Run<T> {
 
     /// Exports the trained models: `final/`, and `final-value/` beside a policy.
     fn finish(self) -> Result<PathBuf> {
-        let from = Path::new(&self.trainer.settings.model);
+        let from = Path::new(&self.trainer.job.settings.model);
         let dev = &self.trainer.dev;
         let _phase = dev.span("export");
         self.exports().try_for_each(|(role, dir)| export(dev, role, from, &dir))?;

@@ -1,23 +1,22 @@
 //! The training loop: one for all algorithms.
 
-use std::{ops::Range, path::PathBuf, time::Instant};
+use std::{ops::Range, path::Path, time::Instant};
 
 use super::{
-    feed::{self, Examples, Sequence},
+    feed::{self, Sequence},
     job::Job,
     pass::{self, How},
-    plan::{self, Plan, Work},
+    plan::{self, Plan},
     role::Role,
     rollouts::Rollout,
     schedule,
     settings::Settings,
 };
 use crate::{
-    algorithms::{Algorithm, Columns, Inputs, Metrics, Micro, Needs, Origin, Sampling},
-    data::{Order, Stats, Tokenizer},
+    algorithms::{Algorithm, Columns, Inputs, Metrics, Micro, Origin, Sampling},
+    data::Order,
     device::{Arena, Device, Element, Later, View},
     error::{Error, Result},
-    eval::load_reward_model,
     models::{Batch, Head, Model, Use},
     rng::{Philox, Purpose},
 };
@@ -47,24 +46,15 @@ pub struct Trainer<T: Element> {
     pub(super) dev: Device,
     /// Where columns are, and what is made of them once a step.
     pub(super) host: Device,
-    pub(super) settings: Settings,
-    pub(super) algorithm: Box<dyn Algorithm>,
-    pub(super) needs: Needs,
+    pub(super) job: Job,
     pub(super) policy: Option<Role<T>>,
     pub(super) scalar: Option<Role<T>>,
     pub(super) reference: Option<Model<T>>,
     pub(super) reward_model: Option<Model<T>>,
-    pub(super) tokenizer: Option<Tokenizer>,
-    pub(super) examples: Examples,
-    pub(super) held_out: Option<Examples>,
-    pub(super) stats: Stats,
-    pub(super) eos: Vec<u32>,
     /// Steps done. People count from 1: the next step is `step + 1` in messages and files.
     pub(super) step: u64,
-    pub(super) steps: u64,
     order: Order,
     pub(super) arena: Arena,
-    pub(super) work: Work,
     memory: Plan,
     pub(super) batch: Batch,
     /// Samples of the last step, for the records of the run.
@@ -84,91 +74,66 @@ pub struct Report {
 }
 
 impl<T: Element<Acc = f32>> Trainer<T> {
-    /// Loads models and data, and plans all memory.
+    /// Reads data, plans all memory, and loads models if there is room for them.
     ///
     /// # Errors
-    /// Those of the parts, naming file and key.
+    /// Those of the parts, naming file and key; [`Error::Memory`] if the run does not fit the device.
     pub fn new(dev: &Device, settings: Settings, algorithm: Box<dyn Algorithm>) -> Result<Self> {
-        let dev = dev.clone();
-        let Job {
-            settings,
-            algorithm,
-            needs,
-            tokenizer,
-            eos,
-            examples,
-            held_out,
-            stats,
-            steps,
-            work,
-            ..
-        } = Job::new(settings, algorithm)?;
-        let dir = PathBuf::from(&settings.model);
+        let job = Job::new(settings, algorithm)?;
+        let memory = job.plan::<T>(dev)?;
+        memory.fits(dev)?;
         let mut this = Self {
+            dev: dev.clone(),
+            host: dev.host(job.settings.threads),
             policy: None,
             scalar: None,
             reference: None,
             reward_model: None,
-            host: dev.host(settings.threads),
-            order: feed::order(&examples, &settings),
-            arena: Arena::new(&dev, 0)?,
-            work,
-            memory: Plan { parts: Vec::new(), phases: Vec::new() },
-            batch: Batch::default(),
+            step: 0,
+            order: feed::order(&job.examples, &job.settings),
+            arena: Arena::new(dev, 0)?,
+            batch: Batch::with_capacity(job.work.sizes.rows),
+            memory,
             rollouts: Vec::new(),
             clock: Vec::new(),
             changed: Vec::new(),
-            step: 0,
-            dev,
-            settings,
-            algorithm,
-            needs,
-            tokenizer,
-            examples,
-            held_out,
-            stats,
-            eos,
-            steps,
+            job,
         };
-        this.load_models(&dir)?;
-        this.take_room()?;
+        this.load_models()?;
+        this.arena = Arena::new(dev, this.memory.shared())?;
         Ok(this)
     }
 
-    fn load_models(&mut self, dir: &std::path::Path) -> Result<()> {
-        let (dev, seed) = (&self.dev, self.settings.seed);
-        if !self.needs.policy {
+    fn load_models(&mut self) -> Result<()> {
+        let (dev, job) = (&self.dev, &self.job);
+        let (dir, seed) = (Path::new(&job.settings.model), job.settings.seed);
+        if !job.needs.policy {
             let model = Model::load_trained(dev, dir, Head::Scalar, Some(seed))?;
             self.scalar = Some(Role::new(dev, "reward", model)?);
             return Ok(());
         }
         let policy = Model::load_trained(dev, dir, Head::Lm, None)?;
-        let parks = |model: &Model<T>| {
+        let park = |mut model: Model<T>| {
             let kind = (model.spec(), model.head());
-            plan::frozen::<T>(dev, &self.settings, kind, policy.spec()) == Use::Parked
-        };
-        if self.needs.reference {
-            let mut reference = policy.copy_as(dev, Head::Lm, seed, Use::Frozen)?;
-            if parks(&reference) {
-                reference.park(dev)?;
+            if plan::frozen::<T>(dev, &job.settings, kind, policy.spec()) == Use::Parked {
+                model.park(dev)?;
             }
-            self.reference = Some(reference);
+            Ok(Some(model))
+        };
+        if job.needs.reference {
+            self.reference = park(policy.copy_as(dev, Head::Lm, seed, Use::Frozen)?)?;
         }
-        if let Some(folder) = self.sampling().and_then(|s| s.reward_model.as_ref()) {
-            let (spec, tokenizer) = (policy.spec(), self.tokenizer.as_ref());
-            let model = load_reward_model(dev, folder, spec, tokenizer, self.work.longest)?;
-            self.reward_model = Some(model);
+        let judge = plan::sampling(&job.needs).and_then(|s| s.reward_model.as_ref());
+        if let Some(judge) = judge {
+            self.reward_model = park(Model::load(dev, judge, Head::Scalar, None)?)?;
         }
-        if let Some(scalar) = self.needs.scalar {
-            let from = match (scalar.from, &self.reward_model) {
-                (Origin::RewardModel, Some(model)) => model,
-                _ => &policy,
+        if let Some(scalar) = job.needs.scalar {
+            // Loaded again, not copied: the judge may be rounded.
+            let value = match judge.filter(|_| scalar.from == Origin::RewardModel) {
+                Some(judge) => Model::load_trained(dev, judge, Head::Scalar, None)?,
+                None => policy.copy_as(dev, Head::Scalar, seed, Use::Trained)?,
             };
-            let value = from.copy_as(dev, Head::Scalar, seed, Use::Trained)?;
             self.scalar = Some(Role::new(dev, "value", value)?);
-        }
-        if let Some(model) = self.reward_model.as_mut().filter(|model| parks(model)) {
-            model.park(dev)?;
         }
         self.policy = Some(Role::new(dev, "policy", policy)?);
         Ok(())
@@ -176,24 +141,12 @@ impl<T: Element<Acc = f32>> Trainer<T> {
 
     /// How samples are made, if the algorithm samples.
     pub(super) fn sampling(&self) -> Option<&Sampling> {
-        plan::sampling(&self.needs)
+        plan::sampling(&self.job.needs)
     }
 
     /// Divides the logits of the policy and of the reference.
     pub(super) fn temperature(&self) -> f32 {
         self.sampling().map_or(1.0, |s| s.params.temperature)
-    }
-
-    /// Takes the memory that the largest phase needs.
-    fn take_room(&mut self) -> Result<()> {
-        let model = self.policy.iter().chain(&self.scalar).map(|r| r.model.spec()).next();
-        let Some(model) = model else { return Ok(()) };
-        let judge = self.reward_model.as_ref().map_or(model, Model::spec);
-        let specs = (model, judge);
-        self.memory = Plan::new::<T>(&self.dev, &self.settings, &self.needs, &self.work, specs)?;
-        self.arena = Arena::new(&self.dev, self.memory.shared())?;
-        self.batch = Batch::with_capacity(self.work.sizes.rows);
-        Ok(())
     }
 
     /// Memory of the run, all of which is taken.
@@ -203,7 +156,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     }
 
     fn how(&self, head: Head) -> How {
-        plan::how(&self.settings, &self.needs, head)
+        plan::how(&self.job.settings, &self.job.needs, head)
     }
 
     /// The language model that is trained.
@@ -221,7 +174,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     /// How prompts, samples, minibatches and micro-batches multiply, in one line.
     #[must_use]
     pub fn equation(&self) -> String {
-        let (s, n) = (&self.settings, &self.needs);
+        let (s, n) = (&self.job.settings, &self.job.needs);
         let head = match &n.inputs {
             Inputs::Texts { .. } => format!("{} texts a step", s.batch_size),
             Inputs::Pairs => {
@@ -241,7 +194,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         };
         format!(
             "{head}; micro-batches of up to {} tokens; {} steps",
-            self.work.sizes.rows, self.steps
+            self.job.work.sizes.rows, self.job.steps
         )
     }
 
@@ -253,8 +206,8 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     pub fn step(&mut self, seen: &mut dyn Observer) -> Result<Option<Report>> {
         let _phase = self.dev.span("step");
         let per_prompt = self.sampling().map_or(1, |s| s.samples_per_prompt);
-        let chosen = self.order.batch(self.step, self.settings.batch_size / per_prompt);
-        let base = self.step * (self.settings.batch_size * self.work.unit) as u64;
+        let chosen = self.order.batch(self.step, self.job.settings.batch_size / per_prompt);
+        let base = self.step * (self.job.settings.batch_size * self.job.work.unit) as u64;
         self.step_on(&chosen, base, seen).map_err(|mut e| {
             if let Error::BadNumber { samples, places, .. } = &mut e {
                 *places = samples.iter().filter_map(|s| self.place(&chosen, base, *s)).collect();
@@ -266,8 +219,8 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     /// The line of data that a sample of this step comes from.
     fn place(&self, chosen: &[usize], base: u64, sample: u64) -> Option<String> {
         let i = sample.checked_sub(base)? as usize;
-        let each = self.sampling().map_or(self.work.unit, |s| s.samples_per_prompt);
-        let places = self.examples.places(*chosen.get(i / each)?);
+        let each = self.sampling().map_or(self.job.work.unit, |s| s.samples_per_prompt);
+        let places = self.job.examples.places(*chosen.get(i / each)?);
         places.get(i % each).or(places.first()).map(ToString::to_string)
     }
 
@@ -281,18 +234,18 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         self.rollouts.clear();
         self.clock.clear();
         self.changed.clear();
-        let (sequences, mut columns) = match self.examples.sequences(chosen, base) {
+        let (sequences, mut columns) = match self.job.examples.sequences(chosen, base) {
             Some(ready) => ready,
             None => match self.roll_out(chosen, base, seen)? {
                 Some(sampled) => sampled,
                 None => return Ok(None),
             },
         };
-        self.algorithm.prepare(&self.host, &mut columns, &mut metrics)?;
+        self.job.algorithm.prepare(&self.host, &mut columns, &mut metrics)?;
         self.finish_rollouts(&columns);
         let start = Instant::now();
-        let lr = self.settings.learning_rate * self.schedule();
-        let (epochs, parts) = (self.needs.epochs, self.needs.minibatches);
+        let lr = self.job.settings.learning_rate * self.schedule();
+        let (epochs, parts) = (self.job.needs.epochs, self.job.needs.minibatches);
         let tokens: usize = sequences.iter().map(|s| s.ids.len()).sum();
         let mut norms = Norms::default();
         for epoch in 0..epochs {
@@ -300,7 +253,8 @@ impl<T: Element<Acc = f32>> Trainer<T> {
                 self.update(&sequences, &columns, true, lr, &mut norms)?;
                 continue;
             }
-            let draw = Philox::new(self.settings.seed, self.step, epoch as u64, Purpose::Minibatch);
+            let draw =
+                Philox::new(self.job.settings.seed, self.step, epoch as u64, Purpose::Minibatch);
             let order = draw.permutation(sequences.len());
             for (part, chosen) in order.chunks(sequences.len() / parts).enumerate() {
                 seen.phase("update", epoch * parts + part, epochs * parts);
@@ -309,7 +263,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
                 self.update(&mini, &columns.subset(chosen), first, lr, &mut norms)?;
             }
         }
-        self.algorithm.finish(&mut metrics)?;
+        self.job.algorithm.finish(&mut metrics)?;
         let roles = [&self.policy, &self.scalar];
         healthy(&self.dev, &mut self.changed, roles, self.step + 1)?;
         norms.report(&mut metrics);
@@ -321,9 +275,9 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     }
 
     fn schedule(&self) -> f64 {
-        let s = &self.settings;
+        let s = &self.job.settings;
         let floor = s.min_learning_rate_ratio;
-        schedule::factor(s.schedule, self.step, self.steps, s.warmup_steps, floor)
+        schedule::factor(s.schedule, self.step, self.job.steps, s.warmup_steps, floor)
     }
 
     /// Gradients over all micro-batches of a minibatch, then one update of each trained model.
@@ -335,9 +289,9 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         lr: f64,
         norms: &mut Norms,
     ) -> Result<()> {
-        let unit = self.work.unit;
+        let unit = self.job.work.unit;
         let lens = sequences.chunks(unit).map(|u| u.iter().map(|s| s.ids.len()).sum());
-        let groups = self.work.scorer().groups(lens);
+        let groups = self.job.work.scorer().groups(lens);
         let dev = self.dev.clone();
         let (mut policy, mut scalar) = (self.policy.take(), self.scalar.take());
         let mut run = || {
@@ -365,13 +319,13 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             };
             let (policy_norm, scalar_norm) =
                 (known(&policy, policy_norm)?, known(&scalar, scalar_norm)?);
-            let own = self.needs.scalar.and_then(|s| s.learning_rate);
+            let own = self.job.needs.scalar.and_then(|s| s.learning_rate);
             let scalar_lr = own.map_or(lr, |peak| peak * self.schedule());
             for (role, norm, lr) in
                 [(&mut policy, policy_norm, lr), (&mut scalar, scalar_norm, scalar_lr)]
             {
                 let (Some(role), Some(norm)) = (role, norm) else { continue };
-                self.changed.push((role.name, role.update(&dev, &self.settings, lr, norm)?));
+                self.changed.push((role.name, role.update(&dev, &self.job.settings, lr, norm)?));
             }
             norms.policy.extend(policy_norm);
             norms.scalar.extend(scalar_norm);
@@ -399,7 +353,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             for s in &sequences[group.clone()] {
                 self.batch.push_masked(&s.ids, &s.predicted);
             }
-            let (algorithm, scope) = (&mut self.algorithm, self.arena.scope());
+            let (algorithm, scope) = (&mut self.job.algorithm, self.arena.scope());
             let micro = Micro::stage(dev, &scope, columns, group.clone())?;
             let (model, grads, batch) = (&role.model, &mut role.grads, &self.batch);
             pass::policy(dev, model, grads, &scope, batch, temperature, how, |mut c| {
@@ -422,20 +376,21 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         groups: &[Range<usize>],
         watched: &mut Vec<Watched>,
     ) -> Result<()> {
-        let _phase = dev.span(if self.needs.policy { "value gradient" } else { "reward gradient" });
+        let _phase =
+            dev.span(if self.job.needs.policy { "value gradient" } else { "reward gradient" });
         role.zero_grads(dev)?;
-        let (name, how, unit) = (role.name, self.how(Head::Scalar), self.work.unit);
+        let (name, how, unit) = (role.name, self.how(Head::Scalar), self.job.work.unit);
         for group in groups {
             let group = group.start * unit..group.end * unit;
             self.batch.clear();
             for s in &sequences[group.clone()] {
-                if self.needs.policy {
+                if self.job.needs.policy {
                     self.batch.push_masked(&s.ids, &s.predicted);
                 } else {
                     self.batch.push_last(&s.ids);
                 }
             }
-            let (algorithm, scope) = (&mut self.algorithm, self.arena.scope());
+            let (algorithm, scope) = (&mut self.job.algorithm, self.arena.scope());
             let micro = Micro::stage(dev, &scope, columns, group.clone())?;
             let (model, grads, batch) = (&role.model, &mut role.grads, &self.batch);
             pass::scalar(dev, model, grads, &scope, batch, how, |y, mut dy| {

@@ -18,16 +18,17 @@ gpt2 n_embd "40" -> `n_embd` is "40", wanted a whole number
 gpt2 n_embd -40 -> `n_embd` is -40, wanted a whole number
 gpt2 n_embd 40.5 -> `n_embd` is 40.5, wanted a whole number
 gpt2 n_embd 18446744073709551615 -> `n_embd` is 18446744073709551615, wanted a multiple of `n_head` = 4
-gpt2 n_embd 18446744073709551612 -> `hidden size` is 18446744073709551612, wanted a number from 1 to 16777216
-llama hidden_size 16777216 -> DIR/model.safetensors: `model.embed_tokens.weight` has shape [151, 64], wanted [151, 16777216]
+gpt2 n_embd 18446744073709551612 -> `hidden size` is 18446744073709551612, wanted a number from 1 to 1048576
+llama hidden_size 1048576 -> DIR/model.safetensors: `model.embed_tokens.weight` has shape [151, 64], wanted [151, 1048576]
 gpt2 n_head 3 -> `n_embd` is 40, wanted a multiple of `n_head` = 3
 gpt2 n_head 0 -> `n_embd` is 40, wanted a multiple of `n_head` = 0
 gpt2 vocab_size 0 -> `vocab_size` is 0, wanted a number from 1 to 16777216
 gpt2 vocab_size 16777217 -> `vocab_size` is 16777217, wanted a number from 1 to 16777216
 gpt2 vocab_size 16777216 -> DIR/model.safetensors: `transformer.wte.weight` has shape [260, 40], wanted [16777216, 40]
 gpt2 n_positions 16777216 -> DIR/model.safetensors: `transformer.wpe.weight` has shape [96, 40], wanted [16777216, 40]
-gpt2 n_inner 16777216 -> DIR/model.safetensors: `transformer.h.0.mlp.c_fc.weight` has shape [40, 100], wanted [40, 16777216]
-gpt2 n_layer 16777216 -> `number of layers` is 16777216, wanted at most the number of stored tensors, 28
+gpt2 n_inner 4194304 -> DIR/model.safetensors: `transformer.h.0.mlp.c_fc.weight` has shape [40, 100], wanted [40, 4194304]
+gpt2 n_layer 4097 -> `number of layers` is 4097, wanted a number from 1 to 4096
+gpt2 n_layer 4096 -> `number of layers` is 4096, wanted at most the number of stored tensors, 28
 gpt2 n_layer 3 -> DIR: `transformer.h.2.ln_1.weight` is missing
 gpt2 activation_function "sin" -> `activation_function` = "sin" is not supported, wanted gelu_new, gelu, silu, relu or quick_gelu
 gpt2 add_cross_attention true -> `add_cross_attention` = true is not supported, wanted false
@@ -39,13 +40,13 @@ gpt2 layer_norm_epsilon -1 -> `epsilon of the norms` is -1, wanted 0 or more
 gpt2 layer_norm_epsilon "1e-5" -> `layer_norm_epsilon` is "1e-5", wanted a number
 llama vocab_size 150 -> DIR/model.safetensors: `model.embed_tokens.weight` has shape [151, 64], wanted [150, 64]
 llama num_key_value_heads 3 -> `number of key-value heads` is 3, wanted a divisor of the 4 query heads
-llama num_key_value_heads 0 -> `number of key-value heads` is 0, wanted a number from 1 to 16777216
+llama num_key_value_heads 0 -> `number of key-value heads` is 0, wanted a number from 1 to 65536
 llama num_key_value_heads 4 -> DIR/model.safetensors: `model.layers.0.self_attn.k_proj.weight` has shape [32, 64], wanted [64, 64]
-llama num_attention_heads 16777216 -> DIR/model.safetensors: `model.layers.0.self_attn.q_proj.weight` has shape [64, 64], wanted [268435456, 64]
+llama num_attention_heads 65536 -> DIR/model.safetensors: `model.layers.0.self_attn.q_proj.weight` has shape [64, 64], wanted [1048576, 64]
 llama head_dim 15 -> `head_dim` is 15, wanted an even number
-llama head_dim 258 -> `head_dim` is 258, wanted at most 256
-llama head_dim 18446744073709551615 -> `head_dim` is 18446744073709551615, wanted a number from 1 to 16777216
-llama intermediate_size 16777216 -> DIR/model.safetensors: `model.layers.0.mlp.gate_proj.weight` has shape [56, 64], wanted [16777216, 64]
+llama head_dim 258 -> `head_dim` is 258, wanted a number from 1 to 256
+llama head_dim 18446744073709551615 -> `head_dim` is 18446744073709551615, wanted a number from 1 to 256
+llama intermediate_size 4194304 -> DIR/model.safetensors: `model.layers.0.mlp.gate_proj.weight` has shape [56, 64], wanted [4194304, 64]
 llama max_position_embeddings 16777216 -> `number of positions` is 16777216, wanted fewer: their rotary table would have 1073741824 bytes, the weights have 262912
 llama attention_bias true -> DIR: `model.layers.0.self_attn.q_proj.bias` is missing
 llama rope_parameters [] -> `rope_parameters` is [], wanted an object
@@ -80,7 +81,7 @@ fn a_hostile_config_is_refused_before_memory_is_taken() {
 /// Any value under any key: a model, or an error that names the file.
 #[test]
 fn no_config_panics() {
-    let values = r#"null true "x" [] {} -1 0 1 2.5 7 16777216 9007199254740992
+    let values = r#"null true "x" [] {} -1 0 1 2.5 7 4096 16777216 9007199254740992
         18446744073709551615 1e300"#;
     let values: Vec<Value> =
         values.split_whitespace().map(|v| serde_json::from_str(v).unwrap()).collect();

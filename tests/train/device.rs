@@ -8,11 +8,12 @@ use warpo::{
     algorithms::Metrics,
     config,
     device::{Device, Element, allocated},
+    models::{Head, Model},
     train::{Settings, Silent, Trainer},
 };
 
 use crate::support::{
-    golden, host, process, root,
+    assert_bits, golden, host, process, root,
     runs::{entry, small, warpo},
     sim::{self, Sim, Variant},
     temp_dir,
@@ -139,6 +140,21 @@ fn offloaded_models_say_the_same() {
             (run("offload_frozen=false"), run("offload_frozen=true"));
         assert_eq!(kept, parked);
         assert!(less < all, "{less} of {all}");
+    });
+}
+
+/// The value model begins with the judge's weights as they are in its file, not as the judge computes with them.
+#[test]
+fn a_value_model_begins_unrounded() {
+    let dir = temp_dir("device_value");
+    sim::on_devices(|dev| {
+        let t = trainer::<bf16>(dev, "ppo", &on_device(&dir, "ppo", &[]));
+        let folder = golden::path("llama/rm");
+        let judge = Model::<bf16>::load_trained(dev, &folder, Head::Scalar, None).unwrap();
+        let numbers = |m: &Model<bf16>| dev.read(m.master().unwrap()).unwrap();
+        let want = numbers(&judge);
+        assert_bits("value", &numbers(t.scalar().unwrap()), &want);
+        assert!(want.iter().any(|w| bf16::from_f32(*w).to_f32() != *w), "rounding would show");
     });
 }
 

@@ -54,6 +54,29 @@ fn nothing_is_allocated_inside_a_step() {
     assert!(allocations() > before);
 }
 
+/// What does not fit is refused before a weight is read: this model has none.
+#[test]
+fn a_run_that_does_not_fit_reads_no_weights() {
+    let dir = temp_dir("trainer_fits");
+    let config = std::fs::read_to_string(golden::path("llama").join("config.json")).unwrap();
+    let layers = |n: usize| {
+        let config =
+            config.replace("\"num_hidden_layers\": 2", &format!("\"num_hidden_layers\": {n}"));
+        let config = config.replace("\"intermediate_size\": 56", "\"intermediate_size\": 4194304");
+        std::fs::write(dir.join("config.json"), config).unwrap();
+        let model = format!("model={}", dir.display());
+        trainer(&dir, "sft", &[&model]).map(drop).unwrap_err()
+    };
+    let error = layers(4096);
+    let Error::Memory { what, want, have } = error else { panic!("{error:?}") };
+    // Three matrices a block; a weight, its packed copy, its gradient and two moments of 4 bytes each.
+    let least = 4096 * 3 * 64 * 4_194_304 * 20;
+    assert!(what == "the run" && want > least && want < least + least / 5, "{what} {want}");
+    assert!(have < want);
+    let text = layers(4097).to_string();
+    assert!(text.ends_with("`number of layers` is 4097, wanted a number from 1 to 4096"), "{text}");
+}
+
 /// How the numbers of a step multiply, said in one line.
 #[test]
 fn the_equation_of_a_step() {
@@ -132,7 +155,7 @@ fn what_cannot_be_planned_is_refused() {
     assert!(code == 2 && message.contains("`eval_data`: got x.jsonl, wanted none"), "{message}");
     // more memory than there is
     let (code, message) = refuse("sft", &["micro_batch_tokens=100000000", "threads=1"]);
-    assert!(code == 1 && message.starts_with("the plan of a step needs "), "{message}");
+    assert!(code == 1 && message.starts_with("the run needs "), "{message}");
     assert_eq!(
         refuse("sft", &["threads=100000"]),
         config("threads", "got 100000, wanted at most 1024")
