@@ -8,6 +8,8 @@
 //! Gimelshein 2018); chunks, lanes and merge order depend on nothing but the vocabulary. So a
 //! token's log-prob has the same bits in training, in scoring, and when it is sampled.
 
+mod cpu;
+mod cuda;
 mod hopper;
 mod sample;
 
@@ -17,24 +19,17 @@ use std::ops::Range;
 
 use crate::{
     device::{
-        Cuda, Device, Element, Float, View, ViewMut, Work,
-        cpu::{
-            Cpu, Isa,
-            gemm::{self, Lhs, NR, Rhs},
-            math::{self, LANES},
-        },
+        Device, Element, Float, View, ViewMut, Work,
+        cpu::gemm::NR,
         cuda::{Launch, kernels::logprob as kernel},
     },
     error::{Error, Result},
-    ops::matmul::{self, Weight},
-    shape, simd,
+    ops::matmul::Weight,
+    shape,
 };
 
 /// Columns of the vocabulary that are visited together.
 pub const CHUNK: usize = 1024;
-
-/// Rows of a forward tile: its logits of one chunk stay in the cache.
-const TILE: usize = 48;
 
 /// Rows that [`forward`] takes at a time.
 const WAVE: usize = 16_384;
@@ -153,118 +148,14 @@ pub fn forward<'a, T: Element>(
         match dev {
             Device::Cpu(cpu) => {
                 let (h, panels) = (h.float()?.host(), w.view().float()?.host());
-                on_cpu(cpu, out.host(), h, panels, (vocab, d), targets.host(), settings, scratch);
+                let targets = targets.host();
+                cpu::forward(cpu, out.host(), h, panels, (vocab, d), targets, settings, scratch);
             }
-            Device::Cuda(cuda) => on_cuda(cuda, out, h, w, targets, settings, scratch)?,
+            Device::Cuda(cuda) => cuda::forward(cuda, out, h, w, targets, settings, scratch)?,
         }
     }
     Ok(())
 }
-
-#[allow(clippy::too_many_arguments)]
-fn on_cpu<F: Float>(
-    cpu: &Cpu,
-    out: OutputRows<'_, F>,
-    h: &[F],
-    panels: &[F],
-    (vocab, d): (usize, usize),
-    targets: &[u32],
-    settings: Settings<F>,
-    scratch: ViewMut<'_, F>,
-) {
-    let (rows, width, scale) = (targets.len(), width(vocab), settings.scale());
-    let scratch = &mut scratch.host()[..rows * width];
-    cpu.rows(rows, 12, (out, (scratch, width)), |range, (mut out, z)| {
-        for t0 in (0..range.len()).step_by(TILE) {
-            let (m, first) = (TILE.min(range.len() - t0), range.start + t0);
-            let mut state = [Online::EMPTY; TILE];
-            for v0 in (0..vocab).step_by(CHUNK) {
-                let n = CHUNK.min(vocab - v0);
-                let z = &mut z[t0 * width..(t0 + m) * width];
-                let a = Lhs::rows(&h[first * d..], d);
-                let b = Rhs::Packed(&panels[v0 * d..][..gemm::packed_len(d, n)]);
-                gemm::serial(cpu.isa(), z, width, (m, n, d), a, b, false);
-                for (r, state) in state.iter_mut().enumerate().take(m) {
-                    let target = (targets[first + r] as usize).checked_sub(v0);
-                    let z = &mut z[r * width..][..n];
-                    bend(cpu.isa(), z, settings);
-                    state.visit(cpu.isa(), z, scale, target);
-                }
-            }
-            state[..m].iter().enumerate().for_each(|(r, s)| s.finish(&mut out, t0 + r));
-        }
-    });
-}
-
-/// Rows of a tile; bytes of its stages, and of its sums where warps share columns.
-fn tile(rows: usize) -> (usize, usize) {
-    match rows {
-        0..=16 => (16, 4 * 64 * (16 + 128) * 2 + 16 * 128 * 4),
-        17..=64 => (64, 3 * 64 * (64 + 128) * 2),
-        _ => (128, 4 * 32 * (128 + 128) * 2),
-    }
-}
-
-/// Chunks by tiles of rows, then the chunks of each row.
-fn on_cuda<T: Element>(
-    cuda: &Cuda,
-    out: Outputs<'_, T::Acc>,
-    h: View<'_, T>,
-    w: Weight<'_, T>,
-    targets: View<'_, u32>,
-    settings: Settings<T::Acc>,
-    scratch: ViewMut<'_, T::Acc>,
-) -> Result<()> {
-    let (rows, vocab, d) = (targets.len(), w.n(), w.k());
-    let mut partial = scratch.range(0..rows * vocab.div_ceil(CHUNK) * PARTIAL);
-    let (to, weights) = (partial.reborrow(), w.view());
-    let (scale, cap) = (settings.scale(), settings.cap());
-    if cuda.hopper() {
-        let tile = hopper::Tile::of(rows);
-        hopper::forward(cuda, tile, to, h, weights, targets, (vocab, d), (scale, cap))?;
-    } else {
-        ampere(cuda, to, h, weights, targets, (vocab, d), (scale, cap))?;
-    }
-    let launch = Launch::row(rows.div_ceil(kernel::WARPS), 0)?;
-    let Outputs { logp, lse, entropy } = out;
-    kernel::merge(cuda, launch, logp, lse, entropy, partial.view(), targets, rows, vocab)
-}
-
-/// Writes the partials of all rows and chunks.
-fn ampere<T: Element>(
-    cuda: &Cuda,
-    partial: ViewMut<'_, T::Acc>,
-    h: View<'_, T>,
-    w: View<'_, T>,
-    targets: View<'_, u32>,
-    (vocab, d): (usize, usize),
-    (scale, cap): (T::Acc, T::Acc),
-) -> Result<()> {
-    let rows = targets.len();
-    let (tile, shared) = tile(rows);
-    let run: Forwards<T> = match tile {
-        16 => kernel::forward_16,
-        64 => kernel::forward_64,
-        _ => kernel::forward_128,
-    };
-    let launch = Launch::row(rows.div_ceil(tile) * vocab.div_ceil(CHUNK), shared)?;
-    run(cuda, launch, partial, h, w, targets, rows, vocab, d, scale, cap)
-}
-
-/// Partials, hidden states, the head, targets; rows, vocabulary, d; scale and cap.
-type Forwards<T> = fn(
-    &Cuda,
-    Launch,
-    ViewMut<'_, <T as Element>::Acc>,
-    View<'_, T>,
-    View<'_, T>,
-    View<'_, u32>,
-    usize,
-    usize,
-    usize,
-    <T as Element>::Acc,
-    <T as Element>::Acc,
-) -> Result<()>;
 
 /// [`forward`] from logits `h Wᵀ` `[rows, vocab]`: in f32 the same bits, if
 /// [`super::matmul::forward`] made them on the CPU.
@@ -294,24 +185,7 @@ pub fn from_logits<T: Element>(
         Device::Cpu(cpu) => {
             let (targets, logits) = (targets.host(), logits.float()?.host());
             check_targets(OP, targets, vocab)?;
-            cpu.rows(rows, 1, out.host(), |range, mut out| {
-                for (i, r) in range.enumerate() {
-                    let mut state = Online::EMPTY;
-                    for (c, x) in logits[r * vocab..][..vocab].chunks(CHUNK).enumerate() {
-                        let target = (targets[r] as usize).checked_sub(c * CHUNK);
-                        if settings.softcap.is_none() {
-                            state.visit(cpu.isa(), x, scale, target);
-                            continue;
-                        }
-                        let mut z = [T::Acc::ZERO; CHUNK];
-                        let z = &mut z[..x.len()];
-                        z.copy_from_slice(x);
-                        bend(cpu.isa(), z, settings);
-                        state.visit(cpu.isa(), z, scale, target);
-                    }
-                    state.finish(&mut out, i);
-                }
-            });
+            cpu::from_logits(cpu, out.host(), logits, targets, settings);
             Ok(())
         }
         Device::Cuda(cuda) => {
@@ -437,8 +311,8 @@ pub fn backward<T: Element>(
         let dh = dh.reborrow().range(hidden);
         let (dw, scratch) = (dw.as_mut().map(ViewMut::reborrow), scratch.reborrow());
         match dev {
-            Device::Cpu(cpu) => backward_on_cpu(cpu, dh, dw, slopes, f, scratch)?,
-            Device::Cuda(cuda) => backward_on_cuda(dev, cuda, dh, dw, slopes, f, scratch)?,
+            Device::Cpu(cpu) => cpu::backward(cpu, dh, dw, slopes, f, scratch)?,
+            Device::Cuda(cuda) => cuda::backward(dev, cuda, dh, dw, slopes, f, scratch)?,
         }
     }
     Ok(())
@@ -449,152 +323,6 @@ struct Slopes<'a, F> {
     dlogp: View<'a, F>,
     dentropy: Option<View<'a, F>>,
 }
-
-fn backward_on_cpu<T: Element>(
-    cpu: &Cpu,
-    dh: ViewMut<'_, T>,
-    dw: Option<ViewMut<'_, T::Acc>>,
-    slopes: Slopes<'_, T::Acc>,
-    f: Forward<'_, T>,
-    scratch: ViewMut<'_, T::Acc>,
-) -> Result<()> {
-    let (rows, vocab, d) = (f.targets.len(), f.packed.n(), f.packed.k());
-    let (dh, mut dw, dlogp) = (dh.float()?.host(), dw.map(ViewMut::host), slopes.dlogp.host());
-    let dentropy = slopes.dentropy.map(View::host).zip(f.entropy.map(View::host));
-    let (h, w) = (f.h.float()?.host(), f.w.float()?.host());
-    let (targets, lse) = (f.targets.host(), f.lse.host());
-    let (panels, width) = (f.packed.view().float()?.host(), width(vocab));
-    let dz = &mut scratch.host()[..rows * width];
-    let (scale, inverse) = (f.settings.scale(), f.settings.inverse());
-    let zero = T::Acc::ZERO;
-    for v0 in (0..vocab).step_by(CHUNK) {
-        let n = CHUNK.min(vocab - v0);
-        let b = Rhs::Packed(&panels[v0 * d..][..gemm::packed_len(d, n)]);
-        gemm::product(cpu, dz, width, (rows, n, d), Lhs::rows(h, d), b, false, None);
-        cpu.rows(rows, 4, (&mut *dz, width), |range, dz| {
-            for (dz, r) in dz.chunks_exact_mut(width).zip(range) {
-                let dz = &mut dz[..n];
-                bend(cpu.isa(), dz, f.settings);
-                let (dent, ent) = dentropy.map_or((zero, zero), |(d, e)| (d[r], e[r]));
-                let target = (targets[r] as usize).checked_sub(v0).filter(|t| *t < n);
-                let own = target.map(|t| dlogp[r] * scale * slope(dz[t] * inverse));
-                logit_gradient(cpu.isa(), dz, scale, inverse, lse[r], dlogp[r], dent, ent);
-                if let Some((t, own)) = target.zip(own) {
-                    dz[t] += own;
-                }
-            }
-        });
-        let rhs = Rhs::Rows { data: &w[v0 * d..], ld: d };
-        gemm::product(cpu, dh, d, (rows, d, n), Lhs::rows(dz, width), rhs, v0 > 0, None);
-        if let Some(dw) = &mut dw {
-            let (a, b) = (Lhs::columns(dz, width), Rhs::Rows { data: h, ld: d });
-            gemm::product(cpu, &mut dw[v0 * d..(v0 + n) * d], d, (n, d, rows), a, b, true, None);
-        }
-    }
-    Ok(())
-}
-
-/// A slice of the vocabulary at a time: the gradient of its logits, then what it adds to that of the hidden states
-/// and of the head.
-fn backward_on_cuda<T: Element>(
-    dev: &Device,
-    cuda: &Cuda,
-    mut dh: ViewMut<'_, T>,
-    mut dw: Option<ViewMut<'_, T::Acc>>,
-    slopes: Slopes<'_, T::Acc>,
-    f: Forward<'_, T>,
-    scratch: ViewMut<'_, T::Acc>,
-) -> Result<()> {
-    /// Bytes of the stages of a tile of 128 x 128, or of its sums.
-    const WIDE: usize = 4 * 32 * (128 + 128) * 2;
-    let (rows, vocab, d) = (f.targets.len(), f.packed.n(), f.packed.k());
-    let (scale, cap) = (f.settings.scale(), f.settings.cap());
-    let (dz, sums) = scratch.split_at(rows * slice(vocab) / 2);
-    let (mut dz, mut sums) = (dz.cast::<T>(), sums.range(0..rows * d));
-    let tiles = |m: usize, n: usize, side: usize| m.div_ceil(side) * n.div_ceil(side);
-    for v0 in (0..vocab).step_by(SLICE) {
-        let n = SLICE.min(vocab - v0);
-        let (width, part) = (n.next_multiple_of(8), v0 * d..(v0 + n) * d);
-        let mut dz = dz.reborrow().range(0..rows * width);
-        let w = f.w.range(part.clone());
-        if cuda.hopper() {
-            let dw = dw.as_mut().map(|dw| dw.reborrow().range(part));
-            let part = Part { first: v0, n, width, last: v0 + n == vocab };
-            let (f, dh, sums) = (Forward { w, ..f }, dh.reborrow(), sums.reborrow());
-            hopper::backward(cuda, dh, dw, &slopes, f, part, dz, sums)?;
-            continue;
-        }
-        let launch = Launch::row(tiles(rows, width, 128), WIDE)?;
-        let (dlogp, dentropy) = (slopes.dlogp, slopes.dentropy);
-        kernel::gradient(
-            cuda,
-            launch,
-            dz.reborrow(),
-            f.h,
-            w,
-            f.targets,
-            f.lse,
-            dlogp,
-            f.entropy,
-            dentropy,
-            rows,
-            n,
-            width,
-            v0,
-            d,
-            scale,
-            cap,
-        )?;
-        let many = tiles(rows, d, 128) >= cuda.processors() as usize;
-        let (run, side, shared): (Hidden<T>, _, _) = match many {
-            true => (kernel::hidden_128x128, 128, WIDE),
-            false => (kernel::hidden_64x64, 64, WIDE / 2),
-        };
-        let launch = Launch::row(tiles(rows, d, side), shared)?;
-        let (first, last) = (usize::from(v0 == 0), usize::from(v0 + n == vocab));
-        let (dh, sums) = (dh.reborrow(), sums.reborrow());
-        run(cuda, launch, dh, sums, dz.view(), w, rows, n, width, d, first, last)?;
-        let Some(dw) = &mut dw else { continue };
-        let dw = dw.reborrow().range(part);
-        if width == n {
-            matmul::backward_weight(dev, dw, None, dz.view(), f.h, (n, d))?;
-        } else {
-            let launch = Launch::row(tiles(n, d, 128), WIDE)?;
-            kernel::weight(cuda, launch, dw, dz.view(), f.h, rows, n, width, d)?;
-        }
-    }
-    Ok(())
-}
-
-/// A slice of the vocabulary.
-#[derive(Clone, Copy)]
-struct Part {
-    /// Its first column.
-    first: usize,
-    /// Columns.
-    n: usize,
-    /// Columns of their gradient: a multiple of 8.
-    width: usize,
-    /// Whether no other comes after it.
-    last: bool,
-}
-
-/// Gradient of the hidden states, sums so far, that of the logits, the head; rows, columns, their width, d; whether
-/// it is the first slice, and the last.
-type Hidden<T> = fn(
-    &Cuda,
-    Launch,
-    ViewMut<'_, T>,
-    ViewMut<'_, <T as Element>::Acc>,
-    View<'_, T>,
-    View<'_, T>,
-    usize,
-    usize,
-    usize,
-    usize,
-    usize,
-    usize,
-) -> Result<()>;
 
 /// Per-row outputs.
 struct Outputs<'a, F> {
@@ -633,103 +361,4 @@ impl<'a, F: Float> Outputs<'a, F> {
     fn host(self) -> OutputRows<'a, F> {
         ((self.logp.host(), 1), (self.lse.host(), 1), self.entropy.map(|e| (e.host(), 1)))
     }
-}
-
-/// The parts of [`OutputRows`] that a task gets.
-type Parts<'a, F> = (&'a mut [F], &'a mut [F], Option<&'a mut [F]>);
-
-/// Running log-sum-exp of a row.
-#[derive(Clone, Copy)]
-struct Online<F> {
-    top: F,
-    /// sum of e^(z - top)
-    sum: F,
-    /// sum of e^(z - top) (z - top): relative, or large logits would cancel in the entropy
-    weighted: F,
-    target: F,
-}
-
-impl<F: Float> Online<F> {
-    const EMPTY: Self =
-        Self { top: F::NEG_INFINITY, sum: F::ZERO, weighted: F::ZERO, target: F::ZERO };
-
-    /// Adds a chunk of raw logits; `target` is the row's target relative to the chunk.
-    fn visit(&mut self, isa: Isa, raw: &[F], scale: F, target: Option<usize>) {
-        if let Some(z) = target.and_then(|t| raw.get(t)) {
-            self.target = *z * scale;
-        }
-        merge(isa, self, raw, scale);
-    }
-
-    fn lse(&self) -> F {
-        self.top + self.sum.ln()
-    }
-
-    fn finish(&self, (logp, lse, entropy): &mut Parts<'_, F>, row: usize) {
-        lse[row] = self.lse();
-        logp[row] = self.target - lse[row];
-        if let Some(entropy) = entropy {
-            entropy[row] = self.sum.ln() - self.weighted / self.sum;
-        }
-    }
-}
-
-/// `cap tanh(x / cap)`, if there is a cap.
-fn bend<F: Float>(isa: Isa, x: &mut [F], settings: Settings<F>) {
-    if let Some(cap) = settings.softcap {
-        bend_by(isa, x, cap, settings.inverse());
-    }
-}
-
-simd! {
-    fn bend_by[F: Float](x: &mut [F], cap: F, inverse: F) {
-        for x in x.iter_mut() {
-            *x = (*x * inverse).tanh() * cap;
-        }
-    }
-
-    fn merge[F: Float](state: &mut Online<F>, raw: &[F], scale: F) {
-        // Rounding is monotonic: the maximum of the products is the product of the maximum.
-        let top = state.top.max_nan(math::max(raw) * scale);
-        let (mut sum, mut weighted) = ([F::ZERO; LANES], [F::ZERO; LANES]);
-        let mut chunks = raw.chunks_exact(LANES);
-        for raw in &mut chunks {
-            for l in 0..LANES {
-                let z = raw[l] * scale - top;
-                let e = z.exp();
-                sum[l] += e;
-                weighted[l] = e.mul_add(z, weighted[l]);
-            }
-        }
-        for (l, raw) in chunks.remainder().iter().enumerate() {
-            let z = *raw * scale - top;
-            let e = z.exp();
-            sum[l] += e;
-            weighted[l] = e.mul_add(z, weighted[l]);
-        }
-        let first = state.top == F::NEG_INFINITY;
-        let moved = if first { F::ZERO } else { state.top - top };
-        let keep = if first { F::ZERO } else { moved.exp() };
-        state.weighted = state.sum.mul_add(moved, state.weighted);
-        state.weighted = state.weighted.mul_add(keep, math::tree(weighted));
-        state.sum = state.sum.mul_add(keep, math::tree(sum));
-        state.top = top;
-    }
-
-    /// All of dx but the target's own `dlogp`, from what a cap made of x.
-    fn logit_gradient[F: Float](
-        x: &mut [F], scale: F, inverse: F, lse: F, dlogp: F, dentropy: F, entropy: F,
-    ) {
-        for x in x.iter_mut() {
-            let z = *x * scale - lse;
-            let p = z.exp();
-            *x = -p * scale * (dlogp + dentropy * (z + entropy)) * slope(*x * inverse);
-        }
-    }
-}
-
-/// `1 - tanh^2`: the slope of a cap, 1 where there is none.
-#[inline(always)]
-fn slope<F: Float>(tanh: F) -> F {
-    (F::ONE - tanh) * (F::ONE + tanh)
 }

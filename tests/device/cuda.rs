@@ -184,7 +184,7 @@ fn the_arena_works_on_device_memory() {
 }
 
 #[test]
-#[cfg(debug_assertions)]
+#[cfg_attr(not(debug_assertions), ignore = "buffers have no fences there")]
 fn a_kernel_that_writes_past_a_buffer_of_the_arena_is_caught() {
     let Some(dev) = device() else { return };
     let caught = catch_unwind(AssertUnwindSafe(|| add_to_64(&dev, 65))).unwrap_err();

@@ -1,6 +1,6 @@
 //! The LM head on Hopper: its tiles and the tensor maps of its operands.
 
-use super::{CHUNK, Draws, Forward, Part, Slopes, sample::Lists};
+use super::{CHUNK, Draws, Forward, Slopes, cuda::Part, sample::Lists};
 use crate::{
     device::{
         Cuda, Element, View, ViewMut,

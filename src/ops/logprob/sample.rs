@@ -2,7 +2,12 @@
 
 use std::ops::Range;
 
-use super::{CHUNK, Online, PARTIAL, Settings, TILE, WAVE, bend, hopper, width};
+use super::{
+    CHUNK, PARTIAL, Settings, WAVE,
+    cpu::{Online, TILE, bend},
+    cuda::tile,
+    hopper, width,
+};
 use crate::{
     device::{
         Cpu, Cuda, Device, Element, Float, View, ViewMut, Work,
@@ -267,7 +272,7 @@ fn ampere<T: Element>(
     let (rows, (seed, step, purpose, greedy)) = (samples.len(), draws.words());
     let parts = |tile| rows.div_ceil(tile) * vocab.div_ceil(CHUNK);
     if let Some(Lists { keys, k }) = lists {
-        let (run, tile, shared): (Tops<T>, _, _) = match super::tile(rows) {
+        let (run, tile, shared): (Tops<T>, _, _) = match tile(rows) {
             (16, shared) => (kernel::top_16, 16, shared + 2 * Lists::room(8)),
             _ => (kernel::top_64, 64, 4 * 32 * (64 + 128) * 2 + 4 * Lists::room(16)),
         };
@@ -277,7 +282,7 @@ fn ampere<T: Element>(
             seed, step, purpose, greedy, k,
         );
     }
-    let (tile, shared) = super::tile(rows);
+    let (tile, shared) = tile(rows);
     let run = match tile {
         16 => kernel::sample_16,
         64 => kernel::sample_64,

@@ -6,7 +6,7 @@ use warpo::{
     ops::attention::{self, Parts, Segment, Shape, Work},
 };
 
-use super::{Case, Group, Part, assert_same, shape};
+use super::{Case, Part, assert_same, shape, shared::Group};
 use crate::support::{
     randn, refusal,
     sim::{self, Lab, Machine, Order, Sim, Variant},

@@ -7,7 +7,8 @@ use warpo::{
 };
 
 use super::{
-    Case, Group, Part, assert_same, chunks_have_the_bits_of_the_whole, shape, turns_as_rope,
+    Case, Part, assert_same, chunks_have_the_bits_of_the_whole, shape,
+    shared::{Group, turns_as_rope},
 };
 use crate::support::sim::{self, Lab, Machine, Order, Sim, Variant};
 
