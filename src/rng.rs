@@ -105,7 +105,7 @@ impl Philox {
         // (0, 1]: the logarithm stays finite
         let u = (f64::from(b[0]) + 1.0) / 4_294_967_296.0;
         let v = f64::from(b[1]) / 4_294_967_296.0;
-        (-2.0 * u.ln()).sqrt() * (std::f64::consts::TAU * v).cos()
+        (-2.0 * libm::log(u)).sqrt() * libm::cos(std::f64::consts::TAU * v)
     }
 
     /// Uniform integer in `0..n`, without bias (Lemire 2019; 64-bit product, so the bias is

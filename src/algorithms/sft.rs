@@ -80,7 +80,7 @@ impl Algorithm for Sft {
             loss += part.get()?;
         }
         out.push(("loss", loss));
-        out.push(("perplexity", loss.exp()));
+        out.push(("perplexity", libm::exp(loss)));
         out.push(("learned_tokens", self.tokens));
         self.tokens = 0.0;
         Ok(())

@@ -89,7 +89,7 @@ fn run_in<T: Element<Acc = f32>>(args: &Args, dev: &Device) -> Result<()> {
             let sum: f64 = all[i].iter().map(|x| f64::from(*x)).sum();
             line["logprobs"] = json!(all[i]);
             line["sum_logprob"] = json!(sum);
-            line["perplexity"] = json!((-sum / all[i].len().max(1) as f64).exp());
+            line["perplexity"] = json!(libm::exp(-sum / all[i].len().max(1) as f64));
         }
         if let Some(all) = &rewards {
             line["reward"] = json!(all[i]);

@@ -221,15 +221,15 @@ impl Float for f64 {
     }
     #[inline(always)]
     fn exp(self) -> Self {
-        f64::exp(self)
+        libm::exp(self)
     }
     #[inline(always)]
     fn ln(self) -> Self {
-        f64::ln(self)
+        libm::log(self)
     }
     #[inline(always)]
     fn tanh(self) -> Self {
-        f64::tanh(self)
+        libm::tanh(self)
     }
     #[inline(always)]
     fn erf(self) -> Self {

@@ -86,8 +86,8 @@ pub fn step<F: Float>(
         fresh1: F::of(1.0 - hyper.beta1),
         beta2: F::of(hyper.beta2),
         fresh2: F::of(1.0 - hyper.beta2),
-        step: F::of(lr / (1.0 - hyper.beta1.powf(t))),
-        root: F::of(1.0 / (1.0 - hyper.beta2.powf(t)).sqrt()),
+        step: F::of(lr / (1.0 - libm::pow(hyper.beta1, t))),
+        root: F::of(1.0 / (1.0 - libm::pow(hyper.beta2, t)).sqrt()),
         epsilon: F::of(hyper.epsilon),
         scale: F::of(scale),
     };

@@ -93,8 +93,8 @@ fn on_cpu<F: Float>(
         let (c, r) = (scores[2 * i].f64(), scores[2 * i + 1].f64());
         let m = c - r - margins.get(i).map_or(0.0, |m| m.f64());
         // -log sigmoid(m) = softplus(-m), written so that neither sign overflows
-        let e = (-m.abs()).exp();
-        let loss = (-m).max(0.0) + e.ln_1p();
+        let e = libm::exp(-m.abs());
+        let loss = (-m).max(0.0) + libm::log1p(e);
         let wrong = if m >= 0.0 { e / (1.0 + e) } else { 1.0 / (1.0 + e) };
         let pull = 2.0 * centre * (c + r);
         stats.loss += (loss + centre * (c + r) * (c + r)) / denominator;

@@ -210,7 +210,7 @@ fn on_cpu<F: Float>(dlogp: &mut [F], t: &Tokens<'_, F>, s: &Settings, denominato
     // A few numbers a token, against thousands in the model: plain f64 keeps it exact.
     for i in 0..n {
         let log_ratio = logp[i].f64() - old[i].f64();
-        let ratio = log_ratio.exp();
+        let ratio = libm::exp(log_ratio);
         let a = adv[i].f64();
         let (mut loss, mut slope) = clipped(a, ratio, s, &mut stats);
         if let Some(c) = s.dual_clip.filter(|_| a < 0.0) {

@@ -36,7 +36,7 @@ impl Rope {
     #[must_use]
     pub fn inv_freq(&self, head_dim: usize) -> Vec<f64> {
         let (Self::Plain { theta } | Self::Llama3 { theta, .. }) = self;
-        let plain = (0..head_dim / 2).map(|i| theta.powf(-2.0 * i as f64 / head_dim as f64));
+        let plain = (0..head_dim / 2).map(|i| libm::pow(*theta, -2.0 * i as f64 / head_dim as f64));
         match *self {
             Self::Plain { .. } => plain.collect(),
             Self::Llama3 {
@@ -94,7 +94,7 @@ impl<F: Float> Table<F> {
         let fill = |rows: &mut [F]| {
             for (p, row) in rows.chunks_exact_mut((2 * half).max(1)).enumerate() {
                 for (i, f) in freq.iter().enumerate() {
-                    let (sin, cos) = (p as f64 * f).sin_cos();
+                    let (sin, cos) = libm::sincos(p as f64 * f);
                     (row[i], row[half + i]) = (F::of(cos), F::of(sin));
                 }
             }

@@ -38,7 +38,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         }
         if self.policy.is_some() {
             let nll = -out.iter().map(|x| f64::from(*x)).sum::<f64>() / out.len() as f64;
-            return Ok(vec![("eval_loss", nll), ("eval_perplexity", nll.exp())]);
+            return Ok(vec![("eval_loss", nll), ("eval_perplexity", libm::exp(nll))]);
         }
         let pairs = (out.len() / 2) as f64;
         let mut d = vec![0.0; out.len()];

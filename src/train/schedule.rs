@@ -17,7 +17,7 @@ pub fn factor(schedule: Schedule, step: u64, steps: u64, warmup: u64, min_ratio:
     let course = match schedule {
         Schedule::Constant => return 1.0,
         Schedule::Linear => 1.0 - progress,
-        Schedule::Cosine => 0.5 * (1.0 + (std::f64::consts::PI * progress).cos()),
+        Schedule::Cosine => 0.5 * (1.0 + libm::cos(std::f64::consts::PI * progress)),
     };
     course * (1.0 - min_ratio) + min_ratio
 }

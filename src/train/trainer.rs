@@ -488,7 +488,7 @@ impl Watched {
         let old = &c.old_logp[span.clone()];
         let differs = x.iter().zip(old).position(|(a, b)| a.to_bits() != b.to_bits());
         let what = "the first ratio (training against sampled log-prob, wanted exactly 1)";
-        let ratio = |i: usize| (f64::from(x[i]) - f64::from(old[i])).exp();
+        let ratio = |i: usize| libm::exp(f64::from(x[i]) - f64::from(old[i]));
         differs.map_or(Ok(()), |i| error(what, i, ratio(i)))
     }
 }

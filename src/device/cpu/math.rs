@@ -105,14 +105,14 @@ pub fn erf(x: f64) -> f64 {
             term *= 2.0 * a * a / (2.0 * n + 1.0);
             sum += term;
         }
-        std::f64::consts::FRAC_2_SQRT_PI * (-a * a).exp() * sum
+        std::f64::consts::FRAC_2_SQRT_PI * libm::exp(-a * a) * sum
     } else if a < 6.0 {
         // erfc(a) = e^{-a^2} / sqrt(pi) * 1/(a + (1/2)/(a + 1/(a + (3/2)/(a + ...))))
         let mut f = a;
         for k in (1..=60).rev() {
             f = a + 0.5 * f64::from(k) / f;
         }
-        1.0 - (-a * a).exp() / (f * std::f64::consts::PI.sqrt())
+        1.0 - libm::exp(-a * a) / (f * std::f64::consts::PI.sqrt())
     } else {
         1.0
     };

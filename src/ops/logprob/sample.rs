@@ -374,6 +374,6 @@ impl Noise {
         let block = philox4x32([token / 16 * 4 + token / 2 % 4, a, b, 0], [c, d]);
         let word = block[(token % 2 + token / 8 % 2 * 2) as usize];
         let rest = (word as f32 + 0.5) * (1.0 / 4_294_967_296.0);
-        -(-(-f64::from(rest.min(1.0 - f32::EPSILON / 2.0))).ln_1p()).ln()
+        -libm::log(-libm::log1p(-f64::from(rest.min(1.0 - f32::EPSILON / 2.0))))
     }
 }
