@@ -83,6 +83,10 @@ impl Settings {
     /// Keys that may differ between a run and its resumption: they change no bit of the result.
     pub const FREE: &[&str] = &[
         "out",
+        // What is in them must be the same, wherever they are.
+        "model",
+        "reward_model",
+        "data",
         "device",
         "threads",
         "recompute",

@@ -187,6 +187,14 @@ fn other_models_masks_or_margins_do_not_resume() {
         assert_eq!(refused(&run, "ppo", &pairs), key);
         std::fs::write(&file, whole).unwrap();
     }
+    // the same ones, elsewhere
+    let data = dir.join("ppo.jsonl");
+    for (from, key) in [(&model, "model"), (&judge, "reward_model"), (&data, "data")] {
+        let to = from.with_file_name(format!("moved-{key}.jsonl"));
+        std::fs::rename(from, &to).unwrap();
+        pairs.push(format!("{key}={}", to.display()));
+    }
+    train("ppo", &pairs).unwrap();
     // the same tokens, of which others are learned
     let run = dir.join("sft");
     let pairs = small(&dir, "sft", &run);
