@@ -29,7 +29,7 @@ use warpo::{
         activation::{self, Activation},
         adamw, bradley_terry, embedding, gae, grad_norm,
         kl::{self, KlEstimator},
-        layer_norm, nll,
+        layer_norm, next_ids, nll,
         ppo_loss::{self, Tokens},
         residual, rms_norm,
         rope::{self, Rope, Table},
@@ -336,6 +336,12 @@ fn sampling(b: &mut Bench) {
             sample::next(dev, t, z, &params, stream, s, p, room).unwrap();
         });
     }
+    let mut ids = Buffer::new(&b.dev, "ids", batch).unwrap();
+    let rows = Buffer::of(&b.dev, "rows", &Vec::from_iter(0..batch as u32)).unwrap();
+    b.run("next_ids", 16 * batch, |dev, _| {
+        let (ids, rows, tokens) = (ids.view_mut(), rows.view(), tokens.view());
+        next_ids::forward(dev, ids, rows, rows, tokens).unwrap();
+    });
 }
 
 fn optimizer(b: &mut Bench) {

@@ -59,6 +59,7 @@ mod ops {
     mod layer_norm;
     mod logprob;
     mod matmul;
+    mod next_ids;
     mod nll;
     mod ppo_loss;
     mod residual;

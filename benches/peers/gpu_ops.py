@@ -181,6 +181,8 @@ def ops():
     yield "sample/whole", z, sample
     yield "sample/top_k", z, lambda z: sample(z, k=50)
     yield "sample/top_p", z, lambda z: sample(z, p=0.9)
+    places = lambda: tuple(torch.arange(BATCH, device=DEV) for _ in range(3))
+    yield "next_ids", places, lambda ids, rows, tokens: ids.index_copy_(0, rows, tokens[rows])
     columns = lambda n: lambda: tuple(randn(TOKENS, dtype=F32) for _ in range(n))
     # of which the first has a gradient
     loss = lambda n: lambda: (randn(TOKENS, dtype=F32).requires_grad_(), *columns(n - 1)())

@@ -8,7 +8,8 @@ use crate::error::Result;
 ///
 /// On the CPU it is there from the start. On a CUDA device a copy to the host was issued behind the work
 /// that makes it: it is the value of that time, whatever happens to the device's memory later. One wait
-/// brings all results that were issued before it. To drop one unread costs nothing.
+/// brings all results that were issued before it, or before the next [`Device::milestone`](super::Device::milestone).
+/// To drop one unread costs nothing.
 #[must_use = "what is not read may be a check that nobody makes"]
 pub struct Later<R>(State<R>);
 
@@ -40,7 +41,8 @@ impl<R> Later<R> {
         }
     }
 
-    /// The result. Waits for the device unless something did since this was issued.
+    /// The result. Waits for the device unless something did since this was issued: up to the first milestone
+    /// behind it, or for all work if there is none.
     ///
     /// # Errors
     /// [`crate::Error::Device`] if work that was launched before failed.

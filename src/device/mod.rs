@@ -122,6 +122,18 @@ impl Device {
         }
     }
 
+    /// Divides what a wait brings: [`Later::get`] of what was issued before this does not wait for what comes after
+    /// it, so that a CUDA device works on while the host reads.
+    ///
+    /// # Errors
+    /// [`Error::Device`] if the driver fails.
+    pub fn milestone(&self) -> Result<()> {
+        match self {
+            Self::Cpu(_) => Ok(()),
+            Self::Cuda(cuda) => cuda.milestone(),
+        }
+    }
+
     /// Copies `from` to a buffer. On a CUDA device it does not wait for the copy, though `from` may change or
     /// end when it returns.
     ///

@@ -1,12 +1,15 @@
 //! Sequences packed back to back for one forward pass, and the rows that a head reads.
 
-use std::ops::Range;
+use std::{borrow::Cow, ops::Range};
 
 use super::{Extent, Rows, Spec};
 use crate::{
     device::{Buffer, Device, Scope, View},
     error::Result,
-    ops::attention::{self, Parts, Segment, Work},
+    ops::{
+        attention::{self, Parts, Segment, Work},
+        next_ids,
+    },
 };
 
 /// A micro-batch under construction. `clear` and `push` reuse its memory.
@@ -19,7 +22,12 @@ pub struct Batch {
     selected: Vec<u32>,
     targets: Vec<u32>,
     offsets: Vec<u32>,
+    /// Rows whose ids a pass before drew, and as which of its tokens.
+    drawn: [Vec<u32>; 2],
 }
+
+/// The id of a row whose token is on the device: no table has it.
+const UNREAD: u32 = u32::MAX;
 
 /// New rows of a sequence.
 #[derive(Clone, Debug)]
@@ -44,6 +52,7 @@ impl Batch {
             selected: v(),
             targets: v(),
             offsets: v(),
+            drawn: [v(), v()],
         }
     }
 
@@ -56,6 +65,7 @@ impl Batch {
         self.selected.clear();
         self.targets.clear();
         self.offsets.clear();
+        self.drawn.iter_mut().for_each(Vec::clear);
     }
 
     /// A whole sequence whose tokens `from..` are predicted: rows `from - 1 .. len - 1` are
@@ -97,6 +107,15 @@ impl Batch {
         self.selected.push(self.ids.len() as u32 - 1);
         self.targets.push(0);
         self.close();
+    }
+
+    /// As [`Batch::push_cached`] one row, whose id is token number `from` of those that a pass before drew, which
+    /// nobody need have read: [`Staged::put_drawn`] brings it.
+    pub fn push_drawn(&mut self, from: u32, at: usize, pages: &[u32]) {
+        let [rows, sources] = &mut self.drawn;
+        rows.push(self.ids.len() as u32);
+        sources.push(from);
+        self.push_cached(&[UNREAD], at, pages);
     }
 
     fn push_rows(&mut self, ids: &[u32], first: usize, pages: Option<Range<u32>>) {
@@ -171,7 +190,8 @@ impl Batch {
         let shape = spec.attention();
         let (segments, list) = self.segments(shape.page(dev));
         let parts = Parts::new(dev, &shape, &segments, &list, pages)?;
-        let mut staged = Staged { batch: self, segments, list, parts, words: None };
+        let ids = Cow::Borrowed(&self.ids[..]);
+        let mut staged = Staged { batch: self, ids, segments, list, parts, words: None };
         if let Device::Cuda(_) = dev {
             let mut all = Vec::new();
             for column in staged.columns() {
@@ -209,6 +229,8 @@ const LINE: usize = 16;
 #[derive(Debug)]
 pub struct Staged<'a> {
     batch: &'a Batch,
+    /// In host memory.
+    ids: Cow<'a, [u32]>,
     segments: Vec<Segment>,
     list: Vec<u32>,
     parts: Parts,
@@ -227,23 +249,54 @@ impl<'a> Staged<'a> {
         let Extent { rows, sequences, selected, cached } = extent;
         let parts = attention::most_words(dev, &shape, rows, sequences, cached.max(1));
         let pages = extent.pages(shape.page(dev));
-        let words = [rows, rows, selected, selected, pages, parts];
+        // A pass of whole sequences follows none.
+        let drawn = if cached > 0 { sequences } else { 0 };
+        let words = [rows, rows, selected, selected, pages, parts, drawn, drawn];
         let words: usize = words.iter().map(|n| n.next_multiple_of(LINE)).sum();
         scope.alloc::<u32>(WORDS, words).map(drop)
     }
 
-    fn columns(&self) -> [&[u32]; 6] {
-        let b = self.batch;
-        [&b.ids, &b.positions, &b.selected, &b.targets, &self.list, self.parts.words()]
+    fn columns(&self) -> [&[u32]; 8] {
+        let (b, [rows, from]) = (self.batch, &self.batch.drawn);
+        let parts = self.parts.words();
+        [&self.ids, &b.positions, &b.selected, &b.targets, &self.list, parts, rows, from]
+    }
+
+    /// Where a column is among the words.
+    fn place(&self, i: usize) -> Range<usize> {
+        let columns = self.columns();
+        let at = columns[..i].iter().map(|c| c.len().next_multiple_of(LINE)).sum();
+        at..at + columns[i].len()
     }
 
     fn column(&self, i: usize) -> View<'_, u32> {
-        let columns = self.columns();
         match &self.words {
-            None => columns[i].into(),
+            None => self.columns()[i].into(),
+            Some(words) => words.view().range(self.place(i)),
+        }
+    }
+
+    /// Brings the ids of the rows of [`Batch::push_drawn`], from the tokens that a pass before drew.
+    ///
+    /// # Errors
+    /// Those of [`next_ids::forward`].
+    pub fn put_drawn(&mut self, dev: &Device, tokens: View<'_, u32>) -> Result<()> {
+        let [rows, from] = &self.batch.drawn;
+        if rows.is_empty() {
+            return Ok(());
+        }
+        let [ids, rows_at, from_at] = [0, 6, 7].map(|i| self.place(i));
+        match &mut self.words {
+            None => {
+                let ids = self.ids.to_mut().into();
+                next_ids::forward(dev, ids, rows.into(), from.into(), tokens)
+            }
             Some(words) => {
-                let at = columns[..i].iter().map(|c| c.len().next_multiple_of(LINE)).sum();
-                words.view().range(at..at + columns[i].len())
+                let (to, behind) = words.view_mut().split_at(ids.end);
+                let part = |at: Range<usize>| at.start - ids.end..at.end - ids.end;
+                let behind = behind.view();
+                let (rows, from) = (behind.range(part(rows_at)), behind.range(part(from_at)));
+                next_ids::forward(dev, to, rows, from, tokens)
             }
         }
     }

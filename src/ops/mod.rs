@@ -16,6 +16,7 @@ pub mod kl;
 pub mod layer_norm;
 pub mod logprob;
 pub mod matmul;
+pub mod next_ids;
 pub mod nll;
 pub mod ppo_loss;
 pub mod residual;

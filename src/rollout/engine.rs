@@ -4,11 +4,15 @@
 //! draw is addressed by (seed, step, sample, position), neither the order nor the number of slots
 //! changes a token or a bit of its log-prob. Samples of one prompt share the pages that it fills: they are
 //! computed once, and on a CUDA device read once for all of them.
+//!
+//! A pass takes its tokens from where the one before drew them. So on a CUDA device it is queued before the host has
+//! read those, and the device need not wait for the host. A sequence that drew a stop id then has a row in one pass
+//! more, whose token nobody keeps, and gives its slot away one pass later.
 
 use std::collections::VecDeque;
 
 use crate::{
-    device::{Arena, Buffer, Device, Element, Float, Scope},
+    device::{Arena, Buffer, Device, Element, Later, Scope, ViewMut},
     error::{Error, Result},
     models::{Activations, Batch, Cache, Extent, Keep, Model, Selected, Spec, Staged},
     ops::{
@@ -55,16 +59,35 @@ pub struct Completion<F> {
     pub stopped: bool,
 }
 
-/// A sequence in the batch.
+/// A sequence that has a row in the next pass.
 #[derive(Debug)]
-struct Live<F> {
+struct Live {
     index: usize,
-    ids: Vec<u32>,
+    /// Tokens of its prompt.
     prompt: usize,
-    /// Tokens whose keys and values are in the cache.
-    cached: usize,
+    /// All tokens, those that were drawn and not read included.
+    len: usize,
+    /// The last of them is token `drawn` of the last pass, unless the prompt is all.
+    drawn: u32,
     pages: Vec<u32>,
-    logprobs: Vec<F>,
+}
+
+/// A pass that was queued, and not read.
+struct Queued<F> {
+    /// Whose tokens it draws: indices of prompts.
+    of: Vec<usize>,
+    phase: &'static str,
+    tokens: Later<Vec<u32>>,
+    logp: Later<Vec<F>>,
+}
+
+/// Passes that are queued when the host reads one: on a CUDA device one, so that the device goes on meanwhile. The CPU
+/// has nobody to wait for, and computes no row in vain.
+fn ahead(dev: &Device) -> usize {
+    match dev {
+        Device::Cpu(_) => 0,
+        Device::Cuda(_) => 1,
+    }
 }
 
 /// Sizes of a generation: how many sequences at once, and how long they get.
@@ -101,6 +124,7 @@ impl Generator {
             let extent = self.extent(self.rows, self.slots);
             let pages = extent.pages(spec.attention().page(dev));
             let _cache = Cache::<T>::new(dev, scope, spec, pages)?;
+            let _tokens = self.tokens(scope)?;
             let pass = scope.child();
             Staged::plan(dev, &pass, spec, extent)?;
             Pass::<T>::new(dev, &pass, spec, extent, sampling).map(drop)
@@ -112,8 +136,13 @@ impl Generator {
         Extent { rows, sequences, selected: sequences, cached: self.max_len }
     }
 
+    /// The last pass's tokens: the next pass begins with them, and ends with its own.
+    fn tokens<'s>(&self, scope: &'s Scope<'_>) -> Result<Buffer<'s, u32>> {
+        scope.alloc("drawn tokens", self.slots)
+    }
+
     /// Continues every prompt; completions come in the order of the prompts. `progress` hears the
-    /// number of new tokens of each pass, and may stop the generation by returning false.
+    /// number of new tokens of each pass that has any, and may stop the generation by returning false.
     ///
     /// # Errors
     /// [`Error::Value`] for an empty or too long prompt or an id out of range,
@@ -128,62 +157,49 @@ impl Generator {
         mut progress: impl FnMut(usize) -> bool,
     ) -> Result<Option<Vec<Completion<T::Acc>>>> {
         self.check(model.spec(), prompts, settings)?;
+        let (ahead, most) = (ahead(dev), settings.max_new_tokens);
         let page = model.spec().attention().page(dev);
-        let mut pages = Pages::new(page, self.slots * self.max_len.div_ceil(page));
-        let mut cache = Cache::new(dev, scope, model.spec(), pages.held.len())?;
-        let mut waiting: VecDeque<usize> = (0..prompts.len()).collect();
-        let mut live: Vec<Live<T::Acc>> = Vec::with_capacity(self.slots);
-        let mut done: Vec<Option<Completion<T::Acc>>> = vec![None; prompts.len()];
+        let mut slots = Slots::new(prompts.len(), self, page);
+        let mut cache = Cache::new(dev, scope, model.spec(), slots.pages.held.len())?;
+        let mut tokens = self.tokens(scope)?;
         let mut batch = Batch::with_capacity(self.rows);
-        if settings.max_new_tokens == 0 {
-            waiting.clear();
-            for (done, p) in done.iter_mut().zip(prompts) {
-                let (ids, logprobs) = (Vec::new(), Vec::new());
-                *done = Some(Completion { sample: p.sample, ids, logprobs, stopped: false });
-            }
-        }
-        while !waiting.is_empty() || !live.is_empty() {
-            // One row for each live sequence, and whole prompts while rows are left.
-            batch.clear();
-            for s in &mut live {
-                pages.grow(s);
-                batch.push_cached(&s.ids[s.cached..], s.cached, &s.pages);
-            }
-            while let Some(&next) = waiting.front().filter(|_| live.len() < self.slots) {
-                let ids = &prompts[next].ids;
-                let mut s = Live::start(next, ids, settings.max_new_tokens);
-                // Its keys and values are there, or will be when this pass reads them.
-                if let Some(same) = live.iter().find(|s| prompts[s.index].ids == *ids) {
-                    pages.share(same, &mut s);
+        let mut queued: VecDeque<Queued<T::Acc>> = VecDeque::new();
+        let mut done: Vec<Completion<T::Acc>> = prompts.iter().map(Completion::none).collect();
+        let mut open = if most == 0 { 0 } else { done.len() };
+        // What is queued when none is open are rows in vain, for which nobody waits.
+        while open > 0 {
+            if !slots.are_idle() {
+                slots.fill(self, &mut batch, prompts);
+                let (cache, tokens, live) = (&mut cache, tokens.view_mut(), &slots.live);
+                let pass = scope.child();
+                let pass =
+                    self.queue(dev, model, &pass, &batch, cache, tokens, live, prompts, settings)?;
+                queued.push_back(pass);
+                slots.drew(most);
+                if queued.len() <= ahead {
+                    continue;
                 }
-                if batch.len() + ids.len() - s.cached > self.rows {
-                    pages.release(&s);
-                    break;
-                }
-                waiting.pop_front();
-                pages.grow(&mut s);
-                batch.push_cached(&s.ids[s.cached..], s.cached, &s.pages);
-                live.push(s);
             }
-            let pass = scope.child();
-            self.step(dev, model, &pass, &batch, &mut cache, &mut live, prompts, settings)?;
-            drop(pass);
-            let made = live.len();
-            live.retain_mut(|s| {
-                let last = s.ids[s.ids.len() - 1];
-                let stopped = settings.stop_ids.contains(&last);
-                let ended = stopped || s.ids.len() - s.prompt == settings.max_new_tokens;
-                if ended {
-                    pages.release(s);
-                    done[s.index] = Some(s.finish(prompts[s.index].sample, stopped));
+            let Some(pass) = queued.pop_front() else { break };
+            let mut made = 0;
+            for (index, token, logp) in pass.read(dev, ahead)? {
+                let c = &mut done[index];
+                // It stopped when this row was queued already.
+                if c.stopped {
+                    continue;
                 }
-                !ended
-            });
-            if !progress(made) {
+                made += 1;
+                c.ids.push(token);
+                c.logprobs.push(logp);
+                c.stopped = settings.stop_ids.contains(&token);
+                open -= usize::from(c.stopped || c.ids.len() == most);
+            }
+            slots.leave(|s| done[s.index].stopped);
+            if made > 0 && !progress(made) {
                 return Ok(None);
             }
         }
-        Ok(done.into_iter().collect())
+        Ok(Some(done))
     }
 
     fn check(&self, spec: &Spec, prompts: &[Prompt], settings: &Settings) -> Result<()> {
@@ -207,56 +223,118 @@ impl Generator {
         Ok(())
     }
 
-    /// One forward pass, one new token for each live sequence. To a profile it is a prefill if a prompt is in it.
+    /// Queues a forward pass that draws one new token for each live sequence. To a profile it is a prefill if a prompt
+    /// is in it.
     #[allow(clippy::too_many_arguments)]
-    fn step<T: Element>(
+    fn queue<T: Element>(
         &self,
         dev: &Device,
         model: &Model<T>,
         scope: &Scope<'_>,
         batch: &Batch,
         cache: &mut Cache<'_, T>,
-        live: &mut [Live<T::Acc>],
+        tokens: ViewMut<'_, u32>,
+        live: &[Live],
         prompts: &[Prompt],
         settings: &Settings,
-    ) -> Result<()> {
-        let decodes = live.iter().all(|s| s.ids.len() > s.prompt);
-        let _phase = dev.span(if decodes { "decode" } else { "prefill" });
+    ) -> Result<Queued<T::Acc>> {
+        let phase = if live.iter().all(|s| s.len > s.prompt) { "decode" } else { "prefill" };
+        let _phase = dev.span(phase);
         let (spec, extent) = (model.spec(), self.extent(batch.len(), live.len()));
         let pages = self.extent(0, self.slots).pages(spec.attention().page(dev));
-        let staged = batch.stage(dev, scope, spec, pages)?;
+        let mut staged = batch.stage(dev, scope, spec, pages)?;
         let mut pass = Pass::<T>::new(dev, scope, spec, extent, &settings.sampling)?;
         let samples: Vec<u64> = live.iter().map(|s| prompts[s.index].sample).collect();
-        let positions: Vec<u32> = live.iter().map(|s| s.ids.len() as u32).collect();
+        let positions: Vec<u32> = live.iter().map(|s| s.len as u32).collect();
         dev.write(pass.samples.view_mut(), &samples)?;
         dev.write(pass.positions.view_mut(), &positions)?;
+        staged.put_drawn(dev, tokens.view())?;
         model.forward(dev, &staged.rows(), &mut pass.acts, cache)?;
         model.select(dev, &pass.acts, staged.selected(), &mut pass.selected)?;
-        pass.draw(dev, model, settings)?;
-        // Both with one wait.
-        let (tokens, logp) =
-            (dev.read_later(pass.tokens.view())?, dev.read_later(pass.logp.view())?);
-        let (tokens, logp) = (tokens.get()?, logp.get()?);
-        for (s, (token, logp)) in live.iter_mut().zip(tokens.iter().zip(&logp)) {
-            s.cached = s.ids.len();
-            s.ids.push(*token);
-            s.logprobs.push(*logp);
-        }
-        Ok(())
+        let mut tokens = tokens.range(0..live.len());
+        pass.draw(dev, model, settings, tokens.reborrow())?;
+        let (tokens, logp) = (dev.read_later(tokens.view())?, dev.read_later(pass.logp.view())?);
+        // One wait brings both, and does not wait for the next pass.
+        dev.milestone()?;
+        Ok(Queued { of: live.iter().map(|s| s.index).collect(), phase, tokens, logp })
     }
 }
 
-impl<F: Float> Live<F> {
-    fn start(index: usize, ids: &[u32], max_new: usize) -> Self {
-        let mut all = Vec::with_capacity(ids.len() + max_new);
-        all.extend_from_slice(ids);
-        let logprobs = Vec::with_capacity(max_new);
-        Self { index, ids: all, prompt: ids.len(), cached: 0, pages: Vec::new(), logprobs }
+impl<F> Queued<F> {
+    /// Index of the prompt, token and log-prob of each row. To a profile the host waits for a pass of this kind; it does
+    /// not where none is queued meanwhile.
+    fn read(self, dev: &Device, ahead: usize) -> Result<impl Iterator<Item = (usize, u32, F)>> {
+        let _phase = (ahead > 0).then(|| dev.span(self.phase));
+        let (tokens, logp) = (self.tokens.get()?, self.logp.get()?);
+        Ok(self.of.into_iter().zip(tokens).zip(logp).map(|((index, token), p)| (index, token, p)))
+    }
+}
+
+impl<F> Completion<F> {
+    /// With no token yet.
+    fn none(prompt: &Prompt) -> Self {
+        let (ids, logprobs) = (Vec::new(), Vec::new());
+        Self { sample: prompt.sample, ids, logprobs, stopped: false }
+    }
+}
+
+/// Who has a row in the next pass, and who waits for a slot.
+struct Slots {
+    live: Vec<Live>,
+    /// Indices of prompts.
+    waiting: VecDeque<usize>,
+    pages: Pages,
+}
+
+impl Slots {
+    fn new(prompts: usize, sizes: &Generator, page: usize) -> Self {
+        let pages = Pages::new(page, sizes.slots * sizes.max_len.div_ceil(page));
+        Self { live: Vec::with_capacity(sizes.slots), waiting: (0..prompts).collect(), pages }
     }
 
-    fn finish(&mut self, sample: u64, stopped: bool) -> Completion<F> {
-        let ids = self.ids.split_off(self.prompt);
-        Completion { sample, ids, logprobs: std::mem::take(&mut self.logprobs), stopped }
+    fn are_idle(&self) -> bool {
+        self.live.is_empty() && self.waiting.is_empty()
+    }
+
+    /// One row for each live sequence, and whole prompts while rows are left.
+    fn fill(&mut self, sizes: &Generator, batch: &mut Batch, prompts: &[Prompt]) {
+        let Self { live, waiting, pages } = self;
+        batch.clear();
+        for s in &mut *live {
+            pages.grow(s);
+            batch.push_drawn(s.drawn, s.len - 1, &s.pages);
+        }
+        while let Some(&index) = waiting.front().filter(|_| live.len() < sizes.slots) {
+            let ids = &prompts[index].ids;
+            let (prompt, len) = (ids.len(), ids.len());
+            let mut s = Live { index, prompt, len, drawn: 0, pages: Vec::new() };
+            // Its keys and values are there, or will be when this pass reads them.
+            let same = live.iter().find(|s| prompts[s.index].ids == *ids);
+            let shared = same.map_or(0, |same| pages.share(same, &mut s));
+            if batch.len() + ids.len() - shared > sizes.rows {
+                pages.release(&s);
+                break;
+            }
+            waiting.pop_front();
+            pages.grow(&mut s);
+            batch.push_cached(&ids[shared..], shared, &s.pages);
+            live.push(s);
+        }
+    }
+
+    /// A pass was queued that draws a token for each: who then has `most` of them leaves.
+    fn drew(&mut self, most: usize) {
+        for (s, row) in self.live.iter_mut().zip(0..) {
+            (s.len, s.drawn) = (s.len + 1, row);
+        }
+        self.leave(|s| s.len - s.prompt == most);
+    }
+
+    /// Gives slots and pages away. A pass that is queued may still read and write the pages, but who gets them has rows
+    /// in later passes only, and the device runs one after the other.
+    fn leave(&mut self, gone: impl Fn(&Live) -> bool) {
+        let left = self.live.extract_if(.., |s| gone(s));
+        left.for_each(|s| self.pages.release(&s));
     }
 }
 
@@ -276,8 +354,8 @@ impl Pages {
     }
 
     /// Gives a sequence the pages that its tokens need.
-    fn grow<F>(&mut self, s: &mut Live<F>) {
-        while s.pages.len() < s.ids.len().div_ceil(self.page) {
+    fn grow(&mut self, s: &mut Live) {
+        while s.pages.len() < s.len.div_ceil(self.page) {
             let page = self.free.pop();
             debug_assert!(page.is_some(), "there are pages for sequences that share nothing");
             let Some(page) = page else { return };
@@ -286,17 +364,17 @@ impl Pages {
         }
     }
 
-    /// Gives `to`, of the same prompt as `from`, the pages that it fills; one token at least is left to be
-    /// computed.
-    fn share<F>(&mut self, from: &Live<F>, to: &mut Live<F>) {
+    /// Gives `to`, of the same prompt as `from`, the pages that it fills, and says how many tokens they hold; one at
+    /// least is left to be computed. Beyond them `from` may write, be it in a row in vain.
+    fn share(&mut self, from: &Live, to: &mut Live) -> usize {
         let whole = (to.prompt - 1) / self.page;
         to.pages.extend_from_slice(&from.pages[..whole]);
         to.pages.iter().for_each(|page| self.held[*page as usize] += 1);
-        to.cached = whole * self.page;
+        whole * self.page
     }
 
     /// Takes back what nobody else has.
-    fn release<F>(&mut self, s: &Live<F>) {
+    fn release(&mut self, s: &Live) {
         for page in &s.pages {
             self.held[*page as usize] -= 1;
             if self.held[*page as usize] == 0 {
@@ -312,7 +390,6 @@ struct Pass<'s, T: Element> {
     selected: Selected<'s, T>,
     samples: Buffer<'s, u64>,
     positions: Buffer<'s, u32>,
-    tokens: Buffer<'s, u32>,
     logp: Buffer<'s, T::Acc>,
     lse: Buffer<'s, T::Acc>,
     /// None where tokens are drawn as their logits are made.
@@ -350,7 +427,6 @@ impl<'s, T: Element> Pass<'s, T> {
             selected: Selected::new(scope, spec, n)?,
             samples: scope.alloc("samples", n)?,
             positions: scope.alloc("positions of draws", n)?,
-            tokens: scope.alloc("drawn tokens", n)?,
             logp: scope.alloc("their log-probs", n)?,
             lse: scope.alloc("log-sum-exp", n)?,
             logits: logits.map(|len| scope.alloc("logits of the next token", len)).transpose()?,
@@ -359,7 +435,13 @@ impl<'s, T: Element> Pass<'s, T> {
     }
 
     /// The next tokens, and their log-probs with the bits of [`logprob::forward`].
-    fn draw(&mut self, dev: &Device, model: &Model<T>, settings: &Settings) -> Result<()> {
+    fn draw(
+        &mut self,
+        dev: &Device,
+        model: &Model<T>,
+        settings: &Settings,
+        mut tokens: ViewMut<'_, u32>,
+    ) -> Result<()> {
         let (_, head) = model.lm_head(dev)?;
         let (h, params) = (self.selected.hidden(), &settings.sampling);
         let greedy = params.temperature == 0.0;
@@ -370,15 +452,14 @@ impl<'s, T: Element> Pass<'s, T> {
         let (logp, lse) = (self.logp.view_mut(), self.lse.view_mut());
         let mut scratch = self.scratch.view_mut();
         let Some(logits) = &mut self.logits else {
-            let tokens = self.tokens.view_mut();
             let stream = (!greedy).then_some(settings.stream);
             let draws = Draws { stream, samples, positions };
             let out = Sampled { tokens, logp, lse, top: None };
             return logprob::sample(dev, out, h, head, at, draws, scratch);
         };
-        let (n, all) = (self.tokens.len(), model.logit_head(dev)?);
+        let (n, all) = (tokens.len(), model.logit_head(dev)?);
         let (vocab, stride, d) = (head.n(), all.n(), head.k());
-        let (mut tokens, mut logp, mut lse) = (self.tokens.view_mut(), logp, lse);
+        let (mut logp, mut lse) = (logp, lse);
         for first in (0..n).step_by(WAVE) {
             let rows = first..n.min(first + WAVE);
             let h = h.range(rows.start * d..rows.end * d);

@@ -66,6 +66,54 @@ fn one_wait_brings_all_that_were_issued_before() {
     });
 }
 
+/// A wait goes up to the first milestone behind what it is for, and brings what was issued before that.
+#[test]
+fn a_milestone_divides_what_waits_bring() {
+    sim::check(|sim| {
+        let (dev, cuda) = device(sim);
+        let mut x = Buffer::<u32>::zeros(&dev, "x", 100).unwrap();
+        let read = |x: &mut Buffer<'_, u32>, from| {
+            dev.write(x.view_mut(), &numbers(from, 100)).unwrap();
+            dev.read_later(x.view()).unwrap()
+        };
+        let begin = cuda.calls();
+        let waits = || (cuda.calls() - begin).waits;
+        let [a, b] = [1, 2].map(|from| read(&mut x, from));
+        dev.milestone().unwrap();
+        dev.milestone().unwrap();
+        let c = read(&mut x, 3);
+        dev.milestone().unwrap();
+        let [d, e] = [4, 5].map(|from| read(&mut x, from));
+        assert_eq!(waits(), 0, "to set a milestone is no wait");
+        assert_eq!((a.get().unwrap(), waits()), (numbers(1, 100), 1));
+        assert_eq!((b.get().unwrap(), waits()), (numbers(2, 100), 1));
+        // Behind a later one all is there that is before it.
+        assert_eq!((d.get().unwrap(), waits()), (numbers(4, 100), 2));
+        assert_eq!((c.get().unwrap(), waits()), (numbers(3, 100), 2));
+        assert_eq!((e.get().unwrap(), waits()), (numbers(5, 100), 2));
+
+        // One ahead, again and again, also where nobody wants the numbers; and a wait for all in between.
+        let events = || format!("{cuda:?}").matches("Event(").count();
+        let (mut before, had) = (None, events());
+        for from in 12..40 {
+            let now = read(&mut x, from);
+            dev.milestone().unwrap();
+            let before: Option<Later<Vec<u32>>> = before.replace(now);
+            match from % 4 {
+                0 => cuda.synchronize().unwrap(),
+                1 => drop(before),
+                _ => {
+                    let had = waits();
+                    assert_eq!(before.unwrap().get().unwrap(), numbers(from - 1, 100));
+                    assert_eq!(waits() - had, 1, "{from}");
+                }
+            }
+        }
+        assert!(events() <= had + 1, "events are used again: {} after {had}", events());
+        host().milestone().unwrap();
+    });
+}
+
 #[test]
 fn it_keeps_the_value_of_its_time() {
     sim::check(|sim| {

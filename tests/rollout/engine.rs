@@ -1,6 +1,8 @@
 //! Property 2 and G4: the log-prob that is recorded when a token is sampled is the one of the
 //! training forward, bit for bit; and no sample sees the batch it was made in.
 
+use std::collections::BTreeSet;
+
 use half::bf16;
 use warpo::{
     Error,
@@ -119,6 +121,150 @@ fn rollout_equals_training_on_a_device() {
             assert!(drawn[0] == drawn[1], "{name}: slots and rows change no token");
             assert!(drawn[0] != drawn[2] && drawn[0] != drawn[3], "{name}: filters do");
         }
+    });
+}
+
+/// A device is a pass ahead of the host: a sample that a stop id ends has a row too many, and nobody sees it. Whatever
+/// the slots and the filters, samples are those that nothing ends, cut off behind the first stop id.
+#[test]
+fn rows_in_vain_leave_no_trace_on_a_device() {
+    sim::on_devices(|dev| {
+        let Device::Cuda(cuda) = dev else { unreachable!() };
+        let model = Model::<bf16>::load(dev, &golden::path("llama"), Head::Lm, None).unwrap();
+        let (prompts, most) = (prompts(9, model.spec().vocab), 6);
+        for filter in [FILTERS[0], sample::Params { top_k: 40, top_p: 0.95, ..FILTERS[0] }] {
+            let free = generate(dev, &model, &prompts, &settings(filter, most), (5, 64));
+            let mut settings = settings(filter, most);
+            settings.stop_ids = (0..model.spec().vocab as u32).step_by(7).collect();
+            let cut = free.into_iter().map(|c| {
+                let end = c.ids.iter().position(|id| settings.stop_ids.contains(id));
+                let n = end.map_or(most, |i| i + 1);
+                let (ids, logprobs) = (c.ids[..n].to_vec(), c.logprobs[..n].to_vec());
+                Completion { ids, logprobs, stopped: end.is_some(), ..c }
+            });
+            let want: Vec<Completion<f32>> = cut.collect();
+            let lens: BTreeSet<usize> = want.iter().map(|c| c.ids.len()).collect();
+            assert!(lens.len() > 2 && want.iter().any(|c| !c.stopped), "{lens:?}");
+            for (slots, rows) in [(1, 1), (3, 64), (9, 512)] {
+                let what = format!("{slots} slots, {rows} rows, {filter:?}");
+                let generator = Generator::for_prompts(&prompts, most, slots, rows);
+                let bytes = generator.plan::<bf16>(dev, model.spec(), &filter).unwrap();
+                let (mut arena, mut heard) = (room_on(dev, bytes), Vec::new());
+                let scope = arena.scope();
+                let hear = |made| {
+                    heard.push(made);
+                    true
+                };
+                let before = cuda.calls();
+                let done = generator.run(dev, &model, &scope, &prompts, &settings, hear);
+                let waits = (cuda.calls() - before).waits;
+                for (ours, want) in done.unwrap().unwrap().iter().zip(&want) {
+                    assert_eq!(
+                        (ours.sample, &ours.ids, ours.stopped),
+                        (want.sample, &want.ids, want.stopped),
+                        "{what}"
+                    );
+                    assert_bits(&what, &ours.logprobs, &want.logprobs);
+                }
+                let all: usize = want.iter().map(|c| c.ids.len()).sum();
+                assert_eq!(heard.iter().sum::<usize>(), all, "{what}");
+                assert!(heard.iter().all(|made| (1..=slots).contains(made)), "{what}: {heard:?}");
+                // For a last pass of rows in vain nobody waits; where a sample is alone there is one behind each stop.
+                let ended_early = want.iter().rev().skip(1).filter(|c| c.ids.len() < most).count();
+                let vain = if slots == 1 { ended_early } else { 0 };
+                if slots == 1 || slots == prompts.len() {
+                    assert_eq!(waits as usize, heard.len() + vain, "{what}");
+                }
+            }
+        }
+    });
+}
+
+/// The launches of a pass are made before the host waits for the one before it, with one wait a pass; until then
+/// `progress` hears what it hears on the CPU.
+#[test]
+fn a_device_is_a_pass_ahead() {
+    fn run<T: Element>(dev: &Device, mut hear: impl FnMut(usize)) -> usize {
+        let model = Model::<T>::load(dev, &golden::path("llama"), Head::Lm, None).unwrap();
+        let (prompts, settings) = (prompts(3, model.spec().vocab), settings(FILTERS[0], 4));
+        let generator = Generator::for_prompts(&prompts, 4, 2, 128);
+        let bytes = generator.plan::<T>(dev, model.spec(), &settings.sampling).unwrap();
+        let mut arena = room_on(dev, bytes);
+        let mut heard = 0;
+        let hear = |made| {
+            heard += made;
+            hear(made);
+            true
+        };
+        let scope = arena.scope();
+        generator.run(dev, &model, &scope, &prompts, &settings, hear).unwrap().unwrap();
+        heard
+    }
+    let mut on_cpu = Vec::new();
+    assert_eq!(run::<f32>(host(), |made| on_cpu.push(made)), 12);
+    assert_eq!(on_cpu, [2, 2, 2, 2, 1, 1, 1, 1]);
+    sim::on_devices(|dev| {
+        let Device::Cuda(cuda) = dev else { unreachable!() };
+        let mut heard = Vec::new();
+        run::<bf16>(dev, |made| heard.push((made, cuda.calls())));
+        assert_eq!(heard.iter().map(|(made, _)| *made).collect::<Vec<_>>(), on_cpu);
+        let since = |i: usize| heard[i].1 - heard[i - 1].1;
+        for i in 1..8 {
+            // While pass i + 1 is there, the host waits for pass i.
+            let (reads, more) = (since(i).reads, since(i).launches > 0);
+            assert_eq!(
+                (since(i).waits, reads, more),
+                if i < 7 { (1, 2, true) } else { (1, 0, false) }
+            );
+        }
+    });
+}
+
+/// What is queued is dropped by who wants no more, and by an error of a later pass; the device goes on with other work.
+#[test]
+fn a_queued_pass_is_dropped_cleanly() {
+    sim::on_devices(|dev| {
+        let model = Model::<bf16>::load(dev, &golden::path("llama"), Head::Lm, None).unwrap();
+        let prompts = prompts(6, model.spec().vocab);
+        let generator = Generator::for_prompts(&prompts, 5, 3, 64);
+        let settings = settings(FILTERS[0], 5);
+        let want = generate(dev, &model, &prompts, &settings, (6, 512));
+        let mut arena = room_on(dev, generator.plan::<bf16>(dev, model.spec(), &PARAMS).unwrap());
+        for enough in [1, 3, 4] {
+            let mut passes = 0;
+            let stop = |_| {
+                passes += 1;
+                passes < enough
+            };
+            let scope = arena.scope();
+            let done = generator.run(dev, &model, &scope, &prompts, &settings, stop);
+            assert!(done.unwrap().is_none());
+            assert_eq!(passes, enough);
+        }
+        let scope = arena.scope();
+        let done = generator.run(dev, &model, &scope, &prompts, &settings, |_| true);
+        assert!(done.unwrap().unwrap() == want);
+        drop(scope);
+
+        // Room for passes of two rows: the second has the whole of a longer prompt, before the first is heard of.
+        let two: Vec<Prompt> =
+            [2, 30].map(|n| Prompt { sample: 1, ids: vec![5; n] }).into_iter().collect();
+        let settings = Settings { max_new_tokens: 1, ..settings };
+        let small = Generator { slots: 1, max_len: 31, rows: 2 };
+        let bytes = small.plan::<bf16>(dev, model.spec(), &PARAMS).unwrap();
+        let (mut small, mut heard) = (room_on(dev, bytes), 0);
+        let larger = Generator { slots: 1, max_len: 31, rows: 30 };
+        let hear = |_| {
+            heard += 1;
+            true
+        };
+        let scope = small.scope();
+        let e = larger.run(dev, &model, &scope, &two, &settings, hear).unwrap_err();
+        assert!(matches!(e, Error::Memory { .. }) && heard == 0, "{e} {heard}");
+        drop(scope);
+        let scope = arena.scope();
+        let done = generator.run(dev, &model, &scope, &prompts[..1], &settings, |_| true);
+        assert_eq!(done.unwrap().unwrap()[0].ids, want[0].ids[..1]);
     });
 }
 

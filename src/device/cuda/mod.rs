@@ -227,6 +227,10 @@ impl Cuda {
         self.staging.wait()
     }
 
+    pub(super) fn milestone(&self) -> Result<()> {
+        self.staging.milestone()
+    }
+
     /// How often the device was asked for something since it was opened, by all clones of this.
     #[must_use]
     pub fn calls(&self) -> Calls {

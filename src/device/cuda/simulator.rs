@@ -59,10 +59,12 @@ struct Stream {
     to_device: Vec<(NonNull<u8>, NonNull<u8>, usize)>,
     /// Copies to the device that are done.
     done: usize,
-    /// For each event, how many come before it.
-    events: Vec<usize>,
     /// Bytes for the host.
     to_host: Vec<(NonNull<u8>, Vec<u8>)>,
+    /// Copies to the host that have arrived.
+    arrived: usize,
+    /// For each event, how many copies to the device and to the host come before it.
+    events: Vec<[usize; 2]>,
 }
 
 // SAFETY: who asks for a copy promises that its memory stays until the copy is done, on whatever thread.
@@ -85,7 +87,12 @@ impl Stream {
     /// Does all.
     fn finish(&mut self) {
         self.advance();
-        for (to, bytes) in self.to_host.drain(..) {
+        self.arrive(self.to_host.len());
+    }
+
+    fn arrive(&mut self, copies: usize) {
+        self.arrived += copies;
+        for (to, bytes) in self.to_host.drain(..copies) {
             // SAFETY: the promise of the caller of `copy_out`.
             unsafe { to.as_ptr().copy_from_nonoverlapping(bytes.as_ptr(), bytes.len()) };
         }
@@ -267,22 +274,23 @@ impl Driver for Simulator {
 
     fn event(&self) -> Result<Event> {
         let mut stream = self.under_way();
-        stream.events.push(0);
+        stream.events.push([0; 2]);
         Ok(Event(std::ptr::without_provenance_mut(stream.events.len() - 1)))
     }
 
     unsafe fn record(&self, event: &Event) -> Result<()> {
         let mut stream = self.under_way();
-        let before = stream.done + stream.to_device.len();
+        let before = [stream.done + stream.to_device.len(), stream.arrived + stream.to_host.len()];
         stream.events[event.0.addr()] = before;
         Ok(())
     }
 
     unsafe fn wait_for(&self, event: &Event) -> Result<()> {
         let mut stream = self.under_way();
-        let before = stream.events[event.0.addr()];
-        let copies = before.saturating_sub(stream.done);
-        stream.advance_by(copies);
+        let [to_device, to_host] = stream.events[event.0.addr()];
+        let (done, arrived) = (stream.done, stream.arrived);
+        stream.advance_by(to_device.saturating_sub(done));
+        stream.arrive(to_host.saturating_sub(arrived));
         Ok(())
     }
 

@@ -2,7 +2,7 @@
 //! host need not wait; which copies a wait has covered; and counts of what was asked for.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, VecDeque},
     ops::Sub,
     ptr::NonNull,
     sync::{
@@ -30,9 +30,10 @@ pub struct Calls {
     pub copies: u64,
     /// Memory that was set to one byte.
     pub fills: u64,
-    /// Times that the host waited for all work on the device: a read, a [`Later::get`](crate::device::Later)
-    /// that no wait had covered, a synchronisation, a timing, memory that was freed. A write waits, if at
-    /// all, for writes long before it, and is not counted.
+    /// Times that the host waited for the device: for all work, or up to a
+    /// [`Device::milestone`](crate::device::Device::milestone) in a [`Later::get`](crate::device::Later) that no
+    /// wait had covered. A read, a synchronisation, a timing and memory that is freed wait for all. A write
+    /// waits, if at all, for writes long before it, and is not counted.
     pub waits: u64,
 }
 
@@ -173,6 +174,22 @@ struct Blocks {
     bytes: usize,
 }
 
+/// Points of the stream, each behind all reads up to a ticket: who waits for one of those need not wait for more.
+#[derive(Debug, Default)]
+struct Milestones {
+    /// Those that no wait has passed, in order.
+    ahead: VecDeque<(u64, Event)>,
+    free: Vec<Event>,
+}
+
+impl Milestones {
+    /// Takes back those that are behind the last ticket that a wait has covered.
+    fn retire(&mut self, passed: u64) {
+        let behind = self.ahead.partition_point(|(ticket, _)| *ticket <= passed);
+        self.free.extend(self.ahead.drain(..behind).map(|(_, event)| event));
+    }
+}
+
 #[derive(Debug)]
 pub(super) struct Staging {
     driver: Arc<dyn Driver>,
@@ -181,6 +198,7 @@ pub(super) struct Staging {
     issued: AtomicU64,
     /// The last ticket that a wait has covered.
     passed: AtomicU64,
+    milestones: Mutex<Milestones>,
     slots: Mutex<Slots>,
     blocks: Mutex<Blocks>,
 }
@@ -192,6 +210,7 @@ impl Staging {
             calls: Mutex::default(),
             issued: AtomicU64::new(0),
             passed: AtomicU64::new(0),
+            milestones: Mutex::default(),
             slots: Mutex::new(Slots::new(driver, ring)?),
             blocks: Mutex::default(),
         }))
@@ -217,7 +236,52 @@ impl Staging {
         // Before the wait: what another thread issues meanwhile it may not cover.
         let issued = self.issued.load(Ordering::Acquire);
         self.driver.synchronize()?;
-        self.passed.fetch_max(issued, Ordering::AcqRel);
+        self.pass(issued, &mut lock(&self.milestones));
+        Ok(())
+    }
+
+    /// A wait has covered all reads up to a ticket.
+    fn pass(&self, ticket: u64, milestones: &mut Milestones) {
+        let before = self.passed.fetch_max(ticket, Ordering::AcqRel);
+        milestones.retire(before.max(ticket));
+    }
+
+    /// Sets a milestone behind all that was issued.
+    pub(super) fn milestone(&self) -> Result<()> {
+        let mut milestones = lock(&self.milestones);
+        // Before it is recorded: what another thread issues meanwhile it may not cover.
+        let issued = self.issued.load(Ordering::Acquire);
+        let event = match milestones.free.pop() {
+            Some(event) => event,
+            None => self.driver.event()?,
+        };
+        // SAFETY: an event of this driver, which ends with `self`.
+        let recorded = unsafe { self.driver.record(&event) };
+        match recorded {
+            Ok(()) => milestones.ahead.push_back((issued, event)),
+            Err(_) => milestones.free.push(event),
+        }
+        recorded
+    }
+
+    /// Waits for a read, unless a wait has covered it: up to the first milestone behind it, or for all that was
+    /// issued if there is none.
+    fn wait_for(&self, ticket: u64) -> Result<()> {
+        let mut milestones = lock(&self.milestones);
+        if self.passed.load(Ordering::Acquire) >= ticket {
+            return Ok(());
+        }
+        let first = milestones.ahead.partition_point(|(covers, _)| *covers < ticket);
+        let Some((covers, event)) = milestones.ahead.get(first) else {
+            drop(milestones);
+            return self.wait();
+        };
+        self.count(|c| c.waits += 1);
+        // SAFETY: an event of this driver, which ends with `self`; nobody records it anew while the milestones
+        // are locked.
+        unsafe { self.driver.wait_for(event)? };
+        let covers = *covers;
+        self.pass(covers, &mut milestones);
         Ok(())
     }
 
@@ -281,6 +345,17 @@ impl Staging {
     }
 }
 
+impl Drop for Staging {
+    fn drop(&mut self) {
+        let milestones = self.milestones.get_mut().unwrap_or_else(PoisonError::into_inner);
+        milestones.retire(u64::MAX);
+        for event in milestones.free.drain(..) {
+            // SAFETY: made in `milestone` and used by nobody any more.
+            unsafe { self.driver.end_event(&event) };
+        }
+    }
+}
+
 /// Where a copy to the host arrives.
 #[derive(Debug)]
 pub(super) struct Landing {
@@ -292,11 +367,9 @@ pub(super) struct Landing {
 }
 
 impl Landing {
-    /// Copies what arrived to `out`, of as many bytes; waits unless a wait has covered it.
+    /// Copies what arrived to `out`, of as many bytes; waits for it unless a wait has covered it.
     pub(super) fn get(self, out: &mut [u8]) -> Result<()> {
-        if self.staging.passed.load(Ordering::Acquire) < self.ticket {
-            self.staging.wait()?;
-        }
+        self.staging.wait_for(self.ticket)?;
         if let Some(block) = &self.block {
             // SAFETY: the copy filled these bytes, and the wait has covered it.
             let arrived = unsafe { std::slice::from_raw_parts(block.at.as_ptr(), self.bytes) };
