@@ -8,6 +8,7 @@
 mod blueprint;
 pub mod cublaslt;
 mod driver;
+mod launch;
 mod map;
 pub(super) mod nvtx;
 mod room;
@@ -20,8 +21,7 @@ use std::{
     sync::{Arc, Mutex},
 };
 
-use bytemuck::{Pod, Zeroable};
-use half::bf16;
+use bytemuck::Pod;
 
 use super::{
     buffer::{View, ViewMut},
@@ -31,7 +31,10 @@ use super::{
 };
 use crate::error::{Error, Result};
 
+use launch::{Args, Image, Kernel, PACKET, Variants};
+
 pub use blueprint::{MACHINES, Machine as Blueprint};
+pub use launch::{Launch, group, width};
 pub use map::{Map, Swizzle, Tiles};
 pub use room::{PARTS, Parts};
 pub use simulator::{Machine, Order};
@@ -444,174 +447,6 @@ impl Cuda {
         // memory is as large as the kernel expects is checked by the op that calls them.
         let run = || unsafe { self.driver.launch(kernel, launch, &mut pointers) };
         self.launches(kernel.name, run)
-    }
-}
-
-/// How a kernel is launched; the threads of a block are the kernel's own.
-#[derive(Clone, Copy, Debug)]
-pub struct Launch {
-    /// Blocks in x, y and z.
-    pub blocks: [u32; 3],
-    /// Bytes of dynamic shared memory.
-    pub shared: u32,
-    /// All blocks run at the same time, so that one may wait for another: at most one a multiprocessor.
-    pub together: bool,
-}
-
-impl Launch {
-    /// `blocks` blocks in a row, with `shared` bytes of shared memory.
-    ///
-    /// # Errors
-    /// [`Error::Value`] if that is more than a grid holds.
-    pub fn row(blocks: usize, shared: usize) -> Result<Self> {
-        let fits = |n: usize| {
-            let want = format!("at most {}", i32::MAX);
-            i32::try_from(n).map(i32::unsigned_abs).map_err(|_| Error::value("launch", want, n))
-        };
-        Ok(Self { blocks: [fits(blocks)?, 1, 1], shared: fits(shared)?, together: false })
-    }
-
-    /// The same with blocks that may wait for each other.
-    #[must_use]
-    pub fn together(self) -> Self {
-        Self { together: true, ..self }
-    }
-
-    /// At least `threads` threads in blocks of `per_block`; kernels count them in 32 bits.
-    ///
-    /// # Errors
-    /// [`Error::Value`] if there are 2^31 or more.
-    pub fn threads(threads: usize, per_block: usize) -> Result<Self> {
-        if threads > i32::MAX as usize {
-            return Err(Error::value("launch: threads", format!("at most {}", i32::MAX), threads));
-        }
-        Self::row(threads.div_ceil(per_block), 0)
-    }
-
-    /// A thread for each packet of `count` elements in a row, and for each that is left over.
-    ///
-    /// # Errors
-    /// As [`Launch::threads`].
-    pub fn packets<T>(count: usize, per_block: usize) -> Result<Self> {
-        let width = PACKET / size_of::<T>();
-        Self::threads(count / width + count % width, per_block)
-    }
-}
-
-/// Bytes that kernels load at once.
-const PACKET: usize = 16;
-
-/// Threads that share a row of `cols` elements: a power of two from 32 to `threads`, as few as hold at
-/// most `each` elements.
-///
-/// # Errors
-/// [`Error::Value`] if a row is not whole packets of 16 bytes, or too long.
-pub fn group<T>(op: &str, cols: usize, each: usize, threads: usize) -> Result<usize> {
-    let (width, most) = (PACKET / size_of::<T>(), each * threads);
-    if !cols.is_multiple_of(width) || cols > most {
-        let want = format!("a multiple of {width}, at most {most}");
-        return Err(Error::value(format!("{op}: columns on a CUDA device"), want, cols));
-    }
-    Ok(cols.div_ceil(each).next_power_of_two().max(32))
-}
-
-/// Elements that a thread takes at once of rows that are made of parts of `lens` elements, in buffers at
-/// `begins`: a packet of 16 bytes where all parts begin at one, else 1.
-#[must_use]
-pub fn width<T>(lens: &[usize], begins: &[usize]) -> usize {
-    let width = PACKET / size_of::<T>();
-    let whole = lens.iter().all(|n| n.is_multiple_of(width));
-    if whole && begins.iter().all(|at| at.is_multiple_of(PACKET)) { width } else { 1 }
-}
-
-/// A compiled .cu file.
-#[derive(Debug)]
-struct Image {
-    name: &'static str,
-    /// For Hopper alone.
-    hopper: bool,
-    bytes: &'static [u8],
-}
-
-/// An entry point of an [`Image`].
-#[derive(Debug)]
-struct Kernel {
-    image: &'static Image,
-    name: &'static str,
-    threads: u32,
-    /// Blocks of a cluster.
-    cluster: u32,
-}
-
-/// Kernels that do the same for bf16 and for f32.
-struct Variants {
-    name: &'static str,
-    bf16: Option<Kernel>,
-    f32: Option<Kernel>,
-}
-
-impl Variants {
-    fn of<T: Element>(&self) -> Result<&Kernel> {
-        let kernel = match T::NAME {
-            bf16::NAME => &self.bf16,
-            f32::NAME => &self.f32,
-            _ => &None,
-        };
-        let none = || device_error(format!("`{}` has no kernel for {}", self.name, T::NAME));
-        kernel.as_ref().ok_or_else(none)
-    }
-}
-
-/// Arguments of a launch, each with room for a tensor map.
-#[derive(Default)]
-struct Args {
-    values: Vec<map::Words>,
-    /// The first that cannot be passed, and why.
-    wrong: Option<(&'static str, String)>,
-}
-
-impl Args {
-    fn refuse(&mut self, name: &'static str, reason: impl Into<String>) {
-        self.wrong.get_or_insert_with(|| (name, reason.into()));
-    }
-
-    /// Address 0 stands for no memory. What is read in packets begins at one.
-    fn pointer(&mut self, name: &'static str, at: Option<Result<NonNull<u8>>>, packed: bool) {
-        let at = match at {
-            None => 0,
-            Some(Ok(at)) => at.as_ptr() as u64,
-            Some(Err(_)) => return self.refuse(name, "is in host memory, wanted device memory"),
-        };
-        if packed && !at.is_multiple_of(PACKET as u64) {
-            self.refuse(name, format!("begins at {at:#x}, wanted a multiple of {PACKET}"));
-        }
-        self.value(name, at);
-    }
-
-    fn read<T>(&mut self, name: &'static str, view: Option<View<'_, T>>, packed: bool) {
-        self.pointer(name, view.map(View::device_ptr), packed);
-    }
-
-    fn write<T>(&mut self, name: &'static str, view: Option<ViewMut<'_, T>>, packed: bool) {
-        self.pointer(name, view.map(ViewMut::device_ptr), packed);
-    }
-
-    fn count(&mut self, name: &'static str, count: usize) {
-        match i32::try_from(count) {
-            Ok(count) => self.value(name, count),
-            Err(_) => self.refuse(name, format!("is {count}, wanted at most {}", i32::MAX)),
-        }
-    }
-
-    fn value<T: Pod>(&mut self, _name: &'static str, value: T) {
-        let mut words = map::Words::zeroed();
-        bytemuck::bytes_of_mut(&mut words)[..size_of::<T>()]
-            .copy_from_slice(bytemuck::bytes_of(&value));
-        self.values.push(words);
-    }
-
-    fn map(&mut self, map: Map<'_>) {
-        self.values.push(map.words);
     }
 }
 
