@@ -177,7 +177,7 @@ impl Error {
                 Some("wait for it, stop it, or choose another --out folder".into())
             }
             Self::Memory { .. } => Some(
-                "`warpo plan` shows what takes it; lower `micro_batch_tokens` or the sequence length"
+                "lower `micro_batch_tokens` or the sequence length; of a training run `warpo plan` shows what takes it"
                     .into(),
             ),
             Self::BadNumber { samples, .. } => {

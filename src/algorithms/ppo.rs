@@ -246,7 +246,7 @@ fn explained_variance(values: &[f32], returns: &[f32]) -> f64 {
     let variance = |x: &dyn Fn(usize) -> f64| {
         let n = returns.len() as f64;
         let mean = (0..returns.len()).map(x).sum::<f64>() / n;
-        (0..returns.len()).map(|i| (x(i) - mean).powi(2)).sum::<f64>() / n
+        (0..returns.len()).map(|i| (x(i) - mean) * (x(i) - mean)).sum::<f64>() / n
     };
     let all = variance(&|i| f64::from(returns[i]));
     let left = variance(&|i| f64::from(returns[i]) - f64::from(values[i]));

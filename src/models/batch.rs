@@ -229,7 +229,7 @@ const LINE: usize = 16;
 #[derive(Debug)]
 pub struct Staged<'a> {
     batch: &'a Batch,
-    /// In host memory.
+    /// In host memory; on a CUDA device those that a pass drew are not.
     ids: Cow<'a, [u32]>,
     segments: Vec<Segment>,
     list: Vec<u32>,

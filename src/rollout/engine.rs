@@ -76,7 +76,6 @@ struct Live {
 struct Queued<F> {
     /// Whose tokens it draws: indices of prompts.
     of: Vec<usize>,
-    phase: &'static str,
     tokens: Later<Vec<u32>>,
     logp: Later<Vec<F>>,
 }
@@ -180,9 +179,11 @@ impl Generator {
                     continue;
                 }
             }
-            let Some(pass) = queued.pop_front() else { break };
+            let Some(pass) = queued.pop_front() else {
+                return Err(Error::value("generation", "a pass for each open sample", "none"));
+            };
             let mut made = 0;
-            for (index, token, logp) in pass.read(dev, ahead)? {
+            for (index, token, logp) in pass.read(dev)? {
                 let c = &mut done[index];
                 // It stopped when this row was queued already.
                 if c.stopped {
@@ -238,8 +239,8 @@ impl Generator {
         prompts: &[Prompt],
         settings: &Settings,
     ) -> Result<Queued<T::Acc>> {
-        let phase = if live.iter().all(|s| s.len > s.prompt) { "decode" } else { "prefill" };
-        let _phase = dev.span(phase);
+        let decodes = live.iter().all(|s| s.len > s.prompt);
+        let _phase = dev.span(if decodes { "decode" } else { "prefill" });
         let (spec, extent) = (model.spec(), self.extent(batch.len(), live.len()));
         let pages = self.extent(0, self.slots).pages(spec.attention().page(dev));
         let mut staged = batch.stage(dev, scope, spec, pages)?;
@@ -256,15 +257,14 @@ impl Generator {
         let (tokens, logp) = (dev.read_later(tokens.view())?, dev.read_later(pass.logp.view())?);
         // One wait brings both, and does not wait for the next pass.
         dev.milestone()?;
-        Ok(Queued { of: live.iter().map(|s| s.index).collect(), phase, tokens, logp })
+        Ok(Queued { of: live.iter().map(|s| s.index).collect(), tokens, logp })
     }
 }
 
 impl<F> Queued<F> {
-    /// Index of the prompt, token and log-prob of each row. To a profile the host waits for a pass of this kind; it does
-    /// not where none is queued meanwhile.
-    fn read(self, dev: &Device, ahead: usize) -> Result<impl Iterator<Item = (usize, u32, F)>> {
-        let _phase = (ahead > 0).then(|| dev.span(self.phase));
+    /// Index of the prompt, token and log-prob of each row.
+    fn read(self, dev: &Device) -> Result<impl Iterator<Item = (usize, u32, F)>> {
+        let _phase = matches!(dev, Device::Cuda(_)).then(|| dev.span("wait for tokens"));
         let (tokens, logp) = (self.tokens.get()?, self.logp.get()?);
         Ok(self.of.into_iter().zip(tokens).zip(logp).map(|((index, token), p)| (index, token, p)))
     }

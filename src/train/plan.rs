@@ -216,6 +216,6 @@ impl Plan {
     /// All bytes.
     #[must_use]
     pub fn total(&self) -> usize {
-        self.fixed() + self.shared()
+        self.fixed().saturating_add(self.shared())
     }
 }

@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 use super::{
     Observer, Report, Settings, Trainer,
     checkpoint::{self, Tensor},
+    feed::Examples,
     lock::Lock,
     metrics::Metrics as MetricsFile,
     role::Role,
@@ -200,12 +201,15 @@ impl<T: Element<Acc = f32>> Run<T> {
         let keys = keys.filter(|k| !Settings::FREE.contains(&k.name));
         let all: Map<String, Value> =
             keys.map(|k| (k.name.to_owned(), Value::String(k.value))).collect();
-        let tokenizer = self.trainer.job.tokenizer.as_ref().map(Tokenizer::digest);
+        let job = &self.trainer.job;
+        let tokenizer = job.tokenizer.as_ref().map(Tokenizer::digest);
+        let held_out = job.held_out.as_ref().map(Examples::digest);
         let models: Map<String, Value> =
             self.models.iter().map(|(name, hash)| ((*name).to_owned(), json!(hash))).collect();
         json!({
             "algorithm": entry.name, "settings": all, "models": models, "tokenizer": tokenizer,
-            "data": self.trainer.job.examples.digest(), "precision": T::NAME,
+            "data": job.examples.digest(), "eval_data": held_out, "eos": job.eos,
+            "precision": T::NAME,
         })
     }
 
@@ -350,16 +354,21 @@ impl<T: Element<Acc = f32>> Run<T> {
     }
 }
 
-/// SHA-256 of the weights of the models that are given to a run; all others are made from them.
+/// SHA-256 of the weights and specs of the models that are given to a run; all others are made from them.
 fn hashes<T: Element<Acc = f32>>(t: &Trainer<T>) -> Result<Vec<(&'static str, String)>> {
     let roles = t.policy.iter().chain(&t.scalar).filter(|r| r.name != "value");
     let trained = roles.map(|r| (r.name, &r.model));
     let frozen = [("reference", &t.reference), ("reward_model", &t.reward_model)];
     let frozen = frozen.into_iter().filter_map(|(name, m)| Some((name, m.as_ref()?)));
     let hash = |m: &Model<T>| {
-        let all = m.on_host(&t.dev)?;
-        let digest = Sha256::digest(bytemuck::cast_slice::<T, u8>(&all));
-        Ok(digest.iter().map(|b| format!("{b:02x}")).collect())
+        let mut digest = Sha256::new();
+        match m.master() {
+            Ok(weights) => digest.update(bytemuck::cast_slice::<f32, u8>(&t.dev.on_host(weights)?)),
+            Err(_) => digest.update(bytemuck::cast_slice::<T, u8>(&m.on_host(&t.dev)?)),
+        }
+        // Weights alone do not tell how far a rotation turns.
+        digest.update(format!("{:?}", m.spec()));
+        Ok(digest.finalize().iter().map(|b| format!("{b:02x}")).collect())
     };
     trained.chain(frozen).map(|(name, m)| Ok((name, hash(m)?))).collect()
 }
@@ -389,7 +398,8 @@ fn same(was: &Value, now: &Value, out: &Path) -> Result<()> {
     let hint = || Some("use the run's config.toml, or another --out folder".to_owned());
     let models = now["models"].as_object().into_iter().flatten();
     let models = models.map(|(name, hash)| (name.as_str(), &was["models"][name], hash));
-    let others = ["algorithm", "data", "tokenizer"].map(|key| (key, &was[key], &now[key]));
+    let others = ["algorithm", "data", "eval_data", "tokenizer", "eos"]
+        .map(|key| (key, &was[key], &now[key]));
     // Runs of before there were devices are in f32.
     let precision = |state: &Value| state["precision"].as_str().unwrap_or("F32").to_owned();
     let (begun, here) = (precision(was), precision(now));

@@ -87,6 +87,7 @@ impl Settings {
         "model",
         "reward_model",
         "data",
+        "eval_data",
         "device",
         "threads",
         "recompute",

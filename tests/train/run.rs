@@ -13,7 +13,7 @@ use warpo::{
 };
 
 use crate::support::{
-    golden, host,
+    golden, host, root,
     runs::{assert_same, copy, data, entry, metrics, outcome, small, train, train_command},
     temp_dir,
 };
@@ -214,6 +214,35 @@ fn other_models_masks_or_margins_do_not_resume() {
     train("reward", &pairs).unwrap();
     std::fs::write(dir.join("reward.jsonl"), line(1.5)).unwrap();
     assert_eq!(refused(&run, "reward", &pairs), "data");
+}
+
+/// Weights and tokens do not tell all of a run: which function of them it is, where texts end, and what it is
+/// evaluated on are compared, too.
+#[test]
+fn another_spec_end_or_held_out_text_does_not_resume() {
+    let dir = temp_dir("other_ends");
+    let (model, held_out, run) = (dir.join("model"), dir.join("held_out.jsonl"), dir.join("run"));
+    copy(&root().join("examples/quickstart/model"), &model);
+    let mut pairs = small(&dir, "sft", &run);
+    let more = [("model", &model), ("eval_data", &held_out)];
+    pairs.extend(more.map(|(key, path)| format!("{key}={}", path.display())));
+    pairs.extend(["eos_id=none", "steps=2", "batch_size=2"].map(str::to_owned));
+    std::fs::write(&held_out, "{\"input_ids\": [5, 6, 7]}\n").unwrap();
+    train("sft", &pairs).unwrap();
+    for (file, from, to, want) in [
+        (model.join("config.json"), "1e-05", "1e-06", "policy"),
+        (model.join("tokenizer_config.json"), "\"</s>\"", "\"<unk>\"", "eos"),
+        (held_out, "7", "8", "eval_data"),
+    ] {
+        let whole = std::fs::read_to_string(&file).unwrap();
+        assert!(whole.contains(from), "{}", file.display());
+        std::fs::write(&file, whole.replace(from, to)).unwrap();
+        let error = train("sft", &pairs).unwrap_err();
+        let Error::Config { key, message, .. } = &error else { panic!("{error}") };
+        assert!(key == want && message.contains("holds a run with"), "{key}: {message}");
+        std::fs::write(&file, whole).unwrap();
+    }
+    train("sft", &pairs).unwrap();
 }
 
 /// A finished run that is started again changes nothing; a refused one leaves nothing.

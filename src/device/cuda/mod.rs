@@ -101,6 +101,15 @@ trait Driver: std::fmt::Debug + Send + Sync {
     /// # Safety
     /// `to` has `bytes` bytes of device memory that nobody else uses.
     unsafe fn fill(&self, to: NonNull<u8>, byte: u8, bytes: usize) -> Result<()>;
+    /// Reads memory, at once.
+    ///
+    /// # Safety
+    /// `from` has `to.len()` bytes of device memory.
+    unsafe fn inspect(&self, to: &mut [u8], from: NonNull<u8>) -> Result<()> {
+        // SAFETY: the caller's promise; we wait before `to` is seen.
+        unsafe { self.copy_out(to, from)? };
+        self.synchronize()
+    }
     /// Forbids or allows kernels to touch memory, where that can be enforced.
     ///
     /// # Safety
@@ -378,9 +387,8 @@ impl Cuda {
         if to.is_empty() {
             return Ok(());
         }
-        // SAFETY: the caller's promise; we wait before `to` is seen.
-        unsafe { self.driver.copy_out(to, from)? };
-        self.driver.synchronize()
+        // SAFETY: the caller's promise.
+        unsafe { self.driver.inspect(to, from) }
     }
 
     /// A fill of memory that watches itself: not counted.

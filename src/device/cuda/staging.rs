@@ -267,8 +267,12 @@ impl Staging {
     /// Waits for a read, unless a wait has covered it: up to the first milestone behind it, or for all that was
     /// issued if there is none.
     fn wait_for(&self, ticket: u64) -> Result<()> {
+        let covered = || self.passed.load(Ordering::Acquire) >= ticket;
+        if covered() {
+            return Ok(());
+        }
         let mut milestones = lock(&self.milestones);
-        if self.passed.load(Ordering::Acquire) >= ticket {
+        if covered() {
             return Ok(());
         }
         let first = milestones.ahead.partition_point(|(covers, _)| *covers < ticket);
