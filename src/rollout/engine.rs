@@ -141,11 +141,11 @@ impl Generator {
     }
 
     /// Continues every prompt; completions come in the order of the prompts. `progress` hears the
-    /// number of new tokens of each pass that has any, and may stop the generation by returning false.
+    /// number of new tokens of each pass that has any, and may stop the generation by returning false: then there
+    /// are none.
     ///
     /// # Errors
-    /// [`Error::Value`] for an empty or too long prompt or an id out of range,
-    /// [`Error::Interrupted`]-free: a stop by `progress` returns what is finished so far as `None`.
+    /// [`Error::Value`] for no slot, an empty or too long prompt or an id out of range.
     pub fn run<T: Element>(
         &self,
         dev: &Device,
@@ -205,6 +205,9 @@ impl Generator {
 
     fn check(&self, spec: &Spec, prompts: &[Prompt], settings: &Settings) -> Result<()> {
         settings.sampling.validate()?;
+        if self.slots == 0 {
+            return Err(Error::value("slots of a generation", "at least one", 0));
+        }
         for p in prompts {
             let len = p.ids.len() + settings.max_new_tokens;
             let what = || format!("prompt of sample {}", p.sample);

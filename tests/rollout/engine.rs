@@ -523,6 +523,8 @@ fn what_does_not_fit_is_named() {
         fail(vec![1, 113], generator, &five),
         "embedding: id of row 2: got 113, wanted less than 113"
     );
+    let none = Generator { slots: 0, ..generator };
+    assert_eq!(fail(vec![1], none, &five), "slots of a generation: got 0, wanted at least one");
     let cold = settings(sample::Params { temperature: -1.0, ..FILTERS[0] }, 5);
     assert_eq!(fail(vec![1], generator, &cold), "temperature: got -1, wanted 0 or more");
 }
