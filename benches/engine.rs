@@ -1,9 +1,10 @@
-//! Generation and an iteration of PPO on a GPU, of models with the shapes of Qwen2.5 and random weights: seconds of
-//! each phase beside the least that the device's data sheet allows, and memory beside the plan.
+//! Generation and an iteration of PPO on a GPU, of models with the shapes of Qwen2.5 and random
+//! weights: seconds of each phase beside the least that the device's data sheet allows, and memory
+//! beside the plan.
 //!
-//! `cargo bench --bench engine` runs all, `cargo bench --bench engine -- 0.5b` one; `$WARPO_RESULTS` names a JSON
-//! file for the results. Without a GPU it says so. With `$WARPO_SIM`, a library of the simulator, or with `--test` it
-//! runs a tiny model, which measures nothing.
+//! `cargo bench --bench engine` runs all, `cargo bench --bench engine -- 0.5b` one;
+//! `$WARPO_RESULTS` names a JSON file for the results. Without a GPU it says so. With `$WARPO_SIM`,
+//! a library of the simulator, or with `--test` it runs a tiny model, which measures nothing.
 
 #![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used)]
 
@@ -74,8 +75,8 @@ const TINY: Shape = Shape {
     vocab: 99,
 };
 
-/// Of an iteration: samples, each of a prompt of its own; tokens of a prompt; new tokens of a sample, which never ends
-/// by itself; tokens of a micro-batch, halved until it fits.
+/// Of an iteration: samples, each of a prompt of its own; tokens of a prompt; new tokens of a
+/// sample, which never ends by itself; tokens of a micro-batch, halved until it fits.
 pub struct Work {
     pub batch: usize,
     pub prompt: usize,
@@ -117,8 +118,8 @@ fn bounds(spec: &Spec, work: &Work, peak: Peak) -> [f64; 3] {
     let forward = |t: f64| b * (blocks * t + attention(t));
     let kv = 4.0 * size(spec.layers * spec.kv_heads * spec.head_dim);
 
-    // All prompts in one go; then a step for each further token. Its products take what their FLOPs or the weights'
-    // bytes take, and its attention what the cache's bytes take.
+    // All prompts in one go; then a step for each further token. Its products take what their FLOPs
+    // or the weights' bytes take, and its attention what the cache's bytes take.
     let prefill = (forward(p) + b * head) / peak.flops;
     let products = f64::max(b * (blocks + head) / peak.flops, (blocks + head) / peak.bandwidth);
     let step = |i: usize| products + b * kv * (p + size(i)) / peak.bandwidth;
@@ -128,8 +129,9 @@ fn bounds(spec: &Spec, work: &Work, peak: Peak) -> [f64; 3] {
     let t = p + r - 1.0;
     let score = (3.0 * forward(t) + b * r * head) / peak.flops;
 
-    // Policy and value model, forward and backward; the logits' gradients need the logits again, which nobody keeps,
-    // but they are not counted. AdamW reads weights, moments and gradients and writes all but the last: 28 bytes.
+    // Policy and value model, forward and backward; the logits' gradients need the logits again,
+    // which nobody keeps, but they are not counted. AdamW reads weights, moments and gradients and
+    // writes all but the last: 28 bytes.
     let both = 2.0 * b * (3.0 * blocks * t + 3.5 * attention(t)) + 3.0 * b * r * head;
     let weights = (blocks + head) / 2.0;
     let update = both / peak.flops + 2.0 * 28.0 * weights / peak.bandwidth;

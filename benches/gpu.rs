@@ -1,10 +1,11 @@
-//! Every CUDA kernel at the sizes of an 8B model (hidden 4096, MLP 14,336, vocabulary 128,256) and 8,192 tokens:
-//! device time by events, random data, buffers rotated past the cache, beside a copy in the same run. Matrix
-//! products at those of Qwen2.5, beside cuBLASLt. Attention of 16,384 tokens, and of a step over 1 GB of cache.
+//! Every CUDA kernel at the sizes of an 8B model (hidden 4096, MLP 14,336, vocabulary 128,256) and
+//! 8,192 tokens: device time by events, random data, buffers rotated past the cache, beside a copy
+//! in the same run. Matrix products at those of Qwen2.5, beside cuBLASLt. Attention of 16,384
+//! tokens, and of a step over 1 GB of cache.
 //!
-//! `cargo bench --bench gpu` runs all, `cargo bench --bench gpu -- norm` a part; `$WARPO_RESULTS` names a JSON
-//! file for the results. Without a GPU it says so; with `$WARPO_SIM`, a library of the simulator, it runs tiny
-//! sizes there, which measures nothing.
+//! `cargo bench --bench gpu` runs all, `cargo bench --bench gpu -- norm` a part; `$WARPO_RESULTS`
+//! names a JSON file for the results. Without a GPU it says so; with `$WARPO_SIM`, a library of the
+//! simulator, it runs tiny sizes there, which measures nothing.
 
 #![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used)]
 

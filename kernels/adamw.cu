@@ -1,18 +1,22 @@
-// AdamW over the flat buffer of all tensors: g' = scale g, m = b1 m + (1 - b1) g', v = b2 v + (1 - b2) g'^2,
-// p = keep p - step m / (root sqrt(v) + eps), where keep = 1 - lr decay, step = lr / (1 - b1^t) and
-// root = 1 / sqrt(1 - b2^t) come rounded from the host.
-//   shapes   p, m, v, g [n] f32; copy [n] bf16, the new p rounded, or none; starts [groups]: group i is the
-//            elements from LINE starts[i] to LINE starts[i + 1], and groups 0, 2, 4, ... decay; starts[0] is 0
-//   tiling   256 threads a block; thread t owns packets t and t + 256 of the block's 512 packets of 4. A block
-//            looks its first group up once and walks on from there
-//   memory   reads p, m, v and g and writes p, m and v once: 16 + 12 bytes an element, 14 with the copy
+// AdamW over the flat buffer of all tensors: g' = scale g, m = b1 m + (1 - b1) g', v = b2 v + (1 -
+// b2) g'^2, p = keep p - step m / (root sqrt(v) + eps), where keep = 1 - lr decay, step = lr / (1 -
+// b1^t) and root = 1 / sqrt(1 - b2^t) come rounded from the host.
+//   shapes   p, m, v, g [n] f32; copy [n] bf16, the new p rounded, or none; starts [groups]: group
+//            i is the elements from LINE starts[i] to LINE starts[i + 1], and groups 0, 2, 4, ...
+//            decay; starts[0] is 0
+//   tiling   256 threads a block; thread t owns packets t and t + 256 of the block's 512 packets of
+//            4. A block looks its first group up once and walks on from there
+//   memory   reads p, m, v and g and writes p, m and v once: 16 + 12 bytes an element, 14 with the
+//            copy
 //   numerics f32; each element by itself, in the operations and the order of the CPU: the same bits
 //   needs    buffers 16-byte aligned, starts ascending; n may be any number
 #include "include/kernel.cuh"
 
 constexpr int THREADS = 256;
-constexpr int PACKETS = 2; // 8 loads in flight a thread; with 4 there is room for half as many blocks
-constexpr int LINE = 16;   // elements that a group begins at a multiple of: tensors begin on a cache line
+// 8 loads in flight a thread; with 4 there is room for half as many blocks.
+constexpr int PACKETS = 2;
+// Elements that a group begins at a multiple of: tensors begin on a cache line.
+constexpr int LINE = 16;
 
 struct Constants {
     float keep, beta1, fresh1, beta2, fresh2, step, root, epsilon, scale;

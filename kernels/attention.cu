@@ -1,19 +1,23 @@
-// Causal attention over pages of keys and values: out[r, h] = sum_j w[j] v[j, g], w = softmax_j(s[r, j]),
-// s[r, j] = scale q[r, h] . k[j, g], or cap tanh of it / cap; g = h / group, and row r sees the positions up to its own, or
-// the last `window` of them. lse[r, h] = log sum_j e^s[r, j]. Training, prefill and decoding are this one kernel.
-//   shapes   qkv [rows, (q_heads + 2 kv_heads) D] bf16; out [rows, q_heads D] bf16; lse [rows, q_heads] f32; k and v
-//            [pages, kv_heads, PAGE, D] bf16; tiles [tiles, 8] (include/attention.cuh); stash [blocks, D / 2 + 4, THREADS]
-//            f32, where a part sees more than SPLIT positions; states [states, slots, q_heads, D + 8] f32, where parts go on
-//            from others. append: runs [runs, 5] are batch row, rows, first
-//            position, first page of the list, positions after them that get zeros; table as in rope.cu
-//   tiling   a block takes a part and a group of heads after the other: up to 64 rows, position by position and for each the
-//            heads of the group, 16 a warp; a page of keys comes while values are multiplied, and the other way round
+// Causal attention over pages of keys and values: out[r, h] = sum_j w[j] v[j, g], w =
+// softmax_j(s[r, j]), s[r, j] = scale q[r, h] . k[j, g], or cap tanh of it / cap; g = h / group,
+// and row r sees the positions up to its own, or the last `window` of them. lse[r, h] = log sum_j
+// e^s[r, j]. Training, prefill and decoding are this one kernel.
+//   shapes   qkv [rows, (q_heads + 2 kv_heads) D] bf16; out [rows, q_heads D] bf16; lse [rows,
+//            q_heads] f32; k and v [pages, kv_heads, PAGE, D] bf16; tiles [tiles, 8]
+//            (include/attention.cuh); stash [blocks, D / 2 + 4, THREADS] f32, where a part sees
+//            more than SPLIT positions; states [states, slots, q_heads, D + 8] f32, where parts go
+//            on from others. append: runs [runs, 5] are batch row, rows, first position, first page
+//            of the list, positions after them that get zeros; table as in rope.cu
+//   tiling   a block takes a part and a group of heads after the other: up to 64 rows, position by
+//            position and for each the heads of the group, 16 a warp; a page of keys comes while
+//            values are multiplied, and the other way round
 //   memory   q and out once; keys and values once for 64 rows
-//   numerics rows see pages from position 0 on, in ascending order, one at a time; f32 sums, weights rounded to bf16 for the
-//            product with v but not for their sum; softmax starts anew each SPLIT positions. So a row has the same
-//            bits in every batch, chunk and page order. A NaN of v spoils the rows that share a part
-//   needs    D a multiple of 16, groups up to 64, buffers at 16 bytes, scale > 0; values of a page that were not
-//            written are 0: append sees to it
+//   numerics rows see pages from position 0 on, in ascending order, one at a time; f32 sums,
+//            weights rounded to bf16 for the product with v but not for their sum; softmax starts
+//            anew each SPLIT positions. So a row has the same bits in every batch, chunk and page
+//            order. A NaN of v spoils the rows that share a part
+//   needs    D a multiple of 16, groups up to 64, buffers at 16 bytes, scale > 0; values of a page
+//            that were not written are 0: append sees to it
 #include "include/attention.cuh"
 #include "include/rope.cuh"
 
@@ -54,7 +58,8 @@ static __device__ void forward(bf16* out, float* lse, const bf16* qkv, const bf1
         int position[2];
         for (int r = 0; r < 2; ++r) position[r] = part.first + (top + 8 * r + lane / 4) / group;
         const int first = part.first + top / group, last = part.first + (top + 15) / group;
-        // f(r, row, head) of each of the lane's rows that is there: its place in the part, its head.
+        // f(r, row, head) of each of the lane's rows that is there: its place in the part, its
+        // head.
         auto each_row = [&](auto f) {
             for (int r = 0; r < 2; ++r) {
                 const int row = top + 8 * r + lane / 4;
@@ -144,7 +149,8 @@ static __device__ void forward(bf16* out, float* lse, const bf16* qkv, const bf1
             });
             for (int r = 0; r < 2; ++r) {
                 const int row = top + 8 * r + lane / 4;
-                // The warp's queries were read. 0 is added so that a zero has one sign whatever was masked.
+                // The warp's queries were read. 0 is added so that a zero has one sign whatever was
+                // masked.
 #pragma unroll
                 for (int j = 0; j < D / 8; ++j) {
                     const float* two = o + 4 * j + 2 * r;
@@ -173,8 +179,8 @@ static __device__ __forceinline__ void turn(Packet<bf16>& a, Packet<bf16>& b, co
     }
 }
 
-// A block a run of rows and a group of heads: queries and keys are turned in place, keys and values go to their pages, and
-// zeros for the values after them. Without a table nothing is turned.
+// A block a run of rows and a group of heads: queries and keys are turned in place, keys and values
+// go to their pages, and zeros for the values after them. Without a table nothing is turned.
 static __device__ void append(bf16* k, bf16* v, bf16* qkv, const float* table, const uint32_t* runs, const uint32_t* pages, int q_heads,
                               int kv_heads, int d, int page, int entries) {
     const uint32_t* run = runs + 5 * int64_t(blockIdx.x / kv_heads);

@@ -1,14 +1,18 @@
-// Gradients of causal attention (attention.cu): with p[r, j] = e^(s[r, j] - lse[r]) and delta[r] = dout[r] . out[r],
-//   ds[r, j] = p[r, j] (dout[r] . v[j] - delta[r]) ds/dproduct,
-//   dv[j] = sum_r p[r, j] dout[r], dk[j] = sum_r ds[r, j] q[r], dq[r] = sum_j ds[r, j] k[j], r over the heads of a group.
-//   shapes   dqkv, qkv [rows, (q_heads + 2 kv_heads) D] bf16; dout, out [rows, q_heads D] bf16; lse, delta [rows, q_heads]
-//            f32; sums [rows, q_heads D] f32; turns [tiles of queries, kv_heads]; tiles [count, 8], visits [visits, 8]
-//   tiling   a block takes a tile of keys of one head after the other: holds K and V in shared memory, dK and dV in
-//            registers, and visits the tiles of queries that see it: TILE rows, positions and for each the heads of the group
-//   memory   keys and values once, queries and dout once for TILE keys, f32 sums of dq read and written as often, from L2
-//   numerics f32 sums; p and ds rounded to bf16 for products; dq over tiles of keys in ascending order, a prefix's first, dk
-//            and dv over tiles of queries in the order of the visits: bits depend on the sequence and those that share its
-//            prefix. A NaN spoils no other
+// Gradients of causal attention (attention.cu): with p[r, j] = e^(s[r, j] - lse[r]) and delta[r] =
+// dout[r] . out[r],
+//   ds[r, j] = p[r, j] (dout[r] . v[j] - delta[r]) ds/dproduct, dv[j] = sum_r p[r, j] dout[r],
+//   dk[j] = sum_r ds[r, j] q[r], dq[r] = sum_j ds[r, j] k[j], r over the heads of a group.
+//   shapes   dqkv, qkv [rows, (q_heads + 2 kv_heads) D] bf16; dout, out [rows, q_heads D] bf16;
+//            lse, delta [rows, q_heads] f32; sums [rows, q_heads D] f32; turns [tiles of queries,
+//            kv_heads]; tiles [count, 8], visits [visits, 8]
+//   tiling   a block takes a tile of keys of one head after the other: holds K and V in shared
+//            memory, dK and dV in registers, and visits the tiles of queries that see it: TILE
+//            rows, positions and for each the heads of the group
+//   memory   keys and values once, queries and dout once for TILE keys, f32 sums of dq read and
+//            written as often, from L2
+//   numerics f32 sums; p and ds rounded to bf16 for products; dq over tiles of keys in ascending
+//            order, a prefix's first, dk and dv over tiles of queries in the order of the visits:
+//            bits depend on the sequence and those that share its prefix. A NaN spoils no other
 //   needs    D a multiple of 16, groups up to 64, buffers at 16 bytes; blocks that run together
 #include "include/attention_backward.cuh"
 
@@ -18,8 +22,9 @@ constexpr int TILE = 64;
 constexpr int WIDE_THREADS = 128;
 constexpr int WIDE_TILE = 32;
 
-// Where a lane's 16 bytes lie in lines of `LINE` chunks: those of the row and chunk that it was made with, and of others `down` rows
-// (whole eights) and c chunks on, where c has no bit below 8 that the first chunk has.
+// Where a lane's 16 bytes lie in lines of `LINE` chunks: those of the row and chunk that it was
+// made with, and of others `down` rows (whole eights) and c chunks on, where c has no bit below 8
+// that the first chunk has.
 template <int LINE>
 struct Spot {
     int bytes;
@@ -45,13 +50,16 @@ struct Plan {
     using Weights = Lines<64, SIZE>;
 };
 
-// What a lane's warp has of a step, and where the lane finds it. Of scores: 16 rows of queries from `top` on, and keys from `left`
-// on. Of gradients: rows from 16 `down` on, and columns from 16 `across` on.
+// What a lane's warp has of a step, and where the lane finds it. Of scores: 16 rows of queries from
+// `top` on, and keys from `left` on. Of gradients: rows from 16 `down` on, and columns from 16
+// `across` on.
 template <class P>
 struct Warp {
     int lane, top, left, across, down;
-    Spot<P::Heads::LINE> query, key, column;       // rows of queries and dout, of keys and values; columns of either
-    Spot<P::Weights::LINE> score, row, transposed; // the lane's own, rows of ds, columns of p and ds
+    // Rows of queries and dout, of keys and values; columns of either.
+    Spot<P::Heads::LINE> query, key, column;
+    // The lane's own, rows of ds, columns of p and ds.
+    Spot<P::Weights::LINE> score, row, transposed;
     __device__ __forceinline__ Warp(int lane, int warp)
         : lane(lane), top(warp % P::DOWN * 16), left(warp / P::DOWN * P::KEYS * 16), across(warp % P::STEP),
           down(warp / P::STEP * P::ROWS), query(top + lane % 16, lane / 16), key(left + lane / 16 * 8 + lane % 8, lane / 8 % 2),
@@ -61,7 +69,8 @@ struct Warp {
     __device__ __forceinline__ bool has(int j) const { return P::D / 16 % P::STEP == 0 || j * P::STEP + across < P::D / 16; }
 };
 
-// The block copies SIZE rows, which begin `offset(i)` elements after `from`; below 0 where there is none.
+// The block copies SIZE rows, which begin `offset(i)` elements after `from`; below 0 where there is
+// none.
 template <class P, class F>
 static __device__ __forceinline__ void copy(bf16* to, const bf16* from, F offset) {
     using L = typename P::Heads;
@@ -99,7 +108,8 @@ static __device__ __forceinline__ void multiply(float (&x)[P::KEYS * 8], const b
     }
 }
 
-// Of a lane's two rows of queries: row r sees columns [from[r], to[r]) of the warp's, all if `clear`; and what forward left.
+// Of a lane's two rows of queries: row r sees columns [from[r], to[r]) of the warp's, all if
+// `clear`; and what forward left.
 struct Sight {
     int from[2], to[2];
     float base[2], delta[2];
@@ -123,7 +133,8 @@ struct Sight {
     }
 };
 
-// From y and (dout . v - delta) dy / dproduct to weights and the gradient of the products. MASKED: what is not seen gets 0.
+// From y and (dout . v - delta) dy / dproduct to weights and the gradient of the products. MASKED:
+// what is not seen gets 0.
 template <class P, bool MASKED>
 static __device__ __forceinline__ void weigh(float (&x)[P::KEYS * 8], float (&dp)[P::KEYS * 8], const Scoring& by, const Sight& sight) {
     const int c = ptx::lane() % 4 * 2;
@@ -179,8 +190,8 @@ static __device__ __forceinline__ void add_transposed(typename P::Sums& sums, co
     }
 }
 
-// A tile of queries' gradient, of which a tile of keys adds its share to what those before it have: of 16 columns a lane's four are
-// neighbours in the sums, as they are in its registers.
+// A tile of queries' gradient, of which a tile of keys adds its share to what those before it have:
+// of 16 columns a lane's four are neighbours in the sums, as they are in its registers.
 template <class P>
 struct Share {
     float* sums;  // of row 0's position and the group's first head

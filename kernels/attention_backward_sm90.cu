@@ -1,14 +1,19 @@
 // Gradients of causal attention on Hopper: those of attention_backward.cu by wgmma and TMA.
-//   shapes   as in attention_backward.cu. Tensor maps have a swizzle of 128 bytes: q [rows, q_heads, D] and dout, boxes of whole
-//            positions by a group of heads by 64 columns; kv [rows, 2 kv_heads, D], of a tile of keys by 64 columns. turns: two for
-//            each tile of queries and head where heads are wider than 128
-//   tiling   a block takes a tile of keys of one head after the other: 128, of which a warpgroup has 64; K and V stay in shared
-//            memory, dK and dV in registers. A warp brings tiles of up to 64 rows of queries and dout to a ring of slots. Scores
-//            are made transposed, so that p and ds go from the registers that they come in to dv and dk; for dq ds goes through
-//            shared memory, and the warpgroups take turns to multiply it. Heads wider than 128: 64 keys, of scores a warpgroup has
-//            half the queries, of gradients half the columns, and both p and ds go through shared memory
-//   memory   keys and values once, queries and dout once for a tile of keys, f32 sums of dq read and written as often, from L2
-//   numerics as in attention_backward.cu, with the sums of wgmma; those of dq go on from what the tiles before have summed
+//   shapes   as in attention_backward.cu. Tensor maps have a swizzle of 128 bytes: q [rows,
+//            q_heads, D] and dout, boxes of whole positions by a group of heads by 64 columns; kv
+//            [rows, 2 kv_heads, D], of a tile of keys by 64 columns. turns: two for each tile of
+//            queries and head where heads are wider than 128
+//   tiling   a block takes a tile of keys of one head after the other: 128, of which a warpgroup
+//            has 64; K and V stay in shared memory, dK and dV in registers. A warp brings tiles of
+//            up to 64 rows of queries and dout to a ring of slots. Scores are made transposed, so
+//            that p and ds go from the registers that they come in to dv and dk; for dq ds goes
+//            through shared memory, and the warpgroups take turns to multiply it. Heads wider than
+//            128: 64 keys, of scores a warpgroup has half the queries, of gradients half the
+//            columns, and both p and ds go through shared memory
+//   memory   keys and values once, queries and dout once for a tile of keys, f32 sums of dq read
+//            and written as often, from L2
+//   numerics as in attention_backward.cu, with the sums of wgmma; those of dq go on from what the
+//            tiles before have summed
 //   needs    as in attention_backward.cu
 #include "include/attention_backward.cuh"
 #include "include/tiles_sm90.cuh"
@@ -158,7 +163,8 @@ static __device__ __forceinline__ void bring(const Block<P>& block, const Input&
     }
 }
 
-// Of a lane's scores: its first key after the tile's first, and its first column, a row of queries; what they see.
+// Of a lane's scores: its first key after the tile's first, and its first column, a row of queries;
+// what they see.
 struct Sight {
     int key, column, keys, position;
     const Rows<ROWS>& rows;
@@ -191,7 +197,8 @@ static __device__ __forceinline__ void weigh(float (&x)[N / 2], const float* bas
     });
 }
 
-// The barriers of a block: of ds in either half of its room; of a warpgroup's own; and of all that multiply.
+// The barriers of a block: of ds in either half of its room; of a warpgroup's own; and of all that
+// multiply.
 constexpr int SLOPES = 1, OWN = 3, BOTH = 5;
 
 // Warp number `warp` of those that multiply.
@@ -207,7 +214,8 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
     const int used = in.most * group.size;
     float dk[COLS / 2], dv[COLS / 2];
     Turn<P> slot;
-    // The turn that is to be passed on once all have written, and the tiles of keys that are added by then.
+    // The turn that is to be passed on once all have written, and the tiles of keys that are added
+    // by then.
     int owed = -1, added = 0;
     auto pass = [&] {
         ptx::barrier(OWN + w, 128);
@@ -238,7 +246,8 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
 #pragma unroll
             for (int i = 0; i < COLS / 2; ++i) dk[i] = dv[i] = 0.0f;
         }
-        // What follows rows and keys in memory belongs to others, and must not be multiplied, not even by zeros.
+        // What follows rows and keys in memory belongs to others, and must not be multiplied, not
+        // even by zeros.
         if (rows.count < used || (begins && keys < P::COUNT)) {
             for (int c = 0; c < 2 * P::BOXES; ++c) block.clear(query + c * P::BOX, rows.count, used, threadIdx.x, 256);
             for (int c = 0; begins && c < P::BOXES; ++c) block.clear(block.keys + c * P::KEY_BOX, keys, P::COUNT, threadIdx.x, 256);
@@ -335,8 +344,9 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
             ptx::wgmma_commit();
         }
         ptx::fence_async();
-        // All of ds is there for the warpgroup whose step it is; the other goes on. The room is written again two steps on: between, at
-        // the next step's barrier, both meet again, which come there when their products of this step are done.
+        // All of ds is there for the warpgroup whose step it is; the other goes on. The room is
+        // written again two steps on: between, at the next step's barrier, both meet again, which
+        // come there when their products of this step are done.
         const bool adds = P::WIDE || count % 2 == w;
         if (adds) {
             ptx::barrier(SLOPES + count % 2, 256);
@@ -370,7 +380,8 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
             const int before = same(facts.step.before);
             owed = P::WIDE ? 2 * same(facts.step.turn) + w : same(facts.step.turn), added = before + 1;
             float dq[COLS / 2];
-            // f(d, sum, out) of 16 columns, of each of the lane's rows. Where those are is read again each time: registers.
+            // f(d, sum, out) of 16 columns, of each of the lane's rows. Where those are is read
+            // again each time: registers.
             auto each_four = [&](auto f) {
                 const int at = same(facts.step.at), head = same(facts.step.g) * group.size;
                 for (int r = 0; r < 2; ++r) {
@@ -426,7 +437,8 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
         ptx::sync_warp();
         arrive(block.empty + slot.slot);
         if (!ends) continue;
-        // The warpgroup's own values were read for the last time, behind this by all of its warps: their room takes what goes out.
+        // The warpgroup's own values were read for the last time, behind this by all of its warps:
+        // their room takes what goes out.
         pass();
         bf16* out = dqkv + keys_at * int64_t(cols) + (in.q_heads + g) * D + 64 * box0;
         auto write = [&](const float(&from)[COLS / 2], bf16* out, float scale) {

@@ -1,29 +1,36 @@
 // Causal attention over pages of keys and values on Hopper: that of attention.cu by wgmma and TMA.
-//   shapes   as in attention.cu, with pages of 128 positions, of 64 for heads of 256. Tensor maps have a swizzle of 128 bytes:
-//            q [rows, q_heads, D] has boxes of `most` positions by a group of heads by 64 columns, k and v
-//            [pages kv_heads, PAGE, D] those of a page by 64 columns. stash [blocks, D / 2 + 4, 128 CONSUMERS] f32
-//   tiling   a warpgroup has `most` positions by the heads of a group, up to 64 rows; a block takes a part and a group after
-//            the other. wide: two warpgroups, a part of 2 `most` positions, one multiplies while the other weighs. narrow: one
-//            warpgroup and more blocks a multiprocessor, for parts of few positions. A thread brings pages to a ring of slots,
-//            and the next part's queries. A block's scores are multiplied beside the values of the block before
+//   shapes   as in attention.cu, with pages of 128 positions, of 64 for heads of 256. Tensor maps
+//            have a swizzle of 128 bytes: q [rows, q_heads, D] has boxes of `most` positions by a
+//            group of heads by 64 columns, k and v [pages kv_heads, PAGE, D] those of a page by 64
+//            columns. stash [blocks, D / 2 + 4, 128 CONSUMERS] f32
+//   tiling   a warpgroup has `most` positions by the heads of a group, up to 64 rows; a block takes
+//            a part and a group after the other. wide: two warpgroups, a part of 2 `most`
+//            positions, one multiplies while the other weighs. narrow: one warpgroup and more
+//            blocks a multiprocessor, for parts of few positions. A thread brings pages to a ring
+//            of slots, and the next part's queries. A block's scores are multiplied beside the
+//            values of the block before
 //   memory   as in attention.cu; keys and values once for both warpgroups
-//   numerics as in attention.cu, with the sums of wgmma: a row has the same bits in wide and narrow, in every batch, chunk and
-//            page order. A NaN of v spoils the rows that share a part
+//   numerics as in attention.cu, with the sums of wgmma: a row has the same bits in wide and
+//            narrow, in every batch, chunk and page order. A NaN of v spoils the rows that share a
+//            part
 //   needs    as in attention.cu; `most` times the group up to 64
 #include "include/attention.cuh"
 #include "include/tiles_sm90.cuh"
 
-// Positions of a page, and of one of heads of more than 128: as many as leave scores, their weights and the sums in registers.
+// Positions of a page, and of one of heads of more than 128: as many as leave scores, their weights
+// and the sums in registers.
 constexpr int PAGE = 128;
 constexpr int WIDE_HEAD_PAGE = 64;
 
-// Heads of D columns; CONSUMERS warpgroups of 64 rows; STAGES slots of a page of keys or of values; ROOMS for queries of a part.
+// Heads of D columns; CONSUMERS warpgroups of 64 rows; STAGES slots of a page of keys or of values;
+// ROOMS for queries of a part.
 template <int D_, int CONSUMERS_, int STAGES_, int ROOMS_>
 struct Plan {
     static constexpr int D = D_, CONSUMERS = CONSUMERS_, STAGES = STAGES_, ROOMS = ROOMS_;
     static constexpr int POSITIONS = D <= 128 ? PAGE : WIDE_HEAD_PAGE;
     static_assert(STAGES >= 3, "pages that are brought before queries");
-    // Registers from the warpgroup that brings to those that multiply; not where one of these has a multiprocessor.
+    // Registers from the warpgroup that brings to those that multiply; not where one of these has a
+    // multiprocessor.
     static constexpr bool MOVES = CONSUMERS > 1 || D <= 128;
     // Whether parts go on from others: those of rows that are decoded.
     static constexpr bool KEEPS = CONSUMERS == 1;
@@ -88,7 +95,8 @@ static __device__ __forceinline__ void bring(const Block<P>& block, const Input&
         ptx::mbarrier_wait(block.answered + room.slot, room.parity ^ 1);
         block.tasks[room.slot] = task;
     };
-    // Parts come longest first. Rounds go forth and back: who has the longest of one has the shortest of the next.
+    // Parts come longest first. Rounds go forth and back: who has the longest of one has the
+    // shortest of the next.
     const int blocks = gridDim.x, all = in.count * in.kv_heads;
     for (int round = 0; round * blocks < all; ++round) {
         const int item = round * blocks + (round % 2 == 0 ? int(blockIdx.x) : blocks - 1 - int(blockIdx.x));
@@ -125,7 +133,8 @@ static __device__ __forceinline__ void bring(const Block<P>& block, const Input&
             if (b + 1 < part.end) page(in.k, next);
             page(in.v, own);
             own = next, next = after;
-            // The only room is free once the part before is done: the first pages do not wait for that.
+            // The only room is free once the part before is done: the first pages do not wait for
+            // that.
             if (P::ROOMS == 1 && b == part.begin) queries();
         }
     }
@@ -133,8 +142,8 @@ static __device__ __forceinline__ void bring(const Block<P>& block, const Input&
     ptx::mbarrier_arrive(block.asked + room.slot);
 }
 
-// Rows of a part: row i is position i / group from row `at` of the batch on, and head `head` + i % group. A warp has 16 of
-// the `rows` rows, from `top` on.
+// Rows of a part: row i is position i / group from row `at` of the batch on, and head `head` + i %
+// group. A warp has 16 of the `rows` rows, from `top` on.
 struct Rows {
     int at, head, group, top, rows, q_heads;
 
@@ -258,7 +267,8 @@ static __device__ __forceinline__ void attend(bf16* out, float* lse, float* stas
         // A warp whose rows are all beyond the part has nothing to weigh.
         const bool busy = top < rows;
         bool merged = false;
-        // f(r, row, head) of each of the lane's rows that is there: its place in the part, its head.
+        // f(r, row, head) of each of the lane's rows that is there: its place in the part, its
+        // head.
         auto each_row = [&](auto f) {
             for (int r = 0; r < 2; ++r) {
                 const int row = top + 8 * r + lane / 4;

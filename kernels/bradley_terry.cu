@@ -1,12 +1,15 @@
-// Pairwise loss of the reward model: softplus(-m) + centre (c + r)^2 with m = c - r - margin, and d/dc, d/dr
-//   shapes   dscores, scores [count] f32: chosen, rejected, chosen, ...; margins [count / 2] f32 or null;
-//            partial [blocks, 4] f64 in the order of the constants below; scale = 1 / denominator
+// Pairwise loss of the reward model: softplus(-m) + centre (c + r)^2 with m = c - r - margin, and
+// d/dc, d/dr
+//   shapes   dscores, scores [count] f32: chosen, rejected, chosen, ...; margins [count / 2] f32 or
+//            null; partial [blocks, 4] f64 in the order of the constants below; scale = 1 /
+//            denominator
 //   tiling   2 pairs a thread at a time, `share` scores a block; sums.cu adds the blocks
-//   memory   reads scores and margins once, writes dscores once: 20 bytes a pair, 16 without margins
-//   numerics f64 from the loads on, as on the CPU, in the form in which neither sign overflows; sums in an
-//            order of the number of pairs only
-//   needs    a share of whole packets. Columns begin anywhere, and are accessed 16 bytes at once where that
-//            is possible
+//   memory   reads scores and margins once, writes dscores once: 20 bytes a pair, 16 without
+//            margins
+//   numerics f64 from the loads on, as on the CPU, in the form in which neither sign overflows;
+//            sums in an order of the number of pairs only
+//   needs    a share of whole packets. Columns begin anywhere, and are accessed 16 bytes at once
+//            where that is possible
 #include "include/tokens.cuh"
 
 constexpr int THREADS = 256;

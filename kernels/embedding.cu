@@ -1,20 +1,21 @@
 // Rows of a table: y[r] = table[ids[r]], or += with `add`; backward: dtable[ids[r]] += dy[r].
-//   shapes   y, dy [rows, cols] and table [entries, cols] bf16 or f32; ids [rows]; dtable [entries, cols]
-//            f32, or as dy where rows are put back from where they were picked (scatter); sorted [rows],
-//            scratch
-//   tiling   forward: a thread a packet of 16 bytes, or an element where a row is no whole number of packets
-//            (`width` 1). backward: a lane a row finds the row's place in the order of (id, row); then a
-//            thread a packet of the first row of each id adds all the rows of that id
-//   memory   forward reads a row of the table and writes one of y: 4 bytes an element in bf16 (6 with
-//            `add`); backward reads dy once, 2 bytes an element in bf16, and reads and writes the touched
-//            rows of dtable, 8 bytes an element. The order takes rows^2 comparisons of integers, 3e8 for 16k
-//            rows where one layer of width 1024 takes 4e11 FLOPs, and no scratch but `sorted`; a radix sort
-//            would be several kernels
-//   numerics sums in f32, in ascending row order, beginning with what dtable holds, rounded once: in f32 the
-//            bits of the CPU; a place is a count, so no order of threads can show in it. An id beyond the
-//            table gives NaN, which the step's check finds, and no gradient
-//   needs    where `width` is a packet: y, table, dtable and dy 16-byte aligned, cols % packet == 0; fewer than
-//            2^31 threads: the launcher checks
+//   shapes   y, dy [rows, cols] and table [entries, cols] bf16 or f32; ids [rows]; dtable [entries,
+//            cols] f32, or as dy where rows are put back from where they were picked (scatter);
+//            sorted [rows], scratch
+//   tiling   forward: a thread a packet of 16 bytes, or an element where a row is no whole number
+//            of packets (`width` 1). backward: a lane a row finds the row's place in the order of
+//            (id, row); then a thread a packet of the first row of each id adds all the rows of
+//            that id
+//   memory   forward reads a row of the table and writes one of y: 4 bytes an element in bf16 (6
+//            with `add`); backward reads dy once, 2 bytes an element in bf16, and reads and writes
+//            the touched rows of dtable, 8 bytes an element. The order takes rows^2 comparisons of
+//            integers, 3e8 for 16k rows where one layer of width 1024 takes 4e11 FLOPs, and no
+//            scratch but `sorted`; a radix sort would be several kernels
+//   numerics sums in f32, in ascending row order, beginning with what dtable holds, rounded once:
+//            in f32 the bits of the CPU; a place is a count, so no order of threads can show in it.
+//            An id beyond the table gives NaN, which the step's check finds, and no gradient
+//   needs    where `width` is a packet: y, table, dtable and dy 16-byte aligned, cols % packet ==
+//            0; fewer than 2^31 threads: the launcher checks
 #include "include/elements.cuh"
 
 constexpr int THREADS = 256;
@@ -42,8 +43,9 @@ static __device__ void forward(T* y, const uint32_t* ids, const T* table, int ro
     });
 }
 
-// sorted[place] = id << 32 | row, where the place of a row is the number of rows before it in the order of
-// (id, row). A block counts for 32 rows, one a lane, each of its warps among its share of all rows.
+// sorted[place] = id << 32 | row, where the place of a row is the number of rows before it in the
+// order of (id, row). A block counts for 32 rows, one a lane, each of its warps among its share of
+// all rows.
 KERNEL(THREADS, embedding_sort)(uint64_t* sorted, const uint32_t* ids, int rows) {
     Shared shared;
     int* counts = shared.take<int>(THREADS);

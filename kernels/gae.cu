@@ -1,14 +1,17 @@
-// Generalised advantages: A_t = delta_t + c A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t, c = gamma lambda;
-// return_t = A_t + V_t; V and A after a sequence's last token are 0
+// Generalised advantages: A_t = delta_t + c A_{t+1}, delta_t = r_t + gamma V_{t+1} - V_t, c = gamma
+// lambda; return_t = A_t + V_t; V and A after a sequence's last token are 0
 //   shapes   advantages, returns, rewards, values [tokens] f32; offsets [sequences + 1]
-//   tiling   a block a sequence, which it walks from its end, 256 tokens at a time: a scan in each warp (t
-//            and t + 1, then 2, 4, 8, 16 apart), then warps in order, then the chunks before
-//   memory   reads rewards and values once, writes both outputs once: 16 bytes a token; values are read
-//            again one token on, which is meant to hit L1
-//   numerics f64, one rounding on the way out; the order of additions is that of the tokens' distance from
-//            their sequence's end, so a sequence's bits do not depend on where it lies
-//   needs    offsets that ascend and stay inside the columns: the op checks. Sequences begin at any token, so
-//            a lane takes one token: a warp's access is 128 bytes in a row, but not 16 a thread
+//   tiling   a block a sequence, which it walks from its end, 256 tokens at a time: a scan in each
+//            warp (t and t + 1, then 2, 4, 8, 16 apart), then warps in order, then the chunks
+//            before
+//   memory   reads rewards and values once, writes both outputs once: 16 bytes a token; values are
+//            read again one token on, which is meant to hit L1
+//   numerics f64, one rounding on the way out; the order of additions is that of the tokens'
+//            distance from their sequence's end, so a sequence's bits do not depend on where it
+//            lies
+//   needs    offsets that ascend and stay inside the columns: the op checks. Sequences begin at any
+//            token, so a lane takes one token: a warp's access is 128 bytes in a row, but not 16 a
+//            thread
 #include "include/kernel.cuh"
 
 constexpr int THREADS = 256;

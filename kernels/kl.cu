@@ -1,11 +1,12 @@
-// Per-token KL to the reference, for rewards: out[t] = scale * k(logp[t] - reference[t]), and the sum of k
+// Per-token KL to the reference, for rewards: out[t] = scale * k(logp[t] - reference[t]), and the
+// sum of k
 //   shapes   out, logp, reference [tokens] f32; partial [blocks, 1] f64
 //   tiling   4 tokens a thread at a time, `share` tokens a block; sums.cu adds the blocks
 //   memory   reads both log-probs once, writes out once: 12 bytes a token
-//   numerics f64 from the loads on, as on the CPU, one rounding on the way out; sums in an order of the
-//            number of tokens only
-//   needs    a share of whole packets. Columns begin anywhere, and are accessed 16 bytes at once where that
-//            is possible
+//   numerics f64 from the loads on, as on the CPU, one rounding on the way out; sums in an order of
+//            the number of tokens only
+//   needs    a share of whole packets. Columns begin anywhere, and are accessed 16 bytes at once
+//            where that is possible
 #include "include/kl.cuh"
 #include "include/tokens.cuh"
 

@@ -1,26 +1,28 @@
-// LayerNorm over the last axis: y[r,c] = (x[r,c] - mean[r]) * rstd[r] * w[c] + b[c], mean[r] = mean_c x[r,c],
-// rstd[r] = 1 / sqrt(mean_c (x[r,c] - mean[r])^2 + eps).
-//   shapes   x, y, dx, dy [rows, cols] and w, b [cols] bf16 or f32; mean, rstd [rows] f32, kept; dw, db [cols]
-//            f32; partial [2, ceil(rows / SHARE), cols] f32, scratch: first for dw, then for db
-//   tiling   `group` threads a row, a power of two from 32 to 512, 512 / group rows a block at a time; thread
-//            t of a group owns packets t, t + group, ..., at most 16 elements: the whole row stays in
-//            registers, in backward packed, beside the next one and as many sums for dw and for db. backward: a
-//            block takes SHARE rows
-//   memory   forward reads x and writes y once, 4 bytes an element in bf16, 8 in f32; add_forward, x += r first, 8
-//            (16), where two passes take 10 (20); backward reads x and
-//            dy and writes dx once, 6 bytes (12), with `add` reads it, too, 8 (16), and writes and reads partial,
-//            16 / SHARE bytes
-//   numerics sums in f32, fused, the variance from the deviations, in a second pass over registers; one
-//            rounding on the way out. dw and db: rows of a group in order, groups in order, blocks in order,
-//            then added to what is there
-//   needs    cols a multiple of the packet and at most 512 * 16; rows, w and b 16-byte aligned: the launcher
-//            checks
+// LayerNorm over the last axis: y[r,c] = (x[r,c] - mean[r]) * rstd[r] * w[c] + b[c], mean[r] =
+// mean_c x[r,c], rstd[r] = 1 / sqrt(mean_c (x[r,c] - mean[r])^2 + eps).
+//   shapes   x, y, dx, dy [rows, cols] and w, b [cols] bf16 or f32; mean, rstd [rows] f32, kept;
+//            dw, db [cols] f32; partial [2, ceil(rows / SHARE), cols] f32, scratch: first for dw,
+//            then for db
+//   tiling   `group` threads a row, a power of two from 32 to 512, 512 / group rows a block at a
+//            time; thread t of a group owns packets t, t + group, ..., at most 16 elements: the
+//            whole row stays in registers, in backward packed, beside the next one and as many sums
+//            for dw and for db. backward: a block takes SHARE rows
+//   memory   forward reads x and writes y once, 4 bytes an element in bf16, 8 in f32; add_forward,
+//            x += r first, 8 (16), where two passes take 10 (20); backward reads x and dy and
+//            writes dx once, 6 bytes (12), with `add` reads it, too, 8 (16), and writes and reads
+//            partial, 16 / SHARE bytes
+//   numerics sums in f32, fused, the variance from the deviations, in a second pass over registers;
+//            one rounding on the way out. dw and db: rows of a group in order, groups in order,
+//            blocks in order, then added to what is there
+//   needs    cols a multiple of the packet and at most 512 * 16; rows, w and b 16-byte aligned: the
+//            launcher checks
 #include "include/partials.cuh"
 #include "include/reduce.cuh"
 
 constexpr int THREADS = 512;
 constexpr int ELEMENTS = 16;
-// Rows of a block in backward: half as many make twice the blocks, and twice the traffic of partial sums.
+// Rows of a block in backward: half as many make twice the blocks, and twice the traffic of partial
+// sums.
 constexpr int SHARE = 32;
 
 // Packets that a thread holds of a row.
@@ -69,8 +71,8 @@ static __device__ void forward(T* y, float* mean, float* rstd, Rows x, const T* 
     }
 }
 
-// With n = (x - mean) rstd and g = dy w: dx = rstd (g - mean_c(g) - n mean_c(g n)), with `add` dx += that, and the sums
-// over the block's rows of dy n and of dy.
+// With n = (x - mean) rstd and g = dy w: dx = rstd (g - mean_c(g) - n mean_c(g n)), with `add` dx
+// += that, and the sums over the block's rows of dy n and of dy.
 template <class T>
 static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, const T* w, const float* mean, const float* rstd,
                                 int rows, int cols, int group, int add) {

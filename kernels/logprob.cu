@@ -1,28 +1,34 @@
-// The LM head and the log-probs of its targets, without logits in memory: x = h Wᵀ, z = cap tanh(x / cap) / temperature
-// (z = x / temperature without a cap), lse = log sum_v e^z_v, logp = z_target - lse, entropy = -sum_v p_v log p_v.
-// sample: the token with the largest z + g (include/choice.cuh), a draw from the softmax of z; its logp, lse.
-// top: the same, and the k <= 32 tokens with the largest z (include/top.cuh); their logp.
-// Backward: dx_v = (dlogp (1{v = target} - p_v) - dentropy p_v (z_v - lse + entropy)) (1 - tanh²) / temperature, dh = dx W, dw += dxᵀ h.
-//   shapes   h [rows, d] and w [vocab, d] bf16; targets [rows]; logp, lse and entropy [rows] f32; partial
-//            [rows, chunks, 4] f32: of a chunk of CHUNK columns the maximum, the sum of e^(z - maximum), the same
-//            weighted by z - maximum, and the target's z, or 0. from_logits: z [rows, vocab] bf16 or f32 for h and w.
-//            sample: samples and positions [rows], a row's address; partial [rows, chunks, 8], with the best of the chunk:
-//            z + g, z, its id. top: lists [rows, chunks, k] of keys, the best of the chunk; tokens and logp [rows, k]
-//            Backward takes a slice of the vocabulary: dz [rows, width] bf16, its columns and zeros up to a multiple
-//            of 8; sums [rows, d] f32, of dh over the slices so far; dh [rows, d] bf16, dw [vocab, d] f32
-//   tiling   a block has some rows and a chunk, whose 8 tiles of 128 columns it computes one after the other; stages of
-//            the next tile are on their way while one is reduced. A warp that has whole rows of a tile reduces them from
-//            registers; of 16 rows the warps share the columns, so the sums go through shared memory. merge: a warp a row.
-//            top: a warp keeps its rows' lists in shared memory; a tile goes there too, for the warp to take a row after the
-//            other, four columns a lane. Then four warps a row merge the lists of its chunks
-//            Backward: tiles as in matmul.cu, one a block; hidden of few tiles in quarters of them
-//   memory   W is read once for 8 tiles of rows that run together, h from L2; 16 bytes a row and chunk are written
-//            (sample: 32; top: 32 + 8 k)
-//            Backward writes and reads dz twice, and the sums once a slice
-//   numerics the order is one for all tiles and any number of rows: of each 128 columns lane c of 4 takes 8 j + 2 c and the
-//            next, j ascending; so all of the chunk, online; then lanes 1, then 2 apart; then each lane of a warp merges
-//            chunks 32 apart, ascending, and lanes 16, 8, .. 1 apart. A NaN makes its row NaN, as does a target
-//            beyond the vocabulary. dz is rounded to bf16 before it is multiplied; dh is rounded once, after the last slice,
+// The LM head and the log-probs of its targets, without logits in memory: x = h Wᵀ, z = cap tanh(x
+// / cap) / temperature (z = x / temperature without a cap), lse = log sum_v e^z_v, logp = z_target
+// - lse, entropy = -sum_v p_v log p_v. sample: the token with the largest z + g
+// (include/choice.cuh), a draw from the softmax of z; its logp, lse. top: the same, and the k <= 32
+// tokens with the largest z (include/top.cuh); their logp. Backward: dx_v = (dlogp (1{v = target} -
+// p_v) - dentropy p_v (z_v - lse + entropy)) (1 - tanh²) / temperature, dh = dx W, dw += dxᵀ h.
+//   shapes   h [rows, d] and w [vocab, d] bf16; targets [rows]; logp, lse and entropy [rows] f32;
+//            partial [rows, chunks, 4] f32: of a chunk of CHUNK columns the maximum, the sum of
+//            e^(z - maximum), the same weighted by z - maximum, and the target's z, or 0.
+//            from_logits: z [rows, vocab] bf16 or f32 for h and w. sample: samples and positions
+//            [rows], a row's address; partial [rows, chunks, 8], with the best of the chunk: z + g,
+//            z, its id. top: lists [rows, chunks, k] of keys, the best of the chunk; tokens and
+//            logp [rows, k] Backward takes a slice of the vocabulary: dz [rows, width] bf16, its
+//            columns and zeros up to a multiple of 8; sums [rows, d] f32, of dh over the slices so
+//            far; dh [rows, d] bf16, dw [vocab, d] f32
+//   tiling   a block has some rows and a chunk, whose 8 tiles of 128 columns it computes one after
+//            the other; stages of the next tile are on their way while one is reduced. A warp that
+//            has whole rows of a tile reduces them from registers; of 16 rows the warps share the
+//            columns, so the sums go through shared memory. merge: a warp a row. top: a warp keeps
+//            its rows' lists in shared memory; a tile goes there too, for the warp to take a row
+//            after the other, four columns a lane. Then four warps a row merge the lists of its
+//            chunks Backward: tiles as in matmul.cu, one a block; hidden of few tiles in quarters
+//            of them
+//   memory   W is read once for 8 tiles of rows that run together, h from L2; 16 bytes a row and
+//            chunk are written (sample: 32; top: 32 + 8 k) Backward writes and reads dz twice, and
+//            the sums once a slice
+//   numerics the order is one for all tiles and any number of rows: of each 128 columns lane c of 4
+//            takes 8 j + 2 c and the next, j ascending; so all of the chunk, online; then lanes 1,
+//            then 2 apart; then each lane of a warp merges chunks 32 apart, ascending, and lanes
+//            16, 8, .. 1 apart. A NaN makes its row NaN, as does a target beyond the vocabulary. dz
+//            is rounded to bf16 before it is multiplied; dh is rounded once, after the last slice,
 //            slices in ascending order
 //   needs    d a multiple of 8, h and w at 16 bytes; the launcher checks
 #include "include/choice.cuh"
@@ -81,7 +87,8 @@ static __device__ __forceinline__ void each_tile(const Operand& l, const bf16* w
     ptx::copy_wait<0>();
 }
 
-// What a block does: the rows of a tile and a chunk of the vocabulary, columns [first, end); with a TOP, lists of the rows.
+// What a block does: the rows of a tile and a chunk of the vocabulary, columns [first, end); with a
+// TOP, lists of the rows.
 template <class T, bool TOP = false>
 struct Part {
     // Whether warps share columns.
@@ -281,7 +288,8 @@ static __device__ void from_logits(float* logp, float* lse, float* entropy, cons
     finish(logp, lse, entropy, targets, row, vocab, [&](int c) { return load_partial(partial, c); });
 }
 
-// The gradient of the products with `n` columns of the vocabulary, of which the first is number `first`; zeros up to `width`.
+// The gradient of the products with `n` columns of the vocabulary, of which the first is number
+// `first`; zeros up to `width`.
 static __device__ void gradient(bf16* dz, const bf16* h, const bf16* w, const uint32_t* targets, const float* lse, const float* dlogp,
                                 const float* entropy, const float* dentropy, int rows, int n, int width, int first, int d,
                                 const Scaling& by) {
@@ -309,7 +317,8 @@ static __device__ void gradient(bf16* dz, const bf16* h, const bf16* w, const ui
     });
 }
 
-// Adds the product of dz and `n` rows of w to the sums, or, where they are the first, writes it; the last are rounded to dh.
+// Adds the product of dz and `n` rows of w to the sums, or, where they are the first, writes it;
+// the last are rounded to dh.
 template <class T>
 static __device__ void hidden(bf16* dh, float* sums, const bf16* dz, const bf16* w, int rows, int n, int width, int d, int first, int last) {
     Shared shared;

@@ -1,12 +1,15 @@
-// The LM head and the log-probs of its targets on Hopper: that of logprob.cu by wgmma and TMA (include/tiles_sm90.cuh).
-//   shapes   as in logprob.cu, with the same partials and lists, which its merge, pick and top take. Tensor maps have a
-//            swizzle of 128 bytes; those of operands have boxes of 64 of the reduced axis by a tile's rows (half of w's), w of
-//            hidden and results 64 by 64
-//   tiling   a block goes from chunk to chunk of the vocabulary; for one it has rows, whose tiles it computes one after the
-//            other while the next one's operands come. 128x256: two warpgroups, and two blocks are a cluster that brings w
-//            once. 128x128 and 64x128: where there are no more rows than that, and for top, which needs shared memory for lists.
+// The LM head and the log-probs of its targets on Hopper: that of logprob.cu by wgmma and TMA
+// (include/tiles_sm90.cuh).
+//   shapes   as in logprob.cu, with the same partials and lists, which its merge, pick and top
+//            take. Tensor maps have a swizzle of 128 bytes; those of operands have boxes of 64 of
+//            the reduced axis by a tile's rows (half of w's), w of hidden and results 64 by 64
+//   tiling   a block goes from chunk to chunk of the vocabulary; for one it has rows, whose tiles
+//            it computes one after the other while the next one's operands come. 128x256: two
+//            warpgroups, and two blocks are a cluster that brings w once. 128x128 and 64x128: where
+//            there are no more rows than that, and for top, which needs shared memory for lists.
 //            Backward: tiles as in matmul_sm90.cu, whose backward_weight makes dw
-//   memory   as in logprob.cu; dz and dh go out by TMA from shared memory, 64 x 64 at a time, under the next tile
+//   memory   as in logprob.cu; dz and dh go out by TMA from shared memory, 64 x 64 at a time, under
+//            the next tile
 //   numerics as in logprob.cu, with the sums of wgmma: the same bits in all tiles
 //   needs    d a multiple of 8, h and w at 16 bytes, at least one row
 #include "include/choice.cuh"
@@ -147,7 +150,8 @@ static __device__ void forward(float* partial, const ptx::TensorMap* h, const pt
     });
 }
 
-// Sends the warpgroup's results from row i0 and column j0 on, those of row r + 8 h and columns 8 j + c in made[2 j + h].
+// Sends the warpgroup's results from row i0 and column j0 on, those of row r + 8 h and columns 8 j
+// + c in made[2 j + h].
 template <class T>
 static __device__ __forceinline__ void send_all(const Ring<T>& ring, int group, int& sent, const ptx::TensorMap* map, int i0, int j0,
                                                 int width, const uint32_t (&made)[T::BN / 4]) {
@@ -158,7 +162,8 @@ static __device__ __forceinline__ void send_all(const Ring<T>& ring, int group, 
     }
 }
 
-// The gradient of the products with `n` columns of the vocabulary, of which the first is number `first`; zeros up to `width`.
+// The gradient of the products with `n` columns of the vocabulary, of which the first is number
+// `first`; zeros up to `width`.
 template <class T>
 static __device__ void gradient(const ptx::TensorMap* dz, const ptx::TensorMap* h, const ptx::TensorMap* w, const uint32_t* targets,
                                 const float* lse, const float* dlogp, const float* entropy, const float* dentropy, int rows, int n,
@@ -167,7 +172,8 @@ static __device__ void gradient(const ptx::TensorMap* dz, const ptx::TensorMap* 
     int sent = 0;
     each_tile<T, false, false>(Operands{h, w, T::BN / 2, d}, down, across, T::BN,
                                [&](const Ring<T>& ring, Turn<T>& turn, int group, int i0, int j0) {
-        // Of z: p = e^(z - all), and its gradient -p (dlogp + dentropy (z - all + entropy)) = p (slope + bend (z - all)).
+        // Of z: p = e^(z - all), and its gradient -p (dlogp + dentropy (z - all + entropy)) = p
+        // (slope + bend (z - all)).
         float all[2] = {}, slope[2] = {}, bend[2] = {};
         bool plain = cap == 0.0f && j0 + T::BN <= n;
         for (int i = 0; i < 2; ++i) {
@@ -225,7 +231,8 @@ static __device__ void gradient(const ptx::TensorMap* dz, const ptx::TensorMap* 
     });
 }
 
-// Adds the product of dz and `n` rows of w to the sums, or, where they are the first, writes it; the last are rounded to dh.
+// Adds the product of dz and `n` rows of w to the sums, or, where they are the first, writes it;
+// the last are rounded to dh.
 template <class T>
 static __device__ void hidden(const ptx::TensorMap* dh, float* sums, const ptx::TensorMap* dz, const ptx::TensorMap* w, int rows, int n,
                               int d, int first, int last) {

@@ -1,14 +1,18 @@
-// Matrix products of a linear layer on tensor cores: y = x Wᵀ + b + r, act(x Wᵀ + b), and both gradients.
-//   shapes   x [m, k], w [n, k], y, dy and residual [m, n], bias [n] bf16; dx [m, k] bf16; dw [n, k], dbias [n] f32.
-//            activated: up [m, n] = x Wᵀ + b, act [m, n], or, gated, act [m, n / 2] = f(up's first half) * its second
-//   tiling   a tile of C a block (include/tiles.cuh), its size in the kernel's name; which one is for which shape
-//            is told by the table in src/ops/matmul/tiles.rs. Of a gated product half the tile's columns are gates and
-//            half their partners, so that a block has both
-//   memory   a tile reads (BM + BN) k elements, most from L2, since blocks that run together share rows or columns;
-//            the sums go to shared memory once, so that what is read and written with them is 16 bytes wide
-//   numerics f32 sums, each one chain over the reduced axis in ascending steps of 16, in every tile: rows do not see
-//            their batch. y is rounded once; act is made from the rounded up, as by activation.cu. dw += adds the sum
-//            of this call to what is there: its bits depend on how rows are split over calls
+// Matrix products of a linear layer on tensor cores: y = x Wᵀ + b + r, act(x Wᵀ + b), and both
+// gradients.
+//   shapes   x [m, k], w [n, k], y, dy and residual [m, n], bias [n] bf16; dx [m, k] bf16; dw [n,
+//            k], dbias [n] f32. activated: up [m, n] = x Wᵀ + b, act [m, n], or, gated, act [m, n /
+//            2] = f(up's first half) * its second
+//   tiling   a tile of C a block (include/tiles.cuh), its size in the kernel's name; which one is
+//            for which shape is told by the table in src/ops/matmul/tiles.rs. Of a gated product
+//            half the tile's columns are gates and half their partners, so that a block has both
+//   memory   a tile reads (BM + BN) k elements, most from L2, since blocks that run together share
+//            rows or columns; the sums go to shared memory once, so that what is read and written
+//            with them is 16 bytes wide
+//   numerics f32 sums, each one chain over the reduced axis in ascending steps of 16, in every
+//            tile: rows do not see their batch. y is rounded once; act is made from the rounded up,
+//            as by activation.cu. dw += adds the sum of this call to what is there: its bits depend
+//            on how rows are split over calls
 //   needs    n and k multiples of 8, all bf16 buffers at 16 bytes; the launcher checks
 #include "include/curves.cuh"
 #include "include/tiles.cuh"
@@ -100,7 +104,8 @@ static __device__ void backward_weight(float* dw, float* dbias, const bf16* dy, 
         if (dbias != nullptr && j0 == 0) {
             float ones[T::WM / 16][4] = {};
             product<T, true, true, true>(sums, ones, l, r, m, room);
-            // Each column of the product with ones is the sum; the first warp of each row of warps has the first.
+            // Each column of the product with ones is the sum; the first warp of each row of warps
+            // has the first.
             for (int i = 0; i < T::WM / 16 && T::col() == 0 && ptx::lane() % 4 == 0; ++i) {
                 const int row = i0 + T::row() + 16 * i + ptx::lane() / 4;
                 if (row < n) dbias[row] += ones[i][0];

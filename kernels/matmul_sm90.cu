@@ -1,11 +1,17 @@
-// Matrix products of a linear layer on Hopper: those of matmul.cu by wgmma and TMA (include/tiles_sm90.cuh).
-//   shapes   as in matmul.cu. Tensor maps have a swizzle of 128 bytes; those of operands have boxes of 64 k by a tile's
-//            rows (half of R's), or by columns of 64 by 64; those of results boxes of 64 rows by 64 columns
-//   tiling   a block a multiprocessor, which goes on to further tiles while it sends results; the tile's size is in the
-//            kernel's name. 128x256 and 128x128: two blocks are a cluster that brings the shared operand once
-//   memory   as in matmul.cu; results in bf16 go out by TMA from shared memory, 64 x 64 at a time, under the next tile
-//   numerics as in matmul.cu, with the sums of wgmma: rows do not see their batch in any of these tiles
-//   needs    n and k multiples of 8, all bf16 buffers at 16 bytes, at least one row of the reduced axis
+// Matrix products of a linear layer on Hopper: those of matmul.cu by wgmma and TMA
+// (include/tiles_sm90.cuh).
+//   shapes   as in matmul.cu. Tensor maps have a swizzle of 128 bytes; those of operands have boxes
+//            of 64 k by a tile's rows (half of R's), or by columns of 64 by 64; those of results
+//            boxes of 64 rows by 64 columns
+//   tiling   a block a multiprocessor, which goes on to further tiles while it sends results; the
+//            tile's size is in the kernel's name. 128x256 and 128x128: two blocks are a cluster
+//            that brings the shared operand once
+//   memory   as in matmul.cu; results in bf16 go out by TMA from shared memory, 64 x 64 at a time,
+//            under the next tile
+//   numerics as in matmul.cu, with the sums of wgmma: rows do not see their batch in any of these
+//            tiles
+//   needs    n and k multiples of 8, all bf16 buffers at 16 bytes, at least one row of the reduced
+//            axis
 #include "include/curves.cuh"
 #include "include/tiles_sm90.cuh"
 
@@ -39,7 +45,8 @@ struct Results {
 template <int COLUMNS>
 constexpr int TURN = COLUMNS < 64 ? COLUMNS / 8 : 8;
 
-// Puts EIGHTS eights from row i0 and column j0 on, f(j, h) packed, to rows below m and columns below n.
+// Puts EIGHTS eights from row i0 and column j0 on, f(j, h) packed, to rows below m and columns
+// below n.
 template <class T, int EIGHTS, class F>
 static __device__ __forceinline__ void put(const Results& out, const Ring<T>& ring, int group, int& sent, int i0, int j0, int m, int n, F f) {
     if constexpr (T::SENDS) {
@@ -94,7 +101,8 @@ static __device__ void forward(const Results& y, const ptx::TensorMap* x, const 
     });
 }
 
-// up = x Wᵀ + bias, and y = act(up), or act(gate) * partner for n outputs and n partners, which have a place of their own.
+// up = x Wᵀ + bias, and y = act(up), or act(gate) * partner for n outputs and n partners, which
+// have a place of their own.
 template <class T, bool GATED>
 static __device__ void activated(const Results& y, const Results& gate, const Results& partner, const ptx::TensorMap* x,
                                  const ptx::TensorMap* w, const bf16* bias, int m, int n, int k, int act) {
@@ -122,8 +130,9 @@ static __device__ void activated(const Results& y, const Results& gate, const Re
                 return pack(GATED ? float2{f.x * u.x, f.y * u.y} : f);
             };
             if constexpr (T::SENDS) {
-                // From what was just sent, so that the function's code is there once: the gate was in this room before, and
-                // the partner, or what there is without a gate, is in the other.
+                // From what was just sent, so that the function's code is there once: the gate was
+                // in this room before, and the partner, or what there is without a gate, is in the
+                // other.
                 send_written(ring, group, sent, y.map, first, i0, [&](char* room, char* before) {
                     with_activation(act, [&](auto curve) {
                         each_word<1>(room, [&](uint32_t& word, int, int) {

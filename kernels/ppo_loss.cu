@@ -1,16 +1,17 @@
-// PPO's policy loss: max(-A rho, -A clip(rho, low, high)), at most -A dual for A < 0, rho = e^(logp - old);
-// plus kl_coef k(logp, ref), times rho if unbiased, minus entropy_coef entropy; d/dlogp and d/dentropy
-//   shapes   all columns [tokens] f32; ref_logp null without a KL term, entropy and dentropy null where there
-//            are none; partial [blocks, 9] f64 in the order of the constants below; scale = 1 / denominator;
-//            dual is infinite where it is off
+// PPO's policy loss: max(-A rho, -A clip(rho, low, high)), at most -A dual for A < 0, rho = e^(logp
+// - old); plus kl_coef k(logp, ref), times rho if unbiased, minus entropy_coef entropy; d/dlogp and
+// d/dentropy
+//   shapes   all columns [tokens] f32; ref_logp null without a KL term, entropy and dentropy null
+//            where there are none; partial [blocks, 9] f64 in the order of the constants below;
+//            scale = 1 / denominator; dual is infinite where it is off
 //   tiling   4 tokens a thread at a time, `share` tokens a block; sums.cu adds the blocks
-//   memory   one pass, everything read and written once: 16 bytes a token, 4 more with a KL term, 4 with
-//            entropies, 4 with their gradient
-//   numerics f64 from the loads on, as on the CPU: where logp = old, rho is 1 and approx_kl 0 exactly; a tie
-//            outside the range has half the slope, as torch.max; sums in an order of the number of tokens
-//            only, a NaN stays in the maximum
-//   needs    a share of whole packets. Columns begin anywhere, and are accessed 16 bytes at once where that
-//            is possible
+//   memory   one pass, everything read and written once: 16 bytes a token, 4 more with a KL term, 4
+//            with entropies, 4 with their gradient
+//   numerics f64 from the loads on, as on the CPU: where logp = old, rho is 1 and approx_kl 0
+//            exactly; a tie outside the range has half the slope, as torch.max; sums in an order of
+//            the number of tokens only, a NaN stays in the maximum
+//   needs    a share of whole packets. Columns begin anywhere, and are accessed 16 bytes at once
+//            where that is possible
 #include "include/kl.cuh"
 #include "include/tokens.cuh"
 

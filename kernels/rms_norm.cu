@@ -1,24 +1,26 @@
-// RMSNorm over the last axis: y[r,c] = x[r,c] * rstd[r] * w[c], rstd[r] = 1 / sqrt(mean_c x[r,c]^2 + eps).
-//   shapes   x, y, dx, dy [rows, cols] and w [cols] bf16 or f32; rstd [rows] f32, kept; dw [cols] f32;
-//            partial [ceil(rows / SHARE), cols] f32, scratch
-//   tiling   `group` threads a row, a power of two from 32 to 512, 512 / group rows a block at a time; thread
-//            t of a group owns packets t, t + group, ..., at most 16 elements: the whole row stays in
-//            registers, in backward packed, beside the next one and as many sums for dw. backward: a block takes
-//            SHARE rows
-//   memory   forward reads x and writes y once, 4 bytes an element in bf16, 8 in f32; add_forward, x += r first, 8
-//            (16), where two passes take 10 (20); backward reads x and
-//            dy and writes dx once, 6 bytes (12), with `add` reads it, too, 8 (16), and writes and reads partial,
-//            8 / SHARE bytes
-//   numerics sums in f32, fused, one rounding on the way out. dw: rows of a group in order, groups in order, blocks
-//            in order, then added to what is there
-//   needs    cols a multiple of the packet and at most 512 * 16; rows and w 16-byte aligned: the launcher
-//            checks
+// RMSNorm over the last axis: y[r,c] = x[r,c] * rstd[r] * w[c], rstd[r] = 1 / sqrt(mean_c x[r,c]^2
+// + eps).
+//   shapes   x, y, dx, dy [rows, cols] and w [cols] bf16 or f32; rstd [rows] f32, kept; dw [cols]
+//            f32; partial [ceil(rows / SHARE), cols] f32, scratch
+//   tiling   `group` threads a row, a power of two from 32 to 512, 512 / group rows a block at a
+//            time; thread t of a group owns packets t, t + group, ..., at most 16 elements: the
+//            whole row stays in registers, in backward packed, beside the next one and as many sums
+//            for dw. backward: a block takes SHARE rows
+//   memory   forward reads x and writes y once, 4 bytes an element in bf16, 8 in f32; add_forward,
+//            x += r first, 8 (16), where two passes take 10 (20); backward reads x and dy and
+//            writes dx once, 6 bytes (12), with `add` reads it, too, 8 (16), and writes and reads
+//            partial, 8 / SHARE bytes
+//   numerics sums in f32, fused, one rounding on the way out. dw: rows of a group in order, groups
+//            in order, blocks in order, then added to what is there
+//   needs    cols a multiple of the packet and at most 512 * 16; rows and w 16-byte aligned: the
+//            launcher checks
 #include "include/partials.cuh"
 #include "include/reduce.cuh"
 
 constexpr int THREADS = 512;
 constexpr int ELEMENTS = 16;
-// Rows of a block in backward. Half as many make twice the blocks, but partial sums of 8 % of the traffic.
+// Rows of a block in backward. Half as many make twice the blocks, but partial sums of 8 % of the
+// traffic.
 constexpr int SHARE = 32;
 
 // Packets that a thread holds of a row.
@@ -54,8 +56,8 @@ static __device__ void forward(T* y, float* rstd, Rows x, const T* w, int rows, 
     }
 }
 
-// With g = dy w: dx = rstd (g - x rstd^2 mean_c(g x)), with `add` dx += that, and the sums over the block's rows of
-// dy x rstd.
+// With g = dy w: dx = rstd (g - x rstd^2 mean_c(g x)), with `add` dx += that, and the sums over the
+// block's rows of dy x rstd.
 template <class T>
 static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, const T* w, const float* rstd, int rows, int cols,
                                 int group, int add) {

@@ -1,16 +1,17 @@
-// Rotary position embedding in place: in each of the first `heads` heads of a row, the pair (a, b) =
-// (x[i], x[i + half]) becomes (a cos - b sin, b cos + a sin), the angle being that of the row's position and
-// of i. `sign` 1 turns forward; -1 turns back, which is the gradient.
+// Rotary position embedding in place: in each of the first `heads` heads of a row, the pair (a, b)
+// = (x[i], x[i + half]) becomes (a cos - b sin, b cos + a sin), the angle being that of the row's
+// position and of i. `sign` 1 turns forward; -1 turns back, which is the gradient.
 //   shapes   x [rows, row_len] bf16 or f32, row_len >= heads * 2 half; positions [rows];
 //            table [entries, 2 half] f32: the cosines of a position, then its sines
-//   tiling   a thread a packet of 16 bytes of one half of a head and its partners in the other half; a
-//            thread a pair where a half or a row is no whole number of packets (`width` 1)
-//   memory   reads and writes the turned elements once, 4 bytes an element in bf16, 8 in f32; a row of the
-//            table is read by each head, from L1 after the first
-//   numerics products and sum in f32, not fused, one rounding on the way out: in f32 the bits of the CPU. A
-//            position beyond the table gives NaN, which the step's check finds, and reads nothing
-//   needs    where `width` is a packet: x and table 16-byte aligned, half and row_len whole packets; fewer
-//            than 2^31 threads: the launcher checks
+//   tiling   a thread a packet of 16 bytes of one half of a head and its partners in the other
+//            half; a thread a pair where a half or a row is no whole number of packets (`width` 1)
+//   memory   reads and writes the turned elements once, 4 bytes an element in bf16, 8 in f32; a row
+//            of the table is read by each head, from L1 after the first
+//   numerics products and sum in f32, not fused, one rounding on the way out: in f32 the bits of
+//            the CPU. A position beyond the table gives NaN, which the step's check finds, and
+//            reads nothing
+//   needs    where `width` is a packet: x and table 16-byte aligned, half and row_len whole
+//            packets; fewer than 2^31 threads: the launcher checks
 #include "include/elements.cuh"
 #include "include/rope.cuh"
 

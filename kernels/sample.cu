@@ -1,29 +1,33 @@
-// The next token of each row: temperature, top-k, top-p and min-p, in this order, then one uniform number u.
-// With w[i] = e^(scale z[i] - max scale z), the token is the first id at which the sum of the kept weights
-// exceeds u times their total. Greedy: the lowest id among the largest logits.
-//   shapes   tokens [rows] u32; z [rows, stride] bf16 or f32, vocab of each row; samples [rows] u64 and positions [rows] u32, the
-//            row's address; scratch [rows, vocab] f32, for top-k and top-p only
-//   tiling   one block a row. Sums and maxima: packets where the row has whole ones. Draw: each warp sums a
-//            16th of the row, the part that holds the draw is divided again, 5 times for 200,000 tokens.
-//            top-k and top-p: a threshold, 3 of its 30 bits a round: 8 sums say which 8th of the weights
-//            in question it is in; each thread keeps its own list of those, which shrinks in place
-//   memory   reads z twice: 8 bytes a logit in f32, greedy once, 4 bytes; top-k and top-p each add a
-//            read of z, a write of scratch and the reads of lists that shrink
-//   numerics weights have the CPU's bits. Their sums are integers, multiples of 2^-44: exact, so that no
-//            order shows and a row's token depends on nothing but its logits and its address
+// The next token of each row: temperature, top-k, top-p and min-p, in this order, then one uniform
+// number u. With w[i] = e^(scale z[i] - max scale z), the token is the first id at which the sum of
+// the kept weights exceeds u times their total. Greedy: the lowest id among the largest logits.
+//   shapes   tokens [rows] u32; z [rows, stride] bf16 or f32, vocab of each row; samples [rows] u64
+//            and positions [rows] u32, the row's address; scratch [rows, vocab] f32, for top-k and
+//            top-p only
+//   tiling   one block a row. Sums and maxima: packets where the row has whole ones. Draw: each
+//            warp sums a 16th of the row, the part that holds the draw is divided again, 5 times
+//            for 200,000 tokens. top-k and top-p: a threshold, 3 of its 30 bits a round: 8 sums say
+//            which 8th of the weights in question it is in; each thread keeps its own list of
+//            those, which shrinks in place
+//   memory   reads z twice: 8 bytes a logit in f32, greedy once, 4 bytes; top-k and top-p each add
+//            a read of z, a write of scratch and the reads of lists that shrink
+//   numerics weights have the CPU's bits. Their sums are integers, multiples of 2^-44: exact, so
+//            that no order shows and a row's token depends on nothing but its logits and its
+//            address
 //   needs    1 <= vocab < 2^19. A row with a NaN, or without a finite maximum, gets token 0
 #include "include/philox.cuh"
 #include "include/reduce.cuh"
 
 constexpr int THREADS = 512;
 constexpr int WARPS = 16;
-constexpr int WAYS = 8;  // 16 are 8 rounds, not 10, but need 94 registers, not 64: half as many blocks at a time
+// 16 are 8 rounds, not 10, but need 94 registers, not 64: half as many blocks at a time.
+constexpr int WAYS = 8;
 constexpr int AHEAD = 4; // loads in flight a thread
 constexpr float UNIT = 17592186044416.0f; // 2^44: 2^19 weights of at most 1 fit in 63 bits
 constexpr uint32_t ONE = 0x3F800000;      // the bits of the largest weight, 1
 
-// e^x as the CPU computes it: x = n ln 2 + r, a polynomial in r, 2^n in two steps so that results below the
-// normal range round instead of vanishing. For x <= 0.
+// e^x as the CPU computes it: x = n ln 2 + r, a polynomial in r, 2^n in two steps so that results
+// below the normal range round instead of vanishing. For x <= 0.
 static __device__ __forceinline__ float exponential(float x) {
     const float c = x < -104.0f ? -104.0f : x;
     constexpr float MAGIC = 12582912.0f; // 1.5 * 2^23: adding it rounds to an integer
@@ -40,7 +44,8 @@ static __device__ __forceinline__ float exponential(float x) {
     return p * ptx::bits_float(uint32_t(half + 127) << 23) * ptx::bits_float(uint32_t(whole - half + 127) << 23);
 }
 
-// f(i, z[i]) for the share of [begin, end) that the one of `owners` threads that is number `own` takes.
+// f(i, z[i]) for the share of [begin, end) that the one of `owners` threads that is number `own`
+// takes.
 template <class T, class F>
 static __device__ __forceinline__ void each(const T* z, int begin, int end, int own, int owners, F f) {
     using P = Packet<T>;
@@ -62,8 +67,8 @@ static __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
     return x;
 }
 
-// Of the warp's WAYS sums, lane l gets number l / 4. Each step halves what a lane carries: it gives one half to
-// the lane across and takes the other.
+// Of the warp's WAYS sums, lane l gets number l / 4. Each step halves what a lane carries: it gives
+// one half to the lane across and takes the other.
 static __device__ __forceinline__ uint64_t warp_sums(uint64_t (&x)[WAYS]) {
 #pragma unroll
     for (int half = WAYS / 2; half > 0; half /= 2) {
@@ -92,8 +97,8 @@ struct Row {
     }
 };
 
-// The first id at which the sum of f(id, its weight's bits) exceeds `at(sum of all)`, which is less than that
-// sum. `room` holds a sum for each warp.
+// The first id at which the sum of f(id, its weight's bits) exceeds `at(sum of all)`, which is less
+// than that sum. `room` holds a sum for each warp.
 template <class T, class F, class At>
 static __device__ int find(const Row<T>& row, F f, At at, uint64_t* room) {
     const int warp = threadIdx.x / 32;
@@ -130,8 +135,8 @@ struct Cut {
     uint64_t all;   // the sum of all
 };
 
-// The cut among weights of at least `low`, whose sum reaches the goal. `list` [vocab] is scratch, `room` holds
-// WAYS sums for each warp and for the block.
+// The cut among weights of at least `low`, whose sum reaches the goal. `list` [vocab] is scratch,
+// `room` holds WAYS sums for each warp and for the block.
 template <class T, class F, class Goal>
 static __device__ Cut cut(const Row<T>& row, uint32_t low, F f, Goal goal_of, float* list, uint64_t* room) {
     Cut c = {low, 0, 0, 0};
@@ -208,7 +213,8 @@ static __device__ void next(uint32_t* tokens, const T* z, const uint64_t* sample
         auto allowed = [&](uint64_t all) { return uint64_t((1.0 - double(top_p)) * double(all)); };
         const Cut c = cut(row, least, mass, [&](uint64_t all) { return all - allowed(all); }, list, room);
         least = c.bits;
-        // Of tokens that tie with the last kept one, as many stay as the mass says, lowest ids first.
+        // Of tokens that tie with the last kept one, as many stay as the mass says, lowest ids
+        // first.
         const uint64_t ties = (c.from - c.above) / mass(least);
         if (ties > 1) {
             const uint64_t can = (allowed(c.all) - (c.all - c.from)) / mass(least), stay = can < ties ? ties - can : 1;
@@ -231,7 +237,8 @@ static __device__ void greedy(uint32_t* tokens, const T* z, int vocab, int strid
     Shared shared;
     uint64_t* room = shared.take<uint64_t>(WARPS);
     const T* row = z + int64_t(blockIdx.x) * stride;
-    // The logit's bits as an ordered integer, then the id, the lower the better: one maximum of both.
+    // The logit's bits as an ordered integer, then the id, the lower the better: one maximum of
+    // both.
     uint64_t best = 0;
     each(row, 0, vocab, threadIdx.x, THREADS, [&](int i, float x) {
         // -0 is 0, and a NaN is less than all others.

@@ -1,11 +1,13 @@
 // One number a row: y[r] = h[r] . w; backward: dh[r] = dy[r] w, dw += sum_r dy[r] h[r].
 //   shapes   h, dh [rows, d] and w [d] bf16 or f32; y, dy [rows] and dw [d] f32
-//   tiling   forward: a warp a row, lane l owns packets l, l + 32, ... backward: a block COLS columns of all rows, a
-//            thread a packet of rows THREADS / packets apart: dw needs no second pass and no scratch, and a hidden size
-//            of 4096 makes 128 blocks. Where d is no whole number of packets, a packet is one element (`width` 1)
-//   memory   forward reads h once, 2 bytes an element in bf16, 4 in f32; backward reads h and writes dh, 4 bytes (8)
-//   numerics sums in f32, fused; of y in an order of d alone, of dw of rows alone, then added to what is there; dh
-//            rounded once
+//   tiling   forward: a warp a row, lane l owns packets l, l + 32, ... backward: a block COLS
+//            columns of all rows, a thread a packet of rows THREADS / packets apart: dw needs no
+//            second pass and no scratch, and a hidden size of 4096 makes 128 blocks. Where d is no
+//            whole number of packets, a packet is one element (`width` 1)
+//   memory   forward reads h once, 2 bytes an element in bf16, 4 in f32; backward reads h and
+//            writes dh, 4 bytes (8)
+//   numerics sums in f32, fused; of y in an order of d alone, of dw of rows alone, then added to
+//            what is there; dh rounded once
 //   needs    h, dh and w 16-byte aligned: the launcher checks
 #include "include/elements.cuh"
 #include "include/reduce.cuh"
@@ -34,7 +36,8 @@ static __device__ void forward(float* y, const T* h, const T* w, int rows, int d
 
 template <class T>
 static __device__ void backward(T* dh, float* dw, const float* dy, const T* h, const T* w, int rows, int d, int width) {
-    // Rows that are loaded together, before dh is written: the compiler does not know that it is not h.
+    // Rows that are loaded together, before dh is written: the compiler does not know that it is
+    // not h.
     constexpr int AHEAD = 4;
     Shared shared;
     // A row of COLS sums for each warp.

@@ -1,7 +1,7 @@
 //! Reads the KERNEL lines and the constants of a .cu file. Used by build.rs and by the tests.
 
-/// An entry point: `KERNEL(threads, name)(parameters)`, `KERNEL(threads, name, cluster)(parameters)`, or with the
-/// blocks that share a multiprocessor's registers after that.
+/// An entry point: `KERNEL(threads, name)(parameters)`, `KERNEL(threads, name,
+/// cluster)(parameters)`, or with the blocks that share a multiprocessor's registers after that.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Entry {
     /// As the driver knows it.

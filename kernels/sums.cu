@@ -1,10 +1,10 @@
-// The last step of all sums over tokens: total[i] = sum_p partial[p, i], for the last `maxima` of them the
-// maximum
+// The last step of all sums over tokens: total[i] = sum_p partial[p, i], for the last `maxima` of
+// them the maximum
 //   shapes   partial [parts, numbers], total [numbers] f64
 //   tiling   one block, a warp a number
 //   memory   reads partial once, 8 bytes a number of a part
-//   numerics f64; lane l adds parts l, l + 32, ..., then lanes as in every warp's sum: an order of the number
-//            of parts only. A NaN stays in a maximum, which is 0 or more
+//   numerics f64; lane l adds parts l, l + 32, ..., then lanes as in every warp's sum: an order of
+//            the number of parts only. A NaN stays in a maximum, which is 0 or more
 //   needs    nothing
 #include "include/reduce.cuh"
 

@@ -1,12 +1,12 @@
 // Clipped value loss: scale * max((v - ret)^2, (clip(v, old - c, old + c) - ret)^2) / 2, and d/dv
-//   shapes   dv, v, old, returns [tokens] f32, old null without a clip; partial [blocks, 4] f64 in the order
-//            of the constants below; scale = coefficient / denominator
+//   shapes   dv, v, old, returns [tokens] f32, old null without a clip; partial [blocks, 4] f64 in
+//            the order of the constants below; scale = coefficient / denominator
 //   tiling   4 tokens a thread at a time, `share` tokens a block; sums.cu adds the blocks
 //   memory   reads v, old and returns once, writes dv once: 16 bytes a token, 12 without a clip
-//   numerics f64 from the loads on, as on the CPU; a tie has half the slope, as torch.max; sums in an order
-//            of the number of tokens only
-//   needs    a share of whole packets. Columns begin anywhere, and are accessed 16 bytes at once where that
-//            is possible
+//   numerics f64 from the loads on, as on the CPU; a tie has half the slope, as torch.max; sums in
+//            an order of the number of tokens only
+//   needs    a share of whole packets. Columns begin anywhere, and are accessed 16 bytes at once
+//            where that is possible
 #include "include/tokens.cuh"
 
 constexpr int THREADS = 256;

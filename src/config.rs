@@ -12,9 +12,7 @@ use crate::error::{Error, Result};
 /// One setting, for help and templates.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Key {
-    /// Its name.
     pub name: &'static str,
-    /// What it takes.
     pub kind: String,
     /// Its value now, in TOML.
     pub value: String,
@@ -29,9 +27,6 @@ pub trait Section: Any + Debug + Send {
     /// Sets a key; `None` if it is not of this section.
     fn set(&mut self, key: &str, value: &Value) -> Option<Result<()>>;
     /// Checks the range of every value, and that those without a default were given.
-    ///
-    /// # Errors
-    /// [`Error::Config`] naming the first key that is wrong.
     fn validate(&self) -> Result<()>;
     /// For the owner to get the struct back.
     fn as_any(&self) -> &dyn Any;
@@ -43,7 +38,6 @@ pub trait Field: Sized {
     fn kind() -> String;
     /// Reads a TOML value.
     fn parse(value: &Value) -> Option<Self>;
-    /// Writes TOML.
     fn show(&self) -> String;
 }
 
@@ -255,7 +249,6 @@ macro_rules! settings {
 
 /// The key of a field: `lambda_` is `lambda`, for fields that would be keywords.
 #[doc(hidden)]
-#[must_use]
 pub fn key_name(field: &'static str) -> &'static str {
     field.trim_end_matches('_')
 }
@@ -267,9 +260,6 @@ pub fn read<T: Field>(key: &str, value: &Value) -> Result<T> {
 }
 
 /// Sets one key in whichever section has it.
-///
-/// # Errors
-/// [`Error::Config`] if none has it, with the nearest known key, or if the value does not fit.
 pub fn set(sections: &mut [&mut dyn Section], key: &str, value: &Value) -> Result<()> {
     for section in sections.iter_mut() {
         if let Some(done) = section.set(key, value) {
@@ -346,9 +336,6 @@ const ELSEWHERE: &[(&str, &str)] = &[
 ];
 
 /// Sets all keys of a TOML text; `name` is the file, for messages.
-///
-/// # Errors
-/// [`Error::Config`] naming file and line if it is not TOML, or as [`set`].
 pub fn set_all(sections: &mut [&mut dyn Section], text: &str, name: &str) -> Result<()> {
     let table: toml::Table = text.parse().map_err(|e: toml::de::Error| Error::Config {
         key: name.into(),
@@ -370,9 +357,6 @@ fn locate(e: Error, text: &str, name: &str) -> Error {
 }
 
 /// Sets `key=value`; a value that is not TOML is taken as text.
-///
-/// # Errors
-/// [`Error::Config`] without `=`, or as [`set`].
 pub fn set_pair(sections: &mut [&mut dyn Section], pair: &str) -> Result<()> {
     let Some((key, value)) = pair.split_once('=') else {
         return Err(Error::Config {
@@ -392,7 +376,6 @@ pub fn set_pair(sections: &mut [&mut dyn Section], pair: &str) -> Result<()> {
 }
 
 /// A complete commented TOML file of the present values.
-#[must_use]
 pub fn template(sections: &[&dyn Section]) -> String {
     let mut out = String::new();
     for key in sections.iter().flat_map(|s| s.keys()) {

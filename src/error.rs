@@ -12,9 +12,7 @@ pub enum Error {
     /// An op was given a buffer of the wrong size.
     #[error("{op}: `{arg}` has shape {got:?}, wanted {want:?}")]
     Shape {
-        /// The op.
         op: &'static str,
-        /// Its argument.
         arg: &'static str,
         /// The shape that the other arguments imply.
         want: Vec<usize>,
@@ -28,7 +26,6 @@ pub enum Error {
         what: String,
         /// What would have been right.
         want: String,
-        /// What came.
         got: String,
     },
     /// A configuration key that does not exist or does not parse.
@@ -46,9 +43,7 @@ pub enum Error {
     Io {
         /// A verb: "read", "create", "rename".
         doing: &'static str,
-        /// The file.
         path: PathBuf,
-        /// The cause.
         source: std::io::Error,
     },
     /// A line of a data set.
@@ -64,7 +59,6 @@ pub enum Error {
     /// A model, tokenizer or checkpoint file whose content is wrong.
     #[error("{}: {message}", path.display())]
     File {
-        /// The file.
         path: PathBuf,
         /// What was wanted and what came.
         message: String,
@@ -72,9 +66,7 @@ pub enum Error {
     /// Neither the memory plan nor the machine has so much.
     #[error("{what} needs {want} bytes, {have} are free")]
     Memory {
-        /// What asked.
         what: &'static str,
-        /// Bytes asked for.
         want: usize,
         /// Bytes left of the plan, or of the device.
         have: usize,
@@ -82,7 +74,6 @@ pub enum Error {
     /// NaN, infinity, or a first ratio that is not 1: nothing of the step was kept.
     #[error("step {step} was abandoned: {what} is {value}{}", of(samples, places))]
     BadNumber {
-        /// The optimizer step.
         step: u64,
         /// The tensor or quantity.
         what: String,
@@ -95,16 +86,10 @@ pub enum Error {
     },
     /// Another process holds the run's folder.
     #[error("{} is in use by process {pid}", path.display())]
-    Locked {
-        /// The folder.
-        path: PathBuf,
-        /// The owner.
-        pid: u32,
-    },
+    Locked { path: PathBuf, pid: u32 },
     /// SIGINT or SIGTERM; the state was committed at `step`.
     #[error("interrupted by {signal}; the run is saved at step {step} and resumes from there")]
     Interrupted {
-        /// "SIGINT" or "SIGTERM".
         signal: &'static str,
         /// The last step that is in the checkpoint.
         step: u64,
@@ -114,7 +99,6 @@ pub enum Error {
     Device {
         /// As the user wrote it.
         wanted: String,
-        /// Why not.
         reason: String,
     },
 }
@@ -129,13 +113,10 @@ fn of(samples: &[u64], places: &[String]) -> String {
 }
 
 impl Error {
-    /// A shape error.
-    #[must_use]
     pub fn shape(op: &'static str, arg: &'static str, want: &[usize], got: &[usize]) -> Self {
         Self::Shape { op, arg, want: want.to_vec(), got: got.to_vec() }
     }
 
-    /// A value error.
     pub fn value(
         what: impl Into<String>,
         want: impl Into<String>,
@@ -154,7 +135,6 @@ impl Error {
         Self::Config { key: key.into(), message, hint: None }
     }
 
-    /// A wrong file.
     pub fn file(path: impl Into<PathBuf>, message: impl Into<String>) -> Self {
         Self::File { path: path.into(), message: message.into() }
     }
@@ -169,7 +149,6 @@ impl Error {
     }
 
     /// What to try next, printed under the error as `hint: ...`.
-    #[must_use]
     pub fn hint(&self) -> Option<String> {
         match self {
             Self::Config { hint, .. } => hint.clone(),
@@ -191,7 +170,6 @@ impl Error {
 
     /// The process exit code: 2 bad usage or configuration, 3 no device, 4 a bad number stopped
     /// the step, 5 the folder is locked, 130 SIGINT, 143 SIGTERM, 1 all else.
-    #[must_use]
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Config { .. } => 2,

@@ -25,9 +25,7 @@ pub enum Purpose {
 /// What a batch of draws shares; each of them adds its sample and its position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stream {
-    /// Of the run.
     pub seed: u64,
-    /// Optimizer step.
     pub step: u64,
     /// What the draws are for.
     pub purpose: Purpose,
@@ -35,7 +33,6 @@ pub struct Stream {
 
 impl Stream {
     /// The draws of one sample.
-    #[must_use]
     pub fn sample(self, sample: u64) -> Philox {
         Philox::new(self.seed, self.step, sample, self.purpose)
     }
@@ -56,7 +53,6 @@ const W0: u32 = 0x9E37_79B9;
 const W1: u32 = 0xBB67_AE85;
 
 /// The bare block function: ten rounds over a 128-bit counter.
-#[must_use]
 pub fn philox4x32(mut ctr: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
     for _ in 0..10 {
         let p0 = u64::from(M0) * u64::from(ctr[0]);
@@ -75,7 +71,6 @@ pub fn philox4x32(mut ctr: [u32; 4], mut key: [u32; 2]) -> [u32; 4] {
 impl Philox {
     /// The stream of `sample` at `step`. Only the low 28 bits of `step` are used; the purpose
     /// takes the other 4, so streams cannot meet.
-    #[must_use]
     pub fn new(seed: u64, step: u64, sample: u64, purpose: Purpose) -> Self {
         Self {
             key: [seed as u32, (seed >> 32) as u32],
@@ -86,20 +81,17 @@ impl Philox {
     }
 
     /// Four independent 32-bit words at `position`.
-    #[must_use]
     pub fn block(&self, position: u32) -> [u32; 4] {
         let s = self.sample;
         philox4x32([position, self.step | self.purpose << 28, s as u32, (s >> 32) as u32], self.key)
     }
 
     /// Uniform in [0, 1) with 24 bits, exact in f32.
-    #[must_use]
     pub fn uniform(&self, position: u32) -> f32 {
         (self.block(position)[0] >> 8) as f32 * (1.0 / 16_777_216.0)
     }
 
     /// Standard normal (Box-Muller in f64, so every platform agrees to the last rounding).
-    #[must_use]
     pub fn normal(&self, position: u32) -> f64 {
         let b = self.block(position);
         // (0, 1]: the logarithm stays finite
@@ -110,7 +102,6 @@ impl Philox {
 
     /// Uniform integer in `0..n`, without bias (Lemire 2019; 64-bit product, so the bias is
     /// below 2^-32 for any `n` that fits in 32 bits).
-    #[must_use]
     pub fn below(&self, position: u32, n: u32) -> u32 {
         let b = self.block(position);
         let word = u64::from(b[0]) | u64::from(b[1]) << 32;
@@ -118,7 +109,6 @@ impl Philox {
     }
 
     /// A permutation of `0..n`: Fisher-Yates on addressed draws.
-    #[must_use]
     pub fn permutation(&self, n: usize) -> Vec<usize> {
         let mut order: Vec<usize> = (0..n).collect();
         for i in (1..n).rev() {

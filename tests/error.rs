@@ -1,5 +1,5 @@
-//! Property 10: every error names what it is about, what was wanted and what came; and its exit code
-//! and hint are what the help says.
+//! Property 10: every error names what it is about, what was wanted and what came; and its exit
+//! code and hint are what the help says.
 
 use std::{io, path::Path};
 

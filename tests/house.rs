@@ -19,11 +19,16 @@ const LAYERS: &[(&str, u32)] = &[
 ];
 
 fn sources(dir: &Path, out: &mut Vec<PathBuf>) {
+    files_of(dir, &["rs"], out);
+}
+
+fn files_of(dir: &Path, extensions: &[&str], out: &mut Vec<PathBuf>) {
     for entry in std::fs::read_dir(dir).unwrap() {
         let path = entry.unwrap().path();
+        let extension = path.extension().and_then(|e| e.to_str());
         if path.is_dir() {
-            sources(&path, out);
-        } else if path.extension().is_some_and(|e| e == "rs") {
+            files_of(&path, extensions, out);
+        } else if extension.is_some_and(|e| extensions.contains(&e)) {
             out.push(path);
         }
     }
@@ -98,6 +103,24 @@ fn unsafe_stays_in_device() {
             let word =
                 code.split(|c: char| !c.is_alphanumeric() && c != '_').any(|w| w == "unsafe");
             assert!(!word, "src/{file}:{} has `unsafe`", i + 1);
+        }
+    }
+}
+
+/// Comments end within 100 columns, in Rust and in CUDA.
+#[test]
+fn comments_end_within_100_columns() {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let mut files = Vec::new();
+    for dir in ["src", "tests", "benches", "kernels"] {
+        files_of(&root.join(dir), &["rs", "cu", "cuh", "h", "cpp"], &mut files);
+    }
+    for path in files {
+        let text = std::fs::read_to_string(&path).unwrap();
+        for (i, line) in text.lines().enumerate() {
+            let long = line.contains("//") && line.chars().count() > 100;
+            let code = line.contains("http") || !line.trim_start().starts_with("//");
+            assert!(!long || code, "{}:{} is too long", path.display(), i + 1);
         }
     }
 }

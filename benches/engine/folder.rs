@@ -24,7 +24,8 @@ impl Drop for Folder {
 }
 
 impl Folder {
-    /// `model` and `judge` of this shape, which share all but the judge's head, and `prompts.jsonl`.
+    /// `model` and `judge` of this shape, which share all but the judge's head, and
+    /// `prompts.jsonl`.
     pub fn new(shape: &Shape, work: &Work) -> Self {
         let name = format!("warpo-engine-{}-{}", std::process::id(), shape.name);
         let this = Self(std::env::temp_dir().join(name));
@@ -111,7 +112,8 @@ fn save(path: &Path, tensors: Vec<(String, Vec<usize>)>) {
     safetensors::serialize_to_file(tensors, None, path).unwrap();
 }
 
-/// A tensor that is drawn when it is written: ones for a norm, else numbers with a standard deviation of 0.02.
+/// A tensor that is drawn when it is written: ones for a norm, else numbers with a standard
+/// deviation of 0.02.
 struct Random {
     shape: Vec<usize>,
     seed: u64,
@@ -131,8 +133,8 @@ impl View for Random {
         if self.shape.len() == 1 {
             return Cow::Owned(bf16::ONE.to_le_bytes().repeat(n));
         }
-        // Billions of numbers are wanted, and nobody looks at how they are distributed: splitmix64, uniform, four
-        // at a time.
+        // Billions of numbers are wanted, and nobody looks at how they are distributed: splitmix64,
+        // uniform, four at a time.
         let width = 0.02 * 12f32.sqrt();
         let mut out = Vec::with_capacity(2 * n + 8);
         let mut state = self.seed << 40;

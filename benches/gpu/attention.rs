@@ -1,5 +1,5 @@
-//! Attention over packed sequences of 16,384 tokens in all, and of a decoding step over more than 1 GB of keys and
-//! values.
+//! Attention over packed sequences of 16,384 tokens in all, and of a decoding step over more than 1
+//! GB of keys and values.
 
 use half::bf16;
 use warpo::{

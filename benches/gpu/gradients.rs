@@ -1,4 +1,5 @@
-//! Attention's gradients over packed sequences of 16,384 tokens in all, and of prompts with eight answers each.
+//! Attention's gradients over packed sequences of 16,384 tokens in all, and of prompts with eight
+//! answers each.
 
 use half::bf16;
 use warpo::{
@@ -8,7 +9,8 @@ use warpo::{
 
 use super::Bench;
 
-/// Width of a head, heads of queries, of keys: hidden 2048, as the published figures have it; Qwen2.5 0.5B; Llama 8B.
+/// Width of a head, heads of queries, of keys: hidden 2048, as the published figures have it;
+/// Qwen2.5 0.5B; Llama 8B.
 const HEADS: [[usize; 3]; 4] = [[64, 32, 32], [128, 16, 16], [64, 14, 2], [128, 32, 8]];
 const TOKENS: usize = 16_384;
 const LENS: [usize; 4] = [512, 1024, 4096, 16_384];

@@ -1,5 +1,5 @@
-//! Log-probs of chosen tokens through the LM heads of Qwen2.5, and their gradients; the draw of the next token, and the
-//! likeliest ones; the head of a value or reward model.
+//! Log-probs of chosen tokens through the LM heads of Qwen2.5, and their gradients; the draw of the
+//! next token, and the likeliest ones; the head of a value or reward model.
 
 use half::bf16;
 use warpo::{

@@ -1,4 +1,5 @@
-//! Matrix products beside the best of cuBLASLt's algorithms: in turn, on the same buffers, in one run.
+//! Matrix products beside the best of cuBLASLt's algorithms: in turn, on the same buffers, in one
+//! run.
 
 use std::ops::Range;
 
@@ -49,8 +50,8 @@ const DIRECTIONS: [(&str, Of); 3] = [
 
 /// More bytes than any cache holds: calls of a round work on so much, each on its own part.
 const ROUND: usize = 256 << 20;
-/// What a round takes at least, unless it has [`CALLS`] calls: while the device copies before a round, the host
-/// queues so many, and its own time is not measured.
+/// What a round takes at least, unless it has [`CALLS`] calls: while the device copies before a
+/// round, the host queues so many, and its own time is not measured.
 const SECONDS: f64 = 0.02;
 const CALLS: f64 = 100.0;
 /// Bytes of such copies.
@@ -106,8 +107,8 @@ impl Job {
         all
     }
 
-    /// Elements of the left operand, of `x` where it is the right one, of the weight, and of what comes out in
-    /// bf16 and in f32.
+    /// Elements of the left operand, of `x` where it is the right one, of the weight, and of what
+    /// comes out in bf16 and in f32.
     fn sizes(&self) -> [usize; 5] {
         let Product { of, m, n, k } = self.product;
         match of {

@@ -61,8 +61,9 @@ pub fn device() -> &'static Device {
     DEVICE.get_or_init(|| Device::Cpu(Cpu::new(0)))
 }
 
-/// The GPU that is measured, or the simulator in the library that `$WARPO_SIM` names, where a bench only shows that it
-/// runs; and whether it is that. Where there is neither the process says so and ends, failing if `$WARPO_GPU` is set.
+/// The GPU that is measured, or the simulator in the library that `$WARPO_SIM` names, where a bench
+/// only shows that it runs; and whether it is that. Where there is neither the process says so and
+/// ends, failing if `$WARPO_GPU` is set.
 pub fn gpu() -> (Device, bool) {
     let simulator = std::env::var_os("WARPO_SIM");
     let dev = match simulator.as_ref().map(Path::new) {

@@ -1,19 +1,22 @@
-// What attention of all families and directions shares: what a block does, and the softmax of a row as its scores come
-// along, in one order. Scores lie as sums of mma and of wgmma do: of N columns lane l has 8 j + c and the next, with
-// c = 2 (l % 4), of two rows: x[4 j..] of row l / 4, x[4 j + 2..] of the row 8 further.
+// What attention of all families and directions shares: what a block does, and the softmax of a row
+// as its scores come along, in one order. Scores lie as sums of mma and of wgmma do: of N columns
+// lane l has 8 j + c and the next, with c = 2 (l % 4), of two rows: x[4 j..] of row l / 4, x[4 j +
+// 2..] of the row 8 further.
 #pragma once
 
 #include "kernel.cuh"
 
 constexpr float LOG2E = 1.4426950408889634f;
-// Positions after which a row's softmax starts anew; the parts are merged in ascending order. So parts of a long sequence
-// can be computed side by side, with the bits that one block computes after the other.
+// Positions after which a row's softmax starts anew; the parts are merged in ascending order. So
+// parts of a long sequence can be computed side by side, with the bits that one block computes
+// after the other.
 constexpr int SPLIT = 1024;
 
-// Rows of queries that attend together: `rows` rows of the batch from row `at` on, all heads of a group; consecutive
-// positions of a sequence from `first` on, or rows that all see all they are given. They see blocks [begin, end) of keys,
-// whose pages are listed from `pages` on. A part may go on from what others left, states [taken, taken + takes) of its rows,
-// of which the first row's is number `slot`; and leaves state `gives`, or finishes where that is negative. Eight words,
+// Rows of queries that attend together: `rows` rows of the batch from row `at` on, all heads of a
+// group; consecutive positions of a sequence from `first` on, or rows that all see all they are
+// given. They see blocks [begin, end) of keys, whose pages are listed from `pages` on. A part may
+// go on from what others left, states [taken, taken + takes) of its rows, of which the first row's
+// is number `slot`; and leaves state `gives`, or finishes where that is negative. Eight words,
 // which src/ops/attention/parts.rs writes.
 struct Part {
     int at, rows, first, pages, begin, end, slot, taken, takes, gives;
@@ -26,10 +29,11 @@ struct Part {
     }
 };
 
-// How weights are made of products: s = cap tanh(product scale / cap), or product scale without a cap; a position sees the
-// `window` positions up to itself, or all where that is 0.
+// How weights are made of products: s = cap tanh(product scale / cap), or product scale without a
+// cap; a position sees the `window` positions up to itself, or all where that is 0.
 struct Scoring {
-    // s = unit y, with y = tanh(product inside), or the product; ds / dproduct = scale (1 - y^2), or scale.
+    // s = unit y, with y = tanh(product inside), or the product; ds / dproduct = scale (1 - y^2),
+    // or scale.
     float scale, inside, unit;
     float factor; // unit log2 e
     bool capped;
@@ -37,8 +41,8 @@ struct Scoring {
     __device__ __forceinline__ Scoring(float scale, float cap, int window) : scale(scale), capped(cap > 0.0f), window(window) {
         inside = capped ? scale / cap : 1.0f, unit = capped ? cap : scale, factor = unit * LOG2E;
     }
-    // tanh(product inside), to 2^-22 of 1: a score's error is that of an f32 of the cap's size. Without branches, as all
-    // columns are computed side by side.
+    // tanh(product inside), to 2^-22 of 1: a score's error is that of an f32 of the cap's size.
+    // Without branches, as all columns are computed side by side.
     __device__ __forceinline__ float bend(float x) const {
         return fmaf(-2.0f, ptx::reciprocal(1.0f + ptx::exp2(x * (inside * (2.0f * LOG2E)))), 1.0f);
     }
@@ -46,12 +50,14 @@ struct Scoring {
     __device__ __forceinline__ int from(int p) const { return window > 0 && p >= window ? p - window + 1 : 0; }
 };
 
-// The softmax of a lane's two rows so far: the largest y, and this lane's share of sum e^(s - largest).
+// The softmax of a lane's two rows so far: the largest y, and this lane's share of sum e^(s -
+// largest).
 struct Softmax {
     float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
 
-    // Turns a block's products into weights, and says what to multiply with what was accumulated before. MASKED: row i sees
-    // columns [from[i], to[i]) of the block only; others have weight 0, and nothing visible changes nothing, exactly.
+    // Turns a block's products into weights, and says what to multiply with what was accumulated
+    // before. MASKED: row i sees columns [from[i], to[i]) of the block only; others have weight 0,
+    // and nothing visible changes nothing, exactly.
     template <int N, bool MASKED>
     __device__ __forceinline__ void weigh(float (&x)[N / 2], float (&keep)[2], const Scoring& by, const int (&from)[2], const int (&to)[2]) {
         const int c = ptx::lane() % 4 * 2;
@@ -163,7 +169,8 @@ struct Stash {
     }
 };
 
-// States of rows between launches, [states, slots, q_heads, D + 8]: the accumulators, the four lanes' sums, the maximum.
+// States of rows between launches, [states, slots, q_heads, D + 8]: the accumulators, the four
+// lanes' sums, the maximum.
 template <int D>
 struct States {
     float* x;
@@ -194,14 +201,15 @@ struct States {
     }
 };
 
-// Weights of 16 columns from column 16 k on, rounded: a[] of ptx::mma_bf16, and A of ptx::wgmma_bf16.
+// Weights of 16 columns from column 16 k on, rounded: a[] of ptx::mma_bf16, and A of
+// ptx::wgmma_bf16.
 template <int COUNT>
 static __device__ __forceinline__ void pack_weights(uint32_t (&a)[4], const float (&x)[COUNT], int k) {
     for (int i = 0; i < 4; ++i) a[i] = ptx::pack_bf16(x[8 * k + 2 * i], x[8 * k + 2 * i + 1]);
 }
 
-// Where a row's 16-byte chunks lie in shared memory: rows of whole 128 bytes, so that 8 rows that ldmatrix reads at one chunk
-// lie in different banks.
+// Where a row's 16-byte chunks lie in shared memory: rows of whole 128 bytes, so that 8 rows that
+// ldmatrix reads at one chunk lie in different banks.
 template <int D, int ROWS = 64>
 struct Lines {
     static constexpr int CHUNKS = D / 8, LINE = (D + 63) / 64 * 8, SIZE = ROWS * LINE * 8;

@@ -1,16 +1,19 @@
-// What the backward passes of attention share: tiles of keys, the tiles of queries that see them, and their order.
+// What the backward passes of attention share: tiles of keys, the tiles of queries that see them,
+// and their order.
 //
-// The sums of dq go from block to block: for every tile of queries a turn counts the tiles of keys that were added. Items stand
-// so that one waits for earlier ones only, and a block takes its own in that order: so the first that is unfinished does not
-// wait. Queries are visited from the last on: all tiles of keys of a sequence begin at the same tile, each a step behind the
-// one before it, and stay so; so a block that runs beside m of its neighbours waits m steps, once. From the first on, each
-// would begin at its own diagonal and wait there until all before it had come so far: twice as long.
+// The sums of dq go from block to block: for every tile of queries a turn counts the tiles of keys
+// that were added. Items stand so that one waits for earlier ones only, and a block takes its own
+// in that order: so the first that is unfinished does not wait. Queries are visited from the last
+// on: all tiles of keys of a sequence begin at the same tile, each a step behind the one before it,
+// and stay so; so a block that runs beside m of its neighbours waits m steps, once. From the first
+// on, each would begin at its own diagonal and wait there until all before it had come so far:
+// twice as long.
 #pragma once
 
 #include "attention.cuh"
 
-// A tile of keys of one sequence: `count` positions from `position` on, in the batch from row `at` on; `rank` tiles of what its
-// queries see come before it. Eight words, as those of a visit.
+// A tile of keys of one sequence: `count` positions from `position` on, in the batch from row `at`
+// on; `rank` tiles of what its queries see come before it. Eight words, as those of a visit.
 struct Keys {
     int at, count, position, rank, begin, end;
     __device__ __forceinline__ Keys(const uint32_t* words, int t) {
@@ -19,9 +22,10 @@ struct Keys {
     }
 };
 
-// Tiles [begin, end) of the queries of a sequence's `rows` positions from `first` on, in the batch from row `at` on: row i of
-// tile t is row `size` t + i of all, position by position and for each the heads of the group. Their turns are listed from `turns`
-// on; `before` tiles of keys come before its own.
+// Tiles [begin, end) of the queries of a sequence's `rows` positions from `first` on, in the batch
+// from row `at` on: row i of tile t is row `size` t + i of all, position by position and for each
+// the heads of the group. Their turns are listed from `turns` on; `before` tiles of keys come
+// before its own.
 struct Visit {
     int at, rows, first, turns, begin, end, before;
     __device__ __forceinline__ Visit(const uint32_t* words, int v) {
@@ -38,8 +42,8 @@ struct Groups {
     __device__ __forceinline__ int whole(int i) const { return i * inverse >> 16; }
 };
 
-// The rows of a tile of up to SIZE: batch row and position of row 0, whose head is `skip` of the group, and how many there are.
-// Where tiles are of whole positions, `size` of SIZE rows are used.
+// The rows of a tile of up to SIZE: batch row and position of row 0, whose head is `skip` of the
+// group, and how many there are. Where tiles are of whole positions, `size` of SIZE rows are used.
 template <int SIZE>
 struct Rows {
     int at, first, skip, count;
@@ -53,14 +57,16 @@ struct Rows {
     }
     // Positions of row i after that of row 0.
     __device__ __forceinline__ int after(int i) const { return group.whole(skip + i); }
-    // Where row i begins, after what belongs to batch row `at` and the group: rows of the batch are `cols` apart, heads `each`.
+    // Where row i begins, after what belongs to batch row `at` and the group: rows of the batch are
+    // `cols` apart, heads `each`.
     __device__ __forceinline__ int offset(int i, int cols, int each) const {
         const int p = after(i);
         return p * cols + (skip + i - p * group.size) * each;
     }
 };
 
-// The tiles of queries that see a tile of keys, one after the other, those of a visit from the last on.
+// The tiles of queries that see a tile of keys, one after the other, those of a visit from the last
+// on.
 template <int SIZE>
 struct Steps {
     const uint32_t* words;
@@ -80,8 +86,8 @@ struct Steps {
     }
 };
 
-// Of the tiles of keys, `size` positions each, that rows see: how many come before this one, of which the first begins the sums
-// of dq; and whether it is the last, which ends them.
+// Of the tiles of keys, `size` positions each, that rows see: how many come before this one, of
+// which the first begins the sums of dq; and whether it is the last, which ends them.
 struct Among {
     int before;
     bool last;

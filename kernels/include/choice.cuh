@@ -1,6 +1,6 @@
-// The token with the largest z + g as a row's logits come along, g = -log(-log u) of each token anew: a draw from softmax(z)
-// (Gumbel 1954). A token's u is a function of its address and its id alone (include/philox.cuh), bit for bit as
-// src/ops/logprob/sample.rs.
+// The token with the largest z + g as a row's logits come along, g = -log(-log u) of each token
+// anew: a draw from softmax(z) (Gumbel 1954). A token's u is a function of its address and its id
+// alone (include/philox.cuh), bit for bit as src/ops/logprob/sample.rs.
 #pragma once
 
 #include "online.cuh"
@@ -24,8 +24,8 @@ static __device__ __forceinline__ Choice shuffle_xor(const Choice& c, int lanes)
     return out;
 }
 
-// The words of four tokens of a row: `token`, which is even and whose bit 3 is 0, the next, and those 8 further. They are
-// what a lane has of the sums of mma and of wgmma.
+// The words of four tokens of a row: `token`, which is even and whose bit 3 is 0, the next, and
+// those 8 further. They are what a lane has of the sums of mma and of wgmma.
 static __device__ __forceinline__ Philox words(const Philox& row, uint32_t token) {
     const uint32_t four = token / 16 * 4 + token / 2 % 4;
     return philox4x32(four, row.word[0], row.word[1], 0, uint64_t(row.word[3]) << 32 | row.word[2]);

@@ -1,5 +1,6 @@
-// The activation functions, by their places in the Rust enum Activation. No left tail is lost in a difference: the
-// tanh form is written with a sigmoid, 1 + tanh(u) = 2 s(2u), and 1 + erf(u) is erfc(-u).
+// The activation functions, by their places in the Rust enum Activation. No left tail is lost in a
+// difference: the tanh form is written with a sigmoid, 1 + tanh(u) = 2 s(2u), and 1 + erf(u) is
+// erfc(-u).
 #pragma once
 
 #include "kernel.cuh"

@@ -1,5 +1,5 @@
-// Who takes which elements in the kernels that treat each element by itself: packets of 16 bytes where
-// there are whole ones, single elements where not.
+// Who takes which elements in the kernels that treat each element by itself: packets of 16 bytes
+// where there are whole ones, single elements where not.
 #pragma once
 
 #include "kernel.cuh"
@@ -10,7 +10,8 @@ struct Elements {
     float x[N];
 };
 
-// Elements N i, N i + 1, ... of p: one element, or as many loads or stores of 128 bits as N elements fill.
+// Elements N i, N i + 1, ... of p: one element, or as many loads or stores of 128 bits as N
+// elements fill.
 template <int N, class T>
 __device__ __forceinline__ Elements<N> take(const T* p, int64_t i PTX_AND_AT) {
     Elements<N> out;
@@ -41,7 +42,8 @@ __device__ __forceinline__ void put(T* p, int64_t i, const Elements<N>& v PTX_AN
     }
 }
 
-// Where a norm takes packet i of its rows: from x, or from x after r was added to it in place, rounded as it is kept.
+// Where a norm takes packet i of its rows: from x, or from x after r was added to it in place,
+// rounded as it is kept.
 template <class T>
 struct Plain {
     const T* x;
@@ -67,8 +69,8 @@ struct Width {
     static constexpr int N = VALUE;
 };
 
-// f(Width<N>, i) for packets of N of `count` elements in a row, f(Width<1>, i) for the count % N left over:
-// a thread for each of the two kinds.
+// f(Width<N>, i) for packets of N of `count` elements in a row, f(Width<1>, i) for the count % N
+// left over: a thread for each of the two kinds.
 template <int N, class F>
 __device__ __forceinline__ void each_packet(uint64_t count, F f) {
     const uint64_t i = uint64_t(blockIdx.x) * blockDim.x + threadIdx.x, packets = count / N;

@@ -3,14 +3,15 @@
 
 #include "ptx.cuh"
 
-// An entry point: KERNEL(threads, name)(parameters) { ... }. build.rs reads this line and makes the Rust
-// function that launches it, so the number of threads is written once and a wrong argument does not
-// compile. Two kernels whose names end in _bf16 and _f32 become one function, generic over what is stored.
-// Parameters are pointers to bf16, float, double, uint32_t, uint64_t or int, or such a number by value,
-// where an int is a count. KERNEL(threads, name, blocks): blocks that follow each other in x are a cluster;
-// a block has a multiprocessor's registers to itself, which ptxas must know to heed setmaxnreg, so that a kernel that
-// moves registers between its warpgroups is of this form, be it with 1. KERNEL(threads, name, 1, beside): so many blocks
-// share the registers.
+// An entry point: KERNEL(threads, name)(parameters) { ... }. build.rs reads this line and makes the
+// Rust function that launches it, so the number of threads is written once and a wrong argument
+// does not compile. Two kernels whose names end in _bf16 and _f32 become one function, generic over
+// what is stored. Parameters are pointers to bf16, float, double, uint32_t, uint64_t or int, or
+// such a number by value, where an int is a count. KERNEL(threads, name, blocks): blocks that
+// follow each other in x are a cluster; a block has a multiprocessor's registers to itself, which
+// ptxas must know to heed setmaxnreg, so that a kernel that moves registers between its warpgroups
+// is of this form, be it with 1. KERNEL(threads, name, 1, beside): so many blocks share the
+// registers.
 #define KERNEL(...) KERNEL_PICK(__VA_ARGS__, KERNEL_BESIDE, KERNEL_OF_CLUSTER, KERNEL_OF_BLOCK, )(__VA_ARGS__)
 #define KERNEL_PICK(threads, name, blocks, beside, pick, ...) pick
 #define KERNEL_OF_BLOCK(threads, name)                                      \
@@ -25,7 +26,8 @@
 
 // Of a pointer parameter: it may be null, and is an Option in Rust.
 #define OPTIONAL
-// Of a pointer parameter: it is read or written in packets; the launch checks that it begins at one.
+// Of a pointer parameter: it is read or written in packets; the launch checks that it begins at
+// one.
 #define PACKED
 // A parameter: a matrix that TMA copies boxes of. Its address is the map's.
 #ifdef WARPO_SIM
@@ -38,7 +40,8 @@
 extern __shared__ __align__(1024) char launch_shared[];
 #endif
 
-// Carves arrays out of the launch's shared memory; every thread carves the same ones in the same order.
+// Carves arrays out of the launch's shared memory; every thread carves the same ones in the same
+// order.
 class Shared {
     int offset_ = 0;
     int index_ = 0;

@@ -1,4 +1,5 @@
-// The estimators of src/ops/kl.rs: one text for the KL in the rewards (kl.cu) and in the loss (ppo_loss.cu).
+// The estimators of src/ops/kl.rs: one text for the KL in the rewards (kl.cu) and in the loss
+// (ppo_loss.cu).
 #pragma once
 
 #include "kernel.cuh"
@@ -10,8 +11,8 @@ struct Kl {
     double value, slope;
 };
 
-// The estimate of one token from d = log-prob less that of the reference, in nats, and its derivative in the
-// log-prob, the token held fixed; k3 if neither of the above.
+// The estimate of one token from d = log-prob less that of the reference, in nats, and its
+// derivative in the log-prob, the token held fixed; k3 if neither of the above.
 __device__ __forceinline__ Kl kl(int estimator, double d) {
     if (estimator == K1) return {d, 1.0};
     if (estimator == K2) return {0.5 * d * d, d};

@@ -1,6 +1,6 @@
-// Log-sum-exp of a row's logits as its parts come along: the same order, and so the same bits, in every kernel of the LM
-// head. Of each 128 columns lane c of 4 takes 8 j + 2 c and the next, j ascending: what a lane has of the sums of mma and
-// of wgmma.
+// Log-sum-exp of a row's logits as its parts come along: the same order, and so the same bits, in
+// every kernel of the LM head. Of each 128 columns lane c of 4 takes 8 j + 2 c and the next, j
+// ascending: what a lane has of the sums of mma and of wgmma.
 #pragma once
 
 #include "kernel.cuh"
@@ -72,8 +72,8 @@ struct Lane {
     static __device__ __forceinline__ int column(int q) { return q / 2 * 8 + threadIdx.x % 4 * 2 + q % 2; }
 };
 
-// Adds a lane's share x of a tile, of which `count` columns are in the vocabulary. `target` counts from the tile's
-// first column. NaN passes through the sum.
+// Adds a lane's share x of a tile, of which `count` columns are in the vocabulary. `target` counts
+// from the tile's first column. NaN passes through the sum.
 template <bool WHOLE>
 static __device__ __forceinline__ void visit(State& s, const float (&x)[Lane::COUNT], int count, uint32_t target, float scale) {
     float top = -INFINITY;

@@ -1,13 +1,13 @@
-// Sums over rows that are kept by columns, such as the gradient of a norm's weights, in two stages of one
-// fixed order: each block sums the rows of its share, then a second kernel adds the blocks' sums to the
-// gradient. The share is an argument that depends on nothing but the shapes: were it made from the number of
-// blocks, a smaller device would give other bits.
+// Sums over rows that are kept by columns, such as the gradient of a norm's weights, in two stages
+// of one fixed order: each block sums the rows of its share, then a second kernel adds the blocks'
+// sums to the gradient. The share is an argument that depends on nothing but the shapes: were it
+// made from the number of blocks, a smaller device would give other bits.
 #pragma once
 
 #include "elements.cuh"
 
-// Whether a row is fetched while the one before it is summed, so that loads are always under way, though only one
-// block fits a multiprocessor. In f32 there are not the registers for it.
+// Whether a row is fetched while the one before it is summed, so that loads are always under way,
+// though only one block fits a multiprocessor. In f32 there are not the registers for it.
 template <class T>
 constexpr bool AHEAD = sizeof(T) == 2;
 
@@ -28,9 +28,9 @@ __device__ __forceinline__ Fetched<PACKETS> fetch_row(const T* x, const T* dy, i
     return out;
 }
 
-// out[c] = the sum over the block's groups, in their order, of what they hold: thread `lane` of a group of
-// `group` has packets lane, lane + group, ... of its row of sums. `room` holds blockDim / group rows of
-// `cols`. All threads of the block call it.
+// out[c] = the sum over the block's groups, in their order, of what they hold: thread `lane` of a
+// group of `group` has packets lane, lane + group, ... of its row of sums. `room` holds blockDim /
+// group rows of `cols`. All threads of the block call it.
 template <int PACKETS, int N>
 __device__ __forceinline__ void write_partial(float* out, const Elements<N> (&mine)[PACKETS], float* room, int cols, int group) {
     const int groups = blockDim.x / group, lane = threadIdx.x % group;
@@ -49,9 +49,9 @@ __device__ __forceinline__ void write_partial(float* out, const Elements<N> (&mi
     __syncthreads();
 }
 
-// out[c] += the sum over b of partial[b, c], `count` rows of `cols`. A block owns 32 columns, one a lane, so
-// that a warp reads whole lines of 128 bytes; warp w adds rows w, w + warps, ..., then warps are added in
-// order. `room` holds blockDim floats.
+// out[c] += the sum over b of partial[b, c], `count` rows of `cols`. A block owns 32 columns, one a
+// lane, so that a warp reads whole lines of 128 bytes; warp w adds rows w, w + warps, ..., then
+// warps are added in order. `room` holds blockDim floats.
 __device__ __forceinline__ void add_partials(float* out, const float* partial, int count, int cols, float* room) {
     const int warps = blockDim.x / 32, warp = threadIdx.x / 32, c = blockIdx.x * 32 + ptx::lane();
     float sum = 0.0f;

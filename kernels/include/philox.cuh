@@ -1,5 +1,5 @@
-// Philox 4x32-10 (Salmon et al. 2011), bit for bit as src/rng.rs: a number is a function of its address (seed,
-// step, sample, position, purpose) and of nothing else.
+// Philox 4x32-10 (Salmon et al. 2011), bit for bit as src/rng.rs: a number is a function of its
+// address (seed, step, sample, position, purpose) and of nothing else.
 #pragma once
 
 #include "kernel.cuh"

@@ -3,8 +3,9 @@
 
 #include "kernel.cuh"
 
-// The tile of C, of `down` by `across` of them, that comes as number t: eight of a column, then those of the next
-// column, so that tiles computed together share rows of both operands in the L2 cache.
+// The tile of C, of `down` by `across` of them, that comes as number t: eight of a column, then
+// those of the next column, so that tiles computed together share rows of both operands in the L2
+// cache.
 struct Place {
     int down, across;
 };

@@ -1,5 +1,5 @@
-// Every instruction that CUDA C++ has no word for, each with a device body (PTX or a compiler intrinsic)
-// and a simulator body. The only file with inline PTX; a test looks for strays.
+// Every instruction that CUDA C++ has no word for, each with a device body (PTX or a compiler
+// intrinsic) and a simulator body. The only file with inline PTX; a test looks for strays.
 //
 // In the simulator each function also takes the place it is called from, for reports.
 #pragma once
@@ -110,7 +110,8 @@ __device__ __forceinline__ void barrier(int id, int threads PTX_AND_AT) {
 #endif
 }
 
-// Counts among the `threads` threads of barrier `id`, without waiting for the others: they see what was written before.
+// Counts among the `threads` threads of barrier `id`, without waiting for the others: they see what
+// was written before.
 __device__ __forceinline__ void barrier_arrive(int id, int threads PTX_AND_AT) {
 #ifdef WARPO_SIM
     ::sim::barrier_arrive(at, id, threads);
@@ -198,7 +199,8 @@ __device__ __forceinline__ uint32_t pack_bf16(float low, float high) {
 #endif
 }
 
-// Four floats at once, at a multiple of 16 bytes: of a plain store of four the compiler may make four.
+// Four floats at once, at a multiple of 16 bytes: of a plain store of four the compiler may make
+// four.
 __device__ __forceinline__ void store_four(float* p, const float (&x)[4] PTX_AND_AT) {
 #ifdef WARPO_SIM
     ::sim::aligned(p, 16, at);
@@ -221,8 +223,9 @@ __device__ __forceinline__ void atomic_min(uint64_t* p, uint64_t x) {
 
 // -- turns: blocks that run together add to the same global memory one after the other ------------------------
 
-// Until the turn is `mine`. One thread waits; behind a barrier its block sees what the blocks before it have written. The
-// launch is one of blocks that run together (Launch::together), or they might wait for one that never starts.
+// Until the turn is `mine`. One thread waits; behind a barrier its block sees what the blocks
+// before it have written. The launch is one of blocks that run together (Launch::together), or they
+// might wait for one that never starts.
 __device__ __forceinline__ void turn_wait(const uint32_t* turn, uint32_t mine PTX_AND_AT) {
 #ifdef WARPO_SIM
     ::sim::turn_wait(turn, mine, at);
@@ -234,7 +237,8 @@ __device__ __forceinline__ void turn_wait(const uint32_t* turn, uint32_t mine PT
 #endif
 }
 
-// The turn is `next` from here on: one thread says so, behind a barrier after what its block has written.
+// The turn is `next` from here on: one thread says so, behind a barrier after what its block has
+// written.
 __device__ __forceinline__ void turn_pass(uint32_t* turn, uint32_t next PTX_AND_AT) {
 #ifdef WARPO_SIM
     ::sim::turn_pass(turn, next, at);
@@ -318,8 +322,9 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* bar, int parity PTX_AND_
 
 // -- tensor cores --------------------------------------------------------------------------------------
 
-// Four 8x8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8, 16 bytes
-// each, and gets in out[i] two neighbours of matrix i: row l / 4, columns 2 (l % 4) and the next.
+// Four 8x8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8, 16
+// bytes each, and gets in out[i] two neighbours of matrix i: row l / 4, columns 2 (l % 4) and the
+// next.
 __device__ __forceinline__ void load_matrix(uint32_t (&out)[4], const void* row PTX_AND_AT) {
 #ifdef WARPO_SIM
     ::sim::aligned(row, 16, at);
@@ -355,8 +360,8 @@ __device__ __forceinline__ void load_matrix_transposed(uint32_t (&out)[4], const
 #endif
 }
 
-// D += A B, A [16, 16] and B [16, 8] in bf16, D [16, 8] in f32. Of lane l, with r = l / 4 and c = 2 (l % 4):
-// a[0] = A[r, c..], a[1] = A[r + 8, c..], a[2] = A[r, c + 8..], a[3] = A[r + 8, c + 8..];
+// D += A B, A [16, 16] and B [16, 8] in bf16, D [16, 8] in f32. Of lane l, with r = l / 4 and c = 2
+// (l % 4): a[0] = A[r, c..], a[1] = A[r + 8, c..], a[2] = A[r, c + 8..], a[3] = A[r + 8, c + 8..];
 // b[0] = B[c.., r], b[1] = B[c + 8.., r]; d = D[r, c..] and D[r + 8, c..], two each.
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] PTX_AND_AT) {
 #ifdef WARPO_SIM
@@ -369,7 +374,8 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], 
     auto half = [](uint32_t two, int i) { return bits_float(i == 0 ? two << 16 : two & 0xFFFF0000u); };
     const int row = lane() / 4, col = lane() % 4 * 2;
     for (int i = 0; i < 4; ++i) {
-        // The sum of the products is rounded once here; the hardware's order of additions is not told.
+        // The sum of the products is rounded once here; the hardware's order of additions is not
+        // told.
         double sum = d[i];
         for (int k = 0; k < 16; ++k) {
             const int r = row + i / 2 * 8, c = col + i % 2;
@@ -388,15 +394,16 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], 
 
 // -- Hopper (sm_90a): files that use these are named *_sm90.cu ----------------------------------------------
 
-// A tensor in global memory as the TMA unit sees it; the host encodes it. In the simulator the bytes are
-// those of sim::Map.
+// A tensor in global memory as the TMA unit sees it; the host encodes it. In the simulator the
+// bytes are those of sim::Map.
 struct alignas(64) TensorMap {
     unsigned char bytes[128];
 };
 
 #if defined(WARPO_SIM) || defined(__CUDA_ARCH_FEAT_SM90_ALL) || !defined(__CUDA_ARCH__)
 
-// The thread that initialised mbarriers makes them known to the TMA unit and to the cluster; then a barrier.
+// The thread that initialised mbarriers makes them known to the TMA unit and to the cluster; then a
+// barrier.
 __device__ __forceinline__ void fence_barrier_init() {
 #ifdef WARPO_SIM
     ::sim::fence_barrier_init();
@@ -415,7 +422,8 @@ __device__ __forceinline__ void mbarrier_expect(uint64_t* bar, int bytes PTX_AND
 #endif
 }
 
-// An arrival at the same mbarrier of block `rank` of the cluster: that a slot was read, not what was written here.
+// An arrival at the same mbarrier of block `rank` of the cluster: that a slot was read, not what
+// was written here.
 __device__ __forceinline__ void mbarrier_arrive_at(uint64_t* bar, int rank PTX_AND_AT) {
 #ifdef WARPO_SIM
     ::sim::mbarrier_arrive_at(bar, rank, at);
@@ -429,7 +437,8 @@ __device__ __forceinline__ void mbarrier_arrive_at(uint64_t* bar, int rank PTX_A
 #endif
 }
 
-// Copies the box of a matrix that begins at column x and row y to shared memory; its bytes complete at `bar`.
+// Copies the box of a matrix that begins at column x and row y to shared memory; its bytes complete
+// at `bar`.
 __device__ __forceinline__ void tma_load(void* to, const TensorMap* map, int x, int y, uint64_t* bar PTX_AND_AT) {
 #ifdef WARPO_SIM
     ::sim::tma_load(to, map, {2, {x, y, 0}}, bar, 0, at);
@@ -457,7 +466,8 @@ __device__ __forceinline__ void tma_load(void* to, const TensorMap* map, int x, 
 #endif
 }
 
-// The same, to the same place in every block of the cluster whose bit is in `blocks`, each with its own mbarrier.
+// The same, to the same place in every block of the cluster whose bit is in `blocks`, each with its
+// own mbarrier.
 __device__ __forceinline__ void tma_load_multicast(void* to, const TensorMap* map, int x, int y, uint64_t* bar,
                                                    uint16_t blocks PTX_AND_AT) {
 #ifdef WARPO_SIM
@@ -549,7 +559,8 @@ __device__ __forceinline__ void cluster_sync(PTX_AT) {
 #endif
 }
 
-// Every warp of a warpgroup takes more registers a thread, or gives some back: a multiple of 8 from 24 to 256.
+// Every warp of a warpgroup takes more registers a thread, or gives some back: a multiple of 8 from
+// 24 to 256.
 template <int REGISTERS>
 __device__ __forceinline__ void registers_up(PTX_AT) {
     static_assert(REGISTERS % 8 == 0 && REGISTERS >= 24 && REGISTERS <= 256, "what setmaxnreg takes");
@@ -582,11 +593,13 @@ __device__ __forceinline__ bool elect(PTX_AT) {
 
 // -- products of a warpgroup: its 128 threads call these together ---------------------------------------------
 //
-// An operand in shared memory is a descriptor. With its swizzle of 128 bytes, bits 4 to 6 of every address are
-// xored with bits 7 to 9, as TMA does; a tile begins on a multiple of 1024 bytes.
-//   Rows of k ("K-major"): 64 numbers of k, 128 bytes, for each m (or n); groups of 8 are `stride_bytes` apart.
+// An operand in shared memory is a descriptor. With its swizzle of 128 bytes, bits 4 to 6 of every
+// address are xored with bits 7 to 9, as TMA does; a tile begins on a multiple of 1024 bytes.
+//   Rows of k ("K-major"): 64 numbers of k, 128 bytes, for each m (or n); groups of 8 are
+//   `stride_bytes` apart.
 //     `leading_bytes` is not used. The next 16 of k are 32 bytes on.
-//   Columns ("MN-major"): 64 numbers of m, 128 bytes, for each k; groups of 8 k are `stride_bytes` apart, the next
+//   Columns ("MN-major"): 64 numbers of m, 128 bytes, for each k; groups of 8 k are `stride_bytes`
+//   apart, the next
 //     64 of m `leading_bytes`. The next 16 of k are 2 `stride_bytes` on.
 __device__ __forceinline__ uint64_t operand(const void* shared, int leading_bytes, int stride_bytes PTX_AND_AT) {
 #ifdef WARPO_SIM
@@ -601,7 +614,8 @@ __device__ __forceinline__ uint64_t operand(const void* shared, int leading_byte
 // The operand that begins `bytes` further on.
 __device__ __forceinline__ uint64_t operand_advance(uint64_t operand, int bytes) { return operand + uint64_t(bytes >> 4); }
 
-// Before the first product, and wherever anything else has used accumulators or written A's registers.
+// Before the first product, and wherever anything else has used accumulators or written A's
+// registers.
 __device__ __forceinline__ void wgmma_fence(PTX_AT) {
 #ifdef WARPO_SIM
     ::sim::wgmma_fence(at);
@@ -628,8 +642,8 @@ __device__ __forceinline__ void wgmma_wait(PTX_AT) {
 #endif
 }
 
-// Keeps the compiler from moving what reads or writes d across this point: it does not know that a product is
-// under way.
+// Keeps the compiler from moving what reads or writes d across this point: it does not know that a
+// product is under way.
 template <int COUNT>
 __device__ __forceinline__ void wgmma_keep(float (&d)[COUNT]) {
 #ifdef WARPO_SIM
@@ -654,8 +668,8 @@ __device__ __forceinline__ void wgmma_keep(uint32_t (&a)[STEPS][4]) {
 }
 
 #ifndef WARPO_SIM
-// One wgmma of every width: LIST are the numbers of the accumulators, VALUES themselves, and the others the numbers
-// of the operands that follow.
+// One wgmma of every width: LIST are the numbers of the accumulators, VALUES themselves, and the
+// others the numbers of the operands that follow.
 #define WGMMA_START(N, ADD)                                 \
     "{\n.reg .pred add;\nsetp.ne.b32 add, %" #ADD ", 0;\n" \
     "wgmma.mma_async.sync.aligned.m64n" #N "k16.f32.bf16.bf16 "
@@ -699,9 +713,10 @@ __device__ __forceinline__ void wgmma_keep(uint32_t (&a)[STEPS][4]) {
     ", %112, %113, %114, %115, %116, %117, %118, %119, %120, %121, %122, %123, %124, %125, %126, %127"
 #endif
 
-// D += A B, or D = A B without `add`: A [64, 16] and B [16, N] in bf16, D [64, N] in f32. Of thread t of the warpgroup,
-// with r = 16 (t / 32) + t % 32 / 4 and c = 2 (t % 4): d[4 j..] = D[r, 8 j + c], D[r, 8 j + c + 1] and the same of row
-// r + 8. A_COLUMNS, B_COLUMNS: how the operand lies. N is 8, 16, 32, 64, 80, 96, 128 or 256.
+// D += A B, or D = A B without `add`: A [64, 16] and B [16, N] in bf16, D [64, N] in f32. Of thread
+// t of the warpgroup, with r = 16 (t / 32) + t % 32 / 4 and c = 2 (t % 4): d[4 j..] = D[r, 8 j +
+// c], D[r, 8 j + c + 1] and the same of row r + 8. A_COLUMNS, B_COLUMNS: how the operand lies. N is
+// 8, 16, 32, 64, 80, 96, 128 or 256.
 template <int N, bool A_COLUMNS, bool B_COLUMNS>
 __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64_t b, bool add PTX_AND_AT) {
     constexpr int COUNT = N / 2;
@@ -719,7 +734,8 @@ __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], uint64_t a, uint64
 #endif
 }
 
-// The same, A in registers: a[0] = A[r, c..], a[1] = A[r + 8, c..], a[2] = A[r, c + 8..], a[3] = A[r + 8, c + 8..].
+// The same, A in registers: a[0] = A[r, c..], a[1] = A[r + 8, c..], a[2] = A[r, c + 8..], a[3] =
+// A[r + 8, c + 8..].
 template <int N, bool B_COLUMNS>
 __device__ __forceinline__ void wgmma_bf16(float (&d)[N / 2], const uint32_t (&a)[4], uint64_t b, bool add PTX_AND_AT) {
     constexpr int COUNT = N / 2;

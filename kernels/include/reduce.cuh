@@ -1,4 +1,5 @@
-// Sums and maxima of a warp and of a block, each in one fixed order, so that two runs give equal bits.
+// Sums and maxima of a warp and of a block, each in one fixed order, so that two runs give equal
+// bits.
 #pragma once
 
 #include "kernel.cuh"
@@ -24,8 +25,8 @@ __device__ __forceinline__ T warp_reduce(T x) {
     return x;
 }
 
-// The same value in all threads; `room` holds a number for each warp. Warps are added in ascending order.
-// All threads of the block call it.
+// The same value in all threads; `room` holds a number for each warp. Warps are added in ascending
+// order. All threads of the block call it.
 template <class Op, class T>
 __device__ __forceinline__ T block_reduce(T x, T* room) {
     x = warp_reduce<Op>(x);
@@ -40,9 +41,9 @@ __device__ __forceinline__ T block_reduce(T x, T* room) {
     return x;
 }
 
-// Sums over the `group` threads of a row, the same in all of them; a group is a power of two from 32 to
-// blockDim, groups lie side by side, and their warps are added in ascending order. `room` holds K floats for
-// each warp. All threads of the block call it.
+// Sums over the `group` threads of a row, the same in all of them; a group is a power of two from
+// 32 to blockDim, groups lie side by side, and their warps are added in ascending order. `room`
+// holds K floats for each warp. All threads of the block call it.
 template <int K>
 __device__ __forceinline__ void group_sum(float (&x)[K], int group, float* room) {
     for (int k = 0; k < K; ++k) x[k] = warp_reduce<Sum>(x[k]);

@@ -3,7 +3,8 @@
 
 #include "kernel.cuh"
 
-// (a, b) becomes (a cos - b sin, b cos + a sin): products and sum rounded one by one, as on the CPU.
+// (a, b) becomes (a cos - b sin, b cos + a sin): products and sum rounded one by one, as on the
+// CPU.
 static __device__ __forceinline__ void turn_pair(float& a, float& b, float cos, float sin) {
     const float u = a, v = b;
     a = u * cos - v * sin;

@@ -1,6 +1,7 @@
-// A block's tile of a matrix product on the tensor cores of sm_80 and newer: C[i, j] = sum over k of L[i, k] R[j, k].
-// Every sum is one chain over k, 16 at a time in ascending order, and nothing but k and the operands goes into it:
-// so a row of C has the same bits in every tile, at every place in it, and with any number of rows.
+// A block's tile of a matrix product on the tensor cores of sm_80 and newer: C[i, j] = sum over k
+// of L[i, k] R[j, k]. Every sum is one chain over k, 16 at a time in ascending order, and nothing
+// but k and the operands goes into it: so a row of C has the same bits in every tile, at every
+// place in it, and with any number of rows.
 #pragma once
 
 #include "kernel.cuh"
@@ -27,21 +28,23 @@ struct Sums {
     float x[T::WM / 16][T::WN / 8][4] = {};
 };
 
-// Where a tile's rows are: `count` rows of k that lie in lines of `ld` elements, or, by columns, lines of rows that
-// lie k after k. The second half of the tile begins `apart` rows after the first: half a tile, but for pairs.
+// Where a tile's rows are: `count` rows of k that lie in lines of `ld` elements, or, by columns,
+// lines of rows that lie k after k. The second half of the tile begins `apart` rows after the
+// first: half a tile, but for pairs.
 struct Operand {
     const bf16* x;
     int count, ld, first, apart;
 };
 
-// Chunk `c` of 8 elements of line `line`, lines of LINE chunks: placed so that 8 lines that ldmatrix reads at one
-// chunk lie in different banks.
+// Chunk `c` of 8 elements of line `line`, lines of LINE chunks: placed so that 8 lines that
+// ldmatrix reads at one chunk lie in different banks.
 template <int LINE>
 static __device__ __forceinline__ int chunk(int line, int c) {
     return line * LINE + (LINE >= 8 ? c ^ line % 8 : c ^ line / 2 % 4);
 }
 
-// Copies ROWS rows of an operand, a stage of k at a time. Every thread has the same chunk of some lines.
+// Copies ROWS rows of an operand, a stage of k at a time. Every thread has the same chunk of some
+// lines.
 template <class T, int ROWS, bool COLUMNS>
 struct Loader {
     static constexpr int LINE = (COLUMNS ? ROWS : T::DEPTH) / 8, LINES = COLUMNS ? T::DEPTH : ROWS;
@@ -98,7 +101,8 @@ static __device__ __forceinline__ void load_cols(uint32_t (&out)[4], const bf16*
     }
 }
 
-// Adds a stage to the sums; where ONES, `ones` gets the sums of L's rows, as a product with a column of ones.
+// Adds a stage to the sums; where ONES, `ones` gets the sums of L's rows, as a product with a
+// column of ones.
 template <class T, bool L_COLUMNS, bool R_COLUMNS, bool ONES>
 static __device__ __forceinline__ void multiply(Sums<T>& sums, float (*ones)[4], const bf16* stage) {
     const bf16* right = stage + T::BM * T::DEPTH;
@@ -122,7 +126,8 @@ static __device__ __forceinline__ void multiply(Sums<T>& sums, float (*ones)[4],
     }
 }
 
-// Adds all of k to the sums. `room` holds T::SHARED bytes, free again when this returns. All threads call it.
+// Adds all of k to the sums. `room` holds T::SHARED bytes, free again when this returns. All
+// threads call it.
 template <class T, bool L_COLUMNS, bool R_COLUMNS, bool ONES = false>
 static __device__ __forceinline__ void product(Sums<T>& sums, float (*ones)[4], const Operand& l, const Operand& r, int depth, bf16* room) {
     constexpr int STAGE = T::DEPTH * (T::BM + T::BN), LEFT = T::DEPTH * T::BM;
@@ -149,7 +154,8 @@ static __device__ __forceinline__ void product(Sums<T>& sums, float (*ones)[4], 
     __syncthreads();
 }
 
-// Eight neighbours of a row of sums lie together, the eights of a row so that no bank is asked twice.
+// Eight neighbours of a row of sums lie together, the eights of a row so that no bank is asked
+// twice.
 template <class T>
 static __device__ __forceinline__ float* eight(float* room, int row, int e) {
     return room + row * T::BN + (e ^ row % 4) * 8;
@@ -169,8 +175,9 @@ static __device__ __forceinline__ void spread(const Sums<T>& sums, float* room) 
     }
 }
 
-// Gives the sums to f, eight neighbours of a row at a time: f(row, col, x), or, of a PAIR, f(row, col, x, y) where y
-// is of the tile's second half. All threads call it; `room` is that of the product.
+// Gives the sums to f, eight neighbours of a row at a time: f(row, col, x), or, of a PAIR, f(row,
+// col, x, y) where y is of the tile's second half. All threads call it; `room` is that of the
+// product.
 template <class T, bool PAIR, class F>
 static __device__ __forceinline__ void give(const Sums<T>& sums, float* room, F f) {
     spread(sums, room);

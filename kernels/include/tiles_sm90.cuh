@@ -1,14 +1,15 @@
-// A block's tile of a matrix product on Hopper: C[i, j] = sum over k of L[i, k] R[j, k], by wgmma from shared memory that
-// TMA fills. One warpgroup brings operands, the others multiply, 64 rows each; a ring of slots with a barrier for full and
-// one for empty stands between them. Every sum is one chain over k, 16 at a time in ascending order, in every tile.
+// A block's tile of a matrix product on Hopper: C[i, j] = sum over k of L[i, k] R[j, k], by wgmma
+// from shared memory that TMA fills. One warpgroup brings operands, the others multiply, 64 rows
+// each; a ring of slots with a barrier for full and one for empty stands between them. Every sum is
+// one chain over k, 16 at a time in ascending order, in every tile.
 #pragma once
 
 #include "kernel.cuh"
 #include "place.cuh"
 
-// 64 rows for each of CONSUMERS warpgroups, BN columns, 64 of k a slot, STAGES slots; CLUSTER blocks, 1 or 2, that
-// stand below each other share the slot's R: each brings half of it to both. Wide tiles SEND their results by TMA; narrow
-// ones, of a few rows, write them.
+// 64 rows for each of CONSUMERS warpgroups, BN columns, 64 of k a slot, STAGES slots; CLUSTER
+// blocks, 1 or 2, that stand below each other share the slot's R: each brings half of it to both.
+// Wide tiles SEND their results by TMA; narrow ones, of a few rows, write them.
 template <int BN_, int CONSUMERS_, int STAGES_, int CLUSTER_, bool SENDS_ = BN_ >= 128>
 struct Tile {
     static constexpr int BM = 64 * CONSUMERS_, BN = BN_, CONSUMERS = CONSUMERS_, STAGES = STAGES_, CLUSTER = CLUSTER_;
@@ -17,7 +18,8 @@ struct Tile {
     // Bytes of a warpgroup's 64 rows of 64 results in bf16; two are under way.
     static constexpr int OUT = 64 * 64 * 2;
     static constexpr bool SENDS = SENDS_;
-    // Bytes of shared memory beside the slots: for these results, or what a tile that is made of this one says.
+    // Bytes of shared memory beside the slots: for these results, or what a tile that is made of
+    // this one says.
     static constexpr int ROOM = SENDS ? 2 * CONSUMERS * OUT : 0;
 };
 
@@ -63,7 +65,8 @@ struct Turn {
     }
 };
 
-// What the producer needs to know of a product; the second half of R's rows begins `apart` rows after the first.
+// What the producer needs to know of a product; the second half of R's rows begins `apart` rows
+// after the first.
 struct Operands {
     const ptx::TensorMap *left, *right;
     int apart, depth;
@@ -103,12 +106,14 @@ static __device__ __forceinline__ void bring(const Ring<T>& ring, Turn<T>& turn,
     }
 }
 
-// The warpgroup's 64 rows of the tile's sums, as of ptx::wgmma_bf16; where ONES, `ones` gets the sums of L's rows, as a
-// product with `column`, 8 rows of ones. All threads of the warpgroup call it, number `group` of the consumers.
+// The warpgroup's 64 rows of the tile's sums, as of ptx::wgmma_bf16; where ONES, `ones` gets the
+// sums of L's rows, as a product with `column`, 8 rows of ones. All threads of the warpgroup call
+// it, number `group` of the consumers.
 template <class T, bool L_COLUMNS, bool R_COLUMNS, bool ONES = false>
 static __device__ __forceinline__ void multiply(float (&sums)[T::BN / 2], float (&ones)[4], const Ring<T>& ring, Turn<T>& turn, int depth,
                                                 int group, const void* column = nullptr) {
-    // By rows, the next 8 are 1024 bytes on; by columns, the next 8 of k are, and the next 64 rows 8192.
+    // By rows, the next 8 are 1024 bytes on; by columns, the next 8 of k are, and the next 64 rows
+    // 8192.
     constexpr int L_STEP = L_COLUMNS ? 2048 : 32, R_STEP = R_COLUMNS ? 2048 : 32;
     auto release = [&](int slot) {
         if constexpr (T::CLUSTER > 1) {
@@ -147,9 +152,9 @@ static __device__ __forceinline__ void multiply(float (&sums)[T::BN / 2], float 
 static __device__ __forceinline__ int own_row() { return threadIdx.x % 128 / 32 * 16 + ptx::lane() / 4; }
 static __device__ __forceinline__ int own_col() { return ptx::lane() % 4 * 2; }
 
-// Runs a product's tiles, `down` by `across`, over all blocks: each takes one, then the one a grid further on.
-// consume(ring, turn, group, i0, j0) computes what a consumer has of a tile, 64 rows from i0 on. A block takes BESIDE
-// tiles that stand beside each other in turn.
+// Runs a product's tiles, `down` by `across`, over all blocks: each takes one, then the one a grid
+// further on. consume(ring, turn, group, i0, j0) computes what a consumer has of a tile, 64 rows
+// from i0 on. A block takes BESIDE tiles that stand beside each other in turn.
 template <class T, bool L_COLUMNS, bool R_COLUMNS, int BESIDE = 1, class Consume>
 static __device__ __forceinline__ void each_tile(const Operands& o, int down, int across, int width, Consume consume) {
     const Ring<T> ring;
@@ -180,9 +185,9 @@ static __device__ __forceinline__ void each_tile(const Operands& o, int down, in
     if constexpr (T::CLUSTER > 1) ptx::cluster_sync();
 }
 
-// Sends 64 columns of the warpgroup's rows, from column x and row y of the matrix; `sent` counts what it has sent, and
-// `write(room, other)` puts it to `room`, where `other` is the room before, which may still be read. All threads of the
-// warpgroup call it.
+// Sends 64 columns of the warpgroup's rows, from column x and row y of the matrix; `sent` counts
+// what it has sent, and `write(room, other)` puts it to `room`, where `other` is the room before,
+// which may still be read. All threads of the warpgroup call it.
 template <class T, class F>
 static __device__ __forceinline__ void send_written(const Ring<T>& ring, int group, int& sent, const ptx::TensorMap* map, int x, int y, F write) {
     char* rooms = ring.out + 2 * group * T::OUT;
@@ -201,8 +206,9 @@ static __device__ __forceinline__ void send_written(const Ring<T>& ring, int gro
     }
 }
 
-// This thread's words of such a room: f(word, j, h) of row r + 8 h, columns 8 j + c and the next, of ptx::wgmma_bf16's r
-// and c, placed as TMA swizzles, the eights of a row by the row. Unrolled where f has the words in registers.
+// This thread's words of such a room: f(word, j, h) of row r + 8 h, columns 8 j + c and the next,
+// of ptx::wgmma_bf16's r and c, placed as TMA swizzles, the eights of a row by the row. Unrolled
+// where f has the words in registers.
 template <int UNROLL, class F>
 static __device__ __forceinline__ void each_word(char* room, F f) {
     const int row = own_row();

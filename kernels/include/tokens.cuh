@@ -1,6 +1,7 @@
-// What the losses share: columns of one float a token, and sums over all tokens in f64. A block has a share
-// of the tokens and leaves a row of partial sums, which sums.cu adds up. The share is an argument that depends
-// on the number of tokens only, and so does which numbers are added in which order.
+// What the losses share: columns of one float a token, and sums over all tokens in f64. A block has
+// a share of the tokens and leaves a row of partial sums, which sums.cu adds up. The share is an
+// argument that depends on the number of tokens only, and so does which numbers are added in which
+// order.
 #pragma once
 
 #include "reduce.cuh"
@@ -8,15 +9,16 @@
 // Tokens that a thread takes at once.
 constexpr int EACH = Packet<float>::WIDTH;
 
-// f(i) for tokens i to i + 3 of the block's share, which is whole packets; there may be fewer in the last.
+// f(i) for tokens i to i + 3 of the block's share, which is whole packets; there may be fewer in
+// the last.
 template <class F>
 __device__ __forceinline__ void each_four(int tokens, int share, F f) {
     const int64_t start = int64_t(blockIdx.x) * share, end = start + share < tokens ? start + share : tokens;
     for (int64_t i = start + int64_t(threadIdx.x) * EACH; i < end; i += blockDim.x * EACH) f(i);
 }
 
-// Whether the 4 tokens from i can be accessed at once: a micro-batch's column may begin at any token of a
-// step's.
+// Whether the 4 tokens from i can be accessed at once: a micro-batch's column may begin at any
+// token of a step's.
 __device__ __forceinline__ bool whole(const float* x, int64_t i, int tokens) {
     return i + EACH <= tokens && reinterpret_cast<uintptr_t>(x) % 16 == 0;
 }
@@ -36,8 +38,8 @@ __device__ __forceinline__ void store_tokens(float* x, int64_t i, int tokens, co
     }
 }
 
-// Writes the block's row of `partial`: x over all its threads, SUMS sums, then MAXIMA maxima of what is at
-// least 0.
+// Writes the block's row of `partial`: x over all its threads, SUMS sums, then MAXIMA maxima of
+// what is at least 0.
 template <int SUMS, int MAXIMA = 0>
 __device__ __forceinline__ void write_sums(double* partial, double (&x)[SUMS + MAXIMA]) {
     constexpr int N = SUMS + MAXIMA;

@@ -1,6 +1,6 @@
-// The k tokens of a row with the largest z as its logits come along (Milakov and Gimelshein 2018, algorithm 4). A warp keeps
-// a row's list, sorted, lane i number i. A number of a list is a key: an order of all z and tokens, so what is best is the
-// same in whatever order they come.
+// The k tokens of a row with the largest z as its logits come along (Milakov and Gimelshein 2018,
+// algorithm 4). A warp keeps a row's list, sorted, lane i number i. A number of a list is a key: an
+// order of all z and tokens, so what is best is the same in whatever order they come.
 #pragma once
 
 #include "online.cuh"
@@ -51,8 +51,8 @@ class Top {
 
     // `room` holds BYTES for each warp.
     __device__ __forceinline__ Top(char* room, int warp, int k) : room_(room), warp_(warp), k_(k) {}
-    // Adds a lane's share of a tile, sums that reduce() bent: of the warp's rows from `first` on eight, of which `rows` are
-    // there, and of columns those from v on.
+    // Adds a lane's share of a tile, sums that reduce() bent: of the warp's rows from `first` on
+    // eight, of which `rows` are there, and of columns those from v on.
     __device__ __forceinline__ void add(const float (&x)[Lane::COUNT], int first, int rows, int v, int end, float scale) const {
         float* to = line(ptx::lane() / 4);
 #pragma unroll

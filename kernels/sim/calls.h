@@ -117,7 +117,8 @@ void mbarrier_wait(uint64_t* bar, int parity, Site site) {
     Unseen unseen;
     seen_read(bar, 8);
     Counter& c = counter(*current->block, bar, site);
-    // Phase p is complete once c.phase > p: the wait is over when the phase of this parity is behind.
+    // Phase p is complete once c.phase > p: the wait is over when the phase of this parity is
+    // behind.
     for (const uint64_t phase = c.phase; (c.phase & 1) == static_cast<uint64_t>(parity);) {
         if (c.phase > phase) fail("an mbarrier has gone on two phases while a thread waits for one", site);
         c.waiting.push_back(current);
@@ -173,7 +174,7 @@ void copy_wait(int pending, Site site) {
     }
 }
 
-// -- Hopper --------------------------------------------------------------------------------------------------
+// -- Hopper ----------------------------------------
 
 void fence_barrier_init() {
     Unseen unseen;

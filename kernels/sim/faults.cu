@@ -1,5 +1,6 @@
-// Kernels with one mistake each, to show that the simulator (and on a GPU, compute-sanitizer) finds it. The
-// test names for each who must speak up. `fault` 0 is the kernel without its mistake, which must be clean.
+// Kernels with one mistake each, to show that the simulator (and on a GPU, compute-sanitizer) finds
+// it. The test names for each who must speak up. `fault` 0 is the kernel without its mistake, which
+// must be clean.
 #include "../include/reduce.cuh"
 
 // y[i] = x[255 - i] through shared memory. 1: no barrier between write and read.
@@ -21,14 +22,16 @@ KERNEL(64, fault_off_by_one)(float* y, const float* x, int fault) {
     y[threadIdx.x] = room[fault == 0 ? i % 64 : i];
 }
 
-// The sum of a warp, from lane 0. 1: takes it from a lane that a one-way reduction leaves half done.
+// The sum of a warp, from lane 0. 1: takes it from a lane that a one-way reduction leaves half
+// done.
 KERNEL(32, fault_wrong_lane)(float* y, const float* x, int fault) {
     float s = x[threadIdx.x];
     for (int d = 16; d > 0; d /= 2) s += ptx::shuffle_down(s, d);
     y[threadIdx.x] = ptx::shuffle(s, fault);
 }
 
-// A copy of 16 bytes a thread through cp.async. 1: the copy is committed, but not waited for before use.
+// A copy of 16 bytes a thread through cp.async. 1: the copy is committed, but not waited for before
+// use.
 KERNEL(32, fault_missing_wait)(float* y, const float* x, int fault) {
     Shared shared;
     float* room = shared.take<float>(128);
@@ -50,7 +53,8 @@ KERNEL(64, fault_global_race)(float* y, const float* x, int fault) {
     Shared shared;
     float* room = shared.take<float>(2);
     const float s = block_reduce<Sum>(x[blockIdx.x * 64 + threadIdx.x], room);
-    // All threads of a block write the same value in the faulty form: a race that shared memory has no part in.
+    // All threads of a block write the same value in the faulty form: a race that shared memory has
+    // no part in.
     if (fault == 0 && threadIdx.x == 0) y[blockIdx.x] = s;
     if (fault != 0) y[blockIdx.x] = y[blockIdx.x] * 0.0f + s + threadIdx.x;
 }
@@ -65,7 +69,8 @@ KERNEL(32, fault_misaligned_packet)(float* y, const float* x, int fault) {
     store(y, threadIdx.x, load(x + fault, threadIdx.x));
 }
 
-// y [16, 8] = A B for A [16, 16] and B [8, 16] (its rows are columns). 1: a[1] and a[2] in each other's place.
+// y [16, 8] = A B for A [16, 16] and B [8, 16] (its rows are columns). 1: a[1] and a[2] in each
+// other's place.
 KERNEL(32, fault_wrong_fragment)(float* y, const bf16* a, const bf16* b, int fault) {
     const int r = threadIdx.x / 4, c = threadIdx.x % 4 * 2;
     auto two = [](const bf16* p) { return p[0].bits | uint32_t(p[1].bits) << 16; };

@@ -1,9 +1,9 @@
-// Kernels for Hopper that make the mistake they are told to, to show that the simulator finds it; the test says
-// what it must say. `mistake` 0 is none, which must be clean.
+// Kernels for Hopper that make the mistake they are told to, to show that the simulator finds it;
+// the test says what it must say. `mistake` 0 is none, which must be clean.
 #include "../include/kernel.cuh"
 
-// y [128, 64] = A B^T for A [128, 256] and B [64, 256], the sum of the first half of k taken away from that of the
-// second: TMA fills two slots of 64 k, a warpgroup each multiplies 64 rows.
+// y [128, 64] = A B^T for A [128, 256] and B [64, 256], the sum of the first half of k taken away
+// from that of the second: TMA fills two slots of 64 k, a warpgroup each multiplies 64 rows.
 constexpr int SLOTS = 2, STEPS = 4;
 enum { FEW_BYTES = 1, MANY_BYTES, NO_INIT_FENCE, EARLY_READ, STRIDE, NO_FENCE, NO_FENCE_AGAIN, EARLY_RELEASE, LATE_WRITE };
 
@@ -81,8 +81,8 @@ KERNEL(384, fault90_registers, 1)(float* y, const float* x, int mistake) {
     y[threadIdx.x] = x[threadIdx.x];
 }
 
-// y [64, 64] = A B^T for A and B [64, 64], which the threads themselves bring to shared memory, swizzled. 1: no proxy
-// fence after that.
+// y [64, 64] = A B^T for A and B [64, 64], which the threads themselves bring to shared memory,
+// swizzled. 1: no proxy fence after that.
 KERNEL(128, fault90_proxy)(float* y, PACKED const bf16* a, PACKED const bf16* b, int mistake) {
     Shared shared;
     bf16* left = shared.take<bf16>(64 * 64, 1024);
@@ -109,8 +109,8 @@ KERNEL(128, fault90_proxy)(float* y, PACKED const bf16* a, PACKED const bf16* b,
     }
 }
 
-// y [64, 8] = A B^T for A [64, 64], two numbers a word, and B [8, 64]: A goes through registers, its next 16 columns while
-// the last are multiplied. 1: only one fence for all of them.
+// y [64, 8] = A B^T for A [64, 64], two numbers a word, and B [8, 64]: A goes through registers,
+// its next 16 columns while the last are multiplied. 1: only one fence for all of them.
 KERNEL(128, fault90_fragments)(float* y, const uint32_t* a, PACKED const bf16* b, int mistake) {
     Shared shared;
     bf16* right = shared.take<bf16>(8 * 64, 1024);
@@ -133,12 +133,13 @@ KERNEL(128, fault90_fragments)(float* y, const uint32_t* a, PACKED const bf16* b
     for (int i = 0; i < 4; ++i) y[(row + i / 2 * 8) * 8 + 2 * (t % 4) + i % 2] = d[i];
 }
 
-// Copies the matrix x to y, both [60, 56], by boxes of [64, 64] that TMA loads and stores. What lies outside must not
-// matter. 1: no proxy fence between stores to shared memory and the TMA store; 2: the thread exits before its store has
-// read; 3: shared memory is written again before; 4: plain reads of what is swizzled; 5: an mbarrier that is waited for
-// again in the phase that it is in; 6: an mbarrier that one thread does not wait for; 7: as 3, by another
-// thread; 8: an mbarrier that goes on while others wait; 9: a block that exits while TMA brings something; 10: a matrix
-// that is loaded as a tensor of three dimensions.
+// Copies the matrix x to y, both [60, 56], by boxes of [64, 64] that TMA loads and stores. What
+// lies outside must not matter. 1: no proxy fence between stores to shared memory and the TMA
+// store; 2: the thread exits before its store has read; 3: shared memory is written again before;
+// 4: plain reads of what is swizzled; 5: an mbarrier that is waited for again in the phase that it
+// is in; 6: an mbarrier that one thread does not wait for; 7: as 3, by another thread; 8: an
+// mbarrier that goes on while others wait; 9: a block that exits while TMA brings something; 10: a
+// matrix that is loaded as a tensor of three dimensions.
 KERNEL(64, fault90_copy)(bf16* unused, TENSOR_MAP x, TENSOR_MAP y, int mistake) {
     Shared shared;
     bf16* in = shared.take<bf16>(64 * 64, 1024);
@@ -176,8 +177,8 @@ KERNEL(64, fault90_copy)(bf16* unused, TENSOR_MAP x, TENSOR_MAP y, int mistake) 
     if (mistake == 7 && t == 1) out[0] = bf16{0};
 }
 
-// y [32] = 2 (2 (2 x[0] + x[1]) + x[2]) for x [3, 32]: of two warps one adds and the other doubles, in turns. 1: the turn is
-// passed on before it is over; 2: it is not passed on in the end.
+// y [32] = 2 (2 (2 x[0] + x[1]) + x[2]) for x [3, 32]: of two warps one adds and the other doubles,
+// in turns. 1: the turn is passed on before it is over; 2: it is not passed on in the end.
 KERNEL(64, fault90_turns)(float* y, const float* x, int mistake) {
     Shared shared;
     float* sum = shared.take<float>(32);
@@ -203,9 +204,9 @@ KERNEL(64, fault90_turns)(float* y, const float* x, int mistake) {
     }
 }
 
-// y [2, 64]: sums of the rows of x [3 * 64, 64] over three tiles, in both blocks of a cluster: each loads half of every
-// tile for both. 1: the other block is not told that the tile was read; 2: no block waits for the other before it exits;
-// 3: nor before it uses the other's mbarriers.
+// y [2, 64]: sums of the rows of x [3 * 64, 64] over three tiles, in both blocks of a cluster: each
+// loads half of every tile for both. 1: the other block is not told that the tile was read; 2: no
+// block waits for the other before it exits; 3: nor before it uses the other's mbarriers.
 KERNEL(64, fault90_cluster, 2)(float* y, TENSOR_MAP x, int mistake) {
     Shared shared;
     bf16* tile = shared.take<bf16>(64 * 64, 128);

@@ -72,7 +72,8 @@ struct Store {
     std::vector<char> bytes;
 };
 
-// Registers of a product: how many wgmma_fence there were when they were last waited for or, of A, what they held.
+// Registers of a product: how many wgmma_fence there were when they were last waited for or, of A,
+// what they held.
 struct Known {
     uint64_t fences;
     std::vector<char> bytes;
@@ -96,7 +97,8 @@ struct Thread {
     std::vector<Store> fresh_stores;
     std::vector<std::vector<Store>> stores;
     int registers = 0;
-    // wgmma: how many it has issued, at which of them its groups end, and the accumulators under way, by chain.
+    // wgmma: how many it has issued, at which of them its groups end, and the accumulators under
+    // way, by chain.
     size_t issued = 0;
     std::vector<size_t> commits;
     std::map<float*, size_t> chains;
@@ -202,8 +204,8 @@ struct Launch {
     std::vector<Load> loads;                 // under way
     std::vector<Thread*> late;               // threads whose next step is under way
     std::deque<Barrier> clusters;
-    // What threads see of the host and the host of threads. Two: through one, a thread that starts late would
-    // see all that others had ended with.
+    // What threads see of the host and the host of threads. Two: through one, a thread that starts
+    // late would see all that others had ended with.
     char begin = 0, end = 0;
     std::vector<Block> blocks;               // that run together
     std::vector<std::deque<Thread*>> ready;  // by warp
@@ -216,7 +218,8 @@ struct Launch {
 thread_local Launch* launch = nullptr;
 thread_local Thread* current = nullptr;
 
-// Fibres that are free. A host thread that ends leaves its own to the others: the system allows so many stacks.
+// Fibres that are free. A host thread that ends leaves its own to the others: the system allows so
+// many stacks.
 struct Pool {
     std::vector<Fibre*> free;
     static Pool& of_all() {

@@ -6,7 +6,7 @@
 namespace sim {
 namespace {
 
-// -- mbarriers -----------------------------------------------------------------------------------------
+// -- mbarriers ----------------------------------------
 
 Counter& counter(Block& b, uint64_t* bar, Site site) {
     auto it = b.counters.find(bar);
@@ -14,8 +14,8 @@ Counter& counter(Block& b, uint64_t* bar, Site site) {
     return it->second;
 }
 
-// Ends the phase if nothing is missing; what is wrong with it, if anything. Bytes may come before the arrival that
-// expects them: another block of the cluster sends some.
+// Ends the phase if nothing is missing; what is wrong with it, if anything. Bytes may come before
+// the arrival that expects them: another block of the cluster sends some.
 const char* settle(Counter& c) {
     if (c.pending > 0 || c.bytes > 0) return nullptr;
     if (c.bytes < 0) return "an mbarrier gets more bytes than it expects";
@@ -54,7 +54,7 @@ Counter& known_counter(Block& b, size_t offset, Site site) {
     return c;
 }
 
-// -- the async proxy and shared memory -------------------------------------------------------------------
+// -- the async proxy and shared memory ----------------------------------------
 
 size_t offset_of(const Block& b, const void* p, Site site) {
     const char* c = static_cast<const char*>(p);
@@ -80,10 +80,11 @@ void check_region(const Block& b, size_t offset, size_t n, const char* what, Sit
     fail((std::string(what) + " reaches outside a region of shared memory").c_str(), site);
 }
 
-// Where 16 bytes lie when bits of their address from the fourth on are xored with those three above.
+// Where 16 bytes lie when bits of their address from the fourth on are xored with those three
+// above.
 size_t swizzled(size_t offset, unsigned span) { return offset ^ (offset >> 3 & (span == 0 ? 0 : span - 16)); }
 
-// -- TMA -------------------------------------------------------------------------------------------------
+// -- TMA ----------------------------------------
 
 size_t box_bytes(const Map& m) { return size_t(m.box[0]) * m.box[1] * m.box[2] * m.element_bytes; }
 
@@ -111,8 +112,8 @@ Map check_map(const void* map, int rank, Site site) {
     return m;
 }
 
-// Calls f(offset in the box as it lies in shared memory at `offset`, address in global memory, bytes, whether inside)
-// for its pieces, each of 16 bytes or of one element.
+// Calls f(offset in the box as it lies in shared memory at `offset`, address in global memory,
+// bytes, whether inside) for its pieces, each of 16 bytes or of one element.
 template <class F>
 void each_piece(const Map& m, const Corner& corner, size_t offset, F f) {
     const size_t row_bytes = size_t(m.box[0]) * m.element_bytes;
@@ -179,7 +180,7 @@ void write_store(Store& s) {
     });
 }
 
-// -- wgmma -------------------------------------------------------------------------------------------------
+// -- wgmma ----------------------------------------
 
 // Where 16 bytes of an operand begin: of row `r` (of 8-row groups) and piece `j` along it.
 size_t place(const Block& b, uint64_t operand, bool columns, int r, int j, Site site) {
@@ -229,7 +230,8 @@ float wide(uint16_t bits) {
     return x;
 }
 
-// d[64, n] += a[64, 16] b[16, n]: as mma_bf16, one rounding of the sum of the products and the old value.
+// d[64, n] += a[64, 16] b[16, n]: as mma_bf16, one rounding of the sum of the products and the old
+// value.
 __attribute__((target_clones("arch=haswell", "default"), optimize("O3")))
 void multiply(float* d, const double* a, const double* b, int n, bool add) {
     double sum[256];

@@ -1,6 +1,7 @@
-// What each lane holds of a tensor core's operands: the test gives every lane its registers, or a shared matrix
-// of distinct numbers, and knows from NVIDIA's tables (PTX ISA, "Matrix multiply-accumulate operation using mma
-// instruction") what must come out. The simulator and a GPU are held to the same bits.
+// What each lane holds of a tensor core's operands: the test gives every lane its registers, or a
+// shared matrix of distinct numbers, and knows from NVIDIA's tables (PTX ISA, "Matrix
+// multiply-accumulate operation using mma instruction") what must come out. The simulator and a GPU
+// are held to the same bits.
 #include "../include/kernel.cuh"
 
 // d[lane] = A B of all lanes' a[lane], 4 registers, and b[lane], 2 registers; all are exact in f32.
@@ -12,8 +13,8 @@ KERNEL(32, map_mma)(float* d, const uint32_t* a, const uint32_t* b, int zero) {
     for (int i = 0; i < 4; ++i) d[4 * l + i] = sum[i];
 }
 
-// out[lane], 4 registers: four matrices of 8 x 8 numbers of 16 bits, x [4, 8, 8], as ldmatrix hands them out;
-// `transposed` or not.
+// out[lane], 4 registers: four matrices of 8 x 8 numbers of 16 bits, x [4, 8, 8], as ldmatrix hands
+// them out; `transposed` or not.
 KERNEL(32, map_matrix)(uint32_t* out, const uint32_t* x, const uint32_t* unused, int transposed) {
     Shared shared;
     uint32_t* room = shared.take<uint32_t>(128);

@@ -1,5 +1,6 @@
-// What wgmma and TMA make of shared memory and registers: the test lays operands out by the tables of the PTX ISA
-// ("Asynchronous warpgroup level matrix instructions", "Tensor data movement") and knows what must come out.
+// What wgmma and TMA make of shared memory and registers: the test lays operands out by the tables
+// of the PTX ISA ("Asynchronous warpgroup level matrix instructions", "Tensor data movement") and
+// knows what must come out.
 #include "../include/kernel.cuh"
 
 constexpr int LEFT = 8192, RIGHT = 65536;
@@ -28,8 +29,9 @@ __device__ void product(float* out, const uint32_t* regs, const char* left, cons
     for (int i = 0; i < N / 2; ++i) out[t * (N / 2) + i] = d[i];
 }
 
-// out [128, N / 2]: each thread's part of A B for A [64, 32] and B [32, N]. `operands`: 64 KiB of B as it lies in shared
-// memory, then 8 KiB of A; regs [128, 2, 4]: A in registers. `form`: 1: A by columns; 2: B by columns; 4: A in registers.
+// out [128, N / 2]: each thread's part of A B for A [64, 32] and B [32, N]. `operands`: 64 KiB of B
+// as it lies in shared memory, then 8 KiB of A; regs [128, 2, 4]: A in registers. `form`: 1: A by
+// columns; 2: B by columns; 4: A in registers.
 template <int N>
 __device__ void form_of(float* out, const uint32_t* regs, const uint32_t* operands, int form) {
     Shared shared;
@@ -73,7 +75,8 @@ KERNEL(128, map_wgmma_256)(float* out, const uint32_t* regs, const uint32_t* ope
     form_of<256>(out, regs, operands, form);
 }
 
-// out [bytes]: a box as it lies in shared memory after TMA has loaded it; load(room, full) begins that.
+// out [bytes]: a box as it lies in shared memory after TMA has loaded it; load(room, full) begins
+// that.
 template <class F>
 __device__ void brought(uint32_t* out, uint32_t bytes, F load) {
     Shared shared;

@@ -1,4 +1,5 @@
-// What the sanitizers are told: which memory may be touched, and which accesses come one after another.
+// What the sanitizers are told: which memory may be touched, and which accesses come one after
+// another.
 #pragma once
 
 #include "sim.h"
@@ -36,7 +37,8 @@ void __tsan_ignore_thread_end(void);
 namespace sim {
 namespace {
 
-constexpr size_t RED = 1024;     // bytes between regions that nobody may touch: as much as a swizzled tile is aligned to
+// Bytes between regions that nobody may touch: as much as a swizzled tile is aligned to.
+constexpr size_t RED = 1024;
 constexpr int GROUP = 128;       // threads of a warpgroup
 constexpr int NAN_BYTE = 0xFF;   // four of them are a NaN, two are a bf16 NaN
 constexpr size_t STACK = 256 << 10;
@@ -70,7 +72,8 @@ void acquire(void* p) {
 #endif
 }
 
-// Accesses that an instruction makes for this thread, told to the sanitizer from where it is Unseen.
+// Accesses that an instruction makes for this thread, told to the sanitizer from where it is
+// Unseen.
 void seen_read(const void* p, size_t n) {
 #ifdef SIM_TSAN
     __tsan_ignore_thread_end();
@@ -90,8 +93,8 @@ void seen_write(void* p, size_t n) {
 #endif
 }
 
-// A write of the copy engine, which is a thread of its own: it comes after what was released at p, and is seen by those
-// who acquire `to`.
+// A write of the copy engine, which is a thread of its own: it comes after what was released at p,
+// and is seen by those who acquire `to`.
 void engine_write(void* p, size_t n, void* to) {
 #ifdef SIM_TSAN
     static thread_local void* engine = __tsan_create_fiber(0);
@@ -106,8 +109,8 @@ void engine_write(void* p, size_t n, void* to) {
 #endif
 }
 
-// While one lives, the sanitizer takes no notice of this thread: the runtime's own memory is shared by all
-// fibres, and its allocations and copies go through functions that the sanitizer watches.
+// While one lives, the sanitizer takes no notice of this thread: the runtime's own memory is shared
+// by all fibres, and its allocations and copies go through functions that the sanitizer watches.
 struct Unseen {
 #ifdef SIM_TSAN
     Unseen() { __tsan_ignore_thread_begin(); }

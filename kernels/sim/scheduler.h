@@ -1,5 +1,5 @@
-// Who runs next, and what is under way meanwhile: TMA loads, products and stores that are waited for, arrivals at
-// other blocks.
+// Who runs next, and what is under way meanwhile: TMA loads, products and stores that are waited
+// for, arrivals at other blocks.
 #pragma once
 
 #include "hopper.h"
@@ -65,7 +65,8 @@ void finish(Thread& t) {
     }
     t.stores.clear();
     if (!t.chains.empty()) fail("a wgmma is never waited for", t.site);
-    // The block's shared memory ends with its last thread: what others do with its mbarriers comes before.
+    // The block's shared memory ends with its last thread: what others do with its mbarriers comes
+    // before.
     Block& b = *t.block;
     release(&b);
     if (b.done + 1 < static_cast<int>(b.threads.size())) return;
@@ -81,7 +82,8 @@ void body() {
     acquire(&launch->begin);
     launch->call(launch->args);
     {
-        // It must end here: a fibre that leaves unseen would be unseen in all launches that take it over.
+        // It must end here: a fibre that leaves unseen would be unseen in all launches that take it
+        // over.
         Unseen unseen;
         Thread* t = current;
         if (!t->fresh.empty() || !t->groups.empty()) {
@@ -176,9 +178,10 @@ void start(Block& b, uint3 index) {
     launch->alive += n;
 }
 
-// The thread that runs next, taken from the ready ones. Seed 0 goes through a warp's threads, and through warps,
-// as they came. Another draws both, but lets the warp `last` go on most times if it can: a fair draw keeps warps
-// abreast, and what a warp that is a round of a loop ahead writes too early would not show.
+// The thread that runs next, taken from the ready ones. Seed 0 goes through a warp's threads, and
+// through warps, as they came. Another draws both, but lets the warp `last` go on most times if it
+// can: a fair draw keeps warps abreast, and what a warp that is a round of a loop ahead writes too
+// early would not show.
 Thread* next(unsigned last) {
     auto& awake = launch->awake;
     const bool drawn = launch->random != 0, stays = !launch->ready[last].empty() && !(drawn && draw() % 8 == 0);

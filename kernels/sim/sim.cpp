@@ -1,10 +1,12 @@
-// The simulator: fibres, their scheduler, barriers, warp exchanges, late copies and products, redzones, reports.
+// The simulator: fibres, their scheduler, barriers, warp exchanges, late copies and products,
+// redzones, reports.
 //
-// One launch runs its blocks one after another in a seeded order, or all at once where the launch says
-// that they are co-resident. Within a block a seeded choice picks the next thread at every switch. This
-// file is compiled without sanitizers, so that they see the kernel's accesses and only those; it tells
-// them about fibres and about the happens-before edges that CUDA promises: barriers, __syncwarp, the
-// start and end of a launch. Anything else that two threads share is a race.
+// One launch runs its blocks one after another in a seeded order, or all at once where the launch
+// says that they are co-resident. Within a block a seeded choice picks the next thread at every
+// switch. This file is compiled without sanitizers, so that they see the kernel's accesses and only
+// those; it tells them about fibres and about the happens-before edges that CUDA promises:
+// barriers, __syncwarp, the start and end of a launch. Anything else that two threads share is a
+// race.
 #include "calls.h"
 
 using namespace sim;

@@ -1,8 +1,8 @@
-// The simulator, seen from a kernel: CUDA's vocabulary for the host compiler. Force-included before each
-// .cu file, so kernels have no line for it.
+// The simulator, seen from a kernel: CUDA's vocabulary for the host compiler. Force-included before
+// each .cu file, so kernels have no line for it.
 //
-// Each CUDA thread is a fibre; sim.cpp runs them in a seeded order and switches at every barrier, warp
-// exchange and wait. What an instruction does is in include/ptx.cuh, beside its device form.
+// Each CUDA thread is a fibre; sim.cpp runs them in a seeded order and switches at every barrier,
+// warp exchange and wait. What an instruction does is in include/ptx.cuh, beside its device form.
 #pragma once
 
 #include <cmath>
@@ -21,7 +21,8 @@
 #define __cluster_dims__(...)
 #define __align__(n) alignas(n)
 #define __restrict__ __restrict
-// Static shared memory has no redzones: kernels carve theirs from the launch's (include/kernel.cuh).
+// Static shared memory has no redzones: kernels carve theirs from the launch's
+// (include/kernel.cuh).
 #define __shared__ _Pragma("GCC error \"__shared__ is not simulated: carve dynamic shared memory\"")
 
 struct uint3 {
@@ -63,8 +64,8 @@ dim3 grid_size();
 void barrier(Site site, int id = 0, int threads = 0);
 void barrier_arrive(Site site, int id, int threads);
 
-// What the lanes of a warp do together. All lanes of `mask` call it with the same kind; each brings a
-// value of `bytes` and gets the 32 of them.
+// What the lanes of a warp do together. All lanes of `mask` call it with the same kind; each brings
+// a value of `bytes` and gets the 32 of them.
 constexpr size_t MAX_VALUE = 64;
 enum class Warp { Sync, Shuffle, Vote, Mma, Matrix, Elect };
 void exchange(Warp kind, unsigned mask, const void* value, size_t bytes, void* all, Site site);
@@ -83,7 +84,7 @@ void copy_async(void* to, const void* from, size_t bytes, size_t zeros, Site sit
 void copy_commit();
 void copy_wait(int pending, Site site);
 
-// -- Hopper ------------------------------------------------------------------------------------------------
+// -- Hopper ----------------------------------------
 
 void fence_barrier_init();
 void mbarrier_expect(uint64_t* bar, int bytes, Site site);
@@ -108,10 +109,11 @@ struct Corner {
     int at[3];
 };
 
-// TMA: the copy happens at a random time, at the latest when all threads wait; until then the destination is
-// NaN. `blocks`: of the cluster; 0 is this one.
+// TMA: the copy happens at a random time, at the latest when all threads wait; until then the
+// destination is NaN. `blocks`: of the cluster; 0 is this one.
 void tma_load(void* to, const void* map, Corner corner, uint64_t* bar, unsigned blocks, Site site);
-// The source is read at the wait for it, and global memory written at the wait for that or at the end.
+// The source is read at the wait for it, and global memory written at the wait for that or at the
+// end.
 void tma_store(const void* map, int x, int y, const void* from, Site site);
 void tma_store_commit();
 void tma_store_wait(int pending, bool written, Site site);
@@ -125,7 +127,8 @@ bool elect(Site site);
 // What a descriptor holds: bytes from the start of the block's shared memory.
 uint32_t shared_address(const void* p, Site site);
 
-// wgmma: products are computed at the first wait for them; until its own wait each thread's accumulators are NaN.
+// wgmma: products are computed at the first wait for them; until its own wait each thread's
+// accumulators are NaN.
 struct Product {
     float* d;
     int count;             // of accumulators a thread
@@ -138,7 +141,8 @@ void wgmma(const Product& product, Site site);
 void wgmma_commit(Site site);
 void wgmma_wait(int pending, Site site);
 
-// Region `index` of the block's shared memory, at `offset` of the launch's bytes; redzones lie between.
+// Region `index` of the block's shared memory, at `offset` of the launch's bytes; redzones lie
+// between.
 void* carve(int index, size_t offset, size_t bytes, Site site);
 
 // Stops the launch with a report.
@@ -176,7 +180,8 @@ struct Entry {
         enter(name, threads, call, cluster, beside);
     }
 };
-// Written by the tests for every KERNEL line: its threads, the blocks of its cluster, and those that share registers.
+// Written by the tests for every KERNEL line: its threads, the blocks of its cluster, and those
+// that share registers.
 #define SIM_ENTER(name, ...) static ::sim::Entry sim_entry_##name(#name, &::sim::Unpack<&name>::call, __VA_ARGS__);
 
 }  // namespace sim

@@ -39,31 +39,26 @@ pub struct Columns<F> {
 
 impl<F: Float> Columns<F> {
     /// Sequences.
-    #[must_use]
     pub fn sequences(&self) -> usize {
         self.offsets.len().saturating_sub(1)
     }
 
     /// Predicted tokens of all sequences.
-    #[must_use]
     pub fn tokens(&self) -> usize {
         self.offsets.last().map_or(0, |n| *n as usize)
     }
 
     /// Tokens of some consecutive sequences.
-    #[must_use]
     pub fn span(&self, sequences: &Range<usize>) -> Range<usize> {
         self.offsets[sequences.start] as usize..self.offsets[sequences.end] as usize
     }
 
     /// The sequence that holds a token.
-    #[must_use]
     pub fn sequence_of(&self, token: usize) -> usize {
         self.offsets.partition_point(|o| *o as usize <= token).saturating_sub(1)
     }
 
     /// The chosen sequences, in the given order: a minibatch.
-    #[must_use]
     pub fn subset(&self, order: &[usize]) -> Self {
         let mut out = Self { offsets: vec![0], ..Self::default() };
         for &s in order {
@@ -116,8 +111,8 @@ impl Column {
     ];
 }
 
-/// A micro-batch: consecutive sequences of a step's or minibatch's [`Columns`], and where a device reads its part of
-/// them.
+/// A micro-batch: consecutive sequences of a step's or minibatch's [`Columns`], and where a device
+/// reads its part of them.
 #[derive(Debug)]
 pub struct Micro<'a, F> {
     /// The columns of the whole minibatch.
@@ -135,15 +130,11 @@ const LINE: usize = 16;
 
 impl<'a, F: Float> Micro<'a, F> {
     /// For the CPU.
-    #[must_use]
     pub fn new(columns: &'a Columns<F>, sequences: Range<usize>) -> Self {
         Self { columns, sequences, staged: None }
     }
 
     /// For `dev`.
-    ///
-    /// # Errors
-    /// [`crate::Error::Memory`] if the plan has no room.
     pub fn stage(
         dev: &Device,
         scope: &'a Scope<'_>,
@@ -165,9 +156,6 @@ impl<'a, F: Float> Micro<'a, F> {
     }
 
     /// Takes the room of a micro-batch of up to `tokens` tokens.
-    ///
-    /// # Errors
-    /// [`crate::Error::Memory`] if the plan has no room.
     pub fn plan(dev: &Device, scope: &'a Scope<'_>, tokens: usize) -> Result<()> {
         let Device::Cuda(_) = dev else { return Ok(()) };
         let len = Column::ALL.len() * tokens.next_multiple_of(LINE);
@@ -175,13 +163,11 @@ impl<'a, F: Float> Micro<'a, F> {
     }
 
     /// Its tokens, as a range of the columns.
-    #[must_use]
     pub fn tokens(&self) -> Range<usize> {
         self.columns.span(&self.sequences)
     }
 
     /// Its part of a column, in host memory; nothing of an empty column.
-    #[must_use]
     pub fn own(&self, column: Column) -> &[F] {
         let c = self.columns;
         let pairs = self.sequences.start / 2..self.sequences.end / 2;
@@ -199,7 +185,6 @@ impl<'a, F: Float> Micro<'a, F> {
     }
 
     /// Its part of a column, where the device reads it.
-    #[must_use]
     pub fn view(&self, column: Column) -> View<'_, F> {
         let Some(staged) = &self.staged else { return self.own(column).into() };
         let before = Column::ALL.into_iter().take_while(|c| *c != column);
@@ -208,7 +193,6 @@ impl<'a, F: Float> Micro<'a, F> {
     }
 
     /// Offsets of its sequences, from 0.
-    #[must_use]
     pub fn offsets(&self) -> Vec<u32> {
         let all = &self.columns.offsets[self.sequences.start..=self.sequences.end];
         all.iter().map(|o| o - all[0]).collect()

@@ -98,11 +98,8 @@ pub trait Algorithm: Send {
     /// What it needs.
     fn needs(&self) -> Needs;
 
-    /// Once a step, before the first update: fills advantages and the like, on the CPU: columns are in host
-    /// memory, a few numbers a token.
-    ///
-    /// # Errors
-    /// If the columns do not fit.
+    /// Once a step, before the first update: fills advantages and the like, on the CPU: columns are
+    /// in host memory, a few numbers a token.
     fn prepare(
         &mut self,
         _dev: &Device,
@@ -113,9 +110,6 @@ pub trait Algorithm: Send {
     }
 
     /// Writes d loss / d log-prob of a micro-batch, divided by counts of the whole minibatch.
-    ///
-    /// # Errors
-    /// If the columns do not fit.
     fn policy_loss(
         &mut self,
         _dev: &Device,
@@ -128,10 +122,8 @@ pub trait Algorithm: Send {
         Ok(())
     }
 
-    /// Writes d loss / d scalar of a micro-batch: one scalar a token (value) or a sequence (reward).
-    ///
-    /// # Errors
-    /// If the columns do not fit.
+    /// Writes d loss / d scalar of a micro-batch: one scalar a token (value) or a sequence
+    /// (reward).
     fn scalar_loss(
         &mut self,
         _dev: &Device,
@@ -143,9 +135,6 @@ pub trait Algorithm: Send {
     }
 
     /// After the last update of a step: the means over it.
-    ///
-    /// # Errors
-    /// [`crate::Error::Device`] if they cannot be had from the device.
     fn finish(&mut self, out: &mut Metrics) -> Result<()>;
 
     /// What must survive a restart, beside the columns.
@@ -154,9 +143,6 @@ pub trait Algorithm: Send {
     }
 
     /// Takes back what [`Algorithm::state`] gave.
-    ///
-    /// # Errors
-    /// If it is not that.
     fn restore(&mut self, _state: &serde_json::Value) -> Result<()> {
         Ok(())
     }

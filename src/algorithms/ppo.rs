@@ -65,9 +65,9 @@ crate::settings! {
         /// Divides the logits, in sampling, in training and for the reference (TRL and N+: 0.7).
         pub temperature: f64 = 0.7
             => "above 0, up to 100: PPO needs a distribution" if |t| *t > 0.0 && *t <= 100.0,
-        /// Keeps the k most likely tokens; 0 is off (TRL: off). Filters choose samples only: log-probs and
-        /// the ratio are those of the whole distribution at this temperature, so the first ratio is
-        /// exactly 1 under any filter.
+        /// Keeps the k most likely tokens; 0 is off (TRL: off). Filters choose samples only:
+        /// log-probs and the ratio are those of the whole distribution at this temperature, so the
+        /// first ratio is exactly 1 under any filter.
         pub top_k: usize = 0,
         /// Keeps the most likely tokens up to this probability; 1 is off (TRL: off).
         pub top_p: f64 = 1.0 => "above 0, up to 1" if |p| *p > 0.0 && *p <= 1.0,
@@ -82,7 +82,8 @@ crate::settings! {
         /// In the reward of each token (TRL, N+), or in the loss (GRPO's place; with the unbiased
         /// gradient of NeMo RL).
         pub kl_in: KlIn = KlIn::Reward,
-        /// Adapts kl_coef to reach this KL of a sequence, in nats (Ziegler et al. 2019; off in TRL).
+        /// Adapts kl_coef to reach this KL of a sequence, in nats (Ziegler et al. 2019; off in
+        /// TRL).
         pub kl_target: Option<f64> = None => "above 0" if |k| k.is_none_or(|k| k > 0.0),
         /// Samples over which the adaptation works (lm-human-preferences: 10000).
         pub kl_horizon: f64 = 10_000.0 => "above 0" if |h| *h > 0.0,
@@ -181,9 +182,6 @@ pub(super) const ENTRY: Entry = Entry {
 
 impl Ppo {
     /// Checks the settings.
-    ///
-    /// # Errors
-    /// [`Error::Config`] naming the key.
     pub fn new(settings: PpoSettings) -> Result<Self> {
         settings.validate()?;
         Ok(Self {

@@ -61,8 +61,8 @@ pub(super) struct Args {
     place: Place,
 }
 
-/// Samples between two writes, as a multiple of the slots: the last sequences of a part run in a batch
-/// that empties.
+/// Samples between two writes, as a multiple of the slots: the last sequences of a part run in a
+/// batch that empties.
 const PART: usize = 8;
 
 pub(super) fn run(args: &Args) -> Result<()> {

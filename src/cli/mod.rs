@@ -48,7 +48,6 @@ enum Command {
 }
 
 /// Runs the command of this process.
-#[must_use]
 pub fn run() -> ExitCode {
     let done = match Cli::parse().command {
         Command::Train(args) => train::run(&args),

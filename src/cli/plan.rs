@@ -18,8 +18,8 @@ use crate::{
     },
 };
 
-/// Print the memory of a run by model and phase, and the largest micro-batch that fits; nothing is run, and the
-/// model's folder needs no weights
+/// Print the memory of a run by model and phase, and the largest micro-batch that fits; nothing is
+/// run, and the model's folder needs no weights
 #[derive(Debug, clap::Args)]
 pub(super) struct Args {
     #[command(flatten)]

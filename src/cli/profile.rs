@@ -14,7 +14,8 @@ use crate::{
 /// Whether a command says where its time goes.
 #[derive(Debug, clap::Args)]
 pub(super) struct Profiling {
-    /// Write a trace of phases, ops and kernels to FILE, for <https://ui.perfetto.dev>, and print tables of them
+    /// Write a trace of phases, ops and kernels to FILE, for <https://ui.perfetto.dev>, and print
+    /// tables of them
     #[arg(long = "profile", value_name = "FILE")]
     file: Option<PathBuf>,
 }

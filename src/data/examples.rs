@@ -11,7 +11,6 @@ use crate::{
 /// A text to learn.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Text {
-    /// Its tokens.
     pub ids: Vec<u32>,
     /// Positions of the tokens to learn, ascending; the first token is never learned.
     pub learn: Vec<Range<usize>>,
@@ -35,7 +34,6 @@ pub struct Pair {
 /// A prompt to continue.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Prompt {
-    /// Its tokens.
     pub ids: Vec<u32>,
     /// Its text, for people.
     pub text: String,
@@ -49,7 +47,6 @@ pub struct Limits {
     /// The longest sequence. Texts and completions are cut at the end, prompts at the beginning
     /// (as TRL does: the end of a prompt is nearest to its answer).
     pub max_length: usize,
-    /// Ids below this.
     pub vocab: usize,
     /// Appended to whole texts and completions, if the data is text.
     pub eos: Option<u32>,
@@ -58,9 +55,7 @@ pub struct Limits {
 /// What became of a data set.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Stats {
-    /// Examples made.
     pub examples: usize,
-    /// Their tokens.
     pub tokens: usize,
     /// Examples that were cut to `max_length`.
     pub truncated: usize,
@@ -162,9 +157,6 @@ fn unfit(at: &Located, want: &str) -> Error {
 
 /// Texts to learn: `text` (all of it), `prompt, completion` and the chosen side of preferences
 /// (the completion; all of it unless `completion_only`), labelled texts (as text), or ids.
-///
-/// # Errors
-/// [`Error::Data`] naming the record that does not fit.
 pub fn texts(
     records: &[Located],
     tokenizer: Option<&Tokenizer>,
@@ -193,9 +185,6 @@ pub fn texts(
 
 /// Texts to score: one for each record, its prompt not scored; two, chosen and rejected, for each
 /// preference.
-///
-/// # Errors
-/// [`Error::Data`] naming the record without a token, or with an id out of range.
 pub fn scored(
     records: &[Located],
     tokenizer: Option<&Tokenizer>,
@@ -239,9 +228,6 @@ pub fn scored(
 /// Pairs: preferences, or labelled texts, of which every text with the highest label is paired with
 /// one of the lowest, drawn with `seed`; each text is used once where the counts allow. Texts with
 /// labels between count as dropped.
-///
-/// # Errors
-/// [`Error::Data`] naming the record that does not fit; [`Error::Value`] if all labels are one.
 pub fn pairs(
     records: &[Located],
     tokenizer: Option<&Tokenizer>,
@@ -325,11 +311,8 @@ fn drawn(labelled: &[Labelled], (low, high): (i64, i64), seed: u64) -> Vec<Pair>
     (0..good.len().max(bad.len())).map(pair).collect()
 }
 
-/// Prompts: `prompt` of any record that has one, as it is; ids or texts, of which the first `tokens`
-/// tokens are the prompt.
-///
-/// # Errors
-/// [`Error::Data`] naming the record that does not fit.
+/// Prompts: `prompt` of any record that has one, as it is; ids or texts, of which the first
+/// `tokens` tokens are the prompt.
 pub fn prompts(
     records: &[Located],
     tokenizer: Option<&Tokenizer>,

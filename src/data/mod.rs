@@ -13,7 +13,6 @@ pub use tokenizer::Tokenizer;
 use sha2::{Digest, Sha256};
 
 /// SHA-256 over the structure and numbers of examples: what a checkpoint remembers of its data.
-#[must_use]
 pub fn digest(parts: impl Iterator<Item = Vec<u32>>) -> String {
     let mut hash = Sha256::new();
     for numbers in parts {

@@ -15,7 +15,6 @@ pub struct Order {
 
 impl Order {
     /// File order without `shuffle`.
-    #[must_use]
     pub fn new(len: usize, seed: u64, shuffle: bool) -> Self {
         Self { len, seed, shuffle, epoch: u64::MAX, permutation: Vec::new() }
     }

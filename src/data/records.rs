@@ -40,7 +40,6 @@ pub enum Record {
 
 impl Record {
     /// Its format, for messages.
-    #[must_use]
     pub fn format(&self) -> &'static str {
         match self {
             Self::Text { .. } => "text",
@@ -74,15 +73,12 @@ impl std::fmt::Display for Place {
 /// A record and where it came from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Located {
-    /// Its line.
     pub place: Place,
-    /// What it says.
     pub record: Record,
 }
 
 impl Located {
     /// An error about this record.
-    #[must_use]
     pub fn error(&self, message: impl Into<String>) -> Error {
         let Place { path, line } = &self.place;
         Error::Data { path: path.to_path_buf(), line: *line, message: message.into() }
@@ -91,10 +87,6 @@ impl Located {
 
 /// Reads a JSONL file, or standard input for `-`. Blank lines are skipped, unknown columns are
 /// ignored, and all lines must have the format of the first.
-///
-/// # Errors
-/// [`Error::Io`] if it cannot be read, [`Error::Data`] naming the line that is not JSON, lacks a
-/// column or has one of the wrong type; [`Error::File`] if there is no record.
 pub fn read(path: &Path) -> Result<Vec<Located>> {
     let (path, mut reader): (Arc<Path>, Box<dyn BufRead>) = if path == Path::new("-") {
         (Path::new("<stdin>").into(), Box::new(BufReader::new(stdin())))

@@ -37,9 +37,6 @@ const ANCHOR: &str = "\n";
 impl Tokenizer {
     /// Opens the tokenizer of a model folder. BOS and EOS come from `tokenizer_config.json`, else
     /// from `generation_config.json` and `config.json`.
-    ///
-    /// # Errors
-    /// [`Error::Io`] or [`Error::File`] if `tokenizer.json` is missing or not understood.
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
         let text = file::read_text(&path, 256 << 20)?;
@@ -90,9 +87,6 @@ impl Tokenizer {
     }
 
     /// The tokenizer of a model folder that may have none.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::open`], but for a missing file.
     pub fn open_if_there(dir: &Path) -> Result<Option<Self>> {
         dir.join("tokenizer.json").exists().then(|| Self::open(dir)).transpose()
     }
@@ -107,18 +101,12 @@ impl Tokenizer {
     }
 
     /// The ids of a text, without special tokens.
-    ///
-    /// # Errors
-    /// [`Error::File`] if the tokenizer cannot encode it.
     pub fn encode(&self, text: &str) -> Result<Vec<u32>> {
         self.raw(text, false)
     }
 
     /// The ids of a whole text as the model expects its beginning: BOS first, once, if the model
     /// uses one.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::encode`].
     pub fn encode_start(&self, text: &str) -> Result<Vec<u32>> {
         let mut ids = if self.adds_bos { Vec::from_iter(self.bos) } else { Vec::new() };
         ids.extend(self.encode(text)?);
@@ -128,9 +116,6 @@ impl Tokenizer {
     /// The ids of a text that continues another: prompt and completion are encoded apart, so that
     /// the boundary is exact and the prompt's ids are a prefix. Tokenizers that put a space before
     /// every text (Llama 2) do not put one here.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::encode`].
     pub fn encode_continuation(&self, text: &str) -> Result<Vec<u32>> {
         let Some(anchor) = &self.anchor else { return self.encode(text) };
         let ids = self.encode(&format!("{ANCHOR}{text}"))?;
@@ -142,9 +127,6 @@ impl Tokenizer {
     }
 
     /// Text of ids; special tokens are left out.
-    ///
-    /// # Errors
-    /// [`Error::File`] if the tokenizer cannot decode them.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
         match catch_unwind(AssertUnwindSafe(|| self.inner.decode(ids, true))) {
             Ok(Ok(text)) => Ok(text),
@@ -155,9 +137,6 @@ impl Tokenizer {
 
     /// Text of ids that continue others: what they add to the text of both, so that a space at the
     /// seam is kept.
-    ///
-    /// # Errors
-    /// As [`Tokenizer::decode`].
     pub fn decode_continuation(&self, before: &[u32], ids: &[u32]) -> Result<String> {
         let (start, whole) = (self.decode(before)?, self.decode(&[before, ids].concat())?);
         // A character whose bytes lie on both sides belongs to neither text.
@@ -168,34 +147,27 @@ impl Tokenizer {
     }
 
     /// Beginning of a sequence.
-    #[must_use]
     pub fn bos(&self) -> Option<u32> {
         self.bos
     }
 
     /// Ids that end a sequence; the first is the one that training appends.
-    #[must_use]
     pub fn eos(&self) -> &[u32] {
         &self.eos
     }
 
     /// Whether a sequence begins with BOS.
-    #[must_use]
     pub fn adds_bos(&self) -> bool {
         self.adds_bos
     }
 
     /// SHA-256 of `tokenizer.json`.
-    #[must_use]
     pub fn digest(&self) -> String {
         self.digest.clone()
     }
 
-    /// Checks that the tokenizer of another model's folder gives the same ids; that it has none is no
-    /// error.
-    ///
-    /// # Errors
-    /// [`Error::File`] naming a token whose id differs, and those of [`Tokenizer::open`].
+    /// Checks that the tokenizer of another model's folder gives the same ids; that it has none is
+    /// no error.
     pub fn agrees(&self, dir: &Path) -> Result<()> {
         if !dir.join("tokenizer.json").exists() {
             return Ok(());
@@ -210,7 +182,6 @@ impl Tokenizer {
     }
 
     /// Number of ids, special ones included.
-    #[must_use]
     pub fn vocab(&self) -> usize {
         self.inner.get_vocab_size(true)
     }

@@ -47,9 +47,6 @@ pub struct Scope<'a> {
 
 impl Arena {
     /// `bytes` of memory on `dev`, as [`Arena::plan`] returned them.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if there is no room.
     pub fn new(dev: &Device, bytes: usize) -> Result<Self> {
         let bytes = bytes.checked_next_multiple_of(ALIGN).unwrap_or(bytes);
         Ok(Self { block: Block::new(dev, "the plan of a step", bytes)?, peak: Cell::new(0) })
@@ -57,9 +54,6 @@ impl Arena {
 
     /// The bytes that `layout` needs: it is run on a scope without memory, whose buffers are
     /// empty and must not be used.
-    ///
-    /// # Errors
-    /// Those of `layout`.
     pub fn plan<R>(layout: impl FnOnce(&Scope<'_>) -> Result<R>) -> Result<usize> {
         let peak = Cell::new(0);
         let scope = Scope {
@@ -77,7 +71,6 @@ impl Arena {
     }
 
     /// Starts a phase. The borrow makes sure that phases do not overlap.
-    #[must_use]
     pub fn scope(&mut self) -> Scope<'_> {
         Scope {
             base: Some(self.block.region()),
@@ -90,14 +83,11 @@ impl Arena {
         }
     }
 
-    /// Bytes allocated.
-    #[must_use]
     pub fn bytes(&self) -> usize {
         self.block.bytes()
     }
 
     /// The most bytes that were in use at once.
-    #[must_use]
     pub fn peak(&self) -> usize {
         self.peak.get()
     }
@@ -105,9 +95,6 @@ impl Arena {
 
 impl<'a> Scope<'a> {
     /// `len` elements, to be written before they are read (NaN in debug builds).
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if the plan has no room.
     pub fn alloc<T: Pod>(&self, what: &'static str, len: usize) -> Result<Buffer<'_, T>> {
         const { assert!(align_of::<T>() <= ALIGN) };
         let overflow = || Error::Memory { what, want: usize::MAX, have: self.capacity };
@@ -144,7 +131,6 @@ impl<'a> Scope<'a> {
 
     /// A phase inside this one: what it allocates ends with it. Until then this scope cannot
     /// allocate.
-    #[must_use]
     pub fn child(&self) -> Scope<'_> {
         let used = self.used.replace(self.capacity);
         Scope {
@@ -159,7 +145,6 @@ impl<'a> Scope<'a> {
     }
 
     /// Bytes used so far.
-    #[must_use]
     pub fn used(&self) -> usize {
         self.used.get()
     }

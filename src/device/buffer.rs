@@ -26,9 +26,7 @@ pub(super) const ALIGN: usize = 64;
 /// Which processor can reach a region.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) enum Place {
-    /// The CPU.
     Host,
-    /// A CUDA device.
     Device,
 }
 
@@ -40,13 +38,11 @@ static ALLOCATIONS: AtomicU64 = AtomicU64::new(0);
 static ALLOCATED: AtomicUsize = AtomicUsize::new(0);
 
 /// Bytes of device memory that this process has now, as they were asked for.
-#[must_use]
 pub fn allocated() -> usize {
     ALLOCATED.load(Ordering::Relaxed)
 }
 
 /// How often device memory was allocated in this process. Nothing is allocated inside a step.
-#[must_use]
 pub fn allocations() -> u64 {
     ALLOCATIONS.load(Ordering::Relaxed)
 }
@@ -71,8 +67,8 @@ unsafe impl Send for Block {}
 unsafe impl Sync for Block {}
 
 impl Block {
-    /// Memory that `dev` works on: 0xFF bytes (NaN) where debug assertions are on, else zeroed on the
-    /// CPU and arbitrary on a CUDA device.
+    /// Memory that `dev` works on: 0xFF bytes (NaN) where debug assertions are on, else zeroed on
+    /// the CPU and arbitrary on a CUDA device.
     pub(super) fn new(dev: &Device, what: &'static str, bytes: usize) -> Result<Self> {
         let free = match dev {
             Device::Cuda(cuda) => cuda.free_memory()?,
@@ -197,7 +193,8 @@ impl<'a> Region<'a> {
     /// The `len` elements here.
     ///
     /// # Safety
-    /// They are inside the block, initialised, aligned, and reachable through nothing else for `'a`.
+    /// They are inside the block, initialised, aligned, and reachable through nothing else for
+    /// `'a`.
     pub(super) unsafe fn buffer<T>(self, len: usize) -> Buffer<'a, T> {
         Buffer { ptr: self.at.cast(), len, place: self.place(), _own: None, _arena: PhantomData }
     }
@@ -224,11 +221,8 @@ unsafe impl<T: Send> Send for Buffer<'_, T> {}
 unsafe impl<T: Sync> Sync for Buffer<'_, T> {}
 
 impl<T: Pod> Buffer<'static, T> {
-    /// `len` elements on `dev` that must be written before they are read; NaN in debug builds. `what`
-    /// names them in messages.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if there is no room.
+    /// `len` elements on `dev` that must be written before they are read; NaN in debug builds.
+    /// `what` names them in messages.
     pub fn new(dev: &Device, what: &'static str, len: usize) -> Result<Self> {
         const { assert!(align_of::<T>() <= ALIGN) };
         // What overflows is refused by `Block::new`.
@@ -238,12 +232,10 @@ impl<T: Pod> Buffer<'static, T> {
     }
 
     /// `len` elements of 0.
-    ///
-    /// # Errors
-    /// As [`Buffer::new`].
     pub fn zeros(dev: &Device, what: &'static str, len: usize) -> Result<Self> {
         let mut buffer = Self::new(dev, what, len)?;
-        // Of the host, a block that is not poisoned is zeroed already, and its pages are not there yet.
+        // Of the host, a block that is not poisoned is zeroed already, and its pages are not there
+        // yet.
         if POISON || buffer.place == Place::Device {
             dev.zero(buffer.view_mut())?;
         }
@@ -251,12 +243,12 @@ impl<T: Pod> Buffer<'static, T> {
     }
 
     /// No elements, in no memory: what stands where a buffer was taken from.
-    #[must_use]
     pub fn none() -> Self {
         Self::empty()
     }
 
-    /// The same memory for `len` numbers of another type. They are to be written before they are read.
+    /// The same memory for `len` numbers of another type. They are to be written before they are
+    /// read.
     ///
     /// # Errors
     /// [`Error::Memory`] if they do not fit; the buffer is gone then.
@@ -272,9 +264,6 @@ impl<T: Pod> Buffer<'static, T> {
     }
 
     /// A copy of host memory.
-    ///
-    /// # Errors
-    /// As [`Buffer::new`].
     pub fn of(dev: &Device, what: &'static str, x: &[T]) -> Result<Self> {
         let mut buffer = Self::new(dev, what, x.len())?;
         dev.write(buffer.view_mut(), x)?;
@@ -289,26 +278,18 @@ impl<'a, T: Pod> Buffer<'a, T> {
         Self { ptr, len: 0, place: Place::Host, _own: None, _arena: PhantomData }
     }
 
-    /// Elements.
-    #[must_use]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// No elements.
-    #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
-    /// To read.
-    #[must_use]
     pub fn view(&self) -> View<'_, T> {
         View { ptr: self.ptr, len: self.len, place: self.place, _memory: PhantomData }
     }
 
-    /// To write.
-    #[must_use]
     pub fn view_mut(&mut self) -> ViewMut<'_, T> {
         ViewMut { ptr: self.ptr, len: self.len, place: self.place, _memory: PhantomData }
     }
@@ -317,7 +298,6 @@ impl<'a, T: Pod> Buffer<'a, T> {
     ///
     /// # Panics
     /// If they are on a device.
-    #[must_use]
     pub fn host(&self) -> &[T] {
         self.view().host()
     }
@@ -326,7 +306,6 @@ impl<'a, T: Pod> Buffer<'a, T> {
     ///
     /// # Panics
     /// If they are on a device.
-    #[must_use]
     pub fn host_mut(&mut self) -> &mut [T] {
         self.view_mut().host()
     }
@@ -375,14 +354,10 @@ unsafe impl<T: Sync> Send for View<'_, T> {}
 unsafe impl<T: Sync> Sync for View<'_, T> {}
 
 impl<'a, T> View<'a, T> {
-    /// Elements.
-    #[must_use]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// No elements.
-    #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -391,15 +366,12 @@ impl<'a, T> View<'a, T> {
     ///
     /// # Panics
     /// If they are on a device: an op took the CPU's path with a device's buffers.
-    #[must_use]
     pub fn host(self) -> &'a [T] {
         assert_eq!(self.place, Place::Host, "device memory has no host slice");
         // SAFETY: every constructor takes memory that is initialised and shared for `'a`.
         unsafe { std::slice::from_raw_parts(self.ptr.as_ptr(), self.len) }
     }
 
-    /// Where it begins.
-    #[must_use]
     pub fn address(&self) -> usize {
         self.ptr.addr().get()
     }
@@ -413,7 +385,6 @@ impl<'a, T> View<'a, T> {
     ///
     /// # Panics
     /// If the range leaves the view, like slicing.
-    #[must_use]
     pub fn range(self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
         // SAFETY: inside the view, as just checked.
@@ -424,9 +395,6 @@ impl<'a, T> View<'a, T> {
 
 impl<'a, T: Element> View<'a, T> {
     /// The same elements as what the CPU computes in.
-    ///
-    /// # Errors
-    /// [`Error::Device`] if they are of a type that the CPU does not compute in.
     pub fn float(self) -> Result<View<'a, T::Acc>> {
         computed_on_cpu::<T>()?;
         Ok(View { ptr: self.ptr.cast(), len: self.len, place: self.place, _memory: PhantomData })
@@ -465,14 +433,10 @@ unsafe impl<T: Send> Send for ViewMut<'_, T> {}
 unsafe impl<T: Sync> Sync for ViewMut<'_, T> {}
 
 impl<'a, T> ViewMut<'a, T> {
-    /// Elements.
-    #[must_use]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// No elements.
-    #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
@@ -481,7 +445,6 @@ impl<'a, T> ViewMut<'a, T> {
     ///
     /// # Panics
     /// If they are on a device: an op took the CPU's path with a device's buffers.
-    #[must_use]
     pub fn host(self) -> &'a mut [T] {
         assert_eq!(self.place, Place::Host, "device memory has no host slice");
         // SAFETY: every constructor takes memory that is initialised and exclusive for `'a`, and
@@ -490,19 +453,14 @@ impl<'a, T> ViewMut<'a, T> {
     }
 
     /// A shorter borrow, to pass on and keep.
-    #[must_use]
     pub fn reborrow(&mut self) -> ViewMut<'_, T> {
         ViewMut { ptr: self.ptr, len: self.len, place: self.place, _memory: PhantomData }
     }
 
-    /// To read.
-    #[must_use]
     pub fn view(&self) -> View<'_, T> {
         View { ptr: self.ptr, len: self.len, place: self.place, _memory: PhantomData }
     }
 
-    /// Where it begins.
-    #[must_use]
     pub fn address(&self) -> usize {
         self.ptr.addr().get()
     }
@@ -513,9 +471,6 @@ impl<'a, T> ViewMut<'a, T> {
     }
 
     /// The first `len` elements, where there may be more.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] about the `scratch` of `op` if there are fewer.
     pub fn scratch(self, op: &'static str, len: usize) -> Result<Self> {
         if self.len < len {
             return Err(Error::shape(op, "scratch", &[len], &[self.len]));
@@ -527,7 +482,6 @@ impl<'a, T> ViewMut<'a, T> {
     ///
     /// # Panics
     /// If they do not begin where such numbers may.
-    #[must_use]
     pub fn cast<U: Pod>(self) -> ViewMut<'a, U>
     where
         T: Pod,
@@ -541,7 +495,6 @@ impl<'a, T> ViewMut<'a, T> {
     ///
     /// # Panics
     /// If `mid` is beyond the end, like a slice's.
-    #[must_use]
     pub fn split_at(self, mid: usize) -> (Self, Self) {
         assert!(mid <= self.len, "split at {mid} of {}", self.len);
         // SAFETY: inside the view, or at its end.
@@ -554,7 +507,6 @@ impl<'a, T> ViewMut<'a, T> {
     ///
     /// # Panics
     /// If the range leaves the view, like slicing.
-    #[must_use]
     pub fn range(self, range: Range<usize>) -> Self {
         assert!(range.start <= range.end && range.end <= self.len, "{range:?} of {}", self.len);
         // SAFETY: inside the view, as just checked.
@@ -565,9 +517,6 @@ impl<'a, T> ViewMut<'a, T> {
 
 impl<'a, T: Element> ViewMut<'a, T> {
     /// The same elements as what the CPU computes in.
-    ///
-    /// # Errors
-    /// [`Error::Device`] if they are of a type that the CPU does not compute in.
     pub fn float(self) -> Result<ViewMut<'a, T::Acc>> {
         computed_on_cpu::<T>()?;
         Ok(ViewMut { ptr: self.ptr.cast(), len: self.len, place: self.place, _memory: PhantomData })

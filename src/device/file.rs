@@ -15,9 +15,6 @@ fn size(path: &Path) -> Result<u64> {
 }
 
 /// Reads a text file of a model folder whole, if it has at most `limit` bytes.
-///
-/// # Errors
-/// [`Error::Io`]; [`Error::File`] if it is no regular file, or larger.
 pub fn read_text(path: &Path, limit: u64) -> Result<String> {
     let bytes = size(path)?;
     if bytes > limit {
@@ -30,9 +27,6 @@ pub fn read_text(path: &Path, limit: u64) -> Result<String> {
 ///
 /// As everywhere, a file that another process truncates while it is mapped kills the reader;
 /// Warpo itself never writes over a file, it renames new ones into place.
-///
-/// # Errors
-/// [`Error::Io`] if it cannot be opened or mapped, [`Error::File`] if it is no regular file.
 pub fn map(path: &Path) -> Result<Mmap> {
     size(path)?;
     let file = File::open(path).map_err(Error::io("open", path))?;

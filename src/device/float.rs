@@ -4,8 +4,8 @@ use half::bf16;
 
 use super::cpu::{gemm::Micro, math};
 
-/// What buffers hold: `f32` or `f64`, in which the CPU computes, or `bf16`, which only a CUDA device
-/// takes. An op that is generic over it serves both devices.
+/// What buffers hold: `f32` or `f64`, in which the CPU computes, or `bf16`, which only a CUDA
+/// device takes. An op that is generic over it serves both devices.
 pub trait Element: bytemuck::Pod + Send + Sync + std::fmt::Debug {
     /// What sums, statistics and gradients of weights are kept in.
     type Acc: Float;
@@ -22,8 +22,8 @@ impl Element for bf16 {
     type Acc = f32;
     const NAME: &'static str = "BF16";
 
-    /// To nearest, ties to even. `bf16::from_f64` does not see the low half of a f64's mantissa, and takes what lies just
-    /// above a tie for one.
+    /// To nearest, ties to even. `bf16::from_f64` does not see the low half of a f64's mantissa,
+    /// and takes what lies just above a tie for one.
     #[inline(always)]
     fn of(x: f64) -> Self {
         let near = x as f32;
@@ -91,59 +91,41 @@ pub trait Float:
     const ZERO: Self;
     /// 1
     const ONE: Self;
-    /// Negative infinity
     const NEG_INFINITY: Self;
 
     /// `self * a + b`, rounded once.
-    #[must_use]
     fn mul_add(self, a: Self, b: Self) -> Self;
-    /// Square root.
-    #[must_use]
     fn sqrt(self) -> Self;
-    /// Absolute value.
-    #[must_use]
     fn abs(self) -> Self;
     /// The larger; NaN if `self` is NaN (so that a bad number is not dropped from a maximum).
-    #[must_use]
     fn max_nan(self, other: Self) -> Self;
     /// Exponential; 0 below about -87 in f32.
-    #[must_use]
     fn exp(self) -> Self;
     /// Natural logarithm of a positive number.
-    #[must_use]
     fn ln(self) -> Self;
-    /// Hyperbolic tangent.
-    #[must_use]
     fn tanh(self) -> Self;
-    /// Error function.
-    #[must_use]
     fn erf(self) -> Self;
     /// Neither NaN nor infinite.
     fn is_finite(self) -> bool;
-    /// NaN.
     fn is_nan(self) -> bool;
 
     /// The larger of two numbers, `self` if `other` is NaN.
     #[inline(always)]
-    #[must_use]
     fn max(self, other: Self) -> Self {
         if other > self { other } else { self }
     }
     /// The smaller of two numbers, `self` if `other` is NaN.
     #[inline(always)]
-    #[must_use]
     fn min(self, other: Self) -> Self {
         if other < self { other } else { self }
     }
     /// Into `[low, high]`; NaN stays NaN.
     #[inline(always)]
-    #[must_use]
     fn clamp(self, low: Self, high: Self) -> Self {
         self.max(low).min(high)
     }
     /// Logistic function, without overflow or cancellation on either side.
     #[inline(always)]
-    #[must_use]
     fn sigmoid(self) -> Self {
         let e = (-self.abs()).exp();
         let s = Self::ONE / (Self::ONE + e);

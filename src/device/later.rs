@@ -6,10 +6,10 @@ use crate::error::Result;
 
 /// A result that the device may still be working on, so that the host can go on meanwhile.
 ///
-/// On the CPU it is there from the start. On a CUDA device a copy to the host was issued behind the work
-/// that makes it: it is the value of that time, whatever happens to the device's memory later. One wait
-/// brings all results that were issued before it, or before the next [`Device::milestone`](super::Device::milestone).
-/// To drop one unread costs nothing.
+/// On the CPU it is there from the start. On a CUDA device a copy to the host was issued behind the
+/// work that makes it: it is the value of that time, whatever happens to the device's memory later.
+/// One wait brings all results that were issued before it, or before the next
+/// [`Device::milestone`](super::Device::milestone). To drop one unread costs nothing.
 #[must_use = "what is not read may be a check that nobody makes"]
 pub struct Later<R>(State<R>);
 
@@ -41,11 +41,8 @@ impl<R> Later<R> {
         }
     }
 
-    /// The result. Waits for the device unless something did since this was issued: up to the first milestone
-    /// behind it, or for all work if there is none.
-    ///
-    /// # Errors
-    /// [`crate::Error::Device`] if work that was launched before failed.
+    /// The result. Waits for the device unless something did since this was issued: up to the first
+    /// milestone behind it, or for all work if there is none.
     pub fn get(self) -> Result<R> {
         match self.0 {
             State::Now(result) => Ok(result),

@@ -34,7 +34,6 @@ use crate::{
 /// The most threads that can be asked for.
 const MAX_THREADS: usize = 1024;
 
-/// A compute device.
 #[derive(Clone, Debug)]
 pub enum Device {
     /// All cores of this machine.
@@ -45,18 +44,13 @@ pub enum Device {
 
 impl Device {
     /// The CPU with all its cores and its best instruction set.
-    #[must_use]
     pub fn cpu() -> Self {
         Self::Cpu(Cpu::new(0))
     }
 
-    /// Parses `auto`, `cpu`, `cuda` or `cuda:N`; `auto` is the first GPU if this build has kernels for it, else the
-    /// CPU. `sim` and `sim:hopper` are the simulator in the library that `$WARPO_SIM` names, for tests. `threads` is
-    /// 0 for all cores.
-    ///
-    /// # Errors
-    /// [`Error::Device`] if the name is unknown or the device is not there, [`Error::Config`] if
-    /// `threads` is no number of threads.
+    /// Parses `auto`, `cpu`, `cuda` or `cuda:N`; `auto` is the first GPU if this build has kernels
+    /// for it, else the CPU. `sim` and `sim:hopper` are the simulator in the library that
+    /// `$WARPO_SIM` names, for tests. `threads` is 0 for all cores.
     pub fn from_name(name: &str, threads: usize) -> Result<Self> {
         if threads > MAX_THREADS {
             return Err(Error::config("threads", format!("0 to {MAX_THREADS}"), threads));
@@ -77,7 +71,6 @@ impl Device {
     }
 
     /// Where host memory is worked on: itself, or the CPU beside a GPU, with `threads` threads.
-    #[must_use]
     pub fn host(&self, threads: usize) -> Self {
         match self {
             Self::Cpu(_) => self.clone(),
@@ -100,9 +93,6 @@ impl Device {
     }
 
     /// A copy of a buffer, after all work on it.
-    ///
-    /// # Errors
-    /// [`Error::Device`] if the driver fails, or the buffer is not this device's.
     pub fn read<T: Pod>(&self, x: View<'_, T>) -> Result<Vec<T>> {
         match self {
             Self::Cpu(_) => Ok(x.host().to_vec()),
@@ -110,11 +100,9 @@ impl Device {
         }
     }
 
-    /// A copy of a buffer as it is after all work on it so far, which need not be done yet: on a CUDA device
-    /// nobody waits before [`Later::get`], and the buffer may be written or end meanwhile.
-    ///
-    /// # Errors
-    /// As [`Device::read`].
+    /// A copy of a buffer as it is after all work on it so far, which need not be done yet: on a
+    /// CUDA device nobody waits before [`Later::get`], and the buffer may be written or end
+    /// meanwhile.
     pub fn read_later<T: Pod>(&self, x: View<'_, T>) -> Result<Later<Vec<T>>> {
         match self {
             Self::Cpu(_) => Ok(Later::now(x.host().to_vec())),
@@ -122,11 +110,8 @@ impl Device {
         }
     }
 
-    /// Divides what a wait brings: [`Later::get`] of what was issued before this does not wait for what comes after
-    /// it, so that a CUDA device works on while the host reads.
-    ///
-    /// # Errors
-    /// [`Error::Device`] if the driver fails.
+    /// Divides what a wait brings: [`Later::get`] of what was issued before this does not wait for
+    /// what comes after it, so that a CUDA device works on while the host reads.
     pub fn milestone(&self) -> Result<()> {
         match self {
             Self::Cpu(_) => Ok(()),
@@ -134,11 +119,8 @@ impl Device {
         }
     }
 
-    /// Copies `from` to a buffer. On a CUDA device it does not wait for the copy, though `from` may change or
-    /// end when it returns.
-    ///
-    /// # Errors
-    /// As [`Device::read`], and [`Error::Shape`] if the lengths differ.
+    /// Copies `from` to a buffer. On a CUDA device it does not wait for the copy, though `from` may
+    /// change or end when it returns.
     pub fn write<T: Pod>(&self, to: ViewMut<'_, T>, from: &[T]) -> Result<()> {
         shape::check("write", "to", &[from.len()], to.len())?;
         match self {
@@ -149,9 +131,6 @@ impl Device {
     }
 
     /// Copies `from` to `to`, both of this device.
-    ///
-    /// # Errors
-    /// As [`Device::write`].
     pub fn copy<T: Pod>(&self, to: ViewMut<'_, T>, from: View<'_, T>) -> Result<()> {
         shape::check("copy", "to", &[from.len()], to.len())?;
         match self {
@@ -162,9 +141,6 @@ impl Device {
     }
 
     /// Sets all bytes of a buffer to 0.
-    ///
-    /// # Errors
-    /// As [`Device::read`].
     pub fn zero<T: Pod>(&self, to: ViewMut<'_, T>) -> Result<()> {
         match self {
             Self::Cpu(_) => to.host().fill(T::zeroed()),
@@ -174,9 +150,6 @@ impl Device {
     }
 
     /// The numbers of a buffer in host memory: where they are on the CPU, else a copy.
-    ///
-    /// # Errors
-    /// As [`Device::read`].
     pub fn on_host<'a, T: Pod>(&self, x: View<'a, T>) -> Result<Cow<'a, [T]>> {
         match self {
             Self::Cpu(_) => Ok(x.host().into()),
@@ -185,7 +158,6 @@ impl Device {
     }
 
     /// Devices of a family give the same bits: `cpu`, `sm_80` or `Hopper`.
-    #[must_use]
     pub fn family(&self) -> &'static str {
         match self {
             Self::Cpu(_) => "cpu",
@@ -195,9 +167,6 @@ impl Device {
     }
 
     /// Bytes of its memory that are free, if that is known.
-    ///
-    /// # Errors
-    /// [`Error::Device`] if the driver fails.
     pub fn free_memory(&self) -> Result<Option<usize>> {
         match self {
             Self::Cpu(_) => Ok(system::free_memory_bytes()),
@@ -206,7 +175,6 @@ impl Device {
     }
 
     /// A line for people: kind, threads, instruction set.
-    #[must_use]
     pub fn describe(&self) -> String {
         match self {
             Self::Cpu(cpu) => format!("cpu, {} threads, {}", cpu.threads(), cpu.isa()),

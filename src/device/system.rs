@@ -5,9 +5,6 @@
 use std::{ffi::CString, io, mem::MaybeUninit, os::unix::ffi::OsStrExt, path::Path};
 
 /// Bytes that an ordinary user may still write to the file system that holds `path`.
-///
-/// # Errors
-/// Those of `statvfs`, and `InvalidInput` for a path with a NUL byte.
 pub fn free_disk_bytes(path: &Path) -> io::Result<u64> {
     let path = CString::new(path.as_os_str().as_bytes())?;
     let mut stat = MaybeUninit::<libc::statvfs>::uninit();

@@ -13,7 +13,6 @@ use std::collections::HashSet;
 /// assert_eq!(distinct(["Good, good", "so good"], 1), 0.5);
 /// assert_eq!(distinct(["Good, good", "so good"], 2), 1.0);
 /// ```
-#[must_use]
 pub fn distinct<'a>(texts: impl IntoIterator<Item = &'a str>, n: usize) -> f64 {
     let (mut seen, mut all) = (HashSet::new(), 0usize);
     for text in texts {

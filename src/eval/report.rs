@@ -26,9 +26,6 @@ const PER_STEP: usize = 32;
 
 /// Writes the report of `run` to `page`, with about `samples` rollouts in it, evenly spread over
 /// the runs that have any and their steps.
-///
-/// # Errors
-/// [`Error::File`] if the folder holds no run or a file in it is damaged, [`Error::Io`].
 pub fn report(run: &Path, page: &Path, samples: usize) -> Result<()> {
     let runs = runs(run)?;
     let with_rollouts = runs.iter().filter(|dir| dir.join("rollouts").is_dir()).count();

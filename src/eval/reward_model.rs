@@ -10,9 +10,6 @@ use crate::{
 };
 
 /// Loads the reward model in `dir`, which shall rate texts of up to `longest` tokens by a policy.
-///
-/// # Errors
-/// Those of [`check_reward_model`] and of [`Model::load`].
 pub fn load_reward_model<T: Element>(
     dev: &Device,
     dir: &Path,
@@ -25,10 +22,8 @@ pub fn load_reward_model<T: Element>(
     Ok(model)
 }
 
-/// Whether the reward model in `dir`, of this spec, can rate texts of up to `longest` tokens by a policy.
-///
-/// # Errors
-/// [`Error::File`] if it has another vocabulary or tokenizer than the policy, or too few positions.
+/// Whether the reward model in `dir`, of this spec, can rate texts of up to `longest` tokens by a
+/// policy.
 pub fn check_reward_model(
     dir: &Path,
     spec: &Spec,

@@ -12,9 +12,7 @@ use crate::{
 /// What policies are compared on: the same prompts, the same draws, the same judges.
 #[derive(Debug)]
 pub struct Evaluator<'a, T: Element> {
-    /// Where to compute.
     pub dev: &'a Device,
-    /// Of the policy.
     pub tokenizer: Option<&'a Tokenizer>,
     /// Prompts that training has not seen.
     pub prompts: &'a [data::Prompt],
@@ -26,7 +24,6 @@ pub struct Evaluator<'a, T: Element> {
     pub judges: &'a [&'a Model<T>],
 }
 
-/// One sample.
 #[derive(Clone, Debug)]
 pub struct Sample {
     /// Text of the prompt.
@@ -37,9 +34,7 @@ pub struct Sample {
     pub scores: Vec<f32>,
     /// log(policy / reference) of the completion, in nats.
     pub kl: f64,
-    /// New tokens.
     pub tokens: usize,
-    /// Ended by itself.
     pub stopped: bool,
 }
 
@@ -65,9 +60,6 @@ pub struct Evaluation {
 
 impl<T: Element<Acc = f32>> Evaluator<'_, T> {
     /// Samples one completion a prompt from `policy` and rates all of them.
-    ///
-    /// # Errors
-    /// Those of generation and scoring.
     pub fn run(&self, policy: &Model<T>) -> Result<Evaluation> {
         let all: Vec<Prompt> = self
             .prompts
@@ -133,9 +125,6 @@ impl<T: Element<Acc = f32>> Evaluator<'_, T> {
 }
 
 /// The score of each text by a model with a scalar head.
-///
-/// # Errors
-/// Those of scoring.
 pub fn rate<T: Element, S: AsRef<[u32]>>(
     dev: &Device,
     judge: &Model<T>,

@@ -41,7 +41,6 @@ struct Sequence {
 
 impl Batch {
     /// An empty batch with room for `rows` rows, so that filling it allocates nothing.
-    #[must_use]
     pub fn with_capacity(rows: usize) -> Self {
         let v = || Vec::with_capacity(rows + 1);
         Self {
@@ -56,7 +55,6 @@ impl Batch {
         }
     }
 
-    /// Forgets all sequences.
     pub fn clear(&mut self) {
         self.ids.clear();
         self.positions.clear();
@@ -75,8 +73,8 @@ impl Batch {
         self.push_masked(ids, &[all]);
     }
 
-    /// A whole sequence of which the tokens in `predicted` (ascending positions) are predicted. Rows
-    /// from the last predicted token on are not computed: nothing reads them.
+    /// A whole sequence of which the tokens in `predicted` (ascending positions) are predicted.
+    /// Rows from the last predicted token on are not computed: nothing reads them.
     pub fn push_masked(&mut self, ids: &[u32], predicted: &[Range<usize>]) {
         let at = self.ids.len();
         let end = predicted.iter().map(|r| r.end).max().unwrap_or(0).min(ids.len());
@@ -98,8 +96,8 @@ impl Batch {
         self.close();
     }
 
-    /// New rows of a sequence from position `first`, whose keys and values are in `pages`, all that the
-    /// sequence has by then; the last one is selected. For decoding.
+    /// New rows of a sequence from position `first`, whose keys and values are in `pages`, all that
+    /// the sequence has by then; the last one is selected. For decoding.
     pub fn push_cached(&mut self, ids: &[u32], first: usize, pages: &[u32]) {
         let start = self.pages.len() as u32;
         self.pages.extend_from_slice(pages);
@@ -109,8 +107,8 @@ impl Batch {
         self.close();
     }
 
-    /// As [`Batch::push_cached`] one row, whose id is token number `from` of those that a pass before drew, which
-    /// nobody need have read: [`Staged::put_drawn`] brings it.
+    /// As [`Batch::push_cached`] one row, whose id is token number `from` of those that a pass
+    /// before drew, which nobody need have read: [`Staged::put_drawn`] brings it.
     pub fn push_drawn(&mut self, from: u32, at: usize, pages: &[u32]) {
         let [rows, sources] = &mut self.drawn;
         rows.push(self.ids.len() as u32);
@@ -134,52 +132,40 @@ impl Batch {
     }
 
     /// Rows of the pass.
-    #[must_use]
     pub fn len(&self) -> usize {
         self.ids.len()
     }
 
-    /// No rows.
-    #[must_use]
     pub fn is_empty(&self) -> bool {
         self.ids.is_empty()
     }
 
-    /// Sequences.
-    #[must_use]
     pub fn sequences(&self) -> usize {
         self.sequences.len()
     }
 
     /// Pages of `page` positions that a cache must have for the whole sequences.
-    #[must_use]
     pub fn transient_pages(&self, page: usize) -> usize {
         let whole = self.sequences.iter().filter(|s| s.pages.is_none());
         whole.map(|s| (s.rows as usize).div_ceil(page)).sum()
     }
 
     /// Rows that a head reads.
-    #[must_use]
     pub fn selected(&self) -> &[u32] {
         &self.selected
     }
 
     /// The token that follows each selected row.
-    #[must_use]
     pub fn targets(&self) -> &[u32] {
         &self.targets
     }
 
     /// `[sequences + 1]`: where each sequence's selected rows begin.
-    #[must_use]
     pub fn offsets(&self) -> &[u32] {
         &self.offsets
     }
 
     /// Brings it to where `dev` reads it, for a model of this spec and a cache of `pages` pages.
-    ///
-    /// # Errors
-    /// [`crate::Error::Memory`] if the plan has no room, [`crate::Error::Value`] if pages do not fit.
     pub fn stage<'a>(
         &'a self,
         dev: &Device,
@@ -240,9 +226,6 @@ pub struct Staged<'a> {
 
 impl<'a> Staged<'a> {
     /// Takes the room that [`Batch::stage`] takes of a scope.
-    ///
-    /// # Errors
-    /// [`crate::Error::Memory`] if the plan has no room.
     pub fn plan(dev: &Device, scope: &'a Scope<'_>, spec: &Spec, extent: Extent) -> Result<()> {
         let Device::Cuda(_) = dev else { return Ok(()) };
         let shape = spec.attention();
@@ -276,10 +259,8 @@ impl<'a> Staged<'a> {
         }
     }
 
-    /// Brings the ids of the rows of [`Batch::push_drawn`], from the tokens that a pass before drew.
-    ///
-    /// # Errors
-    /// Those of [`next_ids::forward`].
+    /// Brings the ids of the rows of [`Batch::push_drawn`], from the tokens that a pass before
+    /// drew.
     pub fn put_drawn(&mut self, dev: &Device, tokens: View<'_, u32>) -> Result<()> {
         let [rows, from] = &self.batch.drawn;
         if rows.is_empty() {
@@ -302,7 +283,6 @@ impl<'a> Staged<'a> {
     }
 
     /// What the forward pass reads.
-    #[must_use]
     pub fn rows(&self) -> Rows<'_> {
         let parts = self.words.as_ref().map(|_| (&self.parts, self.column(5)));
         let attention = Work { segments: &self.segments, pages: self.column(4), parts };
@@ -310,13 +290,11 @@ impl<'a> Staged<'a> {
     }
 
     /// Rows that a head reads.
-    #[must_use]
     pub fn selected(&self) -> View<'_, u32> {
         self.column(2)
     }
 
     /// The token that follows each selected row.
-    #[must_use]
     pub fn targets(&self) -> View<'_, u32> {
         self.column(3)
     }

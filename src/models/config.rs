@@ -23,18 +23,12 @@ pub struct Config {
 
 impl Config {
     /// Reads `dir/config.json`.
-    ///
-    /// # Errors
-    /// [`Error::Io`] or [`Error::File`] if it is missing, too large, or no JSON object.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
         Self::parse(&file::read_text(&path, LIMIT)?, path)
     }
 
     /// Parses the text of a `config.json`; `path` is for messages.
-    ///
-    /// # Errors
-    /// [`Error::File`] if it is no JSON object.
     pub fn parse(text: &str, path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
         match serde_json::from_str(text) {
@@ -45,9 +39,6 @@ impl Config {
     }
 
     /// The family and its spec, checked for sense.
-    ///
-    /// # Errors
-    /// [`Error::File`] if the family is unknown, or a key is missing, wrong or unsupported.
     pub fn spec(&self) -> Result<(&'static Family, Spec)> {
         let kind = self.text("model_type")?;
         let Some(family) = FAMILIES.iter().find(|f| f.model_type == kind) else {
@@ -84,7 +75,6 @@ impl Config {
     }
 
     /// The JSON, for saving with some keys replaced.
-    #[must_use]
     pub fn json(&self) -> &serde_json::Map<String, Value> {
         &self.json
     }
@@ -94,13 +84,11 @@ impl Config {
     }
 
     /// An error about a key.
-    #[must_use]
     pub fn wrong(&self, key: &str, want: &str, got: &dyn std::fmt::Display) -> Error {
         Error::file(&self.path, format!("`{key}` is {got}, wanted {want}"))
     }
 
     /// A setting that this version does not compute.
-    #[must_use]
     pub fn unsupported(&self, key: &str, want: &str) -> Error {
         let got = self.get(key).cloned().unwrap_or(Value::Null);
         Error::file(&self.path, format!("`{key}` = {got} is not supported, wanted {want}"))
@@ -116,43 +104,28 @@ impl Config {
     }
 
     /// A required whole number.
-    ///
-    /// # Errors
-    /// [`Error::File`] if missing or of another type.
     pub fn usize(&self, key: &str) -> Result<usize> {
         self.usize_opt(key)?.ok_or_else(|| self.missing(key))
     }
 
     /// An optional whole number; null counts as absent.
-    ///
-    /// # Errors
-    /// [`Error::File`] if of another type.
     pub fn usize_opt(&self, key: &str) -> Result<Option<usize>> {
         self.get(key).map(|v| self.read_usize(key, v)).transpose()
     }
 
     /// A number with a default.
-    ///
-    /// # Errors
-    /// [`Error::File`] if of another type.
     pub fn f64_or(&self, key: &str, default: f64) -> Result<f64> {
         let Some(v) = self.get(key) else { return Ok(default) };
         v.as_f64().ok_or_else(|| self.wrong(key, "a number", v))
     }
 
     /// A flag with a default.
-    ///
-    /// # Errors
-    /// [`Error::File`] if of another type.
     pub fn bool_or(&self, key: &str, default: bool) -> Result<bool> {
         let Some(v) = self.get(key) else { return Ok(default) };
         v.as_bool().ok_or_else(|| self.wrong(key, "true or false", v))
     }
 
     /// A flag that may be absent, else must have this value.
-    ///
-    /// # Errors
-    /// [`Error::File`] if it has another.
     pub fn must_be(&self, key: &str, want: bool) -> Result<()> {
         if self.bool_or(key, want)? == want {
             return Ok(());
@@ -160,19 +133,12 @@ impl Config {
         Err(self.unsupported(key, if want { "true" } else { "false" }))
     }
 
-    /// A required text.
-    ///
-    /// # Errors
-    /// [`Error::File`] if missing or of another type.
     pub fn text(&self, key: &str) -> Result<String> {
         let v = self.get(key).ok_or_else(|| self.missing(key))?;
         v.as_str().map(str::to_owned).ok_or_else(|| self.wrong(key, "a string", v))
     }
 
     /// `a / b`, which must be whole.
-    ///
-    /// # Errors
-    /// [`Error::File`] naming both keys.
     pub fn divide(&self, a_key: &str, a: usize, b_key: &str, b: usize) -> Result<usize> {
         if b == 0 || !a.is_multiple_of(b) {
             return Err(self.wrong(a_key, &format!("a multiple of `{b_key}` = {b}"), &a));
@@ -181,9 +147,6 @@ impl Config {
     }
 
     /// An activation by its Hugging Face name.
-    ///
-    /// # Errors
-    /// [`Error::File`] if unknown.
     pub fn activation(&self, key: &str, default: &str) -> Result<Activation> {
         let name = match self.get(key) {
             None => default.to_owned(),
@@ -195,9 +158,6 @@ impl Config {
 
     /// Rotary positions: `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling`
     /// of version 4 and before.
-    ///
-    /// # Errors
-    /// [`Error::File`] if the kind is unknown or a number is missing.
     pub fn rope(&self) -> Result<Rope> {
         let key =
             if self.get("rope_parameters").is_some() { "rope_parameters" } else { "rope_scaling" };

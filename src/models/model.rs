@@ -26,10 +26,9 @@ pub enum Head {
 /// What a model is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Use {
-    /// To compute with.
     Frozen,
-    /// To compute with now and then, for a plan: made as a frozen one, its weights then wait in host memory
-    /// ([`Model::park`]).
+    /// To compute with now and then, for a plan: made as a frozen one, its weights then wait in
+    /// host memory ([`Model::park`]).
     Parked,
     /// To be trained: where it computes in bf16, its weights are also kept in f32.
     Trained,
@@ -53,7 +52,8 @@ struct PackedBlock<T: 'static> {
     down: Packed<T>,
 }
 
-/// A transformer with its head, which computes in `T`: f32 or f64 on the CPU, bf16 on a CUDA device.
+/// A transformer with its head, which computes in `T`: f32 or f64 on the CPU, bf16 on a CUDA
+/// device.
 #[derive(Debug)]
 pub struct Model<T: Element> {
     pub(super) family: &'static Family,
@@ -73,10 +73,6 @@ pub struct Model<T: Element> {
 
 impl<T: Element> Model<T> {
     /// A model of `config` with all weights 0, to be filled through [`Model::params_mut`].
-    ///
-    /// # Errors
-    /// [`Error::File`] if the config is unknown or wrong, [`Error::Memory`] if there is no room, [`Error::Value`]
-    /// if the device has no kernels for its widths.
     pub fn zeros(dev: &Device, config: Config, head: Head, used: Use) -> Result<Self> {
         let (family, spec) = config.spec()?;
         let spec = spec.on(dev);
@@ -107,17 +103,11 @@ impl<T: Element> Model<T> {
     }
 
     /// Loads a Hugging Face folder to compute with; see [`super::load`].
-    ///
-    /// # Errors
-    /// Those of [`super::load`].
     pub fn load(dev: &Device, dir: &Path, head: Head, new_head: Option<u64>) -> Result<Self> {
         weights::load(dev, dir, head, new_head, Use::Frozen)
     }
 
     /// Loads a Hugging Face folder to train it; see [`super::load`].
-    ///
-    /// # Errors
-    /// Those of [`super::load`].
     pub fn load_trained(
         dev: &Device,
         dir: &Path,
@@ -127,48 +117,36 @@ impl<T: Element> Model<T> {
         weights::load(dev, dir, head, new_head, Use::Trained)
     }
 
-    /// The spec.
-    #[must_use]
     pub fn spec(&self) -> &Spec {
         &self.spec
     }
 
-    /// The head.
-    #[must_use]
     pub fn head(&self) -> Head {
         self.head
     }
 
-    /// The family.
-    #[must_use]
     pub fn family(&self) -> &'static Family {
         self.family
     }
 
     /// The `config.json` it came from.
-    #[must_use]
     pub fn config(&self) -> &Config {
         &self.config
     }
 
     /// The weights that it computes with.
-    #[must_use]
     pub fn params(&self) -> &Params<T> {
         &self.params
     }
 
-    /// The weights, to write, where they are no copies of others. Call [`Model::repack`] before the next
-    /// forward pass.
-    #[must_use]
+    /// The weights, to write, where they are no copies of others. Call [`Model::repack`] before the
+    /// next forward pass.
     pub fn params_mut(&mut self) -> &mut Params<T> {
         &mut self.params
     }
 
-    /// The weights that an update changes, flat: [`Model::params`] themselves, or the f32 ones that those are
-    /// rounded from.
-    ///
-    /// # Errors
-    /// [`Error::Device`] if the model is frozen on a device that rounds.
+    /// The weights that an update changes, flat: [`Model::params`] themselves, or the f32 ones that
+    /// those are rounded from.
     pub fn master(&self) -> Result<View<'_, T::Acc>> {
         match &self.master {
             Some(master) => Ok(master.flat()),
@@ -177,9 +155,6 @@ impl<T: Element> Model<T> {
     }
 
     /// What an update writes.
-    ///
-    /// # Errors
-    /// As [`Model::master`].
     pub fn master_mut(&mut self) -> Result<Master<'_, T::Acc>> {
         match &mut self.master {
             // bf16 is the one type that is rounded.
@@ -192,9 +167,6 @@ impl<T: Element> Model<T> {
     }
 
     /// Takes these for the weights of [`Model::master`].
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if they are not as many.
     pub fn set_master(&mut self, dev: &Device, weights: &[T::Acc]) -> Result<()> {
         if let Some(master) = &mut self.master {
             dev.write(master.flat_mut(), weights)?;
@@ -204,11 +176,8 @@ impl<T: Element> Model<T> {
         self.repack(dev)
     }
 
-    /// Moves the weights of a frozen model to host memory, where they wait for [`Model::visit`]. On the CPU they are
-    /// there.
-    ///
-    /// # Errors
-    /// [`Error::Device`] if the device fails.
+    /// Moves the weights of a frozen model to host memory, where they wait for [`Model::visit`]. On
+    /// the CPU they are there.
     pub fn park(&mut self, dev: &Device) -> Result<()> {
         if let (Device::Cuda(_), None) = (dev, &self.parked) {
             self.parked = Some(dev.read(self.params.flat())?);
@@ -217,10 +186,8 @@ impl<T: Element> Model<T> {
         Ok(())
     }
 
-    /// Does `work` with the model; parked weights lie in the memory of `room` meanwhile, whose numbers are lost.
-    ///
-    /// # Errors
-    /// Those of `work`, and [`Error::Memory`] if `room` is too small.
+    /// Does `work` with the model; parked weights lie in the memory of `room` meanwhile, whose
+    /// numbers are lost.
     pub fn visit<R>(
         &mut self,
         dev: &Device,
@@ -243,9 +210,6 @@ impl<T: Element> Model<T> {
     }
 
     /// The weights that it computes with, in host memory.
-    ///
-    /// # Errors
-    /// [`Error::Device`] if the device fails.
     pub fn on_host<'a>(&'a self, dev: &Device) -> Result<Cow<'a, [T]>> {
         match &self.parked {
             Some(weights) => Ok(weights.into()),
@@ -254,9 +218,6 @@ impl<T: Element> Model<T> {
     }
 
     /// Renews the packed copies after the weights changed: on the CPU; there are none elsewhere.
-    ///
-    /// # Errors
-    /// None that a caller could cause; shapes come from the layout.
     pub fn repack(&mut self, dev: &Device) -> Result<()> {
         for (l, block) in self.blocks.iter_mut().enumerate() {
             for (slot, packed) in [
@@ -278,9 +239,6 @@ impl<T: Element> Model<T> {
     /// A copy with another head: a value model from a policy or a reward model, a reference from a
     /// policy. A head of the same kind is copied; a new scalar head is drawn as
     /// [`super::load`] says.
-    ///
-    /// # Errors
-    /// [`Error::Value`] if an LM head is wanted and this model has none.
     pub fn copy_as(&self, dev: &Device, head: Head, seed: u64, used: Use) -> Result<Self> {
         let mut copy = Self::zeros(dev, self.config.clone(), head, used)?;
         for t in copy.params.layout().clone().tensors() {
@@ -341,9 +299,6 @@ impl<T: Element> Model<T> {
     }
 
     /// The matrix of the LM head `[vocab, hidden]`, and as the forward product reads it.
-    ///
-    /// # Errors
-    /// [`Error::Value`] if the head is a scalar.
     pub fn lm_head(&self, dev: &Device) -> Result<(View<'_, T>, Weight<'_, T>)> {
         if self.head != Head::Lm {
             return Err(Error::value("head", "an LM head", "a scalar head"));
@@ -356,11 +311,8 @@ impl<T: Element> Model<T> {
         }
     }
 
-    /// The LM head as [`matmul::forward`] makes logits with it: on a CUDA device with rows of 0 up to a multiple of 8,
-    /// whose logits mean nothing.
-    ///
-    /// # Errors
-    /// As [`Model::lm_head`].
+    /// The LM head as [`matmul::forward`] makes logits with it: on a CUDA device with rows of 0 up
+    /// to a multiple of 8, whose logits mean nothing.
     pub fn logit_head(&self, dev: &Device) -> Result<Weight<'_, T>> {
         let (_, head) = self.lm_head(dev)?;
         let (rows, cols) = (self.spec.vocab_room(), self.spec.hidden);
@@ -372,23 +324,19 @@ impl<T: Element> Model<T> {
     }
 
     /// Where the LM head's weight is.
-    #[must_use]
     pub fn lm_slot(&self) -> Slot {
         if self.spec.tied { Slot::Embedding } else { Slot::LmHead }
     }
 
     /// The weight of the scalar head `[hidden]`.
-    ///
-    /// # Errors
-    /// [`Error::Value`] if the head is an LM head.
     pub fn score_head(&self) -> Result<View<'_, T>> {
         let score = self.params.get(Slot::Score, None);
         score.ok_or_else(|| Error::value("head", "a scalar head", "an LM head"))
     }
 }
 
-/// Bytes that [`Model::zeros`] takes for a model of this spec, as `dev` computes it, by what they hold.
-#[must_use]
+/// Bytes that [`Model::zeros`] takes for a model of this spec, as `dev` computes it, by what they
+/// hold.
 pub fn bytes<T: Element>(
     dev: &Device,
     spec: &Spec,

@@ -44,20 +44,17 @@ pub enum Slot {
 
 impl Slot {
     /// Matrices decay, norms and biases do not (Hugging Face Trainer's groups).
-    #[must_use]
     pub fn is_matrix(self) -> bool {
         use Slot::{Down, Embedding, LmHead, Out, Positions, Qkv, Score, Up};
         matches!(self, Embedding | Positions | Qkv | Out | Up | Down | LmHead | Score)
     }
 
     /// Stored flat: norms, biases and the scalar head.
-    #[must_use]
     pub fn is_vector(self) -> bool {
         !self.is_matrix() || self == Slot::Score
     }
 
     /// Linear layers inside the block, which some families store transposed.
-    #[must_use]
     pub fn is_block_linear(self) -> bool {
         matches!(self, Slot::Qkv | Slot::Out | Slot::Up | Slot::Down)
     }
@@ -66,7 +63,6 @@ impl Slot {
 /// Where a weight lies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tensor {
-    /// What it is.
     pub slot: Slot,
     /// Its block, if it is in one.
     pub layer: Option<usize>,
@@ -79,20 +75,15 @@ pub struct Tensor {
 }
 
 impl Tensor {
-    /// Elements.
-    #[must_use]
     pub fn len(&self) -> usize {
         self.rows * self.cols
     }
 
-    /// No elements.
-    #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
     /// A name for messages and checkpoints: `Qkv.3`.
-    #[must_use]
     pub fn name(&self) -> String {
         self.layer.map_or(format!("{:?}", self.slot), |l| format!("{:?}.{l}", self.slot))
     }
@@ -111,7 +102,6 @@ pub struct Layout {
 
 impl Layout {
     /// The layout of `spec` with this head.
-    #[must_use]
     pub fn new(spec: &Spec, head: Head) -> Self {
         let h = spec.hidden;
         let layer_norm = spec.norm == Norm::Layer;
@@ -165,31 +155,25 @@ impl Layout {
     }
 
     /// All tensors, in the order of their offsets.
-    #[must_use]
     pub fn tensors(&self) -> &[Tensor] {
         &self.tensors
     }
 
     /// Elements of the flat buffer, gaps included.
-    #[must_use]
     pub fn len(&self) -> usize {
         self.len
     }
 
-    /// No tensors.
-    #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len == 0
     }
 
     /// Weights, gaps left out.
-    #[must_use]
     pub fn weights(&self) -> usize {
         self.tensors.iter().map(Tensor::len).sum()
     }
 
     /// The tensor of a slot, if the model has it.
-    #[must_use]
     pub fn find(&self, slot: Slot, layer: Option<usize>) -> Option<&Tensor> {
         let part = match layer {
             None => &self.tensors[..],
@@ -199,7 +183,6 @@ impl Layout {
     }
 
     /// The tensor that holds a flat index.
-    #[must_use]
     pub fn at(&self, index: usize) -> Option<&Tensor> {
         let i = self.tensors.partition_point(|t| t.offset <= index);
         self.tensors[..i].last().filter(|t| index < t.offset + t.len())
@@ -215,59 +198,43 @@ pub struct Params<T: 'static> {
 
 impl<T: Element> Params<T> {
     /// All 0. `what` names them in messages.
-    ///
-    /// # Errors
-    /// [`crate::Error::Memory`] if there is no room.
     pub fn zeros(dev: &Device, what: &'static str, layout: &Arc<Layout>) -> Result<Self> {
         Ok(Self { layout: layout.clone(), data: Buffer::zeros(dev, what, layout.len())? })
     }
 
     /// Sets all to 0.
-    ///
-    /// # Errors
-    /// [`crate::Error::Device`] if the device fails.
     pub fn zero(&mut self, dev: &Device) -> Result<()> {
         dev.zero(self.data.view_mut())
     }
 
-    /// The layout.
-    #[must_use]
     pub fn layout(&self) -> &Arc<Layout> {
         &self.layout
     }
 
-    /// Everything, flat.
-    #[must_use]
     pub fn flat(&self) -> View<'_, T> {
         self.data.view()
     }
 
     /// Everything, flat, to write.
-    #[must_use]
     pub fn flat_mut(&mut self) -> ViewMut<'_, T> {
         self.data.view_mut()
     }
 
-    /// One tensor.
-    #[must_use]
     pub fn tensor(&self, t: &Tensor) -> View<'_, T> {
         self.data.view().range(t.offset..t.offset + t.len())
     }
 
     /// One tensor, to write.
-    #[must_use]
     pub fn tensor_mut(&mut self, t: &Tensor) -> ViewMut<'_, T> {
         self.data.view_mut().range(t.offset..t.offset + t.len())
     }
 
     /// The weight of a slot, if the model has it.
-    #[must_use]
     pub fn get(&self, slot: Slot, layer: Option<usize>) -> Option<View<'_, T>> {
         self.layout.find(slot, layer).map(|t| self.tensor(t))
     }
 
     /// The weight of a slot, to write, if the model has it.
-    #[must_use]
     pub fn get_mut(&mut self, slot: Slot, layer: Option<usize>) -> Option<ViewMut<'_, T>> {
         let layout = self.layout.clone();
         layout.find(slot, layer).map(|t| self.tensor_mut(t))
@@ -275,7 +242,6 @@ impl<T: Element> Params<T> {
 
     /// A weight and the bias that follows it, both to write. An empty view if the model lacks the
     /// weight.
-    #[must_use]
     pub fn linear_mut(
         &mut self,
         weight: Slot,

@@ -10,13 +10,11 @@ use crate::{
 /// Normalisation before attention, before the MLP and before the head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Norm {
-    /// RMSNorm, a weight.
     Rms,
     /// LayerNorm, a weight and a bias.
     Layer,
 }
 
-/// How positions enter.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Position {
     /// A learned table added to the embedding.
@@ -25,7 +23,6 @@ pub enum Position {
     Rope(Rope),
 }
 
-/// The feed-forward part.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mlp {
     /// `down(act(up(x)))`
@@ -41,9 +38,7 @@ pub struct Spec {
     pub vocab: usize,
     /// Width of the residual stream.
     pub hidden: usize,
-    /// Blocks.
     pub layers: usize,
-    /// Query heads.
     pub q_heads: usize,
     /// Key and value heads; divides `q_heads`.
     pub kv_heads: usize,
@@ -51,13 +46,9 @@ pub struct Spec {
     pub head_dim: usize,
     /// Width inside the MLP.
     pub mlp_hidden: usize,
-    /// The longest sequence.
     pub max_positions: usize,
-    /// Kind of normalisation.
     pub norm: Norm,
-    /// Its epsilon.
     pub norm_eps: f64,
-    /// How positions enter.
     pub position: Position,
     /// Kind of feed-forward part.
     pub mlp: Mlp,
@@ -69,8 +60,8 @@ pub struct Spec {
     pub mlp_bias: bool,
     /// The LM head is the embedding.
     pub tied: bool,
-    /// Widths in files, where the spec is a CUDA device's, which may take wider ones. What is beside them is 0, and
-    /// so are its gradients.
+    /// Widths in files, where the spec is a CUDA device's, which may take wider ones. What is
+    /// beside them is 0, and so are its gradients.
     pub stored: Option<Widths>,
 }
 
@@ -85,7 +76,6 @@ pub struct Widths {
 
 impl Spec {
     /// The model as `dev` computes it: heads and MLP as wide as its kernels take them.
-    #[must_use]
     pub fn on(self, dev: &Device) -> Self {
         let stored = self.stored();
         let head_dim = attention::width(dev, stored.head_dim);
@@ -95,9 +85,6 @@ impl Spec {
     }
 
     /// Whether `dev` computes such a model, after [`Spec::on`].
-    ///
-    /// # Errors
-    /// [`Error::Value`] naming what there are no kernels for.
     pub fn check(&self, dev: &Device) -> Result<()> {
         if matmul::width(dev, self.hidden) != self.hidden {
             let what = "hidden size on a CUDA device";
@@ -106,33 +93,27 @@ impl Spec {
         attention::supported(dev, &self.attention())
     }
 
-    /// Widths in files.
-    #[must_use]
     pub fn stored(&self) -> Widths {
         let Self { head_dim, mlp_hidden, .. } = *self;
         self.stored.unwrap_or(Widths { head_dim, mlp_hidden })
     }
 
     /// Rows that there is room for in the embedding and the LM head.
-    #[must_use]
     pub fn vocab_room(&self) -> usize {
         if self.stored.is_some() { self.vocab.next_multiple_of(8) } else { self.vocab }
     }
 
     /// Columns of the fused query, key and value projection.
-    #[must_use]
     pub fn qkv_cols(&self) -> usize {
         (self.q_heads + 2 * self.kv_heads) * self.head_dim
     }
 
     /// Columns of the attention's output.
-    #[must_use]
     pub fn attention_cols(&self) -> usize {
         self.q_heads * self.head_dim
     }
 
     /// Columns of the MLP's first projection: gate and up side by side where it is gated.
-    #[must_use]
     pub fn up_cols(&self) -> usize {
         match self.mlp {
             Mlp::Plain(_) => self.mlp_hidden,
@@ -141,7 +122,6 @@ impl Spec {
     }
 
     /// The attention op's view of it; scores are divided by sqrt(head_dim), as it is in files.
-    #[must_use]
     pub fn attention(&self) -> attention::Shape {
         attention::Shape {
             q_heads: self.q_heads,
@@ -155,7 +135,6 @@ impl Spec {
 
     /// Multiply-add FLOPs of the blocks for one token forward, attention scores left out: twice
     /// the number of block weights.
-    #[must_use]
     pub fn block_flops(&self) -> f64 {
         let h = self.hidden;
         let weights = h * self.qkv_cols()
@@ -183,6 +162,5 @@ pub struct Family {
     pub transposed: bool,
     /// Endings of stored tensors that are no weights: mask buffers and the like.
     pub ignored: &'static [&'static str],
-    /// Reads the spec.
     pub spec: fn(&Config) -> Result<Spec>,
 }

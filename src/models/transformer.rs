@@ -30,7 +30,6 @@ pub struct Rows<'a> {
 /// Sizes of a forward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Extent {
-    /// Rows.
     pub rows: usize,
     /// Sequences that they are of.
     pub sequences: usize,
@@ -42,7 +41,6 @@ pub struct Extent {
 
 impl Extent {
     /// Pages of `page` positions that hold all keys and values.
-    #[must_use]
     pub fn pages(&self, page: usize) -> usize {
         match self.cached {
             0 => self.rows / page + self.sequences,
@@ -54,7 +52,6 @@ impl Extent {
 /// What a forward pass keeps for a backward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Keep {
-    /// Nothing.
     Nothing,
     /// The residual stream before each block; the backward pass computes the block again.
     Streams,
@@ -62,7 +59,6 @@ pub enum Keep {
     All,
 }
 
-/// Keys and values.
 #[derive(Debug)]
 pub struct Cache<'s, T> {
     layers: Vec<KvLayer<'s, T>>,
@@ -70,18 +66,12 @@ pub struct Cache<'s, T> {
 
 impl<'s, T: Element> Cache<'s, T> {
     /// `pages` pages for every block, to decode from.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if the plan has no room.
     pub fn new(dev: &Device, scope: &'s Scope<'_>, spec: &Spec, pages: usize) -> Result<Self> {
         Self::with_layers(dev, scope, spec, pages, spec.layers)
     }
 
     /// `pages` pages that the blocks use one after the other: enough where rows are complete
     /// sequences, as in training.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if the plan has no room.
     pub fn transient(
         dev: &Device,
         scope: &'s Scope<'_>,
@@ -148,9 +138,6 @@ pub struct Activations<'s, T: Element> {
 
 impl<'s, T: Element> Activations<'s, T> {
     /// For a pass of this extent.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if the plan has no room.
     pub fn new(
         dev: &Device,
         scope: &'s Scope<'_>,
@@ -174,7 +161,8 @@ impl<'s, T: Element> Activations<'s, T> {
                 act: scope.alloc("MLP activations", rows * spec.mlp_hidden)?,
             })
         };
-        // A row that is alone in its segment sees more than itself only if a cache has what comes before.
+        // A row that is alone in its segment sees more than itself only if a cache has what comes
+        // before.
         let (shape, alone) =
             (spec.attention(), if extent.cached > 0 { extent.sequences } else { 0 });
         let scratch = attention::forward_scratch_len(dev, &shape, alone, extent.cached);
@@ -191,7 +179,6 @@ impl<'s, T: Element> Activations<'s, T> {
 
     /// The residual stream before block `l` of a pass that kept it, `[rows, hidden]`; `l = layers`
     /// is the last one, before the final norm.
-    #[must_use]
     pub fn stream(&self, l: usize) -> Option<View<'_, T>> {
         self.x.get(l).map(Buffer::view)
     }
@@ -206,16 +193,12 @@ pub struct Selected<'s, T: Element> {
 
 impl<'s, T: Element> Selected<'s, T> {
     /// Room for `rows` rows.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if the plan has no room.
     pub fn new(scope: &'s Scope<'_>, spec: &Spec, rows: usize) -> Result<Self> {
         let x = scope.alloc("selected rows", rows * spec.hidden)?;
         Ok(Self { x, norm: Normed::new(scope, spec, rows)? })
     }
 
     /// The hidden states `[rows, hidden]`.
-    #[must_use]
     pub fn hidden(&self) -> View<'_, T> {
         self.norm.y.view()
     }
@@ -237,9 +220,6 @@ pub struct Gradients<'s, T: Element> {
 
 impl<'s, T: Element> Gradients<'s, T> {
     /// For `rows` rows of which a head reads `selected`.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if the plan has no room.
     pub fn new(scope: &'s Scope<'_>, spec: &Spec, rows: usize, selected: usize) -> Result<Self> {
         let stream = || scope.alloc("gradient of the residual stream", rows * spec.hidden);
         let scratch = match spec.norm {
@@ -263,10 +243,6 @@ impl<'s, T: Element> Gradients<'s, T> {
 impl<T: Element> Model<T> {
     /// Runs the blocks over `rows`; the residual stream stays in `acts`, new keys and values go to
     /// `cache`.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for an id or a position out of range, [`Error::Shape`] if `acts` is for
-    /// another number of rows.
     pub fn forward(
         &self,
         dev: &Device,
@@ -379,9 +355,6 @@ impl<T: Element> Model<T> {
 
     /// Takes the rows that a head reads, and normalises them. The norm works row by row, so the
     /// rows that no head reads are never normalised.
-    ///
-    /// # Errors
-    /// [`Error::Value`] if a row is out of range.
     pub fn select(
         &self,
         dev: &Device,
@@ -399,11 +372,9 @@ impl<T: Element> Model<T> {
 
     /// Adds to `grads` the gradient of all trunk weights, given `dh` `[selected, hidden]`, the
     /// gradient of the hidden states that [`Model::select`] made from `selected_rows`. The head's
-    /// own weight is the caller's. Every segment must be a whole sequence, from position 0. Where the forward pass
-    /// kept the residual stream alone, blocks are computed again, with its very bits, and `cache` is written.
-    ///
-    /// # Errors
-    /// [`Error::Shape`] if the buffers do not belong to one pass.
+    /// own weight is the caller's. Every segment must be a whole sequence, from position 0. Where
+    /// the forward pass kept the residual stream alone, blocks are computed again, with its very
+    /// bits, and `cache` is written.
     #[allow(clippy::too_many_arguments)]
     pub fn backward(
         &self,

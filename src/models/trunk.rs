@@ -18,11 +18,8 @@ pub struct Trunk<'s, T: Element> {
 }
 
 impl<'s, T: Element> Trunk<'s, T> {
-    /// Takes the room that [`Trunk::forward`] takes of a scope for a batch of `rows` rows of up to `sequences`
-    /// sequences.
-    ///
-    /// # Errors
-    /// [`crate::Error::Memory`] if the plan has no room.
+    /// Takes the room that [`Trunk::forward`] takes of a scope for a batch of `rows` rows of up to
+    /// `sequences` sequences.
     pub fn plan(
         dev: &Device,
         scope: &'s Scope<'_>,
@@ -50,9 +47,6 @@ impl<'s, T: Element> Trunk<'s, T> {
     }
 
     /// Runs the model's blocks over `batch`.
-    ///
-    /// # Errors
-    /// Those of [`Model::forward`], and [`crate::Error::Memory`] if the plan has no room.
     pub fn forward(
         dev: &Device,
         scope: &'s Scope<'_>,
@@ -74,21 +68,17 @@ impl<'s, T: Element> Trunk<'s, T> {
     }
 
     /// The hidden states that a head reads, `[selected, hidden]`.
-    #[must_use]
     pub fn hidden(&self) -> View<'_, T> {
         self.selected.hidden()
     }
 
     /// The token that follows each of them.
-    #[must_use]
     pub fn targets(&self) -> View<'_, u32> {
         self.staged.targets()
     }
 
-    /// Adds to `grads` the gradient of the model's weights but the head's, given `dh`, that of the hidden states.
-    ///
-    /// # Errors
-    /// As [`Model::backward`].
+    /// Adds to `grads` the gradient of the model's weights but the head's, given `dh`, that of the
+    /// hidden states.
     pub fn backward(
         &mut self,
         dev: &Device,

@@ -67,8 +67,8 @@ fn stored_rows(t: &Tensor, spec: &Spec) -> usize {
     }
 }
 
-/// Where the rows and columns of stored weights are in ours, which may be wider ([`Spec::stored`]). A vector is a
-/// column.
+/// Where the rows and columns of stored weights are in ours, which may be wider ([`Spec::stored`]).
+/// A vector is a column.
 struct Places {
     rows: Vec<usize>,
     cols: Vec<usize>,
@@ -168,9 +168,9 @@ fn shards(index: &Path) -> Result<Vec<String>> {
 
 /// Loads a model. Weights may be f32, f16 or bf16, with or without the family's prefix.
 ///
-/// A folder without `score.weight` has no scalar head. If one is wanted all the same, to be trained,
-/// `new_head` is the seed with which it is drawn from N(0, 1/(hidden + 1)) (Stiennon et al. 2020; the
-/// form that N+ and lm-human-preferences use: standard deviation 1/sqrt(hidden + 1)).
+/// A folder without `score.weight` has no scalar head. If one is wanted all the same, to be
+/// trained, `new_head` is the seed with which it is drawn from N(0, 1/(hidden + 1)) (Stiennon et
+/// al. 2020; the form that N+ and lm-human-preferences use: standard deviation 1/sqrt(hidden + 1)).
 ///
 /// # Errors
 /// [`Error::Io`] and [`Error::File`], naming file and tensor: missing, of the wrong shape or
@@ -288,8 +288,8 @@ fn check_sizes<T: Element>(
     Ok(())
 }
 
-/// Widens a stored tensor of the right shape into the rows `rows` of one of ours; the message says what was wanted
-/// and came.
+/// Widens a stored tensor of the right shape into the rows `rows` of one of ours; the message says
+/// what was wanted and came.
 fn copy<T: Element>(
     out: &mut [T::Acc],
     places: &Places,
@@ -407,9 +407,6 @@ fn stored<'a, T: Element, F: Float>(
 pub type Named<F> = (String, Vec<usize>, Vec<F>);
 
 /// Weights, gradients or moments under their Hugging Face names.
-///
-/// # Errors
-/// [`Error::Device`] if they cannot be read.
 pub fn named<T: Element, F: Float>(
     dev: &Device,
     model: &Model<T>,
@@ -422,7 +419,6 @@ pub fn named<T: Element, F: Float>(
 }
 
 /// Weights of a model in files.
-#[must_use]
 pub fn count<T: Element>(model: &Model<T>) -> usize {
     let size = |t: &Tensor| {
         let p = Places::of(t, &model.spec);
@@ -432,7 +428,6 @@ pub fn count<T: Element>(model: &Model<T>) -> usize {
 }
 
 /// The Hugging Face name of the tensor that holds element `i` of all weights (or gradients).
-#[must_use]
 pub fn tensor_at<T: Element>(model: &Model<T>, i: usize) -> Option<String> {
     let t = model.params.layout().at(i)?;
     let places = Places::of(t, &model.spec);
@@ -450,9 +445,6 @@ pub fn tensor_at<T: Element>(model: &Model<T>, i: usize) -> Option<String> {
 /// Writes `config.json` and `model.safetensors` into an existing folder, in the layout that
 /// `transformers` loads: a value or reward model as `AutoModelForSequenceClassification` with
 /// `score.weight`. Weights are stored as f32, whatever they were loaded from.
-///
-/// # Errors
-/// [`Error::Io`] or [`Error::File`] if a file cannot be written.
 pub fn save<T: Element>(dev: &Device, model: &Model<T>, dir: &Path) -> Result<()> {
     let path = dir.join("config.json");
     let mut text = serde_json::to_string_pretty(&Value::Object(config(model)))

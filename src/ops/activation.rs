@@ -27,7 +27,6 @@ pub enum Activation {
 
 impl Activation {
     /// The activation of a `config.json`.
-    #[must_use]
     pub fn from_hf_name(name: &str) -> Option<Self> {
         Some(match name {
             "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Self::GeluTanh,
@@ -48,8 +47,8 @@ const GRAIN: usize = 2048;
 /// Reads x, writes y.
 ///
 /// # Errors
-/// [`crate::Error::Shape`] if the lengths differ, [`crate::Error::Device`] if a buffer does not begin at
-/// a multiple of 16 bytes on a CUDA device.
+/// [`crate::Error::Shape`] if the lengths differ, [`crate::Error::Device`] if a buffer does not
+/// begin at a multiple of 16 bytes on a CUDA device.
 pub fn forward<T: Element>(
     dev: &Device,
     act: Activation,
@@ -74,9 +73,6 @@ pub fn forward<T: Element>(
 /// `dx = dy act'(x)`, elementwise.
 ///
 /// Reads both, writes dx.
-///
-/// # Errors
-/// As [`forward`].
 pub fn backward<T: Element>(
     dev: &Device,
     act: Activation,
@@ -106,9 +102,6 @@ pub fn backward<T: Element>(
 /// `[rows, cols]`.
 ///
 /// Reads `2 * rows * cols` elements, writes half as many.
-///
-/// # Errors
-/// [`crate::Error::Shape`] if `gate_up` is not twice as long as `y`.
 pub fn gated_forward<T: Element>(
     dev: &Device,
     act: Activation,
@@ -142,9 +135,6 @@ pub fn gated_forward<T: Element>(
 /// Gradients of [`gated_forward`]: `dgate = dy up act'(gate)`, `dup = dy act(gate)`, side by side.
 ///
 /// Reads `3 * rows * cols` elements, writes `2 * rows * cols`.
-///
-/// # Errors
-/// [`crate::Error::Shape`] if a buffer does not fit `dy`.
 pub fn gated_backward<T: Element>(
     dev: &Device,
     act: Activation,

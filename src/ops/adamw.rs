@@ -20,7 +20,6 @@ pub const LINE: usize = kernel::LINE;
 /// Settings of one update.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Hyper {
-    /// Step size.
     pub learning_rate: f64,
     /// Decay of the first moment.
     pub beta1: f64,
@@ -28,18 +27,14 @@ pub struct Hyper {
     pub beta2: f64,
     /// Added to the root of the second moment.
     pub epsilon: f64,
-    /// Decoupled weight decay.
     pub weight_decay: f64,
 }
 
 /// What an update changes, all of one length.
 #[derive(Debug)]
 pub struct State<'a, F> {
-    /// Weights.
     pub p: ViewMut<'a, F>,
-    /// First moment.
     pub m: ViewMut<'a, F>,
-    /// Second moment.
     pub v: ViewMut<'a, F>,
     /// The new weights, rounded: what the model computes with.
     pub copy: Option<ViewMut<'a, bf16>>,
@@ -47,13 +42,10 @@ pub struct State<'a, F> {
 
 /// Update number `t`, counted from 1, with gradient `g * scale` (`scale` clips).
 ///
-/// * `starts` `[groups]`: where each group of weights begins, in units of [`LINE`] elements, ascending from
-///   0; groups 0, 2, 4, ... decay, the others do not
+/// * `starts` `[groups]`: where each group of weights begins, in units of [`LINE`] elements,
+///   ascending from 0; groups 0, 2, 4, ... decay, the others do not
 ///
 /// Reads 4, writes 3 numbers a weight, and the copy.
-///
-/// # Errors
-/// [`Error::Shape`] if the buffers differ in length, [`Error::Value`] if `t` is 0 or there is no group.
 #[allow(clippy::too_many_arguments)]
 pub fn step<F: Float>(
     dev: &Device,

@@ -9,8 +9,9 @@
 //! Training, prefill and decoding are one code path: new keys and values are written to the cache,
 //! then each row visits the pages of its own sequence from absolute position 0. A page's
 //! contribution to a row depends on that row alone, and masked entries add exact zeros, so a row
-//! has the same bits in a batch of whole sequences, in chunks, or alone. On a CUDA device softmax starts
-//! anew each 1024 positions and is merged in ascending order, so that few long sequences keep all of it busy.
+//! has the same bits in a batch of whole sequences, in chunks, or alone. On a CUDA device softmax
+//! starts anew each 1024 positions and is merged in ascending order, so that few long sequences
+//! keep all of it busy.
 
 mod backward;
 mod cost;
@@ -37,7 +38,6 @@ pub const PAGE: usize = NR;
 pub const MAX_HEAD_DIM: usize = 256;
 
 /// `d`, or the next width of a head that kernels take on `dev`.
-#[must_use]
 pub fn width(dev: &Device, d: usize) -> usize {
     let wider = |widths: &[usize]| widths.iter().copied().find(|w| *w >= d).unwrap_or(d);
     match dev {
@@ -47,9 +47,6 @@ pub fn width(dev: &Device, d: usize) -> usize {
 }
 
 /// Whether `dev` has kernels for such a layer.
-///
-/// # Errors
-/// [`Error::Value`] naming what it lacks.
 pub fn supported(dev: &Device, shape: &Shape) -> Result<()> {
     const OP: &str = "attention";
     shape.check(OP)?;
@@ -62,7 +59,6 @@ pub fn supported(dev: &Device, shape: &Shape) -> Result<()> {
 /// What an attention layer computes.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Shape {
-    /// Heads of queries.
     pub q_heads: usize,
     /// Heads of keys and values; divides `q_heads`.
     pub kv_heads: usize,
@@ -78,13 +74,11 @@ pub struct Shape {
 
 impl Shape {
     /// Columns of a row of queries, keys and values.
-    #[must_use]
     pub fn qkv_cols(&self) -> usize {
         (self.q_heads + 2 * self.kv_heads) * self.head_dim
     }
 
     /// Positions of a page on `dev`: those of one step of attention there.
-    #[must_use]
     pub fn page(&self, dev: &Device) -> usize {
         match dev {
             Device::Cpu(_) => PAGE,
@@ -144,9 +138,6 @@ pub struct KvLayer<'s, T> {
 
 impl<'s, T: Element> KvLayer<'s, T> {
     /// Room for `pages` pages of `page` positions, which is [`Shape::page`] of the device.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if the plan has no room.
     pub fn new(scope: &'s Scope<'_>, shape: &Shape, page: usize, pages: usize) -> Result<Self> {
         let plain = shape.kv_heads * shape.head_dim * page;
         let (k, v) = if page == PAGE { (shape.k_page(), shape.v_page()) } else { (plain, plain) };
@@ -157,7 +148,6 @@ impl<'s, T: Element> KvLayer<'s, T> {
         })
     }
 
-    /// Pages.
     fn pages(&self, shape: &Shape) -> usize {
         self.k.len() / (shape.kv_heads * shape.head_dim * self.page)
     }
@@ -176,15 +166,15 @@ impl<'s, T: Element> KvLayer<'s, T> {
 pub struct Segment {
     /// Position of its first row.
     pub first: u32,
-    /// Rows.
     pub rows: u32,
     /// Its first row in the batch.
     pub at: u32,
     /// Its pages, as a range of the list of page ids: they cover positions `0 .. first + rows`.
     pub pages: Range<u32>,
-    /// The earlier segment of the batch that holds positions `0 .. first`, for several sequences that
-    /// begin with the same tokens. Whole pages of it may be in the list; the page of position `first`
-    /// is the segment's own, and [`append`] copies there what comes before, even if it has no rows yet.
+    /// The earlier segment of the batch that holds positions `0 .. first`, for several sequences
+    /// that begin with the same tokens. Whole pages of it may be in the list; the page of position
+    /// `first` is the segment's own, and [`append`] copies there what comes before, even if it has
+    /// no rows yet.
     pub prefix: Option<u32>,
 }
 
@@ -266,14 +256,16 @@ fn check_work(
 }
 
 /// Writes keys and values of new rows to their pages. `qkv` `[rows, (q_heads + 2 kv_heads)
-/// head_dim]` holds queries, keys and values side by side; with `turn`, the positions of the rows and
-/// their angles, queries and keys are turned in place before, with the bits of [`rope::forward`]. A CUDA
-/// device takes the positions from the segments, which are the same. Reads keys and values and writes them to pages; with
-/// `turn` reads and writes queries, too, and writes keys once more.
+/// head_dim]` holds queries, keys and values side by side; with `turn`, the positions of the rows
+/// and their angles, queries and keys are turned in place before, with the bits of
+/// [`rope::forward`]. A CUDA device takes the positions from the segments, which are the same.
+/// Reads keys and values and writes them to pages; with `turn` reads and writes queries, too, and
+/// writes keys once more.
 ///
 /// # Errors
 /// [`Error::Shape`] if `qkv` does not fit, [`Error::Value`] if segments or pages do not; as
-/// [`rope::forward`] for a position beyond the table, whose heads become NaN on a CUDA device instead.
+/// [`rope::forward`] for a position beyond the table, whose heads become NaN on a CUDA device
+/// instead.
 pub fn append<T: Element>(
     dev: &Device,
     kv: &mut KvLayer<'_, T>,
@@ -304,9 +296,8 @@ pub fn append<T: Element>(
     }
 }
 
-/// Elements of scratch that [`forward`] needs on `dev` for batches in which at most `singles` segments have one
-/// row, as in decoding, of sequences of at most `positions`.
-#[must_use]
+/// Elements of scratch that [`forward`] needs on `dev` for batches in which at most `singles`
+/// segments have one row, as in decoding, of sequences of at most `positions`.
 pub fn forward_scratch_len(dev: &Device, shape: &Shape, singles: usize, positions: usize) -> usize {
     match dev {
         Device::Cpu(_) => 0,
@@ -315,12 +306,9 @@ pub fn forward_scratch_len(dev: &Device, shape: &Shape, singles: usize, position
 }
 
 /// Writes `out` `[rows, q_heads head_dim]` and keeps `lse` `[rows, q_heads]`, the log-sum-exp of
-/// each row's scores, for [`backward`]. Keys and values, the rows' own included, come from
-/// `kv`. `4 head_dim` FLOPs for each query head and visible position. `scratch` has
-/// [`forward_scratch_len`] elements. Reads queries, and for each segment the keys and values that it sees, writes `out`.
-///
-/// # Errors
-/// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] if segments or pages do not.
+/// each row's scores, for `backward`. Keys and values, the rows' own included, come from `kv`. `4
+/// head_dim` FLOPs for each query head and visible position. `scratch` has [`forward_scratch_len`]
+/// elements. Reads queries, and for each segment the keys and values that it sees, writes `out`.
 #[allow(clippy::too_many_arguments)]
 pub fn forward<T: Element>(
     dev: &Device,
@@ -351,26 +339,21 @@ pub fn forward<T: Element>(
     }
 }
 
-/// Elements of scratch that [`backward`] needs for `rows` rows on any device: on the CPU a gradient of
-/// queries, keys and values by heads; on a CUDA device sums of the queries' gradient, `dout . out` of each
-/// head, and turns, which are fewer.
-#[must_use]
+/// Elements of scratch that `backward` needs for `rows` rows on any device: on the CPU a gradient
+/// of queries, keys and values by heads; on a CUDA device sums of the queries' gradient, `dout .
+/// out` of each head, and turns, which are fewer.
 pub fn backward_scratch_len(shape: &Shape, rows: usize) -> usize {
     rows * shape.qkv_cols()
 }
 
 /// Writes `dqkv` `[rows, (q_heads + 2 kv_heads) head_dim]` from `dout`, with `out` and `lse` as
 /// [`forward`] left them. Every segment must be a whole sequence, or have its prefix in the batch.
-/// `10 head_dim` FLOPs for each query head and visible position: five products, scores recomputed. Reads `dout`, `out` and
-/// `qkv`, writes `dqkv`.
+/// `10 head_dim` FLOPs for each query head and visible position: five products, scores recomputed.
+/// Reads `dout`, `out` and `qkv`, writes `dqkv`.
 ///
-/// Sums run in a fixed order: over keys ascending for a query; for a key over queries ascending and then
-/// heads of the group, on a CUDA device over tiles of queries descending. They do not depend on what else
-/// is in the batch.
-///
-/// # Errors
-/// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] if a segment starts late or segments
-/// do not cover the rows in order.
+/// Sums run in a fixed order: over keys ascending for a query; for a key over queries ascending and
+/// then heads of the group, on a CUDA device over tiles of queries descending. They do not depend
+/// on what else is in the batch.
 #[allow(clippy::too_many_arguments)]
 pub fn backward<T: Element>(
     dev: &Device,

@@ -12,13 +12,11 @@ use crate::{
 /// Sums over the pairs of a micro-batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Stats {
-    /// Pairs.
     pub pairs: f64,
     /// The loss, divided by the denominator.
     pub loss: f64,
     /// Pairs whose chosen text scores higher.
     pub right: f64,
-    /// chosen - rejected
     pub difference: f64,
     /// All scores, both of each pair.
     pub score: f64,
@@ -39,9 +37,6 @@ impl Stats {
 /// `margins` `[pairs]` or empty; `denominator` is the number of pairs of the whole optimizer step.
 ///
 /// Reads scores and margins, writes as many gradients as scores.
-///
-/// # Errors
-/// [`crate::Error::Shape`] if the columns do not fit.
 pub fn forward<F: Float>(
     dev: &Device,
     dscores: ViewMut<'_, F>,

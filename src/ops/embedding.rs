@@ -24,8 +24,8 @@ fn check_ids(op: &str, ids: &[u32], rows: usize) -> Result<()> {
 /// elements.
 ///
 /// # Errors
-/// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] for an id beyond the table; on a CUDA
-/// device its row becomes NaN instead.
+/// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] for an id beyond the table; on a
+/// CUDA device its row becomes NaN instead.
 pub fn forward<T: Element>(
     dev: &Device,
     y: ViewMut<'_, T>,
@@ -64,7 +64,6 @@ pub fn forward<T: Element>(
 }
 
 /// Elements of scratch that [`backward`] and [`scatter`] need: the order of the rows by their ids.
-#[must_use]
 pub fn scratch_len(rows: usize) -> usize {
     rows
 }
@@ -72,11 +71,12 @@ pub fn scratch_len(rows: usize) -> usize {
 /// The gradient of a table of weights: `dtable[ids[r]] += dy[r]`, rows in ascending order for each
 /// entry; in f32 with the same bits on every device.
 ///
-/// Reads dy, and the rows of `dtable` that there are ids of, which are not counted, and writes them.
+/// Reads dy, and the rows of `dtable` that there are ids of, which are not counted, and writes
+/// them.
 ///
 /// # Errors
-/// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] for an id beyond the table; on a CUDA
-/// device its row is left out instead.
+/// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] for an id beyond the table; on a
+/// CUDA device its row is left out instead.
 pub fn backward<T: Element>(
     dev: &Device,
     dtable: ViewMut<'_, T::Acc>,
@@ -89,13 +89,10 @@ pub fn backward<T: Element>(
     add_rows("embedding::backward", dev, dtable, scratch, ids, dy, cols, kernel::backward)
 }
 
-/// As [`backward`] where the table was rows of activations, whose gradient is stored as theirs: puts
-/// rows back to where [`forward`] picked them.
+/// As [`backward`] where the table was rows of activations, whose gradient is stored as theirs:
+/// puts rows back to where [`forward`] picked them.
 ///
 /// Reads dy, and reads and writes as much of `dtable`.
-///
-/// # Errors
-/// As [`backward`].
 pub fn scatter<T: Element>(
     dev: &Device,
     dtable: ViewMut<'_, T>,

@@ -10,9 +10,6 @@ use crate::{
 };
 
 /// Checks that `offsets` `[sequences + 1]` ascends from 0 to `len`.
-///
-/// # Errors
-/// [`Error::Value`] naming the first wrong offset.
 pub fn check_offsets(op: &str, offsets: &[u32], len: usize) -> Result<()> {
     let bad = offsets.windows(2).position(|w| w[0] > w[1]);
     if let Some(i) = bad {
@@ -35,9 +32,6 @@ pub fn check_offsets(op: &str, offsets: &[u32], len: usize) -> Result<()> {
 /// * `offsets` `[sequences + 1]`: where each sequence begins
 ///
 /// Reads 2, writes 2 numbers a token. On a CUDA device it waits for the offsets, to check them.
-///
-/// # Errors
-/// [`Error::Shape`] if the columns differ in length, [`Error::Value`] if offsets do not cover them.
 #[allow(clippy::too_many_arguments)]
 pub fn forward<F: Float>(
     dev: &Device,

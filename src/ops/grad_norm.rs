@@ -20,9 +20,6 @@ const GROUP: usize = kernel::GROUP;
 /// element is NaN.
 ///
 /// Reads x once.
-///
-/// # Errors
-/// [`crate::Error::Device`] if the device fails.
 pub fn norm<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Later<f64>> {
     let n = x.len();
     let _op = dev.op("grad_norm", || Work::moves::<F>(n));
@@ -60,7 +57,6 @@ pub fn norm<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Later<f64>> {
 /// The factor that brings a gradient of this norm down to `max_norm`:
 /// `min(1, max_norm / (norm + 1e-6))`, as `torch.nn.utils.clip_grad_norm_`; NaN for a norm of NaN,
 /// always 1 for a `max_norm` of 0.
-#[must_use]
 pub fn clip_scale(norm: f64, max_norm: f64) -> f64 {
     // `f64::min` would turn NaN into 1.
     let scale = max_norm / (norm + 1e-6);
@@ -70,9 +66,6 @@ pub fn clip_scale(norm: f64, max_norm: f64) -> f64 {
 /// Index of the first NaN or infinity.
 ///
 /// Reads x once.
-///
-/// # Errors
-/// As [`norm`].
 pub fn first_bad<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Later<Option<usize>>> {
     let _op = dev.op("grad_norm::first_bad", || Work::moves::<F>(x.len()));
     match dev {

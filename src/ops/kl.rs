@@ -21,7 +21,6 @@ pub enum KlEstimator {
 impl KlEstimator {
     /// The estimate of one token, in nats.
     #[inline(always)]
-    #[must_use]
     pub fn value<F: Float>(self, logp: F, reference: F) -> F {
         let d = logp - reference;
         match self {
@@ -33,7 +32,6 @@ impl KlEstimator {
 
     /// Its derivative in `logp`, the token held fixed.
     #[inline(always)]
-    #[must_use]
     pub fn slope<F: Float>(self, logp: F, reference: F) -> F {
         let d = logp - reference;
         match self {
@@ -44,13 +42,10 @@ impl KlEstimator {
     }
 }
 
-/// Writes `out = scale * k(logp, reference)` `[tokens]`, such as the penalty in the rewards, and returns the
-/// sum of the estimates `k` themselves, in nats.
+/// Writes `out = scale * k(logp, reference)` `[tokens]`, such as the penalty in the rewards, and
+/// returns the sum of the estimates `k` themselves, in nats.
 ///
 /// Reads 2, writes 1 number a token.
-///
-/// # Errors
-/// [`crate::Error::Shape`] if the columns differ in length.
 pub fn forward<F: Float>(
     dev: &Device,
     out: ViewMut<'_, F>,

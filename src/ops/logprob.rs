@@ -37,22 +37,18 @@ const WAVE: usize = 16_384;
 /// How logits are made of the products `h Wᵀ`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Settings<F> {
-    /// Divides them.
     pub temperature: F,
     /// Bounds them before: `cap tanh(x / cap)`.
     pub softcap: Option<F>,
 }
 
 impl<F: Float> Default for Settings<F> {
-    /// The products themselves.
     fn default() -> Self {
         Self::at(F::ONE)
     }
 }
 
 impl<F: Float> Settings<F> {
-    /// Without a cap.
-    #[must_use]
     pub fn at(temperature: F) -> Self {
         Self { temperature, softcap: None }
     }
@@ -85,7 +81,6 @@ impl<F: Float> Settings<F> {
 
 /// Elements of scratch that [`forward`] needs: on the CPU a chunk of logits a row, on a CUDA device
 /// four numbers a row and chunk.
-#[must_use]
 pub fn scratch_len(rows: usize, vocab: usize) -> usize {
     rows.min(WAVE) * width(vocab).max(PARTIAL * vocab.div_ceil(CHUNK))
 }
@@ -108,15 +103,16 @@ fn check_targets(op: &str, targets: &[u32], vocab: usize) -> Result<()> {
     }
 }
 
-/// Writes `logp` and `lse` `[rows]`, and `entropy` `[rows]` in nats if given, from hidden states `h`
-/// `[rows, d]`, the packed head `w` `[vocab, d]` and `targets` `[rows]`. `2 rows vocab d` FLOPs.
+/// Writes `logp` and `lse` `[rows]`, and `entropy` `[rows]` in nats if given, from hidden states
+/// `h` `[rows, d]`, the packed head `w` `[vocab, d]` and `targets` `[rows]`. `2 rows vocab d`
+/// FLOPs.
 ///
 /// Reads h and the head.
 ///
 /// # Errors
-/// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] for a temperature or a cap that is not
-/// positive, or a target beyond the vocabulary; on a CUDA device its log-prob becomes NaN instead. There
-/// [`Error::Device`] as [`super::matmul::forward`].
+/// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] for a temperature or a cap that is
+/// not positive, or a target beyond the vocabulary; on a CUDA device its log-prob becomes NaN
+/// instead. There [`Error::Device`] as [`super::matmul::forward`].
 #[allow(clippy::too_many_arguments)]
 pub fn forward<'a, T: Element>(
     dev: &Device,
@@ -161,9 +157,6 @@ pub fn forward<'a, T: Element>(
 /// [`super::matmul::forward`] made them on the CPU.
 ///
 /// Reads the logits.
-///
-/// # Errors
-/// As [`forward`].
 pub fn from_logits<T: Element>(
     dev: &Device,
     logp: ViewMut<'_, T::Acc>,
@@ -233,9 +226,8 @@ const BACKWARD_WAVE: usize = 8192;
 /// Columns of the vocabulary whose gradient it holds on a CUDA device.
 const SLICE: usize = 8192;
 
-/// Elements of scratch that [`backward`] needs: on the CPU a chunk of logits a row, on a CUDA device a slice of
-/// them in half as many bytes, and the gradient of the hidden states so far.
-#[must_use]
+/// Elements of scratch that [`backward`] needs: on the CPU a chunk of logits a row, on a CUDA
+/// device a slice of them in half as many bytes, and the gradient of the hidden states so far.
 pub fn backward_scratch_len(rows: usize, vocab: usize, d: usize) -> usize {
     rows.min(BACKWARD_WAVE) * width(vocab).max(slice(vocab) / 2 + d)
 }
@@ -250,16 +242,16 @@ fn slice(vocab: usize) -> usize {
 /// `dx_v = (dlogp (1{v = target} - p_v) - dentropy p_v (z_v - lse + entropy)) s_v / temperature`,
 /// `s_v = 1 - tanh^2(x_v / cap)`, 1 without a cap.
 ///
-/// On the CPU each element of `dw` is one chain over rows in ascending order, each of `dh` one over the
-/// vocabulary. On a CUDA device `dx` is rounded to `T`; a chain of `dw` has at most 8192 rows, one of `dh` 8192
-/// columns, and the chains are added in ascending order.
+/// On the CPU each element of `dw` is one chain over rows in ascending order, each of `dh` one over
+/// the vocabulary. On a CUDA device `dx` is rounded to `T`; a chain of `dw` has at most 8192 rows,
+/// one of `dh` 8192 columns, and the chains are added in ascending order.
 ///
 /// Reads h and the head, writes dh, reads and writes dw.
 ///
 /// # Errors
 /// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] as [`forward`], or if `dentropy`
-/// comes without `entropy`. On a CUDA device [`Error::Device`] as [`forward`], and a target beyond the
-/// vocabulary is none of its columns.
+/// comes without `entropy`. On a CUDA device [`Error::Device`] as [`forward`], and a target beyond
+/// the vocabulary is none of its columns.
 pub fn backward<T: Element>(
     dev: &Device,
     mut dh: ViewMut<'_, T>,
@@ -324,7 +316,6 @@ struct Slopes<'a, F> {
     dentropy: Option<View<'a, F>>,
 }
 
-/// Per-row outputs.
 struct Outputs<'a, F> {
     logp: ViewMut<'a, F>,
     lse: ViewMut<'a, F>,

@@ -1,13 +1,15 @@
 //! Matrix products of a linear layer, `y = x Wᵀ + b + r`, and its two gradients.
 //!
-//! On the CPU every output element is one chain of fused multiply-adds over the reduced axis in ascending
-//! order (see [`crate::device::cpu::gemm`]). On a CUDA device it is one chain of tensor core products of 16
-//! along that axis, in bf16 with f32 sums. On both a row of `y` has the same bits whatever the number of
-//! rows, threads, tiles, or the instruction set. On the CPU a weight gradient has the same bits however its
-//! rows are split into micro-batches; on a CUDA device it is the sum of the sums of each.
+//! On the CPU every output element is one chain of fused multiply-adds over the reduced axis in
+//! ascending order (see [`crate::device::cpu::gemm`]). On a CUDA device it is one chain of tensor
+//! core products of 16 along that axis, in bf16 with f32 sums. On both a row of `y` has the same
+//! bits whatever the number of rows, threads, tiles, or the instruction set. On the CPU a weight
+//! gradient has the same bits however its rows are split into micro-batches; on a CUDA device it is
+//! the sum of the sums of each.
 //!
-//! A device that was made by [`Cuda::with_cublaslt`] multiplies with NVIDIA's library instead where nothing
-//! but the product is asked for and an algorithm passed a comparison of bits over numbers of rows.
+//! A device that was made by [`Cuda::with_cublaslt`] multiplies with NVIDIA's library instead where
+//! nothing but the product is asked for and an algorithm passed a comparison of bits over numbers
+//! of rows.
 
 mod hopper;
 mod launch;
@@ -39,10 +41,6 @@ pub struct Weight<'a, T> {
 
 impl<'a, T: Element> Weight<'a, T> {
     /// A weight as it is stored, for a CUDA device.
-    ///
-    /// # Errors
-    /// [`crate::Error::Device`] on the CPU, which reads a [`Packed`] one; [`crate::Error::Shape`] if `w` is not
-    /// `n * k` long.
     pub fn rows(dev: &Device, w: View<'a, T>, (n, k): (usize, usize)) -> Result<Self> {
         if let Device::Cpu(_) = dev {
             let reason = "it reads packed weights, not rows".into();
@@ -52,20 +50,15 @@ impl<'a, T: Element> Weight<'a, T> {
         Ok(Self { data: w, n, k })
     }
 
-    /// Outputs.
-    #[must_use]
     pub fn n(&self) -> usize {
         self.n
     }
 
-    /// Inputs.
-    #[must_use]
     pub fn k(&self) -> usize {
         self.k
     }
 
     /// Panels, to multiply by a part of them; `[n, k]` on a CUDA device.
-    #[must_use]
     pub fn view(&self) -> View<'a, T> {
         self.data
     }
@@ -77,8 +70,8 @@ impl<'a, T: Element> From<&'a Packed<T>> for Weight<'a, T> {
     }
 }
 
-/// Gets ready to multiply by weights `[n, k]` on this device: cuBLASLt's algorithms are chosen here, where the
-/// device may use it, since choosing takes memory.
+/// Gets ready to multiply by weights `[n, k]` on this device: cuBLASLt's algorithms are chosen
+/// here, where the device may use it, since choosing takes memory.
 ///
 /// # Errors
 /// [`crate::Error::Value`] if `k` is no multiple of 8 on a CUDA device.
@@ -104,8 +97,8 @@ impl<T: Element> Packed<T> {
     /// Room for a weight of `n` outputs and `k` inputs.
     ///
     /// # Errors
-    /// [`crate::Error::Memory`] if there is no room, [`crate::Error::Value`] if `k` is no multiple of 8 on a
-    /// CUDA device.
+    /// [`crate::Error::Memory`] if there is no room, [`crate::Error::Value`] if `k` is no multiple
+    /// of 8 on a CUDA device.
     pub fn new(dev: &Device, n: usize, k: usize) -> Result<Self> {
         prepare::<T>(dev, n, k)?;
         Ok(Self { data: Buffer::new(dev, "a packed weight", Self::len(dev, n, k))?, n, k })
@@ -119,27 +112,19 @@ impl<T: Element> Packed<T> {
     }
 
     /// Bytes that it takes.
-    #[must_use]
     pub fn bytes(dev: &Device, n: usize, k: usize) -> usize {
         Self::len(dev, n, k).saturating_mul(size_of::<T>())
     }
 
-    /// Outputs.
-    #[must_use]
     pub fn n(&self) -> usize {
         self.n
     }
 
-    /// Inputs.
-    #[must_use]
     pub fn k(&self) -> usize {
         self.k
     }
 
     /// Copies `w` `[n, k]` in.
-    ///
-    /// # Errors
-    /// [`crate::Error::Shape`] if `w` is not `n * k` long.
     pub fn pack(&mut self, dev: &Device, w: View<'_, T>) -> Result<()> {
         shape::check("matmul::pack", "w", &[self.n, self.k], w.len())?;
         let _op = dev.op("matmul::pack", || Work::moves::<T>(2 * self.n * self.k));
@@ -157,7 +142,8 @@ impl<T: Element> Packed<T> {
 /// Its products in a profile.
 const LT: &str = "cublaslt";
 
-/// cuBLASLt's algorithm for a weight, where the device may use it and it has one whose rows do not see their batch.
+/// cuBLASLt's algorithm for a weight, where the device may use it and it has one whose rows do not
+/// see their batch.
 fn pinned<T: Element>(cuda: &Cuda, of: Of, n: usize, k: usize) -> Result<Option<(&Lt, Algorithm)>> {
     match cuda.provider() {
         Some(lt) if T::NAME == half::bf16::NAME => Ok(lt.pinned(of, n, k)?.map(|a| (lt, a))),
@@ -177,7 +163,6 @@ fn eights(op: &str, n: usize, k: usize) -> Result<()> {
 }
 
 /// `n`, or the next number of outputs or inputs that weights may have on `dev`.
-#[must_use]
 pub fn width(dev: &Device, n: usize) -> usize {
     match dev {
         Device::Cpu(_) => n,
@@ -185,15 +170,18 @@ pub fn width(dev: &Device, n: usize) -> usize {
     }
 }
 
-/// `y = x Wᵀ (+ bias) (+ residual)`: `x` `[m, k]`, `y` and `residual` `[m, n]`, `bias` `[n]`. `2 m n k` FLOPs.
+/// `y = x Wᵀ (+ bias) (+ residual)`: `x` `[m, k]`, `y` and `residual` `[m, n]`, `bias` `[n]`. `2 m
+/// n k` FLOPs.
 ///
-/// Bias and residual are added to the f32 sum, in this order; on the CPU each with one more rounding.
+/// Bias and residual are added to the f32 sum, in this order; on the CPU each with one more
+/// rounding.
 ///
 /// Reads x, the weight and the residual, writes y.
 ///
 /// # Errors
-/// [`crate::Error::Shape`] if a buffer does not fit; on a CUDA device [`crate::Error::Device`] if one does not
-/// begin at a multiple of 16 bytes, or there is no kernel for its type: there are those for bf16.
+/// [`crate::Error::Shape`] if a buffer does not fit; on a CUDA device [`crate::Error::Device`] if
+/// one does not begin at a multiple of 16 bytes, or there is no kernel for its type: there are
+/// those for bf16.
 pub fn forward<'a, T: Element>(
     dev: &Device,
     mut y: ViewMut<'_, T>,
@@ -242,18 +230,14 @@ pub fn forward<'a, T: Element>(
 /// An activation after a product, with or without a gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct After {
-    /// The function.
     pub act: Activation,
     /// Whether the product's first half of columns are gates for the second: `act(gate) * partner`.
     pub gated: bool,
 }
 
-/// `up = x Wᵀ (+ bias)` and `y = act(up)`, or `act(gate) * partner` of its halves: `x` `[m, k]`, `up` `[m, n]`,
-/// `y` `[m, n]` or `[m, n / 2]`. The bits are those of [`forward`] and the activation in turn, unless [`forward`]
-/// multiplies with cuBLASLt.
-///
-/// # Errors
-/// As [`forward`].
+/// `up = x Wᵀ (+ bias)` and `y = act(up)`, or `act(gate) * partner` of its halves: `x` `[m, k]`,
+/// `up` `[m, n]`, `y` `[m, n]` or `[m, n / 2]`. The bits are those of [`forward`] and the
+/// activation in turn, unless [`forward`] multiplies with cuBLASLt.
 #[allow(clippy::too_many_arguments)]
 pub fn activated<'a, T: Element>(
     dev: &Device,
@@ -293,9 +277,6 @@ pub fn activated<'a, T: Element>(
 /// `dx = dy W`: `dy` `[m, n]`, `w` `[n, k]`, `dx` `[m, k]`. `2 m n k` FLOPs.
 ///
 /// Reads dy and w, writes dx.
-///
-/// # Errors
-/// As [`forward`].
 pub fn backward_input<T: Element>(
     dev: &Device,
     dx: ViewMut<'_, T>,
@@ -327,13 +308,10 @@ pub fn backward_input<T: Element>(
     }
 }
 
-/// `dw += dyᵀ x` and `dbias += sum_rows dy`: `dy` `[m, n]`, `x` `[m, k]`, `dw` `[n, k]`,
-/// `dbias` `[n]`. The sums run over rows in ascending order, on the CPU continuing from what is there.
+/// `dw += dyᵀ x` and `dbias += sum_rows dy`: `dy` `[m, n]`, `x` `[m, k]`, `dw` `[n, k]`, `dbias`
+/// `[n]`. The sums run over rows in ascending order, on the CPU continuing from what is there.
 ///
 /// Reads dy and x, reads and writes dw.
-///
-/// # Errors
-/// As [`forward`].
 pub fn backward_weight<T: Element>(
     dev: &Device,
     dw: ViewMut<'_, T::Acc>,

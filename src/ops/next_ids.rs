@@ -1,5 +1,5 @@
-//! Ids of a pass that were drawn by the pass before, and go from one to the other on the device: so the next pass is
-//! queued before the host has read them.
+//! Ids of a pass that were drawn by the pass before, and go from one to the other on the device: so
+//! the next pass is queued before the host has read them.
 
 use crate::{
     device::{
@@ -10,14 +10,15 @@ use crate::{
     shape,
 };
 
-/// `ids[rows[i]] = tokens[from[i]]`: `ids` `[all]`, `rows` and `from` `[count]`, no row twice, `tokens` `[drawn]`. The
-/// other ids stay.
+/// `ids[rows[i]] = tokens[from[i]]`: `ids` `[all]`, `rows` and `from` `[count]`, no row twice,
+/// `tokens` `[drawn]`. The other ids stay.
 ///
 /// Reads `rows`, `from` and as many tokens, writes as many ids.
 ///
 /// # Errors
-/// [`Error::Shape`] if `rows` and `from` differ in length, [`Error::Value`] for a row beyond the ids or a source beyond
-/// the tokens; on a CUDA device such a row is left out, and the id of such a source is `u32::MAX`, which no table has.
+/// [`Error::Shape`] if `rows` and `from` differ in length, [`Error::Value`] for a row beyond the
+/// ids or a source beyond the tokens; on a CUDA device such a row is left out, and the id of such a
+/// source is `u32::MAX`, which no table has.
 pub fn forward(
     dev: &Device,
     ids: ViewMut<'_, u32>,

@@ -10,9 +10,6 @@ use crate::{
 /// `-sum weights logp / denominator`. `denominator` is the weight of the whole optimizer step.
 ///
 /// Reads 2, writes 1 number a token.
-///
-/// # Errors
-/// [`crate::Error::Shape`] if the columns differ in length.
 pub fn forward<F: Float>(
     dev: &Device,
     dlogp: ViewMut<'_, F>,

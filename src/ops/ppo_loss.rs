@@ -15,9 +15,7 @@ use crate::{
 /// The loss of a KL term.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct KlTerm {
-    /// Its weight.
     pub coef: f64,
-    /// The estimator.
     pub estimator: KlEstimator,
     /// Weights each estimate by `rho` (importance sampling), so that the expected gradient is that
     /// of the KL itself, the score-function part included. Without it, k1 has a gradient of mean 0
@@ -25,7 +23,6 @@ pub struct KlTerm {
     pub unbiased: bool,
 }
 
-/// The settings.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Settings {
     /// Clip below `1 - clip_low` (0.2 in TRL, OpenRLHF, verl).
@@ -43,7 +40,6 @@ pub struct Settings {
 /// Columns of a micro-batch, `[tokens]` each.
 #[derive(Clone, Copy, Debug)]
 pub struct Tokens<'a, F> {
-    /// Log-prob now.
     pub logp: View<'a, F>,
     /// Log-prob when it was sampled.
     pub old_logp: View<'a, F>,
@@ -51,22 +47,18 @@ pub struct Tokens<'a, F> {
     pub ref_logp: Option<View<'a, F>>,
     /// Entropy of the prediction; read with an entropy bonus.
     pub entropy: Option<View<'a, F>>,
-    /// Advantage.
     pub advantages: View<'a, F>,
 }
 
 /// Sums over the tokens of a micro-batch; add them up and divide by `tokens`.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Stats {
-    /// Tokens.
     pub tokens: f64,
     /// The whole loss, already divided by the denominator.
     pub loss: f64,
-    /// Clipped policy term.
     pub policy: f64,
     /// KL estimates of the KL term, without its coefficient.
     pub kl: f64,
-    /// Entropies.
     pub entropy: f64,
     /// Tokens whose ratio is below the range and whose clipped branch is the loss.
     pub clipped_low: f64,
@@ -76,7 +68,6 @@ pub struct Stats {
     pub dual_clipped: f64,
     /// `(rho - 1) - log rho`: k3 of old against new.
     pub approx_kl: f64,
-    /// Largest |log rho|.
     pub max_log_ratio: f64,
 }
 
@@ -97,16 +88,14 @@ impl Stats {
     }
 }
 
-/// Writes d loss / d logp, and d loss / d entropy if there is a column for it, and returns the sums.
-/// Every token's loss is divided by `denominator`, the token count of the whole optimizer step.
+/// Writes d loss / d logp, and d loss / d entropy if there is a column for it, and returns the
+/// sums. Every token's loss is divided by `denominator`, the token count of the whole optimizer
+/// step.
 ///
 /// At a tie of the two branches outside the clip range the gradient is that of PyTorch's
 /// `torch.max`: half of each; inside the range both are the same.
 ///
 /// Reads logp, old_logp, advantages and what else is there, writes one or two columns.
-///
-/// # Errors
-/// [`crate::Error::Shape`] if the columns differ in length or one that is needed is missing.
 pub fn policy<F: Float>(
     dev: &Device,
     dlogp: ViewMut<'_, F>,

@@ -12,8 +12,8 @@ use crate::{
 /// `y += x`, elementwise, in f32 with the same bits on every device. Reads both, writes `y`.
 ///
 /// # Errors
-/// [`crate::Error::Shape`] if the lengths differ, [`crate::Error::Device`] if a buffer does not begin at
-/// a multiple of 16 bytes on a CUDA device.
+/// [`crate::Error::Shape`] if the lengths differ, [`crate::Error::Device`] if a buffer does not
+/// begin at a multiple of 16 bytes on a CUDA device.
 pub fn add<T: Element>(dev: &Device, y: ViewMut<'_, T>, x: View<'_, T>) -> Result<()> {
     shape::check("residual", "y", &[x.len()], y.len())?;
     let _op = dev.op("residual", || Work::moves::<T>(3 * x.len()));

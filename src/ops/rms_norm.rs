@@ -17,10 +17,6 @@ use crate::{
 /// * `x` `[rows, cols]`, `w` `[cols]`; `rows` is `rstd.len()`
 ///
 /// Reads x, writes y: `2 * rows * cols` elements.
-///
-/// # Errors
-/// [`crate::Error::Shape`] if a buffer does not fit `rows` x `cols`, [`crate::Error::Value`] if the CUDA
-/// kernel does not take `cols`.
 pub fn forward<T: Element>(
     dev: &Device,
     y: ViewMut<'_, T>,
@@ -55,15 +51,12 @@ pub fn forward<T: Element>(
     }
 }
 
-/// `x += r`, then [`forward`] of the sum, in one pass: the end of a residual branch and the norm that begins the
-/// next. The bits are those of the two ops in turn.
+/// `x += r`, then [`forward`] of the sum, in one pass: the end of a residual branch and the norm
+/// that begins the next. The bits are those of the two ops in turn.
 ///
 /// * `x`, `r` `[rows, cols]`
 ///
 /// Reads x and r, writes x and y: `4 * rows * cols` elements.
-///
-/// # Errors
-/// As [`forward`].
 pub fn add_forward<T: Element>(
     dev: &Device,
     y: ViewMut<'_, T>,
@@ -94,20 +87,17 @@ pub fn add_forward<T: Element>(
 }
 
 /// Elements of scratch that [`backward`] needs: sums of `dw` over parts of the rows.
-#[must_use]
 pub fn scratch_len(rows: usize, cols: usize) -> usize {
     rows.div_ceil(kernel::SHARE) * cols
 }
 
-/// Writes `dx` `[rows, cols]`, or adds to it where `add` says so, as to the gradient of a residual stream;
-/// adds to `dw` `[cols]`, in an order that depends on `rows` only; on the CPU in ascending row order.
+/// Writes `dx` `[rows, cols]`, or adds to it where `add` says so, as to the gradient of a residual
+/// stream; adds to `dw` `[cols]`, in an order that depends on `rows` only; on the CPU in ascending
+/// row order.
 ///
 /// `dx = rstd * (dy*w - x * rstd² * mean_c(dy*w*x))`, `dw += sum_r dy * x * rstd`
 ///
 /// Reads dy and x, writes dx: `3 * rows * cols` elements, with `add` reads dx, too.
-///
-/// # Errors
-/// As [`forward`], and [`crate::Error::Shape`] if `scratch` is too short.
 #[allow(clippy::too_many_arguments)]
 pub fn backward<T: Element>(
     dev: &Device,

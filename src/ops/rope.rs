@@ -14,10 +14,7 @@ use crate::{
 #[derive(Clone, Debug, PartialEq)]
 pub enum Rope {
     /// `inv_freq[i] = theta^(-2i/d)`
-    Plain {
-        /// The base.
-        theta: f64,
-    },
+    Plain { theta: f64 },
     /// Llama 3.1: wavelengths longer than `original_max_position / low_freq_factor` are stretched
     /// by `factor`, those shorter than `original_max_position / high_freq_factor` are kept, with a
     /// linear blend between.
@@ -33,7 +30,6 @@ pub enum Rope {
 
 impl Rope {
     /// The angle per position of each of the `head_dim / 2` pairs.
-    #[must_use]
     pub fn inv_freq(&self, head_dim: usize) -> Vec<f64> {
         let (Self::Plain { theta } | Self::Llama3 { theta, .. }) = self;
         let plain = (0..head_dim / 2).map(|i| libm::pow(*theta, -2.0 * i as f64 / head_dim as f64));
@@ -69,18 +65,12 @@ pub struct Table<F: 'static> {
 
 impl<F: Float> Table<F> {
     /// For heads of `head_dim` and positions below `positions`.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if there is no room.
     pub fn new(dev: &Device, rope: &Rope, head_dim: usize, positions: usize) -> Result<Self> {
         Self::wide(dev, rope, (head_dim, head_dim), positions)
     }
 
-    /// For heads of `head_dim` that lie in wider ones: the first half of each at the beginning of a half of
-    /// `width`. What is beside them is not turned.
-    ///
-    /// # Errors
-    /// As [`Table::new`].
+    /// For heads of `head_dim` that lie in wider ones: the first half of each at the beginning of a
+    /// half of `width`. What is beside them is not turned.
     pub fn wide(
         dev: &Device,
         rope: &Rope,
@@ -124,7 +114,8 @@ impl<F: Float> Table<F> {
 }
 
 /// Turns the first `heads` heads of each row of `x` `[rows, row_len]` in place, by the angle of
-/// `positions[row]`; in f32 with the same bits on every device. 3 FLOPs an element, which is read and written.
+/// `positions[row]`; in f32 with the same bits on every device. 3 FLOPs an element, which is read
+/// and written.
 ///
 /// # Errors
 /// [`Error::Shape`] if the heads do not fit the row or the table, [`Error::Value`] for a position
@@ -143,9 +134,6 @@ pub fn forward<T: Element>(
 }
 
 /// The gradient of [`forward`], in place: the turn back.
-///
-/// # Errors
-/// As [`forward`].
 pub fn backward<T: Element>(
     dev: &Device,
     dx: ViewMut<'_, T>,

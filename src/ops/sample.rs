@@ -1,11 +1,12 @@
 //! Choosing the next token: temperature, top-k, top-p, min-p, in the order of Hugging Face.
 //!
 //! One uniform number a row, addressed by (seed, step, sample, position), inverts the cumulative
-//! distribution in ascending id order over the kept tokens. Weights are summed as integers, exactly: a
-//! sum of 50,000 f32 weights in f32 drifts by the weight of many tokens. The log-prob that is recorded for a
-//! sampled token ([`super::logprob::from_logits`]) is that of the full distribution at this
-//! temperature, before top-k, top-p and min-p: so the first PPO ratio is exactly 1 under any
-//! filter, and the ratio compares full distributions, of which a filter only chose the sample.
+//! distribution in ascending id order over the kept tokens. Weights are summed as integers,
+//! exactly: a sum of 50,000 f32 weights in f32 drifts by the weight of many tokens. The log-prob
+//! that is recorded for a sampled token ([`super::logprob::from_logits`]) is that of the full
+//! distribution at this temperature, before top-k, top-p and min-p: so the first PPO ratio is
+//! exactly 1 under any filter, and the ratio compares full distributions, of which a filter only
+//! chose the sample.
 
 use crate::{
     device::{
@@ -18,7 +19,6 @@ use crate::{
     shape, simd,
 };
 
-/// How to choose.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Params {
     /// Divides the logits; 0 takes the largest (the lowest id among equals).
@@ -39,16 +39,10 @@ impl Default for Params {
 }
 
 impl Params {
-    /// Greedy decoding.
-    #[must_use]
     pub fn greedy() -> Self {
         Self { temperature: 0.0, ..Self::default() }
     }
 
-    /// Checks the ranges.
-    ///
-    /// # Errors
-    /// [`Error::Value`] naming the parameter.
     pub fn validate(&self) -> Result<()> {
         for (what, ok, want, got) in [
             (
@@ -68,7 +62,6 @@ impl Params {
     }
 
     /// Whether some tokens are kept from being drawn.
-    #[must_use]
     pub fn filters(&self) -> bool {
         self.top_k > 0 || self.top_p < 1.0 || self.min_p > 0.0
     }
@@ -83,7 +76,6 @@ const MAX_VOCAB: usize = 1 << 19;
 /// Logits `[rows, vocab]`, or the first `vocab` of each row.
 #[derive(Clone, Copy, Debug)]
 pub struct Logits<'a, T> {
-    /// All rows.
     pub z: View<'a, T>,
     /// Logits of a row that count; all where there is no number.
     pub vocab: Option<usize>,
@@ -96,7 +88,6 @@ impl<'a, T> From<View<'a, T>> for Logits<'a, T> {
 }
 
 /// Elements of scratch that [`next`] needs.
-#[must_use]
 pub fn scratch_len(rows: usize, vocab: usize) -> usize {
     2 * rows * vocab
 }
@@ -105,9 +96,6 @@ pub fn scratch_len(rows: usize, vocab: usize) -> usize {
 /// `samples[r]` at `positions[r]`. In f32 the tokens are the same on every device.
 ///
 /// Reads logits; `scratch` stays in the cache.
-///
-/// # Errors
-/// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] if a parameter is out of range.
 #[allow(clippy::too_many_arguments)]
 pub fn next<'a, T: Element>(
     dev: &Device,
@@ -196,9 +184,6 @@ pub fn next<'a, T: Element>(
 /// The distribution that [`next`] draws from: `probs` `[vocab]` from `logits` `[vocab]`.
 ///
 /// Reads and writes `vocab` numbers.
-///
-/// # Errors
-/// [`Error::Shape`] if the lengths differ, [`Error::Value`] if a parameter is out of range.
 pub fn probabilities<F: Float>(
     dev: &Device,
     probs: &mut [F],
@@ -258,7 +243,8 @@ fn filter<F: Float>(p: &mut [F], sorted: &mut [F], params: &Params) {
             dropped += units(&sorted[cut]);
         }
         let least = sorted[cut - 1];
-        // Of tokens that tie with the last kept one, as many stay as the count says, lowest ids first.
+        // Of tokens that tie with the last kept one, as many stay as the count says, lowest ids
+        // first.
         let above = sorted.partition_point(|x| *x > least);
         let mut ties = cut - above;
         keep(p, |x| {
@@ -284,7 +270,8 @@ fn units<F: Float>(x: &F) -> u64 {
     (x.f64() * UNIT) as u64
 }
 
-/// The first id at which the cumulative weight exceeds the share `u` of the whole; 0 for a row of NaN.
+/// The first id at which the cumulative weight exceeds the share `u` of the whole; 0 for a row of
+/// NaN.
 fn pick<F: Float>(p: &[F], u: f32) -> u32 {
     let total: u64 = p.iter().map(units).sum();
     // Below the total, as `u` is below 1 by more than an f64 rounds.

@@ -10,13 +10,14 @@ use crate::{
     shape, simd,
 };
 
-/// Writes `y` `[rows]` from `h` `[rows, d]` and `w` `[d]`; sums in an order that depends on `d` only.
+/// Writes `y` `[rows]` from `h` `[rows, d]` and `w` `[d]`; sums in an order that depends on `d`
+/// only.
 ///
 /// `2 * rows * d` FLOPs. Reads `rows * d` elements.
 ///
 /// # Errors
-/// [`crate::Error::Shape`] if `h` is not `rows * d` long; on a CUDA device [`crate::Error::Device`] if `h` or `w`
-/// does not begin at a multiple of 16 bytes.
+/// [`crate::Error::Shape`] if `h` is not `rows * d` long; on a CUDA device [`crate::Error::Device`]
+/// if `h` or `w` does not begin at a multiple of 16 bytes.
 pub fn forward<T: Element>(
     dev: &Device,
     y: ViewMut<'_, T::Acc>,
@@ -43,13 +44,10 @@ pub fn forward<T: Element>(
     }
 }
 
-/// Writes `dh[r] = dy[r] w` `[rows, d]` and adds `sum_r dy[r] h[r]` to `dw` `[d]`, in an order that depends on
-/// `rows` only; on the CPU rows in ascending order.
+/// Writes `dh[r] = dy[r] w` `[rows, d]` and adds `sum_r dy[r] h[r]` to `dw` `[d]`, in an order that
+/// depends on `rows` only; on the CPU rows in ascending order.
 ///
 /// `3 * rows * d` FLOPs. Reads and writes `2 * rows * d` elements.
-///
-/// # Errors
-/// As [`forward`].
 pub fn backward<T: Element>(
     dev: &Device,
     dh: ViewMut<'_, T>,

@@ -10,11 +10,9 @@ use crate::{
 /// Sums over the tokens of a micro-batch.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Stats {
-    /// Tokens.
     pub tokens: f64,
     /// The loss, with coefficient and denominator.
     pub loss: f64,
-    /// Values.
     pub value: f64,
     /// Tokens whose clipped branch is the loss.
     pub clipped: f64,
@@ -38,9 +36,6 @@ impl Stats {
 /// first term.
 ///
 /// Reads 3, writes 1 number a token.
-///
-/// # Errors
-/// [`crate::Error::Shape`] if the columns differ in length.
 #[allow(clippy::too_many_arguments)]
 pub fn forward<F: Float>(
     dev: &Device,

@@ -9,7 +9,6 @@ use crate::{
     error::Result,
 };
 
-/// Which variance.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Variance {
     /// Divided by n (N+ details, OpenRLHF).
@@ -21,9 +20,7 @@ pub enum Variance {
 /// Count, mean and sum of squared deviations.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Moments {
-    /// Numbers seen.
     pub count: f64,
-    /// Their mean.
     pub mean: f64,
     /// Sum of their squared deviations from it.
     pub squares: f64,
@@ -33,9 +30,6 @@ impl Moments {
     /// The moments of a column in f64, as exact as in two passes; on the CPU in two.
     ///
     /// Reads x once.
-    ///
-    /// # Errors
-    /// [`crate::Error::Device`] if the device fails.
     pub fn of<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Self> {
         let n = x.len();
         if n == 0 {
@@ -64,7 +58,6 @@ impl Moments {
     }
 
     /// The variance; 0 where it is not defined.
-    #[must_use]
     pub fn variance(&self, kind: Variance) -> f64 {
         let n = match kind {
             Variance::Biased => self.count,
@@ -78,9 +71,6 @@ impl Moments {
 /// (`eps` = 1e-8 in TRL, verl and OpenRLHF.)
 ///
 /// Reads and writes x.
-///
-/// # Errors
-/// [`crate::Error::Device`] if the device fails.
 pub fn apply<F: Float>(
     dev: &Device,
     x: ViewMut<'_, F>,

@@ -2,12 +2,13 @@
 //!
 //! Sequences join and leave the batch as slots free up; because no row sees its batch and every
 //! draw is addressed by (seed, step, sample, position), neither the order nor the number of slots
-//! changes a token or a bit of its log-prob. Samples of one prompt share the pages that it fills: they are
-//! computed once, and on a CUDA device read once for all of them.
+//! changes a token or a bit of its log-prob. Samples of one prompt share the pages that it fills:
+//! they are computed once, and on a CUDA device read once for all of them.
 //!
-//! A pass takes its tokens from where the one before drew them. So on a CUDA device it is queued before the host has
-//! read those, and the device need not wait for the host. A sequence that drew a stop id then has a row in one pass
-//! more, whose token nobody keeps, and gives its slot away one pass later.
+//! A pass takes its tokens from where the one before drew them. So on a CUDA device it is queued
+//! before the host has read those, and the device need not wait for the host. A sequence that drew
+//! a stop id then has a row in one pass more, whose token nobody keeps, and gives its slot away one
+//! pass later.
 
 use std::collections::VecDeque;
 
@@ -23,7 +24,6 @@ use crate::{
     rng::Stream,
 };
 
-/// What to continue.
 #[derive(Clone, Debug)]
 pub struct Prompt {
     /// Names the sample in the random stream; two samples of one prompt differ here.
@@ -32,10 +32,8 @@ pub struct Prompt {
     pub ids: Vec<u32>,
 }
 
-/// How to continue.
 #[derive(Clone, Debug)]
 pub struct Settings {
-    /// Temperature and filters.
     pub sampling: sample::Params,
     /// The most tokens that are added.
     pub max_new_tokens: usize,
@@ -45,7 +43,6 @@ pub struct Settings {
     pub stream: Stream,
 }
 
-/// A finished sample.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Completion<F> {
     /// As in its prompt.
@@ -80,8 +77,8 @@ struct Queued<F> {
     logp: Later<Vec<F>>,
 }
 
-/// Passes that are queued when the host reads one: on a CUDA device one, so that the device goes on meanwhile. The CPU
-/// has nobody to wait for, and computes no row in vain.
+/// Passes that are queued when the host reads one: on a CUDA device one, so that the device goes on
+/// meanwhile. The CPU has nobody to wait for, and computes no row in vain.
 fn ahead(dev: &Device) -> usize {
     match dev {
         Device::Cpu(_) => 0,
@@ -102,7 +99,6 @@ pub struct Generator {
 
 impl Generator {
     /// Sizes that hold `prompts` with at most `rows` rows a pass.
-    #[must_use]
     pub fn for_prompts(prompts: &[Prompt], max_new: usize, slots: usize, rows: usize) -> Self {
         let longest = prompts.iter().map(|p| p.ids.len()).max().unwrap_or(1);
         let slots = slots.min(prompts.len()).max(1);
@@ -110,9 +106,6 @@ impl Generator {
     }
 
     /// Bytes that [`Generator::run`] needs of an arena to draw so.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if the sizes overflow.
     pub fn plan<T: Element>(
         &self,
         dev: &Device,
@@ -141,11 +134,8 @@ impl Generator {
     }
 
     /// Continues every prompt; completions come in the order of the prompts. `progress` hears the
-    /// number of new tokens of each pass that has any, and may stop the generation by returning false: then there
-    /// are none.
-    ///
-    /// # Errors
-    /// [`Error::Value`] for no slot, an empty or too long prompt or an id out of range.
+    /// number of new tokens of each pass that has any, and may stop the generation by returning
+    /// false: then there are none.
     pub fn run<T: Element>(
         &self,
         dev: &Device,
@@ -227,8 +217,8 @@ impl Generator {
         Ok(())
     }
 
-    /// Queues a forward pass that draws one new token for each live sequence. To a profile it is a prefill if a prompt
-    /// is in it.
+    /// Queues a forward pass that draws one new token for each live sequence. To a profile it is a
+    /// prefill if a prompt is in it.
     #[allow(clippy::too_many_arguments)]
     fn queue<T: Element>(
         &self,
@@ -284,7 +274,6 @@ impl<F> Completion<F> {
 /// Who has a row in the next pass, and who waits for a slot.
 struct Slots {
     live: Vec<Live>,
-    /// Indices of prompts.
     waiting: VecDeque<usize>,
     pages: Pages,
 }
@@ -333,8 +322,8 @@ impl Slots {
         self.leave(|s| s.len - s.prompt == most);
     }
 
-    /// Gives slots and pages away. A pass that is queued may still read and write the pages, but who gets them has rows
-    /// in later passes only, and the device runs one after the other.
+    /// Gives slots and pages away. A pass that is queued may still read and write the pages, but
+    /// who gets them has rows in later passes only, and the device runs one after the other.
     fn leave(&mut self, gone: impl Fn(&Live) -> bool) {
         let left = self.live.extract_if(.., |s| gone(s));
         left.for_each(|s| self.pages.release(&s));
@@ -367,8 +356,9 @@ impl Pages {
         }
     }
 
-    /// Gives `to`, of the same prompt as `from`, the pages that it fills, and says how many tokens they hold; one at
-    /// least is left to be computed. Beyond them `from` may write, be it in a row in vain.
+    /// Gives `to`, of the same prompt as `from`, the pages that it fills, and says how many tokens
+    /// they hold; one at least is left to be computed. Beyond them `from` may write, be it in a row
+    /// in vain.
     fn share(&mut self, from: &Live, to: &mut Live) -> usize {
         let whole = (to.prompt - 1) / self.page;
         to.pages.extend_from_slice(&from.pages[..whole]);
@@ -403,8 +393,8 @@ struct Pass<'s, T: Element> {
 /// Rows whose logits are held.
 const WAVE: usize = 64;
 
-/// Whether tokens are drawn as their logits are made. On the CPU drawing from whole rows of logits is faster: it needs one
-/// random number a row, not one a token.
+/// Whether tokens are drawn as their logits are made. On the CPU drawing from whole rows of logits
+/// is faster: it needs one random number a row, not one a token.
 fn fused(dev: &Device, sampling: &sample::Params) -> bool {
     matches!(dev, Device::Cuda(_)) && (sampling.temperature == 0.0 || !sampling.filters())
 }

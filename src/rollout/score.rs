@@ -23,15 +23,11 @@ pub struct Scorer {
 
 impl Scorer {
     /// Sizes for sequences of these lengths: enough rows to keep a CPU busy, little memory.
-    #[must_use]
     pub fn for_lengths(lens: impl Iterator<Item = usize>) -> Self {
         Self { rows: lens.max().unwrap_or(1).max(2048), sequences: 256 }
     }
 
     /// Bytes that a pass needs of an arena.
-    ///
-    /// # Errors
-    /// [`crate::Error::Memory`] if the sizes overflow.
     pub fn plan<T: Element>(&self, dev: &Device, spec: &Spec, head: Head) -> Result<usize> {
         let Self { rows, sequences } = *self;
         Arena::plan(|scope| {
@@ -41,7 +37,6 @@ impl Scorer {
     }
 
     /// Groups of consecutive sequences that fit one pass each.
-    #[must_use]
     pub fn groups(&self, lens: impl Iterator<Item = usize>) -> Vec<Range<usize>> {
         let mut groups: Vec<Range<usize>> = Vec::new();
         let mut used = 0;
@@ -62,10 +57,6 @@ impl Scorer {
 
     /// Log-prob of each selected row's target at `temperature`, in the order of the batch, and the
     /// entropy of the distribution it was drawn from if asked for; both are appended.
-    ///
-    /// # Errors
-    /// [`crate::Error::Value`] for ids out of range, [`crate::Error::Memory`] if the plan has no
-    /// room.
     pub fn logprobs<T: Element>(
         &self,
         dev: &Device,
@@ -100,9 +91,6 @@ impl Scorer {
     }
 
     /// The scalar head at each selected row: values, or rewards if the last rows are selected.
-    ///
-    /// # Errors
-    /// As [`Scorer::logprobs`].
     pub fn scalars<T: Element>(
         &self,
         dev: &Device,
@@ -122,9 +110,6 @@ impl Scorer {
 }
 
 /// The score of each sequence at its last token.
-///
-/// # Errors
-/// As [`Scorer::logprobs`].
 pub fn last_scores<T: Element>(
     dev: &Device,
     model: &Model<T>,
@@ -144,7 +129,6 @@ pub fn last_scores<T: Element>(
 
 /// What a head makes of a batch.
 struct Outputs<'s, F: Element> {
-    /// Log-probs or scalars.
     y: Buffer<'s, F>,
     lse: Buffer<'s, F>,
     entropy: Buffer<'s, F>,

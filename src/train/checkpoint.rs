@@ -2,10 +2,10 @@
 //!
 //! A checkpoint is the folder `step-N` with one safetensors file per group of tensors, `state.json`
 //! and `manifest.json`, which names the SHA-256 of every file and every tensor and of itself.
-//! [`save`] writes all of it into `step-N.tmp-*`, syncs each file and the folder, renames the folder
-//! and syncs its parent, so a folder called `step-N` is complete. There is no pointer to the newest
-//! one that could be stale: [`load_newest`] takes the newest whose manifest verifies. An older one
-//! is deleted only after the new one was read back, and at least two good ones stay.
+//! [`save`] writes all of it into `step-N.tmp-*`, syncs each file and the folder, renames the
+//! folder and syncs its parent, so a folder called `step-N` is complete. There is no pointer to the
+//! newest one that could be stale: [`load_newest`] takes the newest whose manifest verifies. An
+//! older one is deleted only after the new one was read back, and at least two good ones stay.
 
 mod format;
 mod verify;
@@ -29,7 +29,6 @@ pub use verify::{Loaded, TensorInfo, load};
 pub struct Saved {
     /// The folder of the checkpoint.
     pub path: PathBuf,
-    /// Its size.
     pub bytes: u64,
     /// What went wrong after the checkpoint was safe: an older one that could not be deleted.
     pub problems: Vec<Error>,
@@ -38,9 +37,7 @@ pub struct Saved {
 /// A committed checkpoint folder; not verified yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Entry {
-    /// The optimizer step.
     pub step: u64,
-    /// The folder.
     pub path: PathBuf,
     /// It was replaced by a later save of the same step and waits for deletion.
     pub replaced: bool,
@@ -59,9 +56,6 @@ fn names(storage: &dyn Storage, dir: &Path) -> Result<Vec<String>> {
 }
 
 /// The committed checkpoints under `dir`, newest first. A folder that does not exist has none.
-///
-/// # Errors
-/// [`Error::Io`] if the folder cannot be listed.
 pub fn list(storage: &dyn Storage, dir: &Path) -> Result<Vec<Entry>> {
     let entry = |name: String| {
         let (step, replaced) = match name.strip_prefix("step-")?.split_once('.') {
@@ -82,9 +76,6 @@ pub fn list(storage: &dyn Storage, dir: &Path) -> Result<Vec<Entry>> {
 /// another trainer's unfinished checkpoint looks the same.
 ///
 /// Returns the folders removed.
-///
-/// # Errors
-/// [`Error::Io`].
 pub fn clean(storage: &dyn Storage, dir: &Path) -> Result<Vec<PathBuf>> {
     let mut removed = Vec::new();
     for name in names(storage, dir)? {
@@ -129,7 +120,8 @@ pub fn load_newest(storage: &dyn Storage, dir: &Path) -> Result<Option<Loaded>> 
 ///
 /// * `dir`: the folder of all checkpoints of the run; made if it is missing
 /// * `keep`: good checkpoints to keep, this one included; fewer than 2 counts as 2
-/// * `tensors`: those in host memory are written in place; others are brought one at a time, when they are written
+/// * `tensors`: those in host memory are written in place; others are brought one at a time, when
+///   they are written
 /// * `state`: all else that a resumed run needs
 ///
 /// After `Ok` the checkpoint survives a loss of power. After an error the one before it does, and

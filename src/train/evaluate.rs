@@ -5,9 +5,6 @@ use crate::{algorithms::Metrics, device::Element, error::Result, ops::bradley_te
 
 impl<T: Element<Acc = f32>> Trainer<T> {
     /// Loss, and accuracy of a reward model, on the held-out data.
-    ///
-    /// # Errors
-    /// Those of the passes.
     pub fn evaluate(&mut self) -> Result<Metrics> {
         let Some(held_out) = &self.job.held_out else { return Ok(Metrics::new()) };
         let _phase = self.dev.span("evaluate");

@@ -16,9 +16,6 @@ pub struct Events<W: Write> {
 impl<W: Write> Events<W> {
     /// Begins a file. `time` is in seconds since 1970, here and below. With `resume_after`,
     /// TensorBoard forgets what earlier files of the folder say about later steps.
-    ///
-    /// # Errors
-    /// Those of `out`.
     pub fn new(out: W, time: f64, resume_after: Option<u64>) -> io::Result<Self> {
         let mut events = Self { out };
         events.record(&Message::default().double(1, time).bytes(3, b"brain.Event:2"))?;
@@ -32,9 +29,6 @@ impl<W: Write> Events<W> {
     }
 
     /// The scalars of a step, as one event; written before it returns.
-    ///
-    /// # Errors
-    /// Those of the writer.
     pub fn scalars(&mut self, time: f64, step: u64, values: &[(&str, f64)]) -> io::Result<()> {
         let value = |summary: Message, (tag, x): &(&str, f64)| {
             let value = Message::default().bytes(1, tag.as_bytes()).float(2, *x as f32);
@@ -45,9 +39,6 @@ impl<W: Write> Events<W> {
     }
 
     /// A text, shown as Markdown.
-    ///
-    /// # Errors
-    /// Those of the writer.
     pub fn text(&mut self, time: f64, step: u64, tag: &str, text: &str) -> io::Result<()> {
         // a string tensor (dtype 7) of shape [1], for the plugin "text"
         let shape = Message::default().message(2, &Message::default().varint(1, 1));

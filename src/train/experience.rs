@@ -1,4 +1,5 @@
-//! Where a step's samples come from: prompts continued by the policy, and judged by the other models.
+//! Where a step's samples come from: prompts continued by the policy, and judged by the other
+//! models.
 
 use std::{ops::Range, time::Instant};
 
@@ -136,8 +137,8 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     }
 }
 
-/// Property 9 for what a step is made of, before clipping hides a bad number or whitening spreads it
-/// over all samples.
+/// Property 9 for what a step is made of, before clipping hides a bad number or whitening spreads
+/// it over all samples.
 fn check_columns(dev: &Device, c: &Columns<f32>, step: u64) -> Result<()> {
     for (what, x) in [
         ("the sampled log-prob", &c.old_logp),

@@ -12,15 +12,12 @@ use crate::{
 /// A sequence of a step and the tokens that are predicted in it.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Sequence {
-    /// Its tokens.
     pub ids: Vec<u32>,
     /// Positions of predicted tokens, ascending.
     pub predicted: Vec<Range<usize>>,
 }
 
 impl Sequence {
-    /// Predicted tokens.
-    #[must_use]
     pub fn tokens(&self) -> usize {
         self.predicted.iter().map(Range::len).sum()
     }
@@ -39,9 +36,6 @@ pub enum Examples {
 
 impl Examples {
     /// Loads files for `inputs`.
-    ///
-    /// # Errors
-    /// Those of [`data::read`], and [`crate::Error::Data`] naming a record that does not fit.
     pub fn load(
         files: &[String],
         inputs: &Inputs,
@@ -75,8 +69,6 @@ impl Examples {
         Ok((this, stats))
     }
 
-    /// Examples.
-    #[must_use]
     pub fn len(&self) -> usize {
         match self {
             Self::Texts(x) => x.len(),
@@ -85,14 +77,11 @@ impl Examples {
         }
     }
 
-    /// No examples.
-    #[must_use]
     pub fn is_empty(&self) -> bool {
         self.len() == 0
     }
 
     /// Tokens of the longest.
-    #[must_use]
     pub fn longest(&self) -> usize {
         let longest = match self {
             Self::Texts(x) => x.iter().map(|t| t.ids.len()).max(),
@@ -103,7 +92,6 @@ impl Examples {
     }
 
     /// SHA-256 of all that is learned: tokens, which of them, margins.
-    #[must_use]
     pub fn digest(&self) -> String {
         match self {
             Self::Texts(x) => {
@@ -123,7 +111,6 @@ impl Examples {
 
     /// Where each sequence came from that [`Examples::sequences`] makes of an example; for prompts,
     /// where the prompt did.
-    #[must_use]
     pub fn places(&self, example: usize) -> Vec<&Place> {
         match self {
             Self::Texts(x) => vec![&x[example].place],
@@ -134,7 +121,6 @@ impl Examples {
 
     /// The sequences and columns of the given examples; `None` for prompts, which must be
     /// continued first. `base` numbers the samples.
-    #[must_use]
     pub fn sequences(&self, chosen: &[usize], base: u64) -> Option<(Vec<Sequence>, Columns<f32>)> {
         let mut columns = Columns { offsets: vec![0], ..Columns::default() };
         let mut sequences = Vec::new();
@@ -170,7 +156,6 @@ impl Examples {
 }
 
 /// The order of a run's examples.
-#[must_use]
 pub fn order(examples: &Examples, s: &Settings) -> Order {
     Order::new(examples.len(), s.seed, s.shuffle)
 }

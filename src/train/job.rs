@@ -21,9 +21,7 @@ use crate::{
 pub struct Job {
     /// What it is told.
     pub settings: Settings,
-    /// What it does.
     pub algorithm: Box<dyn Algorithm>,
-    /// What that needs.
     pub needs: Needs,
     /// The model that it is given.
     pub spec: Spec,
@@ -37,18 +35,13 @@ pub struct Job {
     pub examples: Examples,
     /// What it is evaluated on.
     pub held_out: Option<Examples>,
-    /// Of the examples.
     pub stats: Stats,
-    /// Optimizer steps.
     pub steps: u64,
     /// Sizes of its passes.
     pub work: Work,
 }
 
 /// Tokens that a text or a prompt of this run may have.
-///
-/// # Errors
-/// [`Error::Config`] if none are left beside the sample.
 pub fn max_length(s: &Settings, needs: &Needs, spec: &Spec) -> Result<usize> {
     let room = match s.max_length {
         0 => spec.max_positions,
@@ -65,9 +58,6 @@ pub fn max_length(s: &Settings, needs: &Needs, spec: &Spec) -> Result<usize> {
 }
 
 /// Of the model that a run is given, and of its reward model.
-///
-/// # Errors
-/// [`Error::File`] if a config is missing or wrong.
 pub fn specs(s: &Settings, needs: &Needs) -> Result<(Spec, Option<Spec>)> {
     let spec = |dir: &Path| Config::read(dir)?.spec().map(|(_, spec)| spec);
     let judge = plan::sampling(needs).and_then(|s| s.reward_model.as_ref());
@@ -76,9 +66,6 @@ pub fn specs(s: &Settings, needs: &Needs) -> Result<(Spec, Option<Spec>)> {
 
 impl Job {
     /// Reads config, tokenizer and data.
-    ///
-    /// # Errors
-    /// Those of the parts, naming file and key.
     pub fn new(settings: Settings, algorithm: Box<dyn Algorithm>) -> Result<Self> {
         settings.validate()?;
         let needs = algorithm.needs();
@@ -145,9 +132,6 @@ impl Job {
     }
 
     /// Its memory on `dev`, with models that compute in `T`.
-    ///
-    /// # Errors
-    /// As [`Plan::new`].
     pub fn plan<T: Element>(&self, dev: &Device) -> Result<Plan> {
         let specs = (&self.spec, self.judge.as_ref());
         Plan::new::<T>(dev, &self.settings, &self.needs, &self.work, specs)

@@ -51,7 +51,6 @@ impl Lock {
     }
 
     /// The process that died with the lock in its hands, if one did.
-    #[must_use]
     pub fn taken_over(&self) -> Option<u32> {
         self.taken_over
     }

@@ -27,9 +27,6 @@ impl Metrics {
     ///
     /// `resumed` is the step of the checkpoint that was loaded: later lines are cut, so that the
     /// file becomes that of a run without interruption. `None` starts a new file.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
     pub fn open(dir: &Path, resumed: Option<u64>) -> Result<Self> {
         let path = dir.join("metrics.jsonl");
         let keep = match resumed {
@@ -48,9 +45,6 @@ impl Metrics {
     ///
     /// A line is `{"step": 5, "loss": 0.25, "kl": null, "not_finite": {"kl": "NaN"}}`: JSON has no
     /// NaN and no infinity, so such values are null and named. Steps may not decrease.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
     pub fn log(&mut self, step: u64, values: &[(&str, f64)]) -> Result<()> {
         let mut line = Map::new();
         line.insert("step".into(), step.into());
@@ -71,9 +65,6 @@ impl Metrics {
     }
 
     /// Shows a text in TensorBoard: a sample of the rollout, the configuration.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
     pub fn text(&mut self, step: u64, tag: &str, text: &str) -> Result<()> {
         let text = self.events.text(now(), step, tag, text);
         text.map_err(Error::io("write", &self.events_path))
@@ -81,9 +72,6 @@ impl Metrics {
 
     /// Waits until the lines are on the disk. Call it before a checkpoint is saved: then a crash
     /// cannot lose a line of a step that the checkpoint contains.
-    ///
-    /// # Errors
-    /// [`Error::Io`].
     pub fn sync(&mut self) -> Result<()> {
         self.lines.sync_data().map_err(Error::io("sync", &self.path))
     }

@@ -16,15 +16,11 @@ use crate::{
 pub struct Sizes {
     /// Rows, the token budget.
     pub rows: usize,
-    /// Sequences.
     pub sequences: usize,
 }
 
 impl Sizes {
     /// Bytes that a training pass of this size needs of an arena, with the columns of its loss.
-    ///
-    /// # Errors
-    /// [`crate::Error::Memory`] if the sizes overflow.
     pub fn plan<T: Element>(
         &self,
         dev: &Device,
@@ -128,9 +124,6 @@ pub struct PolicyColumns<'a, F> {
 
 /// A language model: log-probs of the batch's targets at `temperature`, `loss`, and the gradient
 /// of all weights added to `grads`.
-///
-/// # Errors
-/// Those of the ops and of `loss`.
 #[allow(clippy::too_many_arguments)]
 pub fn policy<T: Element>(
     dev: &Device,
@@ -185,9 +178,6 @@ pub fn policy<T: Element>(
 
 /// A scalar model: its head at each selected row, `loss(y, dy)`, and the gradient of all weights
 /// added to `grads`.
-///
-/// # Errors
-/// Those of the ops and of `loss`.
 pub fn scalar<T: Element>(
     dev: &Device,
     model: &Model<T>,

@@ -1,5 +1,6 @@
-//! What a run takes of a device's memory, known before it takes any: models and optimizers for the whole run, and one
-//! arena that its phases share in time. [`Trainer`](super::Trainer) takes what is written here.
+//! What a run takes of a device's memory, known before it takes any: models and optimizers for the
+//! whole run, and one arena that its phases share in time. [`Trainer`](super::Trainer) takes what
+//! is written here.
 
 use super::{
     pass::{How, Sizes},
@@ -21,7 +22,6 @@ pub struct Work {
     pub unit: usize,
     /// Tokens of the longest sequence, prompt and sample together.
     pub longest: usize,
-    /// Of a micro-batch.
     pub sizes: Sizes,
     /// Sequences that are sampled at once.
     slots: usize,
@@ -29,7 +29,6 @@ pub struct Work {
 
 impl Work {
     /// Of a run whose longest sequence, without what is sampled, has `longest` tokens.
-    #[must_use]
     pub fn new(s: &Settings, needs: &Needs, longest: usize) -> Self {
         let unit = if needs.inputs == Inputs::Pairs { 2 } else { 1 };
         let sampling = sampling(needs);
@@ -42,13 +41,10 @@ impl Work {
     }
 
     /// Of a scoring pass: as long as a micro-batch.
-    #[must_use]
     pub fn scorer(&self) -> Scorer {
         Scorer { rows: self.sizes.rows, sequences: self.sizes.sequences }
     }
 
-    /// Of sampling.
-    #[must_use]
     pub fn generator(&self) -> Generator {
         let rows = self.sizes.rows.max(self.slots);
         Generator { slots: self.slots, max_len: self.longest, rows }
@@ -56,7 +52,6 @@ impl Work {
 }
 
 /// How samples are made, if the algorithm samples.
-#[must_use]
 pub fn sampling(needs: &Needs) -> Option<&Sampling> {
     match &needs.inputs {
         Inputs::Prompts(sampling) => Some(sampling),
@@ -65,14 +60,12 @@ pub fn sampling(needs: &Needs) -> Option<&Sampling> {
 }
 
 /// How the passes of a model with this head are made.
-#[must_use]
 pub fn how(s: &Settings, needs: &Needs, head: Head) -> How {
     How { entropy: head == Head::Lm && needs.entropy, recompute: s.recompute }
 }
 
-/// How a model that is not trained is kept: parked if it is asked for, and fits the memory of the policy's gradients.
-/// Specs are the device's.
-#[must_use]
+/// How a model that is not trained is kept: parked if it is asked for, and fits the memory of the
+/// policy's gradients. Specs are the device's.
 pub fn frozen<T: Element>(
     dev: &Device,
     s: &Settings,
@@ -94,25 +87,20 @@ pub struct Part {
     pub role: &'static str,
     /// `weights`, `gradients` and so on.
     pub what: &'static str,
-    /// Bytes.
     pub bytes: usize,
 }
 
 /// Memory of a run.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Plan {
-    /// What stays.
     pub parts: Vec<Part>,
     /// What each phase needs of the arena.
     pub phases: Vec<(String, usize)>,
 }
 
 impl Plan {
-    /// Of a run on `dev` with models that compute in `T`: `policy` is the model that it is given, `judge` the reward
-    /// model that scores samples.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if the sizes overflow, [`Error::Value`] if the device does not compute such a model.
+    /// Of a run on `dev` with models that compute in `T`: `policy` is the model that it is given,
+    /// `judge` the reward model that scores samples.
     pub fn new<T: Element>(
         dev: &Device,
         s: &Settings,
@@ -193,28 +181,21 @@ impl Plan {
     }
 
     /// Bytes for the whole run.
-    #[must_use]
     pub fn fixed(&self) -> usize {
         self.parts.iter().map(|p| p.bytes).sum()
     }
 
     /// Bytes of the arena: those of the largest phase.
-    #[must_use]
     pub fn shared(&self) -> usize {
         self.phases.iter().map(|p| p.1).max().unwrap_or(0)
     }
 
     /// Refuses what the device has no room for.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] with all that the run takes and what is free.
     pub fn fits(&self, dev: &Device) -> Result<()> {
         let (want, Some(have)) = (self.total(), dev.free_memory()?) else { return Ok(()) };
         if want <= have { Ok(()) } else { Err(Error::Memory { what: "the run", want, have }) }
     }
 
-    /// All bytes.
-    #[must_use]
     pub fn total(&self) -> usize {
         self.fixed().saturating_add(self.shared())
     }

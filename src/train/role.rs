@@ -20,11 +20,8 @@ pub struct Role<T: Element> {
     pub model: Model<T>,
     /// Gradients of the present step.
     pub grads: Params<T::Acc>,
-    /// First moments.
     pub m: Params<T::Acc>,
-    /// Second moments.
     pub v: Params<T::Acc>,
-    /// Updates so far.
     pub updates: u64,
     /// Which weights decay, as [`adamw::step`] wants it.
     groups: Buffer<'static, u32>,
@@ -32,9 +29,6 @@ pub struct Role<T: Element> {
 
 impl<T: Element> Role<T> {
     /// A model at the start of its training.
-    ///
-    /// # Errors
-    /// [`Error::Memory`] if there is no room for gradients and moments.
     pub fn new(dev: &Device, name: &'static str, model: Model<T>) -> Result<Self> {
         let layout = model.params().layout().clone();
         let zeros = |what| Params::zeros(dev, what, &layout);
@@ -43,18 +37,11 @@ impl<T: Element> Role<T> {
         Ok(Self { name, grads, m, v, model, updates: 0, groups })
     }
 
-    /// Forgets the gradients.
-    ///
-    /// # Errors
-    /// [`Error::Device`] if the device fails.
     pub fn zero_grads(&mut self, dev: &Device) -> Result<()> {
         self.grads.zero(dev)
     }
 
     /// Norm of all gradients, for [`Role::known`].
-    ///
-    /// # Errors
-    /// [`Error::Device`] if the device fails.
     pub fn gradient_norm(&self, dev: &Device) -> Result<Later<f64>> {
         grad_norm::norm(dev, self.grads.flat())
     }
@@ -68,11 +55,8 @@ impl<T: Element> Role<T> {
         if norm.is_finite() { Ok(norm) } else { Err(self.bad(dev, "gradient", norm, step)) }
     }
 
-    /// Clips the gradients, whose norm is `norm`, updates the weights and renews what is derived from
-    /// them. Returns the first weight that is not finite any more, for [`Role::healthy`].
-    ///
-    /// # Errors
-    /// [`Error::Device`] if the device fails.
+    /// Clips the gradients, whose norm is `norm`, updates the weights and renews what is derived
+    /// from them. Returns the first weight that is not finite any more, for [`Role::healthy`].
     pub fn update(
         &mut self,
         dev: &Device,
@@ -110,8 +94,8 @@ impl<T: Element> Role<T> {
         }
     }
 
-    /// An error about the first gradient or weight that is not finite; `whole` is for finite numbers
-    /// whose squares overflow: they have no first culprit.
+    /// An error about the first gradient or weight that is not finite; `whole` is for finite
+    /// numbers whose squares overflow: they have no first culprit.
     fn bad(&self, dev: &Device, what: &str, whole: f64, step: u64) -> Error {
         let find = || {
             let all = if what == "gradient" { self.grads.flat() } else { self.model.master()? };
@@ -131,7 +115,6 @@ impl<T: Element> Role<T> {
 }
 
 /// Bytes that [`Role::new`] takes, beside the model's, by what they hold.
-#[must_use]
 pub fn bytes<T: Element>(spec: &Spec, head: Head) -> [(&'static str, usize); 3] {
     let layout = Layout::new(spec, head);
     let each = layout.len() * size_of::<T::Acc>();

@@ -15,7 +15,6 @@ use crate::{
     rollout::{Completion, Prompt},
 };
 
-/// One sample.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Rollout {
     step: u64,
@@ -33,7 +32,6 @@ pub struct Rollout {
 
 impl Rollout {
     /// A sample as the sampler made it.
-    #[must_use]
     pub fn new(step: u64, prompt: &Prompt, c: &Completion<f32>) -> Self {
         Self {
             step,
@@ -102,9 +100,6 @@ impl Rollout {
 }
 
 /// Writes the records of a step to `dir/step-N.jsonl`, over what an abandoned attempt left.
-///
-/// # Errors
-/// [`Error::Io`] if the file cannot be written.
 pub fn write(dir: &Path, step: u64, rollouts: &[Rollout]) -> Result<()> {
     std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
     let path = dir.join(format!("step-{step}.jsonl"));

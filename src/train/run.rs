@@ -40,10 +40,11 @@ const COMPANIONS: &[&str] = &[
     "merges.txt",
 ];
 
-/// Trains, or goes on with the run that is in `settings.out`; returns the folder of the final model.
+/// Trains, or goes on with the run that is in `settings.out`; returns the folder of the final
+/// model.
 ///
-/// The folder holds `run.json`, `config.toml`, `metrics.jsonl`, `timing.jsonl`, TensorBoard event files,
-/// `rollouts/step-N.jsonl`, `checkpoints/step-N/` and at the end `final/`.
+/// The folder holds `run.json`, `config.toml`, `metrics.jsonl`, `timing.jsonl`, TensorBoard event
+/// files, `rollouts/step-N.jsonl`, `checkpoints/step-N/` and at the end `final/`.
 ///
 /// # Errors
 /// [`Error::Interrupted`] after SIGINT or SIGTERM, with the state committed; [`Error::Locked`] if
@@ -61,9 +62,6 @@ pub fn run(
 }
 
 /// [`run`] on a device that is there, whatever the settings name.
-///
-/// # Errors
-/// As [`run`].
 pub fn run_on(
     dev: &Device,
     entry: &Entry,
@@ -88,8 +86,8 @@ fn run_in<T: Element<Acc = f32>>(
     seen: &mut dyn Observer,
 ) -> Result<PathBuf> {
     let out = PathBuf::from(&settings.out);
-    // A folder that is there may be another trainer's, which is asked before models take memory; one
-    // that is not there is made once the run is known to be possible.
+    // A folder that is there may be another trainer's, which is asked before models take memory;
+    // one that is not there is made once the run is known to be possible.
     let early = out.is_dir().then(|| Lock::acquire(&out)).transpose()?;
     signals::install()?;
     let loading = dev.span("load");
@@ -219,8 +217,8 @@ impl<T: Element<Acc = f32>> Run<T> {
         t.step == t.job.steps && self.exports().all(|(_, dir)| dir.is_dir())
     }
 
-    /// Checks that the disk has room for the checkpoints and models that the run will leave, so that
-    /// a run of days does not find out at its end.
+    /// Checks that the disk has room for the checkpoints and models that the run will leave, so
+    /// that a run of days does not find out at its end.
     fn pre_flight(&self) -> Result<()> {
         let t = &self.trainer;
         let numbers: u64 =
@@ -354,7 +352,8 @@ impl<T: Element<Acc = f32>> Run<T> {
     }
 }
 
-/// SHA-256 of the weights and specs of the models that are given to a run; all others are made from them.
+/// SHA-256 of the weights and specs of the models that are given to a run; all others are made from
+/// them.
 fn hashes<T: Element<Acc = f32>>(t: &Trainer<T>) -> Result<Vec<(&'static str, String)>> {
     let roles = t.policy.iter().chain(&t.scalar).filter(|r| r.name != "value");
     let trained = roles.map(|r| (r.name, &r.model));

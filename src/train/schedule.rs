@@ -7,7 +7,6 @@ use super::settings::Schedule;
 /// Warm-up: `step / warmup`. Then constant 1; linear `(steps - step) / (steps - warmup)`; cosine
 /// `(1 + cos(pi progress)) / 2` with `progress = (step - warmup) / (steps - warmup)`. With a floor
 /// `min_ratio` the last two run from 1 to it.
-#[must_use]
 pub fn factor(schedule: Schedule, step: u64, steps: u64, warmup: u64, min_ratio: f64) -> f64 {
     if step < warmup {
         return step as f64 / warmup.max(1) as f64;

@@ -19,14 +19,15 @@ crate::settings! {
         pub eval_every: u64 = 0,
         /// Folder of the run: metrics, rollouts, checkpoints, the final model.
         pub out: String = "run".into(),
-        /// auto (a GPU if there is one, else the CPU), cpu, cuda, cuda:N; sim or sim:hopper, for tests.
+        /// auto (a GPU if there is one, else the CPU), cpu, cuda, cuda:N; sim or sim:hopper, for
+        /// tests.
         pub device: String = "auto".into(),
         /// Threads of the CPU device; 0 takes all cores. Changes no bit of the result.
         pub threads: usize = 0 => "at most 1024" if |n| *n <= 1024,
         /// Seed of everything that is drawn.
         pub seed: u64 = 0,
-        /// Sequences (for reward: pairs) of an optimizer step (Hugging Face Trainer: 8 a device; InstructGPT,
-        /// N+ and OpenRLHF use 32 to 512).
+        /// Sequences (for reward: pairs) of an optimizer step (Hugging Face Trainer: 8 a device;
+        /// InstructGPT, N+ and OpenRLHF use 32 to 512).
         pub batch_size: usize = 32 => "from 1 to 1000000" if |n| (1..=1_000_000).contains(n),
         /// Optimizer steps; 0 counts `epochs` instead.
         pub steps: u64 = 0,
@@ -54,17 +55,21 @@ crate::settings! {
         pub epsilon: f64 = 1e-8 => "above 0" if |e| *e > 0.0 && e.is_finite(),
         /// Gradients are scaled down to this norm; 0 is off (Hugging Face Trainer: 1).
         pub max_grad_norm: f64 = 1.0 => "0 or more" if |n| *n >= 0.0 && n.is_finite(),
-        /// Tokens of a micro-batch: bounds memory, changes no mean (our own; enough rows to fill a CPU).
+        /// Tokens of a micro-batch: bounds memory, changes no mean (our own; enough rows to fill a
+        /// CPU).
         pub micro_batch_tokens: usize = 2048
             => "from 1 to 100000000" if |n| (1..=100_000_000).contains(n),
-        /// Keep only the residual stream of a micro-batch and compute each block again in the backward pass: a
-        /// third more work, much less memory, the same bits (Hugging Face: gradient_checkpointing, off).
+        /// Keep only the residual stream of a micro-batch and compute each block again in the
+        /// backward pass: a third more work, much less memory, the same bits (Hugging Face:
+        /// gradient_checkpointing, off).
         pub recompute: bool = false,
-        /// Keep the reference and the reward model in host memory; to score they come into the memory of the gradients,
-        /// which are not there yet. A CUDA device then needs no room for them, but for a reward model of more than twice the
-        /// policy's size, which stays (OpenRLHF: offload of reference and reward model, off).
+        /// Keep the reference and the reward model in host memory; to score they come into the
+        /// memory of the gradients, which are not there yet. A CUDA device then needs no room for
+        /// them, but for a reward model of more than twice the policy's size, which stays
+        /// (OpenRLHF: offload of reference and reward model, off).
         pub offload_frozen: bool = false,
-        /// The longest sequence in tokens, prompt and sample together; 0 takes the model's limit (TRL: 1024).
+        /// The longest sequence in tokens, prompt and sample together; 0 takes the model's limit
+        /// (TRL: 1024).
         pub max_length: usize = 1024,
         /// Prompts are the first so many tokens of texts, where the data has no prompts.
         pub prompt_tokens: Option<usize> = None => "1 or more" if |n| *n != Some(0),

@@ -16,9 +16,6 @@ use crate::error::{Error, Result};
 static FIRST: OnceLock<Arc<AtomicUsize>> = OnceLock::new();
 
 /// Starts to listen. Calls after the first do nothing.
-///
-/// # Errors
-/// [`Error::Io`] if the operating system refuses the handlers.
 pub fn install() -> Result<()> {
     let mut fresh = None;
     FIRST.get_or_init(|| fresh.insert(Arc::new(AtomicUsize::new(0))).clone());
@@ -35,7 +32,6 @@ pub fn install() -> Result<()> {
 }
 
 /// The signal that came since [`install`], by name.
-#[must_use]
 pub fn requested() -> Option<&'static str> {
     let signal = FIRST.get()?.load(Ordering::Relaxed) as i32;
     [(SIGINT, "SIGINT"), (SIGTERM, "SIGTERM")].iter().find(|s| s.0 == signal).map(|s| s.1)

@@ -19,9 +19,6 @@ use crate::{
 /// last before a crash.
 pub trait Storage {
     /// Makes a folder; its parent exists, it does not.
-    ///
-    /// # Errors
-    /// The operating system's.
     fn create_dir(&self, path: &Path) -> io::Result<()>;
 
     /// Makes an empty file that does not exist yet, to append to.
@@ -31,33 +28,18 @@ pub trait Storage {
     fn create(&self, path: &Path) -> io::Result<Box<dyn StorageFile>>;
 
     /// Makes the names in a folder durable.
-    ///
-    /// # Errors
-    /// The operating system's.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
 
     /// Moves a file or folder in one event; `to` does not exist.
-    ///
-    /// # Errors
-    /// The operating system's.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
 
     /// Removes a file, or a folder with all that is in it.
-    ///
-    /// # Errors
-    /// The operating system's.
     fn remove(&self, path: &Path) -> io::Result<()>;
 
     /// Names in a folder, sorted.
-    ///
-    /// # Errors
-    /// The operating system's.
     fn list(&self, path: &Path) -> io::Result<Vec<String>>;
 
     /// Opens a file to read.
-    ///
-    /// # Errors
-    /// The operating system's.
     fn open(&self, path: &Path) -> io::Result<Box<dyn Source>>;
 
     /// Bytes that can still be written under a folder; `None` if that cannot be told.
@@ -67,9 +49,6 @@ pub trait Storage {
 /// A file that is being written.
 pub trait StorageFile {
     /// Appends some or all of `bytes`; returns how many.
-    ///
-    /// # Errors
-    /// The operating system's.
     fn append(&mut self, bytes: &[u8]) -> io::Result<usize>;
 
     /// Makes what was appended durable.
@@ -158,9 +137,6 @@ pub fn uninterrupted<T>(mut operation: impl FnMut() -> io::Result<T>) -> io::Res
 }
 
 /// Appends all of `bytes`, whatever the length of each write.
-///
-/// # Errors
-/// The operating system's; `WriteZero` if it takes no more bytes.
 pub fn append_all(file: &mut dyn StorageFile, mut bytes: &[u8]) -> io::Result<()> {
     while !bytes.is_empty() {
         let n = uninterrupted(|| file.append(bytes))?;
@@ -173,9 +149,6 @@ pub fn append_all(file: &mut dyn StorageFile, mut bytes: &[u8]) -> io::Result<()
 }
 
 /// Reads a whole small file.
-///
-/// # Errors
-/// [`Error::Io`]; [`Error::File`] if it has more than `limit` bytes.
 pub fn read_small(storage: &dyn Storage, path: &Path, limit: u64) -> Result<Vec<u8>> {
     let mut bytes = Vec::new();
     let source = uninterrupted(|| storage.open(path)).map_err(Error::io("open", path))?;
@@ -202,9 +175,6 @@ pub fn check_room(storage: &dyn Storage, what: &str, dir: &Path, want: u64) -> R
 }
 
 /// Opens a file at an offset.
-///
-/// # Errors
-/// [`Error::Io`].
 pub fn open_at(storage: &dyn Storage, path: &Path, offset: u64) -> Result<Box<dyn Source>> {
     let mut source = uninterrupted(|| storage.open(path)).map_err(Error::io("open", path))?;
     source.seek(SeekFrom::Start(offset)).map_err(Error::io("read", path))?;

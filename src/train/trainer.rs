@@ -29,11 +29,9 @@ pub trait Observer {
     fn begin(&mut self, _step: u64, _steps: u64) {}
     /// `done` of `total` units of a phase of the present step.
     fn phase(&mut self, _name: &str, _done: usize, _total: usize) {}
-    /// A finished step.
     fn step(&mut self, _step: u64, _steps: u64, _metrics: &Metrics, _seconds: f64) {}
 }
 
-/// Hears nothing.
 #[derive(Debug, Default)]
 pub struct Silent;
 
@@ -75,9 +73,6 @@ pub struct Report {
 
 impl<T: Element<Acc = f32>> Trainer<T> {
     /// Reads data, plans all memory, and loads models if there is room for them.
-    ///
-    /// # Errors
-    /// Those of the parts, naming file and key; [`Error::Memory`] if the run does not fit the device.
     pub fn new(dev: &Device, settings: Settings, algorithm: Box<dyn Algorithm>) -> Result<Self> {
         let job = Job::new(settings, algorithm)?;
         let memory = job.plan::<T>(dev)?;
@@ -150,7 +145,6 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     }
 
     /// Memory of the run, all of which is taken.
-    #[must_use]
     pub fn memory(&self) -> &Plan {
         &self.memory
     }
@@ -160,19 +154,16 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     }
 
     /// The language model that is trained.
-    #[must_use]
     pub fn policy(&self) -> Option<&Model<T>> {
         self.policy.as_ref().map(|role| &role.model)
     }
 
     /// The reward or value model that is trained.
-    #[must_use]
     pub fn scalar(&self) -> Option<&Model<T>> {
         self.scalar.as_ref().map(|role| &role.model)
     }
 
     /// How prompts, samples, minibatches and micro-batches multiply, in one line.
-    #[must_use]
     pub fn equation(&self) -> String {
         let (s, n) = (&self.job.settings, &self.job.needs);
         let head = match &n.inputs {
@@ -448,7 +439,6 @@ const LOGP: &str = "log-prob";
 /// Numbers of a micro-batch that are looked at before the update.
 struct Watched {
     what: &'static str,
-    /// Of the minibatch.
     sequences: Range<usize>,
     numbers: Later<Vec<f32>>,
 }
@@ -469,8 +459,9 @@ impl Watch<'_> {
 }
 
 impl Watched {
-    /// Property 9: a bad number stops the step, and names what it is and whose. Property 2: before the `first`
-    /// update of a step, the training forward gives the very log-prob that was recorded when each token was sampled.
+    /// Property 9: a bad number stops the step, and names what it is and whose. Property 2: before
+    /// the `first` update of a step, the training forward gives the very log-prob that was recorded
+    /// when each token was sampled.
     fn check(self, c: &Columns<f32>, first: bool, step: u64) -> Result<()> {
         let x = self.numbers.get()?;
         let span = c.span(&self.sequences);

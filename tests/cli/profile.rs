@@ -114,7 +114,8 @@ fn a_run_that_fails_says_it_too() {
     Names::of(&file, "phase").have(&["step", "update"]);
 }
 
-/// A file that cannot be written is named before anything is done for it, also where it can be created.
+/// A file that cannot be written is named before anything is done for it, also where it can be
+/// created.
 #[test]
 fn a_profile_that_cannot_be_written_is_refused_at_once() {
     let dir = temp_dir("cli_profile_refused");

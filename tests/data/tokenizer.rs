@@ -189,7 +189,8 @@ const CONTEXTS: [&str; 22] = [
     "[INST] {} [/INST]",
 ];
 
-/// G15: a text that spells a special token is the text it spells: all special tokens in 22 contexts.
+/// G15: a text that spells a special token is the text it spells: all special tokens in 22
+/// contexts.
 #[test]
 fn text_is_never_control() {
     let mut all = goldens("control");

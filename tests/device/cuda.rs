@@ -147,7 +147,8 @@ fn every_seeded_mistake_is_found() {
 /// Names the one to run.
 const FAULT: &str = "WARPO_FAULT";
 
-/// In a process of its own, which a sanitizer ends at what it finds; on a GPU compute-sanitizer must find it.
+/// In a process of its own, which a sanitizer ends at what it finds; on a GPU compute-sanitizer
+/// must find it.
 #[test]
 #[ignore = "run by every_seeded_mistake_is_found and by .ci/gpu"]
 fn seeded_mistake() {

@@ -1,5 +1,6 @@
-//! Hopper's instructions: on the simulator every mistake with them is found; where operands lie and what each
-//! thread holds, by the tables of the PTX ISA written here once more, is the same on the simulator and on a GPU.
+//! Hopper's instructions: on the simulator every mistake with them is found; where operands lie and
+//! what each thread holds, by the tables of the PTX ISA written here once more, is the same on the
+//! simulator and on a GPU.
 
 use half::bf16;
 use warpo::device::Device;
@@ -317,7 +318,8 @@ fn kernel_tma_brings_boxes() {
     });
 }
 
-/// Boxes of three dimensions, as of positions by heads by columns: their rows lie one after the other.
+/// Boxes of three dimensions, as of positions by heads by columns: their rows lie one after the
+/// other.
 #[test]
 fn kernel_tma_brings_boxes_of_planes() {
     sim::check(|sim| {
@@ -376,7 +378,8 @@ struct Lines {
     leading: usize,
 }
 
-/// Writes element (i, k) of an operand where wgmma looks for it: i is the row of A or the column of B.
+/// Writes element (i, k) of an operand where wgmma looks for it: i is the row of A or the column of
+/// B.
 fn put(image: &mut [u8], lines: Lines, by_columns: bool, (i, k): (usize, usize), x: f32) {
     let (line, at) = if by_columns { (k, i) } else { (i, k) };
     let begin = line / 8 * lines.stride + line % 8 * 128;

@@ -73,8 +73,8 @@ fn reports(text: &str) -> BTreeMap<(String, String), Report> {
 }
 
 impl Report {
-    /// Percent of a multiprocessor's threads that fit; shared memory, which the launch decides, is not
-    /// counted.
+    /// Percent of a multiprocessor's threads that fit; shared memory, which the launch decides, is
+    /// not counted.
     fn occupancy(&self, threads: u32) -> u32 {
         // Registers are given to warps in units of 8 a thread.
         let by_registers = REGISTERS / (self.registers.next_multiple_of(8) * threads);
@@ -128,8 +128,9 @@ fn no_kernel_spills() {
     assert!(bad.is_empty(), "spills or local memory: {bad:#?}");
 }
 
-/// The README's table of .cu files is this one: what is tested, the most registers of a kernel, all spills and
-/// the least occupancy for both architectures, and the GPUs of `benches/results`. Prints it with `--nocapture`.
+/// The README's table of .cu files is this one: what is tested, the most registers of a kernel, all
+/// spills and the least occupancy for both architectures, and the GPUs of `benches/results`. Prints
+/// it with `--nocapture`.
 #[test]
 fn the_readme_has_the_table_of_kernels() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -220,7 +221,8 @@ const NARROW: [(&str, &str); 11] = [
     ("whiten_moments", "a sum of at most 256 rows"),
 ];
 
-/// Files of matrix products, those whose main loops are counted, and their kernels that multiply nothing.
+/// Files of matrix products, those whose main loops are counted, and their kernels that multiply
+/// nothing.
 const ON_TENSOR_CORES: [&str; 4] = ["attention", "attention_backward", "matmul", "logprob"];
 const PRODUCTS: [&str; 3] = ["attention", "matmul", "logprob"];
 const NO_PRODUCT: [(&str, &str); 7] = [
@@ -233,10 +235,11 @@ const NO_PRODUCT: [(&str, &str); 7] = [
     ("logprob_top", "the lists of each chunk, a row a block"),
 ];
 
-/// What the machine code of a kernel has, for every architecture that it is compiled for: loads of 16 bytes, or
-/// copies to shared memory of as many or of whole boxes; nothing of local memory; where a kernel is a matrix
-/// product, a tensor core's instructions, on Hopper those of a warpgroup; and where a kernel moves registers
-/// between its warpgroups, as many at its start as its launch bound leaves a thread.
+/// What the machine code of a kernel has, for every architecture that it is compiled for: loads of
+/// 16 bytes, or copies to shared memory of as many or of whole boxes; nothing of local memory;
+/// where a kernel is a matrix product, a tensor core's instructions, on Hopper those of a
+/// warpgroup; and where a kernel moves registers between its warpgroups, as many at its start as
+/// its launch bound leaves a thread.
 #[test]
 fn the_machine_code_is_what_was_meant() {
     let Some(tool) = cuobjdump() else { return };
@@ -280,12 +283,14 @@ fn the_machine_code_is_what_was_meant() {
     }
 }
 
-/// The shortest way through the innermost loop of a kernel around its tensor instructions, for each step of a warp.
+/// The shortest way through the innermost loop of a kernel around its tensor instructions, for each
+/// step of a warp.
 struct Loop {
     /// Instructions of the tensor cores, and others.
     tensor: usize,
     others: usize,
-    /// Clocks that a multiprocessor's quarter multiplies for: 256 multiply-adds a clock on sm_80, 512 on Hopper.
+    /// Clocks that a multiprocessor's quarter multiplies for: 256 multiply-adds a clock on sm_80,
+    /// 512 on Hopper.
     clocks: usize,
 }
 
@@ -318,7 +323,8 @@ impl Loop {
         for (i, (_, text)) in body.iter().enumerate() {
             let met = also.iter().enumerate().filter(|(_, word)| text.contains(**word));
             let met: usize = met.map(|(bit, _)| 1 << bit).sum();
-            // A branch without a predicate does not go on; one that leaves the loop or goes back is not taken.
+            // A branch without a predicate does not go on; one that leaves the loop or goes back is
+            // not taken.
             let taken = target(text).and_then(|to| body.binary_search_by_key(&to, |l| l.0).ok());
             let on = (taken.is_none() || text.starts_with('@')).then_some(i + 1);
             for ((tensors, words), n) in std::mem::take(&mut ways[i]) {
@@ -347,8 +353,8 @@ impl Loop {
     }
 }
 
-/// A product's time is that of its tensor cores, if memory keeps up: the instructions of its loop are issued in
-/// a fraction of it. Prints what is counted with `--nocapture`.
+/// A product's time is that of its tensor cores, if memory keeps up: the instructions of its loop
+/// are issued in a fraction of it. Prints what is counted with `--nocapture`.
 #[test]
 fn a_products_loop_is_issued_while_it_multiplies() {
     let Some(tool) = cuobjdump() else { return };
@@ -363,7 +369,8 @@ fn a_products_loop_is_issued_while_it_multiplies() {
         for e in entries.iter().filter(|e| !NO_PRODUCT.iter().any(|n| n.0 == e.name)) {
             // The first is for sm_80 where there are two.
             let code = text.split(&format!("Function : {}\n", e.name)).nth(1).unwrap();
-            // Of attention the way on which lanes of a row agree on its maximum and weights are packed.
+            // Of attention the way on which lanes of a row agree on its maximum and weights are
+            // packed.
             let also = if stem == "attention_sm90" { &["SHFL", "F2FP"][..] } else { &[] };
             let l = Loop::of(code.split("Function : ").next().unwrap(), also);
             let l = l.unwrap_or_else(|| panic!("{} has no such loop", e.name));

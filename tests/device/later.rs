@@ -1,5 +1,5 @@
-//! Results that may still be under way: their values, what they cost, and what may happen before they are
-//! read.
+//! Results that may still be under way: their values, what they cost, and what may happen before
+//! they are read.
 
 use warpo::{
     device::{Arena, Buffer, Cuda, Device, Later, cuda::Ring},
@@ -66,7 +66,8 @@ fn one_wait_brings_all_that_were_issued_before() {
     });
 }
 
-/// A wait goes up to the first milestone behind what it is for, and brings what was issued before that.
+/// A wait goes up to the first milestone behind what it is for, and brings what was issued before
+/// that.
 #[test]
 fn a_milestone_divides_what_waits_bring() {
     sim::check(|sim| {
@@ -92,7 +93,8 @@ fn a_milestone_divides_what_waits_bring() {
         assert_eq!((c.get().unwrap(), waits()), (numbers(3, 100), 2));
         assert_eq!((e.get().unwrap(), waits()), (numbers(5, 100), 2));
 
-        // One ahead, again and again, also where nobody wants the numbers; and a wait for all in between.
+        // One ahead, again and again, also where nobody wants the numbers; and a wait for all in
+        // between.
         let events = || format!("{cuda:?}").matches("Event(").count();
         let (mut before, had) = (None, events());
         for from in 12..40 {

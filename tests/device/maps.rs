@@ -1,5 +1,5 @@
-//! Which lane holds what of a tensor core's operands: the tables of the PTX ISA, written here once more, hold on
-//! the simulator and on a GPU, to the bit.
+//! Which lane holds what of a tensor core's operands: the tables of the PTX ISA, written here once
+//! more, hold on the simulator and on a GPU, to the bit.
 
 use half::bf16;
 use warpo::rng::{Philox, Purpose};

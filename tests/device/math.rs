@@ -96,7 +96,8 @@ fn erf_agrees_with_tables() {
     }
 }
 
-/// f32 to bf16 is one rounding, whichever way it goes, and so is f64: what lies just above a tie is none.
+/// f32 to bf16 is one rounding, whichever way it goes, and so is f64: what lies just above a tie is
+/// none.
 #[test]
 fn bf16_is_rounded_once() {
     for bits in (0..=u32::MAX).step_by(65_521).chain((0..1 << 19).map(|i| 0x3F80_0000 + i)) {

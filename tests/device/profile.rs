@@ -1,4 +1,5 @@
-//! The profile: what is inside of what, shares that add up, the trace file, and that every op takes part.
+//! The profile: what is inside of what, shares that add up, the trace file, and that every op takes
+//! part.
 
 use std::{path::Path, process::Command, time::Duration};
 
@@ -295,7 +296,8 @@ fn kernels_are_named_and_belong_to_their_op() {
     });
 }
 
-/// More kernels than are kept at once; none is lost, and a phase goes on over batches, even one that is not over.
+/// More kernels than are kept at once; none is lost, and a phase goes on over batches, even one
+/// that is not over.
 #[test]
 fn batches_of_kernels_are_one_profile() {
     let Some(sim) = Sim::of_gpu().or_else(|| Sim::build(Variant::Plain)) else { return };
@@ -390,8 +392,8 @@ fn nvidias_profilers_are_told_of_phases_and_ops() {
     assert!(text.contains("<rollout><matmul></></>"), "{text}");
 }
 
-/// Public functions of `src/ops` that take a device and are no ops of a step: they say how much room is needed, make
-/// it, or prepare what a step then uses.
+/// Public functions of `src/ops` that take a device and are no ops of a step: they say how much
+/// room is needed, make it, or prepare what a step then uses.
 const NO_OPS: [&str; 14] = [
     "attention.rs::forward_scratch_len",
     "attention.rs::page",

@@ -1,4 +1,5 @@
-//! What goes between host and device: writes through the ring, counts of calls, and many threads at once.
+//! What goes between host and device: writes through the ring, counts of calls, and many threads at
+//! once.
 
 use std::thread;
 

@@ -1,5 +1,5 @@
-//! Models on a CUDA device, in bf16: what they say and learn is what Hugging Face computes in f64, as far as bf16
-//! goes; and what the device takes wider changes nothing.
+//! Models on a CUDA device, in bf16: what they say and learn is what Hugging Face computes in f64,
+//! as far as bf16 goes; and what the device takes wider changes nothing.
 
 use half::bf16;
 use warpo::{
@@ -50,8 +50,8 @@ fn learn(
     (loss, named.into_iter().map(|(name, _, x)| (name, x)).collect())
 }
 
-/// Loss and every gradient are those of f64 to bf16's 8 bits, for each family; and the backward pass that computes blocks
-/// again has the bits of the one that kept them.
+/// Loss and every gradient are those of f64 to bf16's 8 bits, for each family; and the backward
+/// pass that computes blocks again has the bits of the one that kept them.
 #[test]
 fn models_learn_on_a_device_what_they_learn_in_f64() {
     sim::on_devices(|dev| {
@@ -113,8 +113,8 @@ fn recomputed_blocks_have_the_bits_of_kept_ones() {
     }
 }
 
-/// A model goes to a device and back to a folder with not a bit of its f32 weights changed, whatever width its heads have
-/// there; a copy computes with the same numbers.
+/// A model goes to a device and back to a folder with not a bit of its f32 weights changed,
+/// whatever width its heads have there; a copy computes with the same numbers.
 #[test]
 fn weights_come_back_from_a_device_as_they_were() {
     sim::on_devices(|dev| {

@@ -1,5 +1,5 @@
-//! Model folders: what is saved is loaded to the bit, every layout that Hugging Face stores is read,
-//! and a folder that lies is refused by file and tensor, before memory is taken on its word.
+//! Model folders: what is saved is loaded to the bit, every layout that Hugging Face stores is
+//! read, and a folder that lies is refused by file and tensor, before memory is taken on its word.
 
 use std::{
     collections::BTreeMap,

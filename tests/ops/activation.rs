@@ -288,8 +288,9 @@ impl Case for Gated {
 }
 
 /// All activations near 0, around it, far to both sides, and in the left tail only, where what they
-/// give is small. Plain ones of no elements, one, those around a packet of bf16 and a block of packets, a
-/// prime; gated ones of no rows, rows that are no packets, packets of f32 only, and those around a block.
+/// give is small. Plain ones of no elements, one, those around a packet of bf16 and a block of
+/// packets, a prime; gated ones of no rows, rows that are no packets, packets of f32 only, and
+/// those around a block.
 #[test]
 fn kernels_are_as_exact_as_plain_ones() {
     sim::check(|sim| {

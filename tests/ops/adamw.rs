@@ -198,8 +198,8 @@ fn groups_decay_or_not() {
     }
 }
 
-/// Elements that fill no packet, a block, one more; groups of one line, of many, of none, and one that
-/// begins in the middle of a block or after it.
+/// Elements that fill no packet, a block, one more; groups of one line, of many, of none, and one
+/// that begins in the middle of a block or after it.
 #[test]
 fn the_kernel_has_the_bits_of_the_cpu() {
     sim::check(|sim| {

@@ -323,8 +323,8 @@ fn f32_gradients_are_near_those_of_f64() {
     assert_norm("dqkv", &ours, &truth, 1e-5);
 }
 
-/// Sequences of a batch, of which the first is attended to `chunk` rows at a time, with others that run at other
-/// speeds or without: each row has the bits that it has in one piece on `one`.
+/// Sequences of a batch, of which the first is attended to `chunk` rows at a time, with others that
+/// run at other speeds or without: each row has the bits that it has in one piece on `one`.
 fn chunks_have_the_bits_of_the_whole<T: Element>(
     one: &Device,
     devices: &[Device],

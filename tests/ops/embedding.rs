@@ -142,8 +142,9 @@ impl Case for Table {
     }
 }
 
-/// No rows, one, those around a warp's of the sort and around a block of packets; rows of one packet, of
-/// none, and of f32 only; ids that repeat less often than rows are loaded ahead (4), as often, and more.
+/// No rows, one, those around a warp's of the sort and around a block of packets; rows of one
+/// packet, of none, and of f32 only; ids that repeat less often than rows are loaded ahead (4), as
+/// often, and more.
 #[test]
 fn kernels_are_as_exact_as_plain_ones() {
     sim::check(|sim| {
@@ -169,8 +170,8 @@ fn kernels_are_as_exact_as_plain_ones() {
     });
 }
 
-/// Rows that do not begin at a packet have the bits of those that do; an id beyond the table gives NaN
-/// in its row, and no gradient.
+/// Rows that do not begin at a packet have the bits of those that do; an id beyond the table gives
+/// NaN in its row, and no gradient.
 #[test]
 fn kernels_take_rows_from_anywhere_and_mark_ids_beyond_the_table() {
     sim::check(|sim| {

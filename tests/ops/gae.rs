@@ -173,7 +173,8 @@ impl FloatCase for Sequences<'_> {
     }
 }
 
-/// No sequences, empty ones, one token, those around a warp's and a block's, three chunks of a block.
+/// No sequences, empty ones, one token, those around a warp's and a block's, three chunks of a
+/// block.
 #[test]
 fn kernels_are_as_exact_as_plain_ones() {
     sim::check(|sim| {
@@ -191,8 +192,8 @@ fn kernels_are_as_exact_as_plain_ones() {
     });
 }
 
-/// A sequence has the same bits alone, among others and beside a packet; a NaN reaches its own earlier
-/// tokens only.
+/// A sequence has the same bits alone, among others and beside a packet; a NaN reaches its own
+/// earlier tokens only.
 #[test]
 fn kernel_sequences_do_not_see_each_other() {
     sim::check(|sim| {

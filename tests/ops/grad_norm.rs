@@ -101,7 +101,8 @@ fn a_bad_norm_is_not_hidden_by_clipping() {
     assert_eq!(clip_scale(f64::INFINITY, 1.0), 0.0);
 }
 
-/// No elements, one, those around a packet, a chunk, the chunks that a block adds together, a group.
+/// No elements, one, those around a packet, a chunk, the chunks that a block adds together, a
+/// group.
 #[test]
 fn the_kernels_have_the_bits_of_the_cpu() {
     let all: Vec<f32> = randn("x", GROUP + 5003);

@@ -220,9 +220,9 @@ impl Case for Norm {
     }
 }
 
-/// No rows, one, those around a block's of forward (16) and of backward (32); rows of one packet, of a
-/// prime number of packets, of all that 32 threads hold and one packet more, of four warps; and a mean of
-/// 1000 times the spread, which a one-pass variance does not survive.
+/// No rows, one, those around a block's of forward (16) and of backward (32); rows of one packet,
+/// of a prime number of packets, of all that 32 threads hold and one packet more, of four warps;
+/// and a mean of 1000 times the spread, which a one-pass variance does not survive.
 #[test]
 fn kernels_are_as_exact_as_plain_ones() {
     sim::check(|sim| {

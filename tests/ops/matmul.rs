@@ -314,8 +314,8 @@ fn kernel_rows_do_not_see_their_batch() {
     });
 }
 
-/// The same rows in all tiles, some with more of them than multiprocessors, some with edges: to the bit. What the table
-/// takes on this GPU plays no part.
+/// The same rows in all tiles, some with more of them than multiprocessors, some with edges: to the
+/// bit. What the table takes on this GPU plays no part.
 #[test]
 fn kernels_of_all_tiles_have_the_same_bits() {
     sim::check(|sim| {
@@ -373,7 +373,8 @@ fn bytes<T: Element>(dev: &Device, x: &Buffer<'_, T>) -> Vec<u8> {
     bytemuck::cast_slice(&dev.read(x.view()).unwrap()).to_vec()
 }
 
-/// Prints with `--nocapture` what counting predicts for an H200: the best tile, its speed, and what the next one loses.
+/// Prints with `--nocapture` what counting predicts for an H200: the best tile, its speed, and what
+/// the next one loses.
 #[test]
 fn the_table_ranks_tiles_for_every_shape() {
     use Tile::{Few, Fewest, Mid, Wide};

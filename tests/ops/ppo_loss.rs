@@ -56,7 +56,8 @@ impl<F: Float> Columns<F> {
         self.policy_on(host(), 0, s, n).unwrap()
     }
 
-    /// The same of columns that begin `first` elements into their memory; what is empty is not there.
+    /// The same of columns that begin `first` elements into their memory; what is empty is not
+    /// there.
     fn policy_on(
         &self,
         dev: &Device,
@@ -293,8 +294,9 @@ impl FloatCase for Policy<'_> {
     }
 }
 
-/// No tokens, one, those around a thread's and around a block's, three blocks; columns that begin at a
-/// packet and beside one; every setting that changes the formula, and a plain loss of three columns.
+/// No tokens, one, those around a thread's and around a block's, three blocks; columns that begin
+/// at a packet and beside one; every setting that changes the formula, and a plain loss of three
+/// columns.
 #[test]
 fn kernels_are_as_exact_as_plain_ones() {
     sim::check(|sim| {
@@ -309,8 +311,8 @@ fn kernels_are_as_exact_as_plain_ones() {
     });
 }
 
-/// On the bounds of the range and of dual clip, outside the range with an advantage of 0, with a ratio
-/// of 1 that all machines compute alike: the bits of the CPU.
+/// On the bounds of the range and of dual clip, outside the range with an advantage of 0, with a
+/// ratio of 1 that all machines compute alike: the bits of the CPU.
 #[test]
 fn kernels_take_the_branches_of_the_cpu() {
     sim::check(|sim| {

@@ -57,7 +57,8 @@ impl Case for Sum {
     }
 }
 
-/// No elements, one, those around a packet of bf16, around a block of packets in f32 and in bf16, a prime.
+/// No elements, one, those around a packet of bf16, around a block of packets in f32 and in bf16, a
+/// prime.
 #[test]
 fn kernels_are_as_exact_as_plain_ones() {
     sim::check(|sim| {

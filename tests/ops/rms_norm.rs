@@ -158,8 +158,8 @@ impl Case for Norm {
     }
 }
 
-/// No rows, one, those around a block's; rows of one packet, of a thread's share and around it, of a
-/// prime number of packets, of as many as fit.
+/// No rows, one, those around a block's; rows of one packet, of a thread's share and around it, of
+/// a prime number of packets, of as many as fit.
 #[test]
 fn kernels_are_as_exact_as_plain_ones() {
     sim::check(|sim| {

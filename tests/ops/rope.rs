@@ -208,8 +208,9 @@ impl Case for Turn {
     }
 }
 
-/// No rows, one, those around a block of packets in f32 and in bf16; halves of one packet and of more;
-/// halves or rows that are no packets, or packets of f32 only; with elements behind the heads and without.
+/// No rows, one, those around a block of packets in f32 and in bf16; halves of one packet and of
+/// more; halves or rows that are no packets, or packets of f32 only; with elements behind the heads
+/// and without.
 #[test]
 fn kernels_are_as_exact_as_plain_ones() {
     sim::check(|sim| {

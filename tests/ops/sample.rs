@@ -217,7 +217,8 @@ fn draws_follow_the_distribution() {
     assert!(chi_squared(&tokens, &probabilities(&off, &base)) > LIMIT);
 }
 
-/// A fixed bug: cumulative weights in f32 drifted, and of 50,257 tokens one up to 187 ids off was drawn.
+/// A fixed bug: cumulative weights in f32 drifted, and of 50,257 tokens one up to 187 ids off was
+/// drawn.
 #[test]
 fn large_vocabularies_are_drawn_exactly() {
     for vocab in [50_257, 200_003] {
@@ -403,7 +404,8 @@ fn kernels_draw_the_tokens_of_the_cpu() {
         Params { temperature: 0.8, top_k: 40, top_p: 0.9, min_p: 0.02 },
     ];
     sim::check(|sim| {
-        // The largest by the greedy one and by all filters together only: simulated threads are slow.
+        // The largest by the greedy one and by all filters together only: simulated threads are
+        // slow.
         for (rows, vocab, params) in
             [(1, 1, &all[..]), (3, 5, &all), (1, 509, &all), (1, 4099, &[all[0], all[5]])]
         {

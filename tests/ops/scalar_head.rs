@@ -140,8 +140,8 @@ impl Case for Wide {
     }
 }
 
-/// No rows, one, those around a block's in both directions; rows of one element, of no whole packets, of a packet,
-/// of those of a block and around them, of more than one round of a warp.
+/// No rows, one, those around a block's in both directions; rows of one element, of no whole
+/// packets, of a packet, of those of a block and around them, of more than one round of a warp.
 #[test]
 fn kernels_are_as_exact_as_plain_ones() {
     sim::check(|sim| {

@@ -36,8 +36,8 @@ fn list(s: &Stats) -> [f64; 5] {
     [s.tokens, s.loss, s.value, s.clipped, s.squared_error]
 }
 
-/// Value, return, loss, slope and clipped tokens, with an old value of 1 and a clip of 0.25: values may
-/// move from 0.75 to 1.25.
+/// Value, return, loss, slope and clipped tokens, with an old value of 1 and a clip of 0.25: values
+/// may move from 0.75 to 1.25.
 const BRANCHES: [(f64, f64, f64, f64, f64); 8] = [
     (1.125, 2.0, 0.382_812_5, -0.875, 0.0), // inside: (1.125 - 2)^2 / 2
     (1.5, 0.0, 1.125, 1.5, 0.0),            // outside, the bound 1.25 is nearer: no effect
@@ -133,8 +133,8 @@ impl FloatCase for Values {
     }
 }
 
-/// No tokens, one, those around a thread's and around a block's, three blocks; columns that begin at a
-/// packet and beside one.
+/// No tokens, one, those around a thread's and around a block's, three blocks; columns that begin
+/// at a packet and beside one.
 #[test]
 fn kernels_are_as_exact_as_plain_ones() {
     sim::check(|sim| {

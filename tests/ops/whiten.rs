@@ -136,8 +136,8 @@ impl FloatCase for Step {
     }
 }
 
-/// No tokens, one, those around a thread's and around a block's, three blocks; columns that begin at a
-/// packet and beside one.
+/// No tokens, one, those around a thread's and around a block's, three blocks; columns that begin
+/// at a packet and beside one.
 #[test]
 fn kernels_are_as_exact_as_plain_ones() {
     sim::check(|sim| {

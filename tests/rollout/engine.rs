@@ -92,8 +92,8 @@ const FILTERS: [sample::Params; 4] = [
     sample::Params { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.1 },
 ];
 
-/// In bf16 on every device: equal bits drawn as logits are made or from whole rows of them, greedily too; of models
-/// whose heads are narrower than the kernels', and whose vocabulary is odd.
+/// In bf16 on every device: equal bits drawn as logits are made or from whole rows of them,
+/// greedily too; of models whose heads are narrower than the kernels', and whose vocabulary is odd.
 #[test]
 fn rollout_equals_training_on_a_device() {
     sim::on_devices(|dev| {
@@ -124,8 +124,9 @@ fn rollout_equals_training_on_a_device() {
     });
 }
 
-/// A device is a pass ahead of the host: a sample that a stop id ends has a row too many, and nobody sees it. Whatever
-/// the slots and the filters, samples are those that nothing ends, cut off behind the first stop id.
+/// A device is a pass ahead of the host: a sample that a stop id ends has a row too many, and
+/// nobody sees it. Whatever the slots and the filters, samples are those that nothing ends, cut off
+/// behind the first stop id.
 #[test]
 fn rows_in_vain_leave_no_trace_on_a_device() {
     sim::on_devices(|dev| {
@@ -169,7 +170,8 @@ fn rows_in_vain_leave_no_trace_on_a_device() {
                 let all: usize = want.iter().map(|c| c.ids.len()).sum();
                 assert_eq!(heard.iter().sum::<usize>(), all, "{what}");
                 assert!(heard.iter().all(|made| (1..=slots).contains(made)), "{what}: {heard:?}");
-                // For a last pass of rows in vain nobody waits; where a sample is alone there is one behind each stop.
+                // For a last pass of rows in vain nobody waits; where a sample is alone there is
+                // one behind each stop.
                 let ended_early = want.iter().rev().skip(1).filter(|c| c.ids.len() < most).count();
                 let vain = if slots == 1 { ended_early } else { 0 };
                 if slots == 1 || slots == prompts.len() {
@@ -180,8 +182,8 @@ fn rows_in_vain_leave_no_trace_on_a_device() {
     });
 }
 
-/// The launches of a pass are made before the host waits for the one before it, with one wait a pass; until then
-/// `progress` hears what it hears on the CPU.
+/// The launches of a pass are made before the host waits for the one before it, with one wait a
+/// pass; until then `progress` hears what it hears on the CPU.
 #[test]
 fn a_device_is_a_pass_ahead() {
     fn run<T: Element>(dev: &Device, mut hear: impl FnMut(usize)) -> usize {
@@ -220,7 +222,8 @@ fn a_device_is_a_pass_ahead() {
     });
 }
 
-/// What is queued is dropped by who wants no more, and by an error of a later pass; the device goes on with other work.
+/// What is queued is dropped by who wants no more, and by an error of a later pass; the device goes
+/// on with other work.
 #[test]
 fn a_queued_pass_is_dropped_cleanly() {
     sim::on_devices(|dev| {
@@ -246,7 +249,8 @@ fn a_queued_pass_is_dropped_cleanly() {
         assert!(done.unwrap().unwrap() == want);
         drop(scope);
 
-        // Room for passes of two rows: the second has the whole of a longer prompt, before the first is heard of.
+        // Room for passes of two rows: the second has the whole of a longer prompt, before the
+        // first is heard of.
         let two: Vec<Prompt> =
             [2, 30].map(|n| Prompt { sample: 1, ids: vec![5; n] }).into_iter().collect();
         let settings = Settings { max_new_tokens: 1, ..settings };
@@ -268,7 +272,8 @@ fn a_queued_pass_is_dropped_cleanly() {
     });
 }
 
-/// Samples of one prompt share the pages that it fills, and have the bits of samples that were made one at a time.
+/// Samples of one prompt share the pages that it fills, and have the bits of samples that were made
+/// one at a time.
 #[test]
 fn samples_of_one_prompt_share_its_pages_on_a_device() {
     fn check<T: Element>(dev: &Device) {

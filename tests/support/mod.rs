@@ -19,7 +19,8 @@ use warpo::{
     train::pass::How,
 };
 
-/// The checkout that tests find their files in: where cargo, or a bundle that left it, says that it is.
+/// The checkout that tests find their files in: where cargo, or a bundle that left it, says that it
+/// is.
 pub fn root() -> std::path::PathBuf {
     place("CARGO_MANIFEST_DIR", env!("CARGO_MANIFEST_DIR"))
 }

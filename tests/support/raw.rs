@@ -1,5 +1,5 @@
-//! Launches kernels of `kernels/sim`, which are no part of the product and have no Rust function, on a simulator
-//! or on a GPU.
+//! Launches kernels of `kernels/sim`, which are no part of the product and have no Rust function,
+//! on a simulator or on a GPU.
 
 #![allow(unsafe_code, clippy::multiple_unsafe_ops_per_block)]
 
@@ -97,7 +97,8 @@ impl Boxes {
             _ => Swizzle::CU_TENSOR_MAP_SWIZZLE_128B,
         };
         let mut map = sys::CUtensorMap { opaque: [0; 16] };
-        // SAFETY: every array is as long as the tensor has dimensions, or longer; the strides' one less.
+        // SAFETY: every array is as long as the tensor has dimensions, or longer; the strides' one
+        // less.
         unsafe {
             sys::cuTensorMapEncodeTiled(
                 &mut map,
@@ -122,8 +123,8 @@ impl Boxes {
 impl Kernel<'_> {
     /// Runs it; the output is not written before. Or why it was stopped.
     pub fn run(&self, sim: &Sim, out: &mut [u8], args: &[Arg<'_>]) -> Result<(), String> {
-        // SAFETY: the kernels of the files take what the callers say; the tests give buffers that are at
-        // least as large as the kernels expect, or seed a mistake on purpose.
+        // SAFETY: the kernels of the files take what the callers say; the tests give buffers that
+        // are at least as large as the kernels expect, or seed a mistake on purpose.
         unsafe {
             match sim.variant {
                 Variant::Gpu => self.on_gpu(out, args).map_err(|e| format!("{e:?}")),

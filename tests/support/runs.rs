@@ -140,7 +140,8 @@ pub fn train_command(algorithm: &str, pairs: &[String]) -> Command {
     command
 }
 
-/// The bytes of what a finished run must leave, by file: models, last checkpoint, metrics, rollouts.
+/// The bytes of what a finished run must leave, by file: models, last checkpoint, metrics,
+/// rollouts.
 pub fn outcome(run: &Path) -> BTreeMap<String, Vec<u8>> {
     let mut out = BTreeMap::new();
     let mut take = |dir: &str| {

@@ -1,5 +1,5 @@
-//! The simulator of `kernels/sim` in tests: compiles it with g++, runs a test on it plain and under the
-//! sanitizers, and holds an op's kernels to the CPU's f64.
+//! The simulator of `kernels/sim` in tests: compiles it with g++, runs a test on it plain and under
+//! the sanitizers, and holds an op's kernels to the CPU's f64.
 
 use std::{
     any::type_name,
@@ -72,9 +72,9 @@ const CHILD: &str = "WARPO_SIM";
 /// Runs the kernels of all tests on this GPU, `cuda:0`, and not on the simulator.
 const GPU: &str = "WARPO_GPU";
 
-/// Runs `test` plain in this process, and under each sanitizer in a process of its own, as a sanitizer
-/// must be loaded before everything else; or on a GPU only, where `$WARPO_GPU` names one. The closure stands
-/// directly in the `#[test]` function.
+/// Runs `test` plain in this process, and under each sanitizer in a process of its own, as a
+/// sanitizer must be loaded before everything else; or on a GPU only, where `$WARPO_GPU` names one.
+/// The closure stands directly in the `#[test]` function.
 pub fn check<F: Fn(&Sim)>(test: F) {
     if let Some(gpu) = Sim::of_gpu() {
         return test(&gpu);
@@ -93,8 +93,8 @@ pub fn check<F: Fn(&Sim)>(test: F) {
     }
 }
 
-/// Runs `test` on each machine that the simulator plays, without sanitizers: those look at single kernels; or on
-/// a GPU, where `$WARPO_GPU` names one.
+/// Runs `test` on each machine that the simulator plays, without sanitizers: those look at single
+/// kernels; or on a GPU, where `$WARPO_GPU` names one.
 pub fn on_devices(mut test: impl FnMut(&Device)) {
     if let Some(gpu) = Sim::of_gpu() {
         return test(&gpu.device(Order::default()));
@@ -280,8 +280,8 @@ impl Sim {
         }
     }
 
-    /// Rows have the same bits wherever they stand and whatever comes before: `case(n)` makes a case of
-    /// n rows.
+    /// Rows have the same bits wherever they stand and whatever comes before: `case(n)` makes a
+    /// case of n rows.
     #[track_caller]
     pub fn hold_rows<C: Case>(&self, all: usize, case: impl Fn(usize) -> C) {
         self.hold_rows_in::<bf16, C>(all, &case);
@@ -310,7 +310,8 @@ impl Sim {
     }
 }
 
-/// An op at one shape, all its directions: takes its inputs from a [`Lab`] and gives it the outputs.
+/// An op at one shape, all its directions: takes its inputs from a [`Lab`] and gives it the
+/// outputs.
 pub trait Case {
     fn run<T: Element>(&self, lab: &mut Lab<'_>) -> Result<()>;
 }

@@ -64,8 +64,8 @@ fn quickstart(stage: &str, batch: usize) -> Vec<String> {
     pairs
 }
 
-/// Losses of the quick-start's first steps are those of the CPU, to what bf16 makes of weights, activations and 20
-/// updates: each within `each`, their mean within `mean`.
+/// Losses of the quick-start's first steps are those of the CPU, to what bf16 makes of weights,
+/// activations and 20 updates: each within `each`, their mean within `mean`.
 fn first_steps(stage: &str, algorithm: &str, batch: usize, (each, mean): (f64, f64)) {
     let pairs = quickstart(stage, batch);
     let mut cpu = trainer::<f32>(host(), algorithm, &pairs);
@@ -102,7 +102,8 @@ fn reward_takes_the_first_20_steps_on_a_device_as_on_the_cpu() {
     first_steps("reward", "reward", 1, (0.3, 0.05));
 }
 
-/// PPO's first ratio is exactly 1 and its first KL exactly 0: what was sampled is what is trained, bit for bit.
+/// PPO's first ratio is exactly 1 and its first KL exactly 0: what was sampled is what is trained,
+/// bit for bit.
 #[test]
 fn ppo_on_a_device_keeps_the_exact_ratio() {
     let dir = temp_dir("device_ppo");
@@ -143,7 +144,8 @@ fn offloaded_models_say_the_same() {
     });
 }
 
-/// The value model begins with the judge's weights as they are in its file, not as the judge computes with them.
+/// The value model begins with the judge's weights as they are in its file, not as the judge
+/// computes with them.
 #[test]
 fn a_value_model_begins_unrounded() {
     let dir = temp_dir("device_value");
@@ -175,7 +177,8 @@ fn a_step_waits_for_its_device_twice() {
         for algorithm in ["sft", "reward"] {
             let (waits, launches) = calls(algorithm, &["micro_batch_tokens=10000"]);
             let (again, more) = calls(algorithm, &["micro_batch_tokens=1"]);
-            // The gradient's norm decides whether there is an update; whether its weights are numbers ends the step.
+            // The gradient's norm decides whether there is an update; whether its weights are
+            // numbers ends the step.
             assert_eq!((waits, again), (2, 2), "{algorithm}");
             assert!(more > 2 * launches, "{algorithm}: more micro-batches, {more} and {launches}");
         }
@@ -225,7 +228,8 @@ fn plans() {
         .unwrap();
 }
 
-/// `warpo plan` prints what a run takes: not one byte is missing or left over, on the CPU and on devices.
+/// `warpo plan` prints what a run takes: not one byte is missing or left over, on the CPU and on
+/// devices.
 #[test]
 fn the_plan_is_what_a_run_takes() {
     let dir = temp_dir("device_plan");
@@ -233,7 +237,8 @@ fn the_plan_is_what_a_run_takes() {
     assert!(done.success() && dir.join("done").exists());
 }
 
-/// Killed after any step, a run on a device goes on and ends with the same bytes; on another kind of device it does not go on.
+/// Killed after any step, a run on a device goes on and ends with the same bytes; on another kind
+/// of device it does not go on.
 #[test]
 fn runs_on_a_device_resume() {
     if Sim::of_gpu().is_some() {
@@ -282,7 +287,8 @@ fn runs_on_a_device_resume() {
     assert_eq!(config["head_dim"], 16, "the model is saved as wide as it came");
 }
 
-/// The whole job of the quick-start, with a handful of its data: four stages, the comparison and the report.
+/// The whole job of the quick-start, with a handful of its data: four stages, the comparison and
+/// the report.
 #[test]
 fn the_quickstart_runs_on_a_device() {
     let Some(sim) = Sim::build(Variant::Plain) else { return };

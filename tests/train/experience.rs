@@ -1,5 +1,5 @@
-//! Properties 5 and 6 of the samples that a step is made of: lengths decide what is learned, and the
-//! tokens that were sampled are the tokens that are trained on.
+//! Properties 5 and 6 of the samples that a step is made of: lengths decide what is learned, and
+//! the tokens that were sampled are the tokens that are trained on.
 
 use std::path::Path;
 
@@ -81,8 +81,8 @@ fn masks_come_from_lengths() {
     }
 }
 
-/// Property 6: the recorded ids, scored as they are, give the recorded log-probs to the bit: no text
-/// came between sampling and training.
+/// Property 6: the recorded ids, scored as they are, give the recorded log-probs to the bit: no
+/// text came between sampling and training.
 #[test]
 fn token_in_token_out() {
     let dir = temp_dir("tokens");

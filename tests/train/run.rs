@@ -216,8 +216,8 @@ fn other_models_masks_or_margins_do_not_resume() {
     assert_eq!(refused(&run, "reward", &pairs), "data");
 }
 
-/// Weights and tokens do not tell all of a run: which function of them it is, where texts end, and what it is
-/// evaluated on are compared, too.
+/// Weights and tokens do not tell all of a run: which function of them it is, where texts end, and
+/// what it is evaluated on are compared, too.
 #[test]
 fn another_spec_end_or_held_out_text_does_not_resume() {
     let dir = temp_dir("other_ends");
@@ -347,8 +347,8 @@ fn a_bad_number_stops_the_step() {
     assert!(!run.join("checkpoints/step-2").exists());
 }
 
-/// Property 9: weights that are no numbers any more are never saved. A fixed bug: a step size beyond
-/// f32 was applied, committed and exported.
+/// Property 9: weights that are no numbers any more are never saved. A fixed bug: a step size
+/// beyond f32 was applied, committed and exported.
 #[test]
 fn a_bad_weight_is_never_saved() {
     // The second update of a step sees what the first left: of PPO there are four.

@@ -69,7 +69,8 @@ fn a_run_that_does_not_fit_reads_no_weights() {
     };
     let error = layers(4096);
     let Error::Memory { what, want, have } = error else { panic!("{error:?}") };
-    // Three matrices a block; a weight, its packed copy, its gradient and two moments of 4 bytes each.
+    // Three matrices a block; a weight, its packed copy, its gradient and two moments of 4 bytes
+    // each.
     let least = 4096 * 3 * 64 * 4_194_304 * 20;
     assert!(what == "the run" && want > least && want < least + least / 5, "{what} {want}");
     assert!(have < want);

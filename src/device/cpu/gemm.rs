@@ -19,13 +19,13 @@ pub const NR: usize = 32;
 /// Rows of k that one pass over A and C covers: a panel of 256 x 32 f32 is 32 KiB, one L1 cache.
 const KC: usize = 256;
 
-/// Rows of A that all panels pass over before the next: 264 x 256 f32 are 264 KiB, which stay in L2.
+/// Rows of A that all panels pass over before the next: 264 x 256 f32 are 264 KiB, which stay in
+/// L2.
 const MC: usize = 264;
 
 /// The left operand, row-major with leading dimension `ld`, or its transpose.
 #[derive(Clone, Copy, Debug)]
 pub struct Lhs<'a, F> {
-    /// The elements.
     pub data: &'a [F],
     /// Distance between stored rows.
     pub ld: usize,
@@ -35,33 +35,28 @@ pub struct Lhs<'a, F> {
 
 impl<'a, F> Lhs<'a, F> {
     /// A(i, k) = data[i * ld + k]
-    #[must_use]
     pub fn rows(data: &'a [F], ld: usize) -> Self {
         Self { data, ld, transposed: false }
     }
 
     /// A(i, k) = data[k * ld + i]
-    #[must_use]
     pub fn columns(data: &'a [F], ld: usize) -> Self {
         Self { data, ld, transposed: true }
     }
 }
 
-/// The right operand.
 #[derive(Clone, Copy, Debug)]
 pub enum Rhs<'a, F> {
     /// Panels as [`pack`] writes them: `[ceil(n / 32)][k][32]`.
     Packed(&'a [F]),
     /// B(k, j) = data[k * ld + j]
     Rows {
-        /// The elements.
         data: &'a [F],
         /// Distance between stored rows.
         ld: usize,
     },
     /// B(k, j) = data[j * ld + k]: the transpose of a stored matrix.
     Columns {
-        /// The elements.
         data: &'a [F],
         /// Distance between stored rows.
         ld: usize,
@@ -159,7 +154,6 @@ fn holds(len: usize, ld: usize, (rows, cols): (usize, usize)) -> bool {
 }
 
 /// Elements of B `[k, n]` in panels; `usize::MAX`, which no memory has, where that overflows.
-#[must_use]
 pub const fn packed_len(k: usize, n: usize) -> usize {
     n.div_ceil(NR).saturating_mul(NR).saturating_mul(k)
 }
@@ -234,8 +228,8 @@ pub fn product<F: Float>(
     });
 }
 
-/// Rows and panels of each of about `want` tasks, so that the least is packed: a task packs its part
-/// of B for every block of its rows, and copies its rows of A once for all its panels.
+/// Rows and panels of each of about `want` tasks, so that the least is packed: a task packs its
+/// part of B for every block of its rows, and copies its rows of A once for all its panels.
 fn split<F>(
     (m, panels): (usize, usize),
     want: usize,

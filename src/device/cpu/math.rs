@@ -13,7 +13,6 @@ pub const LANES: usize = 16;
 /// so that results below the normal range round instead of vanishing. Below -104 it is 0; above
 /// 88.73 infinity; NaN stays NaN.
 #[inline(always)]
-#[must_use]
 pub fn exp(x: f32) -> f32 {
     // Written as selects, not branches, to vectorise.
     let c = if x > 89.0 { 89.0 } else { x };
@@ -38,7 +37,6 @@ pub fn exp(x: f32) -> f32 {
 
 /// Natural logarithm of a positive number (Cephes polynomial). 0 gives -inf, negatives NaN.
 #[inline(always)]
-#[must_use]
 pub fn ln(x: f32) -> f32 {
     // Subnormals are scaled into the normal range first.
     let tiny = x < f32::MIN_POSITIVE;
@@ -71,7 +69,6 @@ pub fn ln(x: f32) -> f32 {
 
 /// Hyperbolic tangent: an odd polynomial below 0.625 (Cephes), else 1 - 2 / (e^2|x| + 1).
 #[inline(always)]
-#[must_use]
 pub fn tanh(x: f32) -> f32 {
     let a = x.abs();
     let z = x * x;
@@ -89,7 +86,6 @@ pub fn tanh(x: f32) -> f32 {
 
 /// Error function in f64 (the f32 version rounds it): the Maclaurin series below 2, the Laplace
 /// continued fraction above; both to about 1e-15.
-#[must_use]
 pub fn erf(x: f64) -> f64 {
     let a = x.abs();
     if a.is_nan() {
@@ -121,7 +117,6 @@ pub fn erf(x: f64) -> f64 {
 
 /// Adds up lanes as a balanced tree: `(((l0+l8)+(l4+l12)) + ...)`.
 #[inline(always)]
-#[must_use]
 pub fn tree<F: Float>(mut lanes: [F; LANES]) -> F {
     let mut half = LANES / 2;
     while half > 0 {
@@ -153,7 +148,6 @@ pub fn sum_by<F: Float>(n: usize, mut f: impl FnMut(usize) -> F) -> F {
 
 /// Dot product: element `i` is multiply-added into lane `i % 16`, lanes are added by [`tree`].
 #[inline(always)]
-#[must_use]
 pub fn dot<F: Float>(a: &[F], b: &[F]) -> F {
     let mut lanes = [F::ZERO; LANES];
     let mut a = a.chunks_exact(LANES);
@@ -171,7 +165,6 @@ pub fn dot<F: Float>(a: &[F], b: &[F]) -> F {
 
 /// Largest element; negative infinity if empty, NaN if any is NaN.
 #[inline(always)]
-#[must_use]
 pub fn max<F: Float>(x: &[F]) -> F {
     let mut lanes = [F::NEG_INFINITY; LANES];
     let mut chunks = x.chunks_exact(LANES);

@@ -26,13 +26,11 @@ pub struct Cpu {
 
 impl Cpu {
     /// `threads` threads (0: one per core) and the best instruction set of this machine.
-    #[must_use]
     pub fn new(threads: usize) -> Self {
         Self::with_isa(threads, Isa::detect())
     }
 
     /// A device that uses `isa` even where a better one exists. Results do not change.
-    #[must_use]
     pub fn with_isa(threads: usize, isa: Isa) -> Self {
         let cores = || std::thread::available_parallelism().map_or(1, usize::from);
         let threads = if threads == 0 { cores() } else { threads };
@@ -49,13 +47,11 @@ impl Cpu {
     }
 
     /// Threads that work, the caller's included.
-    #[must_use]
     pub fn threads(&self) -> usize {
         self.pool.threads()
     }
 
     /// The instruction set in use.
-    #[must_use]
     pub fn isa(&self) -> Isa {
         self.isa
     }

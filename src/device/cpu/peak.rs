@@ -1,4 +1,5 @@
-//! What this machine could do at most, measured: the ceilings that benches and profiles relate times to.
+//! What this machine could do at most, measured: the ceilings that benches and profiles relate
+//! times to.
 
 use std::{hint::black_box, time::Instant};
 
@@ -20,8 +21,8 @@ pub struct Peak {
 }
 
 impl Peak {
-    /// The best of several tries, which take some tenths of a second: a peak is a ceiling, not a mean.
-    #[must_use]
+    /// The best of several tries, which take some tenths of a second: a peak is a ceiling, not a
+    /// mean.
     pub fn measure(cpu: &Cpu) -> Self {
         let run = |width: usize, f: &(dyn Fn(usize) + Sync)| {
             let seconds = best(5, || cpu.run(cpu.threads(), f));

@@ -1,9 +1,9 @@
 //! A small thread pool: workers spin briefly for the next job, then sleep. A job is a closure and
 //! a counter; nothing is allocated to run one.
 //!
-//! Nobody waits for a worker that has not begun: it joins a job by entering its name while the job is
-//! open, and the caller, which works too, closes the job when no task is left. So a worker whose core
-//! is taken by another process costs its share of the work, not its turn on the core.
+//! Nobody waits for a worker that has not begun: it joins a job by entering its name while the job
+//! is open, and the caller, which works too, closes the job when no task is left. So a worker whose
+//! core is taken by another process costs its share of the work, not its turn on the core.
 
 #![allow(unsafe_code)]
 
@@ -97,8 +97,8 @@ impl Pool {
         }
         let _turn = lock(&self.turn);
         let shared = &*self.shared;
-        // SAFETY: the lifetime is erased only until this function returns, and before that it closes
-        // the job and waits for every worker inside to leave.
+        // SAFETY: the lifetime is erased only until this function returns, and before that it
+        // closes the job and waits for every worker inside to leave.
         let task: *const (dyn Fn(usize) + Sync) = unsafe { std::mem::transmute(task) };
         let job = Job { task, tasks };
         shared.next.store(0, Ordering::Relaxed);

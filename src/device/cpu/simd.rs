@@ -21,19 +21,16 @@ pub enum Level {
 
 impl Isa {
     /// Plain Rust for any machine. Slow where the processor lacks a fused multiply-add.
-    #[must_use]
     pub const fn portable() -> Self {
         Self(Level::Portable)
     }
 
     /// The best of this machine.
-    #[must_use]
     pub fn detect() -> Self {
         *Self::available().last().unwrap_or(&Self::portable())
     }
 
     /// All that this machine has, the slowest first.
-    #[must_use]
     pub fn available() -> &'static [Self] {
         const ALL: [Isa; 3] = [Isa(Level::Portable), Isa(Level::Avx2), Isa(Level::Avx512)];
         #[cfg(target_arch = "x86_64")]
@@ -51,7 +48,6 @@ impl Isa {
     }
 
     #[doc(hidden)]
-    #[must_use]
     pub fn level(self) -> Level {
         self.0
     }

@@ -12,7 +12,6 @@ pub struct Machine {
     pub key: &'static str,
     /// As NVIDIA sells it.
     pub name: &'static str,
-    /// Multiprocessors.
     pub processors: u32,
     /// Compute capability 9.0.
     pub hopper: bool,
@@ -87,7 +86,8 @@ impl Driver for Blueprint {
 
     unsafe fn free(&self, _at: NonNull<u8>) {}
 
-    /// Host memory, which is there: a write goes to it before it is refused. The few bytes are not given back.
+    /// Host memory, which is there: a write goes to it before it is refused. The few bytes are not
+    /// given back.
     fn pin(&self, bytes: usize) -> Result<NonNull<u8>> {
         Ok(NonNull::from(Box::leak(vec![0; bytes].into_boxed_slice())).cast())
     }

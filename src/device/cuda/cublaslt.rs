@@ -1,5 +1,5 @@
-//! NVIDIA's cuBLASLt, where its library is installed: what the products of the benches are held against, and
-//! another provider of products whose rows do not see their batch. Nothing needs it.
+//! NVIDIA's cuBLASLt, where its library is installed: what the products of the benches are held
+//! against, and another provider of products whose rows do not see their batch. Nothing needs it.
 
 use std::{
     collections::HashMap,
@@ -46,31 +46,26 @@ pub enum Of {
 /// A product, `2 m n k` FLOPs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Product {
-    /// Which.
     pub of: Of,
     /// Rows of `x` and `y`.
     pub m: usize,
-    /// Outputs.
     pub n: usize,
-    /// Inputs.
     pub k: usize,
 }
 
 /// A matrix as cuBLASLt sees it, by columns without gaps.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Matrix {
-    /// Rows.
     pub rows: usize,
-    /// Columns.
     pub cols: usize,
     /// Multiplied as its transpose.
     pub transposed: bool,
 }
 
 impl Product {
-    /// The matrices A, B and D of cuBLASLt's `D = op(A) op(B)`. By columns a matrix is the transpose of what
-    /// it is by rows, so D is the transpose of the product: A is its right operand and B its left one.
-    #[must_use]
+    /// The matrices A, B and D of cuBLASLt's `D = op(A) op(B)`. By columns a matrix is the
+    /// transpose of what it is by rows, so D is the transpose of the product: A is its right
+    /// operand and B its left one.
     pub fn by_columns(&self) -> [Matrix; 3] {
         let Self { of, m, n, k } = *self;
         let at = |rows, cols, transposed| Matrix { rows, cols, transposed };
@@ -107,7 +102,8 @@ impl Algorithm {
         let get = |what| {
             let (mut value, mut written) = (0u32, 0);
             let at = (&raw mut value).cast();
-            // SAFETY: the algorithm comes from the library; these attributes are numbers of 4 bytes.
+            // SAFETY: the algorithm comes from the library; these attributes are numbers of 4
+            // bytes.
             let status = unsafe {
                 sys::cublasLtMatmulAlgoConfigGetAttribute(&found.algo, what, at, 4, &mut written)
             };
@@ -124,7 +120,6 @@ impl Algorithm {
     }
 
     /// Whether one block makes the whole sum of an output.
-    #[must_use]
     pub fn whole(&self) -> bool {
         (0..=1).contains(&self.split) && self.reduction == 0
     }
@@ -227,9 +222,6 @@ impl Drop for Lt {
 
 impl Cuda {
     /// cuBLASLt for this GPU.
-    ///
-    /// # Errors
-    /// [`crate::Error::Device`] if the library is not installed, or this is no GPU.
     pub fn cublaslt(&self) -> Result<Lt> {
         // Without the library every other call of the crate would panic.
         // SAFETY: looks for the library and opens it.
@@ -248,16 +240,12 @@ impl Cuda {
     }
 
     /// The same device, for ops that may then multiply with cuBLASLt, by [`Lt::pinned`] algorithms.
-    ///
-    /// # Errors
-    /// As [`Cuda::cublaslt`].
     pub fn with_cublaslt(self) -> Result<Self> {
         let lt = Some(Arc::new(self.cublaslt()?));
         Ok(Self { lt, ..self })
     }
 
     /// The library, where ops may use it.
-    #[must_use]
     pub fn provider(&self) -> Option<&Lt> {
         self.lt.as_deref()
     }
@@ -265,16 +253,12 @@ impl Cuda {
 
 impl Lt {
     /// Its version, such as 130002 for 13.0.2.
-    #[must_use]
     pub fn version(&self) -> usize {
         // SAFETY: the library is there.
         unsafe { sys::cublasLtGetVersion() }
     }
 
     /// The library's algorithms for a product, those first that it expects to be fast.
-    ///
-    /// # Errors
-    /// [`crate::Error::Device`] if the library refuses.
     pub fn algorithms(&self, product: &Product) -> Result<Vec<Algorithm>> {
         self.search(product, true)
     }
@@ -343,12 +327,8 @@ impl Lt {
         found.iter().filter(|f| f.state.result().is_ok()).map(Algorithm::of).collect()
     }
 
-    /// `out = left right`, the operands in the order of [`Of`]'s formulas; `add` adds to what `out` holds.
-    ///
-    /// # Errors
-    /// [`crate::Error::Shape`] if a buffer does not fit, [`crate::Error::Device`] if it is not the GPU's, does
-    /// not begin at 16 bytes, or the library refuses: the algorithm is not for this product, or `out` is
-    /// of another type.
+    /// `out = left right`, the operands in the order of [`Of`]'s formulas; `add` adds to what `out`
+    /// holds.
     pub fn product<T: Element, I: Element>(
         &self,
         product: &Product,
@@ -382,8 +362,9 @@ impl Lt {
         let (one, other) = (1.0f32, if add { 1.0f32 } else { 0.0 });
         let scratch = self.workspace.view().device_ptr()?;
         let stream = self.cuda.driver.stream()?;
-        // SAFETY: the buffers have the sizes that the layouts say, as was just checked, and `out` is exclusive;
-        // the factors are read before the call returns; the workspace is used by products of this stream alone.
+        // SAFETY: the buffers have the sizes that the layouts say, as was just checked, and `out`
+        // is exclusive; the factors are read before the call returns; the workspace is used by
+        // products of this stream alone.
         let status = unsafe {
             sys::cublasLtMatmul(
                 self.handle.raw,
@@ -408,13 +389,10 @@ impl Lt {
         check(&format!("{product:?}, {algorithm}"), status)
     }
 
-    /// An algorithm for a weight `[n, k]` that gives every row the same bits whatever the number of rows, or
-    /// none: the first that splits no sum and passes a comparison at up to 4096 rows on this GPU, if there is room for that. Of
-    /// [`Of::BackwardWeight`], which sums over rows, the first that splits no sum. The first time for a weight
-    /// it allocates: not for a step.
-    ///
-    /// # Errors
-    /// [`crate::Error::Device`] if the GPU or the library fails.
+    /// An algorithm for a weight `[n, k]` that gives every row the same bits whatever the number of
+    /// rows, or none: the first that splits no sum and passes a comparison at up to 4096 rows on
+    /// this GPU, if there is room for that. Of [`Of::BackwardWeight`], which sums over rows, the
+    /// first that splits no sum. The first time for a weight it allocates: not for a step.
     pub fn pinned(&self, of: Of, n: usize, k: usize) -> Result<Option<Algorithm>> {
         let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(found) = pinned.get(&(of, n, k)) {

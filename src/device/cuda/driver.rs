@@ -1,4 +1,5 @@
-//! A real GPU, through NVIDIA's driver. The library is opened at run time, so the binary starts anywhere.
+//! A real GPU, through NVIDIA's driver. The library is opened at run time, so the binary starts
+//! anywhere.
 
 use std::{
     collections::HashMap,
@@ -263,8 +264,8 @@ impl Driver for Gpu {
             _ => Swizzle::CU_TENSOR_MAP_SWIZZLE_NONE,
         };
         let mut map = sys::CUtensorMap { opaque: [0; 16] };
-        // SAFETY: the arrays hold `rank` numbers and more, but for the strides, which the driver wants of
-        // all dimensions but the innermost; it reads no tensor.
+        // SAFETY: the arrays hold `rank` numbers and more, but for the strides, which the driver
+        // wants of all dimensions but the innermost; it reads no tensor.
         unsafe {
             sys::cuTensorMapEncodeTiled(
                 &mut map,
@@ -361,7 +362,8 @@ impl Driver for Gpu {
         let f = self.function(k)?;
         let [x, y, z] = launch.blocks;
         let size = (k.threads, 1, 1);
-        // Where blocks wait for each other, the driver refuses a grid that does not fit the device at once.
+        // Where blocks wait for each other, the driver refuses a grid that does not fit the device
+        // at once.
         let start =
             if launch.together { result::launch_cooperative_kernel } else { result::launch_kernel };
         // SAFETY: the caller's promise; the driver copies the arguments before it returns.

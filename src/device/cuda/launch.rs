@@ -21,15 +21,13 @@ pub struct Launch {
     pub blocks: [u32; 3],
     /// Bytes of dynamic shared memory.
     pub shared: u32,
-    /// All blocks run at the same time, so that one may wait for another: at most one a multiprocessor.
+    /// All blocks run at the same time, so that one may wait for another: at most one a
+    /// multiprocessor.
     pub together: bool,
 }
 
 impl Launch {
     /// `blocks` blocks in a row, with `shared` bytes of shared memory.
-    ///
-    /// # Errors
-    /// [`Error::Value`] if that is more than a grid holds.
     pub fn row(blocks: usize, shared: usize) -> Result<Self> {
         let fits = |n: usize| {
             let want = format!("at most {}", i32::MAX);
@@ -39,15 +37,11 @@ impl Launch {
     }
 
     /// The same with blocks that may wait for each other.
-    #[must_use]
     pub fn together(self) -> Self {
         Self { together: true, ..self }
     }
 
     /// At least `threads` threads in blocks of `per_block`; kernels count them in 32 bits.
-    ///
-    /// # Errors
-    /// [`Error::Value`] if there are 2^31 or more.
     pub fn threads(threads: usize, per_block: usize) -> Result<Self> {
         if threads > i32::MAX as usize {
             return Err(Error::value("launch: threads", format!("at most {}", i32::MAX), threads));
@@ -56,9 +50,6 @@ impl Launch {
     }
 
     /// A thread for each packet of `count` elements in a row, and for each that is left over.
-    ///
-    /// # Errors
-    /// As [`Launch::threads`].
     pub fn packets<T>(count: usize, per_block: usize) -> Result<Self> {
         let width = PACKET / size_of::<T>();
         Self::threads(count / width + count % width, per_block)
@@ -68,11 +59,8 @@ impl Launch {
 /// Bytes that kernels load at once.
 pub(super) const PACKET: usize = 16;
 
-/// Threads that share a row of `cols` elements: a power of two from 32 to `threads`, as few as hold at
-/// most `each` elements.
-///
-/// # Errors
-/// [`Error::Value`] if a row is not whole packets of 16 bytes, or too long.
+/// Threads that share a row of `cols` elements: a power of two from 32 to `threads`, as few as hold
+/// at most `each` elements.
 pub fn group<T>(op: &str, cols: usize, each: usize, threads: usize) -> Result<usize> {
     let (width, most) = (PACKET / size_of::<T>(), each * threads);
     if !cols.is_multiple_of(width) || cols > most {
@@ -82,9 +70,8 @@ pub fn group<T>(op: &str, cols: usize, each: usize, threads: usize) -> Result<us
     Ok(cols.div_ceil(each).next_power_of_two().max(32))
 }
 
-/// Elements that a thread takes at once of rows that are made of parts of `lens` elements, in buffers at
-/// `begins`: a packet of 16 bytes where all parts begin at one, else 1.
-#[must_use]
+/// Elements that a thread takes at once of rows that are made of parts of `lens` elements, in
+/// buffers at `begins`: a packet of 16 bytes where all parts begin at one, else 1.
 pub fn width<T>(lens: &[usize], begins: &[usize]) -> usize {
     let width = PACKET / size_of::<T>();
     let whole = lens.iter().all(|n| n.is_multiple_of(width));
@@ -95,7 +82,6 @@ pub fn width<T>(lens: &[usize], begins: &[usize]) -> usize {
 #[derive(Debug)]
 pub(super) struct Image {
     pub(super) name: &'static str,
-    /// For Hopper alone.
     pub(super) hopper: bool,
     pub(super) bytes: &'static [u8],
 }

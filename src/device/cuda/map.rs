@@ -20,11 +20,10 @@ const MOST: usize = 256;
 const SIZE: usize = 1 << 32;
 const STRIDE: usize = 1 << 40;
 
-/// How the 16-byte packets of a box are spread over the banks of shared memory: packets of a line of so
-/// many bytes are permuted, each 128 bytes in their own way.
+/// How the 16-byte packets of a box are spread over the banks of shared memory: packets of a line
+/// of so many bytes are permuted, each 128 bytes in their own way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Swizzle {
-    /// Not at all.
     None,
     /// Lines of 32 bytes.
     Bytes32,
@@ -34,8 +33,8 @@ pub enum Swizzle {
     Bytes128,
 }
 
-/// How a tensor of 2 to 4 dimensions lies in memory and in which boxes it is copied. All are in elements,
-/// the innermost dimension first.
+/// How a tensor of 2 to 4 dimensions lies in memory and in which boxes it is copied. All are in
+/// elements, the innermost dimension first.
 #[derive(Clone, Copy, Debug)]
 pub struct Tiles<const N: usize> {
     /// Size in each dimension; what a box has beyond reads as 0 and is not written.
@@ -49,9 +48,8 @@ pub struct Tiles<const N: usize> {
 }
 
 impl Tiles<2> {
-    /// Boxes of `tile` rows and columns, in this order, of the matrix `[rows, cols]` whose rows begin
-    /// `stride` elements apart.
-    #[must_use]
+    /// Boxes of `tile` rows and columns, in this order, of the matrix `[rows, cols]` whose rows
+    /// begin `stride` elements apart.
     pub fn of_matrix(
         [rows, cols]: [usize; 2],
         stride: usize,
@@ -71,7 +69,6 @@ pub struct Map<'a> {
 
 impl Map<'_> {
     /// The 128 bytes that a kernel gets.
-    #[must_use]
     pub fn bytes(&self) -> &[u8] {
         bytemuck::bytes_of(&self.words)
     }
@@ -91,7 +88,6 @@ pub(super) struct Tensor {
     /// Dimensions; those that are not there have size 1.
     pub rank: u32,
     pub dims: [u64; 4],
-    /// In bytes.
     pub strides: [u64; 4],
     pub tile: [u32; 4],
     /// Bytes of a line, 0 without.
@@ -161,9 +157,10 @@ impl Cuda {
     /// The map of a tensor that a kernel reads.
     ///
     /// # Errors
-    /// [`Error::Value`] naming what is wrong: the view or a stride is not whole packets of 16 bytes, a box
-    /// has more than 256 elements in a dimension or a row that is wider than the swizzle, or the view ends
-    /// before the tensor; [`Error::Device`] if it is in host memory or the driver refuses it.
+    /// [`Error::Value`] naming what is wrong: the view or a stride is not whole packets of 16
+    /// bytes, a box has more than 256 elements in a dimension or a row that is wider than the
+    /// swizzle, or the view ends before the tensor; [`Error::Device`] if it is in host memory or
+    /// the driver refuses it.
     pub fn map<'a, T: Element, const N: usize>(
         &self,
         view: View<'a, T>,
@@ -174,9 +171,6 @@ impl Cuda {
     }
 
     /// The map of a tensor that a kernel writes.
-    ///
-    /// # Errors
-    /// As [`Cuda::map`].
     pub fn map_mut<'a, T: Element, const N: usize>(
         &self,
         view: ViewMut<'a, T>,
@@ -186,10 +180,8 @@ impl Cuda {
         self.map_at::<T, N>(view.device_ptr()?, len, &tiles)
     }
 
-    /// The maps of two matrices that lie side by side in one, the second `apart` elements after the first.
-    ///
-    /// # Errors
-    /// As [`Cuda::map`].
+    /// The maps of two matrices that lie side by side in one, the second `apart` elements after the
+    /// first.
     pub fn map_both<'a, T: Element>(
         &self,
         view: ViewMut<'a, T>,

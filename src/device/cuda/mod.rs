@@ -1,7 +1,8 @@
 //! The CUDA device: a driver, real or simulated, and the kernels of `kernels/`.
 //!
-//! All work goes to one stream, in order, so ops need no synchronisation among themselves, and the host runs
-//! ahead of it: only what brings numbers to the host waits for the device, and memory that is freed.
+//! All work goes to one stream, in order, so ops need no synchronisation among themselves, and the
+//! host runs ahead of it: only what brings numbers to the host waits for the device, and memory
+//! that is freed.
 
 #![allow(unsafe_code)]
 
@@ -61,13 +62,13 @@ unsafe impl Send for Event {}
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Mark(u64);
 
-/// What a GPU is asked for. Copies, fills and launches are done in order and after the call returns.
+/// What a GPU is asked for. Copies, fills and launches are done in order and after the call
+/// returns.
 trait Driver: std::fmt::Debug + Send + Sync {
     /// A line for people.
     fn describe(&self) -> String;
     /// What its maker calls it.
     fn name(&self) -> &str;
-    /// Multiprocessors.
     fn processors(&self) -> u32;
     /// Compute capability 9.0, for which the kernels of `*_sm90.cu` are.
     fn hopper(&self) -> bool;
@@ -88,12 +89,12 @@ trait Driver: std::fmt::Debug + Send + Sync {
     /// `at` came from [`Driver::pin`], and nothing uses it any more.
     unsafe fn unpin(&self, at: NonNull<u8>);
     /// # Safety
-    /// `to` has `from.len()` bytes of device memory that nobody else uses; `from` is pinned and stays as it is
-    /// until the stream has passed this copy.
+    /// `to` has `from.len()` bytes of device memory that nobody else uses; `from` is pinned and
+    /// stays as it is until the stream has passed this copy.
     unsafe fn copy_in(&self, to: NonNull<u8>, from: &[u8]) -> Result<()>;
     /// # Safety
-    /// `from` has `to.len()` bytes of device memory; nobody looks at `to`, nor frees it, until the stream has
-    /// passed this copy.
+    /// `from` has `to.len()` bytes of device memory; nobody looks at `to`, nor frees it, until the
+    /// stream has passed this copy.
     unsafe fn copy_out(&self, to: &mut [u8], from: NonNull<u8>) -> Result<()>;
     /// # Safety
     /// `from` and `to` have `bytes` bytes of device memory, those of `to` used by nobody else.
@@ -116,8 +117,8 @@ trait Driver: std::fmt::Debug + Send + Sync {
     /// `at` has `bytes` bytes of device memory.
     unsafe fn guard(&self, _at: NonNull<u8>, _bytes: usize, _on: bool) {}
     /// # Safety
-    /// `args` point to values that have the types of the kernel's parameters, and device memory among
-    /// them is as large as the kernel expects.
+    /// `args` point to values that have the types of the kernel's parameters, and device memory
+    /// among them is as large as the kernel expects.
     unsafe fn launch(
         &self,
         kernel: &Kernel,
@@ -137,7 +138,8 @@ trait Driver: std::fmt::Debug + Send + Sync {
     /// # Safety
     /// The event came from [`Driver::event`] and has not ended.
     unsafe fn record(&self, event: &Event) -> Result<()>;
-    /// Waits until the stream has passed the event where it was recorded last; not at all if it never was.
+    /// Waits until the stream has passed the event where it was recorded last; not at all if it
+    /// never was.
     ///
     /// # Safety
     /// As [`Driver::record`].
@@ -162,27 +164,18 @@ fn device_error(reason: impl Into<String>) -> Error {
 
 impl Cuda {
     /// GPU number `ordinal`.
-    ///
-    /// # Errors
-    /// [`Error::Device`] saying what is missing: the driver, a device, or this build's kernels.
     pub fn new(ordinal: usize) -> Result<Self> {
         Self::over(Arc::new(driver::Gpu::new(ordinal)?), Ring::GPU)
     }
 
     /// The simulator in the shared library `library`, which plays `machine` and runs threads and
     /// blocks in `order`. For tests.
-    ///
-    /// # Errors
-    /// [`Error::Device`] if the library cannot be loaded.
     pub fn simulated(library: &std::path::Path, order: Order, machine: Machine) -> Result<Self> {
         let simulator = simulator::Simulator::open(library, order, machine)?;
         Self::over(Arc::new(simulator), Ring::SIMULATOR)
     }
 
     /// A GPU that is not there, to make a plan for: all that would run on it is refused.
-    ///
-    /// # Errors
-    /// None; as the others.
     pub fn planned(machine: Blueprint) -> Result<Self> {
         let ring = Ring { slots: 1, bytes: 64 };
         Self::over(Arc::new(blueprint::Blueprint::new(machine)), ring)
@@ -193,48 +186,37 @@ impl Cuda {
         Ok(Self { driver, staging, room, lt: None, profile: None })
     }
 
-    /// The same device, whose writes go through another ring, and whose [`Cuda::calls`] begin at 0. For tests.
-    ///
-    /// # Errors
-    /// [`Error::Device`] if the ring has no slots or these no bytes, or there is no room.
+    /// The same device, whose writes go through another ring, and whose [`Cuda::calls`] begin at 0.
+    /// For tests.
     pub fn with_ring(self, ring: Ring) -> Result<Self> {
         Ok(Self { staging: staging::Staging::new(&self.driver, ring)?, ..self })
     }
 
     /// What the driver and the devices are, or why there are none; for `warpo doctor`.
-    #[must_use]
     pub fn survey() -> Vec<String> {
         driver::survey()
     }
 
     /// A line for people.
-    #[must_use]
     pub fn describe(&self) -> String {
         self.driver.describe()
     }
 
     /// What its maker calls it.
-    #[must_use]
     pub fn name(&self) -> &str {
         self.driver.name()
     }
 
-    /// Multiprocessors.
-    #[must_use]
     pub fn processors(&self) -> u32 {
         self.driver.processors()
     }
 
     /// Whether this is a Hopper GPU, compute capability 9.0: it has TMA, wgmma and clusters.
-    #[must_use]
     pub fn hopper(&self) -> bool {
         self.driver.hopper()
     }
 
     /// Waits for all that was launched.
-    ///
-    /// # Errors
-    /// [`Error::Device`] if something that was launched failed.
     pub fn synchronize(&self) -> Result<()> {
         self.staging.wait()
     }
@@ -244,21 +226,16 @@ impl Cuda {
     }
 
     /// How often the device was asked for something since it was opened, by all clones of this.
-    #[must_use]
     pub fn calls(&self) -> Calls {
         self.staging.calls()
     }
 
     /// Bytes of host memory that are pinned for copies. They do not grow in a steady state.
-    #[must_use]
     pub fn pinned_bytes(&self) -> usize {
         self.staging.pinned()
     }
 
     /// Seconds on the device that `work` takes, by events.
-    ///
-    /// # Errors
-    /// Those of `work`, and [`Error::Device`].
     pub fn time(&self, work: impl FnOnce() -> Result<()>) -> Result<f64> {
         let mut marks = vec![self.mark()?];
         let seconds = work().and_then(|()| {
@@ -292,9 +269,6 @@ impl Cuda {
     }
 
     /// Runs `work`, which launches `name` and no kernel by [`Cuda`]: a profile sees it as one.
-    ///
-    /// # Errors
-    /// Those of `work`, and [`Error::Device`] if the device fails.
     pub fn launches<R>(&self, name: &'static str, work: impl FnOnce() -> Result<R>) -> Result<R> {
         match &self.profile {
             None => work(),
@@ -451,15 +425,15 @@ impl Cuda {
         self.staging.count(|c| c.launches += 1);
         let at = |v| std::ptr::from_mut::<map::Words>(v).cast();
         let mut pointers: Vec<*mut c_void> = args.values.iter_mut().map(at).collect();
-        // SAFETY: the generated functions push the values of the kernel's parameters in its order; that
-        // memory is as large as the kernel expects is checked by the op that calls them.
+        // SAFETY: the generated functions push the values of the kernel's parameters in its order;
+        // that memory is as large as the kernel expects is checked by the op that calls them.
         let run = || unsafe { self.driver.launch(kernel, launch, &mut pointers) };
         self.launches(kernel.name, run)
     }
 }
 
-/// One module a .cu file, one function a kernel, written by build.rs. For ops and tests: a kernel trusts the
-/// sizes that it is given, and the ops are what checks them.
+/// One module a .cu file, one function a kernel, written by build.rs. For ops and tests: a kernel
+/// trusts the sizes that it is given, and the ops are what checks them.
 #[doc(hidden)]
 #[allow(missing_docs)]
 pub mod kernels {

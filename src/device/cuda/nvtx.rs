@@ -1,4 +1,5 @@
-//! Names for NVIDIA's profilers, where their library is installed (`libnvToolsExt`, which CUDA 13 has no more).
+//! Names for NVIDIA's profilers, where their library is installed (`libnvToolsExt`, which CUDA 13
+//! has no more).
 
 use std::ffi::CString;
 

@@ -1,5 +1,5 @@
-//! A little device memory for the results of reductions, which every op borrows in turn: so that an op that
-//! returns sums needs no scratch of its own.
+//! A little device memory for the results of reductions, which every op borrows in turn: so that an
+//! op that returns sums needs no scratch of its own.
 
 use std::{
     ptr::NonNull,
@@ -17,15 +17,15 @@ use crate::{
     error::Result,
 };
 
-/// Parts that kernels divide a reduction into at most; a constant, so that the order of a sum depends on
-/// its length and not on the device.
+/// Parts that kernels divide a reduction into at most; a constant, so that the order of a sum
+/// depends on its length and not on the device.
 pub const PARTS: usize = 256;
 
 /// Tokens that a block takes at a time: 16 bytes a thread.
 const TILE: usize = 4 * kernels::sums::THREADS;
 
-/// How kernels divide a column of tokens (`kernels/include/tokens.cuh`), as their number says and nothing
-/// else.
+/// How kernels divide a column of tokens (`kernels/include/tokens.cuh`), as their number says and
+/// nothing else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Parts {
     /// Parts, a block each, at most [`PARTS`].
@@ -36,7 +36,6 @@ pub struct Parts {
 
 impl Parts {
     /// The parts of `tokens` tokens.
-    #[must_use]
     pub fn of(tokens: usize) -> Self {
         let share = tokens.div_ceil(PARTS * TILE).max(1) * TILE;
         Self { count: tokens.div_ceil(share), share }
@@ -70,12 +69,10 @@ impl Drop for Room {
 }
 
 impl Cuda {
-    /// The `N` numbers that `work` leaves in its first argument; the second is room for as many of each
-    /// of `parts` parts. All bits of both are set at first. Nobody waits for them: who reduces next uses the
-    /// room behind this in the stream. `work` cannot reduce anything itself: there is one room.
-    ///
-    /// # Errors
-    /// Those of `work`, and [`crate::Error::Device`] if there are more than [`PARTS`] parts.
+    /// The `N` numbers that `work` leaves in its first argument; the second is room for as many of
+    /// each of `parts` parts. All bits of both are set at first. Nobody waits for them: who reduces
+    /// next uses the room behind this in the stream. `work` cannot reduce anything itself: there is
+    /// one room.
     pub fn reduce<T: Pod, const N: usize>(
         &self,
         parts: usize,
@@ -91,8 +88,8 @@ impl Cuda {
         // SAFETY: the room is ours while it is locked.
         unsafe { self.fill(room.at, 0xFF, BYTES)? };
         let region = Region::on(self, room.at);
-        // SAFETY: both fit in the room, as checked above; it is aligned to 256 bytes, any bits are a `T`,
-        // and nobody else uses it while it is locked.
+        // SAFETY: both fit in the room, as checked above; it is aligned to 256 bytes, any bits are
+        // a `T`, and nobody else uses it while it is locked.
         let mut total = unsafe { region.buffer::<T>(N) };
         // SAFETY: inside the room.
         let behind = unsafe { region.add(N * size_of::<T>()) };
@@ -106,11 +103,9 @@ impl Cuda {
         }))
     }
 
-    /// `N` sums over a column of `tokens` tokens, of which the last `maxima` are maxima: `work` launches a
-    /// kernel that leaves those of each part in a row of its second argument. 0 without tokens.
-    ///
-    /// # Errors
-    /// As [`Cuda::reduce`].
+    /// `N` sums over a column of `tokens` tokens, of which the last `maxima` are maxima: `work`
+    /// launches a kernel that leaves those of each part in a row of its second argument. 0 without
+    /// tokens.
     pub fn sums<const N: usize>(
         &self,
         tokens: usize,

@@ -1,6 +1,6 @@
-//! The simulator of `kernels/sim` as a driver: a shared library in which every kernel is a host function
-//! whose threads are fibres. It shows races, bad addresses, missing barriers and order dependence; it
-//! shows neither speed nor faults of nvcc.
+//! The simulator of `kernels/sim` as a driver: a shared library in which every kernel is a host
+//! function whose threads are fibres. It shows races, bad addresses, missing barriers and order
+//! dependence; it shows neither speed nor faults of nvcc.
 
 use std::{
     ffi::{CStr, CString, c_char, c_int, c_void},
@@ -48,14 +48,17 @@ type Run = unsafe extern "C" fn(
     c_int,
 ) -> c_int;
 
-/// The library has one list of allocations, whoever opened it. Launches are apart: each thread has its own.
+/// The library has one list of allocations, whoever opened it. Launches are apart: each thread has
+/// its own.
 static ALLOCATIONS: Mutex<()> = Mutex::new(());
 
-/// Copies under way. All other work is done when it is asked for; what the host must wait for is made to be
-/// missed: a copy to the device takes its bytes as late as a GPU may, and one to the host brings them as late.
+/// Copies under way. All other work is done when it is asked for; what the host must wait for is
+/// made to be missed: a copy to the device takes its bytes as late as a GPU may, and one to the
+/// host brings them as late.
 #[derive(Default)]
 struct Stream {
-    /// Copies to the device since anything else was asked for: where to, where from, how many bytes.
+    /// Copies to the device since anything else was asked for: where to, where from, how many
+    /// bytes.
     to_device: Vec<(NonNull<u8>, NonNull<u8>, usize)>,
     /// Copies to the device that are done.
     done: usize,
@@ -67,7 +70,8 @@ struct Stream {
     events: Vec<[usize; 2]>,
 }
 
-// SAFETY: who asks for a copy promises that its memory stays until the copy is done, on whatever thread.
+// SAFETY: who asks for a copy promises that its memory stays until the copy is done, on whatever
+// thread.
 unsafe impl Send for Stream {}
 
 impl Stream {
@@ -84,7 +88,6 @@ impl Stream {
         }
     }
 
-    /// Does all.
     fn finish(&mut self) {
         self.advance();
         self.arrive(self.to_host.len());

@@ -1,5 +1,5 @@
-//! The host's side of the stream: pinned memory, which the device copies to and from by itself, so that the
-//! host need not wait; which copies a wait has covered; and counts of what was asked for.
+//! The host's side of the stream: pinned memory, which the device copies to and from by itself, so
+//! that the host need not wait; which copies a wait has covered; and counts of what was asked for.
 
 use std::{
     collections::{BTreeMap, VecDeque},
@@ -16,8 +16,8 @@ use crate::error::Result;
 
 /// How often a device was asked for something since it was opened.
 ///
-/// What memory does to watch itself in debug builds (poison, redzones) is not counted: a step has the same
-/// counts in every build.
+/// What memory does to watch itself in debug builds (poison, redzones) is not counted: a step has
+/// the same counts in every build.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Calls {
     /// Kernels of this crate that were launched.
@@ -31,9 +31,10 @@ pub struct Calls {
     /// Memory that was set to one byte.
     pub fills: u64,
     /// Times that the host waited for the device: for all work, or up to a
-    /// [`Device::milestone`](crate::device::Device::milestone) in a [`Later::get`](crate::device::Later) that no
-    /// wait had covered. A read, a synchronisation, a timing and memory that is freed wait for all. A write
-    /// waits, if at all, for writes long before it, and is not counted.
+    /// [`Device::milestone`](crate::device::Device::milestone) in a
+    /// [`Later::get`](crate::device::Later) that no wait had covered. A read, a synchronisation, a
+    /// timing and memory that is freed wait for all. A write waits, if at all, for writes long
+    /// before it, and is not counted.
     pub waits: u64,
 }
 
@@ -54,8 +55,8 @@ impl Sub for Calls {
     }
 }
 
-/// The pinned memory that writes go through. A slot is used again when the device has read it, so the host
-/// runs ahead of the device by at most the whole ring.
+/// The pinned memory that writes go through. A slot is used again when the device has read it, so
+/// the host runs ahead of the device by at most the whole ring.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Ring {
     /// Slots; with two or more the host fills one while the device reads another.
@@ -81,7 +82,6 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
-/// Pinned host memory.
 #[derive(Debug)]
 struct Pinned {
     driver: Arc<dyn Driver>,
@@ -100,7 +100,8 @@ impl Pinned {
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        // SAFETY: pinned in `new`; nobody else has the address. The driver waits for copies under way.
+        // SAFETY: pinned in `new`; nobody else has the address. The driver waits for copies under
+        // way.
         unsafe { self.driver.unpin(self.at) }
     }
 }
@@ -174,7 +175,8 @@ struct Blocks {
     bytes: usize,
 }
 
-/// Points of the stream, each behind all reads up to a ticket: who waits for one of those need not wait for more.
+/// Points of the stream, each behind all reads up to a ticket: who waits for one of those need not
+/// wait for more.
 #[derive(Debug, Default)]
 struct Milestones {
     /// Those that no wait has passed, in order.
@@ -264,8 +266,8 @@ impl Staging {
         recorded
     }
 
-    /// Waits for a read, unless a wait has covered it: up to the first milestone behind it, or for all that was
-    /// issued if there is none.
+    /// Waits for a read, unless a wait has covered it: up to the first milestone behind it, or for
+    /// all that was issued if there is none.
     fn wait_for(&self, ticket: u64) -> Result<()> {
         let covered = || self.passed.load(Ordering::Acquire) >= ticket;
         if covered() {
@@ -281,8 +283,8 @@ impl Staging {
             return self.wait();
         };
         self.count(|c| c.waits += 1);
-        // SAFETY: an event of this driver, which ends with `self`; nobody records it anew while the milestones
-        // are locked.
+        // SAFETY: an event of this driver, which ends with `self`; nobody records it anew while the
+        // milestones are locked.
         unsafe { self.driver.wait_for(event)? };
         let covers = *covers;
         self.pass(covers, &mut milestones);
@@ -300,7 +302,8 @@ impl Staging {
         while done < from.len() {
             let (room, bytes) = slots.room(&*self.driver, from.len() - done)?;
             let piece = &from[done..done + bytes];
-            // SAFETY: the room is in a slot that the device has read, and ours while the slots are locked.
+            // SAFETY: the room is in a slot that the device has read, and ours while the slots are
+            // locked.
             unsafe { room.as_ptr().copy_from_nonoverlapping(piece.as_ptr(), bytes) };
             // SAFETY: written just now, and by nobody else until the slot's event.
             let piece = unsafe { std::slice::from_raw_parts(room.as_ptr(), bytes) };
@@ -335,8 +338,8 @@ impl Staging {
         Ok(landing)
     }
 
-    /// A block of at least `bytes` bytes. Sizes are powers of two, so that steps of nearly the same shape
-    /// use the same blocks.
+    /// A block of at least `bytes` bytes. Sizes are powers of two, so that steps of nearly the same
+    /// shape use the same blocks.
     fn block(&self, bytes: usize) -> Result<Pinned> {
         let bytes = bytes.next_power_of_two().max(BLOCK);
         let mut blocks = lock(&self.blocks);
@@ -385,8 +388,8 @@ impl Landing {
 
 impl Drop for Landing {
     fn drop(&mut self) {
-        // The copy may be under way still. What comes into the block next is another copy of the same
-        // stream, which is read only after a wait that covers both.
+        // The copy may be under way still. What comes into the block next is another copy of the
+        // same stream, which is read only after a wait that covers both.
         if let Some(block) = self.block.take() {
             lock(&self.staging.blocks).free.entry(block.bytes).or_default().push(block);
         }

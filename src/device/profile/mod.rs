@@ -1,9 +1,10 @@
 //! Where the time goes: phases of a run, the ops in them and the kernels in those.
 //!
-//! [`Device::profiled`] makes a device that writes down what it does, and the [`Profile`] to read it from. On the CPU
-//! an op is timed by the clock. On a CUDA device events stand around every kernel, and nothing waits for them until the
-//! profile is read, or 8192 kernels were launched. Of what is inside of each other, only the time that is an op's own
-//! counts, so that shares add up. Without a profile an op costs one branch.
+//! [`Device::profiled`] makes a device that writes down what it does, and the [`Profile`] to read
+//! it from. On the CPU an op is timed by the clock. On a CUDA device events stand around every
+//! kernel, and nothing waits for them until the profile is read, or 8192 kernels were launched. Of
+//! what is inside of each other, only the time that is an op's own counts, so that shares add up.
+//! Without a profile an op costs one branch.
 
 mod report;
 mod trace;
@@ -44,25 +45,20 @@ pub struct Work {
 
 impl Work {
     /// `count` elements read or written.
-    #[must_use]
     pub fn moves<T>(count: usize) -> Self {
         Self { flops: 0.0, bytes: count as f64 * size_of::<T>() as f64 }
     }
 
     /// With so many operations more.
-    #[must_use]
     pub fn flops(self, flops: f64) -> Self {
         Self { flops: self.flops + flops, ..self }
     }
 
     /// With those of a matrix product more: `2 m n k`.
-    #[must_use]
     pub fn product(self, m: usize, n: usize, k: usize) -> Self {
         self.flops(2.0 * m as f64 * n as f64 * k as f64)
     }
 
-    /// Both.
-    #[must_use]
     pub fn and(self, other: Self) -> Self {
         Self { flops: self.flops + other.flops, bytes: self.bytes + other.bytes }
     }
@@ -131,7 +127,6 @@ struct State {
     batch: Vec<Launched>,
     /// Spans that ended since the batch began, for the device's track.
     closed: Vec<Open>,
-    /// Kernels so far.
     launched: usize,
     trace: Vec<Event>,
     dropped: u64,
@@ -183,7 +178,6 @@ struct Total {
 
 impl Device {
     /// The same device, which from now on writes down what it does, and what it wrote.
-    #[must_use]
     pub fn profiled(self) -> (Self, Profile) {
         let (cpu, cuda) = match &self {
             Self::Cpu(cpu) => (Some(cpu.clone().with_profile(None)), None),
@@ -220,7 +214,8 @@ impl Device {
         self.begin(Kind::Phase, phase, Work::default)
     }
 
-    /// Begins an op, which ends with what is returned; `work` is asked for if the device is [`Device::profiled`].
+    /// Begins an op, which ends with what is returned; `work` is asked for if the device is
+    /// [`Device::profiled`].
     pub fn op(&self, name: &'static str, work: impl FnOnce() -> Work) -> Span {
         self.begin(Kind::Op, name, work)
     }
@@ -342,11 +337,8 @@ impl Profile {
         Ok(done)
     }
 
-    /// What took how long so far. Waits for the device; on the CPU its peaks are measured, which takes some tenths
-    /// of a second.
-    ///
-    /// # Errors
-    /// [`crate::Error::Device`] if the device failed.
+    /// What took how long so far. Waits for the device; on the CPU its peaks are measured, which
+    /// takes some tenths of a second.
     pub fn report(&self) -> Result<Report> {
         let (state, seconds) = (self.resolved()?, self.now());
         let Inner { device, cpu, cuda, .. } = &*self.0;
@@ -357,11 +349,9 @@ impl Profile {
         Ok(report::report(device, *peaks, seconds, cuda.is_some(), &state))
     }
 
-    /// Writes a trace in the JSON format of Chrome, which <https://ui.perfetto.dev> shows: a track for each thread of
-    /// the host that began phases or ops, and one for the device. Waits for the device.
-    ///
-    /// # Errors
-    /// [`crate::Error::Io`] if the file cannot be written, [`crate::Error::Device`] if the device failed.
+    /// Writes a trace in the JSON format of Chrome, which <https://ui.perfetto.dev> shows: a track
+    /// for each thread of the host that began phases or ops, and one for the device. Waits for the
+    /// device.
     pub fn write_chrome(&self, path: &Path) -> Result<()> {
         let mut state = self.resolved()?;
         let dropped = state.dropped;
@@ -412,8 +402,8 @@ impl State {
         if let Some((mark, base)) = self.base {
             cuda.synchronize()?;
             for k in &self.batch {
-                // Far from the first mark a time has few digits left, a difference of neighbours has all. Kernels
-                // follow each other, whatever is rounded.
+                // Far from the first mark a time has few digits left, a difference of neighbours
+                // has all. Kernels follow each other, whatever is rounded.
                 let (at, seconds) = (cuda.between(mark, k.start)?, cuda.between(k.start, k.end)?);
                 let start = times.last().map_or(base + at, |before| before.1.max(base + at));
                 times.push((start, start + seconds));

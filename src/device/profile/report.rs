@@ -8,7 +8,8 @@ use crate::device::{Cpu, cpu::Peak};
 /// What a device can do at most: a GPU by its data sheet, a CPU as measured.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Peaks {
-    /// Operations a second: of a GPU in bf16 with f32 sums, without sparsity; of a CPU multiply-adds in f32.
+    /// Operations a second: of a GPU in bf16 with f32 sums, without sparsity; of a CPU
+    /// multiply-adds in f32.
     pub flops: f64,
     /// Bytes a second of its memory.
     pub bytes: f64,
@@ -24,23 +25,20 @@ const PEAKS: [(&str, f64, f64); 5] = [
 ];
 
 impl Peaks {
-    /// Those of a GPU with this name, if they are known. A CPU's depend on its clock, memory and neighbours, and
-    /// are [`Peaks::measured`].
-    #[must_use]
+    /// Those of a GPU with this name, if they are known. A CPU's depend on its clock, memory and
+    /// neighbours, and are [`Peaks::measured`].
     pub fn of(name: &str) -> Option<Self> {
         let (_, flops, bytes) = PEAKS.into_iter().find(|(of, ..)| *of == name)?;
         Some(Self { flops: flops * 1e12, bytes: bytes * 1e12 })
     }
 
     /// Those of this machine.
-    #[must_use]
     pub fn measured(cpu: &Cpu) -> Self {
         let Peak { flops, copy } = Peak::measure(cpu);
         Self { flops, bytes: copy }
     }
 
     /// The least seconds for this work.
-    #[must_use]
     pub fn seconds(&self, work: &Work) -> f64 {
         (work.flops / self.flops).max(work.bytes / self.bytes)
     }
@@ -51,7 +49,6 @@ impl Peaks {
 pub struct PhaseRow {
     /// As given to [`super::Device::span`].
     pub name: &'static str,
-    /// How often.
     pub calls: u64,
     /// By the clock, with the phases inside of it.
     pub whole: f64,
@@ -66,7 +63,6 @@ pub struct PhaseRow {
 pub struct OpRow {
     /// As given to [`super::Device::op`]; empty for kernels outside of ops.
     pub name: &'static str,
-    /// How often.
     pub calls: u64,
     /// By the clock; on a CUDA device those of its kernels, by events.
     pub seconds: f64,
@@ -81,24 +77,19 @@ pub struct OpRow {
 pub struct KernelRow {
     /// As in the .cu file.
     pub name: &'static str,
-    /// How often.
     pub calls: u64,
-    /// By events.
     pub seconds: f64,
 }
 
 /// What took how long, to be printed.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Report {
-    /// The device.
     pub device: String,
     /// Since the profile began.
     pub seconds: f64,
     /// Of the device, where they are known.
     pub peaks: Option<Peaks>,
-    /// The longest first.
     pub phases: Vec<PhaseRow>,
-    /// The longest first.
     pub ops: Vec<OpRow>,
     /// Events that the trace has no room for; they are in the sums.
     pub dropped: u64,
@@ -152,13 +143,11 @@ pub(super) fn report(
 
 impl Report {
     /// Seconds in which an op computes; on a CUDA device a kernel.
-    #[must_use]
     pub fn busy(&self) -> f64 {
         self.ops.iter().map(|o| o.seconds).sum()
     }
 
     /// The part of its time that an op would need at the device's peak, where that is known.
-    #[must_use]
     pub fn of_peak(&self, op: &OpRow) -> Option<f64> {
         let least = self.peaks?.seconds(&op.work);
         (op.seconds > 0.0 && least > 0.0).then(|| least / op.seconds)

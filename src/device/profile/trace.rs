@@ -1,5 +1,5 @@
-//! A profile as a file for trace viewers.
-//! (Trace Event Format, <https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU>)
+//! A profile as a file for trace viewers. (Trace Event Format,
+//! <https://docs.google.com/document/d/1CvAClvFfyA5R-PhYUmn5OOQtYMH4h6I0nSsKchNAySU>)
 
 use std::{
     cmp::Reverse,

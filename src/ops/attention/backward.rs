@@ -1,5 +1,5 @@
-//! The backward pass on a CUDA device: which tiles of keys meet which tiles of queries, in what order, and
-//! the launch.
+//! The backward pass on a CUDA device: which tiles of keys meet which tiles of queries, in what
+//! order, and the launch.
 
 use std::{cmp::Reverse, ops::Range};
 
@@ -25,19 +25,17 @@ pub(super) fn keys(cuda: &Cuda, shape: &Shape) -> usize {
     tiles(cuda, shape)[0]
 }
 
-/// Of [`Parts`](super::Parts): what a kernel does for every KV head, eight words a tile of keys and then
-/// eight for each visit; none if a segment lacks its beginning.
+/// Of [`Parts`](super::Parts): what a kernel does for every KV head, eight words a tile of keys and
+/// then eight for each visit; none if a segment lacks its beginning.
 ///
-/// The gradient of a tile of queries is summed over the tiles of keys that it sees, in ascending order, by
-/// the blocks that have these, in turn. Blocks take tiles of keys in the order of this list: each waits only
-/// for tiles before it, and those with the most to do come early.
+/// The gradient of a tile of queries is summed over the tiles of keys that it sees, in ascending
+/// order, by the blocks that have these, in turn. Blocks take tiles of keys in the order of this
+/// list: each waits only for tiles before it, and those with the most to do come early.
 #[derive(Clone, Copy, Debug, Default)]
 pub(super) struct Plan {
-    /// Tiles of keys.
     tiles: usize,
     /// Runs of tiles of queries that see a tile of keys.
     visits: usize,
-    /// Tiles of queries.
     turns: usize,
 }
 
@@ -50,7 +48,6 @@ struct Tile {
 }
 
 impl Plan {
-    /// Adds its words.
     pub fn new(cuda: &Cuda, shape: &Shape, segments: &[Segment], words: &mut Vec<u32>) -> Self {
         // What no kernel takes is refused by name where it would run.
         let late = segments.iter().any(|s| s.first != 0 && s.prefix.is_none());
@@ -133,9 +130,9 @@ pub(super) struct Input<'a, T: Element> {
     pub lse: View<'a, T::Acc>,
 }
 
-/// `scratch` has [`backward_scratch_len`](super::backward_scratch_len) elements, two heads of keys and values
-/// a group more than the queries': room for one number a row and head and two turns a row and group, since a group
-/// is at most 64 heads and a head at least as wide.
+/// `scratch` has [`backward_scratch_len`](super::backward_scratch_len) elements, two heads of keys
+/// and values a group more than the queries': room for one number a row and head and two turns a
+/// row and group, since a group is at most 64 heads and a head at least as wide.
 pub(super) fn run<T: Element>(
     cuda: &Cuda,
     dqkv: ViewMut<'_, T>,
@@ -173,7 +170,6 @@ pub(super) struct Given<'a, T: Element> {
     pub delta: View<'a, T::Acc>,
     pub tiles: View<'a, u32>,
     pub visits: View<'a, u32>,
-    /// Tiles of keys.
     pub count: usize,
 }
 

@@ -68,7 +68,8 @@ pub(super) fn check(op: &str, shape: &Shape) -> Result<()> {
     Ok(())
 }
 
-/// The parts of the segments, with a cache of `pages` where there is one, and their words on the device.
+/// The parts of the segments, with a cache of `pages` where there is one, and their words on the
+/// device.
 pub(super) fn parts<'a>(
     op: &'static str,
     cuda: &Cuda,
@@ -166,7 +167,6 @@ pub(super) fn forward<T: Element>(
 pub(super) struct Input<'a, T: Element> {
     pub qkv: View<'a, T>,
     pub kv: &'a KvLayer<'a, T>,
-    /// Its parts.
     pub tiles: View<'a, u32>,
     pub pages: View<'a, u32>,
     /// Rows that have states.

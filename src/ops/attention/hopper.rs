@@ -1,5 +1,5 @@
-//! Attention on Hopper: the two kernels of the forward pass and that of the backward pass, and the tensor
-//! maps of queries, keys and values.
+//! Attention on Hopper: the two kernels of the forward pass and that of the backward pass, and the
+//! tensor maps of queries, keys and values.
 
 use super::{
     Shape,
@@ -166,10 +166,12 @@ fn backward_shared(shape: &Shape) -> usize {
         _ => 3,
     };
     let ([keys, _], line) = (backward_tiles(shape), 2 * shape.head_dim.next_multiple_of(WIDE));
-    // Keys and values, slots of queries and dout, two of ds, and of weights where they go through memory.
+    // Keys and values, slots of queries and dout, two of ds, and of weights where they go through
+    // memory.
     let tiles = 2 * keys * line + 2 * slots * WIDE * line;
     let weights = 2 * backward_turns(shape) * keys * 2 * WIDE;
-    // Of each slot two numbers a row and ten words; two barriers each, and two of keys; each array begins at 16 bytes.
+    // Of each slot two numbers a row and ten words; two barriers each, and two of keys; each array
+    // begins at 16 bytes.
     let facts = (slots * (8 * WIDE + 40)).next_multiple_of(16);
     tiles + weights + facts + 2 * (8 * slots).next_multiple_of(16) + 2 * 16
 }

@@ -21,18 +21,19 @@ pub struct Work<'a> {
 
 impl<'a> Work<'a> {
     /// For the CPU, which needs no parts.
-    #[must_use]
     pub fn new(segments: &'a [Segment], pages: impl Into<View<'a, u32>>) -> Self {
         Self { segments, pages: pages.into(), parts: None }
     }
 }
 
-/// How the rows of a batch are divided among the blocks of a CUDA device: made once, for all layers of a shape.
+/// How the rows of a batch are divided among the blocks of a CUDA device: made once, for all layers
+/// of a shape.
 ///
-/// Rows attend in up to four launches. First what the sequences of a group see in common: pages that they list alike
-/// are read once for all of them, where each has a single row, as in decoding. Then all single rows, those of a group from
-/// where that ended, and the rows of longer segments. A row that would keep one block busy when the others are done is split
-/// by positions, and the last launch merges. Softmax starts anew at the same positions in every case, so that no bit depends
+/// Rows attend in up to four launches. First what the sequences of a group see in common: pages
+/// that they list alike are read once for all of them, where each has a single row, as in decoding.
+/// Then all single rows, those of a group from where that ended, and the rows of longer segments. A
+/// row that would keep one block busy when the others are done is split by positions, and the last
+/// launch merges. Softmax starts anew at the same positions in every case, so that no bit depends
 /// on the way taken.
 #[derive(Clone, Debug, Default)]
 pub struct Parts {
@@ -43,8 +44,8 @@ pub struct Parts {
     pub(super) launches: [usize; 4],
     /// On Hopper their kernels, and the most positions that one of a kernel's warpgroups has.
     pub(super) tiles: [Option<(Tile, usize)>; 4],
-    /// Then five words for each run of rows whose keys and values are written, and for each of prefixes' rows that are
-    /// copied.
+    /// Then five words for each run of rows whose keys and values are written, and for each of
+    /// prefixes' rows that are copied.
     pub(super) runs: [usize; 2],
     /// Then what the backward pass does.
     pub(super) backward: Plan,
@@ -95,7 +96,6 @@ struct Part {
     rows: u32,
     /// Position of the first row.
     first: u32,
-    /// Of the list.
     pages: u32,
     /// Pages that are visited.
     begin: u32,
@@ -118,10 +118,8 @@ impl Part {
 }
 
 impl Parts {
-    /// Of these segments with this list of page ids, of a cache of `pages` pages, on this device: on the CPU nothing.
-    ///
-    /// # Errors
-    /// [`Error::Value`] if segments or pages do not fit.
+    /// Of these segments with this list of page ids, of a cache of `pages` pages, on this device:
+    /// on the CPU nothing.
     pub fn new(
         dev: &Device,
         shape: &Shape,
@@ -135,9 +133,6 @@ impl Parts {
     }
 
     /// The same in the memory of earlier ones.
-    ///
-    /// # Errors
-    /// As [`Parts::new`].
     pub fn set(
         &mut self,
         dev: &Device,
@@ -265,15 +260,13 @@ impl Parts {
     }
 
     /// What the device is given.
-    #[must_use]
     pub fn words(&self) -> &[u32] {
         &self.words
     }
 }
 
-/// The most words of [`Parts`] of up to `rows` rows in up to `segments` segments of up to `positions` positions,
-/// without prefixes.
-#[must_use]
+/// The most words of [`Parts`] of up to `rows` rows in up to `segments` segments of up to
+/// `positions` positions, without prefixes.
 pub fn most_words(
     dev: &Device,
     shape: &Shape,
@@ -332,8 +325,8 @@ impl Tiling {
         Some(pages.div_ceil(self.split)).filter(|n| *n < 256)
     }
 
-    /// Of each segment what it has in common with its neighbours: whole pages that they list alike, all before
-    /// the row's position.
+    /// Of each segment what it has in common with its neighbours: whole pages that they list alike,
+    /// all before the row's position.
     fn common(&self, segments: &[Segment], list: &[u32]) -> Vec<Common> {
         let mut all = vec![Common::default(); segments.len()];
         let pages = |s: &Segment| {
@@ -349,7 +342,8 @@ impl Tiling {
             let (mut n, mut shared) = (1, first.len());
             while let Some(next) = segments.get(i + n) {
                 let alike = first.iter().zip(pages(next)).take_while(|(a, b)| a == b).count();
-                // Others that have less in common, as a system prompt, would cost the group what it has.
+                // Others that have less in common, as a system prompt, would cost the group what it
+                // has.
                 if alike == 0 || n > 1 && (n + 1) * shared.min(alike) < n * shared {
                     break;
                 }
@@ -369,7 +363,8 @@ impl Tiling {
     fn single(&self, launches: &mut [Vec<Part>; 4], all: Part, common: Common) -> u32 {
         let c = common.pages;
         if c > 0 && common.place.is_multiple_of(self.rows) {
-            // The group's first row, or the next that no longer fits its part: they see all of these pages.
+            // The group's first row, or the next that no longer fits its part: they see all of
+            // these pages.
             let rows = self.rows.min(common.of - common.place);
             for i in 0..c.div_ceil(self.split) {
                 let (begin, end) = (i * self.split, c.min((i + 1) * self.split));
@@ -396,8 +391,8 @@ impl Tiling {
     }
 }
 
-/// Rows of the batch that go to pages: positions `first ..`, pages of the list from `pages` on. After them `zeros`
-/// positions up to the end of a page that is begun.
+/// Rows of the batch that go to pages: positions `first ..`, pages of the list from `pages` on.
+/// After them `zeros` positions up to the end of a page that is begun.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(super) struct Written {
     pub at: u32,
@@ -405,12 +400,11 @@ pub(super) struct Written {
     pub first: u32,
     pub pages: u32,
     pub zeros: u32,
-    /// From a prefix.
     pub copied: bool,
 }
 
-/// All rows that are written: those of each segment, and before them what its prefix has on the page that
-/// it begins on.
+/// All rows that are written: those of each segment, and before them what its prefix has on the
+/// page that it begins on.
 pub(super) fn written(segments: &[Segment], page: usize) -> impl Iterator<Item = Written> + '_ {
     let page = page as u32;
     segments.iter().flat_map(move |s| {

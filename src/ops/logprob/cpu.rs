@@ -52,7 +52,6 @@ pub(super) fn forward<F: Float>(
     });
 }
 
-/// Row by row.
 pub(super) fn from_logits<F: Float>(
     cpu: &Cpu,
     out: OutputRows<'_, F>,

@@ -1,4 +1,5 @@
-//! The LM head on a CUDA device: chunks of the vocabulary by tiles of rows, then the chunks of each row.
+//! The LM head on a CUDA device: chunks of the vocabulary by tiles of rows, then the chunks of each
+//! row.
 
 use super::{CHUNK, Forward, Outputs, PARTIAL, SLICE, Settings, Slopes, hopper, slice};
 use crate::{
@@ -80,8 +81,8 @@ type Forwards<T> = fn(
     <T as Element>::Acc,
 ) -> Result<()>;
 
-/// A slice of the vocabulary at a time: the gradient of its logits, then what it adds to that of the hidden states
-/// and of the head.
+/// A slice of the vocabulary at a time: the gradient of its logits, then what it adds to that of
+/// the hidden states and of the head.
 pub(super) fn backward<T: Element>(
     dev: &Device,
     cuda: &Cuda,
@@ -155,9 +156,7 @@ pub(super) fn backward<T: Element>(
 /// A slice of the vocabulary.
 #[derive(Clone, Copy)]
 pub(super) struct Part {
-    /// Its first column.
     pub(super) first: usize,
-    /// Columns.
     pub(super) n: usize,
     /// Columns of their gradient: a multiple of 8.
     pub(super) width: usize,
@@ -165,8 +164,8 @@ pub(super) struct Part {
     pub(super) last: bool,
 }
 
-/// Gradient of the hidden states, sums so far, that of the logits, the head; rows, columns, their width, d; whether
-/// it is the first slice, and the last.
+/// Gradient of the hidden states, sums so far, that of the logits, the head; rows, columns, their
+/// width, d; whether it is the first slice, and the last.
 type Hidden<T> = fn(
     &Cuda,
     Launch,

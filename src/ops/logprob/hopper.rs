@@ -53,7 +53,8 @@ impl Tile {
         };
         let groups = rows.div_ceil(high * cluster).saturating_mul(vocab.div_ceil(CHUNK));
         let most = (cuda.processors() as usize / cluster).max(1);
-        // Stages with two barriers each, which begin on multiples of 16 bytes; lists of 16 rows a warp.
+        // Stages with two barriers each, which begin on multiples of 16 bytes; lists of 16 rows a
+        // warp.
         let barriers = usize::next_multiple_of(stages, 2) * 16;
         let lists = if top { high / 16 * Lists::room(16) } else { 0 };
         let shared = stages * (high + wide) * DEPTH * 2 + barriers + lists;

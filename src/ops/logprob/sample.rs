@@ -23,9 +23,7 @@ use crate::{
 /// What [`sample`] writes, `[rows]` each.
 #[derive(Debug)]
 pub struct Sampled<'a, F> {
-    /// The tokens.
     pub tokens: ViewMut<'a, u32>,
-    /// Their log-probs.
     pub logp: ViewMut<'a, F>,
     /// As [`super::forward`] writes it.
     pub lse: ViewMut<'a, F>,
@@ -33,8 +31,8 @@ pub struct Sampled<'a, F> {
     pub top: Option<Top<'a, F>>,
 }
 
-/// The `k` tokens of each row with the largest `z`, without noise: of larger `z` first, of equals the lower id. A NaN is
-/// less than all.
+/// The `k` tokens of each row with the largest `z`, without noise: of larger `z` first, of equals
+/// the lower id. A NaN is less than all.
 #[derive(Debug)]
 pub struct Top<'a, F> {
     /// From 1 to 32, and no more than the vocabulary has.
@@ -82,24 +80,23 @@ fn wave(k: usize) -> usize {
     if k == 0 { WAVE } else { WAVE / 4 }
 }
 
-/// Elements of scratch that [`sample`] needs with a [`Top`] of `k`, 0 without: on the CPU a chunk of logits a row, on a
-/// CUDA device `8 + 2 k` numbers a row and chunk. At most 176 MB for a vocabulary of 152 k.
-#[must_use]
+/// Elements of scratch that [`sample`] needs with a [`Top`] of `k`, 0 without: on the CPU a chunk
+/// of logits a row, on a CUDA device `8 + 2 k` numbers a row and chunk. At most 176 MB for a
+/// vocabulary of 152 k.
 pub fn sample_scratch_len(rows: usize, vocab: usize, k: usize) -> usize {
     rows.min(wave(k)) * width(vocab).max(2 * (PARTIAL + k) * vocab.div_ceil(CHUNK))
 }
 
-/// Draws a token for each row of hidden states `h` `[rows, d]` from the distribution that [`super::forward`]
-/// computes log-probs of, with the log-probs that it gives these tokens, bit for bit. `2 rows vocab d` FLOPs.
+/// Draws a token for each row of hidden states `h` `[rows, d]` from the distribution that
+/// [`super::forward`] computes log-probs of, with the log-probs that it gives these tokens, bit for
+/// bit. `2 rows vocab d` FLOPs.
 ///
-/// The token is the one with the largest `z_v + g_v`, `g = -log(-log u)`, of equals the lowest id (Gumbel 1954); `u` in
-/// (0, 1) is a function of the row's address and the token's id. A row with a NaN has a NaN for a log-prob.
+/// The token is the one with the largest `z_v + g_v`, `g = -log(-log u)`, of equals the lowest id
+/// (Gumbel 1954); `u` in (0, 1) is a function of the row's address and the token's id. A row with a
+/// NaN has a NaN for a log-prob.
 ///
-/// The [`Top`] is kept as logits come along (Milakov and Gimelshein 2018, algorithm 4), and its log-probs are those of
-/// [`super::forward`] too.
-///
-/// # Errors
-/// As [`super::forward`], and [`Error::Value`] for a `k` that is not from 1 to 32 or more than the vocabulary.
+/// The [`Top`] is kept as logits come along (Milakov and Gimelshein 2018, algorithm 4), and its
+/// log-probs are those of [`super::forward`] too.
 pub fn sample<'a, T: Element>(
     dev: &Device,
     mut out: Sampled<'_, T::Acc>,
@@ -295,8 +292,8 @@ fn ampere<T: Element>(
     )
 }
 
-/// Partials and lists, hidden states, the head; samples and positions; rows, vocabulary, d; scale and cap; seed, step,
-/// purpose, and whether there are none; k.
+/// Partials and lists, hidden states, the head; samples and positions; rows, vocabulary, d; scale
+/// and cap; seed, step, purpose, and whether there are none; k.
 type Tops<T> = fn(
     &Cuda,
     Launch,
@@ -318,8 +315,8 @@ type Tops<T> = fn(
     usize,
 ) -> Result<()>;
 
-/// Adds a chunk of raw logits of the tokens from `first` on to the best of all before them, sorted: `tokens` and `best`
-/// `[k]`, as many of them as there were tokens.
+/// Adds a chunk of raw logits of the tokens from `first` on to the best of all before them, sorted:
+/// `tokens` and `best` `[k]`, as many of them as there were tokens.
 fn insert<F: Float>(tokens: &mut [u32], best: &mut [F], raw: &[F], scale: F, first: u32) {
     let k = tokens.len();
     let above = |a: F, b: F| a > b || (b.is_nan() && !a.is_nan());

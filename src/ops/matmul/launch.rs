@@ -1,5 +1,5 @@
-//! Products by a tile, whichever the table would take: what ops launch, and what tests hold to each other's bits.
-//! Sizes are trusted, and no size is 0.
+//! Products by a tile, whichever the table would take: what ops launch, and what tests hold to each
+//! other's bits. Sizes are trusted, and no size is 0.
 
 use super::{After, Tile, hopper};
 use crate::{

@@ -1,5 +1,5 @@
-//! Which tile of `kernels/matmul.cu`, or on Hopper of `kernels/matmul_sm90.cu`, computes a product. Tiles of
-//! one file differ in speed only: every sum is the same chain in all of them.
+//! Which tile of `kernels/matmul.cu`, or on Hopper of `kernels/matmul_sm90.cu`, computes a product.
+//! Tiles of one file differ in speed only: every sum is the same chain in all of them.
 
 use crate::{
     device::{Cuda, cuda::Launch},
@@ -22,9 +22,7 @@ pub enum Tile {
 /// What a tile costs, and what it is for.
 #[derive(Debug)]
 pub struct Choice {
-    /// Which.
     pub tile: Tile,
-    /// Rows and columns.
     pub sizes: (usize, usize),
     /// Blocks below each other that share what they read of the weights: a cluster.
     pub cluster: usize,
@@ -32,7 +30,6 @@ pub struct Choice {
     pub speed: usize,
     /// Bytes of shared memory, as in the kernel's file.
     pub shared: usize,
-    /// Where it wins.
     pub why: &'static str,
     /// Where it loses, to which, and by what.
     pub loses: &'static str,
@@ -163,8 +160,8 @@ impl Family {
         &self.tiles[tile as usize]
     }
 
-    /// Clocks for each 64 of k, as counted: the rounds that multiprocessors need for all tiles, each as long as it
-    /// multiplies or as its operands come from L2, whichever is longer.
+    /// Clocks for each 64 of k, as counted: the rounds that multiprocessors need for all tiles,
+    /// each as long as it multiplies or as its operands come from L2, whichever is longer.
     fn clocks(&self, c: &Choice, processors: usize, m: usize, n: usize) -> usize {
         let (rows, cols) = c.sizes;
         let groups = m.div_ceil(rows * c.cluster).saturating_mul(n.div_ceil(cols));
@@ -173,7 +170,8 @@ impl Family {
         let bytes = (m.min(rows) + cols / c.cluster) * 128;
         let blocks = groups.min(places) * c.cluster;
         let read = bytes / PORT.min(self.l2 / blocks.max(1)).max(1);
-        // In percent. Where several blocks share a multiprocessor, a few more than fit do not take another round.
+        // In percent. Where several blocks share a multiprocessor, a few more than fit do not take
+        // another round.
         let rounds = match self.persistent {
             true => groups.div_ceil(places).saturating_mul(100),
             false => (groups.saturating_mul(100) / places).max(100),
@@ -184,13 +182,11 @@ impl Family {
 
 impl Tile {
     /// The one for a product of `m` x `n`.
-    #[must_use]
     pub fn of(cuda: &Cuda, m: usize, n: usize) -> Self {
         Self::ranked(cuda.hopper(), cuda.processors() as usize, m, n)[0].tile
     }
 
     /// As [`Tile::of`], for products that have no tiles for few rows.
-    #[must_use]
     pub fn of_many(cuda: &Cuda, m: usize, n: usize) -> Self {
         let ranked = Self::ranked(cuda.hopper(), cuda.processors() as usize, m, n);
         ranked
@@ -199,9 +195,8 @@ impl Tile {
             .map_or(Self::Mid, |c| c.tile)
     }
 
-    /// All of them, the fastest first, on a GPU of `processors` multiprocessors. Nothing was measured on a GPU
-    /// yet: this follows from counting.
-    #[must_use]
+    /// All of them, the fastest first, on a GPU of `processors` multiprocessors. Nothing was
+    /// measured on a GPU yet: this follows from counting.
     pub fn ranked(hopper: bool, processors: usize, m: usize, n: usize) -> [&'static Choice; 4] {
         let family = Family::of(hopper);
         let mut all = family.tiles.each_ref();
@@ -209,9 +204,8 @@ impl Tile {
         all
     }
 
-    /// Clocks that a product of `m` x `n` over `k` takes on a GPU of `processors` multiprocessors, as counted: what
-    /// [`Tile::ranked`] goes by.
-    #[must_use]
+    /// Clocks that a product of `m` x `n` over `k` takes on a GPU of `processors` multiprocessors,
+    /// as counted: what [`Tile::ranked`] goes by.
     pub fn clocks(
         self,
         hopper: bool,
@@ -227,11 +221,9 @@ impl Tile {
         HOPPER.choice(self).sizes
     }
 
-    /// Blocks for the tiles of a product of `m` rows and `n` outputs, of which each takes a column, or two where
-    /// they are `pairs`. On Hopper at most one a multiprocessor, which goes from tile to tile.
-    ///
-    /// # Errors
-    /// [`crate::Error::Value`] if that is more than a grid holds.
+    /// Blocks for the tiles of a product of `m` rows and `n` outputs, of which each takes a column,
+    /// or two where they are `pairs`. On Hopper at most one a multiprocessor, which goes from tile
+    /// to tile.
     pub fn launch(self, cuda: &Cuda, m: usize, n: usize, pairs: bool) -> Result<Launch> {
         let c = Family::of(cuda.hopper()).choice(self);
         let ((rows, cols), cluster) = (c.sizes, c.cluster);

@@ -32,7 +32,6 @@ pub enum Dtype {
 
 impl Dtype {
     /// Bytes of one element.
-    #[must_use]
     pub fn bytes(self) -> usize {
         match self {
             Self::F32 | Self::U32 => 4,
@@ -43,7 +42,6 @@ impl Dtype {
 
 /// A number that checkpoints can hold.
 pub trait Element: bytemuck::Pod {
-    /// Its type.
     const DTYPE: Dtype;
 }
 impl Element for f32 {
@@ -68,7 +66,6 @@ pub struct Tensor<'a> {
     /// Its shape; empty for a single number.
     pub shape: Vec<usize>,
     pub(super) dtype: Dtype,
-    /// Bytes.
     pub(super) len: usize,
     /// Hands its bytes to a visitor.
     visit: Box<Visit<'a>>,
@@ -93,8 +90,8 @@ impl<'a> Tensor<'a> {
         Self::read(file, name, shape, data.len(), move || Ok(data.into()))
     }
 
-    /// A tensor of `shape`, `len` numbers that are read when it is written, so that of many that are on a device one
-    /// at a time is in host memory.
+    /// A tensor of `shape`, `len` numbers that are read when it is written, so that of many that
+    /// are on a device one at a time is in host memory.
     pub fn read<T: Element>(
         file: &'a str,
         name: impl Into<Cow<'a, str>>,
@@ -109,7 +106,6 @@ impl<'a> Tensor<'a> {
         Self { file, name: name.into(), shape: shape.into(), dtype: T::DTYPE, len, visit }
     }
 
-    /// Its bytes.
     pub(super) fn with_bytes(&self, mut seen: impl FnMut(&[u8]) -> Result<()>) -> Result<()> {
         (self.visit)(&mut |bytes| {
             shape::check("checkpoint::save", "bytes of a tensor", &[self.len], bytes.len())?;

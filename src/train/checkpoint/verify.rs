@@ -22,7 +22,6 @@ const LIMIT: u64 = 256 << 20;
 pub struct Loaded {
     /// The optimizer step after which it was saved.
     pub step: u64,
-    /// Its folder.
     pub path: PathBuf,
     /// What [`save`](super::save) was given.
     pub state: Value,
@@ -36,11 +35,8 @@ pub struct Loaded {
 pub struct TensorInfo<'a> {
     /// Stem of its file.
     pub file: &'a str,
-    /// Its name.
     pub name: &'a str,
-    /// Its element type.
     pub dtype: Dtype,
-    /// Its shape.
     pub shape: &'a [usize],
 }
 
@@ -56,10 +52,6 @@ impl Loaded {
     }
 
     /// Fills `out` with a tensor, straight from the file, and verifies it once more.
-    ///
-    /// # Errors
-    /// [`Error::File`] if it is not in the checkpoint, has another type or size, or its bytes
-    /// changed; [`Error::Io`].
     pub fn read<T: Element>(
         &self,
         storage: &dyn Storage,
@@ -91,10 +83,6 @@ fn corrupt(path: PathBuf, t: &TensorEntry, got: &str) -> Error {
 }
 
 /// Verifies the checkpoint in the folder `path`: every byte is read once, in pieces.
-///
-/// # Errors
-/// [`Error::File`] naming the file, and the tensor where it is one, that is missing, torn or
-/// corrupt; [`Error::Io`].
 pub fn load(storage: &dyn Storage, path: &Path) -> Result<Loaded> {
     let manifest_path = path.join("manifest.json");
     let text = read_small(storage, &manifest_path, LIMIT)?;

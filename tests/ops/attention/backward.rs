@@ -131,9 +131,9 @@ fn rows_of_backward_kernels_do_not_see_their_batch() {
     sim::check(|sim| backward_in_any_company(sim, Machine::Ampere));
 }
 
-/// A bad number of `dout` or of a query, key or value, in every other sequence: the rest feels nothing, and the
-/// gradients of the bad row's head are bad. It is the row behind the first sequence's last, so that a tile of those rows
-/// that is brought whole brings it too.
+/// A bad number of `dout` or of a query, key or value, in every other sequence: the rest feels
+/// nothing, and the gradients of the bad row's head are bad. It is the row behind the first
+/// sequence's last, so that a tile of those rows that is brought whole brings it too.
 fn backward_keeps_nan(sim: &Sim, machine: Machine) {
     let dev = sim.device_as(Order::default(), machine);
     let (s, lens) = (shape(2, 2, 64), [5, 70, 6]);
@@ -165,8 +165,8 @@ fn a_nan_of_backward_kernels_stays_in_its_sequence() {
     sim::check(|sim| backward_keeps_nan(sim, Machine::Ampere));
 }
 
-/// Where all that a row sees has scores far below zero, e^-lse is no number: what is not seen, and rows and keys of a tile
-/// that are not there, must not be weighed by it.
+/// Where all that a row sees has scores far below zero, e^-lse is no number: what is not seen, and
+/// rows and keys of a tile that are not there, must not be weighed by it.
 fn backward_stays_finite(sim: &Sim, machine: Machine) {
     let dev = sim.device_as(Order::default(), machine);
     for window in [None, Some(40)] {

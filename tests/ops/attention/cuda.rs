@@ -93,8 +93,8 @@ fn decode_long_sequences(sim: &Sim, machine: Machine) {
     }
 }
 
-/// At every length around a page and a part, and at primes, a row that is decoded alone has the bits of the row
-/// in training, and so has a prompt in pieces.
+/// At every length around a page and a part, and at primes, a row that is decoded alone has the
+/// bits of the row in training, and so has a prompt in pieces.
 #[test]
 fn kernels_decode_long_sequences_with_the_bits_of_training() {
     sim::check(|sim| decode_long_sequences(sim, Machine::Ampere));
@@ -139,8 +139,9 @@ fn decode_groups(sim: &Sim, machine: Machine) {
     }
 }
 
-/// The next row of each of three sequences that share a prompt has the bits of training: where the prompt is a part of
-/// a page, whole pages, and as long as a part of the softmax or longer; where a block takes all of the group, or some.
+/// The next row of each of three sequences that share a prompt has the bits of training: where the
+/// prompt is a part of a page, whole pages, and as long as a part of the softmax or longer; where a
+/// block takes all of the group, or some.
 #[test]
 fn kernels_decode_a_group_with_the_bits_of_training() {
     sim::check(|sim| decode_groups(sim, Machine::Ampere));
@@ -156,7 +157,8 @@ fn kernels_turn_while_they_append() {
     sim::check(|sim| turns_as_rope::<bf16>(&sim.device(Default::default())));
 }
 
-/// Both kernels for Hopper, all widths of heads, groups that do not divide a tile, lengths around a page and a tile.
+/// Both kernels for Hopper, all widths of heads, groups that do not divide a tile, lengths around a
+/// page and a tile.
 #[test]
 fn kernels_on_hopper_attend_as_the_cpu() {
     sim::check(|sim| {
@@ -183,7 +185,8 @@ fn kernels_on_hopper_attend_as_the_cpu() {
     });
 }
 
-/// Where the softmax starts anew: a sequence of more than two parts, and a window that begins in one.
+/// Where the softmax starts anew: a sequence of more than two parts, and a window that begins in
+/// one.
 #[test]
 fn kernels_on_hopper_merge_parts() {
     sim::check(|sim| {
@@ -200,7 +203,8 @@ fn kernels_on_hopper_merge_parts() {
     });
 }
 
-/// In chunks and one by one, alone and among others, wide or narrow, rows have the bits of whole sequences.
+/// In chunks and one by one, alone and among others, wide or narrow, rows have the bits of whole
+/// sequences.
 #[test]
 fn kernels_on_hopper_have_the_bits_of_whole_sequences() {
     sim::check(|sim| {
@@ -234,7 +238,8 @@ fn sanitized(sim: &Sim) -> bool {
     matches!(sim.variant, Variant::Address | Variant::Thread)
 }
 
-/// More sequences than blocks, so that a block takes one after the other: each row has the bits that it has alone.
+/// More sequences than blocks, so that a block takes one after the other: each row has the bits
+/// that it has alone.
 fn blocks_are_used_again(sim: &Sim, machine: Machine) {
     let dev = sim.device_as(Order::default(), machine);
     let count = if sim.variant == Variant::Gpu { 600 } else { 7 };

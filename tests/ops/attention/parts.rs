@@ -28,8 +28,8 @@ fn parts_of(dev: &Device, s: &Shape, rows: &[(u32, u32)], lists: &[&[u32]]) -> V
     parts[..(all - words) / 8].to_vec()
 }
 
-/// Pages in common are read once, long rows are split where others are done long before, and long segments do
-/// not widen what single rows are computed by.
+/// Pages in common are read once, long rows are split where others are done long before, and long
+/// segments do not widen what single rows are computed by.
 #[test]
 fn a_batch_is_divided_by_what_it_shares() {
     let Some(sim) = Sim::build(Variant::Plain) else { return };
@@ -103,7 +103,8 @@ fn parts_of_others_are_refused() {
     refused(&sim.hopper().device(Order::default()), &s, &own);
     let fewer = [Segment { rows: 4, ..own[0].clone() }];
     refused(&dev, &s, &fewer);
-    // As many rows, but others: backward has nothing to do for rows that do not begin their sequence.
+    // As many rows, but others: backward has nothing to do for rows that do not begin their
+    // sequence.
     let late = [Segment { first: 3, ..own[0].clone() }];
     let of = |first: u32| {
         format!("Segment {{ first: {first}, rows: 5, at: 0, pages: 0..1, prefix: None }}")
@@ -138,8 +139,9 @@ struct Alike<'a> {
     own: &'a [usize],
 }
 
-/// The last row of each sequence has the same bits, decoded beside the others and as one of two rows, which are never
-/// split and read no pages for others; and is right, for one sequence of each group.
+/// The last row of each sequence has the same bits, decoded beside the others and as one of two
+/// rows, which are never split and read no pages for others; and is right, for one sequence of each
+/// group.
 fn decode_alike(dev: &Device, s: &Shape, groups: &[Alike<'_>]) {
     let (page, cols, width) = (s.page(dev), s.qkv_cols(), s.q_heads * s.head_dim);
     let lens = groups.iter().flat_map(|g| [&[g.pages * page], g.own].concat());
@@ -201,9 +203,9 @@ fn decode_alike(dev: &Device, s: &Shape, groups: &[Alike<'_>]) {
     }
 }
 
-/// What stands between launches, at each width of heads: groups of several sizes, where a block takes all of one or some;
-/// pages in common that are fewer than a part of the softmax, and more; rows that are split, alone and in a group, and
-/// rows that are not.
+/// What stands between launches, at each width of heads: groups of several sizes, where a block
+/// takes all of one or some; pages in common that are fewer than a part of the softmax, and more;
+/// rows that are split, alone and in a group, and rows that are not.
 fn decode_in_groups(machine: Machine) {
     let Some(sim) = Sim::plain() else { return };
     let dev = sim.device_as(Order { threads: 5, blocks: 1 }, machine);
@@ -223,7 +225,8 @@ fn decode_in_groups(machine: Machine) {
         );
         // The softmax starts anew just where each goes on alone.
         decode_alike(&dev, &few, &[Alike { pages: part, own: &[1, 2, 3, page] }]);
-        // Where others have little to do these are split: one that goes on from what a group has seen, one that does not.
+        // Where others have little to do these are split: one that goes on from what a group has
+        // seen, one that does not.
         decode_alike(&dev, &few, &[Alike { pages: 1, own: &[1025 - page, 1024] }]);
         let alone = Alike { pages: 0, own: &[2049] };
         decode_alike(

@@ -1,4 +1,5 @@
-//! Prompts whose rows are shared have the bits of those that are not, and queries and keys that are turned on the way.
+//! Prompts whose rows are shared have the bits of those that are not, and queries and keys that are
+//! turned on the way.
 
 use warpo::{
     device::{Arena, Buffer, Device, Element, Scope},
@@ -11,7 +12,8 @@ use warpo::{
 use super::{Case, assert_same, shape};
 use crate::support::{assert_close, host, randn};
 
-/// A prompt and what follows it three times, once with the prompt's rows shared and once with each its own.
+/// A prompt and what follows it three times, once with the prompt's rows shared and once with each
+/// its own.
 #[derive(Clone)]
 pub(super) struct Group {
     pub(super) shape: Shape,
@@ -83,7 +85,8 @@ impl Group {
         (out, lse, case, segments)
     }
 
-    /// The last row of each sequence, decoded when the others are in the cache, has the bits of training.
+    /// The last row of each sequence, decoded when the others are in the cache, has the bits of
+    /// training.
     pub(super) fn decodes<T: Element>(&self, dev: &Device) {
         let before = Self { rest: self.rest.map(|n| n - 1), ..self.clone() };
         let case = Case::new(dev, self.shape.clone(), self.qkv::<T>(1.0));
@@ -189,8 +192,8 @@ fn gradients_of_a_shared_prompt_are_those_of_whole_sequences() {
     }
 }
 
-/// Queries and keys that are turned while they are appended have the bits of those that `rope` turned before, the
-/// copies of a prompt too; a position beyond the table is NaN.
+/// Queries and keys that are turned while they are appended have the bits of those that `rope`
+/// turned before, the copies of a prompt too; a position beyond the table is NaN.
 pub(super) fn turns_as_rope<T: Element>(dev: &Device) {
     let (s, prompt, rest) = (shape(6, 2, 80), 70, [5, 0, 66]);
     let group = Group { shape: s.clone(), prompt, rest };

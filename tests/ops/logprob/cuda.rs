@@ -238,8 +238,8 @@ fn go_on(dev: &Device) {
     assert_norm("dh", &ours[2], &dh, 0.01);
 }
 
-/// Each tile and more blocks than one, vocabularies around tiles of 128 and 256 and chunks of 1024, more of d
-/// than the ring holds.
+/// Each tile and more blocks than one, vocabularies around tiles of 128 and 256 and chunks of 1024,
+/// more of d than the ring holds.
 #[test]
 fn kernels_on_hopper_are_as_exact_as_plain_ones() {
     sim::check(|sim| {
@@ -257,8 +257,8 @@ fn kernels_on_hopper_are_as_exact_as_plain_ones() {
     });
 }
 
-/// 196 rows take the widest tiles, the last 98 the next. Whether a warp's rows have a target in a tile, which another
-/// path computes, does not show in those that have none.
+/// 196 rows take the widest tiles, the last 98 the next. Whether a warp's rows have a target in a
+/// tile, which another path computes, does not show in those that have none.
 #[test]
 fn kernel_rows_on_hopper_do_not_see_their_batch() {
     sim::check(|sim| {

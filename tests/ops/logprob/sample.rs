@@ -105,7 +105,8 @@ fn sampled_tokens_do_not_see_their_batch() {
     assert_eq!((tokens, logp), (vec![0], vec![-(9f32.ln())]));
 }
 
-/// Numbers of which products and short sums are exact, in bf16 too: many are equal, and there are zeros of both signs.
+/// Numbers of which products and short sums are exact, in bf16 too: many are equal, and there are
+/// zeros of both signs.
 fn quarters(name: &str, n: usize) -> Vec<f64> {
     randn::<f64>(name, n).iter().map(|x| (x * 3.0).round() / 4.0).collect()
 }
@@ -403,7 +404,8 @@ fn kernels_draw_the_tokens_of_the_cpu() {
     });
 }
 
-/// The same on Hopper, whose sums are not those of other GPUs: 131 rows take the widest tiles, the last 65 the next.
+/// The same on Hopper, whose sums are not those of other GPUs: 131 rows take the widest tiles, the
+/// last 65 the next.
 #[test]
 fn kernels_on_hopper_draw_the_tokens_of_the_cpu() {
     sim::check(|sim| {
@@ -419,7 +421,8 @@ fn kernels_on_hopper_draw_the_tokens_of_the_cpu() {
     });
 }
 
-/// The tops of the CPU in both tiles, each row's its own whatever the batch; and where many tokens are equal.
+/// The tops of the CPU in both tiles, each row's its own whatever the batch; and where many tokens
+/// are equal.
 #[test]
 fn kernels_have_the_top_of_the_cpu() {
     sim::check(|sim| {
@@ -435,7 +438,8 @@ fn kernels_have_the_top_of_the_cpu() {
     });
 }
 
-/// The same on Hopper, where 131 rows take two of the wide tile, and a block goes on with another chunk.
+/// The same on Hopper, where 131 rows take two of the wide tile, and a block goes on with another
+/// chunk.
 #[test]
 fn kernels_on_hopper_have_the_top_of_the_cpu() {
     sim::check(|sim| {
