@@ -20,7 +20,7 @@ namespace ptx {
 
 constexpr unsigned WARP = 0xffffffffu;
 
-// -- warps: all 32 lanes call these together ----------------
+// -- warps: all 32 lanes call these together ----
 
 __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
 
@@ -120,7 +120,7 @@ __device__ __forceinline__ void barrier_arrive(int id, int threads PTX_AND_AT) {
 #endif
 }
 
-// -- numbers ----------------
+// -- numbers ----
 
 // The number of the lowest bit that is 1; one is.
 __device__ __forceinline__ int lowest(unsigned bits) {
@@ -221,7 +221,7 @@ __device__ __forceinline__ void atomic_min(uint64_t* p, uint64_t x) {
 #endif
 }
 
-// -- turns: blocks that run together add to the same global memory one after the other ----------------
+// -- turns: blocks that run together add to the same global memory one after the other ----
 
 // Until the turn is `mine`. One thread waits; behind a barrier its block sees what the blocks
 // before it have written. The launch is one of blocks that run together (Launch::together), or they
@@ -247,7 +247,7 @@ __device__ __forceinline__ void turn_pass(uint32_t* turn, uint32_t next PTX_AND_
 #endif
 }
 
-// -- asynchronous copies to shared memory ----------------
+// -- asynchronous copies to shared memory ----
 
 // 16 bytes; the last `zeros` of them are 0 instead of read.
 __device__ __forceinline__ void copy_async(void* to, const void* from, int zeros PTX_AND_AT) {
@@ -277,7 +277,7 @@ __device__ __forceinline__ void copy_wait(PTX_AT) {
 #endif
 }
 
-// -- barriers that count arrivals in shared memory ----------------
+// -- barriers that count arrivals in shared memory ----
 
 // One thread initialises; then a block barrier.
 __device__ __forceinline__ void mbarrier_init(uint64_t* bar, int arrivals PTX_AND_AT) {
@@ -320,7 +320,7 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* bar, int parity PTX_AND_
 #endif
 }
 
-// -- tensor cores ----------------
+// -- tensor cores ----
 
 // Four 8x8 matrices of 16-bit elements: lane l gives the address of row l % 8 of matrix l / 8, 16
 // bytes each, and gets in out[i] two neighbours of matrix i: row l / 4, columns 2 (l % 4) and the
@@ -392,7 +392,7 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], 
 #endif
 }
 
-// -- Hopper (sm_90a): files that use these are named *_sm90.cu ----------------
+// -- Hopper (sm_90a): files that use these are named *_sm90.cu ----
 
 // A tensor in global memory as the TMA unit sees it; the host encodes it. In the simulator the
 // bytes are those of sim::Map.
@@ -591,7 +591,7 @@ __device__ __forceinline__ bool elect(PTX_AT) {
 #endif
 }
 
-// -- products of a warpgroup: its 128 threads call these together ----------------
+// -- products of a warpgroup: its 128 threads call these together ----
 //
 // An operand in shared memory is a descriptor. With its swizzle of 128 bytes, bits 4 to 6 of every
 // address are xored with bits 7 to 9, as TMA does; a tile begins on a multiple of 1024 bytes.
