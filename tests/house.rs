@@ -125,24 +125,30 @@ fn comments_end_within_100_columns() {
     }
 }
 
-/// Every test that the README names for a property is there.
+/// Every test that a table of README.md or kernels/README.md names is there.
 #[test]
-fn the_readme_names_tests_that_exist() {
+fn the_readmes_name_tests_that_exist() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
     let mut files = Vec::new();
     sources(&root.join("tests"), &mut files);
     let tests: String = files.iter().map(|p| std::fs::read_to_string(p).unwrap()).collect();
-    let readme = std::fs::read_to_string(root.join("README.md")).unwrap();
-    let table = readme.split("| property | test |").nth(1).unwrap();
-    let rows: Vec<&str> = table.lines().skip(2).take_while(|l| l.starts_with('|')).collect();
-    assert_eq!(rows.len(), 10, "ten properties");
-    for row in rows {
-        let names: Vec<&str> =
-            row.rsplit('|').nth(1).unwrap().split('`').skip(1).step_by(2).collect();
-        assert!(!names.is_empty(), "{row}");
-        for name in names {
-            let there = tests.lines().any(|l| l.starts_with("fn ") && l.contains(name));
-            assert!(there, "no test is called {name}");
+    let tables = [
+        ("README.md", "| property | test |", 10),
+        ("kernels/README.md", "| on a simulated device | test |", 7),
+    ];
+    for (file, head, count) in tables {
+        let text = std::fs::read_to_string(root.join(file)).unwrap();
+        let table = text.split(head).nth(1).unwrap();
+        let rows: Vec<&str> = table.lines().skip(2).take_while(|l| l.starts_with('|')).collect();
+        assert_eq!(rows.len(), count, "rows of {file}");
+        for row in rows {
+            let names: Vec<&str> =
+                row.rsplit('|').nth(1).unwrap().split('`').skip(1).step_by(2).collect();
+            assert!(!names.is_empty(), "{row}");
+            for name in names {
+                let there = tests.lines().any(|l| l.starts_with("fn ") && l.contains(name));
+                assert!(there, "no test is called {name}");
+            }
         }
     }
 }

@@ -128,13 +128,13 @@ fn no_kernel_spills() {
     assert!(bad.is_empty(), "spills or local memory: {bad:#?}");
 }
 
-/// The README's table of .cu files is this one: what is tested, the most registers of a kernel, all
-/// spills and the least occupancy for both architectures, and the GPUs of `benches/results`. Prints
-/// it with `--nocapture`.
+/// The table of .cu files in kernels/README.md is this one: what is tested, the most registers of a
+/// kernel, all spills and the least occupancy for both architectures, and the GPUs of
+/// `benches/results`. Prints it with `--nocapture`.
 #[test]
-fn the_readme_has_the_table_of_kernels() {
+fn kernels_readme_has_the_table() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let readme = fs::read_to_string(root.join("README.md")).unwrap();
+    let readme = fs::read_to_string(root.join("kernels/README.md")).unwrap();
     let results: Vec<(String, String)> = fs::read_dir(root.join("benches/results"))
         .into_iter()
         .flatten()
@@ -174,7 +174,7 @@ fn the_readme_has_the_table_of_kernels() {
             results.iter().filter(|(_, text)| ran(text)).map(|(name, _)| name.as_str()).collect();
         let gpus = if gpus.is_empty() { "not yet".to_owned() } else { gpus.join(", ") };
         let start = format!("| {stem} | {tested} | {tested} | ");
-        assert!(readme.contains(&start), "the README has no line `{start}`");
+        assert!(readme.contains(&start), "kernels/README.md has no line `{start}`");
         if !BUILT {
             continue;
         }
@@ -202,7 +202,7 @@ fn the_readme_has_the_table_of_kernels() {
     println!("{table}");
     // Another nvcc uses other registers: the table is that of .ci/run's.
     if std::env::var("WARPO_KERNELS").as_deref() == Ok("require") {
-        assert!(readme.contains(&table), "the README has another table");
+        assert!(readme.contains(&table), "kernels/README.md has another table");
     }
 }
 
