@@ -15,7 +15,7 @@ use warpo::{
     algorithms::ALGORITHMS,
     config,
     device::Arena,
-    models::{self, Config, Head, Model, Slot, Use},
+    models::{self, Config, Head, Model, ParamKind, Residency},
     ops::sample,
     ops::sample::Params,
     rng::{Philox, Purpose, Stream},
@@ -29,14 +29,18 @@ const CONFIG: &str = r#"{
 }"#;
 
 fn random(head: Head) -> Model<f32> {
-    let mut model =
-        Model::zeros(device(), Config::parse(CONFIG, "config.json").unwrap(), head, Use::Frozen)
-            .unwrap();
+    let mut model = Model::zeros(
+        device(),
+        Config::parse(CONFIG, "config.json").unwrap(),
+        head,
+        Residency::Frozen,
+    )
+    .unwrap();
     let layout = model.params().layout().clone();
     for (i, t) in layout.tensors().iter().enumerate() {
         let to = model.params_mut().tensor_mut(t).host();
-        match t.slot {
-            Slot::Norm1 | Slot::Norm2 | Slot::FinalNorm => to.fill(1.0),
+        match t.kind {
+            ParamKind::Norm1 | ParamKind::Norm2 | ParamKind::FinalNorm => to.fill(1.0),
             s if s.is_matrix() => {
                 to.iter_mut().zip(randn(i as u64, t.len())).for_each(|(w, x)| *w = 0.02 * x);
             }

@@ -34,13 +34,13 @@ impl Folder {
             fs::create_dir_all(dir).unwrap();
             fs::write(dir.join("config.json"), config(shape).to_string()).unwrap();
         }
-        let (trunk, head) = ("model.safetensors", "score.safetensors");
-        save(&model.join(trunk), tensors(shape));
-        fs::hard_link(model.join(trunk), judge.join(trunk)).unwrap();
+        let (backbone, head) = ("model.safetensors", "score.safetensors");
+        save(&model.join(backbone), tensors(shape));
+        fs::hard_link(model.join(backbone), judge.join(backbone)).unwrap();
         let score = ("score.weight".to_owned(), vec![1, shape.hidden]);
         save(&judge.join(head), vec![score.clone()]);
         let mut map: Map<String, Value> =
-            tensors(shape).into_iter().map(|(name, _)| (name, trunk.into())).collect();
+            tensors(shape).into_iter().map(|(name, _)| (name, backbone.into())).collect();
         map.insert(score.0, head.into());
         let index = json!({ "weight_map": map }).to_string();
         fs::write(judge.join("model.safetensors.index.json"), index).unwrap();
@@ -81,7 +81,7 @@ fn config(s: &Shape) -> Value {
     })
 }
 
-/// Names and shapes of the trunk.
+/// Names and shapes of the backbone.
 fn tensors(s: &Shape) -> Vec<(String, Vec<usize>)> {
     let (q, kv) = (s.q_heads * s.head_dim, s.kv_heads * s.head_dim);
     let block = [

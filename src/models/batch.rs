@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, ops::Range};
 
-use super::{Extent, Rows, Spec};
+use super::{PassShape, Rows, Spec};
 use crate::{
     device::{Buffer, Device, Scope, View},
     error::Result,
@@ -226,12 +226,17 @@ pub struct Staged<'a> {
 
 impl<'a> Staged<'a> {
     /// Takes the room that [`Batch::stage`] takes of a scope.
-    pub fn plan(dev: &Device, scope: &'a Scope<'_>, spec: &Spec, extent: Extent) -> Result<()> {
+    pub fn plan(
+        dev: &Device,
+        scope: &'a Scope<'_>,
+        spec: &Spec,
+        pass_shape: PassShape,
+    ) -> Result<()> {
         let Device::Cuda(_) = dev else { return Ok(()) };
         let shape = spec.attention();
-        let Extent { rows, sequences, selected, cached } = extent;
+        let PassShape { rows, sequences, selected, cached } = pass_shape;
         let parts = attention::most_words(dev, &shape, rows, sequences, cached.max(1));
-        let pages = extent.pages(shape.page(dev));
+        let pages = pass_shape.pages(shape.page(dev));
         // A pass of whole sequences follows none.
         let drawn = if cached > 0 { sequences } else { 0 };
         let words = [rows, rows, selected, selected, pages, parts, drawn, drawn];

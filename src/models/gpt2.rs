@@ -1,7 +1,7 @@
 //! GPT-2 (Radford et al. 2019): LayerNorm, learned positions, plain MLP, biases everywhere, tied
 //! head, weights stored `[in, out]`.
 
-use super::{Config, Family, Mlp, Norm, Position, Slot, Spec};
+use super::{Config, Family, Mlp, Norm, ParamKind, Position, Spec};
 use crate::error::Result;
 
 pub(super) const FAMILY: Family = Family {
@@ -10,22 +10,22 @@ pub(super) const FAMILY: Family = Family {
     sequence_classification: "GPT2ForSequenceClassification",
     prefix: "transformer.",
     names: &[
-        (Slot::Embedding, &["wte.weight"]),
-        (Slot::Positions, &["wpe.weight"]),
-        (Slot::Norm1, &["h.{}.ln_1.weight"]),
-        (Slot::Norm1Bias, &["h.{}.ln_1.bias"]),
-        (Slot::Qkv, &["h.{}.attn.c_attn.weight"]),
-        (Slot::QkvBias, &["h.{}.attn.c_attn.bias"]),
-        (Slot::Out, &["h.{}.attn.c_proj.weight"]),
-        (Slot::OutBias, &["h.{}.attn.c_proj.bias"]),
-        (Slot::Norm2, &["h.{}.ln_2.weight"]),
-        (Slot::Norm2Bias, &["h.{}.ln_2.bias"]),
-        (Slot::Up, &["h.{}.mlp.c_fc.weight"]),
-        (Slot::UpBias, &["h.{}.mlp.c_fc.bias"]),
-        (Slot::Down, &["h.{}.mlp.c_proj.weight"]),
-        (Slot::DownBias, &["h.{}.mlp.c_proj.bias"]),
-        (Slot::FinalNorm, &["ln_f.weight"]),
-        (Slot::FinalNormBias, &["ln_f.bias"]),
+        (ParamKind::Embedding, &["wte.weight"]),
+        (ParamKind::Positions, &["wpe.weight"]),
+        (ParamKind::Norm1, &["h.{}.ln_1.weight"]),
+        (ParamKind::Norm1Bias, &["h.{}.ln_1.bias"]),
+        (ParamKind::Qkv, &["h.{}.attn.c_attn.weight"]),
+        (ParamKind::QkvBias, &["h.{}.attn.c_attn.bias"]),
+        (ParamKind::Out, &["h.{}.attn.c_proj.weight"]),
+        (ParamKind::OutBias, &["h.{}.attn.c_proj.bias"]),
+        (ParamKind::Norm2, &["h.{}.ln_2.weight"]),
+        (ParamKind::Norm2Bias, &["h.{}.ln_2.bias"]),
+        (ParamKind::Up, &["h.{}.mlp.c_fc.weight"]),
+        (ParamKind::UpBias, &["h.{}.mlp.c_fc.bias"]),
+        (ParamKind::Down, &["h.{}.mlp.c_proj.weight"]),
+        (ParamKind::DownBias, &["h.{}.mlp.c_proj.bias"]),
+        (ParamKind::FinalNorm, &["ln_f.weight"]),
+        (ParamKind::FinalNormBias, &["ln_f.bias"]),
     ],
     transposed: true,
     ignored: &[".attn.bias", ".attn.masked_bias"],

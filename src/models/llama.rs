@@ -1,7 +1,7 @@
 //! Llama 1 to 3 (Touvron et al. 2023, Grattafiori et al. 2024): RMSNorm, rotary positions, grouped
 //! queries, SwiGLU, no biases by default.
 
-use super::{Config, Family, Mlp, Norm, Position, Slot, Spec};
+use super::{Config, Family, Mlp, Norm, ParamKind, Position, Spec};
 use crate::error::Result;
 
 pub(super) const FAMILY: Family = Family {
@@ -10,10 +10,10 @@ pub(super) const FAMILY: Family = Family {
     sequence_classification: "LlamaForSequenceClassification",
     prefix: "model.",
     names: &[
-        (Slot::Embedding, &["embed_tokens.weight"]),
-        (Slot::Norm1, &["layers.{}.input_layernorm.weight"]),
+        (ParamKind::Embedding, &["embed_tokens.weight"]),
+        (ParamKind::Norm1, &["layers.{}.input_layernorm.weight"]),
         (
-            Slot::Qkv,
+            ParamKind::Qkv,
             &[
                 "layers.{}.self_attn.q_proj.weight",
                 "layers.{}.self_attn.k_proj.weight",
@@ -21,21 +21,21 @@ pub(super) const FAMILY: Family = Family {
             ],
         ),
         (
-            Slot::QkvBias,
+            ParamKind::QkvBias,
             &[
                 "layers.{}.self_attn.q_proj.bias",
                 "layers.{}.self_attn.k_proj.bias",
                 "layers.{}.self_attn.v_proj.bias",
             ],
         ),
-        (Slot::Out, &["layers.{}.self_attn.o_proj.weight"]),
-        (Slot::OutBias, &["layers.{}.self_attn.o_proj.bias"]),
-        (Slot::Norm2, &["layers.{}.post_attention_layernorm.weight"]),
-        (Slot::Up, &["layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight"]),
-        (Slot::UpBias, &["layers.{}.mlp.gate_proj.bias", "layers.{}.mlp.up_proj.bias"]),
-        (Slot::Down, &["layers.{}.mlp.down_proj.weight"]),
-        (Slot::DownBias, &["layers.{}.mlp.down_proj.bias"]),
-        (Slot::FinalNorm, &["norm.weight"]),
+        (ParamKind::Out, &["layers.{}.self_attn.o_proj.weight"]),
+        (ParamKind::OutBias, &["layers.{}.self_attn.o_proj.bias"]),
+        (ParamKind::Norm2, &["layers.{}.post_attention_layernorm.weight"]),
+        (ParamKind::Up, &["layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight"]),
+        (ParamKind::UpBias, &["layers.{}.mlp.gate_proj.bias", "layers.{}.mlp.up_proj.bias"]),
+        (ParamKind::Down, &["layers.{}.mlp.down_proj.weight"]),
+        (ParamKind::DownBias, &["layers.{}.mlp.down_proj.bias"]),
+        (ParamKind::FinalNorm, &["norm.weight"]),
     ],
     transposed: false,
     ignored: &[".rotary_emb.inv_freq"],

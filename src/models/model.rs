@@ -4,7 +4,7 @@ use std::{any::TypeId, borrow::Cow, path::Path, sync::Arc};
 
 use half::bf16;
 
-use super::{Config, Family, Layout, Params, Position, Slot, Spec, weights};
+use super::{Config, Family, Layout, ParamKind, Params, Position, Spec, weights};
 use crate::{
     device::{Buffer, Device, Element, View, ViewMut},
     error::{Error, Result},
@@ -14,7 +14,7 @@ use crate::{
     },
 };
 
-/// What stands on the trunk.
+/// What stands on the backbone.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Head {
     /// The next token's distribution: policy and reference.
@@ -25,11 +25,11 @@ pub enum Head {
 
 /// What a model is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Use {
+pub enum Residency {
     Frozen,
     /// To compute with now and then, for a plan: made as a frozen one, its weights then wait in
-    /// host memory ([`Model::park`]).
-    Parked,
+    /// host memory ([`Model::offload`]).
+    Offloaded,
     /// To be trained: where it computes in bf16, its weights are also kept in f32.
     Trained,
 }
@@ -64,7 +64,7 @@ pub struct Model<T: Element> {
     /// What `params` are rounded from.
     pub(super) master: Option<Params<T::Acc>>,
     /// The weights, if they wait in host memory.
-    parked: Option<Vec<T>>,
+    offloaded: Option<Vec<T>>,
     /// None on a CUDA device, which multiplies by weights as they are.
     blocks: Vec<PackedBlock<T>>,
     lm: Option<Packed<T>>,
@@ -73,12 +73,12 @@ pub struct Model<T: Element> {
 
 impl<T: Element> Model<T> {
     /// A model of `config` with all weights 0, to be filled through [`Model::params_mut`].
-    pub fn zeros(dev: &Device, config: Config, head: Head, used: Use) -> Result<Self> {
+    pub fn zeros(dev: &Device, config: Config, head: Head, residency: Residency) -> Result<Self> {
         let (family, spec) = config.spec()?;
         let spec = spec.on(dev);
         spec.check(dev)?;
         let layout = Arc::new(Layout::new(&spec, head));
-        let master = (rounded::<T>() && used == Use::Trained)
+        let master = (rounded::<T>() && residency == Residency::Trained)
             .then(|| Params::zeros(dev, "f32 weights", &layout))
             .transpose()?;
         let params = Params::zeros(dev, "weights", &layout)?;
@@ -99,12 +99,12 @@ impl<T: Element> Model<T> {
             Position::Rope(r) => Some(rope::Table::wide(dev, r, widths, spec.max_positions)?),
             Position::Learned => None,
         };
-        Ok(Self { family, config, head, params, master, parked: None, blocks, lm, rope, spec })
+        Ok(Self { family, config, head, params, master, offloaded: None, blocks, lm, rope, spec })
     }
 
     /// Loads a Hugging Face folder to compute with; see [`super::load`].
     pub fn load(dev: &Device, dir: &Path, head: Head, new_head: Option<u64>) -> Result<Self> {
-        weights::load(dev, dir, head, new_head, Use::Frozen)
+        weights::load(dev, dir, head, new_head, Residency::Frozen)
     }
 
     /// Loads a Hugging Face folder to train it; see [`super::load`].
@@ -114,7 +114,7 @@ impl<T: Element> Model<T> {
         head: Head,
         new_head: Option<u64>,
     ) -> Result<Self> {
-        weights::load(dev, dir, head, new_head, Use::Trained)
+        weights::load(dev, dir, head, new_head, Residency::Trained)
     }
 
     pub fn spec(&self) -> &Spec {
@@ -176,26 +176,26 @@ impl<T: Element> Model<T> {
         self.repack(dev)
     }
 
-    /// Moves the weights of a frozen model to host memory, where they wait for [`Model::visit`]. On
-    /// the CPU they are there.
-    pub fn park(&mut self, dev: &Device) -> Result<()> {
-        if let (Device::Cuda(_), None) = (dev, &self.parked) {
-            self.parked = Some(dev.read(self.params.flat())?);
+    /// Moves the weights of a frozen model from a GPU to host memory until
+    /// [`Model::with_loaded`] needs them. A model on the CPU is there already.
+    pub fn offload(&mut self, dev: &Device) -> Result<()> {
+        if let (Device::Cuda(_), None) = (dev, &self.offloaded) {
+            self.offloaded = Some(dev.read(self.params.flat())?);
             self.params.data = Buffer::none();
         }
         Ok(())
     }
 
-    /// Does `work` with the model; parked weights lie in the memory of `room` meanwhile, whose
+    /// Does `work` with the model; offloaded weights lie in the memory of `room` meanwhile, whose
     /// numbers are lost.
-    pub fn visit<R>(
+    pub fn with_loaded<R>(
         &mut self,
         dev: &Device,
         room: &mut Params<T::Acc>,
         work: impl FnOnce(&Self) -> Result<R>,
     ) -> Result<R> {
-        const WHAT: &str = "parked weights, in the gradients' memory";
-        let Some(weights) = &self.parked else { return work(self) };
+        const WHAT: &str = "offloaded weights, in the gradients' memory";
+        let Some(weights) = &self.offloaded else { return work(self) };
         let (len, have) = (room.data.len(), room.data.len() * size_of::<T::Acc>());
         let want = weights.len() * size_of::<T>();
         if want > have {
@@ -211,7 +211,7 @@ impl<T: Element> Model<T> {
 
     /// The weights that it computes with, in host memory.
     pub fn on_host<'a>(&'a self, dev: &Device) -> Result<Cow<'a, [T]>> {
-        match &self.parked {
+        match &self.offloaded {
             Some(weights) => Ok(weights.into()),
             None => dev.on_host(self.params.flat()),
         }
@@ -220,18 +220,18 @@ impl<T: Element> Model<T> {
     /// Renews the packed copies after the weights changed: on the CPU; there are none elsewhere.
     pub fn repack(&mut self, dev: &Device) -> Result<()> {
         for (l, block) in self.blocks.iter_mut().enumerate() {
-            for (slot, packed) in [
-                (Slot::Qkv, &mut block.qkv),
-                (Slot::Out, &mut block.out),
-                (Slot::Up, &mut block.up),
-                (Slot::Down, &mut block.down),
+            for (kind, packed) in [
+                (ParamKind::Qkv, &mut block.qkv),
+                (ParamKind::Out, &mut block.out),
+                (ParamKind::Up, &mut block.up),
+                (ParamKind::Down, &mut block.down),
             ] {
-                packed.pack(dev, need(&self.params, slot, Some(l))?)?;
+                packed.pack(dev, need(&self.params, kind, Some(l))?)?;
             }
         }
-        let slot = self.lm_slot();
+        let kind = self.lm_kind();
         if let Some(lm) = &mut self.lm {
-            lm.pack(dev, need(&self.params, slot, None)?)?;
+            lm.pack(dev, need(&self.params, kind, None)?)?;
         }
         Ok(())
     }
@@ -239,14 +239,20 @@ impl<T: Element> Model<T> {
     /// A copy with another head: a value model from a policy or a reward model, a reference from a
     /// policy. A head of the same kind is copied; a new scalar head is drawn as
     /// [`super::load`] says.
-    pub fn copy_as(&self, dev: &Device, head: Head, seed: u64, used: Use) -> Result<Self> {
-        let mut copy = Self::zeros(dev, self.config.clone(), head, used)?;
+    pub fn copy_as(
+        &self,
+        dev: &Device,
+        head: Head,
+        seed: u64,
+        residency: Residency,
+    ) -> Result<Self> {
+        let mut copy = Self::zeros(dev, self.config.clone(), head, residency)?;
         for t in copy.params.layout().clone().tensors() {
-            if let Some(from) = self.params.get(t.slot, t.layer) {
+            if let Some(from) = self.params.get(t.kind, t.layer) {
                 dev.copy(copy.params.tensor_mut(t), from)?;
                 if let Some(master) = &mut copy.master {
                     let to = master.tensor_mut(t);
-                    match self.master.as_ref().and_then(|m| m.get(t.slot, t.layer)) {
+                    match self.master.as_ref().and_then(|m| m.get(t.kind, t.layer)) {
                         Some(from) => dev.copy(to, from)?,
                         None => {
                             let wide = |x: &T| <T::Acc as Element>::of(x.f64());
@@ -254,7 +260,7 @@ impl<T: Element> Model<T> {
                         }
                     }
                 }
-            } else if t.slot == Slot::Score {
+            } else if t.kind == ParamKind::Score {
                 copy.write(dev, t, &weights::new_score(t.cols, seed))?;
             } else {
                 let got = format!("a model without {}", t.name());
@@ -280,22 +286,22 @@ impl<T: Element> Model<T> {
     }
 
     /// A weight of a block's linear layers as the forward product reads it.
-    pub(super) fn linear(&self, dev: &Device, slot: Slot, l: usize) -> Result<Weight<'_, T>> {
+    pub(super) fn linear(&self, dev: &Device, kind: ParamKind, l: usize) -> Result<Weight<'_, T>> {
         if let Some(block) = self.blocks.get(l) {
-            let packed = match slot {
-                Slot::Qkv => &block.qkv,
-                Slot::Out => &block.out,
-                Slot::Up => &block.up,
+            let packed = match kind {
+                ParamKind::Qkv => &block.qkv,
+                ParamKind::Out => &block.out,
+                ParamKind::Up => &block.up,
                 _ => &block.down,
             };
             return Ok(packed.into());
         }
-        self.rows(dev, slot, Some(l))
+        self.rows(dev, kind, Some(l))
     }
 
-    fn rows(&self, dev: &Device, slot: Slot, layer: Option<usize>) -> Result<Weight<'_, T>> {
-        let sides = self.params.layout().find(slot, layer).map_or((0, 0), |t| (t.rows, t.cols));
-        Weight::rows(dev, need(&self.params, slot, layer)?, sides)
+    fn rows(&self, dev: &Device, kind: ParamKind, layer: Option<usize>) -> Result<Weight<'_, T>> {
+        let sides = self.params.layout().find(kind, layer).map_or((0, 0), |t| (t.rows, t.cols));
+        Weight::rows(dev, need(&self.params, kind, layer)?, sides)
     }
 
     /// The matrix of the LM head `[vocab, hidden]`, and as the forward product reads it.
@@ -303,11 +309,11 @@ impl<T: Element> Model<T> {
         if self.head != Head::Lm {
             return Err(Error::value("head", "an LM head", "a scalar head"));
         }
-        let slot = self.lm_slot();
-        let w = need(&self.params, slot, None)?;
+        let kind = self.lm_kind();
+        let w = need(&self.params, kind, None)?;
         match &self.lm {
             Some(packed) => Ok((w, packed.into())),
-            None => Ok((w, self.rows(dev, slot, None)?)),
+            None => Ok((w, self.rows(dev, kind, None)?)),
         }
     }
 
@@ -316,7 +322,7 @@ impl<T: Element> Model<T> {
     pub fn logit_head(&self, dev: &Device) -> Result<Weight<'_, T>> {
         let (_, head) = self.lm_head(dev)?;
         let (rows, cols) = (self.spec.vocab_room(), self.spec.hidden);
-        let Some(t) = self.params.layout().find(self.lm_slot(), None) else { return Ok(head) };
+        let Some(t) = self.params.layout().find(self.lm_kind(), None) else { return Ok(head) };
         if rows == t.rows {
             return Ok(head);
         }
@@ -324,13 +330,13 @@ impl<T: Element> Model<T> {
     }
 
     /// Where the LM head's weight is.
-    pub fn lm_slot(&self) -> Slot {
-        if self.spec.tied { Slot::Embedding } else { Slot::LmHead }
+    pub fn lm_kind(&self) -> ParamKind {
+        if self.spec.tied { ParamKind::Embedding } else { ParamKind::LmHead }
     }
 
     /// The weight of the scalar head `[hidden]`.
     pub fn score_head(&self) -> Result<View<'_, T>> {
-        let score = self.params.get(Slot::Score, None);
+        let score = self.params.get(ParamKind::Score, None);
         score.ok_or_else(|| Error::value("head", "a scalar head", "an LM head"))
     }
 }
@@ -341,14 +347,14 @@ pub fn bytes<T: Element>(
     dev: &Device,
     spec: &Spec,
     head: Head,
-    used: Use,
+    residency: Residency,
 ) -> Vec<(&'static str, usize)> {
     let len = Layout::new(spec, head).len();
     let mut all = Vec::new();
-    if used != Use::Parked {
+    if residency != Residency::Offloaded {
         all.push(("weights", len * size_of::<T>()));
     }
-    if rounded::<T>() && used == Use::Trained {
+    if rounded::<T>() && residency == Residency::Trained {
         all.push(("f32 weights", len * size_of::<T::Acc>()));
     }
     if let Device::Cpu(_) = dev {
@@ -377,9 +383,9 @@ fn sides(spec: &Spec) -> [(usize, usize); 4] {
 /// A weight that the layout promises.
 pub(super) fn need<T: Element>(
     params: &Params<T>,
-    slot: Slot,
+    kind: ParamKind,
     layer: Option<usize>,
 ) -> Result<View<'_, T>> {
-    let missing = || Error::value("weights", format!("{slot:?} of block {layer:?}"), "none");
-    params.get(slot, layer).ok_or_else(missing)
+    let missing = || Error::value("weights", format!("{kind:?} of block {layer:?}"), "none");
+    params.get(kind, layer).ok_or_else(missing)
 }

@@ -13,7 +13,7 @@ use crate::{
 /// A weight's place in the block, the same for every family. Linear weights are `[out, in]`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 #[allow(missing_docs)]
-pub enum Slot {
+pub enum ParamKind {
     /// `[vocab, hidden]`; the LM head too, where it is tied
     Embedding,
     /// `[max_positions, hidden]`
@@ -42,28 +42,28 @@ pub enum Slot {
     Score,
 }
 
-impl Slot {
+impl ParamKind {
     /// Matrices decay, norms and biases do not (Hugging Face Trainer's groups).
     pub fn is_matrix(self) -> bool {
-        use Slot::{Down, Embedding, LmHead, Out, Positions, Qkv, Score, Up};
+        use ParamKind::{Down, Embedding, LmHead, Out, Positions, Qkv, Score, Up};
         matches!(self, Embedding | Positions | Qkv | Out | Up | Down | LmHead | Score)
     }
 
     /// Stored flat: norms, biases and the scalar head.
     pub fn is_vector(self) -> bool {
-        !self.is_matrix() || self == Slot::Score
+        !self.is_matrix() || self == ParamKind::Score
     }
 
     /// Linear layers inside the block, which some families store transposed.
     pub fn is_block_linear(self) -> bool {
-        matches!(self, Slot::Qkv | Slot::Out | Slot::Up | Slot::Down)
+        matches!(self, ParamKind::Qkv | ParamKind::Out | ParamKind::Up | ParamKind::Down)
     }
 }
 
 /// Where a weight lies.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Tensor {
-    pub slot: Slot,
+    pub kind: ParamKind,
     /// Its block, if it is in one.
     pub layer: Option<usize>,
     /// Outputs, or 1 for a vector.
@@ -85,7 +85,7 @@ impl Tensor {
 
     /// A name for messages and checkpoints: `Qkv.3`.
     pub fn name(&self) -> String {
-        self.layer.map_or(format!("{:?}", self.slot), |l| format!("{:?}.{l}", self.slot))
+        self.layer.map_or(format!("{:?}", self.kind), |l| format!("{:?}.{l}", self.kind))
     }
 }
 
@@ -107,50 +107,54 @@ impl Layout {
         let layer_norm = spec.norm == Norm::Layer;
         let vocab = spec.vocab_room();
         let mut layout = Self { tensors: Vec::new(), len: 0, per_layer: 0, before: 0, vocab };
-        layout.push(Slot::Embedding, None, spec.vocab, h);
+        layout.push(ParamKind::Embedding, None, spec.vocab, h);
         if spec.position == Position::Learned {
-            layout.push(Slot::Positions, None, spec.max_positions, h);
+            layout.push(ParamKind::Positions, None, spec.max_positions, h);
         }
         layout.before = layout.tensors.len();
         for l in 0..spec.layers {
-            for (slot, there, rows, cols) in [
-                (Slot::Norm1, true, 1, h),
-                (Slot::Norm1Bias, layer_norm, 1, h),
-                (Slot::Qkv, true, spec.qkv_cols(), h),
-                (Slot::QkvBias, spec.qkv_bias, 1, spec.qkv_cols()),
-                (Slot::Out, true, h, spec.attention_cols()),
-                (Slot::OutBias, spec.out_bias, 1, h),
-                (Slot::Norm2, true, 1, h),
-                (Slot::Norm2Bias, layer_norm, 1, h),
-                (Slot::Up, true, spec.up_cols(), h),
-                (Slot::UpBias, spec.mlp_bias, 1, spec.up_cols()),
-                (Slot::Down, true, h, spec.mlp_hidden),
-                (Slot::DownBias, spec.mlp_bias, 1, h),
+            for (kind, there, rows, cols) in [
+                (ParamKind::Norm1, true, 1, h),
+                (ParamKind::Norm1Bias, layer_norm, 1, h),
+                (ParamKind::Qkv, true, spec.qkv_cols(), h),
+                (ParamKind::QkvBias, spec.qkv_bias, 1, spec.qkv_cols()),
+                (ParamKind::Out, true, h, spec.attention_cols()),
+                (ParamKind::OutBias, spec.out_bias, 1, h),
+                (ParamKind::Norm2, true, 1, h),
+                (ParamKind::Norm2Bias, layer_norm, 1, h),
+                (ParamKind::Up, true, spec.up_cols(), h),
+                (ParamKind::UpBias, spec.mlp_bias, 1, spec.up_cols()),
+                (ParamKind::Down, true, h, spec.mlp_hidden),
+                (ParamKind::DownBias, spec.mlp_bias, 1, h),
             ] {
                 if there {
-                    layout.push(slot, Some(l), rows, cols);
+                    layout.push(kind, Some(l), rows, cols);
                 }
             }
             if l == 0 {
                 layout.per_layer = layout.tensors.len() - layout.before;
             }
         }
-        layout.push(Slot::FinalNorm, None, 1, h);
+        layout.push(ParamKind::FinalNorm, None, 1, h);
         if layer_norm {
-            layout.push(Slot::FinalNormBias, None, 1, h);
+            layout.push(ParamKind::FinalNormBias, None, 1, h);
         }
         match head {
-            Head::Lm if !spec.tied => layout.push(Slot::LmHead, None, spec.vocab, h),
+            Head::Lm if !spec.tied => layout.push(ParamKind::LmHead, None, spec.vocab, h),
             Head::Lm => {}
-            Head::Scalar => layout.push(Slot::Score, None, 1, h),
+            Head::Scalar => layout.push(ParamKind::Score, None, 1, h),
         }
         layout
     }
 
-    fn push(&mut self, slot: Slot, layer: Option<usize>, rows: usize, cols: usize) {
-        self.tensors.push(Tensor { slot, layer, rows, cols, offset: self.len });
+    fn push(&mut self, kind: ParamKind, layer: Option<usize>, rows: usize, cols: usize) {
+        self.tensors.push(Tensor { kind, layer, rows, cols, offset: self.len });
         // 64 bytes of f32: every tensor starts on a cache line. The gap stays 0 for ever.
-        let room = if matches!(slot, Slot::Embedding | Slot::LmHead) { self.vocab } else { rows };
+        let room = if matches!(kind, ParamKind::Embedding | ParamKind::LmHead) {
+            self.vocab
+        } else {
+            rows
+        };
         self.len += (room * cols).next_multiple_of(adamw::LINE);
     }
 
@@ -173,13 +177,13 @@ impl Layout {
         self.tensors.iter().map(Tensor::len).sum()
     }
 
-    /// The tensor of a slot, if the model has it.
-    pub fn find(&self, slot: Slot, layer: Option<usize>) -> Option<&Tensor> {
+    /// The tensor of a kind, if the model has it.
+    pub fn find(&self, kind: ParamKind, layer: Option<usize>) -> Option<&Tensor> {
         let part = match layer {
             None => &self.tensors[..],
             Some(l) => &self.tensors[self.before + l * self.per_layer..][..self.per_layer],
         };
-        part.iter().find(|t| t.slot == slot && t.layer == layer)
+        part.iter().find(|t| t.kind == kind && t.layer == layer)
     }
 
     /// The tensor that holds a flat index.
@@ -229,23 +233,23 @@ impl<T: Element> Params<T> {
         self.data.view_mut().range(t.offset..t.offset + t.len())
     }
 
-    /// The weight of a slot, if the model has it.
-    pub fn get(&self, slot: Slot, layer: Option<usize>) -> Option<View<'_, T>> {
-        self.layout.find(slot, layer).map(|t| self.tensor(t))
+    /// The weight of a kind, if the model has it.
+    pub fn get(&self, kind: ParamKind, layer: Option<usize>) -> Option<View<'_, T>> {
+        self.layout.find(kind, layer).map(|t| self.tensor(t))
     }
 
-    /// The weight of a slot, to write, if the model has it.
-    pub fn get_mut(&mut self, slot: Slot, layer: Option<usize>) -> Option<ViewMut<'_, T>> {
+    /// The weight of a kind, to write, if the model has it.
+    pub fn get_mut(&mut self, kind: ParamKind, layer: Option<usize>) -> Option<ViewMut<'_, T>> {
         let layout = self.layout.clone();
-        layout.find(slot, layer).map(|t| self.tensor_mut(t))
+        layout.find(kind, layer).map(|t| self.tensor_mut(t))
     }
 
     /// A weight and the bias that follows it, both to write. An empty view if the model lacks the
     /// weight.
     pub fn linear_mut(
         &mut self,
-        weight: Slot,
-        bias: Slot,
+        weight: ParamKind,
+        bias: ParamKind,
         layer: Option<usize>,
     ) -> (ViewMut<'_, T>, Option<ViewMut<'_, T>>) {
         let layout = self.layout.clone();

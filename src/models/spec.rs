@@ -1,6 +1,6 @@
 //! What a family is: the block's parts, and the names of its weights.
 
-use super::{Config, Slot};
+use super::{Config, ParamKind};
 use crate::{
     device::Device,
     error::{Error, Result},
@@ -154,10 +154,10 @@ pub struct Family {
     pub causal_lm: &'static str,
     /// `architectures` of the model with a scalar head.
     pub sequence_classification: &'static str,
-    /// Before every weight of the trunk; some files leave it out.
+    /// Before every weight of the backbone; some files leave it out.
     pub prefix: &'static str,
     /// Names of each weight, `{}` for the layer. Several names are rows of one of ours, in order.
-    pub names: &'static [(Slot, &'static [&'static str])],
+    pub names: &'static [(ParamKind, &'static [&'static str])],
     /// Linear weights are stored `[in, out]`.
     pub transposed: bool,
     /// Endings of stored tensors that are no weights: mask buffers and the like.

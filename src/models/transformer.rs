@@ -5,7 +5,7 @@
 //! packed: sequences lie back to back, nothing is padded. A row's bits depend on its own sequence
 //! only, so the log-prob of a token is the same number whenever and with whomever it is computed.
 
-use super::{Mlp, Model, Norm, Params, Slot, Spec, model::need};
+use super::{Mlp, Model, Norm, ParamKind, Params, Spec, model::need};
 use crate::{
     device::{Buffer, Device, Element, Scope, View, ViewMut},
     error::{Error, Result},
@@ -29,7 +29,7 @@ pub struct Rows<'a> {
 
 /// Sizes of a forward pass.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Extent {
+pub struct PassShape {
     pub rows: usize,
     /// Sequences that they are of.
     pub sequences: usize,
@@ -39,7 +39,7 @@ pub struct Extent {
     pub cached: usize,
 }
 
-impl Extent {
+impl PassShape {
     /// Pages of `page` positions that hold all keys and values.
     pub fn pages(&self, page: usize) -> usize {
         match self.cached {
@@ -137,15 +137,15 @@ pub struct Activations<'s, T: Element> {
 }
 
 impl<'s, T: Element> Activations<'s, T> {
-    /// For a pass of this extent.
+    /// For a pass of this pass_shape.
     pub fn new(
         dev: &Device,
         scope: &'s Scope<'_>,
         spec: &Spec,
-        extent: Extent,
+        pass_shape: PassShape,
         keep: Keep,
     ) -> Result<Self> {
-        let rows = extent.rows;
+        let rows = pass_shape.rows;
         let layers = if keep == Keep::All { spec.layers } else { 1 };
         let streams = if keep == Keep::Nothing { 1 } else { spec.layers + 1 };
         let x = (0..streams).map(|_| scope.alloc("residual stream", rows * spec.hidden));
@@ -164,8 +164,8 @@ impl<'s, T: Element> Activations<'s, T> {
         // A row that is alone in its segment sees more than itself only if a cache has what comes
         // before.
         let (shape, alone) =
-            (spec.attention(), if extent.cached > 0 { extent.sequences } else { 0 });
-        let scratch = attention::forward_scratch_len(dev, &shape, alone, extent.cached);
+            (spec.attention(), if pass_shape.cached > 0 { pass_shape.sequences } else { 0 });
+        let scratch = attention::forward_scratch_len(dev, &shape, alone, pass_shape.cached);
         let scratch = match keep {
             Keep::Nothing => scratch,
             _ => scratch.max(attention::backward_scratch_len(&shape, rows)),
@@ -186,12 +186,12 @@ impl<'s, T: Element> Activations<'s, T> {
 
 /// The rows that a head reads, after the final norm.
 #[derive(Debug)]
-pub struct Selected<'s, T: Element> {
+pub struct HeadInput<'s, T: Element> {
     x: Buffer<'s, T>,
     norm: Normed<'s, T>,
 }
 
-impl<'s, T: Element> Selected<'s, T> {
+impl<'s, T: Element> HeadInput<'s, T> {
     /// Room for `rows` rows.
     pub fn new(scope: &'s Scope<'_>, spec: &Spec, rows: usize) -> Result<Self> {
         let x = scope.alloc("selected rows", rows * spec.hidden)?;
@@ -265,9 +265,9 @@ impl<T: Element> Model<T> {
     }
 
     fn embed(&self, dev: &Device, rows: &Rows<'_>, mut x: ViewMut<'_, T>) -> Result<()> {
-        let table = need(&self.params, Slot::Embedding, None)?;
+        let table = need(&self.params, ParamKind::Embedding, None)?;
         embedding::forward(dev, x.reborrow(), rows.ids, table, false)?;
-        if let Some(table) = self.params.get(Slot::Positions, None) {
+        if let Some(table) = self.params.get(ParamKind::Positions, None) {
             embedding::forward(dev, x, rows.positions, table, true)?;
         }
         Ok(())
@@ -286,8 +286,9 @@ impl<T: Element> Model<T> {
         scratch: ViewMut<'_, T::Acc>,
     ) -> Result<()> {
         let (shape, at) = (self.spec.attention(), Some(l));
-        self.norm(dev, &mut b.norm1, x, Slot::Norm1, Slot::Norm1Bias, at)?;
-        let (w, bias) = (self.linear(dev, Slot::Qkv, l)?, self.params.get(Slot::QkvBias, at));
+        self.norm(dev, &mut b.norm1, x, ParamKind::Norm1, ParamKind::Norm1Bias, at)?;
+        let (w, bias) =
+            (self.linear(dev, ParamKind::Qkv, l)?, self.params.get(ParamKind::QkvBias, at));
         matmul::forward(dev, b.qkv.view_mut(), b.norm1.y.view(), w, bias, None)?;
         let turn = self.rope.as_ref().map(|table| (rows.positions, table));
         attention::append(dev, kv, b.qkv.view_mut(), rows.attention, &shape, turn)?;
@@ -301,7 +302,8 @@ impl<T: Element> Model<T> {
             &shape,
             scratch,
         )?;
-        let (w, bias) = (self.linear(dev, Slot::Out, l)?, self.params.get(Slot::OutBias, at));
+        let (w, bias) =
+            (self.linear(dev, ParamKind::Out, l)?, self.params.get(ParamKind::OutBias, at));
         matmul::forward(dev, b.mid.view_mut(), b.attention.view(), w, bias, Some(x))
     }
 
@@ -315,15 +317,16 @@ impl<T: Element> Model<T> {
     ) -> Result<()> {
         self.expand(dev, l, b)?;
         let (w, bias) =
-            (self.linear(dev, Slot::Down, l)?, self.params.get(Slot::DownBias, Some(l)));
+            (self.linear(dev, ParamKind::Down, l)?, self.params.get(ParamKind::DownBias, Some(l)));
         matmul::forward(dev, y, b.act.view(), w, bias, Some(b.mid.view()))
     }
 
     /// `act = act(up(norm2(mid)))`
     fn expand(&self, dev: &Device, l: usize, b: &mut Block<'_, T>) -> Result<()> {
         let at = Some(l);
-        self.norm(dev, &mut b.norm2, b.mid.view(), Slot::Norm2, Slot::Norm2Bias, at)?;
-        let (w, bias) = (self.linear(dev, Slot::Up, l)?, self.params.get(Slot::UpBias, at));
+        self.norm(dev, &mut b.norm2, b.mid.view(), ParamKind::Norm2, ParamKind::Norm2Bias, at)?;
+        let (w, bias) =
+            (self.linear(dev, ParamKind::Up, l)?, self.params.get(ParamKind::UpBias, at));
         let after = match self.spec.mlp {
             Mlp::Plain(act) => matmul::After { act, gated: false },
             Mlp::Gated(act) => matmul::After { act, gated: true },
@@ -337,8 +340,8 @@ impl<T: Element> Model<T> {
         dev: &Device,
         out: &mut Normed<'_, T>,
         x: View<'_, T>,
-        weight: Slot,
-        bias: Slot,
+        weight: ParamKind,
+        bias: ParamKind,
         layer: Option<usize>,
     ) -> Result<()> {
         let (w, eps) =
@@ -360,17 +363,17 @@ impl<T: Element> Model<T> {
         dev: &Device,
         acts: &Activations<'_, T>,
         rows: View<'_, u32>,
-        out: &mut Selected<'_, T>,
+        out: &mut HeadInput<'_, T>,
     ) -> Result<()> {
         let Some(x) = acts.x.last() else {
             return Err(Error::value("activations", "at least one stream", 0));
         };
         embedding::forward(dev, out.x.view_mut(), rows, x.view(), false)?;
         let x = out.x.view();
-        self.norm(dev, &mut out.norm, x, Slot::FinalNorm, Slot::FinalNormBias, None)
+        self.norm(dev, &mut out.norm, x, ParamKind::FinalNorm, ParamKind::FinalNormBias, None)
     }
 
-    /// Adds to `grads` the gradient of all trunk weights, given `dh` `[selected, hidden]`, the
+    /// Adds to `grads` the gradient of all backbone weights, given `dh` `[selected, hidden]`, the
     /// gradient of the hidden states that [`Model::select`] made from `selected_rows`. The head's
     /// own weight is the caller's. Every segment must be a whole sequence, from position 0. Where
     /// the forward pass kept the residual stream alone, blocks are computed again, with its very
@@ -383,7 +386,7 @@ impl<T: Element> Model<T> {
         rows: &Rows<'_>,
         acts: &mut Activations<'_, T>,
         cache: &mut Cache<'_, T>,
-        selected: &Selected<'_, T>,
+        selected: &HeadInput<'_, T>,
         selected_rows: View<'_, u32>,
         dh: View<'_, T>,
         g: &mut Gradients<'_, T>,
@@ -391,7 +394,7 @@ impl<T: Element> Model<T> {
         let hidden = self.spec.hidden;
         let d = (g.dselected.view_mut(), g.scratch.view_mut());
         let x = selected.x.view();
-        self.norm_backward(dev, grads, d, dh, x, &selected.norm, Slot::FinalNorm, None)?;
+        self.norm_backward(dev, grads, d, dh, x, &selected.norm, ParamKind::FinalNorm, None)?;
         dev.zero(g.dx.view_mut())?;
         let (dx, d, order) = (g.dx.view_mut(), g.dselected.view(), g.order.view_mut());
         embedding::scatter(dev, dx, order, selected_rows, d, hidden)?;
@@ -406,10 +409,10 @@ impl<T: Element> Model<T> {
             self.feed_forward_backward(dev, grads, l, b, g)?;
             self.attend_backward(dev, grads, l, rows, x, b, g, scratch)?;
         }
-        if let Some(d) = grads.get_mut(Slot::Embedding, None) {
+        if let Some(d) = grads.get_mut(ParamKind::Embedding, None) {
             embedding::backward(dev, d, g.order.view_mut(), rows.ids, g.dx.view(), hidden)?;
         }
-        if let Some(d) = grads.get_mut(Slot::Positions, None) {
+        if let Some(d) = grads.get_mut(ParamKind::Positions, None) {
             embedding::backward(dev, d, g.order.view_mut(), rows.positions, g.dx.view(), hidden)?;
         }
         Ok(())
@@ -426,9 +429,9 @@ impl<T: Element> Model<T> {
     ) -> Result<()> {
         let (h, up, mlp) = (self.spec.hidden, self.spec.up_cols(), self.spec.mlp_hidden);
         let at = Some(l);
-        let (dw, db) = grads.linear_mut(Slot::Down, Slot::DownBias, at);
+        let (dw, db) = grads.linear_mut(ParamKind::Down, ParamKind::DownBias, at);
         matmul::backward_weight(dev, dw, db, g.dx.view(), b.act.view(), (h, mlp))?;
-        let w = need(&self.params, Slot::Down, at)?;
+        let w = need(&self.params, ParamKind::Down, at)?;
         matmul::backward_input(dev, g.dact.view_mut(), g.dx.view(), w, (h, mlp))?;
         let (dup, dact) = (g.dup.view_mut(), g.dact.view());
         match self.spec.mlp {
@@ -437,12 +440,12 @@ impl<T: Element> Model<T> {
                 activation::gated_backward(dev, act, dup, dact, b.up.view(), mlp)?;
             }
         }
-        let (dw, db) = grads.linear_mut(Slot::Up, Slot::UpBias, at);
+        let (dw, db) = grads.linear_mut(ParamKind::Up, ParamKind::UpBias, at);
         matmul::backward_weight(dev, dw, db, g.dup.view(), b.norm2.y.view(), (up, h))?;
-        let w = need(&self.params, Slot::Up, at)?;
+        let w = need(&self.params, ParamKind::Up, at)?;
         matmul::backward_input(dev, g.dnorm.view_mut(), g.dup.view(), w, (up, h))?;
         let (d, dy) = ((g.dx.view_mut(), g.scratch.view_mut()), g.dnorm.view());
-        self.norm_backward(dev, grads, d, dy, b.mid.view(), &b.norm2, Slot::Norm2, at)
+        self.norm_backward(dev, grads, d, dy, b.mid.view(), &b.norm2, ParamKind::Norm2, at)
     }
 
     /// Turns `g.dx` from the gradient of `mid` into that of the block's input `x`.
@@ -460,9 +463,9 @@ impl<T: Element> Model<T> {
     ) -> Result<()> {
         let (h, att, qkv) = (self.spec.hidden, self.spec.attention_cols(), self.spec.qkv_cols());
         let (shape, at) = (self.spec.attention(), Some(l));
-        let (dw, db) = grads.linear_mut(Slot::Out, Slot::OutBias, at);
+        let (dw, db) = grads.linear_mut(ParamKind::Out, ParamKind::OutBias, at);
         matmul::backward_weight(dev, dw, db, g.dx.view(), b.attention.view(), (h, att))?;
-        let w = need(&self.params, Slot::Out, at)?;
+        let w = need(&self.params, ParamKind::Out, at)?;
         matmul::backward_input(dev, g.dattention.view_mut(), g.dx.view(), w, (h, att))?;
         attention::backward(
             dev,
@@ -480,12 +483,12 @@ impl<T: Element> Model<T> {
             let d = shape.head_dim;
             rope::backward(dev, g.dqkv.view_mut(), qkv, heads, d, rows.positions, table)?;
         }
-        let (dw, db) = grads.linear_mut(Slot::Qkv, Slot::QkvBias, at);
+        let (dw, db) = grads.linear_mut(ParamKind::Qkv, ParamKind::QkvBias, at);
         matmul::backward_weight(dev, dw, db, g.dqkv.view(), b.norm1.y.view(), (qkv, h))?;
-        let w = need(&self.params, Slot::Qkv, at)?;
+        let w = need(&self.params, ParamKind::Qkv, at)?;
         matmul::backward_input(dev, g.dnorm.view_mut(), g.dqkv.view(), w, (qkv, h))?;
         let (d, dy) = ((g.dx.view_mut(), g.scratch.view_mut()), g.dnorm.view());
-        self.norm_backward(dev, grads, d, dy, x, &b.norm1, Slot::Norm1, at)
+        self.norm_backward(dev, grads, d, dy, x, &b.norm1, ParamKind::Norm1, at)
     }
 
     /// Inside a block adds to `dx`, the gradient of the residual stream.
@@ -498,16 +501,16 @@ impl<T: Element> Model<T> {
         dy: View<'_, T>,
         x: View<'_, T>,
         kept: &Normed<'_, T>,
-        slot: Slot,
+        kind: ParamKind,
         layer: Option<usize>,
     ) -> Result<()> {
-        let w = need(&self.params, slot, layer)?;
-        let bias = match slot {
-            Slot::Norm1 => Slot::Norm1Bias,
-            Slot::Norm2 => Slot::Norm2Bias,
-            _ => Slot::FinalNormBias,
+        let w = need(&self.params, kind, layer)?;
+        let bias = match kind {
+            ParamKind::Norm1 => ParamKind::Norm1Bias,
+            ParamKind::Norm2 => ParamKind::Norm2Bias,
+            _ => ParamKind::FinalNormBias,
         };
-        let ((dw, db), add) = (grads.linear_mut(slot, bias, layer), layer.is_some());
+        let ((dw, db), add) = (grads.linear_mut(kind, bias, layer), layer.is_some());
         match db {
             None => rms_norm::backward(dev, dx, dw, scratch, dy, x, w, kept.rstd.view(), add),
             Some(db) => {

@@ -13,7 +13,8 @@ use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 
 use super::{
-    Config, Family, Head, Layout, Model, Params, Position, Slot, Spec, Tensor, Use, Widths,
+    Config, Family, Head, Layout, Model, ParamKind, Params, Position, Residency, Spec, Tensor,
+    Widths,
 };
 use crate::{
     device::{Device, Element, Float, file},
@@ -35,18 +36,18 @@ struct Source {
 
 fn sources(family: &Family, t: &Tensor, spec: &Spec) -> Vec<Source> {
     let layer = t.layer.map(|l| l.to_string()).unwrap_or_default();
-    match t.slot {
-        Slot::LmHead => return vec![Source { name: LM_HEAD.into(), rows: t.rows }],
-        Slot::Score => return vec![Source { name: SCORE.into(), rows: t.cols }],
+    match t.kind {
+        ParamKind::LmHead => return vec![Source { name: LM_HEAD.into(), rows: t.rows }],
+        ParamKind::Score => return vec![Source { name: SCORE.into(), rows: t.cols }],
         _ => {}
     }
-    let names = family.names.iter().find(|n| n.0 == t.slot).map_or(&[][..], |n| n.1);
+    let names = family.names.iter().find(|n| n.0 == t.kind).map_or(&[][..], |n| n.1);
     let d = spec.stored().head_dim;
     let (q, kv) = (spec.q_heads * d, spec.kv_heads * d);
     let total = stored_rows(t, spec);
-    let parts: &[usize] = match (t.slot, names.len()) {
+    let parts: &[usize] = match (t.kind, names.len()) {
         (_, 1) => &[total],
-        (Slot::Qkv | Slot::QkvBias, 3) => &[q, kv, kv],
+        (ParamKind::Qkv | ParamKind::QkvBias, 3) => &[q, kv, kv],
         (_, n) => &vec![total / n.max(1); n],
     };
     let source = |(name, rows): (&&str, &usize)| Source {
@@ -59,10 +60,10 @@ fn sources(family: &Family, t: &Tensor, spec: &Spec) -> Vec<Source> {
 /// Rows of a stored weight, or the length of a vector.
 fn stored_rows(t: &Tensor, spec: &Spec) -> usize {
     let Widths { head_dim, mlp_hidden } = spec.stored();
-    match t.slot {
-        Slot::Qkv | Slot::QkvBias => (spec.q_heads + 2 * spec.kv_heads) * head_dim,
-        Slot::Up | Slot::UpBias => spec.up_cols() / spec.mlp_hidden * mlp_hidden,
-        _ if t.slot.is_vector() => t.cols,
+    match t.kind {
+        ParamKind::Qkv | ParamKind::QkvBias => (spec.q_heads + 2 * spec.kv_heads) * head_dim,
+        ParamKind::Up | ParamKind::UpBias => spec.up_cols() / spec.mlp_hidden * mlp_hidden,
+        _ if t.kind.is_vector() => t.cols,
         _ => t.rows,
     }
 }
@@ -86,17 +87,17 @@ impl Places {
         let heads = |n: usize| (0..n).map(|i| i / d * wide + at(i % d)).collect::<Vec<_>>();
         let (m, wide) = (widths.mlp_hidden, spec.mlp_hidden);
         let n = stored_rows(t, spec);
-        let rows = match t.slot {
-            Slot::Qkv | Slot::QkvBias => heads(n),
-            Slot::Up | Slot::UpBias => (0..n).map(|i| i / m * wide + i % m).collect(),
+        let rows = match t.kind {
+            ParamKind::Qkv | ParamKind::QkvBias => heads(n),
+            ParamKind::Up | ParamKind::UpBias => (0..n).map(|i| i / m * wide + i % m).collect(),
             _ => all(n),
         };
-        if t.slot.is_vector() {
+        if t.kind.is_vector() {
             return Self { rows, cols: vec![0], stride: 1 };
         }
-        let cols = match t.slot {
-            Slot::Out => heads(spec.q_heads * d),
-            Slot::Down => all(m),
+        let cols = match t.kind {
+            ParamKind::Out => heads(spec.q_heads * d),
+            ParamKind::Down => all(m),
             _ => all(t.cols),
         };
         Self { rows, cols, stride: t.cols }
@@ -180,7 +181,7 @@ pub fn load<T: Element>(
     dir: &Path,
     head: Head,
     new_head: Option<u64>,
-    used: Use,
+    residency: Residency,
 ) -> Result<Model<T>> {
     let config = Config::read(dir)?;
     let (family, spec) = config.spec()?;
@@ -191,10 +192,12 @@ pub fn load<T: Element>(
         return Err(Error::file(dir, message));
     }
     check_sizes::<T>(dir, &config, family, &spec, head, &stored)?;
-    let mut model = Model::zeros(dev, config, head, used)?;
+    let mut model = Model::zeros(dev, config, head, residency)?;
     let mut out = Vec::new();
     for t in model.params.layout().clone().tensors() {
-        if let (Slot::Score, Some(seed), false) = (t.slot, new_head, stored.contains_key(SCORE)) {
+        if let (ParamKind::Score, Some(seed), false) =
+            (t.kind, new_head, stored.contains_key(SCORE))
+        {
             model.write(dev, t, &new_score(t.cols, seed))?;
             continue;
         }
@@ -231,7 +234,7 @@ fn stored_name<'a>(stored: &Tensors<'_>, family: &Family, name: &'a str) -> &'a 
 }
 
 fn is_transposed(family: &Family, t: &Tensor) -> bool {
-    family.transposed && t.slot.is_block_linear()
+    family.transposed && t.kind.is_block_linear()
 }
 
 /// Refuses a config whose sizes are not those of the stored tensors. It is run before anything is
@@ -252,7 +255,7 @@ fn check_sizes<T: Element>(
     for layers in [1, spec.layers] {
         let layout = Layout::new(&Spec { layers, ..spec.clone() }, head);
         for t in layout.tensors() {
-            if t.slot == Slot::Score && !stored.contains_key(SCORE) {
+            if t.kind == ParamKind::Score && !stored.contains_key(SCORE) {
                 continue;
             }
             for source in sources(family, t, spec) {
@@ -260,14 +263,14 @@ fn check_sizes<T: Element>(
                 let Some((view, path)) = stored.get(name) else {
                     return Err(Error::file(dir, format!("`{name}` is missing")));
                 };
-                let want = match (t.slot.is_vector(), is_transposed(family, t)) {
+                let want = match (t.kind.is_vector(), is_transposed(family, t)) {
                     (true, _) => vec![source.rows],
                     (false, true) => vec![t.cols, source.rows],
                     (false, false) => vec![source.rows, t.cols],
                 };
                 let got = view.shape();
                 // A scalar head is stored `[1, hidden]`.
-                if got != want && !(t.slot.is_vector() && got == [1, source.rows]) {
+                if got != want && !(t.kind.is_vector() && got == [1, source.rows]) {
                     let message = format!("`{name}` has shape {got:?}, wanted {want:?}");
                     return Err(Error::file(*path, message));
                 }
@@ -378,7 +381,7 @@ fn stored<'a, T: Element, F: Float>(
     model.params.layout().tensors().iter().flat_map(move |t| {
         let all = &flat[t.offset..t.offset + t.len()];
         let transposed = is_transposed(model.family, t);
-        let (vector, places) = (t.slot.is_vector(), Places::of(t, &model.spec));
+        let (vector, places) = (t.kind.is_vector(), Places::of(t, &model.spec));
         let (cols, mut row) = (places.cols.len(), 0);
         sources(model.family, t, &model.spec).into_iter().map(move |source| {
             let rows = row..row + source.rows;
@@ -392,8 +395,8 @@ fn stored<'a, T: Element, F: Float>(
                 }
                 Cow::Owned(part)
             };
-            let shape = match (t.slot, vector, transposed) {
-                (Slot::Score, ..) => vec![1, t.cols],
+            let shape = match (t.kind, vector, transposed) {
+                (ParamKind::Score, ..) => vec![1, t.cols],
                 (_, true, _) => vec![source.rows],
                 (_, _, true) => vec![cols, source.rows],
                 _ => vec![source.rows, cols],

@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 use crate::{
     device::{Arena, Buffer, Device, Element, Later, Scope, ViewMut},
     error::{Error, Result},
-    models::{Activations, Batch, Cache, Extent, Keep, Model, Selected, Spec, Staged},
+    models::{Activations, Batch, Cache, HeadInput, Keep, Model, PassShape, Spec, Staged},
     ops::{
         logprob::{self, Draws, Sampled},
         matmul,
@@ -113,19 +113,19 @@ impl Generator {
         sampling: &sample::Params,
     ) -> Result<usize> {
         Arena::plan(|scope| {
-            let extent = self.extent(self.rows, self.slots);
-            let pages = extent.pages(spec.attention().page(dev));
+            let pass_shape = self.pass_shape(self.rows, self.slots);
+            let pages = pass_shape.pages(spec.attention().page(dev));
             let _cache = Cache::<T>::new(dev, scope, spec, pages)?;
             let _tokens = self.tokens(scope)?;
             let pass = scope.child();
-            Staged::plan(dev, &pass, spec, extent)?;
-            Pass::<T>::new(dev, &pass, spec, extent, sampling).map(drop)
+            Staged::plan(dev, &pass, spec, pass_shape)?;
+            Pass::<T>::new(dev, &pass, spec, pass_shape, sampling).map(drop)
         })
     }
 
     /// Of a pass of `rows` rows for `sequences` sequences.
-    fn extent(&self, rows: usize, sequences: usize) -> Extent {
-        Extent { rows, sequences, selected: sequences, cached: self.max_len }
+    fn pass_shape(&self, rows: usize, sequences: usize) -> PassShape {
+        PassShape { rows, sequences, selected: sequences, cached: self.max_len }
     }
 
     /// The last pass's tokens: the next pass begins with them, and ends with its own.
@@ -234,10 +234,10 @@ impl Generator {
     ) -> Result<Queued<T::Acc>> {
         let decodes = live.iter().all(|s| s.len > s.prompt);
         let _phase = dev.span(if decodes { "decode" } else { "prefill" });
-        let (spec, extent) = (model.spec(), self.extent(batch.len(), live.len()));
-        let pages = self.extent(0, self.slots).pages(spec.attention().page(dev));
+        let (spec, pass_shape) = (model.spec(), self.pass_shape(batch.len(), live.len()));
+        let pages = self.pass_shape(0, self.slots).pages(spec.attention().page(dev));
         let mut staged = batch.stage(dev, scope, spec, pages)?;
-        let mut pass = Pass::<T>::new(dev, scope, spec, extent, &settings.sampling)?;
+        let mut pass = Pass::<T>::new(dev, scope, spec, pass_shape, &settings.sampling)?;
         let samples: Vec<u64> = live.iter().map(|s| prompts[s.index].sample).collect();
         let positions: Vec<u32> = live.iter().map(|s| s.len as u32).collect();
         dev.write(pass.samples.view_mut(), &samples)?;
@@ -380,7 +380,7 @@ impl Pages {
 /// Buffers of one pass.
 struct Pass<'s, T: Element> {
     acts: Activations<'s, T>,
-    selected: Selected<'s, T>,
+    selected: HeadInput<'s, T>,
     samples: Buffer<'s, u64>,
     positions: Buffer<'s, u32>,
     logp: Buffer<'s, T::Acc>,
@@ -404,10 +404,10 @@ impl<'s, T: Element> Pass<'s, T> {
         dev: &Device,
         scope: &'s Scope<'_>,
         spec: &Spec,
-        extent: Extent,
+        pass_shape: PassShape,
         sampling: &sample::Params,
     ) -> Result<Self> {
-        let (n, vocab) = (extent.selected, spec.vocab);
+        let (n, vocab) = (pass_shape.selected, spec.vocab);
         let wave = n.min(WAVE);
         let (logits, scratch) = if fused(dev, sampling) {
             (None, logprob::sample_scratch_len(n, vocab, 0))
@@ -416,8 +416,8 @@ impl<'s, T: Element> Pass<'s, T> {
             (Some(wave * spec.vocab_room()), room)
         };
         Ok(Self {
-            acts: Activations::new(dev, scope, spec, extent, Keep::Nothing)?,
-            selected: Selected::new(scope, spec, n)?,
+            acts: Activations::new(dev, scope, spec, pass_shape, Keep::Nothing)?,
+            selected: HeadInput::new(scope, spec, n)?,
             samples: scope.alloc("samples", n)?,
             positions: scope.alloc("positions of draws", n)?,
             logp: scope.alloc("their log-probs", n)?,

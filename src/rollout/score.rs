@@ -5,7 +5,7 @@ use std::ops::Range;
 use crate::{
     device::{Arena, Buffer, Device, Element, Scope},
     error::Result,
-    models::{Batch, Head, Keep, Model, Spec, Trunk},
+    models::{Backbone, Batch, Head, Keep, Model, Spec},
     ops::{
         logprob::{self, Settings},
         scalar_head,
@@ -31,7 +31,7 @@ impl Scorer {
     pub fn plan<T: Element>(&self, dev: &Device, spec: &Spec, head: Head) -> Result<usize> {
         let Self { rows, sequences } = *self;
         Arena::plan(|scope| {
-            Trunk::<T>::plan(dev, scope, spec, (rows, sequences), Keep::Nothing)?;
+            Backbone::<T>::plan(dev, scope, spec, (rows, sequences), Keep::Nothing)?;
             Outputs::<T::Acc>::new(scope, spec, head, rows).map(drop)
         })
     }
@@ -67,7 +67,7 @@ impl Scorer {
         out: &mut Vec<T::Acc>,
         entropy: Option<&mut Vec<T::Acc>>,
     ) -> Result<()> {
-        let trunk = Trunk::forward(dev, scope, model, batch, Keep::Nothing)?;
+        let backbone = Backbone::forward(dev, scope, model, batch, Keep::Nothing)?;
         let _phase = dev.span("head");
         let mut made = Outputs::new(scope, model.spec(), Head::Lm, batch.selected().len())?;
         let (_, head) = model.lm_head(dev)?;
@@ -76,9 +76,9 @@ impl Scorer {
             made.y.view_mut(),
             made.lse.view_mut(),
             entropy.is_some().then(|| made.entropy.view_mut()),
-            trunk.hidden(),
+            backbone.hidden(),
             head,
-            trunk.targets(),
+            backbone.targets(),
             Settings::at(temperature),
             made.scratch.view_mut(),
         )?;
@@ -99,11 +99,11 @@ impl Scorer {
         batch: &Batch,
         out: &mut Vec<T::Acc>,
     ) -> Result<()> {
-        let trunk = Trunk::forward(dev, scope, model, batch, Keep::Nothing)?;
+        let backbone = Backbone::forward(dev, scope, model, batch, Keep::Nothing)?;
         let _phase = dev.span("head");
         let mut made = Outputs::new(scope, model.spec(), Head::Scalar, batch.selected().len())?;
         let w = model.score_head()?;
-        scalar_head::forward(dev, made.y.view_mut(), trunk.hidden(), w)?;
+        scalar_head::forward(dev, made.y.view_mut(), backbone.hidden(), w)?;
         out.extend(dev.read(made.y.view())?);
         Ok(())
     }

@@ -100,10 +100,10 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             batch.clear();
             sequences[group.clone()].iter().for_each(|s| batch.push_masked(&s.ids, &s.predicted));
         };
-        // Parked weights come into the memory of gradients, which are of the last step.
+        // Offloaded weights come into the memory of gradients, which are of the last step.
         let Some(policy) = &mut self.policy else { return Ok(()) };
         if let Some(model) = &mut self.reference {
-            model.visit(dev, &mut policy.grads, |model| {
+            model.with_loaded(dev, &mut policy.grads, |model| {
                 groups.iter().try_for_each(|group| {
                     tokens(batch, group);
                     let scope = arena.scope();
@@ -118,7 +118,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             }
         }
         if let Some(model) = &mut self.reward_model {
-            model.visit(dev, &mut policy.grads, |model| {
+            model.with_loaded(dev, &mut policy.grads, |model| {
                 groups.iter().try_for_each(|group| {
                     batch.clear();
                     sequences[group.clone()].iter().for_each(|s| batch.push_last(&s.ids));

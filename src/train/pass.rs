@@ -4,7 +4,7 @@ use crate::{
     algorithms::Micro,
     device::{Arena, Buffer, Device, Element, Scope, View, ViewMut},
     error::Result,
-    models::{Batch, Gradients, Head, Keep, Model, Params, Slot, Spec, Trunk},
+    models::{Backbone, Batch, Gradients, Head, Keep, Model, ParamKind, Params, Spec},
     ops::{
         logprob::{self, Settings},
         scalar_head,
@@ -26,12 +26,12 @@ impl Sizes {
         dev: &Device,
         spec: &Spec,
         head: Head,
-        how: How,
+        how: PassOptions,
     ) -> Result<usize> {
         let Self { rows, sequences } = *self;
         Arena::plan(|scope| {
             Micro::<T::Acc>::plan(dev, scope, rows)?;
-            Trunk::<T>::plan(dev, scope, spec, (rows, sequences), how.keep())?;
+            Backbone::<T>::plan(dev, scope, spec, (rows, sequences), how.keep())?;
             Outputs::<T>::new(scope, spec, head, how, (rows, rows)).map(drop)
         })
     }
@@ -39,14 +39,14 @@ impl Sizes {
 
 /// How a pass is made.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct How {
+pub struct PassOptions {
     /// With the entropy of each prediction.
     pub entropy: bool,
     /// Blocks are computed again in the backward pass instead of kept.
     pub recompute: bool,
 }
 
-impl How {
+impl PassOptions {
     fn keep(self) -> Keep {
         if self.recompute { Keep::Streams } else { Keep::All }
     }
@@ -71,7 +71,7 @@ impl<'s, T: Element> Outputs<'s, T> {
         scope: &'s Scope<'_>,
         spec: &Spec,
         head: Head,
-        how: How,
+        how: PassOptions,
         (rows, n): (usize, usize),
     ) -> Result<Self> {
         let lm = if head == Head::Lm { n } else { 0 };
@@ -102,11 +102,11 @@ fn forward<'s, T: Element>(
     scope: &'s Scope<'_>,
     model: &Model<T>,
     batch: &'s Batch,
-    how: How,
-) -> Result<(Trunk<'s, T>, Outputs<'s, T>)> {
-    let trunk = Trunk::forward(dev, scope, model, batch, how.keep())?;
+    how: PassOptions,
+) -> Result<(Backbone<'s, T>, Outputs<'s, T>)> {
+    let backbone = Backbone::forward(dev, scope, model, batch, how.keep())?;
     let sizes = (batch.len(), batch.selected().len());
-    Ok((trunk, Outputs::new(scope, model.spec(), model.head(), how, sizes)?))
+    Ok((backbone, Outputs::new(scope, model.spec(), model.head(), how, sizes)?))
 }
 
 /// What a policy's loss reads and writes, one number for each predicted token.
@@ -132,19 +132,19 @@ pub fn policy<T: Element>(
     scope: &Scope<'_>,
     batch: &Batch,
     temperature: T::Acc,
-    how: How,
+    how: PassOptions,
     loss: impl FnOnce(PolicyColumns<'_, T::Acc>) -> Result<()>,
 ) -> Result<()> {
-    let (mut trunk, mut b) = forward(dev, scope, model, batch, how)?;
+    let (mut backbone, mut b) = forward(dev, scope, model, batch, how)?;
     let phase = dev.span("head");
     let (w, packed) = model.lm_head(dev)?;
-    let (targets, settings, entropy) = (trunk.targets(), Settings::at(temperature), how.entropy);
+    let (targets, settings, entropy) = (backbone.targets(), Settings::at(temperature), how.entropy);
     logprob::forward(
         dev,
         b.y.view_mut(),
         b.lse.view_mut(),
         entropy.then(|| b.entropy.view_mut()),
-        trunk.hidden(),
+        backbone.hidden(),
         packed,
         targets,
         settings,
@@ -161,7 +161,7 @@ pub fn policy<T: Element>(
     drop(phase);
     let _phase = dev.span("backward");
     let forward = logprob::Forward {
-        h: trunk.hidden(),
+        h: backbone.hidden(),
         packed,
         w,
         targets,
@@ -169,11 +169,11 @@ pub fn policy<T: Element>(
         entropy: entropy.then(|| b.entropy.view()),
         settings,
     };
-    let dw = grads.get_mut(model.lm_slot(), None);
+    let dw = grads.get_mut(model.lm_kind(), None);
     let dentropy = entropy.then(|| b.dentropy.view());
     let (dh, scratch) = (b.dh.view_mut(), b.scratch.view_mut());
     logprob::backward(dev, dh, dw, b.dy.view(), dentropy, forward, scratch)?;
-    trunk.backward(dev, model, grads, b.dh.view(), &mut b.gradients)
+    backbone.backward(dev, model, grads, b.dh.view(), &mut b.gradients)
 }
 
 /// A scalar model: its head at each selected row, `loss(y, dy)`, and the gradient of all weights
@@ -184,21 +184,21 @@ pub fn scalar<T: Element>(
     grads: &mut Params<T::Acc>,
     scope: &Scope<'_>,
     batch: &Batch,
-    how: How,
+    how: PassOptions,
     loss: impl FnOnce(View<'_, T::Acc>, ViewMut<'_, T::Acc>) -> Result<()>,
 ) -> Result<()> {
-    let (mut trunk, mut b) = forward(dev, scope, model, batch, how)?;
+    let (mut backbone, mut b) = forward(dev, scope, model, batch, how)?;
     let phase = dev.span("head");
     let w = model.score_head()?;
-    scalar_head::forward(dev, b.y.view_mut(), trunk.hidden(), w)?;
+    scalar_head::forward(dev, b.y.view_mut(), backbone.hidden(), w)?;
     drop(phase);
     let phase = dev.span("loss");
     loss(b.y.view(), b.dy.view_mut())?;
     drop(phase);
     let _phase = dev.span("backward");
-    if let Some(dw) = grads.get_mut(Slot::Score, None) {
-        let h = trunk.hidden();
+    if let Some(dw) = grads.get_mut(ParamKind::Score, None) {
+        let h = backbone.hidden();
         scalar_head::backward(dev, b.dh.view_mut(), dw, b.dy.view(), h, w)?;
     }
-    trunk.backward(dev, model, grads, b.dh.view(), &mut b.gradients)
+    backbone.backward(dev, model, grads, b.dh.view(), &mut b.gradients)
 }

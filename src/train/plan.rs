@@ -3,7 +3,7 @@
 //! is written here.
 
 use super::{
-    pass::{How, Sizes},
+    pass::{PassOptions, Sizes},
     role,
     settings::Settings,
 };
@@ -11,7 +11,7 @@ use crate::{
     algorithms::{Inputs, Needs, Origin, Sampling},
     device::{Device, Element},
     error::{Error, Result},
-    models::{self, Head, Layout, Spec, Use},
+    models::{self, Head, Layout, Residency, Spec},
     rollout::{Generator, Scorer},
 };
 
@@ -60,23 +60,23 @@ pub fn sampling(needs: &Needs) -> Option<&Sampling> {
 }
 
 /// How the passes of a model with this head are made.
-pub fn how(s: &Settings, needs: &Needs, head: Head) -> How {
-    How { entropy: head == Head::Lm && needs.entropy, recompute: s.recompute }
+pub fn how(s: &Settings, needs: &Needs, head: Head) -> PassOptions {
+    PassOptions { entropy: head == Head::Lm && needs.entropy, recompute: s.recompute }
 }
 
-/// How a model that is not trained is kept: parked if it is asked for, and fits the memory of the
-/// policy's gradients. Specs are the device's.
+/// Where the weights of a model that is not trained wait: in host memory if the settings ask for
+/// it and the policy's gradients have room for them. Specs are the device's.
 pub fn frozen<T: Element>(
     dev: &Device,
     s: &Settings,
     (spec, head): (&Spec, Head),
     policy: &Spec,
-) -> Use {
+) -> Residency {
     let room = Layout::new(policy, Head::Lm).len() * size_of::<T::Acc>();
     let fits = Layout::new(spec, head).len() * size_of::<T>() <= room;
     match dev {
-        Device::Cuda(_) if s.offload_frozen && fits => Use::Parked,
-        _ => Use::Frozen,
+        Device::Cuda(_) if s.offload_frozen && fits => Residency::Offloaded,
+        _ => Residency::Frozen,
     }
 }
 
@@ -141,7 +141,7 @@ impl Plan {
         dev: &Device,
         role: &'static str,
         (spec, head): (&Spec, Head),
-        used: Use,
+        used: Residency,
     ) {
         let parts = models::bytes::<T>(dev, spec, head, used).into_iter();
         self.parts.extend(parts.map(|(what, bytes)| Part { role, what, bytes }));
@@ -172,7 +172,7 @@ impl Plan {
         (role, spec, head): (&'static str, &Spec, Head),
     ) -> Result<()> {
         let spec = spec.clone().on(dev);
-        self.model::<T>(dev, role, (&spec, head), Use::Trained);
+        self.model::<T>(dev, role, (&spec, head), Residency::Trained);
         let parts = role::bytes::<T>(&spec, head).into_iter();
         self.parts.extend(parts.map(|(what, bytes)| Part { role, what, bytes }));
         let bytes = work.sizes.plan::<T>(dev, &spec, head, how(s, needs, head))?;

@@ -5,7 +5,7 @@ use std::{ops::Range, path::Path, time::Instant};
 use super::{
     feed::{self, Sequence},
     job::Job,
-    pass::{self, How},
+    pass::{self, PassOptions},
     plan::{self, Plan},
     role::Role,
     rollouts::Rollout,
@@ -17,7 +17,7 @@ use crate::{
     data::Order,
     device::{Arena, Device, Element, Later, View},
     error::{Error, Result},
-    models::{Batch, Head, Model, Use},
+    models::{Batch, Head, Model, Residency},
     rng::{Philox, Purpose},
 };
 
@@ -108,25 +108,25 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             return Ok(());
         }
         let policy = Model::load_trained(dev, dir, Head::Lm, None)?;
-        let park = |mut model: Model<T>| {
+        let offload = |mut model: Model<T>| {
             let kind = (model.spec(), model.head());
-            if plan::frozen::<T>(dev, &job.settings, kind, policy.spec()) == Use::Parked {
-                model.park(dev)?;
+            if plan::frozen::<T>(dev, &job.settings, kind, policy.spec()) == Residency::Offloaded {
+                model.offload(dev)?;
             }
             Ok(Some(model))
         };
         if job.needs.reference {
-            self.reference = park(policy.copy_as(dev, Head::Lm, seed, Use::Frozen)?)?;
+            self.reference = offload(policy.copy_as(dev, Head::Lm, seed, Residency::Frozen)?)?;
         }
         let judge = plan::sampling(&job.needs).and_then(|s| s.reward_model.as_ref());
         if let Some(judge) = judge {
-            self.reward_model = park(Model::load(dev, judge, Head::Scalar, None)?)?;
+            self.reward_model = offload(Model::load(dev, judge, Head::Scalar, None)?)?;
         }
         if let Some(scalar) = job.needs.scalar {
             // Loaded again, not copied: the judge may be rounded.
             let value = match judge.filter(|_| scalar.from == Origin::RewardModel) {
                 Some(judge) => Model::load_trained(dev, judge, Head::Scalar, None)?,
-                None => policy.copy_as(dev, Head::Scalar, seed, Use::Trained)?,
+                None => policy.copy_as(dev, Head::Scalar, seed, Residency::Trained)?,
             };
             self.scalar = Some(Role::new(dev, "value", value)?);
         }
@@ -149,7 +149,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         &self.memory
     }
 
-    fn how(&self, head: Head) -> How {
+    fn how(&self, head: Head) -> PassOptions {
         plan::how(&self.job.settings, &self.job.needs, head)
     }
 

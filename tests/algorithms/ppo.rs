@@ -8,7 +8,7 @@ use warpo::{
     Error,
     algorithms::{Algorithm, Columns, Metrics},
     device::{Device, Element},
-    models::{self, Batch, Config, Head, Model, Slot, Use},
+    models::{self, Batch, Config, Head, Model, ParamKind, Residency},
     rollout::Scorer,
     train::Silent,
 };
@@ -366,19 +366,19 @@ fn judge(dir: &Path, arm: usize) {
         host(),
         Config::parse(BANDIT, "config.json").unwrap(),
         Head::Scalar,
-        Use::Frozen,
+        Residency::Frozen,
     )
     .unwrap();
     let h = judge.spec().hidden;
     let params = judge.params_mut();
-    for slot in [Slot::Norm1, Slot::Norm2] {
+    for slot in [ParamKind::Norm1, ParamKind::Norm2] {
         params.get_mut(slot, Some(0)).unwrap().host().fill(1.0);
     }
-    params.get_mut(Slot::FinalNorm, None).unwrap().host().fill(1.0);
+    params.get_mut(ParamKind::FinalNorm, None).unwrap().host().fill(1.0);
     // blocks add 0; RMSNorm brings the one of a one-hot row to sqrt(hidden)
-    let embedding = params.get_mut(Slot::Embedding, None).unwrap().host();
+    let embedding = params.get_mut(ParamKind::Embedding, None).unwrap().host();
     (embedding[0], embedding[h + 1]) = (1.0, 1.0);
-    params.get_mut(Slot::Score, None).unwrap().host()[arm] = 1.0 / (h as f32).sqrt();
+    params.get_mut(ParamKind::Score, None).unwrap().host()[arm] = 1.0 / (h as f32).sqrt();
     models::save(host(), &judge, dir).unwrap();
 }
 
@@ -413,13 +413,13 @@ fn learns<T: Element<Acc = f32>>(dev: &Device, arm: usize, dir: &Path) {
         host(),
         Config::parse(BANDIT, "config.json").unwrap(),
         Head::Lm,
-        Use::Frozen,
+        Residency::Frozen,
     )
     .unwrap();
     for t in model.params().layout().clone().tensors() {
         let x: Vec<f32> = randn(&t.name(), t.len());
         let w = model.params_mut().tensor_mut(t).host();
-        w.iter_mut().zip(x).for_each(|(w, x)| *w = if t.slot.is_matrix() { 0.2 * x } else { 1.0 });
+        w.iter_mut().zip(x).for_each(|(w, x)| *w = if t.kind.is_matrix() { 0.2 * x } else { 1.0 });
     }
     model.repack(&Device::cpu()).unwrap();
     models::save(host(), &model, &policy).unwrap();

@@ -4,8 +4,8 @@
 use half::bf16;
 use warpo::{
     device::Device,
-    models::{self, Batch, Head, Model, Params, Slot},
-    train::pass::{self, How, Sizes},
+    models::{self, Batch, Head, Model, ParamKind, Params},
+    train::pass::{self, PassOptions, Sizes},
 };
 
 use super::golden::{MODELS as ALL, named, sft, sft_batch};
@@ -27,7 +27,7 @@ fn learn(
 ) -> (f64, Vec<(String, Vec<f32>)>) {
     let mut grads = Params::zeros(dev, "gradients", model.params().layout()).unwrap();
     let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
-    let how = How { entropy: false, recompute };
+    let how = PassOptions { entropy: false, recompute };
     let bytes = sizes.plan::<bf16>(dev, model.spec(), model.head(), how).unwrap();
     let mut arena = room_on(dev, bytes);
     let (scope, mut loss) = (arena.scope(), 0.0);
@@ -95,10 +95,10 @@ fn recomputed_blocks_have_the_bits_of_kept_ones() {
         let mut grads = Params::zeros(&dev, "gradients", model.params().layout()).unwrap();
         let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
         let bytes = |recompute| {
-            let how = How { entropy: false, recompute };
+            let how = PassOptions { entropy: false, recompute };
             sizes.plan::<f32>(&dev, model.spec(), model.head(), how).unwrap()
         };
-        let how = How { entropy: false, recompute: true };
+        let how = PassOptions { entropy: false, recompute: true };
         assert!(bytes(true) < bytes(false), "{} of {}", bytes(true), bytes(false));
         let mut arena = room_on(&dev, bytes(true));
         let (scope, n) = (arena.scope(), batch.selected().len() as f32);
@@ -132,14 +132,15 @@ fn weights_come_back_from_a_device_as_they_were() {
             assert_bits(&name, back.params().flat().host(), first.params().flat().host());
             assert_eq!(models::count(&model), models::count(&first), "{name}");
 
-            let copy = model.copy_as(dev, head, 0, models::Use::Frozen).unwrap();
+            let copy = model.copy_as(dev, head, 0, models::Residency::Frozen).unwrap();
             let read = |m: &Model<bf16>| dev.read(m.params().flat()).unwrap();
             assert_eq!(read(&copy), read(&model), "{name}");
             assert!(copy.master().is_err(), "a frozen model has no f32 weights");
             if head == Head::Lm {
-                let value = model.copy_as(dev, Head::Scalar, 9, models::Use::Trained).unwrap();
+                let value =
+                    model.copy_as(dev, Head::Scalar, 9, models::Residency::Trained).unwrap();
                 assert_eq!(value.master().unwrap().len(), value.params().flat().len());
-                assert!(value.params().get(Slot::Score, None).is_some());
+                assert!(value.params().get(ParamKind::Score, None).is_some());
             }
         }
     });

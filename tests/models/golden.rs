@@ -6,7 +6,8 @@
 use warpo::{
     device::{Arena, Device, Float},
     models::{
-        Activations, Batch, Cache, Config, Extent, Head, Keep, Model, Params, Selected, Slot,
+        Activations, Batch, Cache, Config, Head, HeadInput, Keep, Model, ParamKind, Params,
+        PassShape,
     },
     ops::{
         attention::PAGE,
@@ -69,12 +70,12 @@ pub fn forward<F: Float>(model: &Model<F>, rows: &[Vec<u32>]) -> Pass<F> {
     let spec = model.spec();
     let mut arena = room(1 << 23);
     let scope = arena.scope();
-    let extent = Extent { rows: n, sequences: rows.len(), selected: n, cached: 0 };
-    let mut acts = Activations::new(&dev, &scope, spec, extent, Keep::All).unwrap();
-    let pages = extent.pages(PAGE);
+    let pass_shape = PassShape { rows: n, sequences: rows.len(), selected: n, cached: 0 };
+    let mut acts = Activations::new(&dev, &scope, spec, pass_shape, Keep::All).unwrap();
+    let pages = pass_shape.pages(PAGE);
     let staged = batch.stage(&dev, &scope, spec, pages).unwrap();
     let mut cache = Cache::transient(&dev, &scope, spec, pages).unwrap();
-    let mut selected = Selected::new(&scope, spec, n).unwrap();
+    let mut selected = HeadInput::new(&scope, spec, n).unwrap();
     model.forward(&dev, &staged.rows(), &mut acts, &mut cache).unwrap();
     let all: Vec<u32> = (0..n as u32).collect();
     model.select(&dev, &acts, (&all).into(), &mut selected).unwrap();
@@ -369,14 +370,14 @@ fn reward_scores_losses_and_gradients_are_those_of_hugging_face() {
         })
         .unwrap();
         assert_gradients(&g, "grad/", (&model, &grads), stored(name));
-        assert!(grads.get(Slot::Score, None).is_some());
+        assert!(grads.get(ParamKind::Score, None).is_some());
         g.all_read(&[]);
     }
 }
 
 /// A minibatch of TRL's PPOTrainer. TRL adds the score at `reward_slot`, the padding after the
 /// response (its last token if there is no room), and keeps a value there: `valid_p1` is `valid`
-/// and that slot. Our trainer adds the score at the last token and has no such slot. So these
+/// and that kind. Our trainer adds the score at the last token and has no such kind. So these
 /// columns are laid out as TRL's are; every op that turns them into losses is ours.
 struct Minibatch {
     /// Prompt and response of each row.
@@ -401,7 +402,7 @@ impl Minibatch {
         this
     }
 
-    /// Columns of row `b` with `extra` slots after its tokens, where there is room.
+    /// Columns of row `b` with `extra` kinds after its tokens, where there is room.
     fn len(&self, b: usize, extra: usize) -> usize {
         (self.lens[b] + extra).min(self.cols)
     }
@@ -432,7 +433,7 @@ impl Minibatch {
         offsets.windows(2).flat_map(row).collect()
     }
 
-    /// Advantages of tokens and returns of tokens and slots, from the stored log-probs and values.
+    /// Advantages of tokens and returns of tokens and kinds, from the stored log-probs and values.
     fn estimate(&self, g: &Golden, tag: &str) -> (Vec<f64>, Vec<f64>) {
         let key = |name: &str| format!("{tag}{name}");
         let same = |name: &str, x: &[f64], extra: usize| {
@@ -450,9 +451,9 @@ impl Minibatch {
 
         let mut rewards: Vec<f64> = self.padded(&kl, 0, 0.0).iter().map(|k| -0.05 * k).collect();
         for (b, score) in g.get("scores").iter().enumerate() {
-            let slot = self.lens[b].min(self.cols - 1);
-            assert_eq!(g.ints(&key("reward_slot"))[b], slot as i64);
-            rewards[b * self.cols + slot] += score;
+            let kind = self.lens[b].min(self.cols - 1);
+            assert_eq!(g.ints(&key("reward_slot"))[b], kind as i64);
+            rewards[b * self.cols + kind] += score;
         }
         let (dev, mut rewards) = (Device::cpu(), self.packed(&rewards, 1));
         if tag == "k3w/" {
@@ -546,10 +547,10 @@ fn ppo_losses_and_gradients_are_those_of_trl() {
         let model = load::<f64>(&format!("{name}/rm"), Head::Scalar);
         let (mut batch, mut grads) = (Batch::default(), params(model.params().layout()));
         for (b, row) in m.rows.iter().enumerate() {
-            // The slot after the response: the row of its last token, "before" a padding token.
+            // The kind after the response: the row of its last token, "before" a padding token.
             let start = row.len() - m.lens[b];
-            let slots = start..start + m.len(b, 1);
-            batch.push_masked(&[row, &[0][..]].concat(), &[slots]);
+            let kinds = start..start + m.len(b, 1);
+            batch.push_masked(&[row, &[0][..]].concat(), &[kinds]);
         }
         let (n, mut memory) = (m.tokens(1) as f64, pass_arena(&model, &batch, false));
         let scope = memory.scope();

@@ -3,7 +3,7 @@
 
 use warpo::{
     device::{Cpu, Device, View, ViewMut},
-    models::{Batch, Config, Head, Model, Params, Slot, Use},
+    models::{Batch, Config, Head, Model, ParamKind, Params, Residency},
     ops::{
         bradley_terry,
         kl::KlEstimator,
@@ -39,9 +39,9 @@ const MODELS: [(&str, &str); 3] = [("gpt2", GPT2), ("llama", LLAMA), ("llama3", 
 /// The weights of a model from N(0, 0.3²), norms around 1.
 fn model(config: &str, head: Head) -> Model<f64> {
     let config = Config::parse(config, "config.json").unwrap();
-    let mut model = Model::zeros(host(), config, head, Use::Frozen).unwrap();
+    let mut model = Model::zeros(host(), config, head, Residency::Frozen).unwrap();
     for t in model.params().layout().clone().tensors() {
-        let norm = matches!(t.slot, Slot::Norm1 | Slot::Norm2 | Slot::FinalNorm);
+        let norm = matches!(t.kind, ParamKind::Norm1 | ParamKind::Norm2 | ParamKind::FinalNorm);
         let centre = if norm { 1.0 } else { 0.0 };
         let draws: Vec<f64> = randn(&t.name(), t.len());
         let weights = model.params_mut().tensor_mut(t).host();

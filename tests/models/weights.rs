@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use warpo::{
     Error,
     device::{Cpu, Device, Float},
-    models::{self, Head, Model, Slot, Use},
+    models::{self, Head, Model, ParamKind, Residency},
     rng::{Philox, Purpose},
 };
 
@@ -169,7 +169,7 @@ fn a_new_head_and_a_new_dtype_stand_in_the_saved_config() {
     let dir = temp_dir("weights_new_head");
     for name in MODELS {
         let model = load::<f64>(name, Head::Lm);
-        let value = model.copy_as(&Device::cpu(), Head::Scalar, 3, Use::Frozen).unwrap();
+        let value = model.copy_as(&Device::cpu(), Head::Scalar, 3, Residency::Frozen).unwrap();
         models::save(host(), &value, &dir).unwrap();
         let config: Value =
             serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap();
@@ -242,14 +242,14 @@ fn half_precision_widens_exactly() {
 fn rows_are_where_the_formulas_want_them() {
     let stored = Folder::copy("rows", "gpt2").tensors;
     let model = load::<f32>("gpt2", Head::Lm);
-    for (slot, name) in [
-        (Slot::Qkv, "attn.c_attn"),
-        (Slot::Out, "attn.c_proj"),
-        (Slot::Up, "mlp.c_fc"),
-        (Slot::Down, "mlp.c_proj"),
+    for (kind, name) in [
+        (ParamKind::Qkv, "attn.c_attn"),
+        (ParamKind::Out, "attn.c_proj"),
+        (ParamKind::Up, "mlp.c_fc"),
+        (ParamKind::Down, "mlp.c_proj"),
     ] {
         let t = &stored[&format!("transformer.h.1.{name}.weight")];
-        let (x, ours) = (t.numbers(), model.params().get(slot, Some(1)).unwrap().host());
+        let (x, ours) = (t.numbers(), model.params().get(kind, Some(1)).unwrap().host());
         let (k, n) = (t.shape[0], t.shape[1]);
         for (i, o) in (0..k).flat_map(|i| (0..n).map(move |o| (i, o))) {
             assert_eq!(ours[o * k + i].to_bits(), x[i * n + o].to_bits(), "{name} {i} {o}");
@@ -257,14 +257,14 @@ fn rows_are_where_the_formulas_want_them() {
     }
     let stored = Folder::copy("rows", "llama").tensors;
     let model = load::<f32>("llama", Head::Lm);
-    for (slot, parts) in [
-        (Slot::Qkv, &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"][..]),
-        (Slot::Up, &["mlp.gate_proj", "mlp.up_proj"]),
-        (Slot::Down, &["mlp.down_proj"]),
+    for (kind, parts) in [
+        (ParamKind::Qkv, &["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"][..]),
+        (ParamKind::Up, &["mlp.gate_proj", "mlp.up_proj"]),
+        (ParamKind::Down, &["mlp.down_proj"]),
     ] {
         let part = |p: &&str| stored[&format!("model.layers.1.{p}.weight")].numbers();
         let all: Vec<f32> = parts.iter().flat_map(part).collect();
-        assert_bits(parts[0], model.params().get(slot, Some(1)).unwrap().host(), &all);
+        assert_bits(parts[0], model.params().get(kind, Some(1)).unwrap().host(), &all);
     }
 }
 
@@ -344,24 +344,24 @@ fn copies_are_equal_and_apart() {
     let dev = Device::cpu();
     for name in MODELS {
         let policy = load::<f32>(name, Head::Lm);
-        let mut reference = policy.copy_as(&dev, Head::Lm, 0, Use::Frozen).unwrap();
+        let mut reference = policy.copy_as(&dev, Head::Lm, 0, Residency::Frozen).unwrap();
         assert_bits(name, flat(&reference), flat(&policy));
         reference.params_mut().flat_mut().host().fill(1.0);
         assert_bits(name, flat(&policy), flat(&load::<f32>(name, Head::Lm)));
 
-        // a value model of a policy: its trunk, and the head that loading would have drawn
-        let value = policy.copy_as(&dev, Head::Scalar, 9, Use::Frozen).unwrap();
+        // a value model of a policy: its backbone, and the head that loading would have drawn
+        let value = policy.copy_as(&dev, Head::Scalar, 9, Residency::Frozen).unwrap();
         let want = Model::<f32>::load(&dev, &golden::path(name), Head::Scalar, Some(9)).unwrap();
         assert_bits(name, flat(&value), flat(&want));
         assert!(value.lm_head(host()).is_err());
 
         // of a reward model: its head too, whatever the seed
         let judge = load::<f32>(&format!("{name}/rm"), Head::Scalar);
-        let value = judge.copy_as(&dev, Head::Scalar, 9, Use::Frozen).unwrap();
+        let value = judge.copy_as(&dev, Head::Scalar, 9, Residency::Frozen).unwrap();
         assert_bits(name, flat(&value), flat(&judge));
     }
     let judge = load::<f32>("llama/rm", Head::Scalar);
-    let error = judge.copy_as(&dev, Head::Lm, 0, Use::Frozen).unwrap_err().to_string();
+    let error = judge.copy_as(&dev, Head::Lm, 0, Residency::Frozen).unwrap_err().to_string();
     assert_eq!(error, "model: got a model without LmHead, wanted one with an LM head");
     let error = judge.lm_head(host()).unwrap_err().to_string();
     assert_eq!(error, "head: got a scalar head, wanted an LM head");

@@ -7,7 +7,7 @@ use half::bf16;
 use warpo::{
     Error,
     device::{Cpu, Device, Element, Float},
-    models::{Batch, Head, Model, Params, Slot},
+    models::{Batch, Head, Model, ParamKind, Params},
     ops::sample,
     rng::{Philox, Purpose, Stream},
     rollout::{Completion, Generator, Prompt, Settings},
@@ -469,7 +469,7 @@ fn a_stop_id_ends_a_sample_and_is_kept() {
 fn what_a_slot_held_does_not_matter() {
     let (dev, mut model) = (Device::cpu(), load::<f32>("llama", Head::Lm));
     let h = model.spec().hidden;
-    let embedding = model.params_mut().get_mut(Slot::Embedding, None).unwrap().host();
+    let embedding = model.params_mut().get_mut(ParamKind::Embedding, None).unwrap().host();
     embedding[3 * h..4 * h].fill(f32::NAN); // token 3; the head is not tied
     let bad = |sample| Prompt { sample, ids: [vec![3; 20], vec![9; 20]].concat() };
     let good = |sample: u64| Prompt { sample, ids: (4..14 + sample as u32).collect() };

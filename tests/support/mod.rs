@@ -16,7 +16,7 @@ use warpo::{
     models::{Layout, Params},
     ops::sample,
     rng::{Philox, Purpose},
-    train::pass::How,
+    train::pass::PassOptions,
 };
 
 /// The checkout that tests find their files in: where cargo, or a bundle that left it, says that it
@@ -81,8 +81,8 @@ pub const PARAMS: sample::Params =
     sample::Params { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
 
 /// A pass that keeps all blocks.
-pub fn how(entropy: bool) -> How {
-    How { entropy, recompute: false }
+pub fn how(entropy: bool) -> PassOptions {
+    PassOptions { entropy, recompute: false }
 }
 
 /// Zeros in a layout, for gradients.

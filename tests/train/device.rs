@@ -137,9 +137,9 @@ fn offloaded_models_say_the_same() {
             let mut t = trainer::<bf16>(dev, "ppo", &pairs);
             ((0..2).map(|_| step(&mut t)).collect::<Vec<_>>(), t.memory().total())
         };
-        let ((kept, all), (parked, less)) =
+        let ((kept, all), (offloaded, less)) =
             (run("offload_frozen=false"), run("offload_frozen=true"));
-        assert_eq!(kept, parked);
+        assert_eq!(kept, offloaded);
         assert!(less < all, "{less} of {all}");
     });
 }

@@ -7,7 +7,7 @@ use serde_json::Value;
 use warpo::{
     Error,
     device::{Device, allocations},
-    models::{self, Batch, Head, Model, Slot},
+    models::{self, Batch, Head, Model, ParamKind},
     rollout::{Scorer, last_scores},
     train::Silent,
 };
@@ -246,8 +246,8 @@ fn overflowing(dir: &Path, factor: f32) {
     let mut judge =
         Model::<f32>::load(&dev, &golden::path("llama_tied/rm"), Head::Scalar, None).unwrap();
     let params = judge.params_mut();
-    params.get_mut(Slot::Score, None).unwrap().host().iter_mut().for_each(|w| *w *= 1e19);
-    let norm = params.get_mut(Slot::FinalNorm, None).unwrap().host();
+    params.get_mut(ParamKind::Score, None).unwrap().host().iter_mut().for_each(|w| *w *= 1e19);
+    let norm = params.get_mut(ParamKind::FinalNorm, None).unwrap().host();
     norm.iter_mut().for_each(|w| *w *= factor);
     std::fs::create_dir_all(dir).unwrap();
     models::save(host(), &judge, dir).unwrap();

@@ -1,7 +1,7 @@
 //! A batch of whole sequences through a model, up to the rows that its head reads, and back.
 
 use super::{
-    Activations, Batch, Cache, Extent, Gradients, Keep, Model, Params, Selected, Spec, Staged,
+    Activations, Batch, Cache, Gradients, HeadInput, Keep, Model, Params, PassShape, Spec, Staged,
 };
 use crate::{
     device::{Device, Element, Scope, View},
@@ -10,15 +10,15 @@ use crate::{
 
 /// What a forward pass made of a batch: hidden states for a head, and what the backward pass reads.
 #[derive(Debug)]
-pub struct Trunk<'s, T: Element> {
+pub struct Backbone<'s, T: Element> {
     staged: Staged<'s>,
     acts: Activations<'s, T>,
     cache: Cache<'s, T>,
-    selected: Selected<'s, T>,
+    selected: HeadInput<'s, T>,
 }
 
-impl<'s, T: Element> Trunk<'s, T> {
-    /// Takes the room that [`Trunk::forward`] takes of a scope for a batch of `rows` rows of up to
+impl<'s, T: Element> Backbone<'s, T> {
+    /// Takes of a scope what [`Backbone::forward`] takes for a batch of `rows` rows of at most
     /// `sequences` sequences.
     pub fn plan(
         dev: &Device,
@@ -27,23 +27,23 @@ impl<'s, T: Element> Trunk<'s, T> {
         (rows, sequences): (usize, usize),
         keep: Keep,
     ) -> Result<()> {
-        let extent = Extent { rows, sequences, selected: rows, cached: 0 };
-        Staged::plan(dev, scope, spec, extent)?;
-        let pages = extent.pages(spec.attention().page(dev));
-        Self::room(dev, scope, spec, extent, pages, keep).map(drop)
+        let pass_shape = PassShape { rows, sequences, selected: rows, cached: 0 };
+        Staged::plan(dev, scope, spec, pass_shape)?;
+        let pages = pass_shape.pages(spec.attention().page(dev));
+        Self::room(dev, scope, spec, pass_shape, pages, keep).map(drop)
     }
 
     fn room(
         dev: &Device,
         scope: &'s Scope<'_>,
         spec: &Spec,
-        extent: Extent,
+        pass_shape: PassShape,
         pages: usize,
         keep: Keep,
-    ) -> Result<(Activations<'s, T>, Cache<'s, T>, Selected<'s, T>)> {
-        let acts = Activations::new(dev, scope, spec, extent, keep)?;
+    ) -> Result<(Activations<'s, T>, Cache<'s, T>, HeadInput<'s, T>)> {
+        let acts = Activations::new(dev, scope, spec, pass_shape, keep)?;
         let cache = Cache::transient(dev, scope, spec, pages)?;
-        Ok((acts, cache, Selected::new(scope, spec, extent.selected)?))
+        Ok((acts, cache, HeadInput::new(scope, spec, pass_shape.selected)?))
     }
 
     /// Runs the model's blocks over `batch`.
@@ -59,9 +59,9 @@ impl<'s, T: Element> Trunk<'s, T> {
         let pages = batch.transient_pages(spec.attention().page(dev));
         let staged = batch.stage(dev, scope, spec, pages)?;
         let (rows, sequences) = (batch.len(), batch.sequences());
-        let extent = Extent { rows, sequences, selected, cached: 0 };
+        let pass_shape = PassShape { rows, sequences, selected, cached: 0 };
         let (mut acts, mut cache, mut selected) =
-            Self::room(dev, scope, spec, extent, pages, keep)?;
+            Self::room(dev, scope, spec, pass_shape, pages, keep)?;
         model.forward(dev, &staged.rows(), &mut acts, &mut cache)?;
         model.select(dev, &acts, staged.selected(), &mut selected)?;
         Ok(Self { staged, acts, cache, selected })
