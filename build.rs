@@ -187,9 +187,10 @@ fn write(path: &Path, text: &str) -> Result<(), String> {
     fs::write(path, text).map_err(|e| format!("{}: {e}", path.display()))
 }
 
-/// The Rust module of a .cu file: its image, its constants, and a function for each kernel.
+/// The Rust module of a .cu file: its image, its constants, and a struct for each family of kernels.
 ///
-/// Kernels whose names differ in `_bf16` and `_f32` only are one function, generic over what is stored.
+/// Kernels of a family differ in what is stored (`_bf16`, `_f32`) and in a size before that (`_64`,
+/// `_128x256`) only.
 fn module(source: &Path, compiled: bool) -> Result<String, String> {
     let text = fs::read_to_string(source).map_err(|e| format!("{}: {e}", source.display()))?;
     let stem = stem(source);
@@ -205,11 +206,18 @@ fn module(source: &Path, compiled: bool) -> Result<String, String> {
     for (name, value) in scan::constants(&text) {
         code += &format!("    pub const {name}: usize = {value};\n");
     }
+    let entries = scan::entries(&text).map_err(|m| format!("{}: {m}", source.display()))?;
+    let mut names: Vec<&str> = entries.iter().map(|e| e.family().0).collect();
+    names.sort_unstable();
+    names.dedup();
+    for name in names {
+        let kernels: Vec<&Entry> = entries.iter().filter(|e| e.family().0 == name).collect();
+        code += &family(&stem, name, &kernels).map_err(|m| format!("{name}: {m}"))?;
+    }
     let base = |e: &Entry| {
         let suffix = |s| e.name.strip_suffix(s);
         suffix("_bf16").or_else(|| suffix("_f32")).unwrap_or(&e.name).to_owned()
     };
-    let entries = scan::entries(&text).map_err(|m| format!("{}: {m}", source.display()))?;
     let mut names: Vec<String> = entries.iter().map(base).collect();
     names.dedup();
     for name in names {
@@ -217,6 +225,101 @@ fn module(source: &Path, compiled: bool) -> Result<String, String> {
         code += &function(&stem, &name, &variants).map_err(|m| format!("{name}: {m}"))?;
     }
     Ok(code + "}\n")
+}
+
+/// The struct of a family's arguments, whose `launch` runs the kernel for the caller's types and size.
+fn family(stem: &str, name: &str, kernels: &[&Entry]) -> Result<String, String> {
+    let stored = kernels.iter().find(|e| e.name.ends_with("_bf16"));
+    let other = kernels.iter().find(|e| !e.name.ends_with("_bf16"));
+    let first = stored.or(other).ok_or("no kernel")?;
+    let rank = first.family().1.len();
+    for e in kernels {
+        let params = |e: &Entry| -> Vec<_> {
+            e.params.iter().map(|p| (p.c.replace("bf16", "float"), p.name.clone())).collect()
+        };
+        if params(first) != params(e) || e.family().1.len() != rank {
+            return Err(format!("{} and {} differ in more than bf16", first.name, e.name));
+        }
+    }
+    let (mut fields, mut args, mut floats) = (String::new(), String::new(), false);
+    for p in &first.params {
+        let own = &p.name;
+        if p.c == "TENSOR_MAP" {
+            fields += &format!("        pub {own}: Map<'a>,\n");
+            args += &format!("            args.map(self.{own});\n");
+            continue;
+        }
+        let pointer = p.c.strip_suffix('*').map(|c| (c.trim_start_matches("const "), c));
+        let element = match pointer.map_or(p.c.as_str(), |(element, _)| element) {
+            "bf16" if stored.is_some() => "T",
+            "bf16" => "half::bf16",
+            "float" if stored.is_some() => "T::Acc",
+            "float" => "T",
+            "double" => "f64",
+            "uint32_t" => "u32",
+            "uint64_t" => "u64",
+            // A count: what a kernel holds in an int is checked when it is passed.
+            "int" if pointer.is_none() => "usize",
+            "int" => "i32",
+            _ => return Err(format!("type `{}`?", p.c)),
+        };
+        floats |= element.starts_with('T');
+        let Some((bare, whole)) = pointer else {
+            let pass = if element == "usize" { "count" } else { "value" };
+            fields += &format!("        pub {own}: {element},\n");
+            args += &format!("            args.{pass}(\"{own}\", self.{own});\n");
+            continue;
+        };
+        let (view, pass) = if bare == whole { ("ViewMut", "write") } else { ("View", "read") };
+        let view = format!("{view}<'a, {element}>");
+        let (field, some) = match p.optional {
+            true => (format!("Option<{view}>"), format!("self.{own}")),
+            false => (view, format!("Some(self.{own})")),
+        };
+        fields += &format!("        pub {own}: {field},\n");
+        args += &format!("            args.{pass}(\"{own}\", {some}, {});\n", p.packed);
+    }
+    let all: String = kernels
+        .iter()
+        .map(|e| {
+            let size = e.family().1;
+            let dtype = if e.name.ends_with("_bf16") { "BF16" } else { "F32" };
+            format!(
+                "                Kernel {{ image: &IMAGE, name: \"{}\", dtype: \"{dtype}\", \
+                 size: &{size:?}, threads: {}, cluster: {} }},\n",
+                e.name, e.threads, e.cluster
+            )
+        })
+        .collect();
+    let (generic, own, of) = match (floats, stored, other) {
+        (true, None, _) => ("<'a, T: Float>", "<'a, T>", "T"),
+        (true, Some(_), _) => ("<'a, T: Element>", "<'a, T>", "T"),
+        (false, Some(_), None) => ("<'a>", "<'a>", "half::bf16"),
+        (false, None, _) => ("<'a>", "<'a>", "f32"),
+        (false, Some(_), Some(_)) => return Err("bf16 and f32, but no float".into()),
+    };
+    let short = name.strip_prefix(&format!("{stem}_")).unwrap_or(name);
+    let short: String =
+        short.split('_').map(|word| word[..1].to_uppercase() + &word[1..]).collect();
+    let (size, at) = match rank {
+        0 => (String::new(), "[]"),
+        1 => ("size: usize, ".into(), "[size]"),
+        n => (format!("size: [usize; {n}], "), "size"),
+    };
+    Ok(format!(
+        "    /// Arguments of `{name}`.\n    \
+         #[derive(Debug)]\n    \
+         pub struct {short}{generic} {{\n{fields}    }}\n    \
+         impl{generic} {short}{own} {{\n        \
+         /// # Errors\n        \
+         /// [`crate::Error::Device`] if there is no such kernel for these types or memories, or the\n        \
+         /// driver refuses the launch.\n        \
+         pub fn launch(self, cuda: &Cuda, {size}launch: Launch) -> Result<()> {{\n            \
+         static KERNELS: [Kernel; {}] = [\n{all}            ];\n            \
+         let mut args = Args::default();\n{args}            \
+         cuda.launch(Kernel::find::<{of}>(&KERNELS, \"{name}\", &{at})?, launch, args)\n        }}\n    }}\n",
+        kernels.len()
+    ))
 }
 
 /// The Rust function that launches the one of `variants` that is for the caller's types.
@@ -270,10 +373,10 @@ fn function(stem: &str, name: &str, variants: &[&Entry]) -> Result<String, Strin
         args += &format!("        args.{pass}(\"{own}\", {some}, {});\n", p.packed);
     }
     let kernel = |e: Option<&&&Entry>| {
-        e.map_or("None".into(), |e| {
+        e.map_or(String::new(), |e| {
             format!(
-                "Some(Kernel {{ image: &IMAGE, name: \"{}\", threads: {}, cluster: {} }})",
-                e.name, e.threads, e.cluster
+                "Kernel {{ image: &IMAGE, name: \"{}\", dtype: \"{}\", size: &[], threads: {}, cluster: {} }},",
+                e.name, if e.name.ends_with("_bf16") { "BF16" } else { "F32" }, e.threads, e.cluster
             )
         })
     };
@@ -291,8 +394,8 @@ fn function(stem: &str, name: &str, variants: &[&Entry]) -> Result<String, Strin
          /// driver refuses the launch.\n    \
          #[allow(clippy::too_many_arguments)]\n    \
          pub fn {short}{generic}(cuda: &Cuda, launch: Launch, {params}) -> Result<()> {{\n        \
-         static KERNELS: Variants = Variants {{ name: \"{name}\", bf16: {bf16}, f32: {f32} }};\n        \
+         static KERNELS: &[Kernel] = &[{bf16} {f32}];\n        \
          let mut args = Args::default();\n{args}        \
-         cuda.launch(KERNELS.of::<{pick}>()?, launch, args)\n    }}\n"
+         cuda.launch(Kernel::find::<{pick}>(KERNELS, \"{name}\", &[])?, launch, args)\n    }}\n"
     ))
 }

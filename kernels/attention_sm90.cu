@@ -401,7 +401,7 @@ using Narrow96 = Plan<96, 1, 3, 1>;
 using Narrow128 = Plan<128, 1, 3, 1>;
 using Narrow256 = Plan<256, 1, 5, 2>;
 
-KERNEL(384, attention_sm90_forward_wide_64_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
+KERNEL(384, attention_sm90_forward_128x64_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                     const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
                                                     OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
                                                     float scale, float cap, int window) {
@@ -409,7 +409,7 @@ KERNEL(384, attention_sm90_forward_wide_64_bf16, 1)(PACKED bf16* out, float* lse
     forward<Wide64>(out, lse, stash, states, in, Scoring(scale, cap, window));
 }
 
-KERNEL(384, attention_sm90_forward_wide_80_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
+KERNEL(384, attention_sm90_forward_128x80_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                     const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
                                                     OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
                                                     float scale, float cap, int window) {
@@ -417,7 +417,7 @@ KERNEL(384, attention_sm90_forward_wide_80_bf16, 1)(PACKED bf16* out, float* lse
     forward<Wide80>(out, lse, stash, states, in, Scoring(scale, cap, window));
 }
 
-KERNEL(384, attention_sm90_forward_wide_96_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
+KERNEL(384, attention_sm90_forward_128x96_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                     const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
                                                     OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
                                                     float scale, float cap, int window) {
@@ -425,7 +425,7 @@ KERNEL(384, attention_sm90_forward_wide_96_bf16, 1)(PACKED bf16* out, float* lse
     forward<Wide96>(out, lse, stash, states, in, Scoring(scale, cap, window));
 }
 
-KERNEL(384, attention_sm90_forward_wide_128_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
+KERNEL(384, attention_sm90_forward_128x128_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                      const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
                                                      OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
                                                      float scale, float cap, int window) {
@@ -433,7 +433,7 @@ KERNEL(384, attention_sm90_forward_wide_128_bf16, 1)(PACKED bf16* out, float* ls
     forward<Wide128>(out, lse, stash, states, in, Scoring(scale, cap, window));
 }
 
-KERNEL(384, attention_sm90_forward_wide_256_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
+KERNEL(384, attention_sm90_forward_128x256_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                      const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
                                                      OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
                                                      float scale, float cap, int window) {
@@ -441,7 +441,7 @@ KERNEL(384, attention_sm90_forward_wide_256_bf16, 1)(PACKED bf16* out, float* ls
     forward<Wide256>(out, lse, stash, states, in, Scoring(scale, cap, window));
 }
 
-KERNEL(256, attention_sm90_forward_narrow_64_bf16, 1, 2)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
+KERNEL(256, attention_sm90_forward_64x64_bf16, 1, 2)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                          const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
                                                          OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
                                                          float scale, float cap, int window) {
@@ -449,7 +449,7 @@ KERNEL(256, attention_sm90_forward_narrow_64_bf16, 1, 2)(PACKED bf16* out, float
     forward<Narrow64>(out, lse, stash, states, in, Scoring(scale, cap, window));
 }
 
-KERNEL(256, attention_sm90_forward_narrow_80_bf16, 1, 2)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
+KERNEL(256, attention_sm90_forward_64x80_bf16, 1, 2)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                          const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
                                                          OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
                                                          float scale, float cap, int window) {
@@ -457,7 +457,7 @@ KERNEL(256, attention_sm90_forward_narrow_80_bf16, 1, 2)(PACKED bf16* out, float
     forward<Narrow80>(out, lse, stash, states, in, Scoring(scale, cap, window));
 }
 
-KERNEL(256, attention_sm90_forward_narrow_96_bf16, 1, 2)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
+KERNEL(256, attention_sm90_forward_64x96_bf16, 1, 2)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                          const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
                                                          OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
                                                          float scale, float cap, int window) {
@@ -465,7 +465,7 @@ KERNEL(256, attention_sm90_forward_narrow_96_bf16, 1, 2)(PACKED bf16* out, float
     forward<Narrow96>(out, lse, stash, states, in, Scoring(scale, cap, window));
 }
 
-KERNEL(256, attention_sm90_forward_narrow_128_bf16, 1, 2)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
+KERNEL(256, attention_sm90_forward_64x128_bf16, 1, 2)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                           const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
                                                           OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
                                                           float scale, float cap, int window) {
@@ -473,7 +473,7 @@ KERNEL(256, attention_sm90_forward_narrow_128_bf16, 1, 2)(PACKED bf16* out, floa
     forward<Narrow128>(out, lse, stash, states, in, Scoring(scale, cap, window));
 }
 
-KERNEL(256, attention_sm90_forward_narrow_256_bf16)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
+KERNEL(256, attention_sm90_forward_64x256_bf16)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
                                                     const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
                                                     OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
                                                     float scale, float cap, int window) {

@@ -407,14 +407,14 @@ KERNEL(64, logprob_sample_16_bf16)(PACKED float* partial, PACKED const bf16* h, 
     sample<Few>(partial, h, w, rows, vocab, d, scale, cap, Draws{Stream{seed, step, purpose}, samples, positions, greedy != 0});
 }
 
-KERNEL(128, logprob_top_64_bf16)(PACKED float* partial, uint64_t* lists, PACKED const bf16* h, PACKED const bf16* w,
+KERNEL(128, logprob_sample_top_64_bf16)(PACKED float* partial, uint64_t* lists, PACKED const bf16* h, PACKED const bf16* w,
                                  const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d, float scale,
                                  float cap, uint64_t seed, uint64_t step, uint32_t purpose, int greedy, int k) {
     const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0};
     sample<SomeTop, true>(partial, h, w, rows, vocab, d, scale, cap, draws, lists, k);
 }
 
-KERNEL(64, logprob_top_16_bf16)(PACKED float* partial, uint64_t* lists, PACKED const bf16* h, PACKED const bf16* w,
+KERNEL(64, logprob_sample_top_16_bf16)(PACKED float* partial, uint64_t* lists, PACKED const bf16* h, PACKED const bf16* w,
                                 const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d, float scale,
                                 float cap, uint64_t seed, uint64_t step, uint32_t purpose, int greedy, int k) {
     const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0};

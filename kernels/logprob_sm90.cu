@@ -96,7 +96,7 @@ KERNEL(256, logprob_sm90_sample_64x128_bf16)(PACKED float* partial, TENSOR_MAP h
     sample<Few>(partial, &h, &w, rows, vocab, d, scale, cap, Draws{Stream{seed, step, purpose}, samples, positions, greedy != 0});
 }
 
-KERNEL(384, logprob_sm90_top_128x128_bf16, 1)(PACKED float* partial, uint64_t* lists, TENSOR_MAP h, TENSOR_MAP w,
+KERNEL(384, logprob_sm90_sample_top_128x128_bf16, 1)(PACKED float* partial, uint64_t* lists, TENSOR_MAP h, TENSOR_MAP w,
                                               const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d,
                                               float scale, float cap, uint64_t seed, uint64_t step, uint32_t purpose, int greedy,
                                               int k) {
@@ -104,7 +104,7 @@ KERNEL(384, logprob_sm90_top_128x128_bf16, 1)(PACKED float* partial, uint64_t* l
     sample<MidTop, true>(partial, &h, &w, rows, vocab, d, scale, cap, draws, lists, k);
 }
 
-KERNEL(256, logprob_sm90_top_64x128_bf16)(PACKED float* partial, uint64_t* lists, TENSOR_MAP h, TENSOR_MAP w,
+KERNEL(256, logprob_sm90_sample_top_64x128_bf16)(PACKED float* partial, uint64_t* lists, TENSOR_MAP h, TENSOR_MAP w,
                                           const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d,
                                           float scale, float cap, uint64_t seed, uint64_t step, uint32_t purpose, int greedy,
                                           int k) {

@@ -204,12 +204,12 @@ KERNEL(384, matmul_sm90_forward_128x128_bf16, 2)(TENSOR_MAP y, TENSOR_MAP x, TEN
     forward<Mid, false>(Results{&y}, &x, &w, bias, residual, m, n, k);
 }
 
-KERNEL(256, matmul_sm90_forward_64x64_bf16)(PACKED bf16* y, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
+KERNEL(256, matmul_sm90_forward_direct_64x64_bf16)(PACKED bf16* y, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
                                            OPTIONAL PACKED const bf16* residual, int m, int n, int k) {
     forward<Few, false>(Results{nullptr, y, n}, &x, &w, bias, residual, m, n, k);
 }
 
-KERNEL(256, matmul_sm90_forward_64x32_bf16)(PACKED bf16* y, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
+KERNEL(256, matmul_sm90_forward_direct_64x32_bf16)(PACKED bf16* y, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
                                            OPTIONAL PACKED const bf16* residual, int m, int n, int k) {
     forward<Fewest, false>(Results{nullptr, y, n}, &x, &w, bias, residual, m, n, k);
 }
@@ -234,22 +234,22 @@ KERNEL(384, matmul_sm90_gated_128x128_bf16, 2)(TENSOR_MAP y, TENSOR_MAP gate, TE
     activated<Mid, true>(Results{&y}, Results{&gate}, Results{&partner}, &x, &w, bias, m, n, k, act);
 }
 
-KERNEL(256, matmul_sm90_activated_64x64_bf16)(PACKED bf16* y, PACKED bf16* up, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
+KERNEL(256, matmul_sm90_activated_direct_64x64_bf16)(PACKED bf16* y, PACKED bf16* up, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
                                          int m, int n, int k, int act) {
     activated<Few, false>(Results{nullptr, y, n}, Results{nullptr, up, n}, Results{nullptr, up, n}, &x, &w, bias, m, n, k, act);
 }
 
-KERNEL(256, matmul_sm90_gated_64x64_bf16)(PACKED bf16* y, PACKED bf16* up, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
+KERNEL(256, matmul_sm90_gated_direct_64x64_bf16)(PACKED bf16* y, PACKED bf16* up, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
                                          int m, int n, int k, int act) {
     activated<Few, true>(Results{nullptr, y, n}, Results{nullptr, up, 2 * n}, Results{nullptr, up + n, 2 * n}, &x, &w, bias, m, n, k, act);
 }
 
-KERNEL(256, matmul_sm90_activated_64x32_bf16)(PACKED bf16* y, PACKED bf16* up, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
+KERNEL(256, matmul_sm90_activated_direct_64x32_bf16)(PACKED bf16* y, PACKED bf16* up, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
                                          int m, int n, int k, int act) {
     activated<Fewest, false>(Results{nullptr, y, n}, Results{nullptr, up, n}, Results{nullptr, up, n}, &x, &w, bias, m, n, k, act);
 }
 
-KERNEL(256, matmul_sm90_gated_64x32_bf16)(PACKED bf16* y, PACKED bf16* up, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
+KERNEL(256, matmul_sm90_gated_direct_64x32_bf16)(PACKED bf16* y, PACKED bf16* up, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
                                          int m, int n, int k, int act) {
     activated<Fewest, true>(Results{nullptr, y, n}, Results{nullptr, up, 2 * n}, Results{nullptr, up + n, 2 * n}, &x, &w, bias, m, n, k, act);
 }

@@ -29,6 +29,18 @@ pub struct Param {
     pub packed: bool,
 }
 
+impl Entry {
+    /// The name without the type (`_bf16`, `_f32`) and the size before it (`_64`, `_128x256`), and
+    /// the numbers of the size.
+    pub fn family(&self) -> (&str, Vec<usize>) {
+        let bare = ["_bf16", "_f32"].iter().find_map(|s| self.name.strip_suffix(s));
+        let bare = bare.unwrap_or(&self.name);
+        let size = |s: &str| s.split('x').map(|n| n.parse().ok()).collect::<Option<_>>();
+        let sized = bare.rsplit_once('_').and_then(|(name, end)| Some((name, size(end)?)));
+        sized.unwrap_or((bare, Vec::new()))
+    }
+}
+
 /// All entries of a source text, in order. Threads and cluster may be a number or a constant of the
 /// same file.
 pub fn entries(text: &str) -> Result<Vec<Entry>, String> {

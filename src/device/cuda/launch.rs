@@ -3,7 +3,6 @@
 use std::ptr::NonNull;
 
 use bytemuck::{Pod, Zeroable};
-use half::bf16;
 
 use super::{
     device_error,
@@ -91,27 +90,27 @@ pub(super) struct Image {
 pub(super) struct Kernel {
     pub(super) image: &'static Image,
     pub(super) name: &'static str,
+    /// What it stores, as [`Element::NAME`].
+    pub(super) dtype: &'static str,
+    /// Tile or head size that it is compiled for; empty if there is one kernel only.
+    pub(super) size: &'static [usize],
     pub(super) threads: u32,
     /// Blocks of a cluster.
     pub(super) cluster: u32,
 }
 
-/// Kernels that do the same for bf16 and for f32.
-pub(super) struct Variants {
-    pub(super) name: &'static str,
-    pub(super) bf16: Option<Kernel>,
-    pub(super) f32: Option<Kernel>,
-}
-
-impl Variants {
-    pub(super) fn of<T: Element>(&self) -> Result<&Kernel> {
-        let kernel = match T::NAME {
-            bf16::NAME => &self.bf16,
-            f32::NAME => &self.f32,
-            _ => &None,
-        };
-        let none = || device_error(format!("`{}` has no kernel for {}", self.name, T::NAME));
-        kernel.as_ref().ok_or_else(none)
+impl Kernel {
+    /// The kernel of a `family` for `T` and this size.
+    pub(super) fn find<T: Element>(
+        all: &'static [Self],
+        family: &str,
+        size: &[usize],
+    ) -> Result<&'static Self> {
+        let of = all.iter().filter(|k| k.dtype == T::NAME);
+        of.clone().find(|k| k.size == size).ok_or_else(|| match of.count() {
+            0 => device_error(format!("`{family}` has no kernel for {}", T::NAME)),
+            _ => device_error(format!("`{family}` has no kernel of size {size:?}")),
+        })
     }
 }
 

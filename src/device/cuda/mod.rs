@@ -32,7 +32,7 @@ use super::{
 };
 use crate::error::{Error, Result};
 
-use launch::{Args, Image, Kernel, PACKET, Variants};
+use launch::{Args, Image, Kernel, PACKET};
 
 pub use blueprint::{MACHINES, Machine as Blueprint};
 pub use launch::{Launch, group, width};
@@ -437,8 +437,6 @@ impl Cuda {
 #[doc(hidden)]
 #[allow(missing_docs)]
 pub mod kernels {
-    use super::{
-        Args, Cuda, Element, Float, Image, Kernel, Launch, Map, Result, Variants, View, ViewMut,
-    };
+    use super::{Args, Cuda, Element, Float, Image, Kernel, Launch, Map, Result, View, ViewMut};
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 }

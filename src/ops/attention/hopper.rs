@@ -106,16 +106,16 @@ pub(super) fn forward<T: Element>(
         return Ok(());
     }
     let run = match (tile, shape.head_dim) {
-        (Tile::Wide, 64) => kernel::forward_wide_64,
-        (Tile::Wide, 80) => kernel::forward_wide_80,
-        (Tile::Wide, 96) => kernel::forward_wide_96,
-        (Tile::Wide, 128) => kernel::forward_wide_128,
-        (Tile::Wide, _) => kernel::forward_wide_256,
-        (Tile::Narrow, 64) => kernel::forward_narrow_64,
-        (Tile::Narrow, 80) => kernel::forward_narrow_80,
-        (Tile::Narrow, 96) => kernel::forward_narrow_96,
-        (Tile::Narrow, 128) => kernel::forward_narrow_128,
-        (Tile::Narrow, _) => kernel::forward_narrow_256,
+        (Tile::Wide, 64) => kernel::forward_128x64,
+        (Tile::Wide, 80) => kernel::forward_128x80,
+        (Tile::Wide, 96) => kernel::forward_128x96,
+        (Tile::Wide, 128) => kernel::forward_128x128,
+        (Tile::Wide, _) => kernel::forward_128x256,
+        (Tile::Narrow, 64) => kernel::forward_64x64,
+        (Tile::Narrow, 80) => kernel::forward_64x80,
+        (Tile::Narrow, 96) => kernel::forward_64x96,
+        (Tile::Narrow, 128) => kernel::forward_64x128,
+        (Tile::Narrow, _) => kernel::forward_64x256,
     };
     let (d, cols, page) = (shape.head_dim, shape.qkv_cols(), page(shape));
     let dims = [d, shape.q_heads, input.qkv.len() / cols];

@@ -146,8 +146,8 @@ pub(super) fn sample<T: Element>(
     let w = operand(cuda, w, (vocab, d, d), wide / 2)?;
     if let Some(Lists { keys, k }) = lists {
         let run = match tile {
-            Tile::Few => kernel::top_64x128::<T>,
-            _ => kernel::top_128x128::<T>,
+            Tile::Few => kernel::sample_top_64x128::<T>,
+            _ => kernel::sample_top_128x128::<T>,
         };
         return run(
             cuda, launch, partial, keys, h, w, samples, positions, rows, vocab, d, scale, cap,

@@ -270,8 +270,8 @@ fn ampere<T: Element>(
     let parts = |tile| rows.div_ceil(tile) * vocab.div_ceil(CHUNK);
     if let Some(Lists { keys, k }) = lists {
         let (run, tile, shared): (Tops<T>, _, _) = match tile(rows) {
-            (16, shared) => (kernel::top_16, 16, shared + 2 * Lists::room(8)),
-            _ => (kernel::top_64, 64, 4 * 32 * (64 + 128) * 2 + 4 * Lists::room(16)),
+            (16, shared) => (kernel::sample_top_16, 16, shared + 2 * Lists::room(8)),
+            _ => (kernel::sample_top_64, 64, 4 * 32 * (64 + 128) * 2 + 4 * Lists::room(16)),
         };
         let launch = Launch::row(parts(tile), shared)?;
         return run(

@@ -54,9 +54,11 @@ pub(super) fn forward<T: Element>(
     let w = operand(cuda, w, (n, k), cols / 2)?;
     let wide = match tile {
         Tile::Fewest => {
-            return kernel::forward_64x32(cuda, launch, y, x, w, bias, residual, m, n, k);
+            return kernel::forward_direct_64x32(cuda, launch, y, x, w, bias, residual, m, n, k);
         }
-        Tile::Few => return kernel::forward_64x64(cuda, launch, y, x, w, bias, residual, m, n, k),
+        Tile::Few => {
+            return kernel::forward_direct_64x64(cuda, launch, y, x, w, bias, residual, m, n, k);
+        }
         Tile::Mid => kernel::forward_128x128,
         Tile::Wide => kernel::forward_128x256,
     };
@@ -82,10 +84,10 @@ pub(super) fn activated<T: Element>(
     let w = operand(cuda, w, (n, k), wide / 2)?;
     if let Tile::Few | Tile::Fewest = tile {
         let run = match (tile, gated) {
-            (Tile::Few, false) => kernel::activated_64x64,
-            (Tile::Few, true) => kernel::gated_64x64,
-            (_, false) => kernel::activated_64x32,
-            (_, true) => kernel::gated_64x32,
+            (Tile::Few, false) => kernel::activated_direct_64x64,
+            (Tile::Few, true) => kernel::gated_direct_64x64,
+            (_, false) => kernel::activated_direct_64x32,
+            (_, true) => kernel::gated_direct_64x32,
         };
         return run(cuda, launch, y, up, x, w, bias, m, cols, k, act);
     }
