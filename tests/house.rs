@@ -1,6 +1,9 @@
-//! Rules of the house: who may name whom, where `unsafe` may stand.
+//! Rules of the house: who may name whom, where `unsafe` may stand, how large things may be.
 
-use std::path::{Path, PathBuf};
+use std::{
+    collections::BTreeSet,
+    path::{Path, PathBuf},
+};
 
 const LAYERS: &[(&str, u32)] = &[
     ("error", 0),
@@ -107,15 +110,23 @@ fn unsafe_stays_in_device() {
     }
 }
 
+/// All files that are written by hand, Rust and CUDA.
+fn written() -> Vec<PathBuf> {
+    let mut files = Vec::new();
+    for dir in ["src", "tests", "benches", "kernels"] {
+        files_of(&root().join(dir), &["rs", "cu", "cuh", "h", "cpp"], &mut files);
+    }
+    files
+}
+
+fn root() -> &'static Path {
+    Path::new(env!("CARGO_MANIFEST_DIR"))
+}
+
 /// Comments end within 100 columns, in Rust and in CUDA.
 #[test]
 fn comments_end_within_100_columns() {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR"));
-    let mut files = Vec::new();
-    for dir in ["src", "tests", "benches", "kernels"] {
-        files_of(&root.join(dir), &["rs", "cu", "cuh", "h", "cpp"], &mut files);
-    }
-    for path in files {
+    for path in written() {
         let text = std::fs::read_to_string(&path).unwrap();
         for (i, line) in text.lines().enumerate() {
             let long = line.contains("//") && line.chars().count() > 100;
@@ -151,4 +162,377 @@ fn the_readmes_name_tests_that_exist() {
             }
         }
     }
+}
+
+/// No file is longer than 600 lines.
+#[test]
+fn files_end_within_600_lines() {
+    const LEFT: &[&str] = &["kernels/include/ptx.cuh"];
+    let mut long = Vec::new();
+    for path in written() {
+        if std::fs::read_to_string(&path).unwrap().lines().count() > 600 {
+            long.push(path.strip_prefix(root()).unwrap().to_str().unwrap().to_owned());
+        }
+    }
+    assert_only(LEFT, long, "files of more than 600 lines");
+}
+
+/// No function takes more than 6 arguments besides `self`: a struct with named fields takes the
+/// place of a long list.
+#[test]
+fn functions_have_at_most_6_arguments() {
+    const LEFT: &[&str] = &[
+        "device/cpu/gemm.rs",
+        "models/transformer.rs",
+        "ops/adamw.rs",
+        "ops/attention.rs",
+        "ops/attention/cpu.rs",
+        "ops/attention/cuda.rs",
+        "ops/attention/hopper.rs",
+        "ops/embedding.rs",
+        "ops/gae.rs",
+        "ops/layer_norm.rs",
+        "ops/logprob.rs",
+        "ops/logprob/cpu.rs",
+        "ops/logprob/cuda.rs",
+        "ops/logprob/hopper.rs",
+        "ops/logprob/sample.rs",
+        "ops/matmul.rs",
+        "ops/matmul/hopper.rs",
+        "ops/matmul/launch.rs",
+        "ops/rms_norm.rs",
+        "ops/rope.rs",
+        "ops/sample.rs",
+        "ops/value_loss.rs",
+        "rollout/engine.rs",
+        "rollout/score.rs",
+        "train/pass.rs",
+    ];
+    let mut long = Vec::new();
+    for (file, text) in all() {
+        let text = code(&text);
+        for (at, _) in text.match_indices("fn ") {
+            let list = parameters(&text[at..]);
+            if list.iter().filter(|p| !p.ends_with("self")).count() > 6 {
+                long.push(file.clone());
+            }
+        }
+    }
+    assert_only(LEFT, long, "files with functions of more than 6 arguments");
+}
+
+/// Every kernel is launched from the struct that `build.rs` writes for it, whose fields have names;
+/// no function of a kernel's module is called or passed on.
+#[test]
+fn kernels_are_launched_with_named_arguments() {
+    const LEFT: &[&str] = &[
+        "ops/activation.rs",
+        "ops/adamw.rs",
+        "ops/attention/backward.rs",
+        "ops/attention/cuda.rs",
+        "ops/attention/hopper.rs",
+        "ops/bradley_terry.rs",
+        "ops/embedding.rs",
+        "ops/gae.rs",
+        "ops/grad_norm.rs",
+        "ops/kl.rs",
+        "ops/layer_norm.rs",
+        "ops/logprob.rs",
+        "ops/logprob/cuda.rs",
+        "ops/logprob/hopper.rs",
+        "ops/logprob/sample.rs",
+        "ops/matmul/hopper.rs",
+        "ops/matmul/launch.rs",
+        "ops/next_ids.rs",
+        "ops/nll.rs",
+        "ops/ppo_loss.rs",
+        "ops/residual.rs",
+        "ops/rms_norm.rs",
+        "ops/rope.rs",
+        "ops/sample.rs",
+        "ops/scalar_head.rs",
+        "ops/value_loss.rs",
+        "ops/whiten.rs",
+    ];
+    let mut positional = Vec::new();
+    for (file, text) in all() {
+        let text = code(&text);
+        let paths = paths(&text);
+        let aliases = paths
+            .iter()
+            .filter(|(path, _)| path.iter().rev().nth(1).is_some_and(|p| p == "kernels"));
+        for alias in aliases.map(|(_, alias)| alias) {
+            let prefix = format!("{alias}::");
+            if text.split(&prefix).skip(1).any(|rest| rest.starts_with(|c: char| c.is_lowercase()))
+            {
+                positional.push(file.clone());
+            }
+        }
+    }
+    assert_only(LEFT, positional, "files that launch kernels with positional arguments");
+}
+
+/// The files of a folder use each other in one direction: what two of them share stands below both.
+#[test]
+fn files_of_a_folder_form_no_circle() {
+    const LEFT: &[&str] = &["device", "device/cuda", "models", "ops/attention", "ops/logprob"];
+    let files: Vec<(Vec<String>, Paths)> = all()
+        .into_iter()
+        .map(|(file, text)| {
+            let stem = file.trim_end_matches(".rs").trim_end_matches("/mod");
+            (stem.split('/').map(String::from).collect(), paths(&code(&text)))
+        })
+        .collect();
+    // Folder, user, used.
+    let mut edges = BTreeSet::new();
+    for (from, uses) in &files {
+        for (path, _) in uses {
+            let to = resolve(&files, from, path);
+            let shared = from.iter().zip(&to).take_while(|(a, b)| a == b).count();
+            if let (Some(user), Some(used)) = (from.get(shared), to.get(shared)) {
+                edges.insert((from[..shared].join("/"), user.clone(), used.clone()));
+            }
+        }
+    }
+    let mut reached = edges.clone();
+    loop {
+        let before = reached.len();
+        let farther: Vec<_> = reached
+            .iter()
+            .flat_map(|(folder, user, by)| {
+                let next = edges.iter().filter(move |e| e.0 == *folder && e.1 == *by);
+                next.map(move |e| (folder.clone(), user.clone(), e.2.clone()))
+            })
+            .collect();
+        reached.extend(farther);
+        if reached.len() == before {
+            break;
+        }
+    }
+    let back: Vec<_> = edges
+        .iter()
+        .filter(|(f, a, b)| reached.contains(&(f.clone(), b.clone(), a.clone())))
+        .collect();
+    let folders = back.iter().map(|edge| edge.0.clone()).collect();
+    assert_only(LEFT, folders, &format!("folders with a circle, {back:?}"));
+}
+
+/// No two types of the crate share a name.
+#[test]
+fn type_names_are_used_once() {
+    const LEFT: &[&str] = &[
+        "Algorithm",
+        "Args",
+        "Block",
+        "Choice",
+        "Element",
+        "Entry",
+        "Event",
+        "Family",
+        "Forwards",
+        "Input",
+        "Job",
+        "Loaded",
+        "Machine",
+        "Metrics",
+        "Micro",
+        "Of",
+        "Order",
+        "Outputs",
+        "Params",
+        "Part",
+        "Parts",
+        "Place",
+        "Plan",
+        "Prompt",
+        "Report",
+        "Room",
+        "Rows",
+        "Run",
+        "Sequence",
+        "Settings",
+        "Slots",
+        "Source",
+        "State",
+        "Stats",
+        "Stream",
+        "Tensor",
+        "Tile",
+        "Work",
+    ];
+    let (mut seen, mut twice) = (BTreeSet::new(), Vec::new());
+    for (_, text) in all() {
+        for line in code(&text).lines() {
+            let mut words = line.split_whitespace().skip_while(|w| w.starts_with("pub"));
+            let named = match words.next() {
+                Some("struct" | "enum" | "trait" | "union") => true,
+                // Indented, it belongs to a trait.
+                Some("type") => !line.starts_with(' '),
+                _ => false,
+            };
+            let name = words.next().and_then(|w| w.split(|c| !is_word(c)).next()).unwrap_or("");
+            if named && !name.is_empty() && !seen.insert(name.to_owned()) {
+                twice.push(name.to_owned());
+            }
+        }
+    }
+    assert_only(LEFT, twice, "types whose name is used twice");
+}
+
+/// What breaks a rule is what `left` lists, and what no longer breaks it leaves the list.
+#[track_caller]
+fn assert_only(left: &[&str], mut found: Vec<String>, what: &str) {
+    found.sort();
+    found.dedup();
+    let new: Vec<_> = found.iter().filter(|f| !left.contains(&f.as_str())).collect();
+    assert!(new.is_empty(), "{what}: {new:#?}");
+    let gone: Vec<_> = left.iter().filter(|l| !found.iter().any(|f| f == *l)).collect();
+    assert!(gone.is_empty(), "{what}: delete from LEFT what is in order now: {gone:#?}");
+}
+
+fn is_word(c: char) -> bool {
+    c.is_alphanumeric() || c == '_'
+}
+
+/// Rust without its comments and what stands in its literals.
+fn code(text: &str) -> String {
+    let (mut out, mut rest) = (String::new(), text);
+    let end = |rest: &str, from: usize, mark: &str| {
+        rest[from..].find(mark).map_or(rest.len(), |at| from + at + mark.len())
+    };
+    while let Some(c) = rest.chars().next() {
+        let hashes =
+            rest.strip_prefix('r').map_or(0, |r| r.len() - r.trim_start_matches('#').len());
+        let after = out.ends_with(is_word) && !out.ends_with('b');
+        let raw = !after && rest.starts_with('r') && rest[1 + hashes..].starts_with('"');
+        let skip = if rest.starts_with("//") {
+            end(rest, 0, "\n") - 1
+        } else if raw {
+            end(rest, hashes + 2, &format!("\"{}", "#".repeat(hashes)))
+        } else if c == '"' || rest.starts_with("'\\") {
+            // Up to the mark that no backslash precedes.
+            let mut escaped = false;
+            let close = |x: char| {
+                let ends = x == c && !escaped;
+                escaped = x == '\\' && !escaped;
+                ends
+            };
+            rest[1..].find(close).unwrap() + 2
+        } else if c == '\'' && rest.chars().nth(2) == Some('\'') {
+            end(rest, 1, "'")
+        } else {
+            out.push(c);
+            rest = &rest[c.len_utf8()..];
+            continue;
+        };
+        if !rest.starts_with("//") {
+            out += "\"\"";
+        }
+        rest = &rest[skip..];
+    }
+    out
+}
+
+/// The parameters of the function whose `fn` begins `text`.
+fn parameters(text: &str) -> Vec<&str> {
+    let (mut depth, mut from, mut list) = (0, None, Vec::new());
+    for (at, c) in text.char_indices() {
+        let arrow = c == '>' && text[..at].ends_with(['-', '=']);
+        match c {
+            '(' if depth == 0 => from = Some(at + 1),
+            ',' | ')' if depth == 1 && from.is_some() => {
+                list.extend(from.map(|from| text[from..at].trim()).filter(|p| !p.is_empty()));
+                from = Some(at + 1);
+            }
+            _ => {}
+        }
+        depth += i32::from("([{<".contains(c)) - i32::from(")]}>".contains(c) && !arrow);
+        if depth == 0 && from.is_some() {
+            break;
+        }
+    }
+    list
+}
+
+/// Paths, with the name under which a `use` makes each known.
+type Paths = Vec<(Vec<String>, String)>;
+
+/// The paths that are imported, and those that begin at the crate or at a module above.
+fn paths(text: &str) -> Paths {
+    let mut all = Vec::new();
+    for start in ["use ", "crate::", "super::"] {
+        for (at, _) in text.match_indices(start) {
+            let begins = !text[..at].ends_with(|c| is_word(c) || c == ':');
+            if begins {
+                let mut found = Vec::new();
+                match &text[at..] {
+                    import if start == "use " => tree(&import[start.len()..], &[], &mut found),
+                    path => tree(path, &[], &mut found),
+                };
+                if start != "use " {
+                    found.iter_mut().for_each(|(_, name)| name.clear());
+                }
+                all.append(&mut found);
+            }
+        }
+    }
+    all
+}
+
+/// Reads the paths of `a::{b, c::d as e}` and gives what follows them.
+fn tree<'a>(text: &'a str, above: &[String], all: &mut Paths) -> &'a str {
+    let mut path = above.to_vec();
+    let mut rest = text.trim_start();
+    loop {
+        if let Some(group) = rest.strip_prefix('{') {
+            rest = group.trim_start();
+            while !rest.starts_with('}') && !rest.is_empty() {
+                let after = tree(rest, &path, all).trim_start();
+                rest = after.strip_prefix(',').unwrap_or(after).trim_start();
+                if after.len() == rest.len() && !rest.starts_with('}') {
+                    return "";
+                }
+            }
+            return rest.strip_prefix('}').unwrap_or("");
+        }
+        let end = rest.find(|c| !is_word(c)).unwrap_or(rest.len());
+        path.push(rest[..end].to_owned());
+        rest = rest[end..].trim_start_matches('*');
+        let Some(next) = rest.strip_prefix("::") else { break };
+        rest = next;
+    }
+    let mut name = path.last().cloned().unwrap_or_default();
+    if let Some(alias) = rest.strip_prefix(" as ") {
+        let end = alias.find(|c| !is_word(c)).unwrap_or(alias.len());
+        name = alias[..end].to_owned();
+        rest = &alias[end..];
+    }
+    all.push((path, name));
+    rest
+}
+
+/// The file that `path` leads to when `from` names it; what a module imports from a file below it
+/// stands in that file.
+fn resolve(files: &[(Vec<String>, Paths)], from: &[String], path: &[String]) -> Vec<String> {
+    let file = |at: &[String]| files.iter().find(|(file, _)| file == at);
+    let mut at = from.to_vec();
+    for word in path {
+        match word.as_str() {
+            "crate" => at.clear(),
+            "super" => drop(at.pop()),
+            "self" => {}
+            _ => at.push(word.clone()),
+        }
+        if at.is_empty() || file(&at).is_some() {
+            continue;
+        }
+        at.pop();
+        let imports = file(&at).into_iter().flat_map(|(_, uses)| uses);
+        let below = |path: &[String]| file(&[&at, &path[..1]].concat()).is_some();
+        return match imports.into_iter().find(|(path, name)| name == word && below(path)) {
+            Some((path, _)) => resolve(files, &at, path),
+            None => at,
+        };
+    }
+    at
 }
