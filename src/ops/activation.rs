@@ -65,7 +65,7 @@ pub fn forward<T: Element>(
         }
         Device::Cuda(cuda) => {
             let launch = Launch::packets::<T>(x.len(), kernel::THREADS)?;
-            kernel::forward(cuda, launch, y, x, x.len() as u64, act as usize)
+            kernel::Forward { y, x, count: x.len() as u64, act: act as usize }.launch(cuda, launch)
         }
     }
 }
@@ -93,7 +93,8 @@ pub fn backward<T: Element>(
         }
         Device::Cuda(cuda) => {
             let launch = Launch::packets::<T>(x.len(), kernel::THREADS)?;
-            kernel::backward(cuda, launch, dx, dy, x, x.len() as u64, act as usize)
+            kernel::Backward { dx, dy, x, count: x.len() as u64, act: act as usize }
+                .launch(cuda, launch)
         }
     }
 }
@@ -127,7 +128,8 @@ pub fn gated_forward<T: Element>(
         Device::Cuda(cuda) => {
             let width = cuda::width::<T>(&[cols], &[y.address(), gate_up.address()]);
             let launch = Launch::threads(rows * (cols / width), kernel::THREADS)?;
-            kernel::gated_forward(cuda, launch, y, gate_up, rows, cols, act as usize, width)
+            kernel::GatedForward { y, gate_up, rows, cols, act: act as usize, width }
+                .launch(cuda, launch)
         }
     }
 }
@@ -166,7 +168,8 @@ pub fn gated_backward<T: Element>(
             let width = cuda::width::<T>(&[cols], &begins);
             let launch = Launch::threads(rows * (cols / width), kernel::THREADS)?;
             let act = act as usize;
-            kernel::gated_backward(cuda, launch, dgate_up, dy, gate_up, rows, cols, act, width)
+            kernel::GatedBackward { dgate_up, dy, gate_up, rows, cols, act, width }
+                .launch(cuda, launch)
         }
     }
 }

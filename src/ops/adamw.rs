@@ -112,10 +112,26 @@ pub fn step<F: Float>(
             let launch = Launch::row(n.div_ceil(kernel::THREADS * kernel::PACKETS * 4), 0)?;
             let groups = starts.len();
             let Constants { keep, beta1, fresh1, beta2, fresh2, step, root, epsilon, scale } = k;
-            kernel::step(
-                cuda, launch, p, m, v, g, copy, n as u64, starts, groups, keep, beta1, fresh1,
-                beta2, fresh2, step, root, epsilon, scale,
-            )
+            kernel::Step {
+                p,
+                m,
+                v,
+                g,
+                copy,
+                n: n as u64,
+                starts,
+                groups,
+                keep,
+                beta1,
+                fresh1,
+                beta2,
+                fresh2,
+                step,
+                root,
+                epsilon,
+                scale,
+            }
+            .launch(cuda, launch)
         }
     }
 }

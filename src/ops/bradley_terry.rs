@@ -61,7 +61,17 @@ pub fn forward<F: Float>(
             let margins = Some(margins).filter(|m| !m.is_empty());
             let sums = cuda.sums(n, 0, |launch, partial, share| {
                 let (d, s, m) = (dscores, scores, margins);
-                kernel::forward(cuda, launch, d, partial, s, m, n, share, centre, scale)
+                kernel::Forward {
+                    dscores: d,
+                    partial,
+                    scores: s,
+                    margins: m,
+                    count: n,
+                    share,
+                    centre,
+                    scale,
+                }
+                .launch(cuda, launch)
             })?;
             let pairs = pairs as f64;
             Ok(sums.map(move |[loss, right, difference, score]| Stats {

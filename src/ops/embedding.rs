@@ -58,7 +58,7 @@ pub fn forward<T: Element>(
             let width = cuda::width::<T>(&[cols], &[y.address(), table.address()]);
             let launch = Launch::threads(rows * (cols / width), kernel::THREADS)?;
             let add = usize::from(add);
-            kernel::forward(cuda, launch, y, ids, table, rows, entries, cols, add, width)
+            kernel::Forward { y, ids, table, rows, entries, cols, add, width }.launch(cuda, launch)
         }
     }
 }
@@ -150,7 +150,7 @@ fn add_rows<D: Element<Acc = T::Acc>, T: Element>(
         }
         Device::Cuda(cuda) => {
             let launch = Launch::row(rows.div_ceil(32), kernel::THREADS * 4)?;
-            kernel::sort(cuda, launch, sorted.reborrow(), ids, rows)?;
+            kernel::Sort { sorted: sorted.reborrow(), ids, rows }.launch(cuda, launch)?;
             let width = cuda::width::<T>(&[cols], &[dtable.address(), dy.address()]);
             let launch = Launch::threads(rows * (cols / width), kernel::THREADS)?;
             add(cuda, launch, dtable, sorted.view(), dy, rows, entries, cols, width)

@@ -72,7 +72,16 @@ pub fn forward<F: Float>(
             let sequences = offsets.len().saturating_sub(1);
             let launch = Launch::row(sequences, kernel::THREADS / 32 * 8)?;
             let (a, ret, r, v) = (advantages, returns, rewards, values);
-            kernel::forward(cuda, launch, a, ret, r, v, offsets, gamma, lambda)
+            kernel::Forward {
+                advantages: a,
+                returns: ret,
+                rewards: r,
+                values: v,
+                offsets,
+                gamma,
+                lambda,
+            }
+            .launch(cuda, launch)
         }
     }
 }

@@ -45,8 +45,10 @@ pub fn norm<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Later<f64>> {
             let parts = n.div_ceil(groups * GROUP * CHUNK);
             let sums = cuda.reduce(parts, |total, mut partial| {
                 let launch = Launch::row(parts, GROUP * 4)?;
-                kernel::squares(cuda, launch, partial.reborrow(), x, n as u64, groups)?;
-                kernel::sum(cuda, Launch::row(1, 0)?, total, partial.view(), parts)
+                kernel::Squares { partial: partial.reborrow(), x, n: n as u64, groups }
+                    .launch(cuda, launch)?;
+                kernel::Sum { total, partial: partial.view(), parts }
+                    .launch(cuda, Launch::row(1, 0)?)
             })?;
             sums.map(|[sum]| sum)
         }
@@ -82,7 +84,7 @@ pub fn first_bad<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Later<Option<
         Device::Cuda(cuda) => {
             let blocks = x.len().div_ceil(CHUNK * kernel::BAD_THREADS / 32);
             let index = cuda.reduce(0, |index, _| {
-                kernel::bad(cuda, Launch::row(blocks, 0)?, index, x, x.len() as u64)
+                kernel::Bad { index, x, n: x.len() as u64 }.launch(cuda, Launch::row(blocks, 0)?)
             })?;
             // All bits are set, as the room begins, if none was found.
             Ok(index.map(|[index]: [u64; 1]| (index != u64::MAX).then_some(index as usize)))

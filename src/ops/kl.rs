@@ -71,7 +71,17 @@ pub fn forward<F: Float>(
         Device::Cuda(cuda) => {
             let sums = cuda.sums(n, 0, |launch, partial, share| {
                 let (r, k) = (reference, estimator as usize);
-                kernel::forward(cuda, launch, out, partial, logp, r, n, share, k, scale)
+                kernel::Forward {
+                    out,
+                    partial,
+                    logp,
+                    reference: r,
+                    tokens: n,
+                    share,
+                    estimator: k,
+                    scale,
+                }
+                .launch(cuda, launch)
             })?;
             Ok(sums.map(|[sum]| sum))
         }

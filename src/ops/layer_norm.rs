@@ -51,7 +51,7 @@ pub fn forward<T: Element>(
             let group = cuda::group::<T>(OP, cols, kernel::ELEMENTS, kernel::THREADS)?;
             let blocks = rows.div_ceil(kernel::THREADS / group);
             let launch = Launch::row(blocks, kernel::THREADS / 32 * 4)?;
-            kernel::forward(cuda, launch, y, mean, rstd, x, w, b, rows, cols, eps, group)
+            kernel::Forward { y, mean, rstd, x, w, b, rows, cols, eps, group }.launch(cuda, launch)
         }
     }
 }
@@ -91,7 +91,8 @@ pub fn add_forward<T: Element>(
             let group = cuda::group::<T>(OP, cols, kernel::ELEMENTS, kernel::THREADS)?;
             let blocks = rows.div_ceil(kernel::THREADS / group);
             let launch = Launch::row(blocks, kernel::THREADS / 32 * 4)?;
-            kernel::add_forward(cuda, launch, y, mean, rstd, x, r, w, b, rows, cols, eps, group)
+            kernel::AddForward { y, mean, rstd, x, r, w, b, rows, cols, eps, group }
+                .launch(cuda, launch)
         }
     }
 }
@@ -160,11 +161,13 @@ pub fn backward<T: Element>(
             let launch = Launch::row(parts, (2 * kernel::THREADS / 32 + sums) * 4)?;
             let to = partial.reborrow();
             let add = add.into();
-            kernel::backward(cuda, launch, dx, to, dy, x, w, mean, rstd, rows, cols, group, add)?;
+            kernel::Backward { dx, partial: to, dy, x, w, mean, rstd, rows, cols, group, add }
+                .launch(cuda, launch)?;
             let mut launch = Launch::row(cols.div_ceil(32), kernel::THREADS * 4)?;
             // A row of blocks for dw, one for db.
             launch.blocks[1] = 2;
-            kernel::add_partials(cuda, launch, dw, db, partial.view(), parts, cols)
+            kernel::AddPartials { dw, db, partial: partial.view(), count: parts, cols }
+                .launch(cuda, launch)
         }
     }
 }

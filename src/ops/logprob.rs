@@ -185,9 +185,8 @@ pub fn from_logits<T: Element>(
             let launch = Launch::row(rows, vocab.div_ceil(CHUNK) * PARTIAL * 4)?;
             let Outputs { logp, lse, entropy } = out;
             let cap = settings.cap();
-            kernel::from_logits(
-                cuda, launch, logp, lse, entropy, logits, targets, vocab, scale, cap,
-            )
+            kernel::FromLogits { logp, lse, entropy, z: logits, targets, vocab, scale, cap }
+                .launch(cuda, launch)
         }
     }
 }

@@ -46,7 +46,7 @@ pub fn forward(
         }
         Device::Cuda(cuda) => {
             let launch = Launch::threads(count, kernel::THREADS)?;
-            kernel::forward(cuda, launch, ids, rows, from, tokens, count, all, drawn)
+            kernel::Forward { ids, rows, from, tokens, count, all, drawn }.launch(cuda, launch)
         }
     }
 }

@@ -34,7 +34,8 @@ pub fn forward<F: Float>(
         Device::Cuda(cuda) => {
             let scale = 1.0 / denominator;
             let sums = cuda.sums(n, 0, |launch, partial, share| {
-                kernel::forward(cuda, launch, dlogp, partial, logp, weights, n, share, scale)
+                kernel::Forward { dlogp, partial, logp, weights, tokens: n, share, scale }
+                    .launch(cuda, launch)
             })?;
             Ok(sums.map(|[loss]| loss))
         }

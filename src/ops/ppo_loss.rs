@@ -150,28 +150,27 @@ fn on_cuda<F: Float>(
     let (estimator, unbiased, coef) = term;
     let sums = cuda.sums(n, 1, |launch, partial, share| {
         let (logp, old, entropy, adv) = (t.logp, t.old_logp, t.entropy, t.advantages);
-        kernel::forward(
-            cuda,
-            launch,
+        kernel::Forward {
             dlogp,
             dentropy,
             partial,
             logp,
-            old,
-            reference,
+            old_logp: old,
+            ref_logp: reference,
             entropy,
-            adv,
-            n,
+            advantages: adv,
+            tokens: n,
             share,
             low,
             high,
             dual,
             estimator,
             unbiased,
-            coef,
-            s.entropy_coef,
-            1.0 / denominator,
-        )
+            kl_coef: coef,
+            entropy_coef: s.entropy_coef,
+            scale: 1.0 / denominator,
+        }
+        .launch(cuda, launch)
     })?;
     let tokens = n as f64;
     Ok(sums.map(move |sums| {

@@ -25,7 +25,7 @@ pub fn add<T: Element>(dev: &Device, y: ViewMut<'_, T>, x: View<'_, T>) -> Resul
         }
         Device::Cuda(cuda) => {
             let launch = Launch::packets::<T>(x.len(), kernel::THREADS)?;
-            kernel::add(cuda, launch, y, x, x.len() as u64)
+            kernel::Add { y, x, count: x.len() as u64 }.launch(cuda, launch)
         }
     }
 }

@@ -46,7 +46,7 @@ pub fn forward<T: Element>(
             let group = cuda::group::<T>(OP, cols, kernel::ELEMENTS, kernel::THREADS)?;
             let blocks = rows.div_ceil(kernel::THREADS / group);
             let launch = Launch::row(blocks, kernel::THREADS / 32 * 4)?;
-            kernel::forward(cuda, launch, y, rstd, x, w, rows, cols, eps, group)
+            kernel::Forward { y, rstd, x, w, rows, cols, eps, group }.launch(cuda, launch)
         }
     }
 }
@@ -81,7 +81,7 @@ pub fn add_forward<T: Element>(
             let group = cuda::group::<T>(OP, cols, kernel::ELEMENTS, kernel::THREADS)?;
             let blocks = rows.div_ceil(kernel::THREADS / group);
             let launch = Launch::row(blocks, kernel::THREADS / 32 * 4)?;
-            kernel::add_forward(cuda, launch, y, rstd, x, r, w, rows, cols, eps, group)
+            kernel::AddForward { y, rstd, x, r, w, rows, cols, eps, group }.launch(cuda, launch)
         }
     }
 }
@@ -143,9 +143,22 @@ pub fn backward<T: Element>(
             let (parts, sums) = (rows.div_ceil(kernel::SHARE), kernel::THREADS / group * cols);
             let launch = Launch::row(parts, (kernel::THREADS / 32 + sums) * 4)?;
             let to = partial.reborrow();
-            kernel::backward(cuda, launch, dx, to, dy, x, w, rstd, rows, cols, group, add.into())?;
+            kernel::Backward {
+                dx,
+                partial: to,
+                dy,
+                x,
+                w,
+                rstd,
+                rows,
+                cols,
+                group,
+                add: add.into(),
+            }
+            .launch(cuda, launch)?;
             let launch = Launch::row(cols.div_ceil(32), kernel::THREADS * 4)?;
-            kernel::add_partials(cuda, launch, dw, partial.view(), parts, cols)
+            kernel::AddPartials { dw, partial: partial.view(), count: parts, cols }
+                .launch(cuda, launch)
         }
     }
 }

@@ -186,10 +186,19 @@ fn turn<T: Element>(
             let begins = [x.address(), angles.address()];
             let width = cuda::width::<T>(&[half, row_len], &begins);
             let launch = Launch::threads(rows * heads * (half / width), kernel::THREADS)?;
-            kernel::turn(
-                cuda, launch, x, positions, angles, rows, row_len, heads, half, entries, sign,
+            kernel::Turn {
+                x,
+                positions,
+                table: angles,
+                rows,
+                row_len,
+                heads,
+                half,
+                entries,
+                sign,
                 width,
-            )
+            }
+            .launch(cuda, launch)
         }
     }
 }

@@ -152,31 +152,30 @@ pub fn next<'a, T: Element>(
         }
         Device::Cuda(cuda) if greedy => {
             let launch = Launch::row(rows, kernel::WARPS * 8)?;
-            kernel::greedy(cuda, launch, tokens, logits, vocab, stride)
+            kernel::Greedy { tokens, z: logits, vocab, stride }.launch(cuda, launch)
         }
         Device::Cuda(cuda) => {
             let shared = kernel::WARPS * 4 + (kernel::WARPS + 1) * kernel::WAYS * 8;
             let number = |x: f32| <T::Acc as Element>::of(f64::from(x));
             let (top_p, min_p) = (number(params.top_p), number(params.min_p));
             let Stream { seed, step, purpose } = stream;
-            kernel::next(
-                cuda,
-                Launch::row(rows, shared)?,
+            kernel::Next {
                 tokens,
-                logits,
+                z: logits,
                 samples,
                 positions,
                 scratch,
                 vocab,
                 stride,
                 scale,
-                params.top_k.min(vocab),
+                top_k: params.top_k.min(vocab),
                 top_p,
                 min_p,
                 seed,
                 step,
-                purpose as u32,
-            )
+                purpose: purpose as u32,
+            }
+            .launch(cuda, Launch::row(rows, shared)?)
         }
     }
 }

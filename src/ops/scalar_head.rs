@@ -39,7 +39,8 @@ pub fn forward<T: Element>(
         }
         Device::Cuda(cuda) => {
             let launch = Launch::row(rows.div_ceil(kernel::THREADS / 32), 0)?;
-            kernel::forward(cuda, launch, y, h, w, rows, d, cuda::width::<T>(&[d], &[]))
+            kernel::Forward { y, h, w, rows, d, width: cuda::width::<T>(&[d], &[]) }
+                .launch(cuda, launch)
         }
     }
 }
@@ -83,7 +84,7 @@ pub fn backward<T: Element>(
         Device::Cuda(cuda) => {
             let launch = Launch::row(d.div_ceil(kernel::COLS), kernel::THREADS * 4)?;
             let width = cuda::width::<T>(&[d], &[]);
-            kernel::backward(cuda, launch, dh, dw, dy, h, w, rows, d, width)
+            kernel::Backward { dh, dw, dy, h, w, rows, d, width }.launch(cuda, launch)
         }
     }
 }

@@ -62,7 +62,8 @@ pub fn forward<F: Float>(
             let (old, clip) = (clip.map(|_| old), clip.unwrap_or(0.0));
             let sums = cuda.sums(n, 0, |launch, partial, share| {
                 let ret = returns;
-                kernel::forward(cuda, launch, dv, partial, v, old, ret, n, share, clip, scale)
+                kernel::Forward { dv, partial, v, old, returns: ret, tokens: n, share, clip, scale }
+                    .launch(cuda, launch)
             })?;
             let tokens = n as f64;
             Ok(sums.map(move |[loss, value, clipped, squared_error]| Stats {

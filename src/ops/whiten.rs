@@ -47,9 +47,10 @@ impl Moments {
                 let (parts, room) = (Parts::of(n), kernel::THREADS / 32 * 8);
                 let sums = cuda.reduce(parts.count, |moments, mut partial| {
                     let (launch, to) = (Launch::row(parts.count, room)?, partial.reborrow());
-                    kernel::partial(cuda, launch, to, x, n, parts.share)?;
+                    kernel::Partial { partial: to, x, tokens: n, share: parts.share }
+                        .launch(cuda, launch)?;
                     let (launch, partial) = (Launch::row(1, room)?, partial.view());
-                    kernel::moments(cuda, launch, moments, partial, parts.count)
+                    kernel::Moments { moments, partial, parts: parts.count }.launch(cuda, launch)
                 })?;
                 let [count, mean, squares] = sums.get()?;
                 Ok(Self { count, mean, squares })
@@ -92,7 +93,8 @@ pub fn apply<F: Float>(
         Device::Cuda(cuda) => {
             let (n, parts) = (x.len(), Parts::of(x.len()));
             let launch = Launch::row(parts.count, 0)?;
-            kernel::apply(cuda, launch, x, n, parts.share, moments.mean, rstd, back)
+            kernel::Apply { x, tokens: n, share: parts.share, mean: moments.mean, rstd, back }
+                .launch(cuda, launch)
         }
     }
 }

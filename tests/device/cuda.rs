@@ -173,7 +173,8 @@ fn add_to_64(dev: &Device, cols: usize) -> Result<()> {
     dev.write(y.view_mut(), &[1.0; 64])?;
     let x = Buffer::of(dev, "x", &vec![2.0f32; cols])?;
     let launch = Launch::row(cols.div_ceil(32), kernel::THREADS * 4)?;
-    kernel::add_partials(cuda, launch, y.view_mut(), x.view(), 1, cols)?;
+    kernel::AddPartials { dw: y.view_mut(), partial: x.view(), count: 1, cols }
+        .launch(cuda, launch)?;
     assert_eq!(dev.read(y.view())?, [3.0; 64]);
     Ok(())
 }
@@ -252,7 +253,10 @@ fn a_launch_refuses_what_its_kernel_cannot_take() {
     let launch = Launch::row(1, 64).unwrap();
     let mut refused = |x: View<'_, f32>, rows| {
         let (y, rstd) = (y.view_mut(), rstd.view_mut());
-        refusal(kernel::forward(cuda, launch, y, rstd, x, w.view(), rows, 32, 0.0, 32))
+        refusal(
+            kernel::Forward { y, rstd, x, w: w.view(), rows, cols: 32, eps: 0.0, group: 32 }
+                .launch(cuda, launch),
+        )
     };
     let is = |text: &str, reason: &str| {
         let start = "device `cuda` is not available: rms_norm_forward_f32: ";
@@ -266,7 +270,10 @@ fn a_launch_refuses_what_its_kernel_cannot_take() {
     let (y, rstd) = ((&mut y).into(), (&mut rstd).into());
     let x = f64s.view();
     let w = x.range(0..32);
-    is_f64(&refusal(kernel::forward(cuda, launch, y, rstd, x, w, 2, 32, 0.0, 32)));
+    is_f64(&refusal(
+        kernel::Forward { y, rstd, x, w, rows: 2, cols: 32, eps: 0.0, group: 32 }
+            .launch(cuda, launch),
+    ));
 }
 
 #[test]
@@ -287,7 +294,8 @@ fn blocks_that_run_together_fit_the_device() {
     let x = Buffer::<f32>::zeros(&dev, "x", 128).unwrap();
     let mut launch = |blocks, cols| {
         let launch = Launch::row(blocks, kernel::THREADS * 4).unwrap().together();
-        kernel::add_partials(cuda, launch, y.view_mut(), x.view(), 1, cols)
+        kernel::AddPartials { dw: y.view_mut(), partial: x.view(), count: 1, cols }
+            .launch(cuda, launch)
     };
     launch(3, 96).unwrap();
     let is = "device `cuda` is not available: rms_norm_add_partials: 4 blocks that run together, \

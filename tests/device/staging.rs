@@ -100,7 +100,14 @@ fn calls_are_counted() {
         let none = Calls::default();
         let mut launch = |blocks| {
             let launch = Launch::row(blocks, kernel::THREADS * 4).unwrap();
-            kernel::add_partials(&cuda, launch, y.view_mut(), x.view(), 1, 32 * blocks).unwrap();
+            kernel::AddPartials {
+                dw: y.view_mut(),
+                partial: x.view(),
+                count: 1,
+                cols: 32 * blocks,
+            }
+            .launch(&cuda, launch)
+            .unwrap();
         };
         assert_eq!(of(&mut || launch(2)), Calls { launches: 1, ..none });
         assert_eq!(of(&mut || launch(0)), none);

@@ -117,7 +117,8 @@ impl Cuda {
             let launch = Launch::row(parts.count, kernels::sums::THREADS / 32 * N * 8)?;
             work(launch, partial.reborrow(), parts.share)?;
             let (launch, partial) = (Launch::row(1, 0)?, partial.view());
-            kernels::sums::total(self, launch, total, partial, parts.count, N, maxima)
+            kernels::sums::Total { total, partial, parts: parts.count, numbers: N, maxima }
+                .launch(self, launch)
         })
     }
 }

@@ -152,7 +152,16 @@ pub(super) fn run<T: Element>(
     let (turns, mut waits) = (plan.turns * shape.kv_heads * each, rest.cast::<u32>());
     let launch = Launch::threads((8 * heads).max(turns), kernel::THREADS)?;
     let (to, none) = (delta.reborrow(), waits.reborrow());
-    kernel::delta(cuda, launch, to, none, input.dout, input.out, heads, d, turns)?;
+    kernel::Delta {
+        delta: to,
+        turns: none,
+        dout: input.dout,
+        out: input.out,
+        heads,
+        d,
+        count: turns,
+    }
+    .launch(cuda, launch)?;
     let [_, from] = parts.begins();
     let middle = from + 8 * plan.tiles;
     let (tiles, visits) = (words.range(from..middle), words.range(middle..words.len()));

@@ -104,21 +104,20 @@ pub(super) fn append<T: Element>(
         let list = words.range(begin..begin + 5 * runs);
         begin += 5 * runs;
         let (angles, entries) = table.map(Table::angles).unzip();
-        kernel::append(
-            cuda,
-            Launch::row(runs * shape.kv_heads, 0)?,
-            kv.k.view_mut(),
-            kv.v.view_mut(),
-            qkv.reborrow(),
-            angles,
-            list,
-            work.pages,
-            shape.q_heads,
-            shape.kv_heads,
-            shape.head_dim,
+        kernel::Append {
+            k: kv.k.view_mut(),
+            v: kv.v.view_mut(),
+            qkv: qkv.reborrow(),
+            table: angles,
+            runs: list,
+            pages: work.pages,
+            q_heads: shape.q_heads,
+            kv_heads: shape.kv_heads,
+            d: shape.head_dim,
             page,
-            entries.unwrap_or(0),
-        )?;
+            entries: entries.unwrap_or(0),
+        }
+        .launch(cuda, Launch::row(runs * shape.kv_heads, 0)?)?;
     }
     Ok(())
 }

@@ -42,7 +42,8 @@ pub(super) fn forward<T: Element>(
     }
     let launch = Launch::row(rows.div_ceil(kernel::WARPS), 0)?;
     let Outputs { logp, lse, entropy } = out;
-    kernel::merge(cuda, launch, logp, lse, entropy, partial.view(), targets, rows, vocab)
+    kernel::Merge { logp, lse, entropy, partial: partial.view(), targets, rows, vocab }
+        .launch(cuda, launch)
 }
 
 /// Writes the partials of all rows and chunks.
@@ -113,25 +114,24 @@ pub(super) fn backward<T: Element>(
         }
         let launch = Launch::row(tiles(rows, width, 128), WIDE)?;
         let (dlogp, dentropy) = (slopes.dlogp, slopes.dentropy);
-        kernel::gradient(
-            cuda,
-            launch,
-            dz.reborrow(),
-            f.h,
+        kernel::Gradient {
+            dz: dz.reborrow(),
+            h: f.h,
             w,
-            f.targets,
-            f.lse,
+            targets: f.targets,
+            lse: f.lse,
             dlogp,
-            f.entropy,
+            entropy: f.entropy,
             dentropy,
             rows,
             n,
             width,
-            v0,
+            first: v0,
             d,
             scale,
             cap,
-        )?;
+        }
+        .launch(cuda, launch)?;
         let many = tiles(rows, d, 128) >= cuda.processors() as usize;
         let (run, side, shared): (Hidden<T>, _, _) = match many {
             true => (kernel::hidden_128x128, 128, WIDE),
@@ -147,7 +147,7 @@ pub(super) fn backward<T: Element>(
             matmul::backward_weight(dev, dw, None, dz.view(), f.h, (n, d))?;
         } else {
             let launch = Launch::row(tiles(n, d, 128), WIDE)?;
-            kernel::weight(cuda, launch, dw, dz.view(), f.h, rows, n, width, d)?;
+            kernel::Weight { dw, dz: dz.view(), h: f.h, rows, n, width, d }.launch(cuda, launch)?;
         }
     }
     Ok(())

@@ -186,17 +186,15 @@ pub(super) fn backward<T: Element>(
     let w = operand(cuda, f.w, (n, d, d), 128)?;
     let to = result(cuda, dz.reborrow(), (rows, width))?;
     let (targets, lse, dlogp) = (f.targets, f.lse, slopes.dlogp);
-    kernel::gradient::<T>(
-        cuda,
-        launch,
-        to,
+    kernel::Gradient::<T> {
+        dz: to,
         h,
         w,
         targets,
         lse,
         dlogp,
-        f.entropy,
-        slopes.dentropy,
+        entropy: f.entropy,
+        dentropy: slopes.dentropy,
         rows,
         n,
         width,
@@ -204,7 +202,8 @@ pub(super) fn backward<T: Element>(
         d,
         scale,
         cap,
-    )?;
+    }
+    .launch(cuda, launch)?;
     let tile = Tile::of_many(cuda, rows, d);
     let run = match tile {
         Tile::Wide => kernel::hidden_128x256::<T>,

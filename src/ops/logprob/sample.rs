@@ -230,10 +230,19 @@ fn on_cuda<T: Element>(
         ampere(cuda, to, keys, h, weights, draws, (vocab, d), scaling)?;
     }
     let launch = Launch::row(rows.div_ceil(kernel::WARPS), 0)?;
-    kernel::pick(cuda, launch, tokens, logp, lse.reborrow(), partial.view(), rows, vocab)?;
+    kernel::Pick { tokens, logp, lse: lse.reborrow(), partial: partial.view(), rows, vocab }
+        .launch(cuda, launch)?;
     let Some((top, lists)) = top.zip(lists) else { return Ok(()) };
     let launch = Launch::row(rows, kernel::WARPS * MOST * size_of::<u64>())?;
-    kernel::top(cuda, launch, top.tokens, top.logp, lse.view(), lists.keys.view(), vocab, top.k)
+    kernel::Top {
+        tokens: top.tokens,
+        logp: top.logp,
+        lse: lse.view(),
+        lists: lists.keys.view(),
+        vocab,
+        k: top.k,
+    }
+    .launch(cuda, launch)
 }
 
 /// The `k` best of each row and chunk.

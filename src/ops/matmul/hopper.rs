@@ -54,10 +54,18 @@ pub(super) fn forward<T: Element>(
     let w = operand(cuda, w, (n, k), cols / 2)?;
     let wide = match tile {
         Tile::Fewest => {
-            return kernel::forward_direct_64x32(cuda, launch, y, x, w, bias, residual, m, n, k);
+            return kernel::ForwardDirect { y, x, w, bias, residual, m, n, k }.launch(
+                cuda,
+                [64, 32],
+                launch,
+            );
         }
         Tile::Few => {
-            return kernel::forward_direct_64x64(cuda, launch, y, x, w, bias, residual, m, n, k);
+            return kernel::ForwardDirect { y, x, w, bias, residual, m, n, k }.launch(
+                cuda,
+                [64, 64],
+                launch,
+            );
         }
         Tile::Mid => kernel::forward_128x128,
         Tile::Wide => kernel::forward_128x256,
