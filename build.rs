@@ -132,7 +132,7 @@ fn compile(nvcc: &Path, sources: &[PathBuf], out: &Path) -> Result<(), String> {
 fn one(nvcc: &Path, version: &str, source: &Path, out: &Path) -> Result<(), String> {
     let file = |end: &str| out.join(stem(source)).with_extension(end);
     let (fatbin, depends, key) = (file("fatbin"), file("d"), file("key"));
-    let targets = if scan::hopper(&stem(source)) { &[HOPPER][..] } else { &TARGETS };
+    let targets = if scan::sm90(&stem(source)) { &[HOPPER][..] } else { &TARGETS };
     let hash = || {
         let mut h = DefaultHasher::new();
         (version, FLAGS, targets).hash(&mut h);
@@ -194,14 +194,14 @@ fn write(path: &Path, text: &str) -> Result<(), String> {
 fn module(source: &Path, compiled: bool) -> Result<String, String> {
     let text = fs::read_to_string(source).map_err(|e| format!("{}: {e}", source.display()))?;
     let stem = stem(source);
-    let hopper = scan::hopper(&stem);
+    let arch = if scan::sm90(&stem) { "Sm90" } else { "Sm80" };
     let bytes = match compiled {
         true => format!("include_bytes!(concat!(env!(\"OUT_DIR\"), \"/{stem}.fatbin\"))"),
         false => "&[]".into(),
     };
     let mut code = format!(
         "/// `kernels/{stem}.cu`\npub mod {stem} {{\n    use super::*;\n    \
-         static IMAGE: Image = Image {{ name: \"{stem}\", hopper: {hopper}, bytes: {bytes} }};\n"
+         static IMAGE: Image = Image {{ name: \"{stem}\", arch: Arch::{arch}, bytes: {bytes} }};\n"
     );
     for (name, value) in scan::constants(&text) {
         code += &format!("    pub const {name}: usize = {value};\n");

@@ -75,7 +75,7 @@ pub fn entries(text: &str) -> Result<Vec<Entry>, String> {
 }
 
 /// Whether a .cu file of this stem is for Hopper, which alone has TMA, wgmma and clusters.
-pub fn hopper(stem: &str) -> bool {
+pub fn sm90(stem: &str) -> bool {
     stem.ends_with("_sm90")
 }
 

@@ -333,7 +333,6 @@ fn type_names_are_used_once() {
         "Input",
         "Job",
         "Loaded",
-        "Machine",
         "Metrics",
         "Micro",
         "Of",

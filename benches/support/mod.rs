@@ -13,11 +13,7 @@ use std::{
 
 use criterion::{BenchmarkGroup, Throughput, measurement::WallTime};
 use warpo::{
-    device::{
-        Cpu, Cuda, Device,
-        cpu::Peak,
-        cuda::{Machine, Order},
-    },
+    device::{Arch, Cpu, Cuda, Device, cpu::Peak, cuda::Order},
     rng::{Philox, Purpose},
 };
 
@@ -67,9 +63,7 @@ pub fn device() -> &'static Device {
 pub fn gpu() -> (Device, bool) {
     let simulator = std::env::var_os("WARPO_SIM");
     let dev = match simulator.as_ref().map(Path::new) {
-        Some(library) => {
-            Cuda::simulated(library, Order::default(), Machine::Ampere).map(Device::Cuda)
-        }
+        Some(library) => Cuda::simulated(library, Order::default(), Arch::Sm80).map(Device::Cuda),
         None => Device::from_name("cuda", 0),
     };
     match dev {

@@ -3,6 +3,7 @@
 //! Ops receive a [`Device`], read [`View`]s and write [`ViewMut`]s; each op file matches on the
 //! device itself, so there is no trait that lists every op.
 
+mod arch;
 mod arena;
 mod buffer;
 pub mod cpu;
@@ -13,6 +14,7 @@ mod later;
 pub mod profile;
 mod system;
 
+pub use arch::Arch;
 pub use arena::{Arena, Scope};
 pub use buffer::{Buffer, View, ViewMut, allocated, allocations};
 pub use cpu::Cpu;
@@ -60,8 +62,8 @@ impl Device {
             ("auto", _) => Ok(Cuda::new(0).map_or_else(|_| cpu(), Self::Cuda)),
             ("cpu", _) => Ok(cpu()),
             ("cuda", _) => Cuda::new(0).map(Self::Cuda),
-            ("sim", _) => simulated(name, cuda::Machine::Ampere),
-            ("sim:hopper", _) => simulated(name, cuda::Machine::Hopper),
+            ("sim", _) => simulated(name, Arch::Sm80),
+            ("sim:hopper", _) => simulated(name, Arch::Sm90),
             (_, Some(Ok(ordinal))) => Cuda::new(ordinal).map(Self::Cuda),
             _ => Err(Error::Device {
                 wanted: name.into(),
@@ -161,8 +163,7 @@ impl Device {
     pub fn family(&self) -> &'static str {
         match self {
             Self::Cpu(_) => "cpu",
-            Self::Cuda(cuda) if cuda.hopper() => "Hopper",
-            Self::Cuda(_) => "sm_80",
+            Self::Cuda(cuda) => cuda.arch().name(),
         }
     }
 
@@ -184,11 +185,11 @@ impl Device {
 }
 
 /// The simulator, playing this machine.
-fn simulated(name: &str, machine: cuda::Machine) -> Result<Device> {
+fn simulated(name: &str, arch: Arch) -> Result<Device> {
     let Some(library) = std::env::var_os("WARPO_SIM") else {
         let reason =
             "WARPO_SIM does not name the library of the simulator, which `cargo test` builds";
         return Err(Error::Device { wanted: name.into(), reason: reason.into() });
     };
-    Cuda::simulated(library.as_ref(), cuda::Order::default(), machine).map(Device::Cuda)
+    Cuda::simulated(library.as_ref(), cuda::Order::default(), arch).map(Device::Cuda)
 }

@@ -7,10 +7,8 @@ use half::bf16;
 use warpo::{
     Result,
     device::{
-        Arena, Buffer, Cuda, Device, Later, View,
-        cuda::{
-            Launch, Machine, Map, Order, PARTS, Parts, Swizzle, Tiles, kernels::rms_norm as kernel,
-        },
+        Arch, Arena, Buffer, Cuda, Device, Later, View,
+        cuda::{Launch, Map, Order, PARTS, Parts, Swizzle, Tiles, kernels::rms_norm as kernel},
     },
 };
 
@@ -311,7 +309,7 @@ fn entries_of_hopper_have_clusters_and_tensor_maps() {
     assert_eq!((&a.name[..], a.threads, a.cluster, a.beside), ("x_sm90_forward", 384, 2, 1));
     assert_eq!((&a.params[0].c[..], &a.params[0].name[..]), ("TENSOR_MAP", "a"));
     assert_eq!((&b.name[..], b.threads, b.cluster, b.beside), ("x_sm90_add", 64, 1, 2));
-    assert!(scan::hopper("x_sm90") && !scan::hopper("x"));
+    assert!(scan::sm90("x_sm90") && !scan::sm90("x"));
 }
 
 #[test]
@@ -319,10 +317,10 @@ fn the_simulator_plays_two_machines() {
     let Some(sim) = Sim::build(Variant::Plain) else { return };
     let hopper = |dev: Device| {
         let Device::Cuda(cuda) = dev else { panic!("{dev:?}") };
-        cuda.hopper()
+        cuda.arch() == Arch::Sm90
     };
     assert!(!hopper(sim.device(Order::default())));
-    assert!(hopper(sim.device_as(Order::default(), Machine::Hopper)));
+    assert!(hopper(sim.device_as(Order::default(), Arch::Sm90)));
     assert!(hopper(sim.hopper().device(Order::default())));
 }
 

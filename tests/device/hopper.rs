@@ -7,7 +7,7 @@ use warpo::device::Device;
 
 use crate::support::{
     raw::{Arg, Boxes, Kernel},
-    sim::{self, Order, Sim, Variant},
+    sim::{self, Arch, Order, Sim, Variant},
 };
 
 const FAULTS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/faults_sm90.fatbin"));
@@ -16,10 +16,11 @@ const MAPS: &[u8] = include_bytes!(concat!(env!("OUT_DIR"), "/maps_sm90.fatbin")
 /// Whether what `sim` runs on has these instructions.
 fn has_hopper(sim: &Sim) -> bool {
     let Device::Cuda(cuda) = sim.hopper().device(Order::default()) else { return false };
-    if !cuda.hopper() {
+    let there = cuda.arch() == Arch::Sm90;
+    if !there {
         println!("skipped: this GPU is not of compute capability 9.0");
     }
-    cuda.hopper()
+    there
 }
 
 /// Whole numbers from -3 to 3: sums of a few hundred products are exact.

@@ -84,7 +84,7 @@ impl Report {
 
 /// What a .cu file is compiled for.
 fn architectures(stem: &str) -> &'static [&'static str] {
-    if scan::hopper(stem) { &["sm_90a"] } else { &["sm_80", "sm_90a"] }
+    if scan::sm90(stem) { &["sm_90a"] } else { &["sm_80", "sm_90a"] }
 }
 
 /// What ptxas said of a .cu file.
@@ -162,13 +162,13 @@ fn kernels_readme_has_the_table() {
             false => tests_of(op).iter().map(|path| fs::read_to_string(path).unwrap()).collect(),
         };
         let tested =
-            tests.contains("sim::check(") && (!scan::hopper(stem) || tests.contains("hopper"));
+            tests.contains("sim::check(") && (!scan::sm90(stem) || tests.contains("hopper"));
         let tested = if tested { "yes" } else { "no" };
         // Where there is a file for Hopper, a Hopper GPU ran that and another GPU the other.
         let twins = all.iter().any(|(other, ..)| *other == format!("{op}_sm90"));
         let ran = |text: &str| {
             let hopper = text.contains("compute capability 9.0");
-            text.contains(&format!("\"{op}")) && (!twins || hopper == scan::hopper(stem))
+            text.contains(&format!("\"{op}")) && (!twins || hopper == scan::sm90(stem))
         };
         let gpus: Vec<&str> =
             results.iter().filter(|(_, text)| ran(text)).map(|(name, _)| name.as_str()).collect();
@@ -189,7 +189,7 @@ fn kernels_readme_has_the_table() {
         let of_all: Vec<(u32, u32, u32)> = architectures(stem).iter().map(of).collect();
         let both = |number: fn(&(u32, u32, u32)) -> u32| {
             let mut texts: Vec<String> = of_all.iter().map(|r| number(r).to_string()).collect();
-            if scan::hopper(stem) {
+            if scan::sm90(stem) {
                 texts.insert(0, "-".into());
             }
             texts.join(" / ")
@@ -253,7 +253,7 @@ fn the_machine_code_is_what_was_meant() {
         // Where accumulators are touched while products are under way, ptxas waits after each.
         assert!(!said.contains("are serialized"), "kernels/{stem}.cu: {said}");
         let reports = reports(&said);
-        let (hopper, archs) = (scan::hopper(&stem), architectures(&stem));
+        let (hopper, archs) = (scan::sm90(&stem), architectures(&stem));
         let listed = |list: &[(&str, &str)], e: &scan::Entry| list.iter().any(|l| l.0 == e.name);
         for e in &entries {
             let name = format!("Function : {}\n", e.name);

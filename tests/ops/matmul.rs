@@ -3,7 +3,7 @@
 
 use warpo::{
     Result,
-    device::{Buffer, Device, Element, Float, cuda::Order},
+    device::{Arch, Buffer, Device, Element, Float, cuda::Order},
     ops::{
         activation::Activation,
         matmul::{self, After, Choice, Packed, Tile},
@@ -392,10 +392,10 @@ fn the_table_ranks_tiles_for_every_shape() {
         (16_384, 37_888, 3584, Wide, Wide),
         (1_000_000, 152_064, 3584, Wide, Wide),
     ] {
-        assert_eq!(Tile::ranked(false, 108, m, n)[0].tile, ampere, "{m} x {n}");
-        let [first, next, ..] = Tile::ranked(true, 132, m, n);
+        assert_eq!(Tile::ranked(Arch::Sm80, 108, m, n)[0].tile, ampere, "{m} x {n}");
+        let [first, next, ..] = Tile::ranked(Arch::Sm90, 132, m, n);
         assert_eq!(first.tile, hopper, "{m} x {n}");
-        let clocks = |c: &Choice| c.tile.clocks(true, 132, (m, n, k)) as f64;
+        let clocks = |c: &Choice| c.tile.clocks(Arch::Sm90, 132, (m, n, k)) as f64;
         // At 1.755 GHz.
         let rate = 2e-12 * (m * n * k) as f64 / (clocks(first) / 1.755e9);
         let loss = format!("{:?} {:.2}x", next.tile, clocks(next) / clocks(first));

@@ -16,7 +16,7 @@ use warpo::{
     device::{Buffer, Cuda, Device, Element, Float, View, ViewMut},
 };
 
-pub use warpo::device::cuda::{Machine, Order};
+pub use warpo::device::{Arch, cuda::Order};
 
 use super::{assert_close, assert_earned_to, host, randn};
 
@@ -63,7 +63,7 @@ impl Variant {
 /// The simulator in one variant, of an Ampere GPU unless told otherwise.
 pub struct Sim {
     pub variant: Variant,
-    pub machine: Machine,
+    pub arch: Arch,
     library: PathBuf,
 }
 
@@ -93,15 +93,15 @@ pub fn check<F: Fn(&Sim)>(test: F) {
     }
 }
 
-/// Runs `test` on each machine that the simulator plays, without sanitizers: those look at single
-/// kernels; or on a GPU, where `$WARPO_GPU` names one.
+/// Runs `test` on each architecture that the simulator plays, without sanitizers: those look at
+/// single kernels; or on a GPU, where `$WARPO_GPU` names one.
 pub fn on_devices(mut test: impl FnMut(&Device)) {
     if let Some(gpu) = Sim::of_gpu() {
         return test(&gpu.device(Order::default()));
     }
     let Some(sim) = Sim::build(Variant::Plain) else { return };
-    for machine in [Machine::Ampere, Machine::Hopper] {
-        test(&sim.device_as(Order::default(), machine));
+    for arch in [Arch::Sm80, Arch::Sm90] {
+        test(&sim.device_as(Order::default(), arch));
     }
 }
 
@@ -146,27 +146,27 @@ impl Sim {
     }
 
     fn of(variant: Variant, library: PathBuf) -> Self {
-        Self { variant, machine: Machine::Ampere, library }
+        Self { variant, arch: Arch::Sm80, library }
     }
 
     /// The simulator of a Hopper GPU; a GPU is what it is.
     pub fn hopper(&self) -> Self {
-        Self { machine: Machine::Hopper, library: self.library.clone(), ..*self }
+        Self { arch: Arch::Sm90, library: self.library.clone(), ..*self }
     }
 
     /// A device that runs threads and blocks in `order`; a GPU has its own.
     pub fn device(&self, order: Order) -> Device {
-        self.device_as(order, self.machine)
+        self.device_as(order, self.arch)
     }
 
-    /// The same as another machine.
-    pub fn device_as(&self, order: Order, machine: Machine) -> Device {
+    /// The same of another architecture.
+    pub fn device_as(&self, order: Order, arch: Arch) -> Device {
         static ONE: OnceLock<Device> = OnceLock::new();
         if self.variant == Variant::Gpu {
             let name = std::env::var(GPU).unwrap();
             return ONE.get_or_init(|| Device::from_name(&name, 0).unwrap()).clone();
         }
-        Device::Cuda(Cuda::simulated(&self.library, order, machine).unwrap())
+        Device::Cuda(Cuda::simulated(&self.library, order, arch).unwrap())
     }
 
     /// Orders of threads and blocks, the natural one first; fewer under a sanitizer, which looks at

@@ -2,7 +2,7 @@
 
 use std::{ffi::c_void, ptr::NonNull};
 
-use super::{Driver, Event, Kernel, Launch, Mark, device_error, map};
+use super::{Arch, Driver, Event, Kernel, Launch, Mark, device_error, map};
 use crate::error::Result;
 
 /// What a plan needs to know of a GPU.
@@ -13,8 +13,7 @@ pub struct Machine {
     /// As NVIDIA sells it.
     pub name: &'static str,
     pub processors: u32,
-    /// Compute capability 9.0.
-    pub hopper: bool,
+    pub arch: Arch,
     /// Bytes of memory, as `nvidia-smi` tells them.
     pub memory: usize,
 }
@@ -23,20 +22,20 @@ const fn machine(
     key: &'static str,
     name: &'static str,
     processors: u32,
-    hopper: bool,
+    arch: Arch,
     mib: usize,
 ) -> Machine {
-    Machine { key, name, processors, hopper, memory: mib << 20 }
+    Machine { key, name, processors, arch, memory: mib << 20 }
 }
 
 /// GPUs that plans can be made for.
 pub const MACHINES: &[Machine] = &[
-    machine("h200", "NVIDIA H200, 141 GB", 132, true, 143_771),
-    machine("h100", "NVIDIA H100 SXM, 80 GB", 132, true, 81_559),
-    machine("a100", "NVIDIA A100, 80 GB", 108, false, 81_920),
-    machine("a100-40", "NVIDIA A100, 40 GB", 108, false, 40_960),
-    machine("l40s", "NVIDIA L40S, 48 GB", 142, false, 46_068),
-    machine("rtx4090", "NVIDIA GeForce RTX 4090, 24 GB", 128, false, 24_564),
+    machine("h200", "NVIDIA H200, 141 GB", 132, Arch::Sm90, 143_771),
+    machine("h100", "NVIDIA H100 SXM, 80 GB", 132, Arch::Sm90, 81_559),
+    machine("a100", "NVIDIA A100, 80 GB", 108, Arch::Sm80, 81_920),
+    machine("a100-40", "NVIDIA A100, 40 GB", 108, Arch::Sm80, 40_960),
+    machine("l40s", "NVIDIA L40S, 48 GB", 142, Arch::Sm80, 46_068),
+    machine("rtx4090", "NVIDIA GeForce RTX 4090, 24 GB", 128, Arch::Sm80, 24_564),
 ];
 
 #[derive(Debug)]
@@ -67,8 +66,8 @@ impl Driver for Blueprint {
         self.machine.processors
     }
 
-    fn hopper(&self) -> bool {
-        self.machine.hopper
+    fn arch(&self) -> Arch {
+        self.machine.arch
     }
 
     fn tensor_map(&self, _tensor: &map::Tensor) -> Result<map::Words> {

@@ -14,7 +14,7 @@ use cudarc::driver::{
 };
 
 use super::{
-    Driver, Event, Kernel, Launch, Mark, device_error, kernels,
+    Arch, Driver, Event, Kernel, Launch, Mark, device_error, kernels,
     map::{Tensor, Words},
 };
 use crate::error::Result;
@@ -243,8 +243,8 @@ impl Driver for Gpu {
         self.facts.processors
     }
 
-    fn hopper(&self) -> bool {
-        self.facts.capability == (9, 0)
+    fn arch(&self) -> Arch {
+        if self.facts.capability == (9, 0) { Arch::Sm90 } else { Arch::Sm80 }
     }
 
     fn tensor_map(&self, tensor: &Tensor) -> Result<Words> {

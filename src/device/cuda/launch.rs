@@ -9,7 +9,7 @@ use super::{
     map::{self, Map},
 };
 use crate::{
-    device::{Element, View, ViewMut},
+    device::{Arch, Element, View, ViewMut},
     error::{Error, Result},
 };
 
@@ -81,7 +81,7 @@ pub fn width<T>(lens: &[usize], begins: &[usize]) -> usize {
 #[derive(Debug)]
 pub(super) struct Image {
     pub(super) name: &'static str,
-    pub(super) hopper: bool,
+    pub(super) arch: Arch,
     pub(super) bytes: &'static [u8],
 }
 

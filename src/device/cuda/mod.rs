@@ -25,6 +25,7 @@ use std::{
 use bytemuck::Pod;
 
 use super::{
+    arch::Arch,
     buffer::{View, ViewMut},
     float::{Element, Float},
     later::Later,
@@ -38,7 +39,7 @@ pub use blueprint::{MACHINES, Machine as Blueprint};
 pub use launch::{Launch, group, width};
 pub use map::{Map, Swizzle, Tiles};
 pub use room::{PARTS, Parts};
-pub use simulator::{Machine, Order};
+pub use simulator::Order;
 pub use staging::{Calls, Ring};
 
 /// A handle to a GPU, or to the simulator of one. Cloning shares it.
@@ -70,8 +71,7 @@ trait Driver: std::fmt::Debug + Send + Sync {
     /// What its maker calls it.
     fn name(&self) -> &str;
     fn processors(&self) -> u32;
-    /// Compute capability 9.0, for which the kernels of `*_sm90.cu` are.
-    fn hopper(&self) -> bool;
+    fn arch(&self) -> Arch;
     /// The tensor map that a kernel takes.
     fn tensor_map(&self, tensor: &map::Tensor) -> Result<map::Words>;
     /// Bytes that are free, if that is known.
@@ -170,8 +170,8 @@ impl Cuda {
 
     /// The simulator in the shared library `library`, which plays `machine` and runs threads and
     /// blocks in `order`. For tests.
-    pub fn simulated(library: &std::path::Path, order: Order, machine: Machine) -> Result<Self> {
-        let simulator = simulator::Simulator::open(library, order, machine)?;
+    pub fn simulated(library: &std::path::Path, order: Order, arch: Arch) -> Result<Self> {
+        let simulator = simulator::Simulator::open(library, order, arch)?;
         Self::over(Arc::new(simulator), Ring::SIMULATOR)
     }
 
@@ -211,9 +211,8 @@ impl Cuda {
         self.driver.processors()
     }
 
-    /// Whether this is a Hopper GPU, compute capability 9.0: it has TMA, wgmma and clusters.
-    pub fn hopper(&self) -> bool {
-        self.driver.hopper()
+    pub fn arch(&self) -> Arch {
+        self.driver.arch()
     }
 
     /// Waits for all that was launched.
@@ -405,7 +404,7 @@ impl Cuda {
         if let Some((arg, reason)) = args.wrong {
             return Err(device_error(format!("{}: `{arg}` {reason}", kernel.name)));
         }
-        if kernel.image.hopper && !self.hopper() {
+        if kernel.image.arch == Arch::Sm90 && self.arch() != Arch::Sm90 {
             let reason = "needs a Hopper GPU, compute capability 9.0";
             return Err(device_error(format!("{}: {reason}", kernel.name)));
         }
@@ -437,6 +436,8 @@ impl Cuda {
 #[doc(hidden)]
 #[allow(missing_docs)]
 pub mod kernels {
-    use super::{Args, Cuda, Element, Float, Image, Kernel, Launch, Map, Result, View, ViewMut};
+    use super::{
+        Arch, Args, Cuda, Element, Float, Image, Kernel, Launch, Map, Result, View, ViewMut,
+    };
     include!(concat!(env!("OUT_DIR"), "/kernels.rs"));
 }

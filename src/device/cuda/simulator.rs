@@ -13,7 +13,7 @@ use std::{
 use libloading::{Library, Symbol};
 
 use super::{
-    Driver, Event, Kernel, Launch, Mark, device_error,
+    Arch, Driver, Event, Kernel, Launch, Mark, device_error,
     map::{Tensor, Words},
 };
 use crate::error::Result;
@@ -25,16 +25,6 @@ pub struct Order {
     pub threads: u64,
     /// Of the blocks of a grid.
     pub blocks: u64,
-}
-
-/// Which GPU the simulator plays, and so which kernels ops choose.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub enum Machine {
-    /// Compute capability 8.0.
-    #[default]
-    Ampere,
-    /// Compute capability 9.0.
-    Hopper,
 }
 
 type Run = unsafe extern "C" fn(
@@ -105,7 +95,7 @@ impl Stream {
 pub(super) struct Simulator {
     library: Library,
     order: Order,
-    machine: Machine,
+    arch: Arch,
     stream: Mutex<Stream>,
     /// Marks are nanoseconds since then.
     opened: Instant,
@@ -113,16 +103,16 @@ pub(super) struct Simulator {
 
 impl std::fmt::Debug for Simulator {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Simulator({:?}, {:?})", self.machine, self.order)
+        write!(f, "Simulator({:?}, {:?})", self.arch, self.order)
     }
 }
 
 impl Simulator {
-    pub(super) fn open(path: &Path, order: Order, machine: Machine) -> Result<Self> {
+    pub(super) fn open(path: &Path, order: Order, arch: Arch) -> Result<Self> {
         // SAFETY: the library is our own; its constructors register kernels and do nothing else.
         let library = unsafe { Library::new(path) };
         let library = library.map_err(|e| device_error(format!("{}: {e}", path.display())))?;
-        Ok(Self { library, order, machine, stream: Mutex::default(), opened: Instant::now() })
+        Ok(Self { library, order, arch, stream: Mutex::default(), opened: Instant::now() })
     }
 
     fn under_way(&self) -> MutexGuard<'_, Stream> {
@@ -152,8 +142,8 @@ impl Driver for Simulator {
         3
     }
 
-    fn hopper(&self) -> bool {
-        self.machine == Machine::Hopper
+    fn arch(&self) -> Arch {
+        self.arch
     }
 
     fn tensor_map(&self, tensor: &Tensor) -> Result<Words> {

@@ -6,7 +6,7 @@ use std::{cmp::Reverse, ops::Range};
 use super::{Segment, Shape, Work, cuda, hopper};
 use crate::{
     device::{
-        Cuda, Element, View, ViewMut,
+        Arch, Cuda, Element, View, ViewMut,
         cuda::{Launch, kernels::attention_backward as kernel},
     },
     error::Result,
@@ -14,7 +14,7 @@ use crate::{
 
 /// Positions of a tile of keys, and rows of a tile of queries.
 fn tiles(cuda: &Cuda, shape: &Shape) -> [usize; 2] {
-    if cuda.hopper() {
+    if cuda.arch() == Arch::Sm90 {
         return hopper::backward_tiles(shape);
     }
     [if shape.head_dim <= 128 { kernel::TILE } else { kernel::WIDE_TILE }; 2]
@@ -148,7 +148,7 @@ pub(super) fn run<T: Element>(
     let heads = input.lse.len();
     let (sums, rest) = scratch.split_at(heads * d);
     let (mut delta, rest) = rest.split_at(heads);
-    let each = if cuda.hopper() { hopper::backward_turns(shape) } else { 1 };
+    let each = if cuda.arch() == Arch::Sm90 { hopper::backward_turns(shape) } else { 1 };
     let (turns, mut waits) = (plan.turns * shape.kv_heads * each, rest.cast::<u32>());
     let launch = Launch::threads((8 * heads).max(turns), kernel::THREADS)?;
     let (to, none) = (delta.reborrow(), waits.reborrow());
@@ -166,7 +166,7 @@ pub(super) fn run<T: Element>(
     let middle = from + 8 * plan.tiles;
     let (tiles, visits) = (words.range(from..middle), words.range(middle..words.len()));
     let given = Given { input, delta: delta.view(), tiles, visits, count: plan.tiles };
-    if cuda.hopper() {
+    if cuda.arch() == Arch::Sm90 {
         hopper::backward(cuda, dqkv, sums, waits, given, shape)
     } else {
         ampere(cuda, dqkv, sums, waits, given, shape)

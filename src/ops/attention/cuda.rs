@@ -3,7 +3,7 @@
 use super::{KvLayer, Parts, Shape, Work, hopper};
 use crate::{
     device::{
-        Cuda, Element, View, ViewMut,
+        Arch, Cuda, Element, View, ViewMut,
         cuda::{Launch, kernels::attention as kernel},
     },
     error::{Error, Result},
@@ -12,7 +12,7 @@ use crate::{
 
 /// Positions of a page, and of a step of attention.
 pub(super) fn page(cuda: &Cuda, shape: &Shape) -> usize {
-    if cuda.hopper() { hopper::page(shape) } else { kernel::PAGE }
+    if cuda.arch() == Arch::Sm90 { hopper::page(shape) } else { kernel::PAGE }
 }
 
 /// Rows of a tile: positions and heads of a group.
@@ -32,8 +32,11 @@ fn blocks(cuda: &Cuda, shape: &Shape) -> usize {
 
 /// Elements that blocks need to keep what they merge.
 fn stash_len(cuda: &Cuda, shape: &Shape) -> usize {
-    let threads =
-        if cuda.hopper() { hopper::threads(cuda) } else { blocks(cuda, shape) * kernel::THREADS };
+    let threads = if cuda.arch() == Arch::Sm90 {
+        hopper::threads(cuda)
+    } else {
+        blocks(cuda, shape) * kernel::THREADS
+    };
     threads * (shape.head_dim / 2 + 4)
 }
 

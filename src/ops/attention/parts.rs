@@ -4,7 +4,7 @@ use std::{cmp::Reverse, fmt, ops::Range};
 
 use super::{Segment, Shape, backward::Plan, check_pages, check_segments, cuda, hopper::Tile};
 use crate::{
-    device::{Cuda, Device, View},
+    device::{Arch, Cuda, Device, View},
     error::{Error, Result},
 };
 
@@ -63,20 +63,20 @@ struct Of {
     page: usize,
     heads: [usize; 3],
     window: Option<u32>,
-    hopper: bool,
+    arch: Arch,
 }
 
 impl Of {
     fn new(cuda: &Cuda, shape: &Shape, rows: usize, pages: usize) -> Self {
         let page = cuda::page(cuda, shape);
         let heads = [shape.q_heads, shape.kv_heads, shape.head_dim];
-        Self { rows, pages, page, heads, window: shape.window, hopper: cuda.hopper() }
+        Self { rows, pages, page, heads, window: shape.window, arch: cuda.arch() }
     }
 }
 
 impl fmt::Display for Of {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let ([q, kv, d], family) = (self.heads, if self.hopper { "Hopper" } else { "sm_80" });
+        let ([q, kv, d], family) = (self.heads, self.arch.name());
         write!(f, "{} rows, {q}/{kv} heads of {d}, ", self.rows)?;
         match self.window {
             Some(window) => write!(f, "a window of {window}, ")?,
@@ -193,7 +193,7 @@ impl Parts {
         };
         let common = tiling.common(segments, list);
         let mut long = most;
-        if cuda.hopper() {
+        if cuda.arch() == Arch::Sm90 {
             let group = common.iter().map(|c| c.of.min(tiling.rows)).max().unwrap_or(0);
             let rows = segments.iter().map(|s| s.rows).max().unwrap_or(0);
             let (own, tile) = (group.max(1) as usize, Tile::of(rows as usize, most));

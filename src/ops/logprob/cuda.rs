@@ -4,7 +4,7 @@
 use super::{CHUNK, Forward, Outputs, PARTIAL, SLICE, Settings, Slopes, hopper, slice};
 use crate::{
     device::{
-        Cuda, Device, Element, View, ViewMut,
+        Arch, Cuda, Device, Element, View, ViewMut,
         cuda::{Launch, kernels::logprob as kernel},
     },
     error::Result,
@@ -34,7 +34,7 @@ pub(super) fn forward<T: Element>(
     let mut partial = scratch.range(0..rows * vocab.div_ceil(CHUNK) * PARTIAL);
     let (to, weights) = (partial.reborrow(), w.view());
     let (scale, cap) = (settings.scale(), settings.cap());
-    if cuda.hopper() {
+    if cuda.arch() == Arch::Sm90 {
         let tile = hopper::Tile::of(rows);
         hopper::forward(cuda, tile, to, h, weights, targets, (vocab, d), (scale, cap))?;
     } else {
@@ -105,7 +105,7 @@ pub(super) fn backward<T: Element>(
         let (width, part) = (n.next_multiple_of(8), v0 * d..(v0 + n) * d);
         let mut dz = dz.reborrow().range(0..rows * width);
         let w = f.w.range(part.clone());
-        if cuda.hopper() {
+        if cuda.arch() == Arch::Sm90 {
             let dw = dw.as_mut().map(|dw| dw.reborrow().range(part));
             let part = Part { first: v0, n, width, last: v0 + n == vocab };
             let (f, dh, sums) = (Forward { w, ..f }, dh.reborrow(), sums.reborrow());

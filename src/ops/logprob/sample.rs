@@ -10,7 +10,7 @@ use super::{
 };
 use crate::{
     device::{
-        Cpu, Cuda, Device, Element, Float, View, ViewMut, Work,
+        Arch, Cpu, Cuda, Device, Element, Float, View, ViewMut, Work,
         cpu::gemm::{self, Lhs, Rhs},
         cuda::{Launch, kernels::logprob as kernel},
     },
@@ -224,7 +224,7 @@ fn on_cuda<T: Element>(
         top.as_ref().map(|top| Lists { keys: lists.range(0..parts * 2 * top.k).cast(), k: top.k });
     let (to, weights) = (partial.reborrow(), w.view());
     let (keys, scaling) = (lists.as_mut().map(Lists::reborrow), (settings.scale(), settings.cap()));
-    if cuda.hopper() {
+    if cuda.arch() == Arch::Sm90 {
         hopper::sample(cuda, to, keys, h, weights, draws, (vocab, d), scaling)?;
     } else {
         ampere(cuda, to, keys, h, weights, draws, (vocab, d), scaling)?;

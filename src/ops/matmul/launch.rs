@@ -3,7 +3,7 @@
 
 use super::{After, Tile, hopper};
 use crate::{
-    device::{Cuda, Element, View, ViewMut, cuda::kernels::matmul as kernel},
+    device::{Arch, Cuda, Element, View, ViewMut, cuda::kernels::matmul as kernel},
     error::Result,
 };
 
@@ -20,7 +20,7 @@ impl Tile {
         residual: Option<View<'_, T>>,
         (m, n, k): (usize, usize, usize),
     ) -> Result<()> {
-        if cuda.hopper() {
+        if cuda.arch() == Arch::Sm90 {
             return hopper::forward(self, cuda, y, x, w, bias, residual, (m, n, k));
         }
         let run = match self {
@@ -43,7 +43,7 @@ impl Tile {
         bias: Option<View<'_, T>>,
         (m, cols, k): (usize, usize, usize),
     ) -> Result<()> {
-        if cuda.hopper() {
+        if cuda.arch() == Arch::Sm90 {
             return hopper::activated(self, cuda, after, y, up, x, w, bias, (m, cols, k));
         }
         let run = match (self, after.gated) {
@@ -69,7 +69,7 @@ impl Tile {
         w: View<'_, T>,
         (m, n, k): (usize, usize, usize),
     ) -> Result<()> {
-        if cuda.hopper() {
+        if cuda.arch() == Arch::Sm90 {
             return hopper::backward_input(self, cuda, dx, dy, w, (m, n, k));
         }
         let run = match self {
@@ -89,7 +89,7 @@ impl Tile {
         x: View<'_, T>,
         (m, n, k): (usize, usize, usize),
     ) -> Result<()> {
-        if cuda.hopper() {
+        if cuda.arch() == Arch::Sm90 {
             return hopper::backward_weight(self, cuda, dw, dbias, dy, x, (m, n, k));
         }
         let run = match self {

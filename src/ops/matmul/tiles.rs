@@ -2,7 +2,7 @@
 //! Tiles of one file differ in speed only: every sum is the same chain in all of them.
 
 use crate::{
-    device::{Cuda, cuda::Launch},
+    device::{Arch, Cuda, cuda::Launch},
     error::Result,
 };
 
@@ -152,8 +152,11 @@ const HOPPER: Family = Family {
 };
 
 impl Family {
-    const fn of(hopper: bool) -> &'static Self {
-        if hopper { &HOPPER } else { &AMPERE }
+    const fn of(arch: Arch) -> &'static Self {
+        match arch {
+            Arch::Sm80 => &AMPERE,
+            Arch::Sm90 => &HOPPER,
+        }
     }
 
     fn choice(&self, tile: Tile) -> &Choice {
@@ -183,12 +186,12 @@ impl Family {
 impl Tile {
     /// The one for a product of `m` x `n`.
     pub fn of(cuda: &Cuda, m: usize, n: usize) -> Self {
-        Self::ranked(cuda.hopper(), cuda.processors() as usize, m, n)[0].tile
+        Self::ranked(cuda.arch(), cuda.processors() as usize, m, n)[0].tile
     }
 
     /// As [`Tile::of`], for products that have no tiles for few rows.
     pub fn of_many(cuda: &Cuda, m: usize, n: usize) -> Self {
-        let ranked = Self::ranked(cuda.hopper(), cuda.processors() as usize, m, n);
+        let ranked = Self::ranked(cuda.arch(), cuda.processors() as usize, m, n);
         ranked
             .iter()
             .find(|c| matches!(c.tile, Self::Wide | Self::Mid))
@@ -197,8 +200,8 @@ impl Tile {
 
     /// All of them, the fastest first, on a GPU of `processors` multiprocessors. Nothing was
     /// measured on a GPU yet: this follows from counting.
-    pub fn ranked(hopper: bool, processors: usize, m: usize, n: usize) -> [&'static Choice; 4] {
-        let family = Family::of(hopper);
+    pub fn ranked(arch: Arch, processors: usize, m: usize, n: usize) -> [&'static Choice; 4] {
+        let family = Family::of(arch);
         let mut all = family.tiles.each_ref();
         all.sort_by_key(|c| family.clocks(c, processors, m, n));
         all
@@ -206,13 +209,8 @@ impl Tile {
 
     /// Clocks that a product of `m` x `n` over `k` takes on a GPU of `processors` multiprocessors,
     /// as counted: what [`Tile::ranked`] goes by.
-    pub fn clocks(
-        self,
-        hopper: bool,
-        processors: usize,
-        (m, n, k): (usize, usize, usize),
-    ) -> usize {
-        let family = Family::of(hopper);
+    pub fn clocks(self, arch: Arch, processors: usize, (m, n, k): (usize, usize, usize)) -> usize {
+        let family = Family::of(arch);
         family.clocks(family.choice(self), processors, m, n).saturating_mul(k.div_ceil(64))
     }
 
@@ -225,11 +223,11 @@ impl Tile {
     /// or two where they are `pairs`. On Hopper at most one a multiprocessor, which goes from tile
     /// to tile.
     pub fn launch(self, cuda: &Cuda, m: usize, n: usize, pairs: bool) -> Result<Launch> {
-        let c = Family::of(cuda.hopper()).choice(self);
+        let c = Family::of(cuda.arch()).choice(self);
         let ((rows, cols), cluster) = (c.sizes, c.cluster);
         let width = if pairs { cols / 2 } else { cols };
         let groups = m.div_ceil(rows * cluster).saturating_mul(n.div_ceil(width));
-        let most = match Family::of(cuda.hopper()).persistent {
+        let most = match Family::of(cuda.arch()).persistent {
             true => (cuda.processors() as usize / cluster).max(1),
             false => groups,
         };

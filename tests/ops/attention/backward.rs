@@ -9,7 +9,7 @@ use warpo::{
 use super::{Case, Part, assert_same, shape, shared::Group};
 use crate::support::{
     randn, refusal,
-    sim::{self, Lab, Machine, Order, Sim, Variant},
+    sim::{self, Arch, Lab, Order, Sim, Variant},
 };
 
 /// Backward at one shape: of sequences of these lengths, or of a prompt and what follows it.
@@ -106,8 +106,8 @@ fn kernels_go_backward_through_shared_prompts_as_the_cpu() {
 }
 
 /// Whole sequences in any company.
-fn backward_in_any_company(sim: &Sim, machine: Machine) {
-    let dev = sim.device_as(Order { threads: 3, blocks: 1 }, machine);
+fn backward_in_any_company(sim: &Sim, arch: Arch) {
+    let dev = sim.device_as(Order { threads: 3, blocks: 1 }, arch);
     let (s, lens) = (shape(4, 2, 64), [50, 1, 33]);
     let case = Case::<bf16>::random(&dev, s.clone(), &lens);
     let width = s.q_heads * s.head_dim;
@@ -128,14 +128,14 @@ fn backward_in_any_company(sim: &Sim, machine: Machine) {
 
 #[test]
 fn rows_of_backward_kernels_do_not_see_their_batch() {
-    sim::check(|sim| backward_in_any_company(sim, Machine::Ampere));
+    sim::check(|sim| backward_in_any_company(sim, Arch::Sm80));
 }
 
 /// A bad number of `dout` or of a query, key or value, in every other sequence: the rest feels
 /// nothing, and the gradients of the bad row's head are bad. It is the row behind the first
 /// sequence's last, so that a tile of those rows that is brought whole brings it too.
-fn backward_keeps_nan(sim: &Sim, machine: Machine) {
-    let dev = sim.device_as(Order::default(), machine);
+fn backward_keeps_nan(sim: &Sim, arch: Arch) {
+    let dev = sim.device_as(Order::default(), arch);
     let (s, lens) = (shape(2, 2, 64), [5, 70, 6]);
     let case = Case::<bf16>::random(&dev, s.clone(), &lens);
     let dout = vec![bf16::ONE; 81 * 128];
@@ -162,13 +162,13 @@ fn backward_keeps_nan(sim: &Sim, machine: Machine) {
 
 #[test]
 fn a_nan_of_backward_kernels_stays_in_its_sequence() {
-    sim::check(|sim| backward_keeps_nan(sim, Machine::Ampere));
+    sim::check(|sim| backward_keeps_nan(sim, Arch::Sm80));
 }
 
 /// Where all that a row sees has scores far below zero, e^-lse is no number: what is not seen, and
 /// rows and keys of a tile that are not there, must not be weighed by it.
-fn backward_stays_finite(sim: &Sim, machine: Machine) {
-    let dev = sim.device_as(Order::default(), machine);
+fn backward_stays_finite(sim: &Sim, arch: Arch) {
+    let dev = sim.device_as(Order::default(), arch);
     for window in [None, Some(40)] {
         let shape = Shape { scale: 10.0, window, ..shape(3, 1, 64) };
         let group = Group { shape, prompt: 70, rest: [1, 80, 3] };
@@ -189,8 +189,8 @@ fn backward_stays_finite(sim: &Sim, machine: Machine) {
 #[test]
 fn gradients_of_kernels_are_finite_where_scores_are_far_below_zero() {
     let Some(sim) = Sim::plain() else { return };
-    backward_stays_finite(&sim, Machine::Ampere);
-    backward_stays_finite(&sim, Machine::Hopper);
+    backward_stays_finite(&sim, Arch::Sm80);
+    backward_stays_finite(&sim, Arch::Sm90);
 }
 
 #[test]
@@ -275,10 +275,10 @@ fn kernels_on_hopper_go_backward_through_shared_prompts_as_the_cpu() {
 
 #[test]
 fn rows_of_backward_kernels_on_hopper_do_not_see_their_batch() {
-    sim::check(|sim| backward_in_any_company(sim, Machine::Hopper));
+    sim::check(|sim| backward_in_any_company(sim, Arch::Sm90));
 }
 
 #[test]
 fn a_nan_of_backward_kernels_on_hopper_stays_in_its_sequence() {
-    sim::check(|sim| backward_keeps_nan(sim, Machine::Hopper));
+    sim::check(|sim| backward_keeps_nan(sim, Arch::Sm90));
 }

@@ -10,7 +10,7 @@ use super::{
     Case, Part, assert_same, chunks_have_the_bits_of_the_whole, shape,
     shared::{Group, turns_as_rope},
 };
-use crate::support::sim::{self, Lab, Machine, Order, Sim, Variant};
+use crate::support::sim::{self, Arch, Lab, Order, Sim, Variant};
 
 /// Forward at one shape, with sequences of these lengths.
 struct Attend {
@@ -68,8 +68,8 @@ fn kernels_give_chunks_and_decoding_the_bits_of_the_whole() {
     });
 }
 
-fn decode_long_sequences(sim: &Sim, machine: Machine) {
-    let dev = sim.device_as(Order::default(), machine);
+fn decode_long_sequences(sim: &Sim, arch: Arch) {
+    let dev = sim.device_as(Order::default(), arch);
     let plain = matches!(sim.variant, Variant::Plain | Variant::Gpu);
     let len = if plain { 2049 } else { 1090 };
     for window in [None, Some(600)] {
@@ -97,12 +97,12 @@ fn decode_long_sequences(sim: &Sim, machine: Machine) {
 /// bits of the row in training, and so has a prompt in pieces.
 #[test]
 fn kernels_decode_long_sequences_with_the_bits_of_training() {
-    sim::check(|sim| decode_long_sequences(sim, Machine::Ampere));
+    sim::check(|sim| decode_long_sequences(sim, Arch::Sm80));
 }
 
 #[test]
 fn kernels_on_hopper_decode_long_sequences_with_the_bits_of_training() {
-    sim::check(|sim| decode_long_sequences(sim, Machine::Hopper));
+    sim::check(|sim| decode_long_sequences(sim, Arch::Sm90));
 }
 
 #[test]
@@ -116,8 +116,8 @@ fn kernels_give_a_shared_prompt_the_bits_of_its_own() {
     });
 }
 
-fn decode_groups(sim: &Sim, machine: Machine) {
-    let dev = sim.device_as(Order::default(), machine);
+fn decode_groups(sim: &Sim, arch: Arch) {
+    let dev = sim.device_as(Order::default(), arch);
     let plain = matches!(sim.variant, Variant::Plain | Variant::Gpu);
     let page = shape(1, 1, 64).page(&dev);
     let run = |s: &Shape, prompt: usize, rest: [usize; 3]| {
@@ -144,12 +144,12 @@ fn decode_groups(sim: &Sim, machine: Machine) {
 /// block takes all of the group, or some.
 #[test]
 fn kernels_decode_a_group_with_the_bits_of_training() {
-    sim::check(|sim| decode_groups(sim, Machine::Ampere));
+    sim::check(|sim| decode_groups(sim, Arch::Sm80));
 }
 
 #[test]
 fn kernels_on_hopper_decode_a_group_with_the_bits_of_training() {
-    sim::check(|sim| decode_groups(sim, Machine::Hopper));
+    sim::check(|sim| decode_groups(sim, Arch::Sm90));
 }
 
 #[test]
@@ -240,8 +240,8 @@ fn sanitized(sim: &Sim) -> bool {
 
 /// More sequences than blocks, so that a block takes one after the other: each row has the bits
 /// that it has alone.
-fn blocks_are_used_again(sim: &Sim, machine: Machine) {
-    let dev = sim.device_as(Order::default(), machine);
+fn blocks_are_used_again(sim: &Sim, arch: Arch) {
+    let dev = sim.device_as(Order::default(), arch);
     let count = if sim.variant == Variant::Gpu { 600 } else { 7 };
     let s = shape(8, 4, 64);
     let lens: Vec<usize> =
@@ -268,10 +268,10 @@ fn blocks_are_used_again(sim: &Sim, machine: Machine) {
 
 #[test]
 fn kernels_use_blocks_again() {
-    sim::check(|sim| blocks_are_used_again(sim, Machine::Ampere));
+    sim::check(|sim| blocks_are_used_again(sim, Arch::Sm80));
 }
 
 #[test]
 fn kernels_on_hopper_use_blocks_again() {
-    sim::check(|sim| blocks_are_used_again(sim, Machine::Hopper));
+    sim::check(|sim| blocks_are_used_again(sim, Arch::Sm90));
 }

@@ -9,7 +9,7 @@ use warpo::{
 use super::{Case, assert_same, shape};
 use crate::support::{
     assert_norm, host, refusal,
-    sim::{Machine, Order, Sim, Variant},
+    sim::{Arch, Order, Sim, Variant},
 };
 
 /// What the words of a batch are, those of runs and of the backward pass aside.
@@ -206,9 +206,9 @@ fn decode_alike(dev: &Device, s: &Shape, groups: &[Alike<'_>]) {
 /// What stands between launches, at each width of heads: groups of several sizes, where a block
 /// takes all of one or some; pages in common that are fewer than a part of the softmax, and more;
 /// rows that are split, alone and in a group, and rows that are not.
-fn decode_in_groups(machine: Machine) {
+fn decode_in_groups(arch: Arch) {
     let Some(sim) = Sim::plain() else { return };
-    let dev = sim.device_as(Order { threads: 5, blocks: 1 }, machine);
+    let dev = sim.device_as(Order { threads: 5, blocks: 1 }, arch);
     for d in [80, 96, 128, 256] {
         let few = shape(3, 1, d);
         let page = few.page(&dev);
@@ -239,10 +239,10 @@ fn decode_in_groups(machine: Machine) {
 
 #[test]
 fn kernels_decode_in_groups_at_all_widths() {
-    decode_in_groups(Machine::Ampere);
+    decode_in_groups(Arch::Sm80);
 }
 
 #[test]
 fn kernels_on_hopper_decode_in_groups_at_all_widths() {
-    decode_in_groups(Machine::Hopper);
+    decode_in_groups(Arch::Sm90);
 }
