@@ -11,6 +11,8 @@
 
 #[path = "gpu/attention.rs"]
 mod attention;
+#[path = "gpu/cublaslt.rs"]
+mod cublaslt;
 #[path = "gpu/gradients.rs"]
 mod gradients;
 #[path = "gpu/heads.rs"]

@@ -24,7 +24,6 @@ mod data {
 mod device {
     mod arena;
     mod buffer;
-    mod cublaslt;
     mod cuda;
     mod gemm;
     mod hopper;

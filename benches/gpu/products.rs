@@ -7,10 +7,7 @@ use half::bf16;
 use serde_json::json;
 use warpo::{
     Result,
-    device::{
-        Buffer, Device, Element,
-        cuda::cublaslt::{Algorithm, Lt, Of, Product},
-    },
+    device::{Buffer, Device, Element},
     ops::{
         activation::Activation,
         matmul::{self, After, Packed, Weight},
@@ -18,7 +15,10 @@ use warpo::{
     rng::{Philox, Purpose},
 };
 
-use super::Bench;
+use super::{
+    Bench,
+    cublaslt::{Algorithm, Lt, Of, Product},
+};
 
 /// Weights of a layer: name, outputs, inputs.
 type Weights = [(&'static str, usize, usize); 4];
@@ -170,7 +170,7 @@ impl Lab {
     fn new(b: &Bench, jobs: &[Job]) -> Self {
         let most = |i: usize| jobs.iter().map(|job| job.sizes()[i]).max().unwrap_or(0);
         let room = if b.tiny { 0 } else { ROUND / 2 };
-        let (out, lt) = (most(3).max(room), b.cuda().cublaslt());
+        let (out, lt) = (most(3).max(room), Lt::new(b.cuda()));
         match &lt {
             Ok(lt) => println!("cuBLASLt {}", lt.version()),
             Err(e) => println!("products are measured alone: {e}"),

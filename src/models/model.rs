@@ -9,7 +9,7 @@ use crate::{
     device::{Buffer, Device, Element, View, ViewMut},
     error::{Error, Result},
     ops::{
-        matmul::{self, Packed, Weight},
+        matmul::{Packed, Weight},
         rope,
     },
 };
@@ -82,11 +82,9 @@ impl<T: Element> Model<T> {
             .then(|| Params::zeros(dev, "f32 weights", &layout))
             .transpose()?;
         let params = Params::zeros(dev, "weights", &layout)?;
-        let sides = sides(&spec);
-        sides.iter().try_for_each(|(n, k)| matmul::prepare::<T>(dev, *n, *k))?;
         let (mut blocks, mut lm) = (Vec::new(), None);
         if let Device::Cpu(_) = dev {
-            let [qkv, out, up, down] = sides;
+            let [qkv, out, up, down] = sides(&spec);
             let new = |(n, k)| Packed::new(dev, n, k);
             for _ in 0..spec.layers {
                 let (qkv, out, up, down) = (new(qkv)?, new(out)?, new(up)?, new(down)?);

@@ -6,10 +6,6 @@
 //! bits whatever the number of rows, threads, tiles, or the instruction set. On the CPU a weight
 //! gradient has the same bits however its rows are split into micro-batches; on a CUDA device it is
 //! the sum of the sums of each.
-//!
-//! A device that was made by [`Cuda::with_cublaslt`] multiplies with NVIDIA's library instead where
-//! nothing but the product is asked for and an algorithm passed a comparison of bits over numbers
-//! of rows.
 
 mod hopper;
 mod launch;
@@ -19,9 +15,8 @@ pub use tiles::{Choice, Tile};
 
 use crate::{
     device::{
-        Buffer, Cuda, Device, Element, Float, View, ViewMut, Work,
+        Buffer, Device, Element, Float, View, ViewMut, Work,
         cpu::gemm::{self, Lhs, Rhs},
-        cuda::cublaslt::{Algorithm, Lt, Of, Product},
     },
     error::{Error, Result},
     ops::{
@@ -70,21 +65,6 @@ impl<'a, T: Element> From<&'a Packed<T>> for Weight<'a, T> {
     }
 }
 
-/// Gets ready to multiply by weights `[n, k]` on this device: cuBLASLt's algorithms are chosen
-/// here, where the device may use it, since choosing takes memory.
-///
-/// # Errors
-/// [`crate::Error::Value`] if `k` is no multiple of 8 on a CUDA device.
-pub fn prepare<T: Element>(dev: &Device, n: usize, k: usize) -> Result<()> {
-    if let Device::Cuda(cuda) = dev {
-        eights("matmul", 0, k)?;
-        for of in [Of::Forward, Of::BackwardInput, Of::BackwardWeight] {
-            pinned::<T>(cuda, of, n, k)?;
-        }
-    }
-    Ok(())
-}
-
 /// A [`Weight`] in memory of its own, made anew after each optimizer step: what the CPU needs.
 #[derive(Debug)]
 pub struct Packed<T: 'static> {
@@ -100,7 +80,9 @@ impl<T: Element> Packed<T> {
     /// [`crate::Error::Memory`] if there is no room, [`crate::Error::Value`] if `k` is no multiple
     /// of 8 on a CUDA device.
     pub fn new(dev: &Device, n: usize, k: usize) -> Result<Self> {
-        prepare::<T>(dev, n, k)?;
+        if let Device::Cuda(_) = dev {
+            eights("matmul", 0, k)?;
+        }
         Ok(Self { data: Buffer::new(dev, "a packed weight", Self::len(dev, n, k))?, n, k })
     }
 
@@ -136,18 +118,6 @@ impl<T: Element> Packed<T> {
             }
             Device::Cuda(_) => dev.copy(self.data.view_mut(), w),
         }
-    }
-}
-
-/// Its products in a profile.
-const LT: &str = "cublaslt";
-
-/// cuBLASLt's algorithm for a weight, where the device may use it and it has one whose rows do not
-/// see their batch.
-fn pinned<T: Element>(cuda: &Cuda, of: Of, n: usize, k: usize) -> Result<Option<(&Lt, Algorithm)>> {
-    match cuda.provider() {
-        Some(lt) if T::NAME == half::bf16::NAME => Ok(lt.pinned(of, n, k)?.map(|a| (lt, a))),
-        _ => Ok(None),
     }
 }
 
@@ -214,13 +184,6 @@ pub fn forward<'a, T: Element>(
         }
         Device::Cuda(_) if m == 0 => Ok(()),
         Device::Cuda(cuda) => {
-            if let (None, None) = (&bias, &residual)
-                && let Some((lt, algorithm)) = pinned::<T>(cuda, Of::Forward, n, k)?
-            {
-                let product = Product { of: Of::Forward, m, n, k };
-                return cuda
-                    .launches(LT, || lt.product(&product, &algorithm, y, (x, w.view()), false));
-            }
             let sizes = (m, n, k);
             Tile::of(cuda, m, n).forward(cuda, y, x, w.view(), bias, residual, sizes)
         }
@@ -237,7 +200,7 @@ pub struct After {
 
 /// `up = x Wᵀ (+ bias)` and `y = act(up)`, or `act(gate) * partner` of its halves: `x` `[m, k]`,
 /// `up` `[m, n]`, `y` `[m, n]` or `[m, n / 2]`. The bits are those of [`forward`] and the
-/// activation in turn, unless [`forward`] multiplies with cuBLASLt.
+/// activation in turn.
 #[allow(clippy::too_many_arguments)]
 pub fn activated<'a, T: Element>(
     dev: &Device,
@@ -299,10 +262,6 @@ pub fn backward_input<T: Element>(
         Device::Cuda(_) if m == 0 => Ok(()),
         Device::Cuda(cuda) => {
             eights(OP, n, k)?;
-            if let Some((lt, algorithm)) = pinned::<T>(cuda, Of::BackwardInput, n, k)? {
-                let product = Product { of: Of::BackwardInput, m, n, k };
-                return cuda.launches(LT, || lt.product(&product, &algorithm, dx, (dy, w), false));
-            }
             Tile::of_many(cuda, m, k).backward_input(cuda, dx, dy, w, (m, n, k))
         }
     }
@@ -347,12 +306,6 @@ pub fn backward_weight<T: Element>(
         Device::Cuda(_) if m == 0 => Ok(()),
         Device::Cuda(cuda) => {
             eights(OP, n, k)?;
-            if dbias.is_none()
-                && let Some((lt, algorithm)) = pinned::<T>(cuda, Of::BackwardWeight, n, k)?
-            {
-                let product = Product { of: Of::BackwardWeight, m, n, k };
-                return cuda.launches(LT, || lt.product(&product, &algorithm, dw, (dy, x), true));
-            }
             Tile::of_many(cuda, n, k).backward_weight(cuda, dw, dbias, dy, x, (m, n, k))
         }
     }

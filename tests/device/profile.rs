@@ -392,9 +392,9 @@ fn nvidias_profilers_are_told_of_phases_and_ops() {
     assert!(text.contains("<rollout><matmul></></>"), "{text}");
 }
 
-/// Public functions of `src/ops` that take a device and are no ops of a step: they say how much
-/// room is needed, make it, or prepare what a step then uses.
-const NO_OPS: [&str; 14] = [
+/// Public functions of `src/ops` that take a device and open no span: they report or allocate the
+/// memory that a step uses.
+const NO_OPS: [&str; 13] = [
     "attention.rs::forward_scratch_len",
     "attention.rs::page",
     "attention.rs::supported",
@@ -404,7 +404,6 @@ const NO_OPS: [&str; 14] = [
     "attention/parts.rs::set",
     "matmul.rs::bytes",
     "matmul.rs::new",
-    "matmul.rs::prepare",
     "matmul.rs::rows",
     "matmul.rs::width",
     "rope.rs::new",

@@ -7,7 +7,6 @@
 #![allow(unsafe_code)]
 
 mod blueprint;
-pub mod cublaslt;
 mod driver;
 mod launch;
 mod map;
@@ -48,7 +47,6 @@ pub struct Cuda {
     driver: Arc<dyn Driver>,
     staging: Arc<staging::Staging>,
     room: Arc<Mutex<room::Room>>,
-    lt: Option<Arc<cublaslt::Lt>>,
     profile: Option<Profile>,
 }
 
@@ -125,7 +123,7 @@ trait Driver: std::fmt::Debug + Send + Sync {
         launch: Launch,
         args: &mut [*mut c_void],
     ) -> Result<()>;
-    /// The stream of all work, for a library of NVIDIA's; its context becomes that of this thread.
+    /// As [`Cuda::stream`].
     fn stream(&self) -> Result<*mut c_void> {
         Err(device_error("NVIDIA's libraries need a GPU"))
     }
@@ -183,7 +181,7 @@ impl Cuda {
 
     fn over(driver: Arc<dyn Driver>, ring: Ring) -> Result<Self> {
         let (room, staging) = (room::Room::new(&driver)?, staging::Staging::new(&driver, ring)?);
-        Ok(Self { driver, staging, room, lt: None, profile: None })
+        Ok(Self { driver, staging, room, profile: None })
     }
 
     /// The same device, whose writes go through another ring, and whose [`Cuda::calls`] begin at 0.
@@ -213,6 +211,11 @@ impl Cuda {
 
     pub fn arch(&self) -> Arch {
         self.driver.arch()
+    }
+
+    /// The stream of all work, for a library of NVIDIA's; its context becomes this thread's.
+    pub fn stream(&self) -> Result<*mut c_void> {
+        self.driver.stream()
     }
 
     /// Waits for all that was launched.

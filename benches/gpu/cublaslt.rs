@@ -1,26 +1,14 @@
-//! NVIDIA's cuBLASLt, where its library is installed: what the products of the benches are held
-//! against, and another provider of products whose rows do not see their batch. Nothing needs it.
+//! NVIDIA's cuBLASLt, where its library is installed: the yardstick of the product benches.
 
-use std::{
-    collections::HashMap,
-    ffi::c_void,
-    fmt,
-    sync::{Arc, Mutex, PoisonError},
-};
+#![allow(unsafe_code)]
+
+use std::{ffi::c_void, fmt};
 
 use cudarc::cublaslt::sys;
 use half::bf16;
-
-use super::{Cuda, PACKET, device_error};
-use crate::{
-    device::{
-        Device,
-        buffer::{Buffer, View, ViewMut},
-        float::Element,
-    },
-    error::Result,
-    rng::{Philox, Purpose},
-    shape,
+use warpo::{
+    Error, Result,
+    device::{Buffer, Cuda, Device, Element, View, ViewMut},
 };
 
 /// What NVIDIA recommends on Hopper.
@@ -29,11 +17,11 @@ const WORKSPACE: usize = 32 << 20;
 /// The most algorithms that are asked for.
 const ALGORITHMS: usize = 32;
 
-/// Numbers of rows at which [`Lt::pinned`] compares bits, the largest last.
-const ROWS: [usize; 6] = [1, 7, 64, 200, 1024, 4096];
+/// Bytes that every operand's address is a multiple of.
+const PACKET: usize = 16;
 
 /// Which product of a linear layer with weight `w` `[n, k]`, over `m` rows.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Of {
     /// `y = x Wᵀ`: `x` `[m, k]`, `y` `[m, n]` bf16.
     Forward,
@@ -86,7 +74,6 @@ pub struct Algorithm {
     stages: u32,
     /// Parts that the reduced axis is split into.
     split: i32,
-    reduction: u32,
 }
 
 impl fmt::Display for Algorithm {
@@ -115,14 +102,12 @@ impl Algorithm {
             tile: get(A::CUBLASLT_ALGO_CONFIG_TILE_ID)?,
             stages: get(A::CUBLASLT_ALGO_CONFIG_STAGES_ID)?,
             split: get(A::CUBLASLT_ALGO_CONFIG_SPLITK_NUM)?.cast_signed(),
-            reduction: get(A::CUBLASLT_ALGO_CONFIG_REDUCTION_SCHEME)?,
         })
     }
+}
 
-    /// Whether one block makes the whole sum of an output.
-    pub fn whole(&self) -> bool {
-        (0..=1).contains(&self.split) && self.reduction == 0
-    }
+fn device_error(reason: impl Into<String>) -> Error {
+    Error::Device { wanted: "cuda".into(), reason: reason.into() }
 }
 
 fn check(doing: &str, status: sys::cublasStatus_t) -> Result<()> {
@@ -204,54 +189,32 @@ pub struct Lt {
     handle: Owned<sys::cublasLtHandle_t>,
     /// Products run one after the other, so they share it.
     workspace: Buffer<'static, u8>,
-    /// What [`Lt::pinned`] found.
-    pinned: Mutex<HashMap<(Of, usize, usize), Option<Algorithm>>>,
 }
-
-// SAFETY: the library's handle may be used from any thread, and all work goes to one stream.
-unsafe impl Send for Lt {}
-// SAFETY: as above.
-unsafe impl Sync for Lt {}
 
 impl Drop for Lt {
     fn drop(&mut self) {
         // The handle is destroyed in the context that it was made in.
-        let _ = self.cuda.driver.stream();
+        let _ = self.cuda.stream();
     }
 }
 
-impl Cuda {
+impl Lt {
     /// cuBLASLt for this GPU.
-    pub fn cublaslt(&self) -> Result<Lt> {
+    pub fn new(cuda: &Cuda) -> Result<Self> {
         // Without the library every other call of the crate would panic.
         // SAFETY: looks for the library and opens it.
         if !unsafe { sys::is_culib_present() } {
             return Err(device_error("libcublasLt.so.13 was not found: cuBLASLt is not installed"));
         }
-        self.driver.stream()?;
+        cuda.stream()?;
         let handle = Owned::new("the handle", sys::cublasLtDestroy, |to| {
             // SAFETY: `to` is writable, and the GPU's context is that of this thread.
             unsafe { sys::cublasLtCreate(to) }
         })?;
-        let plain = Self { lt: None, ..self.clone() };
-        let workspace = Buffer::new(&Device::Cuda(plain.clone()), "cuBLASLt", WORKSPACE)?;
-        let pinned = Mutex::default();
-        Ok(Lt { cuda: plain, handle, workspace, pinned })
+        let workspace = Buffer::new(&Device::Cuda(cuda.clone()), "cuBLASLt", WORKSPACE)?;
+        Ok(Self { cuda: cuda.clone(), handle, workspace })
     }
 
-    /// The same device, for ops that may then multiply with cuBLASLt, by [`Lt::pinned`] algorithms.
-    pub fn with_cublaslt(self) -> Result<Self> {
-        let lt = Some(Arc::new(self.cublaslt()?));
-        Ok(Self { lt, ..self })
-    }
-
-    /// The library, where ops may use it.
-    pub fn provider(&self) -> Option<&Lt> {
-        self.lt.as_deref()
-    }
-}
-
-impl Lt {
     /// Its version, such as 130002 for 13.0.2.
     pub fn version(&self) -> usize {
         // SAFETY: the library is there.
@@ -260,11 +223,6 @@ impl Lt {
 
     /// The library's algorithms for a product, those first that it expects to be fast.
     pub fn algorithms(&self, product: &Product) -> Result<Vec<Algorithm>> {
-        self.search(product, true)
-    }
-
-    /// The same, with such that split sums or without.
-    fn search(&self, product: &Product, split: bool) -> Result<Vec<Algorithm>> {
         use sys::cublasLtMatmulPreferenceAttributes_t as A;
         let told = Described::new(product)?;
         let destroy = sys::cublasLtMatmulPreferenceDestroy;
@@ -282,10 +240,6 @@ impl Lt {
         };
         let workspace = (WORKSPACE as u64).to_ne_bytes();
         set(A::CUBLASLT_MATMUL_PREF_MAX_WORKSPACE_BYTES, &workspace)?;
-        if !split {
-            // CUBLASLT_REDUCTION_SCHEME_NONE
-            set(A::CUBLASLT_MATMUL_PREF_REDUCTION_SCHEME_MASK, &0u32.to_ne_bytes())?;
-        }
         for operand in [
             A::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_A_BYTES,
             A::CUBLASLT_MATMUL_PREF_MIN_ALIGNMENT_B_BYTES,
@@ -303,7 +257,7 @@ impl Lt {
         };
         let (mut found, mut count) = ([none; ALGORITHMS], 0);
         let [a, b, d] = &told.layouts;
-        self.cuda.driver.stream()?;
+        self.cuda.stream()?;
         // SAFETY: all objects are alive, and there is room for as many results as are asked for.
         let status = unsafe {
             sys::cublasLtMatmulAlgoGetHeuristic(
@@ -344,9 +298,9 @@ impl Lt {
             }
         }
         let [a, b, d] = product.by_columns();
-        shape::check("cublaslt", "left", &[b.cols, b.rows], left.len())?;
-        shape::check("cublaslt", "right", &[a.cols, a.rows], right.len())?;
-        shape::check("cublaslt", "out", &[d.cols, d.rows], out.len())?;
+        let sizes = [left.len(), right.len(), out.len()];
+        let wanted = [b, a, d].map(|matrix| matrix.cols * matrix.rows);
+        assert_eq!(sizes, wanted, "elements of left, right and out");
         if out.is_empty() {
             return Ok(());
         }
@@ -356,12 +310,13 @@ impl Lt {
                 format!("cuBLASLt: a buffer begins at {at:#x}, wanted a multiple of {PACKET}");
             return Err(device_error(text));
         }
-        let (left, right, out) = (left.device_ptr()?, right.device_ptr()?, out.device_ptr()?);
+        let pointer = |at: usize| std::ptr::without_provenance_mut::<c_void>(at);
+        let [left, right, out] = begins.map(pointer);
         let told = Described::new(product)?;
         let [a, b, d] = &told.layouts;
         let (one, other) = (1.0f32, if add { 1.0f32 } else { 0.0 });
-        let scratch = self.workspace.view().device_ptr()?;
-        let stream = self.cuda.driver.stream()?;
+        let scratch = pointer(self.workspace.view().address());
+        let stream = self.cuda.stream()?;
         // SAFETY: the buffers have the sizes that the layouts say, as was just checked, and `out`
         // is exclusive; the factors are read before the call returns; the workspace is used by
         // products of this stream alone.
@@ -370,73 +325,22 @@ impl Lt {
                 self.handle.raw,
                 told.desc.raw,
                 (&raw const one).cast(),
-                right.as_ptr().cast(),
+                right,
                 a.raw,
-                left.as_ptr().cast(),
+                left,
                 b.raw,
                 (&raw const other).cast(),
-                out.as_ptr().cast(),
+                out,
                 d.raw,
-                out.as_ptr().cast(),
+                out,
                 d.raw,
                 &algorithm.algo,
-                scratch.as_ptr().cast::<c_void>(),
+                scratch,
                 // All there is: another number of rows may need more than the search was told of.
                 WORKSPACE,
                 stream.cast(),
             )
         };
         check(&format!("{product:?}, {algorithm}"), status)
-    }
-
-    /// An algorithm for a weight `[n, k]` that gives every row the same bits whatever the number of
-    /// rows, or none: the first that splits no sum and passes a comparison at up to 4096 rows on
-    /// this GPU, if there is room for that. Of [`Of::BackwardWeight`], which sums over rows, the
-    /// first that splits no sum. The first time for a weight it allocates: not for a step.
-    pub fn pinned(&self, of: Of, n: usize, k: usize) -> Result<Option<Algorithm>> {
-        let mut pinned = self.pinned.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(found) = pinned.get(&(of, n, k)) {
-            return Ok(*found);
-        }
-        let found = match self.pin(of, n, k) {
-            // Without room to compare there is nothing to rely on.
-            Err(crate::Error::Memory { .. }) => None,
-            found => found?,
-        };
-        pinned.insert((of, n, k), found);
-        Ok(found)
-    }
-
-    fn pin(&self, of: Of, n: usize, k: usize) -> Result<Option<Algorithm>> {
-        let most = Product { of, m: ROWS[ROWS.len() - 1], n, k };
-        let mut found = self.search(&most, false)?;
-        found.retain(Algorithm::whole);
-        if of == Of::BackwardWeight {
-            return Ok(found.first().copied());
-        }
-        let dev = Device::Cuda(self.cuda.clone());
-        let (inner, cols) = if of == Of::Forward { (k, n) } else { (n, k) };
-        let random = |stream, len: usize| {
-            let draw = Philox::new(1, stream, 0, Purpose::Init);
-            let some: Vec<bf16> = (0..1 << 20).map(|i| bf16::from_f64(draw.normal(i))).collect();
-            let all: Vec<bf16> = some.into_iter().cycle().take(len).collect();
-            Buffer::of(&dev, "cuBLASLt's comparison", &all)
-        };
-        let (x, w) = (random(1, most.m * inner)?, random(2, n * k)?);
-        let mut y = Buffer::new(&dev, "cuBLASLt's comparison", most.m * cols)?;
-        // The last `m` rows of all.
-        let mut rows = |algorithm: &Algorithm, m: usize| {
-            let x = x.view().range((most.m - m) * inner..most.m * inner);
-            let product = Product { m, ..most };
-            let out = y.view_mut().range(0..m * cols);
-            self.product(&product, algorithm, out, (x, w.view()), false)?;
-            let y: Vec<bf16> = dev.read(y.view().range(0..m * cols))?;
-            Ok::<_, crate::Error>(y.into_iter().map(bf16::to_bits).collect::<Vec<u16>>())
-        };
-        // What an algorithm refuses some number of rows for, it is not pinned for.
-        Ok(found.into_iter().find(|algorithm| {
-            let Ok(all) = rows(algorithm, most.m) else { return false };
-            ROWS.into_iter().all(|m| rows(algorithm, m).is_ok_and(|part| all.ends_with(&part)))
-        }))
     }
 }
