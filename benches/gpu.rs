@@ -30,9 +30,7 @@ use warpo::{
     device::{Buffer, Cuda, Device, Element},
     ops::{
         activation::{self, Activation},
-        adamw, bradley_terry, embedding, gae, grad_norm,
-        kl::{self, KlEstimator},
-        layer_norm, next_ids, nll,
+        adamw, bradley_terry, embedding, gae, grad_norm, layer_norm, next_ids, nll,
         ppo_loss::{self, Tokens},
         residual, rms_norm,
         rope::{self, Rope, Table},
@@ -299,10 +297,6 @@ fn losses(b: &mut Bench) {
     b.run("bradley_terry", 8 * n, |dev, i| {
         let (d, x) = (d[i].view_mut(), x[i].view());
         drop(bradley_terry::forward(dev, d, x, none.view(), 0.0, denominator).unwrap());
-    });
-    b.run("kl", 12 * n, |dev, i| {
-        let (d, x, y) = (d[i].view_mut(), x[i].view(), y[i].view());
-        drop(kl::forward(dev, d, x, y, KlEstimator::K3, -0.05).unwrap());
     });
     let offsets: Vec<u32> = (0..n as u32).step_by(500).chain([n as u32]).collect();
     let offsets = Buffer::of(&b.dev, "offsets", &offsets).unwrap();

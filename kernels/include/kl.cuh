@@ -1,5 +1,4 @@
-// The estimators of src/ops/kl.rs: one text for the KL in the rewards (kl.cu) and in the loss
-// (ppo_loss.cu).
+// The estimators of src/ops/kl.rs.
 #pragma once
 
 #include "kernel.cuh"

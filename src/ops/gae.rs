@@ -10,7 +10,7 @@ use crate::{
 };
 
 /// Checks that `offsets` `[sequences + 1]` ascends from 0 to `len`.
-pub fn check_offsets(op: &str, offsets: &[u32], len: usize) -> Result<()> {
+fn check_offsets(op: &str, offsets: &[u32], len: usize) -> Result<()> {
     let bad = offsets.windows(2).position(|w| w[0] > w[1]);
     if let Some(i) = bad {
         let got = format!("{} after {}", offsets[i + 1], offsets[i]);

@@ -95,7 +95,8 @@ pub fn scratch_len(rows: usize, vocab: usize) -> usize {
 /// Writes `tokens` `[rows]`, drawn from `logits` `[rows, vocab]`. Row r uses the random number of
 /// `samples[r]` at `positions[r]`. In f32 the tokens are the same on every device.
 ///
-/// Reads logits; `scratch` stays in the cache.
+/// Reads logits; `scratch` stays in the cache. Unless greedy, the CPU leaves the weights of a row,
+/// filters applied, in the first `vocab` numbers of its `2 vocab`.
 #[allow(clippy::too_many_arguments)]
 pub fn next<'a, T: Element>(
     dev: &Device,
@@ -178,36 +179,6 @@ pub fn next<'a, T: Element>(
             .launch(cuda, Launch::row(rows, shared)?)
         }
     }
-}
-
-/// The distribution that [`next`] draws from: `probs` `[vocab]` from `logits` `[vocab]`.
-///
-/// Reads and writes `vocab` numbers.
-pub fn probabilities<F: Float>(
-    dev: &Device,
-    probs: &mut [F],
-    logits: &[F],
-    params: &Params,
-) -> Result<()> {
-    let cpu = dev.on_cpu("sample::probabilities")?;
-    let _op = dev.op("sample::probabilities", || Work::moves::<F>(2 * logits.len()));
-    params.validate()?;
-    shape::check("sample::probabilities", "probs", &[logits.len()], probs.len())?;
-    if params.temperature == 0.0 {
-        probs.fill(F::ZERO);
-        if let Some(p) = probs.get_mut(argmax(logits) as usize) {
-            *p = F::ONE;
-        }
-        return Ok(());
-    }
-    let scale = F::of(1.0 / f64::from(params.temperature));
-    weights(cpu.isa(), probs, logits, scale);
-    if params.filters() {
-        filter(probs, &mut vec![F::ZERO; probs.len()], params);
-    }
-    let total = F::of(probs.iter().map(|x| x.f64()).sum());
-    probs.iter_mut().for_each(|p| *p = *p / total);
-    Ok(())
 }
 
 /// The first of the largest.

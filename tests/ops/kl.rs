@@ -5,20 +5,12 @@ use warpo::{
     device::{Device, Float},
     ops::{
         gae,
-        kl::{
-            self,
-            KlEstimator::{self, K1, K2, K3},
-        },
+        kl::KlEstimator::{self, K1, K2, K3},
         ppo_loss::{self, KlTerm, Settings, Tokens},
     },
 };
 
-use crate::support::{
-    assert_bits, assert_close, assert_earned,
-    golden::Golden,
-    gradcheck, host, narrow, randn, refusal,
-    sim::{self, Column, FloatCase, Lab, rounded},
-};
+use crate::support::{assert_close, assert_earned, golden::Golden, gradcheck, narrow, randn};
 
 #[test]
 fn hand_worked() {
@@ -90,95 +82,6 @@ fn a_nan_is_not_hidden() {
     for k in [K2, K3] {
         assert!(k.slope(f64::NAN, -1.0).is_nan() && k.slope(-1.0, f64::NAN).is_nan(), "{k:?}");
     }
-}
-
-/// The sum and the scaled estimates of columns that begin `first` elements into their memory.
-fn forward<F: Float>(
-    dev: &Device,
-    first: usize,
-    logp: &[F],
-    reference: &[F],
-    estimator: KlEstimator,
-    scale: f64,
-) -> warpo::Result<(f64, Vec<F>)> {
-    let mut out = Column::room(dev, first, logp.len());
-    let [logp, reference] = [logp, reference].map(|x| Column::of(dev, first, x));
-    let (logp, reference) = (logp.view(), reference.view());
-    let sum = kl::forward(dev, out.view_mut(), logp, reference, estimator, scale)?.get()?;
-    Ok((sum, out.read()))
-}
-
-/// The estimates of all tokens are those of one, in f64, rounded once.
-#[test]
-fn a_column_is_estimated_token_by_token() {
-    let (logp, reference): (Vec<f32>, Vec<f32>) = (randn("logp", 33), randn("ref", 33));
-    for k in [K1, K2, K3] {
-        let (sum, out) = forward(host(), 0, &logp, &reference, k, -0.3).unwrap();
-        let value = |(l, r): (&f32, &f32)| k.value(f64::from(*l), f64::from(*r));
-        let values: Vec<f64> = logp.iter().zip(&reference).map(value).collect();
-        assert_eq!(sum, values.iter().sum::<f64>(), "{k:?}");
-        let want: Vec<f32> = values.iter().map(|v| (-0.3 * v) as f32).collect();
-        assert_bits(&format!("{k:?}"), &out, &want);
-    }
-    assert_eq!(forward::<f64>(host(), 0, &[], &[], K3, 1.0).unwrap(), (0.0, vec![]));
-}
-
-struct Estimates {
-    first: usize,
-    n: usize,
-    estimator: KlEstimator,
-}
-
-impl FloatCase for Estimates {
-    fn run<F: Float>(&self, lab: &mut Lab<'_>) -> warpo::Result<()> {
-        let (logp, reference) = (rounded::<F>("logp", self.n), rounded("ref", self.n));
-        let (sum, out) = forward(lab.dev(), self.first, &logp, &reference, self.estimator, -0.3)?;
-        lab.sums("sum", &[sum]);
-        lab.column("out", &out);
-        Ok(())
-    }
-}
-
-/// No tokens, one, those around a thread's and around a block's, three blocks; columns that begin
-/// at a packet and beside one.
-#[test]
-fn kernels_are_as_exact_as_plain_ones() {
-    sim::check(|sim| {
-        for (first, n, estimator) in [
-            (0, 0, K3),
-            (0, 1, K1),
-            (1, 3, K2),
-            (0, 4, K1),
-            (0, 5, K2),
-            (1, 1023, K3),
-            (0, 1024, K1),
-            (2, 1025, K2),
-            (0, 2051, K3),
-        ] {
-            sim.hold_f32(&Estimates { first, n, estimator });
-        }
-        let dev = sim.device(sim.orders()[1]);
-        for k in [K1, K2, K3] {
-            for columns in [[f32::NAN, -1.0], [-1.0, f32::NAN]] {
-                let [l, r] = columns.map(|x| [x, -2.0]);
-                let (sum, out) = forward(&dev, 0, &l, &r, k, 1.0).unwrap();
-                assert!(sum.is_nan() && out[0].is_nan() && out[1] == 0.0, "{k:?}");
-            }
-        }
-        let says = "device `cuda` is not available: `kl_forward` has no kernel for F64";
-        assert_eq!(refusal(forward(&dev, 0, &[0.0], &[0.0], K1, 1.0)), says);
-    });
-}
-
-#[test]
-fn wrong_shapes_are_refused() {
-    let (x, mut out) = ([0.0f32; 3], [0.0f32; 3]);
-    let mut refused = |out_: usize, reference: usize| {
-        let (out, reference) = ((&mut out[..out_]).into(), x[..reference].into());
-        refusal(kl::forward(host(), out, x[..].into(), reference, K1, 1.0))
-    };
-    assert_eq!(refused(3, 2), "kl: `reference` has shape [2], wanted [3]");
-    assert_eq!(refused(2, 3), "kl: `out` has shape [2], wanted [3]");
 }
 
 /// Tokens of the vocabulary.

@@ -42,10 +42,28 @@ fn next<F: Float>(
     tokens
 }
 
+/// The distribution that `next` draws from: the weights that it leaves in its scratch, normalised.
 fn probabilities<F: Float>(logits: &[F], params: &Params) -> Vec<F> {
-    let mut p = vec![F::of(f64::NAN); logits.len()];
-    sample::probabilities(&Device::cpu(), &mut p, logits, params).unwrap();
-    p
+    let vocab = logits.len();
+    let (mut token, mut weights) = ([u32::MAX], vec![F::of(f64::NAN); 2 * vocab]);
+    sample::next(
+        &Device::cpu(),
+        (&mut token[..]).into(),
+        View::from(logits),
+        params,
+        Stream { seed: 1, step: 0, purpose: Purpose::Sample },
+        (&[0][..]).into(),
+        (&[0][..]).into(),
+        (&mut weights).into(),
+    )
+    .unwrap();
+    weights.truncate(vocab);
+    if params.temperature == 0.0 {
+        weights.fill(F::ZERO);
+        weights[token[0] as usize] = F::ONE;
+    }
+    let total = F::of(weights.iter().map(|x| x.f64()).sum());
+    weights.iter().map(|p| *p / total).collect()
 }
 
 /// The logits of 1/2, 1/4, 1/8, 1/8, shuffled and shifted.
@@ -342,13 +360,9 @@ fn parameters_out_of_range_and_wrong_shapes_are_refused() {
         (Params { min_p: f32::NAN, ..base }, "min_p: got NaN, wanted in [0, 1]"),
     ] {
         assert_eq!(refusal(params.validate()), says);
-        let e = sample::probabilities(&Device::cpu(), &mut [0.0; 2], &[0.0, 1.0], &params);
-        assert_eq!(refusal(e), says);
         assert_eq!(refused([1, 2, 1, 1, 4], &params), says);
     }
     assert!(Params::greedy().validate().is_ok() && base.validate().is_ok());
-    let e = sample::probabilities(&Device::cpu(), &mut [0.0; 3], &[0.0, 1.0], &base);
-    assert_eq!(refusal(e), "sample::probabilities: `probs` has shape [3], wanted [2]");
     for (n, says) in [
         ([2, 5, 2, 2, 99], "`logits` has shape [5], wanted [2, 2]"),
         ([2, 4, 3, 2, 99], "`samples` has shape [3], wanted [2]"),
