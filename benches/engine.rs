@@ -275,9 +275,9 @@ impl Bench {
                 stream: Stream { seed: 0, step, purpose: Purpose::Sample },
             };
             let (scope, start) = (arena.scope(), Instant::now());
-            let done = generator.run(dev, &model, &scope, &prompts, &settings, |_| true).unwrap();
+            let done = generator.run(dev, &model, &scope, &prompts, &settings, |_| Ok(())).unwrap();
             let seconds = start.elapsed().as_secs_f64();
-            assert!(done.unwrap().iter().all(|c| c.ids.len() == work.new));
+            assert!(done.iter().all(|c| c.ids.len() == work.new));
             seconds
         };
         (0..ITERATIONS as u64).map(&mut run).skip(1).collect()
@@ -296,7 +296,7 @@ fn iterations(trainer: &mut Trainer<bf16>, bounds: Option<[f64; 3]>, work: &Work
     ];
     for i in 0..ITERATIONS {
         let start = Instant::now();
-        let report = trainer.step(&mut Silent).unwrap().unwrap();
+        let report = trainer.step(&mut Silent).unwrap();
         let whole = ("iteration", start.elapsed().as_secs_f64());
         if i > 0 {
             for phase in &mut phases {

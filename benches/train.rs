@@ -110,7 +110,7 @@ fn generate(c: &mut Criterion) {
     let work = Work { flops: flops(&model, 32 * 95, 32 * 64), bytes: 0.0 };
     bench(&mut g, "generate/cpu/f32/tiny/32x(32+64)", work, || {
         let scope = arena.scope();
-        generator.run(dev, &model, &scope, &prompts, &settings, |_| true).unwrap();
+        generator.run(dev, &model, &scope, &prompts, &settings, |_| Ok(())).unwrap();
     });
 }
 

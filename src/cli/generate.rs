@@ -127,8 +127,7 @@ fn run_in<T: Element<Acc = f32>>(
         let prompt = |i: u64| prompts[(i / each) as usize].ids.clone();
         let part: Vec<Prompt> =
             (next..end).map(|sample| Prompt { sample, ids: prompt(sample) }).collect();
-        let done = generator.run(dev, &model, &arena.scope(), &part, &settings, |_| true)?;
-        let done = done.unwrap_or_default();
+        let done = generator.run(dev, &model, &arena.scope(), &part, &settings, |_| Ok(()))?;
         let whole: Vec<Vec<u32>> =
             part.iter().zip(&done).map(|(p, c)| [&p.ids[..], &c.ids].concat()).collect();
         let rewards = match &reward_model {

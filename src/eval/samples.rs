@@ -71,9 +71,8 @@ impl<T: Element<Acc = f32>> Evaluator<'_, T> {
         let bytes = generator.plan::<T>(self.dev, policy.spec(), &self.settings.sampling)?;
         let mut arena = Arena::new(self.dev, bytes)?;
         let scope = arena.scope();
-        let done = generator.run(self.dev, policy, &scope, &all, self.settings, |_| true)?;
+        let done = generator.run(self.dev, policy, &scope, &all, self.settings, |_| Ok(()))?;
         drop(scope);
-        let done = done.unwrap_or_default();
         let whole: Vec<Vec<u32>> =
             all.iter().zip(&done).map(|(p, c)| [&p.ids[..], &c.ids].concat()).collect();
         let (ours, entropy) = self.logprobs(policy, &all, &whole)?;

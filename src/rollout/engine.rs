@@ -134,8 +134,7 @@ impl Generator {
     }
 
     /// Continues every prompt; completions come in the order of the prompts. `progress` hears the
-    /// number of new tokens of each pass that has any, and may stop the generation by returning
-    /// false: then there are none.
+    /// number of new tokens of each pass that has any; its error ends the generation.
     pub fn run<T: Element>(
         &self,
         dev: &Device,
@@ -143,8 +142,8 @@ impl Generator {
         scope: &Scope<'_>,
         prompts: &[Prompt],
         settings: &Settings,
-        mut progress: impl FnMut(usize) -> bool,
-    ) -> Result<Option<Vec<Completion<T::Acc>>>> {
+        mut progress: impl FnMut(usize) -> Result<()>,
+    ) -> Result<Vec<Completion<T::Acc>>> {
         self.check(model.spec(), prompts, settings)?;
         let (ahead, most) = (ahead(dev), settings.max_new_tokens);
         let page = model.spec().attention().page(dev);
@@ -186,11 +185,11 @@ impl Generator {
                 open -= usize::from(c.stopped || c.ids.len() == most);
             }
             slots.leave(|s| done[s.index].stopped);
-            if made > 0 && !progress(made) {
-                return Ok(None);
+            if made > 0 {
+                progress(made)?;
             }
         }
-        Ok(Some(done))
+        Ok(done)
     }
 
     fn check(&self, spec: &Spec, prompts: &[Prompt], settings: &Settings) -> Result<()> {

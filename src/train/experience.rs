@@ -26,9 +26,9 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         chosen: &[usize],
         base: u64,
         seen: &mut dyn Observer,
-    ) -> Result<Option<(Vec<Sequence>, Columns<f32>)>> {
+    ) -> Result<(Vec<Sequence>, Columns<f32>)> {
         let (Examples::Prompts(all), Some(sampling)) = (&self.job.examples, self.sampling()) else {
-            return Ok(None);
+            return Err(Error::value("data of an algorithm that samples", "prompts", "others"));
         };
         let per = sampling.samples_per_prompt;
         let prompts: Vec<Prompt> = chosen
@@ -38,7 +38,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             .map(|(p, sample)| Prompt { sample, ids: p.ids.clone() })
             .collect();
         let start = Instant::now();
-        let Some(completions) = self.generate(&prompts, seen)? else { return Ok(None) };
+        let completions = self.generate(&prompts, seen)?;
         self.clock.push(("sample", start.elapsed().as_secs_f64()));
         let start = Instant::now();
         let mut columns = Columns { offsets: vec![0], ..Columns::default() };
@@ -57,16 +57,16 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         self.score(&sequences, &mut columns)?;
         check_columns(&self.host, &columns, self.step + 1)?;
         self.clock.push(("score", start.elapsed().as_secs_f64()));
-        Ok(Some((sequences, columns)))
+        Ok((sequences, columns))
     }
 
     fn generate(
         &mut self,
         prompts: &[Prompt],
         seen: &mut dyn Observer,
-    ) -> Result<Option<Vec<Completion<f32>>>> {
+    ) -> Result<Vec<Completion<f32>>> {
         let (Some(policy), Some(sampling)) = (&self.policy, self.sampling()) else {
-            return Ok(None);
+            return Err(Error::value("an algorithm that samples", "a policy", "none"));
         };
         let _phase = self.dev.span("sample");
         let generator = self.job.work.generator();
@@ -86,7 +86,8 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         generator.run(&self.dev, &policy.model, &scope, prompts, &settings, |n| {
             made += n;
             seen.phase("sample", made, total);
-            signals::requested().is_none()
+            let interrupted = |signal| Err(Error::Interrupted { signal, step: self.step });
+            signals::requested().map_or(Ok(()), interrupted)
         })
     }
 

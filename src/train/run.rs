@@ -112,7 +112,12 @@ fn run_in<T: Element<Acc = f32>>(
     let mut metrics = MetricsFile::open(&run.out, Some(run.trainer.step).filter(|s| *s > 0))?;
     while run.trainer.step < run.trainer.job.steps {
         let start = Instant::now();
-        if let Some(mut report) = run.trainer.step(seen)? {
+        let stepped = match run.trainer.step(seen) {
+            // The step is not done: what was before it is saved below.
+            Err(Error::Interrupted { .. }) => None,
+            done => Some(done?),
+        };
+        if let Some(mut report) = stepped {
             let (seconds, at) = (start.elapsed().as_secs_f64(), run.trainer.step);
             if run.evaluates() {
                 report.metrics.extend(run.trainer.evaluate()?);

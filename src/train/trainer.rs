@@ -189,12 +189,13 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         )
     }
 
-    /// One optimizer step. `None` if a signal came while it was sampling: nothing has changed then.
+    /// One optimizer step.
     ///
     /// # Errors
+    /// [`Error::Interrupted`] if a signal came while it was sampling: nothing has changed then.
     /// [`Error::BadNumber`] naming what is no number any more, and whose. The models may then be
     /// in the middle of the step: go on from a checkpoint.
-    pub fn step(&mut self, seen: &mut dyn Observer) -> Result<Option<Report>> {
+    pub fn step(&mut self, seen: &mut dyn Observer) -> Result<Report> {
         let _phase = self.dev.span("step");
         let per_prompt = self.sampling().map_or(1, |s| s.samples_per_prompt);
         let chosen = self.order.batch(self.step, self.job.settings.batch_size / per_prompt);
@@ -215,22 +216,14 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         places.get(i % each).or(places.first()).map(ToString::to_string)
     }
 
-    fn step_on(
-        &mut self,
-        chosen: &[usize],
-        base: u64,
-        seen: &mut dyn Observer,
-    ) -> Result<Option<Report>> {
+    fn step_on(&mut self, chosen: &[usize], base: u64, seen: &mut dyn Observer) -> Result<Report> {
         let mut metrics = Metrics::new();
         self.rollouts.clear();
         self.clock.clear();
         self.changed.clear();
         let (sequences, mut columns) = match self.job.examples.sequences(chosen, base) {
             Some(ready) => ready,
-            None => match self.roll_out(chosen, base, seen)? {
-                Some(sampled) => sampled,
-                None => return Ok(None),
-            },
+            None => self.roll_out(chosen, base, seen)?,
         };
         self.job.algorithm.prepare(&self.host, &mut columns, &mut metrics)?;
         self.finish_rollouts(&columns);
@@ -262,7 +255,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         metrics.push(("tokens", tokens as f64));
         self.step += 1;
         self.clock.push(("update", start.elapsed().as_secs_f64()));
-        Ok(Some(Report { metrics, seconds: self.clock.clone() }))
+        Ok(Report { metrics, seconds: self.clock.clone() })
     }
 
     fn schedule(&self) -> f64 {

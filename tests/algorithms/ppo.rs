@@ -450,7 +450,7 @@ fn learns<T: Element<Acc = f32>>(dev: &Device, arm: usize, dir: &Path) {
     assert!((0.05..0.95).contains(&before), "{before}");
     let mut scores: Vec<f64> = Vec::new();
     while scores.len() < 25 && scores.last().is_none_or(|last| *last < 0.98) {
-        let report = trainer.step(&mut Silent).unwrap().unwrap();
+        let report = trainer.step(&mut Silent).unwrap();
         scores.push(report.metrics.iter().find(|m| m.0 == "score").unwrap().1);
     }
     let after = probability(dev, trainer.policy().unwrap(), arm);

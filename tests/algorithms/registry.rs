@@ -100,7 +100,7 @@ fn every_metric_is_explained() {
     for e in ALGORITHMS {
         let dir = temp_dir(&format!("metrics_{}", e.name));
         let mut run = trainer(&dir, e.name, &[]).unwrap();
-        let report = run.step(&mut Silent).unwrap().unwrap();
+        let report = run.step(&mut Silent).unwrap();
         for (name, _) in report.metrics {
             let all = e.metrics.iter().chain(SHARED_METRICS);
             let found: Vec<&str> = all.filter(|m| m.0 == name).map(|m| m.1).collect();

@@ -47,7 +47,7 @@ fn generate<T: Element>(
     let bytes = generator.plan::<T>(dev, model.spec(), &settings.sampling).unwrap();
     let mut arena = room_on(dev, bytes);
     let scope = arena.scope();
-    generator.run(dev, model, &scope, prompts, settings, |_| true).unwrap().unwrap()
+    generator.run(dev, model, &scope, prompts, settings, |_| Ok(())).unwrap()
 }
 
 /// Log-probs of the completions by the training pass, `per` sequences a micro-batch. The loss that
@@ -154,12 +154,12 @@ fn rows_in_vain_leave_no_trace_on_a_device() {
                 let scope = arena.scope();
                 let hear = |made| {
                     heard.push(made);
-                    true
+                    Ok(())
                 };
                 let before = cuda.calls();
                 let done = generator.run(dev, &model, &scope, &prompts, &settings, hear);
                 let waits = (cuda.calls() - before).waits;
-                for (ours, want) in done.unwrap().unwrap().iter().zip(&want) {
+                for (ours, want) in done.unwrap().iter().zip(&want) {
                     assert_eq!(
                         (ours.sample, &ours.ids, ours.stopped),
                         (want.sample, &want.ids, want.stopped),
@@ -196,10 +196,10 @@ fn a_device_is_a_pass_ahead() {
         let hear = |made| {
             heard += made;
             hear(made);
-            true
+            Ok(())
         };
         let scope = arena.scope();
-        generator.run(dev, &model, &scope, &prompts, &settings, hear).unwrap().unwrap();
+        generator.run(dev, &model, &scope, &prompts, &settings, hear).unwrap();
         heard
     }
     let mut on_cpu = Vec::new();
@@ -237,16 +237,16 @@ fn a_queued_pass_is_dropped_cleanly() {
             let mut passes = 0;
             let stop = |_| {
                 passes += 1;
-                passes < enough
+                if passes < enough { Ok(()) } else { Err(Error::value("passes", "more", "enough")) }
             };
             let scope = arena.scope();
             let done = generator.run(dev, &model, &scope, &prompts, &settings, stop);
-            assert!(done.unwrap().is_none());
+            assert!(done.unwrap_err().to_string().starts_with("passes"));
             assert_eq!(passes, enough);
         }
         let scope = arena.scope();
-        let done = generator.run(dev, &model, &scope, &prompts, &settings, |_| true);
-        assert!(done.unwrap().unwrap() == want);
+        let done = generator.run(dev, &model, &scope, &prompts, &settings, |_| Ok(()));
+        assert!(done.unwrap() == want);
         drop(scope);
 
         // Room for passes of two rows: the second has the whole of a longer prompt, before the
@@ -260,15 +260,15 @@ fn a_queued_pass_is_dropped_cleanly() {
         let larger = Generator { slots: 1, max_len: 31, rows: 30 };
         let hear = |_| {
             heard += 1;
-            true
+            Ok(())
         };
         let scope = small.scope();
         let e = larger.run(dev, &model, &scope, &two, &settings, hear).unwrap_err();
         assert!(matches!(e, Error::Memory { .. }) && heard == 0, "{e} {heard}");
         drop(scope);
         let scope = arena.scope();
-        let done = generator.run(dev, &model, &scope, &prompts[..1], &settings, |_| true);
-        assert_eq!(done.unwrap().unwrap()[0].ids, want[0].ids[..1]);
+        let done = generator.run(dev, &model, &scope, &prompts[..1], &settings, |_| Ok(()));
+        assert_eq!(done.unwrap()[0].ids, want[0].ids[..1]);
     });
 }
 
@@ -302,11 +302,11 @@ fn samples_of_one_prompt_share_its_pages_on_a_device() {
         let (mut arena, mut heard) = (room_on(dev, bytes), Vec::new());
         let hear = |n| {
             heard.push(n);
-            true
+            Ok(())
         };
         settings.max_new_tokens = 2;
         let scope = arena.scope();
-        generator.run(dev, &model, &scope, &prompts[..2], &settings, hear).unwrap().unwrap();
+        generator.run(dev, &model, &scope, &prompts[..2], &settings, hear).unwrap();
         assert_eq!(heard[0], 2, "{}", dev.describe());
     }
     check::<f32>(&Device::cpu());
@@ -501,7 +501,8 @@ fn what_does_not_fit_is_named() {
         let mut arena = room(generator.plan::<f32>(host(), model.spec(), &PARAMS).unwrap());
         let prompts = [Prompt { sample: 1, ids: vec![1] }, Prompt { sample: 42, ids }];
         let scope = arena.scope();
-        let error = generator.run(&dev, &model, &scope, &prompts, settings, |_| true).unwrap_err();
+        let error =
+            generator.run(&dev, &model, &scope, &prompts, settings, |_| Ok(())).unwrap_err();
         assert!(matches!(error, Error::Value { .. }), "{error:?}");
         error.to_string()
     };
@@ -545,17 +546,17 @@ fn progress_is_heard_and_obeyed() {
     let mut heard = 0;
     let mut count = |n| {
         heard += n;
-        true
+        Ok(())
     };
     let done = generator.run(&dev, &model, &arena.scope(), &prompts, &settings, &mut count);
-    assert_eq!(done.unwrap().unwrap().len(), 5);
+    assert_eq!(done.unwrap().len(), 5);
     assert_eq!(heard, 30);
     let mut passes = 0;
     let mut stop = |_| {
         passes += 1;
-        passes < 3
+        if passes < 3 { Ok(()) } else { Err(Error::value("passes", "more", "enough")) }
     };
     let done = generator.run(&dev, &model, &arena.scope(), &prompts, &settings, &mut stop);
-    assert!(done.unwrap().is_none());
+    assert!(done.unwrap_err().to_string().starts_with("passes"));
     assert_eq!(passes, 3);
 }

@@ -46,7 +46,7 @@ fn metric(metrics: &Metrics, name: &str) -> f64 {
 }
 
 fn step<T: Element<Acc = f32>>(t: &mut Trainer<T>) -> Metrics {
-    t.step(&mut Silent).unwrap().unwrap().metrics
+    t.step(&mut Silent).unwrap().metrics
 }
 
 /// The quick-start's settings of a stage, with its model, at so many texts a step.

@@ -36,7 +36,7 @@ fn ten_steps() {
         let mut t = trainer(dir, algorithm, &more).unwrap();
         let before = allocations();
         for step in 1..=10 {
-            t.step(&mut Silent).unwrap().unwrap();
+            t.step(&mut Silent).unwrap();
             t.evaluate().unwrap();
             assert_eq!(allocations(), before, "{algorithm} step {step}");
         }
@@ -185,7 +185,7 @@ fn every_tensor_is_trained() {
             let mut t = trainer(&dir, algorithm, &more).unwrap();
             let before = [flat(t.policy()), flat(t.scalar())];
             // a second one: after the first, a log-ratio and an advantage are no longer 0
-            (0..2).for_each(|_| drop(t.step(&mut Silent).unwrap().unwrap()));
+            (0..2).for_each(|_| drop(t.step(&mut Silent).unwrap()));
             for (model, before) in [t.policy(), t.scalar()].into_iter().zip(&before) {
                 let Some(model) = model else { continue };
                 let after = model.params().flat().host();
