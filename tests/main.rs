@@ -43,6 +43,7 @@ mod models {
     mod device;
     pub mod golden;
     mod gradients;
+    mod pass;
     mod stories;
     mod weights;
 }
@@ -82,7 +83,6 @@ mod train {
     mod feed;
     mod lock;
     mod metrics;
-    mod pass;
     mod role;
     mod run;
     mod schedule;

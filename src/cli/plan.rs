@@ -134,7 +134,7 @@ impl<'a> Run<'a> {
     /// The most tokens of a micro-batch in this memory; none if the smallest does not fit.
     fn largest<T: Element>(&self, memory: usize) -> Result<Option<usize>> {
         let fits = |rows| self.plan::<T>(rows).map(|(_, plan)| plan.total() <= memory);
-        let least = self.plan::<T>(1)?.0.sizes.rows;
+        let least = self.plan::<T>(1)?.0.micro_batch.rows;
         if !fits(least)? {
             return Ok(None);
         }
@@ -158,7 +158,7 @@ fn describe<T: Element>(
     let mut text = format!("device: {}\n", dev.describe());
     text += &format!(
         "sizes: micro-batches of up to {} tokens, sequences of up to {} (by {})\n\n",
-        work.sizes.rows, work.longest, run.source
+        work.micro_batch.rows, work.longest, run.source
     );
     let mut row = |name: &str, what: &str, bytes: usize| {
         text += &format!("{name:<24}{what:<20}{:>15}  {:>10}\n", bytes, size_of(bytes));
@@ -181,7 +181,7 @@ fn describe<T: Element>(
             format!(
                 "It does not fit {}: micro-batches of {} tokens, the least, take {}.{hint}\n",
                 size_of(memory),
-                least.0.sizes.rows,
+                least.0.micro_batch.rows,
                 size_of(least.1.total())
             )
         }

@@ -11,7 +11,7 @@ use crate::{
     device::{Arena, Device, Element},
     error::{Error, Result},
     eval,
-    models::{Batch, Head, Model},
+    models::{Batch, Head, Model, Pass},
     rollout::Scorer,
 };
 
@@ -125,7 +125,7 @@ fn logprobs<T: Element<Acc = f32>>(
         batch.clear();
         texts[group].iter().for_each(|t| batch.push_masked(&t.ids, &t.learn));
         let mut flat = Vec::new();
-        scorer.logprobs(dev, model, &arena.scope(), &batch, t, &mut flat, None)?;
+        Pass::new(dev, model, &arena.scope(), &batch).at(t).score(&mut flat, None)?;
         let parts = batch.offsets().windows(2);
         out.extend(parts.map(|w| flat[w[0] as usize..w[1] as usize].to_vec()));
     }

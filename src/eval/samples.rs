@@ -5,7 +5,7 @@ use crate::{
     data::{self, Tokenizer},
     device::{Arena, Device, Element},
     error::Result,
-    models::{Batch, Model},
+    models::{Batch, Model, Pass},
     rollout::{Completion, Generator, Prompt, Scorer, Settings, last_scores},
 };
 
@@ -117,7 +117,8 @@ impl<T: Element<Acc = f32>> Evaluator<'_, T> {
                 batch.push_predicted(ids, p.ids.len());
             }
             let (scope, entropy) = (arena.scope(), Some(&mut entropy));
-            scorer.logprobs(self.dev, model, &scope, &batch, temperature, &mut logp, entropy)?;
+            let pass = Pass::new(self.dev, model, &scope, &batch).at(temperature);
+            pass.score(&mut logp, entropy)?;
         }
         Ok((logp, entropy))
     }

@@ -144,10 +144,10 @@ impl Batch {
         self.sequences.len()
     }
 
-    /// Pages of `page` positions that a cache must have for the whole sequences.
-    pub fn transient_pages(&self, page: usize) -> usize {
-        let whole = self.sequences.iter().filter(|s| s.pages.is_none());
-        whole.map(|s| (s.rows as usize).div_ceil(page)).sum()
+    /// The shape of a pass over it, if all sequences are whole.
+    pub fn shape(&self) -> PassShape {
+        let (rows, sequences, selected) = (self.len(), self.sequences(), self.selected.len());
+        PassShape { rows, sequences, selected, cached: 0 }
     }
 
     /// Rows that a head reads.

@@ -3,22 +3,24 @@
 //! A family is data: [`Spec`] says what the block computes, [`Family`] maps the Hugging Face names
 //! of its weights to ours. To add one, write `models/<name>.rs` and name it in [`FAMILIES`].
 
-mod backbone;
 mod batch;
 mod config;
 mod gpt2;
+mod heads;
 mod llama;
 mod model;
 mod params;
+mod pass;
 mod spec;
 mod transformer;
 mod weights;
 
-pub use backbone::Backbone;
 pub use batch::{Batch, Staged};
 pub use config::Config;
+pub use heads::{LossColumns, Sampler};
 pub use model::{Head, Master, Model, Residency, bytes};
 pub use params::{Layout, ParamKind, Params, Tensor};
+pub use pass::{Pass, PassOptions};
 pub use spec::{Family, Mlp, Norm, Position, Spec, Widths};
 pub use transformer::{Activations, Cache, Gradients, HeadInput, Keep, PassShape, Rows};
 pub use weights::{Named, count, load, named, save, tensor_at};

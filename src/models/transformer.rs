@@ -40,6 +40,11 @@ pub struct PassShape {
 }
 
 impl PassShape {
+    /// The largest pass over whole sequences of so many rows: a head reads them all.
+    pub fn whole(rows: usize, sequences: usize) -> Self {
+        Self { rows, sequences, selected: rows, cached: 0 }
+    }
+
     /// Pages of `page` positions that hold all keys and values.
     pub fn pages(&self, page: usize) -> usize {
         match self.cached {

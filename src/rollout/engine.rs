@@ -15,12 +15,8 @@ use std::collections::VecDeque;
 use crate::{
     device::{Arena, Buffer, Device, Element, Later, Scope, ViewMut},
     error::{Error, Result},
-    models::{Activations, Batch, Cache, HeadInput, Keep, Model, PassShape, Spec, Staged},
-    ops::{
-        logprob::{self, Draws, Sampled},
-        matmul,
-        sample::{self, Logits},
-    },
+    models::{Activations, Batch, Cache, HeadInput, Keep, Model, PassShape, Sampler, Spec, Staged},
+    ops::sample,
     rng::Stream,
 };
 
@@ -113,13 +109,13 @@ impl Generator {
         sampling: &sample::Params,
     ) -> Result<usize> {
         Arena::plan(|scope| {
-            let pass_shape = self.pass_shape(self.rows, self.slots);
-            let pages = pass_shape.pages(spec.attention().page(dev));
+            let shape = self.pass_shape(self.rows, self.slots);
+            let pages = shape.pages(spec.attention().page(dev));
             let _cache = Cache::<T>::new(dev, scope, spec, pages)?;
             let _tokens = self.tokens(scope)?;
             let pass = scope.child();
-            Staged::plan(dev, &pass, spec, pass_shape)?;
-            Pass::<T>::new(dev, &pass, spec, pass_shape, sampling).map(drop)
+            Staged::plan(dev, &pass, spec, shape)?;
+            Buffers::<T>::new(dev, &pass, spec, shape, sampling).map(drop)
         })
     }
 
@@ -233,20 +229,19 @@ impl Generator {
     ) -> Result<Queued<T::Acc>> {
         let decodes = live.iter().all(|s| s.len > s.prompt);
         let _phase = dev.span(if decodes { "decode" } else { "prefill" });
-        let (spec, pass_shape) = (model.spec(), self.pass_shape(batch.len(), live.len()));
+        let (spec, shape) = (model.spec(), self.pass_shape(batch.len(), live.len()));
         let pages = self.pass_shape(0, self.slots).pages(spec.attention().page(dev));
         let mut staged = batch.stage(dev, scope, spec, pages)?;
-        let mut pass = Pass::<T>::new(dev, scope, spec, pass_shape, &settings.sampling)?;
+        let mut b = Buffers::<T>::new(dev, scope, spec, shape, &settings.sampling)?;
         let samples: Vec<u64> = live.iter().map(|s| prompts[s.index].sample).collect();
         let positions: Vec<u32> = live.iter().map(|s| s.len as u32).collect();
-        dev.write(pass.samples.view_mut(), &samples)?;
-        dev.write(pass.positions.view_mut(), &positions)?;
+        b.sampler.address(dev, &samples, &positions)?;
         staged.put_drawn(dev, tokens.view())?;
-        model.forward(dev, &staged.rows(), &mut pass.acts, cache)?;
-        model.select(dev, &pass.acts, staged.selected(), &mut pass.selected)?;
+        model.forward(dev, &staged.rows(), &mut b.acts, cache)?;
+        model.select(dev, &b.acts, staged.selected(), &mut b.input)?;
         let mut tokens = tokens.range(0..live.len());
-        pass.draw(dev, model, settings, tokens.reborrow())?;
-        let (tokens, logp) = (dev.read_later(tokens.view())?, dev.read_later(pass.logp.view())?);
+        b.sampler.draw(dev, model, b.input.hidden(), tokens.reborrow(), settings.stream)?;
+        let (tokens, logp) = (dev.read_later(tokens.view())?, dev.read_later(b.sampler.logp())?);
         // One wait brings both, and does not wait for the next pass.
         dev.milestone()?;
         Ok(Queued { of: live.iter().map(|s| s.index).collect(), tokens, logp })
@@ -377,102 +372,24 @@ impl Pages {
 }
 
 /// Buffers of one pass.
-struct Pass<'s, T: Element> {
+struct Buffers<'s, T: Element> {
     acts: Activations<'s, T>,
-    selected: HeadInput<'s, T>,
-    samples: Buffer<'s, u64>,
-    positions: Buffer<'s, u32>,
-    logp: Buffer<'s, T::Acc>,
-    lse: Buffer<'s, T::Acc>,
-    /// None where tokens are drawn as their logits are made.
-    logits: Option<Buffer<'s, T>>,
-    scratch: Buffer<'s, T::Acc>,
+    input: HeadInput<'s, T>,
+    sampler: Sampler<'s, T>,
 }
 
-/// Rows whose logits are held.
-const WAVE: usize = 64;
-
-/// Whether tokens are drawn as their logits are made. On the CPU drawing from whole rows of logits
-/// is faster: it needs one random number a row, not one a token.
-fn fused(dev: &Device, sampling: &sample::Params) -> bool {
-    matches!(dev, Device::Cuda(_)) && (sampling.temperature == 0.0 || !sampling.filters())
-}
-
-impl<'s, T: Element> Pass<'s, T> {
+impl<'s, T: Element> Buffers<'s, T> {
     fn new(
         dev: &Device,
         scope: &'s Scope<'_>,
         spec: &Spec,
-        pass_shape: PassShape,
+        shape: PassShape,
         sampling: &sample::Params,
     ) -> Result<Self> {
-        let (n, vocab) = (pass_shape.selected, spec.vocab);
-        let wave = n.min(WAVE);
-        let (logits, scratch) = if fused(dev, sampling) {
-            (None, logprob::sample_scratch_len(n, vocab, 0))
-        } else {
-            let room = sample::scratch_len(wave, vocab).max(logprob::scratch_len(wave, vocab));
-            (Some(wave * spec.vocab_room()), room)
-        };
         Ok(Self {
-            acts: Activations::new(dev, scope, spec, pass_shape, Keep::Nothing)?,
-            selected: HeadInput::new(scope, spec, n)?,
-            samples: scope.alloc("samples", n)?,
-            positions: scope.alloc("positions of draws", n)?,
-            logp: scope.alloc("their log-probs", n)?,
-            lse: scope.alloc("log-sum-exp", n)?,
-            logits: logits.map(|len| scope.alloc("logits of the next token", len)).transpose()?,
-            scratch: scope.alloc("sampling scratch", scratch)?,
+            acts: Activations::new(dev, scope, spec, shape, Keep::Nothing)?,
+            input: HeadInput::new(scope, spec, shape.selected)?,
+            sampler: Sampler::new(dev, scope, spec, shape.selected, *sampling)?,
         })
-    }
-
-    /// The next tokens, and their log-probs with the bits of [`logprob::forward`].
-    fn draw(
-        &mut self,
-        dev: &Device,
-        model: &Model<T>,
-        settings: &Settings,
-        mut tokens: ViewMut<'_, u32>,
-    ) -> Result<()> {
-        let (_, head) = model.lm_head(dev)?;
-        let (h, params) = (self.selected.hidden(), &settings.sampling);
-        let greedy = params.temperature == 0.0;
-        // Greedy decoding reports log-probs at temperature 1.
-        let t = if greedy { 1.0 } else { f64::from(params.temperature) };
-        let at = logprob::Settings::at(<T::Acc as Element>::of(t));
-        let (samples, positions) = (self.samples.view(), self.positions.view());
-        let (logp, lse) = (self.logp.view_mut(), self.lse.view_mut());
-        let mut scratch = self.scratch.view_mut();
-        let Some(logits) = &mut self.logits else {
-            let stream = (!greedy).then_some(settings.stream);
-            let draws = Draws { stream, samples, positions };
-            let out = Sampled { tokens, logp, lse, top: None };
-            return logprob::sample(dev, out, h, head, at, draws, scratch);
-        };
-        let (n, all) = (tokens.len(), model.logit_head(dev)?);
-        let (vocab, stride, d) = (head.n(), all.n(), head.k());
-        let (mut logp, mut lse) = (logp, lse);
-        for first in (0..n).step_by(WAVE) {
-            let rows = first..n.min(first + WAVE);
-            let h = h.range(rows.start * d..rows.end * d);
-            let (logp, lse) =
-                (logp.reborrow().range(rows.clone()), lse.reborrow().range(rows.clone()));
-            let mut tokens = tokens.reborrow().range(rows.clone());
-            let mut logits = logits.view_mut().range(0..rows.len() * stride);
-            matmul::forward(dev, logits.reborrow(), h, all, None, None)?;
-            let (to, logits, room) = (tokens.reborrow(), logits.view(), scratch.reborrow());
-            let (samples, positions) = (samples.range(rows.clone()), positions.range(rows));
-            let z = Logits { z: logits, vocab: Some(vocab) };
-            sample::next(dev, to, z, params, settings.stream, samples, positions, room)?;
-            let (tokens, room) = (tokens.view(), scratch.reborrow());
-            match dev {
-                Device::Cpu(_) => logprob::from_logits(dev, logp, lse, None, logits, tokens, at)?,
-                // Logits that are stored are rounded.
-                Device::Cuda(_) => {
-                    logprob::forward(dev, logp, lse, None, h, head, tokens, at, room)?;
-                }
-            }
-        }
-        Ok(())
     }
 }

@@ -3,13 +3,9 @@
 use std::ops::Range;
 
 use crate::{
-    device::{Arena, Buffer, Device, Element, Scope},
+    device::{Arena, Device, Element},
     error::Result,
-    models::{Backbone, Batch, Head, Keep, Model, Spec},
-    ops::{
-        logprob::{self, Settings},
-        scalar_head,
-    },
+    models::{Batch, Head, Keep, Model, Pass, PassOptions, PassShape, Spec},
 };
 
 /// Sizes of a scoring pass.
@@ -29,11 +25,9 @@ impl Scorer {
 
     /// Bytes that a pass needs of an arena.
     pub fn plan<T: Element>(&self, dev: &Device, spec: &Spec, head: Head) -> Result<usize> {
-        let Self { rows, sequences } = *self;
-        Arena::plan(|scope| {
-            Backbone::<T>::plan(dev, scope, spec, (rows, sequences), Keep::Nothing)?;
-            Outputs::<T::Acc>::new(scope, spec, head, rows).map(drop)
-        })
+        let shape = PassShape::whole(self.rows, self.sequences);
+        let options = PassOptions { entropy: head == Head::Lm, keep: Keep::Nothing };
+        Arena::plan(|scope| Pass::<T>::plan(dev, scope, (spec, head), shape, options))
     }
 
     /// Groups of consecutive sequences that fit one pass each.
@@ -54,59 +48,6 @@ impl Scorer {
         }
         groups
     }
-
-    /// Log-prob of each selected row's target at `temperature`, in the order of the batch, and the
-    /// entropy of the distribution it was drawn from if asked for; both are appended.
-    pub fn logprobs<T: Element>(
-        &self,
-        dev: &Device,
-        model: &Model<T>,
-        scope: &Scope<'_>,
-        batch: &Batch,
-        temperature: T::Acc,
-        out: &mut Vec<T::Acc>,
-        entropy: Option<&mut Vec<T::Acc>>,
-    ) -> Result<()> {
-        let backbone = Backbone::forward(dev, scope, model, batch, Keep::Nothing)?;
-        let _phase = dev.span("head");
-        let mut made = Outputs::new(scope, model.spec(), Head::Lm, batch.selected().len())?;
-        let (_, head) = model.lm_head(dev)?;
-        logprob::forward(
-            dev,
-            made.y.view_mut(),
-            made.lse.view_mut(),
-            entropy.is_some().then(|| made.entropy.view_mut()),
-            backbone.hidden(),
-            head,
-            backbone.targets(),
-            Settings::at(temperature),
-            made.scratch.view_mut(),
-        )?;
-        let logp = dev.read_later(made.y.view())?;
-        if let Some(entropy) = entropy {
-            entropy.extend(dev.read_later(made.entropy.view())?.get()?);
-        }
-        out.extend(logp.get()?);
-        Ok(())
-    }
-
-    /// The scalar head at each selected row: values, or rewards if the last rows are selected.
-    pub fn scalars<T: Element>(
-        &self,
-        dev: &Device,
-        model: &Model<T>,
-        scope: &Scope<'_>,
-        batch: &Batch,
-        out: &mut Vec<T::Acc>,
-    ) -> Result<()> {
-        let backbone = Backbone::forward(dev, scope, model, batch, Keep::Nothing)?;
-        let _phase = dev.span("head");
-        let mut made = Outputs::new(scope, model.spec(), Head::Scalar, batch.selected().len())?;
-        let w = model.score_head()?;
-        scalar_head::forward(dev, made.y.view_mut(), backbone.hidden(), w)?;
-        out.extend(dev.read(made.y.view())?);
-        Ok(())
-    }
 }
 
 /// The score of each sequence at its last token.
@@ -122,31 +63,7 @@ pub fn last_scores<T: Element>(
     for group in scorer.groups(sequences.iter().map(|s| s.len())) {
         batch.clear();
         sequences[group].iter().for_each(|s| batch.push_last(s));
-        scorer.scalars(dev, model, &arena.scope(), &batch, &mut out)?;
+        Pass::new(dev, model, &arena.scope(), &batch).score(&mut out, None)?;
     }
     Ok(out)
-}
-
-/// What a head makes of a batch.
-struct Outputs<'s, F: Element> {
-    y: Buffer<'s, F>,
-    lse: Buffer<'s, F>,
-    entropy: Buffer<'s, F>,
-    scratch: Buffer<'s, F>,
-}
-
-impl<'s, F: Element> Outputs<'s, F> {
-    /// For `n` rows.
-    fn new(scope: &'s Scope<'_>, spec: &Spec, head: Head, n: usize) -> Result<Self> {
-        let (lm, scratch) = match head {
-            Head::Lm => (n, logprob::scratch_len(n, spec.vocab)),
-            Head::Scalar => (0, 0),
-        };
-        Ok(Self {
-            y: scope.alloc("head outputs", n)?,
-            lse: scope.alloc("log-sum-exp", lm)?,
-            entropy: scope.alloc("entropy", lm)?,
-            scratch: scope.alloc("LM head scratch", scratch)?,
-        })
-    }
 }

@@ -1,7 +1,9 @@
 //! What the trained model makes of data that it is not trained on.
 
 use super::Trainer;
-use crate::{algorithms::Metrics, device::Element, error::Result, ops::bradley_terry};
+use crate::{
+    algorithms::Metrics, device::Element, error::Result, models::Pass, ops::bradley_terry,
+};
 
 impl<T: Element<Acc = f32>> Trainer<T> {
     /// Loss, and accuracy of a reward model, on the held-out data.
@@ -23,14 +25,8 @@ impl<T: Element<Acc = f32>> Trainer<T> {
                 }
             }
             let scope = self.arena.scope();
-            match (&self.policy, &self.scalar) {
-                (Some(role), _) => {
-                    scorer.logprobs(dev, &role.model, &scope, &self.batch, 1.0, &mut out, None)?;
-                }
-                (None, Some(role)) => {
-                    scorer.scalars(dev, &role.model, &scope, &self.batch, &mut out)?;
-                }
-                (None, None) => {}
+            if let Some(role) = self.policy.as_ref().or(self.scalar.as_ref()) {
+                Pass::new(dev, &role.model, &scope, &self.batch).score(&mut out, None)?;
             }
         }
         if self.policy.is_some() {

@@ -13,7 +13,7 @@ use crate::{
     algorithms::Columns,
     device::{Device, Element},
     error::{Error, Result},
-    models::Batch,
+    models::{Batch, Pass},
     ops::grad_norm,
     rng::{Purpose, Stream},
     rollout::{Completion, Prompt, Settings as Generation},
@@ -108,14 +108,15 @@ impl<T: Element<Acc = f32>> Trainer<T> {
                 groups.iter().try_for_each(|group| {
                     tokens(batch, group);
                     let scope = arena.scope();
-                    scorer.logprobs(dev, model, &scope, batch, t, &mut c.ref_logp, None)
+                    Pass::new(dev, model, &scope, batch).at(t).score(&mut c.ref_logp, None)
                 })
             })?;
         }
         if let Some(role) = &self.scalar {
             for group in &groups {
                 tokens(batch, group);
-                scorer.scalars(dev, &role.model, &arena.scope(), batch, &mut c.old_values)?;
+                let scope = arena.scope();
+                Pass::new(dev, &role.model, &scope, batch).score(&mut c.old_values, None)?;
             }
         }
         if let Some(model) = &mut self.reward_model {
@@ -123,7 +124,8 @@ impl<T: Element<Acc = f32>> Trainer<T> {
                 groups.iter().try_for_each(|group| {
                     batch.clear();
                     sequences[group.clone()].iter().for_each(|s| batch.push_last(&s.ids));
-                    scorer.scalars(dev, model, &arena.scope(), batch, &mut c.scores)
+                    let scope = arena.scope();
+                    Pass::new(dev, model, &scope, batch).score(&mut c.scores, None)
                 })
             })?;
         }

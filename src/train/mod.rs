@@ -8,7 +8,6 @@ pub mod feed;
 pub mod job;
 pub mod lock;
 pub mod metrics;
-pub mod pass;
 pub mod plan;
 pub mod role;
 pub mod rollouts;

@@ -2,16 +2,12 @@
 //! whole run, and one arena that its phases share in time. [`Trainer`](super::Trainer) takes what
 //! is written here.
 
-use super::{
-    pass::{PassOptions, Sizes},
-    role,
-    settings::Settings,
-};
+use super::{role, settings::Settings};
 use crate::{
-    algorithms::{Inputs, Needs, Origin, Sampling},
-    device::{Device, Element},
+    algorithms::{Inputs, Micro, Needs, Origin, Sampling},
+    device::{Arena, Device, Element},
     error::{Error, Result},
-    models::{self, Head, Layout, Residency, Spec},
+    models::{self, Head, Keep, Layout, Pass, PassOptions, PassShape, Residency, Spec},
     rollout::{Generator, Scorer},
 };
 
@@ -22,7 +18,8 @@ pub struct Work {
     pub unit: usize,
     /// Tokens of the longest sequence, prompt and sample together.
     pub longest: usize,
-    pub sizes: Sizes,
+    /// The largest micro-batch.
+    pub micro_batch: PassShape,
     /// Sequences that are sampled at once.
     slots: usize,
 }
@@ -35,18 +32,18 @@ impl Work {
         let longest = longest + sampling.map_or(0, |s| s.max_new_tokens);
         let rows = s.micro_batch_tokens.max(unit * longest);
         // A sequence has at least one row.
-        let sizes = Sizes { rows, sequences: (unit * s.batch_size).min(rows) };
+        let micro_batch = PassShape::whole(rows, (unit * s.batch_size).min(rows));
         let slots = sampling.map_or(0, |p| p.slots.min(s.batch_size));
-        Self { unit, longest, sizes, slots }
+        Self { unit, longest, micro_batch, slots }
     }
 
     /// Of a scoring pass: as long as a micro-batch.
     pub fn scorer(&self) -> Scorer {
-        Scorer { rows: self.sizes.rows, sequences: self.sizes.sequences }
+        Scorer { rows: self.micro_batch.rows, sequences: self.micro_batch.sequences }
     }
 
     pub fn generator(&self) -> Generator {
-        let rows = self.sizes.rows.max(self.slots);
+        let rows = self.micro_batch.rows.max(self.slots);
         Generator { slots: self.slots, max_len: self.longest, rows }
     }
 }
@@ -59,9 +56,10 @@ pub fn sampling(needs: &Needs) -> Option<&Sampling> {
     }
 }
 
-/// How the passes of a model with this head are made.
-pub fn how(s: &Settings, needs: &Needs, head: Head) -> PassOptions {
-    PassOptions { entropy: head == Head::Lm && needs.entropy, recompute: s.recompute }
+/// Options of the training passes of a model with this head.
+pub fn pass_options(s: &Settings, needs: &Needs, head: Head) -> PassOptions {
+    let keep = if s.recompute { Keep::Streams } else { Keep::All };
+    PassOptions { entropy: head == Head::Lm && needs.entropy, keep }
 }
 
 /// Where the weights of a model that is not trained wait: in host memory if the settings ask for
@@ -175,7 +173,11 @@ impl Plan {
         self.model::<T>(dev, role, (&spec, head), Residency::Trained);
         let parts = role::bytes::<T>(&spec, head).into_iter();
         self.parts.extend(parts.map(|(what, bytes)| Part { role, what, bytes }));
-        let bytes = work.sizes.plan::<T>(dev, &spec, head, how(s, needs, head))?;
+        let (shape, options) = (work.micro_batch, pass_options(s, needs, head));
+        let bytes = Arena::plan(|scope| {
+            Micro::<T::Acc>::plan(dev, scope, shape.rows)?;
+            Pass::<T>::plan(dev, scope, (&spec, head), shape, options)
+        })?;
         self.phases.push((format!("train the {role}"), bytes));
         Ok(())
     }

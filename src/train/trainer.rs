@@ -5,7 +5,6 @@ use std::{ops::Range, path::Path, time::Instant};
 use super::{
     feed::{self, Sequence},
     job::Job,
-    pass::{self, PassOptions},
     plan::{self, Plan},
     role::Role,
     rollouts::Rollout,
@@ -17,7 +16,7 @@ use crate::{
     data::Order,
     device::{Arena, Device, Element, Later, View},
     error::{Error, Result},
-    models::{Batch, Head, Model, Residency},
+    models::{Batch, Head, Model, Pass, PassOptions, Residency},
     rng::{Philox, Purpose},
 };
 
@@ -87,7 +86,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             step: 0,
             order: feed::order(&job.examples, &job.settings),
             arena: Arena::new(dev, 0)?,
-            batch: Batch::with_capacity(job.work.sizes.rows),
+            batch: Batch::with_capacity(job.work.micro_batch.rows),
             memory,
             rollouts: Vec::new(),
             clock: Vec::new(),
@@ -149,8 +148,8 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         &self.memory
     }
 
-    fn how(&self, head: Head) -> PassOptions {
-        plan::how(&self.job.settings, &self.job.needs, head)
+    fn pass_options(&self, head: Head) -> PassOptions {
+        plan::pass_options(&self.job.settings, &self.job.needs, head)
     }
 
     /// The language model that is trained.
@@ -185,7 +184,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         };
         format!(
             "{head}; micro-batches of up to {} tokens; {} steps",
-            self.job.work.sizes.rows, self.job.steps
+            self.job.work.micro_batch.rows, self.job.steps
         )
     }
 
@@ -331,7 +330,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     ) -> Result<()> {
         let _phase = dev.span("policy gradient");
         role.zero_grads(dev)?;
-        let (temperature, how) = (self.temperature(), self.how(Head::Lm));
+        let (temperature, options) = (self.temperature(), self.pass_options(Head::Lm));
         for group in groups {
             self.batch.clear();
             for s in &sequences[group.clone()] {
@@ -340,13 +339,17 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             let (algorithm, scope) = (&mut self.job.algorithm, self.arena.scope());
             let micro = Micro::stage(dev, &scope, columns, group.clone())?;
             let (model, grads, batch) = (&role.model, &mut role.grads, &self.batch);
-            pass::policy(dev, model, grads, &scope, batch, temperature, how, |mut c| {
-                let mut watch = Watch { dev, sequences: group, watched };
-                watch.on(LOGP, c.logp)?;
-                let (dlogp, dentropy) = (c.dlogp.reborrow(), c.dentropy);
-                algorithm.policy_loss(dev, &micro, c.logp, c.entropy, dlogp, dentropy)?;
-                watch.on("d loss / d log-prob", c.dlogp.view())
-            })?;
+            Pass::new(dev, model, &scope, batch).at(temperature).train(
+                grads,
+                options,
+                |mut c| {
+                    let mut watch = Watch { dev, sequences: group, watched };
+                    watch.on(LOGP, c.y)?;
+                    let (dlogp, dentropy) = (c.dy.reborrow(), c.dentropy);
+                    algorithm.policy_loss(dev, &micro, c.y, c.entropy, dlogp, dentropy)?;
+                    watch.on("d loss / d log-prob", c.dy.view())
+                },
+            )?;
         }
         Ok(())
     }
@@ -363,7 +366,8 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         let _phase =
             dev.span(if self.job.needs.policy { "value gradient" } else { "reward gradient" });
         role.zero_grads(dev)?;
-        let (name, how, unit) = (role.name, self.how(Head::Scalar), self.job.work.unit);
+        let (name, options, unit) =
+            (role.name, self.pass_options(Head::Scalar), self.job.work.unit);
         for group in groups {
             let group = group.start * unit..group.end * unit;
             self.batch.clear();
@@ -377,11 +381,11 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             let (algorithm, scope) = (&mut self.job.algorithm, self.arena.scope());
             let micro = Micro::stage(dev, &scope, columns, group.clone())?;
             let (model, grads, batch) = (&role.model, &mut role.grads, &self.batch);
-            pass::scalar(dev, model, grads, &scope, batch, how, |y, mut dy| {
+            Pass::new(dev, model, &scope, batch).train(grads, options, |mut c| {
                 let mut watch = Watch { dev, sequences: &group, watched };
-                watch.on(name, y)?;
-                algorithm.scalar_loss(dev, &micro, y, dy.reborrow())?;
-                watch.on("d loss / d scalar", dy.view())
+                watch.on(name, c.y)?;
+                algorithm.scalar_loss(dev, &micro, c.y, c.dy.reborrow())?;
+                watch.on("d loss / d scalar", c.dy.view())
             })?;
         }
         Ok(())

@@ -57,14 +57,14 @@ fn prepare(a: &mut dyn Algorithm, c: &mut Columns<f32>) -> BTreeMap<&'static str
 
 /// What a first pass over prepared columns gives: gradients and metrics. Log-probs and values are
 /// off those of the rollout, each by an amount of its own.
-fn first_pass(a: &mut dyn Algorithm, c: &Columns<f32>, per: usize) -> Pass {
+fn first_pass(a: &mut dyn Algorithm, c: &Columns<f32>, per: usize) -> Gradients {
     let off = |x: &[f32]| -> Vec<f32> { x.iter().map(|x| x + 0.5 * (31.0 * x).sin()).collect() };
     let dlogp = policy_loss(a, c, &off(&c.old_logp), None, per);
     let dvalue = scalar_loss(a, c, &off(&c.old_values), per);
-    Pass { dlogp, dvalue, metrics: finish(a) }
+    Gradients { dlogp, dvalue, metrics: finish(a) }
 }
 
-struct Pass {
+struct Gradients {
     dlogp: Vec<f32>,
     dvalue: Vec<f32>,
     metrics: BTreeMap<&'static str, f64>,
@@ -466,6 +466,6 @@ fn probability<T: Element<Acc = f32>>(dev: &Device, model: &Model<T>, arm: usize
     let scorer = Scorer { rows: 2, sequences: 1 };
     let mut arena = room_on(dev, scorer.plan::<T>(dev, model.spec(), model.head()).unwrap());
     let (mut logp, scope) = (Vec::new(), arena.scope());
-    scorer.logprobs(dev, model, &scope, &batch, 1.0, &mut logp, None).unwrap();
+    models::Pass::new(dev, model, &scope, &batch).score(&mut logp, None).unwrap();
     logp[0].exp()
 }

@@ -4,12 +4,11 @@
 use half::bf16;
 use warpo::{
     device::Device,
-    models::{self, Batch, Head, Model, ParamKind, Params},
-    train::pass::{self, PassOptions, Sizes},
+    models::{self, Batch, Head, Keep, Model, ParamKind, Params, Pass, PassOptions},
 };
 
 use super::golden::{MODELS as ALL, named, sft, sft_batch};
-use crate::support::{assert_bits, golden, golden::Golden, room_on, sim, temp_dir};
+use crate::support::{assert_bits, golden, golden::Golden, keep_all, pass_room, sim, temp_dir};
 
 /// Those of the golden models that a device takes: it wants widths of whole packets.
 const MODELS: [&str; 2] = ["gpt2", "llama"];
@@ -23,21 +22,20 @@ fn learn(
     dev: &Device,
     model: &Model<bf16>,
     batch: &Batch,
-    recompute: bool,
+    keep: Keep,
 ) -> (f64, Vec<(String, Vec<f32>)>) {
     let mut grads = Params::zeros(dev, "gradients", model.params().layout()).unwrap();
-    let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
-    let how = PassOptions { entropy: false, recompute };
-    let bytes = sizes.plan::<bf16>(dev, model.spec(), model.head(), how).unwrap();
-    let mut arena = room_on(dev, bytes);
+    let options = PassOptions { entropy: false, keep };
+    let mut arena = pass_room(dev, model, batch, options);
     let (scope, mut loss) = (arena.scope(), 0.0);
-    pass::policy(dev, model, &mut grads, &scope, batch, 1.0, how, |c| {
-        let logp = dev.read(c.logp)?;
-        let n = logp.len();
-        loss = -logp.iter().map(|x| f64::from(*x)).sum::<f64>() / n as f64;
-        dev.write(c.dlogp, &vec![-1.0 / n as f32; n])
-    })
-    .unwrap();
+    Pass::new(dev, model, &scope, batch)
+        .train(&mut grads, options, |c| {
+            let logp = dev.read(c.y)?;
+            let n = logp.len();
+            loss = -logp.iter().map(|x| f64::from(*x)).sum::<f64>() / n as f64;
+            dev.write(c.dy, &vec![-1.0 / n as f32; n])
+        })
+        .unwrap();
     let named = models::named(dev, model, &grads).unwrap();
     // What lies beside the stored weights has no gradient, so that it stays 0.
     let all = dev.read(grads.flat()).unwrap();
@@ -58,7 +56,7 @@ fn models_learn_on_a_device_what_they_learn_in_f64() {
         for name in MODELS {
             let g = Golden::open(&format!("{name}/sft.safetensors"));
             let (model, batch) = (load(dev, name, Head::Lm), sft_batch(&g));
-            let (loss, grads) = learn(dev, &model, &batch, false);
+            let (loss, grads) = learn(dev, &model, &batch, Keep::All);
             let truth = g.scalar("loss");
             assert!((loss - truth).abs() < truth / 256.0, "{name}: {loss} for {truth}");
             let (mut off, mut all) = (0.0, 0.0);
@@ -74,7 +72,7 @@ fn models_learn_on_a_device_what_they_learn_in_f64() {
             println!("{name}: loss off by {:.1e}, gradient by {error:.1e}", loss / truth - 1.0);
             assert!(error < 0.03, "{name}: the gradient is off by {error}");
 
-            let (again, recomputed) = learn(dev, &model, &batch, true);
+            let (again, recomputed) = learn(dev, &model, &batch, Keep::Streams);
             assert_eq!(again.to_bits(), loss.to_bits());
             for ((key, a), (_, b)) in grads.iter().zip(&recomputed) {
                 assert_bits(key, a, b);
@@ -93,20 +91,17 @@ fn recomputed_blocks_have_the_bits_of_kept_ones() {
         let (kept, _) = sft(&model, &g);
         let batch = sft_batch(&g);
         let mut grads = Params::zeros(&dev, "gradients", model.params().layout()).unwrap();
-        let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
-        let bytes = |recompute| {
-            let how = PassOptions { entropy: false, recompute };
-            sizes.plan::<f32>(&dev, model.spec(), model.head(), how).unwrap()
-        };
-        let how = PassOptions { entropy: false, recompute: true };
-        assert!(bytes(true) < bytes(false), "{} of {}", bytes(true), bytes(false));
-        let mut arena = room_on(&dev, bytes(true));
+        let options = PassOptions { entropy: false, keep: Keep::Streams };
+        let all = pass_room(&dev, &model, &batch, keep_all(false)).bytes();
+        let mut arena = pass_room(&dev, &model, &batch, options);
+        assert!(arena.bytes() < all, "{} of {all}", arena.bytes());
         let (scope, n) = (arena.scope(), batch.selected().len() as f32);
-        pass::policy(&dev, &model, &mut grads, &scope, &batch, 1.0, how, |c| {
-            c.dlogp.host().fill(-1.0 / n);
-            Ok(())
-        })
-        .unwrap();
+        Pass::new(&dev, &model, &scope, &batch)
+            .train(&mut grads, options, |c| {
+                c.dy.host().fill(-1.0 / n);
+                Ok(())
+            })
+            .unwrap();
         for ((key, a), (_, b)) in named(&kept, &model).iter().zip(&named(&grads, &model)) {
             assert!(a == b, "{name}: {key}");
         }

@@ -4,10 +4,10 @@
 //! No golden tensor is skipped silently: each test ends by naming what it leaves to others.
 
 use warpo::{
-    device::{Arena, Device, Float},
+    device::{Device, Float},
     models::{
-        Activations, Batch, Cache, Config, Head, HeadInput, Keep, Model, ParamKind, Params,
-        PassShape,
+        Activations, Batch, Cache, Config, Head, HeadInput, Keep, LossColumns, Model, ParamKind,
+        Params, Pass, PassShape,
     },
     ops::{
         attention::PAGE,
@@ -20,12 +20,11 @@ use warpo::{
     },
     rng::{Purpose, Stream},
     rollout::{Generator, Prompt, Scorer, Settings, last_scores},
-    train::pass::{self, Sizes},
 };
 
 use crate::support::{
-    PARAMS, assert_bits, assert_close, assert_earned, golden, golden::Golden, host, how, params,
-    room, temp_dir, wide,
+    PARAMS, assert_bits, assert_close, assert_earned, golden, golden::Golden, host, keep_all,
+    params, pass_room, room, temp_dir, wide,
 };
 
 pub const MODELS: [&str; 3] = ["gpt2", "llama", "llama_tied"];
@@ -50,7 +49,7 @@ pub fn unpad(g: &Golden, ids: &str, mask: &str) -> Vec<Vec<u32>> {
         .collect()
 }
 
-pub struct Pass<F> {
+pub struct Outputs<F> {
     pub logits: Vec<F>,
     streams: Vec<Vec<F>>,
     pub hidden: Vec<F>,
@@ -62,7 +61,7 @@ fn hidden<F: Float>(model: &Model<F>, rows: &[Vec<u32>]) -> Vec<F> {
 }
 
 /// Logits at every position of every sequence, packed; none for a scalar head.
-pub fn forward<F: Float>(model: &Model<F>, rows: &[Vec<u32>]) -> Pass<F> {
+pub fn forward<F: Float>(model: &Model<F>, rows: &[Vec<u32>]) -> Outputs<F> {
     let dev = Device::cpu();
     let mut batch = Batch::default();
     rows.iter().for_each(|r| batch.push_last(r));
@@ -85,7 +84,7 @@ pub fn forward<F: Float>(model: &Model<F>, rows: &[Vec<u32>]) -> Pass<F> {
         matmul::forward(&dev, (&mut logits).into(), selected.hidden(), packed, None, None).unwrap();
     }
     let streams = (0..spec.layers).map(|l| acts.stream(l).unwrap().host().to_vec()).collect();
-    Pass { logits, streams, hidden: selected.hidden().host().to_vec() }
+    Outputs { logits, streams, hidden: selected.hidden().host().to_vec() }
 }
 
 /// The real positions of a padded `[rows, cols, width]` golden tensor.
@@ -199,25 +198,20 @@ fn logprobs_and_entropy_are_those_of_hugging_face() {
     }
 }
 
-/// Memory for one pass.
-fn pass_arena<F: Float>(model: &Model<F>, batch: &Batch, entropy: bool) -> Arena {
-    let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
-    room(sizes.plan::<F>(host(), model.spec(), model.head(), how(entropy)).unwrap())
-}
-
 /// Runs a policy pass with gradient 0.
 fn policy<F: Float>(model: &Model<F>, batch: &Batch, grads: &mut Params<F>) -> (Vec<F>, Vec<F>) {
-    let mut arena = pass_arena(model, batch, true);
+    let mut arena = pass_room(host(), model, &batch, keep_all(true));
     let (mut logp, mut entropy) = (Vec::new(), Vec::new());
     let (dev, scope) = (Device::cpu(), arena.scope());
-    pass::policy(&dev, model, grads, &scope, batch, F::ONE, how(true), |c| {
-        logp = c.logp.host().to_vec();
-        entropy = c.entropy.unwrap().host().to_vec();
-        c.dlogp.host().fill(F::ZERO);
-        c.dentropy.unwrap().host().fill(F::ZERO);
-        Ok(())
-    })
-    .unwrap();
+    Pass::new(&dev, model, &scope, batch)
+        .train(grads, keep_all(true), |c| {
+            logp = c.y.host().to_vec();
+            entropy = c.entropy.unwrap().host().to_vec();
+            c.dy.host().fill(F::ZERO);
+            c.dentropy.unwrap().host().fill(F::ZERO);
+            Ok(())
+        })
+        .unwrap();
     (logp, entropy)
 }
 
@@ -328,15 +322,16 @@ pub fn sft<F: Float>(model: &Model<F>, g: &Golden) -> (Params<F>, f64) {
     let batch = sft_batch(g);
     let n = batch.selected().len() as f64;
     let mut grads = params(model.params().layout());
-    let mut arena = pass_arena(model, &batch, false);
+    let mut arena = pass_room(host(), model, &batch, keep_all(false));
     let (dev, scope) = (Device::cpu(), arena.scope());
     let mut loss = 0.0;
-    pass::policy(&dev, model, &mut grads, &scope, &batch, F::ONE, how(false), |c| {
-        loss = -c.logp.host().iter().map(|x| x.f64()).sum::<f64>() / n;
-        c.dlogp.host().fill(F::of(-1.0 / n));
-        Ok(())
-    })
-    .unwrap();
+    Pass::new(&dev, model, &scope, &batch)
+        .train(&mut grads, keep_all(false), |c| {
+            loss = -c.y.host().iter().map(|x| x.f64()).sum::<f64>() / n;
+            c.dy.host().fill(F::of(-1.0 / n));
+            Ok(())
+        })
+        .unwrap();
     drop(scope);
     (grads, loss)
 }
@@ -353,22 +348,24 @@ fn reward_scores_losses_and_gradients_are_those_of_hugging_face() {
         order.iter().for_each(|i| batch.push_last(&rows[*i]));
         let want: Vec<f64> = order.iter().map(|i| g.get("scores")[*i]).collect();
         let mut grads = params(model.params().layout());
-        let mut arena = pass_arena(&model, &batch, false);
+        let mut arena = pass_room(host(), &model, &batch, keep_all(false));
         let (dev, scope) = (Device::cpu(), arena.scope());
-        pass::scalar(&dev, &model, &mut grads, &scope, &batch, how(false), |y, mut dy| {
-            assert_close("scores", y.host(), &want, 1e-11, 1e-10);
-            for (key, margins, centre) in [
-                ("loss_margin", g.get("margins"), 0.0),
-                ("loss_center", &[], 0.01),
-                ("loss", &[], 0.0), // last: its gradient goes on
-            ] {
-                let (dy, margins) = (dy.reborrow(), margins.into());
-                let s = bradley_terry::forward(&dev, dy, y, margins, centre, n as f64)?.get()?;
-                assert_close(key, &[s.loss], &[g.scalar(key)], 1e-12, 1e-12);
-            }
-            Ok(())
-        })
-        .unwrap();
+        Pass::new(&dev, &model, &scope, &batch)
+            .train(&mut grads, keep_all(false), |LossColumns { y, mut dy, .. }| {
+                assert_close("scores", y.host(), &want, 1e-11, 1e-10);
+                for (key, margins, centre) in [
+                    ("loss_margin", g.get("margins"), 0.0),
+                    ("loss_center", &[], 0.01),
+                    ("loss", &[], 0.0), // last: its gradient goes on
+                ] {
+                    let (dy, margins) = (dy.reborrow(), margins.into());
+                    let s =
+                        bradley_terry::forward(&dev, dy, y, margins, centre, n as f64)?.get()?;
+                    assert_close(key, &[s.loss], &[g.scalar(key)], 1e-12, 1e-12);
+                }
+                Ok(())
+            })
+            .unwrap();
         assert_gradients(&g, "grad/", (&model, &grads), stored(name));
         assert!(grads.get(ParamKind::Score, None).is_some());
         g.all_read(&[]);
@@ -499,49 +496,51 @@ fn ppo_losses_and_gradients_are_those_of_trl() {
         let model = load::<f64>(name, Head::Lm);
         let (mut batch, mut grads) = (Batch::default(), params(model.params().layout()));
         m.rows.iter().zip(&m.lens).for_each(|(r, n)| batch.push_predicted(r, r.len() - n));
-        let (dev, mut memory) = (Device::cpu(), pass_arena(&model, &batch, false));
+        let (dev, mut memory) = (Device::cpu(), pass_room(host(), &model, &batch, keep_all(false)));
         let scope = memory.scope();
-        pass::policy(&dev, &model, &mut grads, &scope, &batch, 1.0, how(false), |mut c| {
-            let logp = c.logp.host();
-            let want = m.packed(g.get("new_logprobs"), 0);
-            assert_close("new_logprobs", logp, &want, 1e-11, 1e-10);
-            let (old, n) = (m.packed(g.get("old_logprobs"), 0), logp.len() as f64);
-            // k1 last: its gradient goes on
-            for tag in ["k3w/", ""] {
-                let (advantages, _) = m.estimate(&g, tag);
-                let tokens = Tokens {
-                    logp: c.logp,
-                    old_logp: (&old).into(),
-                    ref_logp: None,
-                    entropy: None,
-                    advantages: (&advantages).into(),
-                };
-                let s = ppo_loss::Settings {
-                    clip_low: 0.2,
-                    clip_high: 0.2,
-                    dual_clip: None,
-                    kl: None,
-                    entropy_coef: 0.0,
-                };
-                let s = ppo_loss::policy(&dev, c.dlogp.reborrow(), None, tokens, &s, n)?.get()?;
-                let close = |key: &str, x: f64| {
-                    let key = format!("{tag}{key}");
-                    assert_close(&key, &[x], &[g.scalar(&key)], 1e-11, 1e-10);
-                };
-                close("pg_loss", s.loss);
-                close("pg_clipfrac", (s.clipped_low + s.clipped_high) / n);
-                assert!(s.clipped_low + s.clipped_high > 0.0, "{name}: nothing is clipped");
-                // TRL's approxkl is k2, over the padding too.
-                let k2 = logp.iter().zip(&old).map(|(l, o)| KlEstimator::K2.value(*l, *o));
-                close("approxkl", k2.sum::<f64>() / (m.lens.len() * m.cols) as f64);
-                let ratio: Vec<f64> = logp.iter().zip(&old).map(|(l, o)| (l - o).exp()).collect();
-                let want = g.get(&format!("{tag}ratio"));
-                assert_close("ratio", &m.padded(&ratio, 0, 1.0), want, 1e-11, 1e-10);
-                policy_loss.insert(tag, s.loss);
-            }
-            Ok(())
-        })
-        .unwrap();
+        Pass::new(&dev, &model, &scope, &batch)
+            .train(&mut grads, keep_all(false), |mut c| {
+                let logp = c.y.host();
+                let want = m.packed(g.get("new_logprobs"), 0);
+                assert_close("new_logprobs", logp, &want, 1e-11, 1e-10);
+                let (old, n) = (m.packed(g.get("old_logprobs"), 0), logp.len() as f64);
+                // k1 last: its gradient goes on
+                for tag in ["k3w/", ""] {
+                    let (advantages, _) = m.estimate(&g, tag);
+                    let tokens = Tokens {
+                        logp: c.y,
+                        old_logp: (&old).into(),
+                        ref_logp: None,
+                        entropy: None,
+                        advantages: (&advantages).into(),
+                    };
+                    let s = ppo_loss::Settings {
+                        clip_low: 0.2,
+                        clip_high: 0.2,
+                        dual_clip: None,
+                        kl: None,
+                        entropy_coef: 0.0,
+                    };
+                    let s = ppo_loss::policy(&dev, c.dy.reborrow(), None, tokens, &s, n)?.get()?;
+                    let close = |key: &str, x: f64| {
+                        let key = format!("{tag}{key}");
+                        assert_close(&key, &[x], &[g.scalar(&key)], 1e-11, 1e-10);
+                    };
+                    close("pg_loss", s.loss);
+                    close("pg_clipfrac", (s.clipped_low + s.clipped_high) / n);
+                    assert!(s.clipped_low + s.clipped_high > 0.0, "{name}: nothing is clipped");
+                    // TRL's approxkl is k2, over the padding too.
+                    let k2 = logp.iter().zip(&old).map(|(l, o)| KlEstimator::K2.value(*l, *o));
+                    close("approxkl", k2.sum::<f64>() / (m.lens.len() * m.cols) as f64);
+                    let ratio: Vec<f64> =
+                        logp.iter().zip(&old).map(|(l, o)| (l - o).exp()).collect();
+                    let want = g.get(&format!("{tag}ratio"));
+                    assert_close("ratio", &m.padded(&ratio, 0, 1.0), want, 1e-11, 1e-10);
+                    policy_loss.insert(tag, s.loss);
+                }
+                Ok(())
+            })
+            .unwrap();
         assert_gradients(&g, "grad_policy/", (&model, &grads), stored(name));
 
         let model = load::<f64>(&format!("{name}/rm"), Head::Scalar);
@@ -552,25 +551,28 @@ fn ppo_losses_and_gradients_are_those_of_trl() {
             let kinds = start..start + m.len(b, 1);
             batch.push_masked(&[row, &[0][..]].concat(), &[kinds]);
         }
-        let (n, mut memory) = (m.tokens(1) as f64, pass_arena(&model, &batch, false));
+        let (n, mut memory) =
+            (m.tokens(1) as f64, pass_room(host(), &model, &batch, keep_all(false)));
         let scope = memory.scope();
-        pass::scalar(&dev, &model, &mut grads, &scope, &batch, how(false), |y, mut dy| {
-            assert_close("vpred", y.host(), &m.packed(g.get("vpred"), 1), 1e-11, 1e-10);
-            for tag in ["k3w/", ""] {
-                let (_, returns) = m.estimate(&g, tag);
-                let old = m.packed(g.get(&format!("{tag}values")), 1);
-                let (d, old, returns) = (dy.reborrow(), (&old).into(), (&returns).into());
-                let s = value_loss::forward(&dev, d, y, old, returns, Some(0.2), 0.1, n)?.get()?;
-                let vf = scalar(format!("{tag}vf_loss"));
-                assert_close("vf_loss", &[s.loss], &[0.1 * vf], 1e-11, 1e-10);
-                let clipped = scalar(format!("{tag}vf_clipfrac"));
-                assert_close("vf_clipfrac", &[s.clipped / n], &[clipped], 0.0, 1e-14);
-                let loss = policy_loss[tag] + s.loss;
-                assert_close("loss", &[loss], &[scalar(format!("{tag}loss"))], 1e-11, 1e-10);
-            }
-            Ok(())
-        })
-        .unwrap();
+        Pass::new(&dev, &model, &scope, &batch)
+            .train(&mut grads, keep_all(false), |LossColumns { y, mut dy, .. }| {
+                assert_close("vpred", y.host(), &m.packed(g.get("vpred"), 1), 1e-11, 1e-10);
+                for tag in ["k3w/", ""] {
+                    let (_, returns) = m.estimate(&g, tag);
+                    let old = m.packed(g.get(&format!("{tag}values")), 1);
+                    let (d, old, returns) = (dy.reborrow(), (&old).into(), (&returns).into());
+                    let s =
+                        value_loss::forward(&dev, d, y, old, returns, Some(0.2), 0.1, n)?.get()?;
+                    let vf = scalar(format!("{tag}vf_loss"));
+                    assert_close("vf_loss", &[s.loss], &[0.1 * vf], 1e-11, 1e-10);
+                    let clipped = scalar(format!("{tag}vf_clipfrac"));
+                    assert_close("vf_clipfrac", &[s.clipped / n], &[clipped], 0.0, 1e-14);
+                    let loss = policy_loss[tag] + s.loss;
+                    assert_close("loss", &[loss], &[scalar(format!("{tag}loss"))], 1e-11, 1e-10);
+                }
+                Ok(())
+            })
+            .unwrap();
         assert_gradients(&g, "grad_value/", (&model, &grads), stored(name));
 
         let rows: Vec<&[u32]> = m.rows.iter().map(Vec::as_slice).collect();

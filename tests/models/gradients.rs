@@ -3,7 +3,7 @@
 
 use warpo::{
     device::{Cpu, Device, View, ViewMut},
-    models::{Batch, Config, Head, Model, ParamKind, Params, Residency},
+    models::{Batch, Config, Head, LossColumns, Model, ParamKind, Params, Pass, Residency},
     ops::{
         bradley_terry,
         kl::KlEstimator,
@@ -12,10 +12,9 @@ use warpo::{
         value_loss,
     },
     rollout::Scorer,
-    train::pass::{self, Sizes},
 };
 
-use crate::support::{host, how, inner, params, randn, room};
+use crate::support::{host, inner, keep_all, params, pass_room, randn, room};
 
 /// LayerNorm, learned positions, biases, tied head.
 const GPT2: &str = r#"{"model_type": "gpt2", "vocab_size": 37, "n_embd": 16, "n_layer": 1, "n_head": 2,
@@ -174,27 +173,28 @@ fn every_weight_of_a_policy_has_the_gradient_of_sft_and_ppo() {
         let mut forward = |m: &Model<f64>| {
             let (mut logp, mut entropy) = (Vec::new(), Vec::new());
             let (scope, h) = (arena.scope(), Some(&mut entropy));
-            scorer.logprobs(&dev, m, &scope, &batch, T, &mut logp, h).unwrap();
+            Pass::new(&dev, m, &scope, &batch).at(T).score(&mut logp, h).unwrap();
             (logp, entropy)
         };
         let columns = PolicyColumns::new(&forward(&m).0);
         let grads = |ppo: bool| {
-            let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
-            let mut arena = room(sizes.plan::<f64>(host(), m.spec(), Head::Lm, how(true)).unwrap());
+            let mut arena = pass_room(host(), &m, &batch, keep_all(true));
             let (scope, mut grads) = (arena.scope(), params(m.params().layout()));
-            pass::policy(&dev, &m, &mut grads, &scope, &batch, T, how(true), |mut c| {
-                let mut dentropy = c.dentropy.unwrap();
-                let (d, dh) = (c.dlogp.reborrow(), dentropy.reborrow());
-                let s = columns.ppo(c.logp, c.entropy.unwrap(), d, dh);
-                let active = [s.clipped_low, s.clipped_high, s.dual_clipped];
-                assert!(active.iter().all(|n| *n > 0.0), "{name}: {active:?}");
-                if !ppo {
-                    dentropy.host().fill(0.0);
-                    columns.sft(c.logp, c.dlogp);
-                }
-                Ok(())
-            })
-            .unwrap();
+            Pass::new(&dev, &m, &scope, &batch)
+                .at(T)
+                .train(&mut grads, keep_all(true), |mut c| {
+                    let mut dentropy = c.dentropy.unwrap();
+                    let (d, dh) = (c.dy.reborrow(), dentropy.reborrow());
+                    let s = columns.ppo(c.y, c.entropy.unwrap(), d, dh);
+                    let active = [s.clipped_low, s.clipped_high, s.dual_clipped];
+                    assert!(active.iter().all(|n| *n > 0.0), "{name}: {active:?}");
+                    if !ppo {
+                        dentropy.host().fill(0.0);
+                        columns.sft(c.y, c.dy);
+                    }
+                    Ok(())
+                })
+                .unwrap();
             grads
         };
         let grads = [("sft", grads(false)), ("ppo", grads(true))];
@@ -256,7 +256,7 @@ fn every_weight_of_a_scalar_model_has_the_gradient_of_reward_and_value_loss() {
         let mut arena = room(scorer.plan::<f64>(host(), m.spec(), m.head()).unwrap());
         let mut forward = |m: &Model<f64>| {
             let mut y = Vec::new();
-            scorer.scalars(&dev, m, &arena.scope(), &all, &mut y).unwrap();
+            Pass::new(&dev, m, &arena.scope(), &all).score(&mut y, None).unwrap();
             split(&y)
         };
         let columns = ValueColumns::new(&forward(&m).1);
@@ -265,20 +265,19 @@ fn every_weight_of_a_scalar_model_has_the_gradient_of_reward_and_value_loss() {
             for s in &sequences {
                 if value { batch.push_predicted(s, 1) } else { batch.push_last(s) }
             }
-            let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
-            let mut arena =
-                room(sizes.plan::<f64>(host(), m.spec(), Head::Scalar, how(false)).unwrap());
+            let mut arena = pass_room(host(), &m, &batch, keep_all(false));
             let (scope, mut grads) = (arena.scope(), params(m.params().layout()));
-            pass::scalar(&dev, &m, &mut grads, &scope, &batch, how(false), |y, dy| {
-                if value {
-                    let clipped = columns.loss(y, dy).clipped;
-                    assert!(clipped > 0.0 && clipped < y.len() as f64, "{name}: {clipped}");
-                } else {
-                    reward(y, dy);
-                }
-                Ok(())
-            })
-            .unwrap();
+            Pass::new(&dev, &m, &scope, &batch)
+                .train(&mut grads, keep_all(false), |LossColumns { y, dy, .. }| {
+                    if value {
+                        let clipped = columns.loss(y, dy).clipped;
+                        assert!(clipped > 0.0 && clipped < y.len() as f64, "{name}: {clipped}");
+                    } else {
+                        reward(y, dy);
+                    }
+                    Ok(())
+                })
+                .unwrap();
             grads
         };
         let grads = [("reward", grads(false)), ("value", grads(true))];
@@ -304,17 +303,17 @@ fn gradients_of_longer_sequences() {
         let mut batch = Batch::default();
         ids(&[70, 33, 1, 32], m.spec().vocab).iter().for_each(|s| batch.push_predicted(s, 1));
         let weights: Vec<f64> = randn("weights", batch.selected().len());
-        let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
-        let mut arena = room(sizes.plan::<f64>(host(), m.spec(), Head::Lm, how(false)).unwrap());
+        let mut arena = pass_room(host(), &m, &batch, keep_all(false));
         let mut run = |m: &Model<f64>| {
             let (scope, mut grads) = (arena.scope(), params(m.params().layout()));
             let mut loss = 0.0;
-            pass::policy(&dev, m, &mut grads, &scope, &batch, 1.0, how(false), |c| {
-                let sum = weights.iter().sum();
-                loss = nll::forward(&dev, c.dlogp, c.logp, (&weights).into(), sum)?.get()?;
-                Ok(())
-            })
-            .unwrap();
+            Pass::new(&dev, m, &scope, &batch)
+                .train(&mut grads, keep_all(false), |c| {
+                    let sum = weights.iter().sum();
+                    loss = nll::forward(&dev, c.dy, c.y, (&weights).into(), sum)?.get()?;
+                    Ok(())
+                })
+                .unwrap();
             (loss, grads)
         };
         let grads = run(&m).1;

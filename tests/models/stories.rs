@@ -7,7 +7,7 @@ use serde::Deserialize;
 use warpo::{
     data::Tokenizer,
     device::{Device, Float},
-    models::{Batch, Head, Model},
+    models::{Batch, Head, Model, Pass},
     ops::sample,
     rng::{Purpose, Stream},
     rollout::{Generator, Prompt, Scorer, Settings},
@@ -55,7 +55,7 @@ fn logits_and_logprobs<F: Float>(rounding: f64) {
         let mut arena = room(scorer.plan::<F>(host(), model.spec(), model.head()).unwrap());
         let mut logp = Vec::new();
         let (dev, scope) = (Device::cpu(), arena.scope());
-        scorer.logprobs(&dev, &model, &scope, &batch, F::ONE, &mut logp, None).unwrap();
+        Pass::new(&dev, &model, &scope, &batch).score(&mut logp, None).unwrap();
         assert_close(&s.prompt, &logp, &s.token_logprobs, 1.5e-6 + rounding, 0.0);
     }
 }

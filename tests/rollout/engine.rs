@@ -7,16 +7,17 @@ use half::bf16;
 use warpo::{
     Error,
     device::{Cpu, Device, Element, Float},
-    models::{Batch, Head, Model, ParamKind, Params},
+    models::{Batch, Head, Model, ParamKind, Params, Pass},
     ops::sample,
     rng::{Philox, Purpose, Stream},
     rollout::{Completion, Generator, Prompt, Settings},
-    train::pass::{self, Sizes},
 };
 
 use crate::{
     models::golden::{forward, load},
-    support::{PARAMS, assert_bits, devices, golden, host, how, room, room_on, sim},
+    support::{
+        PARAMS, assert_bits, devices, golden, host, keep_all, pass_room, room, room_on, sim,
+    },
 };
 
 const STREAM: Stream = Stream { seed: 5, step: 3, purpose: Purpose::Sample };
@@ -67,15 +68,16 @@ fn trained<T: Element>(
         for (p, c) in prompts.iter().zip(completions) {
             batch.push_predicted(&[&p.ids[..], &c.ids].concat(), p.ids.len());
         }
-        let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
-        let bytes = sizes.plan::<T>(dev, model.spec(), Head::Lm, how(false)).unwrap();
-        let mut arena = room_on(dev, bytes);
+        let mut arena = pass_room(dev, model, &batch, keep_all(false));
         let scope = arena.scope();
-        let done =
-            pass::policy(dev, model, &mut grads, &scope, &batch, temperature, how(false), |c| {
-                out.extend(dev.read(c.logp)?);
+        let done = Pass::new(dev, model, &scope, &batch).at(temperature).train(
+            &mut grads,
+            keep_all(false),
+            |c| {
+                out.extend(dev.read(c.y)?);
                 Err(Error::value("enough", "no backward pass", "a forward pass"))
-            });
+            },
+        );
         assert!(done.unwrap_err().to_string().starts_with("enough"));
     }
     out

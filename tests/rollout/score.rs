@@ -4,14 +4,13 @@
 use warpo::{
     Error,
     device::{Device, Float},
-    models::{Batch, Head, Model},
+    models::{Batch, Head, LossColumns, Model, Pass},
     rollout::{Scorer, last_scores},
-    train::pass::{self, Sizes},
 };
 
 use crate::{
     models::golden::{forward, load},
-    support::{assert_bits, assert_close, devices, host, how, params, room, wide},
+    support::{assert_bits, assert_close, devices, host, keep_all, params, pass_room, room, wide},
 };
 
 fn ids(sequence: usize, len: usize) -> Vec<u32> {
@@ -37,7 +36,7 @@ fn logprobs<F: Float>(
         batch.clear();
         documents[group].iter().for_each(|d| batch.push_predicted(d, 1));
         let (scope, entropy) = (arena.scope(), Some(&mut entropy));
-        scorer.logprobs(dev, model, &scope, &batch, t, &mut logp, entropy).unwrap();
+        Pass::new(dev, model, &scope, &batch).at(t).score(&mut logp, entropy).unwrap();
     }
     (logp, entropy)
 }
@@ -144,22 +143,21 @@ fn rewards_are_at_the_last_token() {
     let scorer = Scorer { rows: batch.len(), sequences: all.len() };
     let mut arena = room(scorer.plan::<f32>(host(), judge.spec(), judge.head()).unwrap());
     let mut rows = Vec::new();
-    scorer.scalars(&dev, &judge, &arena.scope(), &batch, &mut rows).unwrap();
+    Pass::new(&dev, &judge, &arena.scope(), &batch).score(&mut rows, None).unwrap();
     let last: Vec<f32> = batch.offsets()[1..].iter().map(|o| rows[*o as usize - 1]).collect();
     assert_bits("last rows", &last, &want);
 
     let mut batch = Batch::default();
     all.iter().for_each(|d| batch.push_last(d));
-    let sizes = Sizes { rows: batch.len(), sequences: batch.sequences() };
-    let mut arena =
-        room(sizes.plan::<f32>(host(), judge.spec(), Head::Scalar, how(false)).unwrap());
+    let mut arena = pass_room(host(), &judge, &batch, keep_all(false));
     let (scope, mut grads) = (arena.scope(), params(judge.params().layout()));
-    pass::scalar(&dev, &judge, &mut grads, &scope, &batch, how(false), |y, dy| {
-        assert_bits("training", y.host(), &want);
-        dy.host().fill(0.0);
-        Ok(())
-    })
-    .unwrap();
+    Pass::new(&dev, &judge, &scope, &batch)
+        .train(&mut grads, keep_all(false), |LossColumns { y, dy, .. }| {
+            assert_bits("training", y.host(), &want);
+            dy.host().fill(0.0);
+            Ok(())
+        })
+        .unwrap();
 
     // and it is the head's product with what the head reads there
     let (judge, w) = (load::<f64>("gpt2/rm", Head::Scalar), judge.score_head().unwrap().host());
@@ -203,7 +201,8 @@ fn what_does_not_fit_is_named() {
         let (mut batch, mut out) = (Batch::default(), Vec::new());
         batch.push_predicted(ids, 1);
         let scope = arena.scope();
-        ALONE.logprobs(&dev, model, &scope, &batch, t, &mut out, None).unwrap_err().to_string()
+        let pass = Pass::new(&dev, model, &scope, &batch).at(t);
+        pass.score(&mut out, None).unwrap_err().to_string()
     };
     let last = "logprob: target of row 1: got 113, wanted less than 113";
     assert_eq!(fail(&[1, 2, 113], 1.0, &policy), last);

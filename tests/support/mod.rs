@@ -12,11 +12,10 @@ pub mod sim;
 use std::sync::{Arc, OnceLock};
 
 use warpo::{
-    device::{Arena, Cpu, Device, Float, cpu::Isa},
-    models::{Layout, Params},
+    device::{Arena, Cpu, Device, Element, Float, cpu::Isa},
+    models::{Batch, Keep, Layout, Model, Params, Pass, PassOptions, PassShape},
     ops::sample,
     rng::{Philox, Purpose},
-    train::pass::PassOptions,
 };
 
 /// The checkout that tests find their files in: where cargo, or a bundle that left it, says that it
@@ -80,9 +79,30 @@ pub fn room_on(dev: &Device, bytes: usize) -> Arena {
 pub const PARAMS: sample::Params =
     sample::Params { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
 
-/// A pass that keeps all blocks.
-pub fn how(entropy: bool) -> PassOptions {
-    PassOptions { entropy, recompute: false }
+/// A training pass that keeps all blocks.
+pub fn keep_all(entropy: bool) -> PassOptions {
+    PassOptions { entropy, keep: Keep::All }
+}
+
+/// Bytes of a pass of this shape.
+pub fn pass_bytes<T: Element>(
+    dev: &Device,
+    model: &Model<T>,
+    shape: PassShape,
+    options: PassOptions,
+) -> usize {
+    let model = (model.spec(), model.head());
+    Arena::plan(|scope| Pass::<T>::plan(dev, scope, model, shape, options)).unwrap()
+}
+
+/// Memory for one pass over `batch`.
+pub fn pass_room<T: Element>(
+    dev: &Device,
+    model: &Model<T>,
+    batch: &Batch,
+    options: PassOptions,
+) -> Arena {
+    room_on(dev, pass_bytes(dev, model, batch.shape(), options))
 }
 
 /// Zeros in a layout, for gradients.

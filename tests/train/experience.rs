@@ -6,7 +6,7 @@ use std::path::Path;
 use serde_json::Value;
 use warpo::{
     device::Device,
-    models::{Batch, Head, Model},
+    models::{Batch, Head, Model, Pass},
     rollout::Scorer,
 };
 
@@ -105,7 +105,7 @@ fn token_in_token_out() {
         let mut batch = Batch::default();
         batch.push_predicted(&[&prompt[..], &new].concat(), prompt.len());
         let mut logp = Vec::new();
-        scorer.logprobs(&dev, &model, &arena.scope(), &batch, 1.0, &mut logp, None).unwrap();
+        Pass::new(&dev, &model, &arena.scope(), &batch).score(&mut logp, None).unwrap();
         crate::support::assert_bits("log-probs", &logp, &recorded);
     }
 }

@@ -7,7 +7,7 @@ use serde_json::Value;
 use warpo::{
     Error,
     device::{Device, allocations},
-    models::{self, Batch, Head, Model, ParamKind},
+    models::{self, Batch, Head, Model, ParamKind, Pass},
     rollout::{Scorer, last_scores},
     train::Silent,
 };
@@ -230,7 +230,7 @@ fn the_reference_and_the_judge_stay_as_they_were() {
             room(scorer.plan::<f32>(host(), reference.spec(), reference.head()).unwrap());
         let mut logp = Vec::new();
         // the temperature of `small`
-        scorer.logprobs(&dev, &reference, &arena.scope(), &batch, 0.9, &mut logp, None).unwrap();
+        Pass::new(&dev, &reference, &arena.scope(), &batch).at(0.9).score(&mut logp, None).unwrap();
         assert_bits("reference", &column("ref_logp"), &logp);
         assert_ne!(column("logp"), logp, "the policy is another by now");
         let score = last_scores(&dev, &judge, &mut arena, scorer, &[&whole]).unwrap();

@@ -3,13 +3,12 @@
 use warpo::{
     Error,
     device::{Device, Float},
-    models::{Batch, Head, Model, Params},
-    train::pass::{self, Sizes},
+    models::{Batch, Head, LossColumns, Model, Params, Pass, PassShape},
 };
 
 use crate::{
     models::golden::{MODELS, load},
-    support::{assert_bits, devices, host, how, params, randn, room},
+    support::{assert_bits, devices, host, keep_all, params, pass_bytes, pass_room, randn, room},
 };
 
 /// Ragged sequences, and from which token each is learned.
@@ -33,8 +32,7 @@ fn gradients<F: Float>(dev: &Device, model: &Model<F>, per: usize) -> (Params<F>
         batches.push(batch);
     }
     let rows = batches.iter().map(Batch::len).max().unwrap();
-    let sizes = Sizes { rows, sequences: per };
-    let mut arena = room(sizes.plan::<F>(host(), model.spec(), model.head(), how(policy)).unwrap());
+    let mut arena = room(pass_bytes(dev, model, PassShape::whole(rows, per), keep_all(policy)));
     let (w, v): (Vec<F>, Vec<F>) = (randn("w", 400), randn("v", 400));
     let (mut grads, mut outputs) = (params(model.params().layout()), Vec::new());
     for batch in &batches {
@@ -42,20 +40,23 @@ fn gradients<F: Float>(dev: &Device, model: &Model<F>, per: usize) -> (Params<F>
         let scope = arena.scope();
         let fill = |d: &mut [F], x: &[F]| d.copy_from_slice(&x[at..at + d.len()]);
         if policy {
-            pass::policy(dev, model, &mut grads, &scope, batch, F::of(0.7), how(true), |c| {
-                fill(c.dlogp.host(), &w);
-                fill(c.dentropy.unwrap().host(), &v);
-                outputs.extend_from_slice(c.logp.host());
-                Ok(())
-            })
-            .unwrap();
+            Pass::new(dev, model, &scope, batch)
+                .at(F::of(0.7))
+                .train(&mut grads, keep_all(true), |c| {
+                    fill(c.dy.host(), &w);
+                    fill(c.dentropy.unwrap().host(), &v);
+                    outputs.extend_from_slice(c.y.host());
+                    Ok(())
+                })
+                .unwrap();
         } else {
-            pass::scalar(dev, model, &mut grads, &scope, batch, how(false), |y, dy| {
-                fill(dy.host(), &w);
-                outputs.extend_from_slice(y.host());
-                Ok(())
-            })
-            .unwrap();
+            Pass::new(dev, model, &scope, batch)
+                .train(&mut grads, keep_all(false), |LossColumns { y, dy, .. }| {
+                    fill(dy.host(), &w);
+                    outputs.extend_from_slice(y.host());
+                    Ok(())
+                })
+                .unwrap();
         }
     }
     (grads, outputs)
@@ -108,17 +109,16 @@ fn only_what_is_read_is_computed() {
     let run = |ids: &[u32], learn: std::ops::Range<usize>| {
         let mut batch = Batch::default();
         batch.push_masked(ids, &[learn]);
-        let sizes = Sizes { rows: batch.len(), sequences: 1 };
-        let mut arena =
-            room(sizes.plan::<f32>(host(), model.spec(), Head::Lm, how(false)).unwrap());
+        let mut arena = pass_room(host(), &model, &batch, keep_all(false));
         let (scope, mut grads) = (arena.scope(), params(model.params().layout()));
         let mut logp = Vec::new();
-        pass::policy(&dev, &model, &mut grads, &scope, &batch, 1.0, how(false), |c| {
-            logp = c.logp.host().to_vec();
-            c.dlogp.host().fill(1.0);
-            Ok(())
-        })
-        .unwrap();
+        Pass::new(&dev, &model, &scope, &batch)
+            .train(&mut grads, keep_all(false), |c| {
+                logp = c.y.host().to_vec();
+                c.dy.host().fill(1.0);
+                Ok(())
+            })
+            .unwrap();
         drop(scope);
         (logp, grads.flat().host().to_vec(), batch.len())
     };
@@ -136,14 +136,13 @@ fn only_what_is_read_is_computed() {
 #[test]
 fn the_plan_is_kept() {
     let (dev, model) = (Device::cpu(), load::<f32>("gpt2", Head::Lm));
-    let sizes = Sizes { rows: 8, sequences: 1 };
-    let mut arena = room(sizes.plan::<f32>(host(), model.spec(), Head::Lm, how(false)).unwrap());
+    let mut arena = room(pass_bytes(&dev, &model, PassShape::whole(8, 1), keep_all(false)));
     let (mut batch, mut grads) = (Batch::default(), params(model.params().layout()));
     batch.push_predicted(&[1; 9], 1);
     let mut run = |batch: &Batch| {
         let scope = arena.scope();
-        pass::policy(&dev, &model, &mut grads, &scope, batch, 1.0, how(false), |c| {
-            c.dlogp.host().fill(0.0);
+        Pass::new(&dev, &model, &scope, batch).train(&mut grads, keep_all(false), |c| {
+            c.dy.host().fill(0.0);
             Ok(())
         })
     };

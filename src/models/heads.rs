@@ -1,0 +1,246 @@
+//! The heads on a model's backbone: hidden states become log-probs, scalars or new tokens, and the
+//! gradients of the first two come back.
+
+use super::{Head, Keep, Model, ParamKind, Params, PassOptions, Spec};
+use crate::{
+    device::{Buffer, Device, Element, Scope, View, ViewMut},
+    error::Result,
+    ops::{
+        logprob::{self, Draws, Sampled, Settings},
+        matmul,
+        sample::{self, Logits},
+        scalar_head,
+    },
+    rng::Stream,
+};
+
+/// What a head reads.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct HeadRows<'a, T: Element> {
+    /// Hidden states `[rows, hidden]`.
+    pub h: View<'a, T>,
+    /// The token after each row; the LM head's.
+    pub targets: View<'a, u32>,
+    /// Divides the logits.
+    pub temperature: T::Acc,
+}
+
+/// What a loss reads of a head and writes for its backward pass, one number for each row.
+#[derive(Debug)]
+pub struct LossColumns<'a, F> {
+    /// Log-prob of each target, or the scalar.
+    pub y: View<'a, F>,
+    /// Entropy of each prediction, if the pass computes it.
+    pub entropy: Option<View<'a, F>>,
+    /// d loss / d y, to write.
+    pub dy: ViewMut<'a, F>,
+    /// d loss / d entropy, to write.
+    pub dentropy: Option<ViewMut<'a, F>>,
+}
+
+/// Outputs of a head and, for a pass that keeps what its backward pass reads, their gradients.
+#[derive(Debug)]
+pub(super) struct HeadOutputs<'s, T: Element> {
+    /// Log-probs or scalars.
+    pub y: Buffer<'s, T::Acc>,
+    pub entropy: Option<Buffer<'s, T::Acc>>,
+    dy: Buffer<'s, T::Acc>,
+    dentropy: Option<Buffer<'s, T::Acc>>,
+    /// Gradient of the hidden states.
+    pub dh: Buffer<'s, T>,
+    lse: Buffer<'s, T::Acc>,
+    scratch: Buffer<'s, T::Acc>,
+}
+
+impl<'s, T: Element> HeadOutputs<'s, T> {
+    pub fn new(
+        scope: &'s Scope<'_>,
+        spec: &Spec,
+        head: Head,
+        rows: usize,
+        options: PassOptions,
+    ) -> Result<Self> {
+        let back = if options.keep == Keep::Nothing { 0 } else { rows };
+        let entropy = |what, rows| options.entropy.then(|| scope.alloc(what, rows)).transpose();
+        let (vocab, hidden) = (spec.vocab, spec.hidden);
+        let (lse, scratch) = match head {
+            Head::Scalar => (0, 0),
+            Head::Lm => {
+                let backward = logprob::backward_scratch_len(back, vocab, hidden);
+                (rows, logprob::scratch_len(rows, vocab).max(backward))
+            }
+        };
+        Ok(Self {
+            y: scope.alloc("head outputs", rows)?,
+            entropy: entropy("entropy", rows)?,
+            dy: scope.alloc("gradient of head outputs", back)?,
+            dentropy: entropy("gradient of entropy", back)?,
+            dh: scope.alloc("gradient of hidden states", back * hidden)?,
+            lse: scope.alloc("log-sum-exp", lse)?,
+            scratch: scope.alloc("LM head scratch", scratch)?,
+        })
+    }
+
+    pub fn columns(&mut self) -> LossColumns<'_, T::Acc> {
+        LossColumns {
+            y: self.y.view(),
+            entropy: self.entropy.as_ref().map(Buffer::view),
+            dy: self.dy.view_mut(),
+            dentropy: self.dentropy.as_mut().map(Buffer::view_mut),
+        }
+    }
+
+    pub fn forward(&mut self, dev: &Device, model: &Model<T>, rows: HeadRows<'_, T>) -> Result<()> {
+        let HeadRows { h, targets, temperature } = rows;
+        if model.head() == Head::Scalar {
+            return scalar_head::forward(dev, self.y.view_mut(), h, model.score_head()?);
+        }
+        let (_, packed) = model.lm_head(dev)?;
+        logprob::forward(
+            dev,
+            self.y.view_mut(),
+            self.lse.view_mut(),
+            self.entropy.as_mut().map(Buffer::view_mut),
+            h,
+            packed,
+            targets,
+            Settings::at(temperature),
+            self.scratch.view_mut(),
+        )
+    }
+
+    /// Adds the gradient of the head's weight to `grads` and writes that of the hidden states,
+    /// after a loss has filled the columns.
+    pub fn backward(
+        &mut self,
+        dev: &Device,
+        model: &Model<T>,
+        grads: &mut Params<T::Acc>,
+        rows: HeadRows<'_, T>,
+    ) -> Result<()> {
+        let HeadRows { h, targets, temperature } = rows;
+        let dh = self.dh.view_mut();
+        if model.head() == Head::Scalar {
+            let Some(dw) = grads.get_mut(ParamKind::Score, None) else { return Ok(()) };
+            return scalar_head::backward(dev, dh, dw, self.dy.view(), h, model.score_head()?);
+        }
+        let (w, packed) = model.lm_head(dev)?;
+        let (lse, entropy) = (self.lse.view(), self.entropy.as_ref().map(Buffer::view));
+        let settings = Settings::at(temperature);
+        let forward = logprob::Forward { h, packed, w, targets, lse, entropy, settings };
+        let dw = grads.get_mut(model.lm_kind(), None);
+        let dentropy = self.dentropy.as_ref().map(Buffer::view);
+        let scratch = self.scratch.view_mut();
+        logprob::backward(dev, dh, dw, self.dy.view(), dentropy, forward, scratch)
+    }
+}
+
+/// Draws the next token of each row that an LM head reads.
+#[derive(Debug)]
+pub struct Sampler<'s, T: Element> {
+    sampling: sample::Params,
+    samples: Buffer<'s, u64>,
+    positions: Buffer<'s, u32>,
+    logp: Buffer<'s, T::Acc>,
+    lse: Buffer<'s, T::Acc>,
+    /// None where tokens are drawn as their logits are made.
+    logits: Option<Buffer<'s, T>>,
+    scratch: Buffer<'s, T::Acc>,
+}
+
+/// Rows whose logits are held at once.
+const WAVE: usize = 64;
+
+/// Whether tokens are drawn as their logits are made. The CPU draws from whole rows of logits: this
+/// needs one random number a row, not one a token.
+fn fused(dev: &Device, sampling: &sample::Params) -> bool {
+    matches!(dev, Device::Cuda(_)) && (sampling.temperature == 0.0 || !sampling.filters())
+}
+
+impl<'s, T: Element> Sampler<'s, T> {
+    pub fn new(
+        dev: &Device,
+        scope: &'s Scope<'_>,
+        spec: &Spec,
+        rows: usize,
+        sampling: sample::Params,
+    ) -> Result<Self> {
+        let (vocab, wave) = (spec.vocab, rows.min(WAVE));
+        let (logits, scratch) = if fused(dev, &sampling) {
+            (None, logprob::sample_scratch_len(rows, vocab, 0))
+        } else {
+            let scratch = sample::scratch_len(wave, vocab).max(logprob::scratch_len(wave, vocab));
+            (Some(wave * spec.vocab_room()), scratch)
+        };
+        Ok(Self {
+            sampling,
+            samples: scope.alloc("samples", rows)?,
+            positions: scope.alloc("positions of draws", rows)?,
+            logp: scope.alloc("log-probs of drawn tokens", rows)?,
+            lse: scope.alloc("log-sum-exp", rows)?,
+            logits: logits.map(|len| scope.alloc("logits of the next token", len)).transpose()?,
+            scratch: scope.alloc("sampling scratch", scratch)?,
+        })
+    }
+
+    /// Says which random numbers the rows draw by: those of their samples at their positions.
+    pub fn address(&mut self, dev: &Device, samples: &[u64], positions: &[u32]) -> Result<()> {
+        dev.write(self.samples.view_mut(), samples)?;
+        dev.write(self.positions.view_mut(), positions)
+    }
+
+    /// Log-probs of the drawn tokens.
+    pub fn logp(&self) -> View<'_, T::Acc> {
+        self.logp.view()
+    }
+
+    /// Writes the next token after each hidden state. Log-probs have the bits of
+    /// [`logprob::forward`].
+    pub fn draw(
+        &mut self,
+        dev: &Device,
+        model: &Model<T>,
+        h: View<'_, T>,
+        mut tokens: ViewMut<'_, u32>,
+        stream: Stream,
+    ) -> Result<()> {
+        let (_, head) = model.lm_head(dev)?;
+        let params = &self.sampling;
+        let greedy = params.temperature == 0.0;
+        // Greedy decoding reports log-probs at temperature 1.
+        let t = if greedy { 1.0 } else { f64::from(params.temperature) };
+        let at = Settings::at(<T::Acc as Element>::of(t));
+        let (samples, positions) = (self.samples.view(), self.positions.view());
+        let (mut logp, mut lse) = (self.logp.view_mut(), self.lse.view_mut());
+        let mut scratch = self.scratch.view_mut();
+        let Some(logits) = &mut self.logits else {
+            let draws = Draws { stream: (!greedy).then_some(stream), samples, positions };
+            let out = Sampled { tokens, logp, lse, top: None };
+            return logprob::sample(dev, out, h, head, at, draws, scratch);
+        };
+        let (n, all) = (tokens.len(), model.logit_head(dev)?);
+        let (vocab, stride, d) = (head.n(), all.n(), head.k());
+        for first in (0..n).step_by(WAVE) {
+            let rows = first..n.min(first + WAVE);
+            let h = h.range(rows.start * d..rows.end * d);
+            let (logp, lse) =
+                (logp.reborrow().range(rows.clone()), lse.reborrow().range(rows.clone()));
+            let mut tokens = tokens.reborrow().range(rows.clone());
+            let mut logits = logits.view_mut().range(0..rows.len() * stride);
+            matmul::forward(dev, logits.reborrow(), h, all, None, None)?;
+            let (to, logits, room) = (tokens.reborrow(), logits.view(), scratch.reborrow());
+            let (samples, positions) = (samples.range(rows.clone()), positions.range(rows));
+            let z = Logits { z: logits, vocab: Some(vocab) };
+            sample::next(dev, to, z, params, stream, samples, positions, room)?;
+            let (tokens, room) = (tokens.view(), scratch.reborrow());
+            match dev {
+                Device::Cpu(_) => logprob::from_logits(dev, logp, lse, None, logits, tokens, at)?,
+                // Stored logits are rounded, those of the fused head are not.
+                Device::Cuda(_) => {
+                    logprob::forward(dev, logp, lse, None, h, head, tokens, at, room)?;
+                }
+            }
+        }
+        Ok(())
+    }
+}

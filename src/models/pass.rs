@@ -1,0 +1,149 @@
+//! One batch of whole sequences through one model and its head, and back.
+
+use super::{
+    Activations, Batch, Cache, Gradients, Head, HeadInput, Keep, Model, Params, PassShape, Spec,
+    Staged,
+    heads::{HeadOutputs, HeadRows, LossColumns},
+};
+use crate::{
+    device::{Device, Element, Scope},
+    error::{Error, Result},
+};
+
+/// What a pass computes and keeps beside the outputs of its head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassOptions {
+    /// The entropy of each prediction.
+    pub entropy: bool,
+    /// For the backward pass.
+    pub keep: Keep,
+}
+
+/// A batch, and the model that it goes through.
+#[derive(Clone, Copy, Debug)]
+pub struct Pass<'s, T: Element> {
+    dev: &'s Device,
+    model: &'s Model<T>,
+    scope: &'s Scope<'s>,
+    batch: &'s Batch,
+    temperature: T::Acc,
+}
+
+impl<'s, T: Element> Pass<'s, T> {
+    /// All that the pass allocates comes from `scope`, as [`Pass::plan`] says.
+    pub fn new(
+        dev: &'s Device,
+        model: &'s Model<T>,
+        scope: &'s Scope<'s>,
+        batch: &'s Batch,
+    ) -> Self {
+        Self { dev, model, scope, batch, temperature: <T::Acc as Element>::of(1.0) }
+    }
+
+    /// Divides the logits of an LM head by `temperature`, which is 1 otherwise.
+    pub fn at(self, temperature: T::Acc) -> Self {
+        Self { temperature, ..self }
+    }
+
+    /// Allocates what a pass of this shape does.
+    pub fn plan(
+        dev: &Device,
+        scope: &'s Scope<'_>,
+        (spec, head): (&Spec, Head),
+        shape: PassShape,
+        options: PassOptions,
+    ) -> Result<()> {
+        Staged::plan(dev, scope, spec, shape)?;
+        Buffers::<T>::new(dev, scope, (spec, head), shape, options).map(drop)
+    }
+
+    /// Appends the head's output for each row that it reads, in the order of the batch, and to
+    /// `entropy` the entropy of each prediction.
+    pub fn score(self, out: &mut Vec<T::Acc>, entropy: Option<&mut Vec<T::Acc>>) -> Result<()> {
+        let options = PassOptions { entropy: entropy.is_some(), keep: Keep::Nothing };
+        let (_, buffers) = self.forward(options)?;
+        // Both copies are queued before the first is waited for.
+        let y = self.dev.read_later(buffers.head.y.view())?;
+        if let (Some(out), Some(entropy)) = (entropy, &buffers.head.entropy) {
+            out.extend(self.dev.read_later(entropy.view())?.get()?);
+        }
+        out.extend(y.get()?);
+        Ok(())
+    }
+
+    /// Runs the model, then `loss`, and adds the gradient of all weights to `grads`.
+    pub fn train(
+        self,
+        grads: &mut Params<T::Acc>,
+        options: PassOptions,
+        loss: impl FnOnce(LossColumns<'_, T::Acc>) -> Result<()>,
+    ) -> Result<()> {
+        let Self { dev, model, .. } = self;
+        let (staged, mut b) = self.forward(options)?;
+        let Some(room) = &mut b.gradients else {
+            return Err(Error::value("training pass", "one that keeps activations", "Nothing"));
+        };
+        let phase = dev.span("loss");
+        loss(b.head.columns())?;
+        drop(phase);
+        let _phase = dev.span("backward");
+        b.head.backward(dev, model, grads, self.head_rows(&staged, &b.input))?;
+        let (rows, selected, dh) = (staged.rows(), staged.selected(), b.head.dh.view());
+        model.backward(dev, grads, &rows, &mut b.acts, &mut b.cache, &b.input, selected, dh, room)
+    }
+
+    fn forward(self, options: PassOptions) -> Result<(Staged<'s>, Buffers<'s, T>)> {
+        let Self { dev, model, scope, batch, .. } = self;
+        let phase = dev.span("forward");
+        let (spec, shape) = (model.spec(), batch.shape());
+        let staged = batch.stage(dev, scope, spec, shape.pages(spec.attention().page(dev)))?;
+        let mut b = Buffers::new(dev, scope, (spec, model.head()), shape, options)?;
+        model.forward(dev, &staged.rows(), &mut b.acts, &mut b.cache)?;
+        model.select(dev, &b.acts, staged.selected(), &mut b.input)?;
+        drop(phase);
+        let _phase = dev.span("head");
+        b.head.forward(dev, model, self.head_rows(&staged, &b.input))?;
+        Ok((staged, b))
+    }
+
+    fn head_rows<'a>(
+        &self,
+        staged: &'a Staged<'_>,
+        input: &'a HeadInput<'_, T>,
+    ) -> HeadRows<'a, T> {
+        let (h, targets) = (input.hidden(), staged.targets());
+        HeadRows { h, targets, temperature: self.temperature }
+    }
+}
+
+/// Buffers of a pass, but for those of its batch.
+struct Buffers<'s, T: Element> {
+    acts: Activations<'s, T>,
+    cache: Cache<'s, T>,
+    input: HeadInput<'s, T>,
+    head: HeadOutputs<'s, T>,
+    /// None in a pass without a backward pass.
+    gradients: Option<Gradients<'s, T>>,
+}
+
+impl<'s, T: Element> Buffers<'s, T> {
+    fn new(
+        dev: &Device,
+        scope: &'s Scope<'_>,
+        (spec, head): (&Spec, Head),
+        shape: PassShape,
+        options: PassOptions,
+    ) -> Result<Self> {
+        let PassShape { rows, selected, .. } = shape;
+        let pages = shape.pages(spec.attention().page(dev));
+        let trained = options.keep != Keep::Nothing;
+        let gradients = || Gradients::new(scope, spec, rows, selected);
+        Ok(Self {
+            acts: Activations::new(dev, scope, spec, shape, options.keep)?,
+            cache: Cache::transient(dev, scope, spec, pages)?,
+            input: HeadInput::new(scope, spec, selected)?,
+            gradients: trained.then(gradients).transpose()?,
+            head: HeadOutputs::new(scope, spec, head, selected, options)?,
+        })
+    }
+}
