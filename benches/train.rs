@@ -41,7 +41,7 @@ fn random(head: Head) -> Model<f32> {
         let to = model.params_mut().tensor_mut(t).host();
         match t.kind {
             ParamKind::Norm1 | ParamKind::Norm2 | ParamKind::FinalNorm => to.fill(1.0),
-            s if s.is_matrix() => {
+            _ if t.facts.decays => {
                 to.iter_mut().zip(randn(i as u64, t.len())).for_each(|(w, x)| *w = 0.02 * x);
             }
             _ => {}

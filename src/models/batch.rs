@@ -291,12 +291,8 @@ impl<'a> Staged<'a> {
     pub fn rows(&self) -> Rows<'_> {
         let parts = self.words.as_ref().map(|_| (&self.parts, self.column(5)));
         let attention = Work { segments: &self.segments, pages: self.column(4), parts };
-        Rows { ids: self.column(0), positions: self.column(1), attention }
-    }
-
-    /// Rows that a head reads.
-    pub fn selected(&self) -> View<'_, u32> {
-        self.column(2)
+        let [ids, positions, selected] = [0, 1, 2].map(|i| self.column(i));
+        Rows { ids, positions, attention, selected }
     }
 
     /// The token that follows each selected row.

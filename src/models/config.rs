@@ -4,11 +4,10 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::{FAMILIES, Family, Spec};
 use crate::{
     device::file,
     error::{Error, Result},
-    ops::{activation::Activation, attention::MAX_HEAD_DIM, rope::Rope},
+    ops::{activation::Activation, rope::Rope},
 };
 
 /// The largest `config.json` that is read.
@@ -36,42 +35,6 @@ impl Config {
             Ok(other) => Err(Error::file(path, format!("wanted a JSON object, got {other}"))),
             Err(e) => Err(Error::file(path, format!("not JSON: {e}"))),
         }
-    }
-
-    /// The family and its spec, checked for sense.
-    pub fn spec(&self) -> Result<(&'static Family, Spec)> {
-        let kind = self.text("model_type")?;
-        let Some(family) = FAMILIES.iter().find(|f| f.model_type == kind) else {
-            let known: Vec<_> = FAMILIES.iter().map(|f| f.model_type).collect();
-            return Err(self.wrong("model_type", &format!("one of {known:?}"), &kind));
-        };
-        let spec = (family.spec)(self)?;
-        // The bounds keep the bytes of all weights inside 64 bits.
-        for (key, n, most) in [
-            ("vocab_size", spec.vocab, 1 << 24),
-            ("hidden size", spec.hidden, 1 << 20),
-            ("number of layers", spec.layers, 1 << 12),
-            ("number of heads", spec.q_heads, 1 << 16),
-            ("number of key-value heads", spec.kv_heads, 1 << 16),
-            ("head_dim", spec.head_dim, MAX_HEAD_DIM),
-            ("MLP size", spec.mlp_hidden, 1 << 22),
-            ("number of positions", spec.max_positions, 1 << 24),
-        ] {
-            if n == 0 || n > most {
-                return Err(self.wrong(key, &format!("a number from 1 to {most}"), &n));
-            }
-        }
-        if !(spec.norm_eps >= 0.0 && spec.norm_eps.is_finite()) {
-            return Err(self.wrong("epsilon of the norms", "0 or more", &spec.norm_eps));
-        }
-        if !spec.q_heads.is_multiple_of(spec.kv_heads) {
-            let want = format!("a divisor of the {} query heads", spec.q_heads);
-            return Err(self.wrong("number of key-value heads", &want, &spec.kv_heads));
-        }
-        if !spec.head_dim.is_multiple_of(2) && matches!(spec.position, super::Position::Rope(_)) {
-            return Err(self.wrong("head_dim", "an even number", &spec.head_dim));
-        }
-        Ok((family, spec))
     }
 
     /// The JSON, for saving with some keys replaced.

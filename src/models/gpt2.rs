@@ -1,7 +1,10 @@
 //! GPT-2 (Radford et al. 2019): LayerNorm, learned positions, plain MLP, biases everywhere, tied
 //! head, weights stored `[in, out]`.
 
-use super::{Config, Family, Mlp, Norm, ParamKind, Position, Spec};
+use super::{
+    Config, Family, Mlp, Norm, ParamKind, Position, Spec,
+    family::{by_columns, by_rows},
+};
 use crate::error::Result;
 
 pub(super) const FAMILY: Family = Family {
@@ -9,25 +12,24 @@ pub(super) const FAMILY: Family = Family {
     causal_lm: "GPT2LMHeadModel",
     sequence_classification: "GPT2ForSequenceClassification",
     prefix: "transformer.",
-    names: &[
-        (ParamKind::Embedding, &["wte.weight"]),
-        (ParamKind::Positions, &["wpe.weight"]),
-        (ParamKind::Norm1, &["h.{}.ln_1.weight"]),
-        (ParamKind::Norm1Bias, &["h.{}.ln_1.bias"]),
-        (ParamKind::Qkv, &["h.{}.attn.c_attn.weight"]),
-        (ParamKind::QkvBias, &["h.{}.attn.c_attn.bias"]),
-        (ParamKind::Out, &["h.{}.attn.c_proj.weight"]),
-        (ParamKind::OutBias, &["h.{}.attn.c_proj.bias"]),
-        (ParamKind::Norm2, &["h.{}.ln_2.weight"]),
-        (ParamKind::Norm2Bias, &["h.{}.ln_2.bias"]),
-        (ParamKind::Up, &["h.{}.mlp.c_fc.weight"]),
-        (ParamKind::UpBias, &["h.{}.mlp.c_fc.bias"]),
-        (ParamKind::Down, &["h.{}.mlp.c_proj.weight"]),
-        (ParamKind::DownBias, &["h.{}.mlp.c_proj.bias"]),
-        (ParamKind::FinalNorm, &["ln_f.weight"]),
-        (ParamKind::FinalNormBias, &["ln_f.bias"]),
+    weights: &[
+        by_rows(ParamKind::Embedding, &["wte.weight"]),
+        by_rows(ParamKind::Positions, &["wpe.weight"]),
+        by_rows(ParamKind::Norm1, &["h.{}.ln_1.weight"]),
+        by_rows(ParamKind::Norm1Bias, &["h.{}.ln_1.bias"]),
+        by_columns(ParamKind::Qkv, &["h.{}.attn.c_attn.weight"]),
+        by_rows(ParamKind::QkvBias, &["h.{}.attn.c_attn.bias"]),
+        by_columns(ParamKind::Out, &["h.{}.attn.c_proj.weight"]),
+        by_rows(ParamKind::OutBias, &["h.{}.attn.c_proj.bias"]),
+        by_rows(ParamKind::Norm2, &["h.{}.ln_2.weight"]),
+        by_rows(ParamKind::Norm2Bias, &["h.{}.ln_2.bias"]),
+        by_columns(ParamKind::Up, &["h.{}.mlp.c_fc.weight"]),
+        by_rows(ParamKind::UpBias, &["h.{}.mlp.c_fc.bias"]),
+        by_columns(ParamKind::Down, &["h.{}.mlp.c_proj.weight"]),
+        by_rows(ParamKind::DownBias, &["h.{}.mlp.c_proj.bias"]),
+        by_rows(ParamKind::FinalNorm, &["ln_f.weight"]),
+        by_rows(ParamKind::FinalNormBias, &["ln_f.bias"]),
     ],
-    transposed: true,
     ignored: &[".attn.bias", ".attn.masked_bias"],
     spec,
 };
@@ -62,6 +64,6 @@ fn spec(c: &Config) -> Result<Spec> {
         out_bias: true,
         mlp_bias: true,
         tied: c.bool_or("tie_word_embeddings", true)?,
-        stored: None,
+        unpadded: None,
     })
 }

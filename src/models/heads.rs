@@ -1,7 +1,7 @@
 //! The heads on a model's backbone: hidden states become log-probs, scalars or new tokens, and the
 //! gradients of the first two come back.
 
-use super::{Head, Keep, Model, ParamKind, Params, PassOptions, Spec};
+use super::{Head, Keep, Linear, Model, ParamKind, Params, PassOptions, Spec};
 use crate::{
     device::{Buffer, Device, Element, Scope, View, ViewMut},
     error::Result,
@@ -95,7 +95,7 @@ impl<'s, T: Element> HeadOutputs<'s, T> {
         if model.head() == Head::Scalar {
             return scalar_head::forward(dev, self.y.view_mut(), h, model.score_head()?);
         }
-        let (_, packed) = model.lm_head(dev)?;
+        let packed = model.lm_head(dev)?.packed;
         logprob::forward(
             dev,
             self.y.view_mut(),
@@ -124,11 +124,11 @@ impl<'s, T: Element> HeadOutputs<'s, T> {
             let Some(dw) = grads.get_mut(ParamKind::Score, None) else { return Ok(()) };
             return scalar_head::backward(dev, dh, dw, self.dy.view(), h, model.score_head()?);
         }
-        let (w, packed) = model.lm_head(dev)?;
+        let Linear { at, weight: w, packed, .. } = model.lm_head(dev)?;
         let (lse, entropy) = (self.lse.view(), self.entropy.as_ref().map(Buffer::view));
         let settings = Settings::at(temperature);
         let forward = logprob::Forward { h, packed, w, targets, lse, entropy, settings };
-        let dw = grads.get_mut(model.lm_kind(), None);
+        let dw = grads.get_mut(at.kind, at.layer);
         let dentropy = self.dentropy.as_ref().map(Buffer::view);
         let scratch = self.scratch.view_mut();
         logprob::backward(dev, dh, dw, self.dy.view(), dentropy, forward, scratch)
@@ -204,7 +204,7 @@ impl<'s, T: Element> Sampler<'s, T> {
         mut tokens: ViewMut<'_, u32>,
         stream: Stream,
     ) -> Result<()> {
-        let (_, head) = model.lm_head(dev)?;
+        let head = model.lm_head(dev)?.packed;
         let params = &self.sampling;
         let greedy = params.temperature == 0.0;
         // Greedy decoding reports log-probs at temperature 1.

@@ -1,7 +1,7 @@
 //! Llama 1 to 3 (Touvron et al. 2023, Grattafiori et al. 2024): RMSNorm, rotary positions, grouped
 //! queries, SwiGLU, no biases by default.
 
-use super::{Config, Family, Mlp, Norm, ParamKind, Position, Spec};
+use super::{Config, Family, Mlp, Norm, ParamKind, Position, Spec, family::by_rows};
 use crate::error::Result;
 
 pub(super) const FAMILY: Family = Family {
@@ -9,10 +9,10 @@ pub(super) const FAMILY: Family = Family {
     causal_lm: "LlamaForCausalLM",
     sequence_classification: "LlamaForSequenceClassification",
     prefix: "model.",
-    names: &[
-        (ParamKind::Embedding, &["embed_tokens.weight"]),
-        (ParamKind::Norm1, &["layers.{}.input_layernorm.weight"]),
-        (
+    weights: &[
+        by_rows(ParamKind::Embedding, &["embed_tokens.weight"]),
+        by_rows(ParamKind::Norm1, &["layers.{}.input_layernorm.weight"]),
+        by_rows(
             ParamKind::Qkv,
             &[
                 "layers.{}.self_attn.q_proj.weight",
@@ -20,7 +20,7 @@ pub(super) const FAMILY: Family = Family {
                 "layers.{}.self_attn.v_proj.weight",
             ],
         ),
-        (
+        by_rows(
             ParamKind::QkvBias,
             &[
                 "layers.{}.self_attn.q_proj.bias",
@@ -28,16 +28,15 @@ pub(super) const FAMILY: Family = Family {
                 "layers.{}.self_attn.v_proj.bias",
             ],
         ),
-        (ParamKind::Out, &["layers.{}.self_attn.o_proj.weight"]),
-        (ParamKind::OutBias, &["layers.{}.self_attn.o_proj.bias"]),
-        (ParamKind::Norm2, &["layers.{}.post_attention_layernorm.weight"]),
-        (ParamKind::Up, &["layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight"]),
-        (ParamKind::UpBias, &["layers.{}.mlp.gate_proj.bias", "layers.{}.mlp.up_proj.bias"]),
-        (ParamKind::Down, &["layers.{}.mlp.down_proj.weight"]),
-        (ParamKind::DownBias, &["layers.{}.mlp.down_proj.bias"]),
-        (ParamKind::FinalNorm, &["norm.weight"]),
+        by_rows(ParamKind::Out, &["layers.{}.self_attn.o_proj.weight"]),
+        by_rows(ParamKind::OutBias, &["layers.{}.self_attn.o_proj.bias"]),
+        by_rows(ParamKind::Norm2, &["layers.{}.post_attention_layernorm.weight"]),
+        by_rows(ParamKind::Up, &["layers.{}.mlp.gate_proj.weight", "layers.{}.mlp.up_proj.weight"]),
+        by_rows(ParamKind::UpBias, &["layers.{}.mlp.gate_proj.bias", "layers.{}.mlp.up_proj.bias"]),
+        by_rows(ParamKind::Down, &["layers.{}.mlp.down_proj.weight"]),
+        by_rows(ParamKind::DownBias, &["layers.{}.mlp.down_proj.bias"]),
+        by_rows(ParamKind::FinalNorm, &["norm.weight"]),
     ],
-    transposed: false,
     ignored: &[".rotary_emb.inv_freq"],
     spec,
 };
@@ -66,6 +65,6 @@ fn spec(c: &Config) -> Result<Spec> {
         out_bias: attention_bias,
         mlp_bias: c.bool_or("mlp_bias", false)?,
         tied: c.bool_or("tie_word_embeddings", false)?,
-        stored: None,
+        unpadded: None,
     })
 }

@@ -5,10 +5,13 @@
 
 mod batch;
 mod config;
+mod family;
 mod gpt2;
 mod heads;
+mod linear;
 mod llama;
 mod model;
+mod norm;
 mod params;
 mod pass;
 mod spec;
@@ -17,12 +20,14 @@ mod weights;
 
 pub use batch::{Batch, Staged};
 pub use config::Config;
+pub use family::{Family, StoredWeight};
 pub use heads::{LossColumns, Sampler};
-pub use model::{Head, Master, Model, Residency, bytes};
-pub use params::{Layout, ParamKind, Params, Tensor};
-pub use pass::{Pass, PassOptions};
-pub use spec::{Family, Mlp, Norm, Position, Spec, Widths};
-pub use transformer::{Activations, Cache, Gradients, HeadInput, Keep, PassShape, Rows};
+pub use linear::Linear;
+pub use model::{Master, Model, Residency, bytes};
+pub use params::{Layout, ParamKind, ParamTensor, Params, WEIGHTS};
+pub use pass::Pass;
+pub use spec::{Head, LayerSpec, Mlp, Norm, Position, Spec, Widths};
+pub use transformer::{Activations, Cache, Keep, PassOptions, PassShape, Rows};
 pub use weights::{Named, count, load, named, save, tensor_at};
 
 /// All model families, found by `model_type` in `config.json`.

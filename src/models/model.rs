@@ -1,27 +1,20 @@
 //! A model that can run: spec, weights, and what is derived from them.
 
-use std::{any::TypeId, borrow::Cow, path::Path, sync::Arc};
+use std::{any::TypeId, borrow::Cow, sync::Arc};
 
 use half::bf16;
 
-use super::{Config, Family, Layout, ParamKind, Params, Position, Spec, weights};
-use crate::{
-    device::{Buffer, Device, Element, View, ViewMut},
-    error::{Error, Result},
-    ops::{
-        matmul::{Packed, Weight},
-        rope,
-    },
+use super::{
+    Config, Family, Head, Layout, ParamKind, ParamTensor, Params, Spec,
+    linear::{Linear, PackedWeights},
+    norm::NormLayer,
 };
-
-/// What stands on the backbone.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Head {
-    /// The next token's distribution: policy and reference.
-    Lm,
-    /// One number a position: value and reward.
-    Scalar,
-}
+use crate::{
+    device::{Buffer, Device, Element, Float, View, ViewMut},
+    error::{Error, Result},
+    ops::{matmul::Weight, rope},
+    rng::{Philox, Purpose},
+};
 
 /// What a model is for.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -43,15 +36,6 @@ pub struct Master<'a, F> {
     pub copy: Option<ViewMut<'a, bf16>>,
 }
 
-/// Weights of a block's linear layers, packed for the forward product on the CPU.
-#[derive(Debug)]
-struct PackedBlock<T: 'static> {
-    qkv: Packed<T>,
-    out: Packed<T>,
-    up: Packed<T>,
-    down: Packed<T>,
-}
-
 /// A transformer with its head, which computes in `T`: f32 or f64 on the CPU, bf16 on a CUDA
 /// device.
 #[derive(Debug)]
@@ -65,10 +49,9 @@ pub struct Model<T: Element> {
     pub(super) master: Option<Params<T::Acc>>,
     /// The weights, if they wait in host memory.
     offloaded: Option<Vec<T>>,
-    /// None on a CUDA device, which multiplies by weights as they are.
-    blocks: Vec<PackedBlock<T>>,
-    lm: Option<Packed<T>>,
-    pub(super) rope: Option<rope::Table<T::Acc>>,
+    packed: PackedWeights<T>,
+    /// One for each of [`Spec::ropes`].
+    pub(super) ropes: Vec<rope::Table<T::Acc>>,
 }
 
 impl<T: Element> Model<T> {
@@ -82,37 +65,11 @@ impl<T: Element> Model<T> {
             .then(|| Params::zeros(dev, "f32 weights", &layout))
             .transpose()?;
         let params = Params::zeros(dev, "weights", &layout)?;
-        let (mut blocks, mut lm) = (Vec::new(), None);
-        if let Device::Cpu(_) = dev {
-            let [qkv, out, up, down] = sides(&spec);
-            let new = |(n, k)| Packed::new(dev, n, k);
-            for _ in 0..spec.layers {
-                let (qkv, out, up, down) = (new(qkv)?, new(out)?, new(up)?, new(down)?);
-                blocks.push(PackedBlock { qkv, out, up, down });
-            }
-            lm = (head == Head::Lm).then(|| new((spec.vocab, spec.hidden))).transpose()?;
-        }
-        let widths = (spec.stored().head_dim, spec.head_dim);
-        let rope = match &spec.position {
-            Position::Rope(r) => Some(rope::Table::wide(dev, r, widths, spec.max_positions)?),
-            Position::Learned => None,
-        };
-        Ok(Self { family, config, head, params, master, offloaded: None, blocks, lm, rope, spec })
-    }
-
-    /// Loads a Hugging Face folder to compute with; see [`super::load`].
-    pub fn load(dev: &Device, dir: &Path, head: Head, new_head: Option<u64>) -> Result<Self> {
-        weights::load(dev, dir, head, new_head, Residency::Frozen)
-    }
-
-    /// Loads a Hugging Face folder to train it; see [`super::load`].
-    pub fn load_trained(
-        dev: &Device,
-        dir: &Path,
-        head: Head,
-        new_head: Option<u64>,
-    ) -> Result<Self> {
-        weights::load(dev, dir, head, new_head, Residency::Trained)
+        let packed = PackedWeights::new(dev, &layout)?;
+        let widths = (spec.widths().head_dim, spec.head_dim);
+        let table = |r| rope::Table::wide(dev, r, widths, spec.max_positions);
+        let ropes = spec.ropes().iter().map(table).collect::<Result<_>>()?;
+        Ok(Self { family, config, head, params, master, offloaded: None, packed, ropes, spec })
     }
 
     pub fn spec(&self) -> &Spec {
@@ -215,23 +172,9 @@ impl<T: Element> Model<T> {
         }
     }
 
-    /// Renews the packed copies after the weights changed: on the CPU; there are none elsewhere.
+    /// Renews what is derived from the weights after they changed.
     pub fn repack(&mut self, dev: &Device) -> Result<()> {
-        for (l, block) in self.blocks.iter_mut().enumerate() {
-            for (kind, packed) in [
-                (ParamKind::Qkv, &mut block.qkv),
-                (ParamKind::Out, &mut block.out),
-                (ParamKind::Up, &mut block.up),
-                (ParamKind::Down, &mut block.down),
-            ] {
-                packed.pack(dev, need(&self.params, kind, Some(l))?)?;
-            }
-        }
-        let kind = self.lm_kind();
-        if let Some(lm) = &mut self.lm {
-            lm.pack(dev, need(&self.params, kind, None)?)?;
-        }
-        Ok(())
+        self.packed.pack(dev, &self.params)
     }
 
     /// A copy with another head: a value model from a policy or a reward model, a reference from a
@@ -259,7 +202,7 @@ impl<T: Element> Model<T> {
                     }
                 }
             } else if t.kind == ParamKind::Score {
-                copy.write(dev, t, &weights::new_score(t.cols, seed))?;
+                copy.write(dev, t, &new_score(t.cols, seed))?;
             } else {
                 let got = format!("a model without {}", t.name());
                 return Err(Error::value("model", "one with an LM head", got));
@@ -273,7 +216,7 @@ impl<T: Element> Model<T> {
     pub(super) fn write(
         &mut self,
         dev: &Device,
-        t: &super::Tensor,
+        t: &ParamTensor,
         weights: &[T::Acc],
     ) -> Result<()> {
         if let Some(master) = &mut self.master {
@@ -283,53 +226,42 @@ impl<T: Element> Model<T> {
         dev.write(self.params.tensor_mut(t), &own)
     }
 
-    /// A weight of a block's linear layers as the forward product reads it.
-    pub(super) fn linear(&self, dev: &Device, kind: ParamKind, l: usize) -> Result<Weight<'_, T>> {
-        if let Some(block) = self.blocks.get(l) {
-            let packed = match kind {
-                ParamKind::Qkv => &block.qkv,
-                ParamKind::Out => &block.out,
-                ParamKind::Up => &block.up,
-                _ => &block.down,
-            };
-            return Ok(packed.into());
-        }
-        self.rows(dev, kind, Some(l))
+    pub(super) fn linear(
+        &self,
+        dev: &Device,
+        kind: ParamKind,
+        layer: Option<usize>,
+    ) -> Result<Linear<'_, T>> {
+        let (at, weight, bias) = self.params.pair(kind, layer)?;
+        let packed = match self.packed.get(at) {
+            Some(packed) => packed.into(),
+            None => Weight::rows(dev, weight, (at.rows, at.cols))?,
+        };
+        Ok(Linear { at, weight, packed, bias })
     }
 
-    fn rows(&self, dev: &Device, kind: ParamKind, layer: Option<usize>) -> Result<Weight<'_, T>> {
-        let sides = self.params.layout().find(kind, layer).map_or((0, 0), |t| (t.rows, t.cols));
-        Weight::rows(dev, need(&self.params, kind, layer)?, sides)
+    pub(super) fn norm(&self, kind: ParamKind, layer: Option<usize>) -> Result<NormLayer<'_, T>> {
+        let (_, weight, bias) = self.params.pair(kind, layer)?;
+        Ok(NormLayer { at: (kind, layer), weight, bias, eps: self.spec.norm_eps })
     }
 
-    /// The matrix of the LM head `[vocab, hidden]`, and as the forward product reads it.
-    pub fn lm_head(&self, dev: &Device) -> Result<(View<'_, T>, Weight<'_, T>)> {
-        if self.head != Head::Lm {
-            return Err(Error::value("head", "an LM head", "a scalar head"));
-        }
-        let kind = self.lm_kind();
-        let w = need(&self.params, kind, None)?;
-        match &self.lm {
-            Some(packed) => Ok((w, packed.into())),
-            None => Ok((w, self.rows(dev, kind, None)?)),
-        }
+    /// The LM head `[vocab, hidden]`.
+    pub fn lm_head(&self, dev: &Device) -> Result<Linear<'_, T>> {
+        let head = self.params.layout().lm_head();
+        let head = head.ok_or_else(|| Error::value("head", "an LM head", "a scalar head"))?;
+        self.linear(dev, head.kind, None)
     }
 
-    /// The LM head as [`matmul::forward`] makes logits with it: on a CUDA device with rows of 0 up
-    /// to a multiple of 8, whose logits mean nothing.
-    pub fn logit_head(&self, dev: &Device) -> Result<Weight<'_, T>> {
-        let (_, head) = self.lm_head(dev)?;
-        let (rows, cols) = (self.spec.vocab_room(), self.spec.hidden);
-        let Some(t) = self.params.layout().find(self.lm_kind(), None) else { return Ok(head) };
-        if rows == t.rows {
-            return Ok(head);
+    /// The LM head as stored logits are made with it: a CUDA device adds rows of 0 up to a multiple
+    /// of 8, whose logits mean nothing.
+    pub(super) fn logit_head(&self, dev: &Device) -> Result<Weight<'_, T>> {
+        let Linear { at, packed, .. } = self.lm_head(dev)?;
+        let (rows, cols) = (self.spec.vocab_room(), at.cols);
+        if rows == at.rows {
+            return Ok(packed);
         }
-        Weight::rows(dev, self.params.flat().range(t.offset..t.offset + rows * cols), (rows, cols))
-    }
-
-    /// Where the LM head's weight is.
-    pub fn lm_kind(&self) -> ParamKind {
-        if self.spec.tied { ParamKind::Embedding } else { ParamKind::LmHead }
+        let padded = self.params.flat().range(at.offset..at.offset + rows * cols);
+        Weight::rows(dev, padded, (rows, cols))
     }
 
     /// The weight of the scalar head `[hidden]`.
@@ -347,7 +279,8 @@ pub fn bytes<T: Element>(
     head: Head,
     residency: Residency,
 ) -> Vec<(&'static str, usize)> {
-    let len = Layout::new(spec, head).len();
+    let layout = Layout::new(spec, head);
+    let len = layout.len();
     let mut all = Vec::new();
     if residency != Residency::Offloaded {
         all.push(("weights", len * size_of::<T>()));
@@ -356,13 +289,10 @@ pub fn bytes<T: Element>(
         all.push(("f32 weights", len * size_of::<T::Acc>()));
     }
     if let Device::Cpu(_) = dev {
-        let packed = |(n, k)| Packed::<T>::bytes(dev, n, k);
-        let blocks = spec.layers * sides(spec).map(packed).iter().sum::<usize>();
-        let lm = if head == Head::Lm { packed((spec.vocab, spec.hidden)) } else { 0 };
-        all.push(("packed weights", blocks + lm));
+        all.push(("packed weights", PackedWeights::<T>::bytes(dev, &layout)));
     }
-    if let Position::Rope(_) = spec.position {
-        all.push(("rotary table", spec.max_positions * spec.head_dim * size_of::<T::Acc>()));
+    if !spec.ropes().is_empty() {
+        all.push(("rotary table", spec.rope_bytes(size_of::<T::Acc>())));
     }
     all
 }
@@ -372,18 +302,9 @@ fn rounded<T: Element>() -> bool {
     TypeId::of::<T>() != TypeId::of::<T::Acc>()
 }
 
-/// Outputs and inputs of the linear layers of a block: Qkv, Out, Up, Down.
-fn sides(spec: &Spec) -> [(usize, usize); 4] {
-    let (h, att) = (spec.hidden, spec.attention_cols());
-    [(spec.qkv_cols(), h), (h, att), (spec.up_cols(), h), (h, spec.mlp_hidden)]
-}
-
-/// A weight that the layout promises.
-pub(super) fn need<T: Element>(
-    params: &Params<T>,
-    kind: ParamKind,
-    layer: Option<usize>,
-) -> Result<View<'_, T>> {
-    let missing = || Error::value("weights", format!("{kind:?} of block {layer:?}"), "none");
-    params.get(kind, layer).ok_or_else(missing)
+/// A new scalar head.
+pub(super) fn new_score<F: Float>(cols: usize, seed: u64) -> Vec<F> {
+    let draw = Philox::new(seed, 0, 0, Purpose::Init);
+    let std = 1.0 / ((cols + 1) as f64).sqrt();
+    (0..cols).map(|i| F::of(std * draw.normal(i as u32))).collect()
 }

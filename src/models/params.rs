@@ -1,86 +1,211 @@
-//! The weights of a model as one flat buffer: so that the optimizer, the gradient norm, hashing and
-//! checkpoints are each one pass.
+//! The weights of a model as one flat buffer, so that the optimizer, the gradient norm, hashing and
+//! checkpoints are each one pass over it.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
-use super::{Head, Norm, Position, Spec};
+use super::{Head, Norm, Position, Spec, Widths};
 use crate::{
     device::{Buffer, Device, Element, View, ViewMut},
-    error::Result,
+    error::{Error, Result},
     ops::adamw,
 };
 
-/// A weight's place in the block, the same for every family. Linear weights are `[out, in]`.
+/// Which weight of a block or of the model it is, in every family. [`WEIGHTS`] has the facts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-#[allow(missing_docs)]
 pub enum ParamKind {
-    /// `[vocab, hidden]`; the LM head too, where it is tied
+    /// The LM head too, where it is tied.
     Embedding,
-    /// `[max_positions, hidden]`
     Positions,
     Norm1,
     Norm1Bias,
-    /// `[(q_heads + 2 kv_heads) head_dim, hidden]`
+    /// Queries of all heads, then keys, then values.
     Qkv,
     QkvBias,
-    /// `[hidden, q_heads head_dim]`
     Out,
     OutBias,
     Norm2,
     Norm2Bias,
-    /// `[mlp_hidden, hidden]`, or gate above up: `[2 mlp_hidden, hidden]`
+    /// The gate above the rest, where the MLP is gated.
     Up,
     UpBias,
-    /// `[hidden, mlp_hidden]`
     Down,
     DownBias,
     FinalNorm,
     FinalNormBias,
-    /// `[vocab, hidden]`, where it is not tied
+    /// Where it is not tied.
     LmHead,
-    /// `[1, hidden]`: value or reward
+    /// Value or reward.
     Score,
 }
 
-impl ParamKind {
-    /// Matrices decay, norms and biases do not (Hugging Face Trainer's groups).
-    pub fn is_matrix(self) -> bool {
-        use ParamKind::{Down, Embedding, LmHead, Out, Positions, Qkv, Score, Up};
-        matches!(self, Embedding | Positions | Qkv | Out | Up | Down | LmHead | Score)
-    }
+/// One side of a weight: what it counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Axis {
+    One,
+    Vocab,
+    Positions,
+    Hidden,
+    Qkv,
+    Attention,
+    Up,
+    Mlp,
+}
 
-    /// Stored flat: norms, biases and the scalar head.
-    pub fn is_vector(self) -> bool {
-        !self.is_matrix() || self == ParamKind::Score
-    }
+/// Which models have a weight.
+#[derive(Clone, Copy, Debug)]
+pub enum Occurs {
+    Once(fn(&Spec, Head) -> bool),
+    /// In each block of which this holds.
+    InBlock(fn(&Spec, usize) -> bool),
+}
 
-    /// Linear layers inside the block, which some families store transposed.
-    pub fn is_block_linear(self) -> bool {
-        matches!(self, ParamKind::Qkv | ParamKind::Out | ParamKind::Up | ParamKind::Down)
+/// The facts of a weight. Names in files are facts of a [`Family`](super::Family).
+#[derive(Debug)]
+pub struct WeightFacts {
+    pub kind: ParamKind,
+    pub occurs: Occurs,
+    /// Outputs; a vector is one row.
+    pub rows: Axis,
+    /// Inputs, or the length of a vector.
+    pub cols: Axis,
+    /// Matrices decay, norms and biases do not (the groups of Hugging Face's Trainer).
+    pub decays: bool,
+    /// The bias that is added with it.
+    pub bias: Option<ParamKind>,
+}
+
+const fn matrix(kind: ParamKind, occurs: Occurs, rows: Axis, cols: Axis) -> WeightFacts {
+    WeightFacts { kind, occurs, rows, cols, decays: true, bias: None }
+}
+
+const fn vector(kind: ParamKind, occurs: Occurs, cols: Axis) -> WeightFacts {
+    WeightFacts { kind, occurs, rows: Axis::One, cols, decays: false, bias: None }
+}
+
+impl WeightFacts {
+    const fn with(self, bias: ParamKind) -> Self {
+        Self { bias: Some(bias), ..self }
     }
 }
 
-/// Where a weight lies.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Tensor {
+/// All weights in the order of the flat buffer; a bias follows its weight.
+pub const WEIGHTS: &[WeightFacts] = {
+    use Axis::{Attention, Hidden, Mlp, One, Positions, Qkv, Up, Vocab};
+    use Occurs::{InBlock, Once};
+    use ParamKind as K;
+    const ALWAYS: Occurs = InBlock(|_, _| true);
+    const LAYER_NORM: Occurs = InBlock(|s, _| matches!(s.norm, Norm::Layer));
+    const MLP_BIAS: Occurs = InBlock(|s, _| s.mlp_bias);
+    &[
+        matrix(K::Embedding, Once(|_, _| true), Vocab, Hidden),
+        matrix(K::Positions, Once(|s, _| s.position == Position::Learned), Positions, Hidden),
+        vector(K::Norm1, ALWAYS, Hidden).with(K::Norm1Bias),
+        vector(K::Norm1Bias, LAYER_NORM, Hidden),
+        matrix(K::Qkv, ALWAYS, Qkv, Hidden).with(K::QkvBias),
+        vector(K::QkvBias, InBlock(|s, _| s.qkv_bias), Qkv),
+        matrix(K::Out, ALWAYS, Hidden, Attention).with(K::OutBias),
+        vector(K::OutBias, InBlock(|s, _| s.out_bias), Hidden),
+        vector(K::Norm2, ALWAYS, Hidden).with(K::Norm2Bias),
+        vector(K::Norm2Bias, LAYER_NORM, Hidden),
+        matrix(K::Up, ALWAYS, Up, Hidden).with(K::UpBias),
+        vector(K::UpBias, MLP_BIAS, Up),
+        matrix(K::Down, ALWAYS, Hidden, Mlp).with(K::DownBias),
+        vector(K::DownBias, MLP_BIAS, Hidden),
+        vector(K::FinalNorm, Once(|_, _| true), Hidden).with(K::FinalNormBias),
+        vector(K::FinalNormBias, Once(|s, _| s.norm == Norm::Layer), Hidden),
+        matrix(K::LmHead, Once(|s, head| head == Head::Lm && !s.tied), Vocab, Hidden),
+        matrix(K::Score, Once(|_, head| head == Head::Scalar), One, Hidden),
+    ]
+};
+
+impl Axis {
+    pub fn len(self, spec: &Spec) -> usize {
+        match self {
+            Self::One => 1,
+            Self::Vocab => spec.vocab,
+            Self::Positions => spec.max_positions,
+            Self::Hidden => spec.hidden,
+            Self::Qkv => spec.qkv_cols(),
+            Self::Attention => spec.attention_cols(),
+            Self::Up => spec.up_cols(),
+            Self::Mlp => spec.mlp_hidden,
+        }
+    }
+
+    /// Entries that memory is taken for.
+    fn room(self, spec: &Spec) -> usize {
+        if self == Self::Vocab { spec.vocab_room() } else { self.len(spec) }
+    }
+
+    /// Entries in files, which have no padding.
+    pub fn stored_len(self, spec: &Spec) -> usize {
+        let Widths { head_dim, mlp_hidden } = spec.widths();
+        match self {
+            Self::Qkv | Self::Attention => self.len(spec) / spec.head_dim * head_dim,
+            Self::Up | Self::Mlp => self.len(spec) / spec.mlp_hidden * mlp_hidden,
+            _ => self.len(spec),
+        }
+    }
+
+    /// Entries of each of `n` stored tensors that hold them all.
+    pub fn parts(self, spec: &Spec, n: usize) -> Vec<usize> {
+        let (q, kv, d) = (spec.q_heads, spec.kv_heads, spec.widths().head_dim);
+        match (self, n) {
+            (Self::Qkv, 3) => vec![q * d, kv * d, kv * d],
+            _ => vec![self.stored_len(spec) / n.max(1); n],
+        }
+    }
+
+    /// Where each stored entry is among ours.
+    pub fn places(self, spec: &Spec) -> Vec<usize> {
+        let Widths { head_dim: d, mlp_hidden: m } = spec.widths();
+        // Halves of a head stay halves: rotary pairs are as far apart as the kernels look for them.
+        let shift = spec.head_dim / 2 - d / 2;
+        let place = |i: usize| match self {
+            Self::Qkv | Self::Attention => {
+                i / d * spec.head_dim + i % d + if i % d < d / 2 { 0 } else { shift }
+            }
+            Self::Up | Self::Mlp => i / m * spec.mlp_hidden + i % m,
+            _ => i,
+        };
+        (0..self.stored_len(spec)).map(place).collect()
+    }
+}
+
+/// Where a weight of a model lies in the flat buffer.
+#[derive(Clone, Debug)]
+pub struct ParamTensor {
     pub kind: ParamKind,
+    pub facts: &'static WeightFacts,
     /// Its block, if it is in one.
     pub layer: Option<usize>,
-    /// Outputs, or 1 for a vector.
     pub rows: usize,
-    /// Inputs, or the vector's length.
     pub cols: usize,
     /// First element in the flat buffer.
     pub offset: usize,
 }
 
-impl Tensor {
+impl ParamTensor {
     pub fn len(&self) -> usize {
         self.rows * self.cols
     }
 
     pub fn is_empty(&self) -> bool {
         self.len() == 0
+    }
+
+    pub fn range(&self) -> Range<usize> {
+        self.offset..self.offset + self.len()
+    }
+
+    /// Norms, biases and the scalar head.
+    pub fn is_vector(&self) -> bool {
+        self.facts.rows == Axis::One
+    }
+
+    /// A matrix of a block, which linear layers multiply by.
+    pub fn is_block_linear(&self) -> bool {
+        self.layer.is_some() && !self.is_vector()
     }
 
     /// A name for messages and checkpoints: `Qkv.3`.
@@ -90,76 +215,53 @@ impl Tensor {
 }
 
 /// The order of all weights of a model.
-#[derive(Debug, PartialEq, Eq)]
+#[derive(Debug)]
 pub struct Layout {
-    tensors: Vec<Tensor>,
+    tensors: Vec<ParamTensor>,
     len: usize,
-    per_layer: usize,
-    before: usize,
-    /// Rows that there is room for in embedding and LM head.
-    vocab: usize,
+    /// Where the tensors of each block begin, and those behind the last.
+    blocks: Vec<usize>,
+    /// The LM head, if the model has one.
+    lm_head: Option<usize>,
 }
 
 impl Layout {
     /// The layout of `spec` with this head.
     pub fn new(spec: &Spec, head: Head) -> Self {
-        let h = spec.hidden;
-        let layer_norm = spec.norm == Norm::Layer;
-        let vocab = spec.vocab_room();
-        let mut layout = Self { tensors: Vec::new(), len: 0, per_layer: 0, before: 0, vocab };
-        layout.push(ParamKind::Embedding, None, spec.vocab, h);
-        if spec.position == Position::Learned {
-            layout.push(ParamKind::Positions, None, spec.max_positions, h);
-        }
-        layout.before = layout.tensors.len();
-        for l in 0..spec.layers {
-            for (kind, there, rows, cols) in [
-                (ParamKind::Norm1, true, 1, h),
-                (ParamKind::Norm1Bias, layer_norm, 1, h),
-                (ParamKind::Qkv, true, spec.qkv_cols(), h),
-                (ParamKind::QkvBias, spec.qkv_bias, 1, spec.qkv_cols()),
-                (ParamKind::Out, true, h, spec.attention_cols()),
-                (ParamKind::OutBias, spec.out_bias, 1, h),
-                (ParamKind::Norm2, true, 1, h),
-                (ParamKind::Norm2Bias, layer_norm, 1, h),
-                (ParamKind::Up, true, spec.up_cols(), h),
-                (ParamKind::UpBias, spec.mlp_bias, 1, spec.up_cols()),
-                (ParamKind::Down, true, h, spec.mlp_hidden),
-                (ParamKind::DownBias, spec.mlp_bias, 1, h),
-            ] {
-                if there {
-                    layout.push(kind, Some(l), rows, cols);
-                }
+        let mut layout = Self { tensors: Vec::new(), len: 0, blocks: Vec::new(), lm_head: None };
+        let in_block = |w: &WeightFacts| matches!(w.occurs, Occurs::InBlock(_));
+        for run in WEIGHTS.chunk_by(|a, b| in_block(a) == in_block(b)) {
+            let once =
+                run.iter().filter(|w| matches!(w.occurs, Occurs::Once(is) if is(spec, head)));
+            once.for_each(|w| layout.push(spec, w, None));
+            if !in_block(&run[0]) {
+                continue;
             }
-            if l == 0 {
-                layout.per_layer = layout.tensors.len() - layout.before;
+            for l in 0..spec.layers {
+                layout.blocks.push(layout.tensors.len());
+                let there =
+                    |w: &&WeightFacts| matches!(w.occurs, Occurs::InBlock(is) if is(spec, l));
+                run.iter().filter(there).for_each(|w| layout.push(spec, w, Some(l)));
             }
+            layout.blocks.push(layout.tensors.len());
         }
-        layout.push(ParamKind::FinalNorm, None, 1, h);
-        if layer_norm {
-            layout.push(ParamKind::FinalNormBias, None, 1, h);
-        }
-        match head {
-            Head::Lm if !spec.tied => layout.push(ParamKind::LmHead, None, spec.vocab, h),
-            Head::Lm => {}
-            Head::Scalar => layout.push(ParamKind::Score, None, 1, h),
-        }
+        let kind = if spec.tied { ParamKind::Embedding } else { ParamKind::LmHead };
+        let has = |t: &ParamTensor| head == Head::Lm && t.kind == kind;
+        layout.lm_head = layout.tensors.iter().position(has);
         layout
     }
 
-    fn push(&mut self, kind: ParamKind, layer: Option<usize>, rows: usize, cols: usize) {
-        self.tensors.push(Tensor { kind, layer, rows, cols, offset: self.len });
+    fn push(&mut self, spec: &Spec, facts: &'static WeightFacts, layer: Option<usize>) {
+        let WeightFacts { kind, rows, cols, .. } = *facts;
+        let room = rows.room(spec) * cols.len(spec);
+        let (rows, cols, offset) = (rows.len(spec), cols.len(spec), self.len);
+        self.tensors.push(ParamTensor { kind, facts, layer, rows, cols, offset });
         // 64 bytes of f32: every tensor starts on a cache line. The gap stays 0 for ever.
-        let room = if matches!(kind, ParamKind::Embedding | ParamKind::LmHead) {
-            self.vocab
-        } else {
-            rows
-        };
-        self.len += (room * cols).next_multiple_of(adamw::LINE);
+        self.len += room.next_multiple_of(adamw::LINE);
     }
 
     /// All tensors, in the order of their offsets.
-    pub fn tensors(&self) -> &[Tensor] {
+    pub fn tensors(&self) -> &[ParamTensor] {
         &self.tensors
     }
 
@@ -174,22 +276,32 @@ impl Layout {
 
     /// Weights, gaps left out.
     pub fn weights(&self) -> usize {
-        self.tensors.iter().map(Tensor::len).sum()
+        self.tensors.iter().map(ParamTensor::len).sum()
     }
 
-    /// The tensor of a kind, if the model has it.
-    pub fn find(&self, kind: ParamKind, layer: Option<usize>) -> Option<&Tensor> {
-        let part = match layer {
+    /// A weight, if the model has it.
+    pub fn find(&self, kind: ParamKind, layer: Option<usize>) -> Option<&ParamTensor> {
+        let among = match layer {
             None => &self.tensors[..],
-            Some(l) => &self.tensors[self.before + l * self.per_layer..][..self.per_layer],
+            Some(l) => &self.tensors[*self.blocks.get(l)?..*self.blocks.get(l + 1)?],
         };
-        part.iter().find(|t| t.kind == kind && t.layer == layer)
+        among.iter().find(|t| t.kind == kind && t.layer == layer)
+    }
+
+    /// The weight of the LM head, if the model has one: the embedding, where it is tied.
+    pub fn lm_head(&self) -> Option<&ParamTensor> {
+        self.lm_head.map(|i| &self.tensors[i])
+    }
+
+    /// The weights that linear layers multiply by: those of the blocks and the LM head.
+    pub fn linears(&self) -> impl Iterator<Item = &ParamTensor> {
+        self.tensors.iter().filter(|t| t.is_block_linear()).chain(self.lm_head())
     }
 
     /// The tensor that holds a flat index.
-    pub fn at(&self, index: usize) -> Option<&Tensor> {
+    pub fn at(&self, index: usize) -> Option<&ParamTensor> {
         let i = self.tensors.partition_point(|t| t.offset <= index);
-        self.tensors[..i].last().filter(|t| index < t.offset + t.len())
+        self.tensors[..i].last().filter(|t| t.range().contains(&index))
     }
 }
 
@@ -219,47 +331,53 @@ impl<T: Element> Params<T> {
         self.data.view()
     }
 
-    /// Everything, flat, to write.
     pub fn flat_mut(&mut self) -> ViewMut<'_, T> {
         self.data.view_mut()
     }
 
-    pub fn tensor(&self, t: &Tensor) -> View<'_, T> {
-        self.data.view().range(t.offset..t.offset + t.len())
+    pub fn tensor(&self, t: &ParamTensor) -> View<'_, T> {
+        self.data.view().range(t.range())
     }
 
-    /// One tensor, to write.
-    pub fn tensor_mut(&mut self, t: &Tensor) -> ViewMut<'_, T> {
-        self.data.view_mut().range(t.offset..t.offset + t.len())
+    pub fn tensor_mut(&mut self, t: &ParamTensor) -> ViewMut<'_, T> {
+        self.data.view_mut().range(t.range())
     }
 
-    /// The weight of a kind, if the model has it.
+    /// A weight, if the model has it.
     pub fn get(&self, kind: ParamKind, layer: Option<usize>) -> Option<View<'_, T>> {
         self.layout.find(kind, layer).map(|t| self.tensor(t))
     }
 
-    /// The weight of a kind, to write, if the model has it.
+    /// A weight to write, if the model has it.
     pub fn get_mut(&mut self, kind: ParamKind, layer: Option<usize>) -> Option<ViewMut<'_, T>> {
         let layout = self.layout.clone();
         layout.find(kind, layer).map(|t| self.tensor_mut(t))
     }
 
-    /// A weight and the bias that follows it, both to write. An empty view if the model lacks the
-    /// weight.
-    pub fn linear_mut(
-        &mut self,
-        weight: ParamKind,
-        bias: ParamKind,
+    /// A weight and its bias, if it has one.
+    pub(super) fn pair(
+        &self,
+        kind: ParamKind,
         layer: Option<usize>,
-    ) -> (ViewMut<'_, T>, Option<ViewMut<'_, T>>) {
+    ) -> Result<(&ParamTensor, View<'_, T>, Option<View<'_, T>>)> {
+        let missing = || Error::value("weights", format!("{kind:?} of block {layer:?}"), "none");
+        let t = self.layout.find(kind, layer).ok_or_else(missing)?;
+        Ok((t, self.tensor(t), t.facts.bias.and_then(|bias| self.get(bias, layer))))
+    }
+
+    /// The same to write; none where nothing is to be written, as the weight is frozen.
+    pub(super) fn pair_mut(
+        &mut self,
+        kind: ParamKind,
+        layer: Option<usize>,
+    ) -> Option<(ViewMut<'_, T>, Option<ViewMut<'_, T>>)> {
         let layout = self.layout.clone();
-        let flat = self.data.view_mut();
-        let Some(w) = layout.find(weight, layer) else { return (flat.range(0..0), None) };
-        let Some(b) = layout.find(bias, layer) else {
-            return (flat.range(w.offset..w.offset + w.len()), None);
+        let t = layout.find(kind, layer)?;
+        let Some(bias) = t.facts.bias.and_then(|bias| layout.find(bias, layer)) else {
+            return Some((self.tensor_mut(t), None));
         };
-        // The layout puts a bias behind its weight.
-        let (low, high) = flat.split_at(b.offset);
-        (low.range(w.offset..w.offset + w.len()), Some(high.range(0..b.len())))
+        // A bias follows its weight.
+        let (low, high) = self.data.view_mut().split_at(bias.offset);
+        Some((low.range(t.range()), Some(high.range(0..bias.len()))))
     }
 }

@@ -1,23 +1,13 @@
 //! One batch of whole sequences through one model and its head, and back.
 
 use super::{
-    Activations, Batch, Cache, Gradients, Head, HeadInput, Keep, Model, Params, PassShape, Spec,
-    Staged,
+    Activations, Batch, Cache, Head, Keep, Model, Params, PassOptions, PassShape, Spec, Staged,
     heads::{HeadOutputs, HeadRows, LossColumns},
 };
 use crate::{
     device::{Device, Element, Scope},
-    error::{Error, Result},
+    error::Result,
 };
-
-/// What a pass computes and keeps beside the outputs of its head.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct PassOptions {
-    /// The entropy of each prediction.
-    pub entropy: bool,
-    /// For the backward pass.
-    pub keep: Keep,
-}
 
 /// A batch, and the model that it goes through.
 #[derive(Clone, Copy, Debug)]
@@ -80,16 +70,13 @@ impl<'s, T: Element> Pass<'s, T> {
     ) -> Result<()> {
         let Self { dev, model, .. } = self;
         let (staged, mut b) = self.forward(options)?;
-        let Some(room) = &mut b.gradients else {
-            return Err(Error::value("training pass", "one that keeps activations", "Nothing"));
-        };
         let phase = dev.span("loss");
         loss(b.head.columns())?;
         drop(phase);
         let _phase = dev.span("backward");
-        b.head.backward(dev, model, grads, self.head_rows(&staged, &b.input))?;
-        let (rows, selected, dh) = (staged.rows(), staged.selected(), b.head.dh.view());
-        model.backward(dev, grads, &rows, &mut b.acts, &mut b.cache, &b.input, selected, dh, room)
+        let rows = staged.rows();
+        b.head.backward(dev, model, grads, self.head_rows(&staged, &b.acts))?;
+        model.backward(dev, grads, &rows, &mut b.acts, &mut b.cache, b.head.dh.view())
     }
 
     fn forward(self, options: PassOptions) -> Result<(Staged<'s>, Buffers<'s, T>)> {
@@ -99,19 +86,18 @@ impl<'s, T: Element> Pass<'s, T> {
         let staged = batch.stage(dev, scope, spec, shape.pages(spec.attention().page(dev)))?;
         let mut b = Buffers::new(dev, scope, (spec, model.head()), shape, options)?;
         model.forward(dev, &staged.rows(), &mut b.acts, &mut b.cache)?;
-        model.select(dev, &b.acts, staged.selected(), &mut b.input)?;
         drop(phase);
         let _phase = dev.span("head");
-        b.head.forward(dev, model, self.head_rows(&staged, &b.input))?;
+        b.head.forward(dev, model, self.head_rows(&staged, &b.acts))?;
         Ok((staged, b))
     }
 
     fn head_rows<'a>(
         &self,
         staged: &'a Staged<'_>,
-        input: &'a HeadInput<'_, T>,
+        acts: &'a Activations<'_, T>,
     ) -> HeadRows<'a, T> {
-        let (h, targets) = (input.hidden(), staged.targets());
+        let (h, targets) = (acts.hidden(), staged.targets());
         HeadRows { h, targets, temperature: self.temperature }
     }
 }
@@ -120,10 +106,7 @@ impl<'s, T: Element> Pass<'s, T> {
 struct Buffers<'s, T: Element> {
     acts: Activations<'s, T>,
     cache: Cache<'s, T>,
-    input: HeadInput<'s, T>,
     head: HeadOutputs<'s, T>,
-    /// None in a pass without a backward pass.
-    gradients: Option<Gradients<'s, T>>,
 }
 
 impl<'s, T: Element> Buffers<'s, T> {
@@ -134,16 +117,11 @@ impl<'s, T: Element> Buffers<'s, T> {
         shape: PassShape,
         options: PassOptions,
     ) -> Result<Self> {
-        let PassShape { rows, selected, .. } = shape;
         let pages = shape.pages(spec.attention().page(dev));
-        let trained = options.keep != Keep::Nothing;
-        let gradients = || Gradients::new(scope, spec, rows, selected);
         Ok(Self {
             acts: Activations::new(dev, scope, spec, shape, options.keep)?,
             cache: Cache::transient(dev, scope, spec, pages)?,
-            input: HeadInput::new(scope, spec, selected)?,
-            gradients: trained.then(gradients).transpose()?,
-            head: HeadOutputs::new(scope, spec, head, selected, options)?,
+            head: HeadOutputs::new(scope, spec, head, shape.selected, options)?,
         })
     }
 }

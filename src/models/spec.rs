@@ -1,17 +1,25 @@
-//! What a family is: the block's parts, and the names of its weights.
+//! What a transformer computes, free of its family's name.
 
-use super::{Config, ParamKind};
 use crate::{
     device::Device,
     error::{Error, Result},
     ops::{activation::Activation, attention, matmul, rope::Rope},
 };
 
+/// What turns the hidden states into outputs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Head {
+    /// The next token's distribution: policy and reference.
+    Lm,
+    /// One number a position: value and reward.
+    Scalar,
+}
+
 /// Normalisation before attention, before the MLP and before the head.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Norm {
     Rms,
-    /// LayerNorm, a weight and a bias.
+    /// LayerNorm with a weight and a bias.
     Layer,
 }
 
@@ -31,7 +39,7 @@ pub enum Mlp {
     Gated(Activation),
 }
 
-/// A transformer, free of its family's name.
+/// The sizes and parts of a transformer.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Spec {
     /// Rows of the embedding.
@@ -42,7 +50,6 @@ pub struct Spec {
     pub q_heads: usize,
     /// Key and value heads; divides `q_heads`.
     pub kv_heads: usize,
-    /// Width of a head.
     pub head_dim: usize,
     /// Width inside the MLP.
     pub mlp_hidden: usize,
@@ -50,7 +57,6 @@ pub struct Spec {
     pub norm: Norm,
     pub norm_eps: f64,
     pub position: Position,
-    /// Kind of feed-forward part.
     pub mlp: Mlp,
     /// Biases on the query, key and value projections.
     pub qkv_bias: bool,
@@ -60,28 +66,36 @@ pub struct Spec {
     pub mlp_bias: bool,
     /// The LM head is the embedding.
     pub tied: bool,
-    /// Widths in files, where the spec is a CUDA device's, which may take wider ones. What is
-    /// beside them is 0, and so are its gradients.
-    pub stored: Option<Widths>,
+    /// Unpadded widths, if the spec is a CUDA device's: it pads heads and MLP with zeros up to the
+    /// widths of its kernels, and their gradients stay 0.
+    pub unpadded: Option<Widths>,
 }
 
-/// Widths inside a block that a device may want wider.
+/// Widths inside a block that a device may pad.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Widths {
-    /// Width of a head.
     pub head_dim: usize,
-    /// Width inside the MLP.
     pub mlp_hidden: usize,
 }
 
+/// What one block computes. The transformer and the plan read from here all that may differ between
+/// the blocks of a model; a family whose blocks differ says so in [`Spec::layer`].
+#[derive(Clone, Debug)]
+pub struct LayerSpec {
+    /// Heads, scale, window and soft-cap of the attention scores.
+    pub attention: attention::Shape,
+    /// The one of [`Spec::ropes`] that rotates queries and keys, if one does.
+    pub rope: Option<usize>,
+}
+
 impl Spec {
-    /// The model as `dev` computes it: heads and MLP as wide as its kernels take them.
+    /// The model as `dev` computes it: with heads and MLP padded to the widths of its kernels.
     pub fn on(self, dev: &Device) -> Self {
-        let stored = self.stored();
-        let head_dim = attention::width(dev, stored.head_dim);
-        let mlp_hidden = matmul::width(dev, stored.mlp_hidden);
-        let stored = matches!(dev, Device::Cuda(_)).then_some(stored);
-        Self { head_dim, mlp_hidden, stored, ..self }
+        let widths = self.widths();
+        let head_dim = attention::width(dev, widths.head_dim);
+        let mlp_hidden = matmul::width(dev, widths.mlp_hidden);
+        let unpadded = matches!(dev, Device::Cuda(_)).then_some(widths);
+        Self { head_dim, mlp_hidden, unpadded, ..self }
     }
 
     /// Whether `dev` computes such a model, after [`Spec::on`].
@@ -90,17 +104,41 @@ impl Spec {
             let what = "hidden size on a CUDA device";
             return Err(Error::value(what, "a multiple of 8", self.hidden));
         }
-        attention::supported(dev, &self.attention())
+        self.each_layer().try_for_each(|layer| attention::supported(dev, &layer.attention))
     }
 
-    pub fn stored(&self) -> Widths {
+    /// Widths without padding, as files have them.
+    pub fn widths(&self) -> Widths {
         let Self { head_dim, mlp_hidden, .. } = *self;
-        self.stored.unwrap_or(Widths { head_dim, mlp_hidden })
+        self.unpadded.unwrap_or(Widths { head_dim, mlp_hidden })
     }
 
-    /// Rows that there is room for in the embedding and the LM head.
+    /// What block `l` computes. The shape that all blocks share is [`Spec::attention`].
+    pub fn layer(&self, _l: usize) -> LayerSpec {
+        let rope = matches!(self.position, Position::Rope(_)).then_some(0);
+        LayerSpec { attention: self.attention(), rope }
+    }
+
+    pub fn each_layer(&self) -> impl Iterator<Item = LayerSpec> {
+        (0..self.layers).map(|l| self.layer(l))
+    }
+
+    /// The rotary embeddings of all blocks, each once.
+    pub fn ropes(&self) -> &[Rope] {
+        match &self.position {
+            Position::Rope(rope) => std::slice::from_ref(rope),
+            Position::Learned => &[],
+        }
+    }
+
+    /// Bytes of the rotary tables in a float of `bytes` bytes.
+    pub fn rope_bytes(&self, bytes: usize) -> usize {
+        self.ropes().len() * self.max_positions * self.head_dim * bytes
+    }
+
+    /// Allocated rows of the embedding and the LM head.
     pub fn vocab_room(&self) -> usize {
-        if self.stored.is_some() { self.vocab.next_multiple_of(8) } else { self.vocab }
+        if self.unpadded.is_some() { self.vocab.next_multiple_of(8) } else { self.vocab }
     }
 
     /// Columns of the fused query, key and value projection.
@@ -121,13 +159,14 @@ impl Spec {
         }
     }
 
-    /// The attention op's view of it; scores are divided by sqrt(head_dim), as it is in files.
+    /// Heads and cache pages of the attention op. Scores are divided by sqrt(head_dim) without
+    /// padding.
     pub fn attention(&self) -> attention::Shape {
         attention::Shape {
             q_heads: self.q_heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
-            scale: 1.0 / (self.stored().head_dim as f64).sqrt(),
+            scale: 1.0 / (self.widths().head_dim as f64).sqrt(),
             softcap: None,
             window: None,
         }
@@ -143,24 +182,4 @@ impl Spec {
             + self.mlp_hidden * h;
         2.0 * (self.layers * weights) as f64
     }
-}
-
-/// How a family is stored by Hugging Face.
-#[derive(Debug)]
-pub struct Family {
-    /// `model_type` in `config.json`.
-    pub model_type: &'static str,
-    /// `architectures` of the model with an LM head.
-    pub causal_lm: &'static str,
-    /// `architectures` of the model with a scalar head.
-    pub sequence_classification: &'static str,
-    /// Before every weight of the backbone; some files leave it out.
-    pub prefix: &'static str,
-    /// Names of each weight, `{}` for the layer. Several names are rows of one of ours, in order.
-    pub names: &'static [(ParamKind, &'static [&'static str])],
-    /// Linear weights are stored `[in, out]`.
-    pub transposed: bool,
-    /// Endings of stored tensors that are no weights: mask buffers and the like.
-    pub ignored: &'static [&'static str],
-    pub spec: fn(&Config) -> Result<Spec>,
 }

@@ -5,14 +5,17 @@
 //! packed: sequences lie back to back, nothing is padded. A row's bits depend on its own sequence
 //! only, so the log-prob of a token is the same number whenever and with whomever it is computed.
 
-use super::{Mlp, Model, Norm, ParamKind, Params, Spec, model::need};
+use super::{
+    LayerSpec, Linear, Mlp, Model, ParamKind, Params, Spec,
+    norm::{self, NormGradient, Normed},
+};
 use crate::{
     device::{Buffer, Device, Element, Scope, View, ViewMut},
     error::{Error, Result},
     ops::{
         activation,
         attention::{self, KvLayer},
-        embedding, layer_norm, matmul, rms_norm, rope,
+        embedding, matmul, rope,
     },
 };
 
@@ -25,6 +28,8 @@ pub struct Rows<'a> {
     pub positions: View<'a, u32>,
     /// Which rows are which sequence, and where its keys and values are.
     pub attention: attention::Work<'a>,
+    /// The rows that a head reads.
+    pub selected: View<'a, u32>,
 }
 
 /// Sizes of a forward pass.
@@ -64,6 +69,15 @@ pub enum Keep {
     All,
 }
 
+/// What a pass computes and keeps beside the outputs of its head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassOptions {
+    /// The entropy of each prediction.
+    pub entropy: bool,
+    /// For the backward pass.
+    pub keep: Keep,
+}
+
 #[derive(Debug)]
 pub struct Cache<'s, T> {
     layers: Vec<KvLayer<'s, T>>,
@@ -99,25 +113,6 @@ impl<'s, T: Element> Cache<'s, T> {
     }
 }
 
-/// What a normalisation keeps.
-#[derive(Debug)]
-struct Normed<'s, T: Element> {
-    y: Buffer<'s, T>,
-    mean: Buffer<'s, T::Acc>,
-    rstd: Buffer<'s, T::Acc>,
-}
-
-impl<'s, T: Element> Normed<'s, T> {
-    fn new(scope: &'s Scope<'_>, spec: &Spec, rows: usize) -> Result<Self> {
-        let means = if spec.norm == Norm::Layer { rows } else { 0 };
-        Ok(Self {
-            y: scope.alloc("normalised rows", rows * spec.hidden)?,
-            mean: scope.alloc("row means", means)?,
-            rstd: scope.alloc("row deviations", rows)?,
-        })
-    }
-}
-
 /// What a block keeps for its backward pass.
 #[derive(Debug)]
 struct Block<'s, T: Element> {
@@ -131,7 +126,14 @@ struct Block<'s, T: Element> {
     act: Buffer<'s, T>,
 }
 
-/// Buffers of a forward pass.
+/// The rows that a head reads, before and after the final norm.
+#[derive(Debug)]
+struct HeadInput<'s, T: Element> {
+    x: Buffer<'s, T>,
+    norm: Normed<'s, T>,
+}
+
+/// Buffers of a forward pass and, where it keeps something for one, of the backward pass.
 #[derive(Debug)]
 pub struct Activations<'s, T: Element> {
     /// The residual stream before each block, and after the last; one buffer if nothing is kept.
@@ -139,18 +141,20 @@ pub struct Activations<'s, T: Element> {
     /// One for each block, or one that all use in turn.
     blocks: Vec<Block<'s, T>>,
     scratch: Buffer<'s, T::Acc>,
+    input: HeadInput<'s, T>,
+    gradients: Option<Gradients<'s, T>>,
 }
 
 impl<'s, T: Element> Activations<'s, T> {
-    /// For a pass of this pass_shape.
+    /// For a pass of this shape.
     pub fn new(
         dev: &Device,
         scope: &'s Scope<'_>,
         spec: &Spec,
-        pass_shape: PassShape,
+        pass: PassShape,
         keep: Keep,
     ) -> Result<Self> {
-        let rows = pass_shape.rows;
+        let PassShape { rows, selected, .. } = pass;
         let layers = if keep == Keep::All { spec.layers } else { 1 };
         let streams = if keep == Keep::Nothing { 1 } else { spec.layers + 1 };
         let x = (0..streams).map(|_| scope.alloc("residual stream", rows * spec.hidden));
@@ -168,17 +172,25 @@ impl<'s, T: Element> Activations<'s, T> {
         };
         // A row that is alone in its segment sees more than itself only if a cache has what comes
         // before.
-        let (shape, alone) =
-            (spec.attention(), if pass_shape.cached > 0 { pass_shape.sequences } else { 0 });
-        let scratch = attention::forward_scratch_len(dev, &shape, alone, pass_shape.cached);
-        let scratch = match keep {
-            Keep::Nothing => scratch,
-            _ => scratch.max(attention::backward_scratch_len(&shape, rows)),
+        let alone = if pass.cached > 0 { pass.sequences } else { 0 };
+        let scratch = |layer: LayerSpec| {
+            let forward = attention::forward_scratch_len(dev, &layer.attention, alone, pass.cached);
+            match keep {
+                Keep::Nothing => forward,
+                _ => forward.max(attention::backward_scratch_len(&layer.attention, rows)),
+            }
         };
+        let scratch = spec.each_layer().map(scratch).max().unwrap_or(0);
+        let trained = keep != Keep::Nothing;
         Ok(Self {
             x: x.collect::<Result<_>>()?,
             blocks: (0..layers).map(block).collect::<Result<_>>()?,
             scratch: scope.alloc("attention scratch", scratch)?,
+            input: HeadInput {
+                x: scope.alloc("selected rows", selected * spec.hidden)?,
+                norm: Normed::new(scope, spec, selected)?,
+            },
+            gradients: trained.then(|| Gradients::new(scope, spec, pass)).transpose()?,
         })
     }
 
@@ -187,31 +199,16 @@ impl<'s, T: Element> Activations<'s, T> {
     pub fn stream(&self, l: usize) -> Option<View<'_, T>> {
         self.x.get(l).map(Buffer::view)
     }
-}
 
-/// The rows that a head reads, after the final norm.
-#[derive(Debug)]
-pub struct HeadInput<'s, T: Element> {
-    x: Buffer<'s, T>,
-    norm: Normed<'s, T>,
-}
-
-impl<'s, T: Element> HeadInput<'s, T> {
-    /// Room for `rows` rows.
-    pub fn new(scope: &'s Scope<'_>, spec: &Spec, rows: usize) -> Result<Self> {
-        let x = scope.alloc("selected rows", rows * spec.hidden)?;
-        Ok(Self { x, norm: Normed::new(scope, spec, rows)? })
-    }
-
-    /// The hidden states `[rows, hidden]`.
+    /// The hidden states that a head reads, `[selected, hidden]`.
     pub fn hidden(&self) -> View<'_, T> {
-        self.norm.y.view()
+        self.input.norm.y.view()
     }
 }
 
 /// Buffers of a backward pass.
 #[derive(Debug)]
-pub struct Gradients<'s, T: Element> {
+struct Gradients<'s, T: Element> {
     dx: Buffer<'s, T>,
     dnorm: Buffer<'s, T>,
     dqkv: Buffer<'s, T>,
@@ -224,13 +221,10 @@ pub struct Gradients<'s, T: Element> {
 }
 
 impl<'s, T: Element> Gradients<'s, T> {
-    /// For `rows` rows of which a head reads `selected`.
-    pub fn new(scope: &'s Scope<'_>, spec: &Spec, rows: usize, selected: usize) -> Result<Self> {
+    fn new(scope: &'s Scope<'_>, spec: &Spec, pass: PassShape) -> Result<Self> {
+        let PassShape { rows, selected, .. } = pass;
+        let most = rows.max(selected);
         let stream = || scope.alloc("gradient of the residual stream", rows * spec.hidden);
-        let scratch = match spec.norm {
-            Norm::Rms => rms_norm::scratch_len(rows.max(selected), spec.hidden),
-            Norm::Layer => layer_norm::scratch_len(rows.max(selected), spec.hidden),
-        };
         Ok(Self {
             dx: stream()?,
             dnorm: stream()?,
@@ -239,15 +233,15 @@ impl<'s, T: Element> Gradients<'s, T> {
             dup: scope.alloc("gradient of MLP inputs", rows * spec.up_cols())?,
             dact: scope.alloc("gradient of MLP activations", rows * spec.mlp_hidden)?,
             dselected: scope.alloc("gradient of selected rows", selected * spec.hidden)?,
-            scratch: scope.alloc("norm scratch", scratch)?,
-            order: scope.alloc("order of rows", embedding::scratch_len(rows.max(selected)))?,
+            scratch: scope.alloc("norm scratch", norm::scratch_len(spec, most))?,
+            order: scope.alloc("order of rows", embedding::scratch_len(most))?,
         })
     }
 }
 
 impl<T: Element> Model<T> {
-    /// Runs the blocks over `rows`; the residual stream stays in `acts`, new keys and values go to
-    /// `cache`.
+    /// Runs the blocks over `rows`, then the final norm over those that a head reads, as a norm
+    /// works row by row. Results stay in `acts`, new keys and values go to `cache`.
     pub fn forward(
         &self,
         dev: &Device,
@@ -259,18 +253,24 @@ impl<T: Element> Model<T> {
         let (streams, kept) = (acts.x.len(), acts.blocks.len());
         for l in 0..self.spec.layers {
             let (from, to) = if streams == 1 { (0, 0) } else { (l, l + 1) };
-            let block = &mut acts.blocks[l.min(kept - 1)];
+            let (block, b) = (self.block(dev, rows, l), &mut acts.blocks[l.min(kept - 1)]);
             let last = cache.layers.len() - 1;
             let kv = &mut cache.layers[l.min(last)];
-            let (x, scratch) = (acts.x[from].view(), acts.scratch.view_mut());
-            self.attend(dev, l, rows, x, block, kv, scratch)?;
-            self.feed_forward(dev, l, acts.x[to].view_mut(), block)?;
+            block.attention(b, acts.x[from].view(), kv, acts.scratch.view_mut())?;
+            block.expand(b)?;
+            let down = self.linear(dev, ParamKind::Down, Some(l))?;
+            down.forward(dev, acts.x[to].view_mut(), b.act.view(), Some(b.mid.view()))?;
         }
-        Ok(())
+        let Activations { x, input, .. } = acts;
+        let Some(x) = x.last() else {
+            return Err(Error::value("activations", "at least one stream", 0));
+        };
+        embedding::forward(dev, input.x.view_mut(), rows.selected, x.view(), false)?;
+        self.norm(ParamKind::FinalNorm, None)?.forward(dev, &mut input.norm, input.x.view())
     }
 
     fn embed(&self, dev: &Device, rows: &Rows<'_>, mut x: ViewMut<'_, T>) -> Result<()> {
-        let table = need(&self.params, ParamKind::Embedding, None)?;
+        let table = self.params.pair(ParamKind::Embedding, None)?.1;
         embedding::forward(dev, x.reborrow(), rows.ids, table, false)?;
         if let Some(table) = self.params.get(ParamKind::Positions, None) {
             embedding::forward(dev, x, rows.positions, table, true)?;
@@ -278,112 +278,14 @@ impl<T: Element> Model<T> {
         Ok(())
     }
 
-    /// `mid = x + out(attention(norm1(x)))`
-    #[allow(clippy::too_many_arguments)]
-    fn attend(
-        &self,
-        dev: &Device,
-        l: usize,
-        rows: &Rows<'_>,
-        x: View<'_, T>,
-        b: &mut Block<'_, T>,
-        kv: &mut KvLayer<'_, T>,
-        scratch: ViewMut<'_, T::Acc>,
-    ) -> Result<()> {
-        let (shape, at) = (self.spec.attention(), Some(l));
-        self.norm(dev, &mut b.norm1, x, ParamKind::Norm1, ParamKind::Norm1Bias, at)?;
-        let (w, bias) =
-            (self.linear(dev, ParamKind::Qkv, l)?, self.params.get(ParamKind::QkvBias, at));
-        matmul::forward(dev, b.qkv.view_mut(), b.norm1.y.view(), w, bias, None)?;
-        let turn = self.rope.as_ref().map(|table| (rows.positions, table));
-        attention::append(dev, kv, b.qkv.view_mut(), rows.attention, &shape, turn)?;
-        attention::forward(
-            dev,
-            b.attention.view_mut(),
-            b.lse.view_mut(),
-            b.qkv.view(),
-            kv,
-            rows.attention,
-            &shape,
-            scratch,
-        )?;
-        let (w, bias) =
-            (self.linear(dev, ParamKind::Out, l)?, self.params.get(ParamKind::OutBias, at));
-        matmul::forward(dev, b.mid.view_mut(), b.attention.view(), w, bias, Some(x))
+    fn block<'a>(&'a self, dev: &'a Device, rows: &'a Rows<'a>, l: usize) -> BlockPass<'a, T> {
+        BlockPass { dev, model: self, rows, at: Some(l), spec: self.spec.layer(l) }
     }
 
-    /// `y = mid + down(act)`, after [`Model::expand`].
-    fn feed_forward(
-        &self,
-        dev: &Device,
-        l: usize,
-        y: ViewMut<'_, T>,
-        b: &mut Block<'_, T>,
-    ) -> Result<()> {
-        self.expand(dev, l, b)?;
-        let (w, bias) =
-            (self.linear(dev, ParamKind::Down, l)?, self.params.get(ParamKind::DownBias, Some(l)));
-        matmul::forward(dev, y, b.act.view(), w, bias, Some(b.mid.view()))
-    }
-
-    /// `act = act(up(norm2(mid)))`
-    fn expand(&self, dev: &Device, l: usize, b: &mut Block<'_, T>) -> Result<()> {
-        let at = Some(l);
-        self.norm(dev, &mut b.norm2, b.mid.view(), ParamKind::Norm2, ParamKind::Norm2Bias, at)?;
-        let (w, bias) =
-            (self.linear(dev, ParamKind::Up, l)?, self.params.get(ParamKind::UpBias, at));
-        let after = match self.spec.mlp {
-            Mlp::Plain(act) => matmul::After { act, gated: false },
-            Mlp::Gated(act) => matmul::After { act, gated: true },
-        };
-        let (act, up) = (b.act.view_mut(), b.up.view_mut());
-        matmul::activated(dev, after, act, up, b.norm2.y.view(), w, bias)
-    }
-
-    fn norm(
-        &self,
-        dev: &Device,
-        out: &mut Normed<'_, T>,
-        x: View<'_, T>,
-        weight: ParamKind,
-        bias: ParamKind,
-        layer: Option<usize>,
-    ) -> Result<()> {
-        let (w, eps) =
-            (need(&self.params, weight, layer)?, <T::Acc as Element>::of(self.spec.norm_eps));
-        let (y, rstd) = (out.y.view_mut(), out.rstd.view_mut());
-        match self.spec.norm {
-            Norm::Rms => rms_norm::forward(dev, y, rstd, x, w, eps),
-            Norm::Layer => {
-                let b = need(&self.params, bias, layer)?;
-                layer_norm::forward(dev, y, out.mean.view_mut(), rstd, x, w, b, eps)
-            }
-        }
-    }
-
-    /// Takes the rows that a head reads, and normalises them. The norm works row by row, so the
-    /// rows that no head reads are never normalised.
-    pub fn select(
-        &self,
-        dev: &Device,
-        acts: &Activations<'_, T>,
-        rows: View<'_, u32>,
-        out: &mut HeadInput<'_, T>,
-    ) -> Result<()> {
-        let Some(x) = acts.x.last() else {
-            return Err(Error::value("activations", "at least one stream", 0));
-        };
-        embedding::forward(dev, out.x.view_mut(), rows, x.view(), false)?;
-        let x = out.x.view();
-        self.norm(dev, &mut out.norm, x, ParamKind::FinalNorm, ParamKind::FinalNormBias, None)
-    }
-
-    /// Adds to `grads` the gradient of all backbone weights, given `dh` `[selected, hidden]`, the
-    /// gradient of the hidden states that [`Model::select`] made from `selected_rows`. The head's
-    /// own weight is the caller's. Every segment must be a whole sequence, from position 0. Where
-    /// the forward pass kept the residual stream alone, blocks are computed again, with its very
-    /// bits, and `cache` is written.
-    #[allow(clippy::too_many_arguments)]
+    /// Adds to `grads` the gradient of all weights but the head's, given `dh` `[selected, hidden]`,
+    /// the gradient of the hidden states that [`Model::forward`] left in `acts`. Every segment must
+    /// be a whole sequence, from position 0. Where the forward pass kept the residual stream alone,
+    /// blocks are computed again, with its very bits, and `cache` is written.
     pub fn backward(
         &self,
         dev: &Device,
@@ -391,87 +293,133 @@ impl<T: Element> Model<T> {
         rows: &Rows<'_>,
         acts: &mut Activations<'_, T>,
         cache: &mut Cache<'_, T>,
-        selected: &HeadInput<'_, T>,
-        selected_rows: View<'_, u32>,
         dh: View<'_, T>,
-        g: &mut Gradients<'_, T>,
     ) -> Result<()> {
         let hidden = self.spec.hidden;
-        let d = (g.dselected.view_mut(), g.scratch.view_mut());
-        let x = selected.x.view();
-        self.norm_backward(dev, grads, d, dh, x, &selected.norm, ParamKind::FinalNorm, None)?;
+        let Activations { x, blocks, scratch, input, gradients } = acts;
+        let Some(g) = gradients else {
+            return Err(Error::value("backward pass", "activations that were kept", "none"));
+        };
+        let (dx, scratch_of_norm) = (g.dselected.view_mut(), g.scratch.view_mut());
+        let out = NormGradient { dx, add: false, scratch: scratch_of_norm };
+        let norm = self.norm(ParamKind::FinalNorm, None)?;
+        norm.backward(dev, grads, out, dh, input.x.view(), &input.norm)?;
         dev.zero(g.dx.view_mut())?;
         let (dx, d, order) = (g.dx.view_mut(), g.dselected.view(), g.order.view_mut());
-        embedding::scatter(dev, dx, order, selected_rows, d, hidden)?;
+        embedding::scatter(dev, dx, order, rows.selected, d, hidden)?;
         for l in (0..self.spec.layers).rev() {
-            let kept = acts.blocks.len() == self.spec.layers;
-            let b = &mut acts.blocks[if kept { l } else { 0 }];
-            let (x, mut scratch) = (acts.x[l].view(), acts.scratch.view_mut());
+            let kept = blocks.len() == self.spec.layers;
+            let (block, b) = (self.block(dev, rows, l), &mut blocks[if kept { l } else { 0 }]);
+            let x = x[l].view();
             if !kept {
-                self.attend(dev, l, rows, x, b, &mut cache.layers[0], scratch.reborrow())?;
-                self.expand(dev, l, b)?;
+                block.attention(b, x, &mut cache.layers[0], scratch.view_mut())?;
+                block.expand(b)?;
             }
-            self.feed_forward_backward(dev, grads, l, b, g)?;
-            self.attend_backward(dev, grads, l, rows, x, b, g, scratch)?;
+            block.mlp_backward(grads, b, g)?;
+            block.attention_backward(grads, b, x, g, scratch.view_mut())?;
         }
-        if let Some(d) = grads.get_mut(ParamKind::Embedding, None) {
-            embedding::backward(dev, d, g.order.view_mut(), rows.ids, g.dx.view(), hidden)?;
-        }
-        if let Some(d) = grads.get_mut(ParamKind::Positions, None) {
-            embedding::backward(dev, d, g.order.view_mut(), rows.positions, g.dx.view(), hidden)?;
+        for (kind, ids) in
+            [(ParamKind::Embedding, rows.ids), (ParamKind::Positions, rows.positions)]
+        {
+            if let Some(d) = grads.get_mut(kind, None) {
+                embedding::backward(dev, d, g.order.view_mut(), ids, g.dx.view(), hidden)?;
+            }
         }
         Ok(())
     }
+}
+
+/// One block at work on some rows.
+struct BlockPass<'a, T: Element> {
+    dev: &'a Device,
+    model: &'a Model<T>,
+    rows: &'a Rows<'a>,
+    at: Option<usize>,
+    spec: LayerSpec,
+}
+
+impl<'a, T: Element> BlockPass<'a, T> {
+    fn linear(&self, kind: ParamKind) -> Result<Linear<'a, T>> {
+        self.model.linear(self.dev, kind, self.at)
+    }
+
+    fn rope(&self) -> Option<&'a rope::Table<T::Acc>> {
+        self.spec.rope.map(|i| &self.model.ropes[i])
+    }
+
+    /// `mid = x + out(attention(norm1(x)))`
+    fn attention(
+        &self,
+        b: &mut Block<'_, T>,
+        x: View<'_, T>,
+        kv: &mut KvLayer<'_, T>,
+        scratch: ViewMut<'_, T::Acc>,
+    ) -> Result<()> {
+        let (dev, shape, work) = (self.dev, &self.spec.attention, self.rows.attention);
+        self.model.norm(ParamKind::Norm1, self.at)?.forward(dev, &mut b.norm1, x)?;
+        self.linear(ParamKind::Qkv)?.forward(dev, b.qkv.view_mut(), b.norm1.y.view(), None)?;
+        let rotation = self.rope().map(|table| (self.rows.positions, table));
+        attention::append(dev, kv, b.qkv.view_mut(), work, shape, rotation)?;
+        attention::forward(
+            dev,
+            b.attention.view_mut(),
+            b.lse.view_mut(),
+            b.qkv.view(),
+            kv,
+            work,
+            shape,
+            scratch,
+        )?;
+        let out = self.linear(ParamKind::Out)?;
+        out.forward(dev, b.mid.view_mut(), b.attention.view(), Some(x))
+    }
+
+    /// `act = act(up(norm2(mid)))`
+    fn expand(&self, b: &mut Block<'_, T>) -> Result<()> {
+        let dev = self.dev;
+        self.model.norm(ParamKind::Norm2, self.at)?.forward(dev, &mut b.norm2, b.mid.view())?;
+        let epilogue = match self.model.spec.mlp {
+            Mlp::Plain(act) => matmul::After { act, gated: false },
+            Mlp::Gated(act) => matmul::After { act, gated: true },
+        };
+        let (act, up) = (b.act.view_mut(), b.up.view_mut());
+        self.linear(ParamKind::Up)?.activated(dev, epilogue, act, up, b.norm2.y.view())
+    }
 
     /// Turns `g.dx` from the gradient of the block's output into that of `mid`.
-    fn feed_forward_backward(
+    fn mlp_backward(
         &self,
-        dev: &Device,
         grads: &mut Params<T::Acc>,
-        l: usize,
         b: &Block<'_, T>,
         g: &mut Gradients<'_, T>,
     ) -> Result<()> {
-        let (h, up, mlp) = (self.spec.hidden, self.spec.up_cols(), self.spec.mlp_hidden);
-        let at = Some(l);
-        let (dw, db) = grads.linear_mut(ParamKind::Down, ParamKind::DownBias, at);
-        matmul::backward_weight(dev, dw, db, g.dx.view(), b.act.view(), (h, mlp))?;
-        let w = need(&self.params, ParamKind::Down, at)?;
-        matmul::backward_input(dev, g.dact.view_mut(), g.dx.view(), w, (h, mlp))?;
-        let (dup, dact) = (g.dup.view_mut(), g.dact.view());
-        match self.spec.mlp {
-            Mlp::Plain(act) => activation::backward(dev, act, dup, dact, b.up.view())?,
+        let (dev, spec) = (self.dev, &self.model.spec);
+        let down = self.linear(ParamKind::Down)?;
+        down.backward(dev, grads, g.dact.view_mut(), g.dx.view(), b.act.view())?;
+        let (dup, dact, up) = (g.dup.view_mut(), g.dact.view(), b.up.view());
+        match spec.mlp {
+            Mlp::Plain(act) => activation::backward(dev, act, dup, dact, up)?,
             Mlp::Gated(act) => {
-                activation::gated_backward(dev, act, dup, dact, b.up.view(), mlp)?;
+                activation::gated_backward(dev, act, dup, dact, up, spec.mlp_hidden)?;
             }
         }
-        let (dw, db) = grads.linear_mut(ParamKind::Up, ParamKind::UpBias, at);
-        matmul::backward_weight(dev, dw, db, g.dup.view(), b.norm2.y.view(), (up, h))?;
-        let w = need(&self.params, ParamKind::Up, at)?;
-        matmul::backward_input(dev, g.dnorm.view_mut(), g.dup.view(), w, (up, h))?;
-        let (d, dy) = ((g.dx.view_mut(), g.scratch.view_mut()), g.dnorm.view());
-        self.norm_backward(dev, grads, d, dy, b.mid.view(), &b.norm2, ParamKind::Norm2, at)
+        let up = self.linear(ParamKind::Up)?;
+        up.backward(dev, grads, g.dnorm.view_mut(), g.dup.view(), b.norm2.y.view())?;
+        self.norm_backward(grads, ParamKind::Norm2, b.mid.view(), &b.norm2, g)
     }
 
     /// Turns `g.dx` from the gradient of `mid` into that of the block's input `x`.
-    #[allow(clippy::too_many_arguments)]
-    fn attend_backward(
+    fn attention_backward(
         &self,
-        dev: &Device,
         grads: &mut Params<T::Acc>,
-        l: usize,
-        rows: &Rows<'_>,
-        x: View<'_, T>,
         b: &Block<'_, T>,
+        x: View<'_, T>,
         g: &mut Gradients<'_, T>,
         scratch: ViewMut<'_, T::Acc>,
     ) -> Result<()> {
-        let (h, att, qkv) = (self.spec.hidden, self.spec.attention_cols(), self.spec.qkv_cols());
-        let (shape, at) = (self.spec.attention(), Some(l));
-        let (dw, db) = grads.linear_mut(ParamKind::Out, ParamKind::OutBias, at);
-        matmul::backward_weight(dev, dw, db, g.dx.view(), b.attention.view(), (h, att))?;
-        let w = need(&self.params, ParamKind::Out, at)?;
-        matmul::backward_input(dev, g.dattention.view_mut(), g.dx.view(), w, (h, att))?;
+        let (dev, shape) = (self.dev, &self.spec.attention);
+        let out = self.linear(ParamKind::Out)?;
+        out.backward(dev, grads, g.dattention.view_mut(), g.dx.view(), b.attention.view())?;
         attention::backward(
             dev,
             g.dqkv.view_mut(),
@@ -479,49 +427,31 @@ impl<T: Element> Model<T> {
             b.attention.view(),
             b.qkv.view(),
             b.lse.view(),
-            rows.attention,
-            &shape,
+            self.rows.attention,
+            shape,
             scratch,
         )?;
-        if let Some(table) = &self.rope {
-            let heads = shape.q_heads + shape.kv_heads;
-            let d = shape.head_dim;
-            rope::backward(dev, g.dqkv.view_mut(), qkv, heads, d, rows.positions, table)?;
+        if let Some(table) = self.rope() {
+            let (heads, cols) = (shape.q_heads + shape.kv_heads, self.model.spec.qkv_cols());
+            let (d, positions) = (shape.head_dim, self.rows.positions);
+            rope::backward(dev, g.dqkv.view_mut(), cols, heads, d, positions, table)?;
         }
-        let (dw, db) = grads.linear_mut(ParamKind::Qkv, ParamKind::QkvBias, at);
-        matmul::backward_weight(dev, dw, db, g.dqkv.view(), b.norm1.y.view(), (qkv, h))?;
-        let w = need(&self.params, ParamKind::Qkv, at)?;
-        matmul::backward_input(dev, g.dnorm.view_mut(), g.dqkv.view(), w, (qkv, h))?;
-        let (d, dy) = ((g.dx.view_mut(), g.scratch.view_mut()), g.dnorm.view());
-        self.norm_backward(dev, grads, d, dy, x, &b.norm1, ParamKind::Norm1, at)
+        let qkv = self.linear(ParamKind::Qkv)?;
+        qkv.backward(dev, grads, g.dnorm.view_mut(), g.dqkv.view(), b.norm1.y.view())?;
+        self.norm_backward(grads, ParamKind::Norm1, x, &b.norm1, g)
     }
 
-    /// Inside a block adds to `dx`, the gradient of the residual stream.
-    #[allow(clippy::too_many_arguments)]
+    /// Adds the gradient through a norm, which is in `g.dnorm`, to that of the residual stream.
     fn norm_backward(
         &self,
-        dev: &Device,
         grads: &mut Params<T::Acc>,
-        (dx, scratch): (ViewMut<'_, T>, ViewMut<'_, T::Acc>),
-        dy: View<'_, T>,
+        kind: ParamKind,
         x: View<'_, T>,
         kept: &Normed<'_, T>,
-        kind: ParamKind,
-        layer: Option<usize>,
+        g: &mut Gradients<'_, T>,
     ) -> Result<()> {
-        let w = need(&self.params, kind, layer)?;
-        let bias = match kind {
-            ParamKind::Norm1 => ParamKind::Norm1Bias,
-            ParamKind::Norm2 => ParamKind::Norm2Bias,
-            _ => ParamKind::FinalNormBias,
-        };
-        let ((dw, db), add) = (grads.linear_mut(kind, bias, layer), layer.is_some());
-        match db {
-            None => rms_norm::backward(dev, dx, dw, scratch, dy, x, w, kept.rstd.view(), add),
-            Some(db) => {
-                let (mean, rstd) = (kept.mean.view(), kept.rstd.view());
-                layer_norm::backward(dev, dx, dw, db, scratch, dy, x, w, mean, rstd, add)
-            }
-        }
+        let Gradients { dx, dnorm, scratch, .. } = g;
+        let out = NormGradient { dx: dx.view_mut(), add: true, scratch: scratch.view_mut() };
+        self.model.norm(kind, self.at)?.backward(self.dev, grads, out, dnorm.view(), x, kept)
     }
 }

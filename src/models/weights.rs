@@ -13,63 +13,52 @@ use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::{Value, json};
 
 use super::{
-    Config, Family, Head, Layout, Model, ParamKind, Params, Position, Residency, Spec, Tensor,
-    Widths,
+    Config, Family, Head, Layout, Model, ParamKind, ParamTensor, Params, Residency, Spec,
+    StoredWeight, family::by_rows, model::new_score,
 };
 use crate::{
     device::{Device, Element, Float, file},
     error::{Error, Result},
-    rng::{Philox, Purpose},
 };
 
 const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
-const LM_HEAD: &str = "lm_head.weight";
+
+/// The heads' names, which most families share.
+const HEADS: [StoredWeight; 2] =
+    [by_rows(ParamKind::LmHead, &["lm_head.weight"]), by_rows(ParamKind::Score, &[SCORE])];
 const SCORE: &str = "score.weight";
 
-/// Where one of our weights is stored.
+/// A stored tensor: one of our weights, or some of its rows.
 struct Source {
     name: String,
-    /// Rows of ours that it holds.
-    rows: usize,
+    rows: Range<usize>,
 }
 
-fn sources(family: &Family, t: &Tensor, spec: &Spec) -> Vec<Source> {
+fn stored_as(family: &Family, kind: ParamKind) -> Option<&StoredWeight> {
+    family.weights.iter().chain(&HEADS).find(|w| w.kind == kind)
+}
+
+fn is_transposed(family: &Family, t: &ParamTensor) -> bool {
+    stored_as(family, t.kind).is_some_and(|w| w.transposed)
+}
+
+fn sources(family: &Family, t: &ParamTensor, spec: &Spec) -> Vec<Source> {
     let layer = t.layer.map(|l| l.to_string()).unwrap_or_default();
-    match t.kind {
-        ParamKind::LmHead => return vec![Source { name: LM_HEAD.into(), rows: t.rows }],
-        ParamKind::Score => return vec![Source { name: SCORE.into(), rows: t.cols }],
-        _ => {}
-    }
-    let names = family.names.iter().find(|n| n.0 == t.kind).map_or(&[][..], |n| n.1);
-    let d = spec.stored().head_dim;
-    let (q, kv) = (spec.q_heads * d, spec.kv_heads * d);
-    let total = stored_rows(t, spec);
-    let parts: &[usize] = match (t.kind, names.len()) {
-        (_, 1) => &[total],
-        (ParamKind::Qkv | ParamKind::QkvBias, 3) => &[q, kv, kv],
-        (_, n) => &vec![total / n.max(1); n],
+    let names = stored_as(family, t.kind).map_or(&[][..], |w| w.names);
+    let prefix = if HEADS.iter().any(|w| w.kind == t.kind) { "" } else { family.prefix };
+    let mut end = 0;
+    let source = |(name, rows): (&&str, usize)| {
+        let start = end;
+        end += rows;
+        Source { name: format!("{prefix}{}", name.replace("{}", &layer)), rows: start..end }
     };
-    let source = |(name, rows): (&&str, &usize)| Source {
-        name: format!("{}{}", family.prefix, name.replace("{}", &layer)),
-        rows: *rows,
-    };
-    names.iter().zip(parts).map(source).collect()
+    let axis = if t.is_vector() { t.facts.cols } else { t.facts.rows };
+    names.iter().zip(axis.parts(spec, names.len())).map(source).collect()
 }
 
-/// Rows of a stored weight, or the length of a vector.
-fn stored_rows(t: &Tensor, spec: &Spec) -> usize {
-    let Widths { head_dim, mlp_hidden } = spec.stored();
-    match t.kind {
-        ParamKind::Qkv | ParamKind::QkvBias => (spec.q_heads + 2 * spec.kv_heads) * head_dim,
-        ParamKind::Up | ParamKind::UpBias => spec.up_cols() / spec.mlp_hidden * mlp_hidden,
-        _ if t.kind.is_vector() => t.cols,
-        _ => t.rows,
-    }
-}
-
-/// Where the rows and columns of stored weights are in ours, which may be wider ([`Spec::stored`]).
-/// A vector is a column.
+/// Where the rows and columns of a stored weight are in ours, which a device may pad. A vector is a
+/// column.
 struct Places {
     rows: Vec<usize>,
     cols: Vec<usize>,
@@ -78,32 +67,15 @@ struct Places {
 }
 
 impl Places {
-    fn of(t: &Tensor, spec: &Spec) -> Self {
-        let all = |n: usize| (0..n).collect::<Vec<_>>();
-        let widths = spec.stored();
-        // Halves of a head stay halves: rotary pairs are as far apart as the kernels look for them.
-        let (d, wide) = (widths.head_dim, spec.head_dim);
-        let at = |i: usize| if i < d / 2 || d == wide { i } else { wide / 2 + i - d / 2 };
-        let heads = |n: usize| (0..n).map(|i| i / d * wide + at(i % d)).collect::<Vec<_>>();
-        let (m, wide) = (widths.mlp_hidden, spec.mlp_hidden);
-        let n = stored_rows(t, spec);
-        let rows = match t.kind {
-            ParamKind::Qkv | ParamKind::QkvBias => heads(n),
-            ParamKind::Up | ParamKind::UpBias => (0..n).map(|i| i / m * wide + i % m).collect(),
-            _ => all(n),
-        };
-        if t.kind.is_vector() {
-            return Self { rows, cols: vec![0], stride: 1 };
+    fn of(t: &ParamTensor, spec: &Spec) -> Self {
+        let (rows, cols) = (t.facts.rows, t.facts.cols.places(spec));
+        if t.is_vector() {
+            return Self { rows: cols, cols: vec![0], stride: 1 };
         }
-        let cols = match t.kind {
-            ParamKind::Out => heads(spec.q_heads * d),
-            ParamKind::Down => all(m),
-            _ => all(t.cols),
-        };
-        Self { rows, cols, stride: t.cols }
+        Self { rows: rows.places(spec), cols, stride: t.cols }
     }
 
-    /// Ours are no wider.
+    /// Ours has no padding.
     fn plain(&self) -> bool {
         let in_place = |x: &[usize]| x.last().is_none_or(|last| last + 1 == x.len());
         self.cols.len() == self.stride && in_place(&self.rows)
@@ -167,6 +139,23 @@ fn shards(index: &Path) -> Result<Vec<String>> {
     Ok(names)
 }
 
+impl<T: Element> Model<T> {
+    /// Loads a Hugging Face folder to compute with; see [`load`].
+    pub fn load(dev: &Device, dir: &Path, head: Head, new_head: Option<u64>) -> Result<Self> {
+        load(dev, dir, head, new_head, Residency::Frozen)
+    }
+
+    /// Loads a Hugging Face folder to train it; see [`load`].
+    pub fn load_trained(
+        dev: &Device,
+        dir: &Path,
+        head: Head,
+        new_head: Option<u64>,
+    ) -> Result<Self> {
+        load(dev, dir, head, new_head, Residency::Trained)
+    }
+}
+
 /// Loads a model. Weights may be f32, f16 or bf16, with or without the family's prefix.
 ///
 /// A folder without `score.weight` has no scalar head. If one is wanted all the same, to be
@@ -203,21 +192,20 @@ pub fn load<T: Element>(
         }
         out.clear();
         out.resize(t.len(), T::Acc::ZERO);
-        let (places, mut row) = (Places::of(t, &model.spec), 0);
+        let places = Places::of(t, &model.spec);
         for source in sources(family, t, &model.spec) {
             let name = stored_name(&stored, family, &source.name);
             let Some((view, path)) = stored.remove(name) else {
                 return Err(Error::file(dir, format!("`{name}` is missing")));
             };
-            let rows = row..row + source.rows;
-            row = rows.end;
-            copy::<T>(&mut out, &places, rows, &view, is_transposed(family, t))
+            copy::<T>(&mut out, &places, source.rows, &view, is_transposed(family, t))
                 .map_err(|message| Error::file(path, format!("`{name}` {message}")))?;
         }
         model.write(dev, t, &out)?;
     }
     let known = |name: &str| {
-        name == LM_HEAD || name == SCORE || family.ignored.iter().any(|end| name.ends_with(end))
+        HEADS.iter().any(|w| w.names.contains(&name))
+            || family.ignored.iter().any(|end| name.ends_with(end))
     };
     if let Some((name, (_, path))) = stored.iter().find(|(name, _)| !known(name)) {
         let message = format!("`{name}` is no weight of a {} model", family.model_type);
@@ -231,10 +219,6 @@ pub fn load<T: Element>(
 fn stored_name<'a>(stored: &Tensors<'_>, family: &Family, name: &'a str) -> &'a str {
     let bare = name.strip_prefix(family.prefix).unwrap_or(name);
     if !stored.contains_key(name) && stored.contains_key(bare) { bare } else { name }
-}
-
-fn is_transposed(family: &Family, t: &Tensor) -> bool {
-    family.transposed && t.kind.is_block_linear()
 }
 
 /// Refuses a config whose sizes are not those of the stored tensors. It is run before anything is
@@ -263,30 +247,28 @@ fn check_sizes<T: Element>(
                 let Some((view, path)) = stored.get(name) else {
                     return Err(Error::file(dir, format!("`{name}` is missing")));
                 };
-                let want = match (t.kind.is_vector(), is_transposed(family, t)) {
-                    (true, _) => vec![source.rows],
-                    (false, true) => vec![t.cols, source.rows],
-                    (false, false) => vec![source.rows, t.cols],
+                let rows = source.rows.len();
+                let want = match (t.is_vector(), is_transposed(family, t)) {
+                    (true, _) => vec![rows],
+                    (false, true) => vec![t.cols, rows],
+                    (false, false) => vec![rows, t.cols],
                 };
                 let got = view.shape();
                 // A scalar head is stored `[1, hidden]`.
-                if got != want && !(t.kind.is_vector() && got == [1, source.rows]) {
+                if got != want && !(t.is_vector() && got == [1, rows]) {
                     let message = format!("`{name}` has shape {got:?}, wanted {want:?}");
                     return Err(Error::file(*path, message));
                 }
             }
         }
     }
-    if let Position::Rope(_) = spec.position {
-        let files: usize = stored.values().map(|(view, _)| view.data().len()).sum();
-        let table = spec.max_positions * spec.head_dim * size_of::<T::Acc>();
-        // No less than this: small models with long contexts exist.
-        if table > files.max(64 << 20) {
-            let want = format!(
-                "fewer: their rotary table would have {table} bytes, the weights have {files}"
-            );
-            return Err(config.wrong("number of positions", &want, &spec.max_positions));
-        }
+    let files: usize = stored.values().map(|(view, _)| view.data().len()).sum();
+    let table = spec.rope_bytes(size_of::<T::Acc>());
+    // Small models with long contexts exist.
+    if table > files.max(64 << 20) {
+        let want =
+            format!("fewer: their rotary table would have {table} bytes, the weights have {files}");
+        return Err(config.wrong("number of positions", &want, &spec.max_positions));
     }
     Ok(())
 }
@@ -339,13 +321,6 @@ fn copy<T: Element>(
     }
 }
 
-/// A new scalar head.
-pub(super) fn new_score<F: Float>(cols: usize, seed: u64) -> Vec<F> {
-    let draw = Philox::new(seed, 0, 0, Purpose::Init);
-    let std = 1.0 / ((cols + 1) as f64).sqrt();
-    (0..cols).map(|i| F::of(std * draw.normal(i as u32))).collect()
-}
-
 /// A stored tensor, made when the writer asks for it.
 struct Stored<'a, F: Clone> {
     data: Cow<'a, [F]>,
@@ -381,11 +356,16 @@ fn stored<'a, T: Element, F: Float>(
     model.params.layout().tensors().iter().flat_map(move |t| {
         let all = &flat[t.offset..t.offset + t.len()];
         let transposed = is_transposed(model.family, t);
-        let (vector, places) = (t.kind.is_vector(), Places::of(t, &model.spec));
-        let (cols, mut row) = (places.cols.len(), 0);
+        let places = Places::of(t, &model.spec);
+        let cols = places.cols.len();
         sources(model.family, t, &model.spec).into_iter().map(move |source| {
-            let rows = row..row + source.rows;
-            row = rows.end;
+            let rows = source.rows;
+            let shape = match (t.kind, t.is_vector(), transposed) {
+                (ParamKind::Score, ..) => vec![1, t.cols],
+                (_, true, _) => vec![rows.len()],
+                (_, _, true) => vec![cols, rows.len()],
+                _ => vec![rows.len(), cols],
+            };
             let data = if places.plain() {
                 Cow::Borrowed(&all[rows.start * cols..rows.end * cols])
             } else {
@@ -394,12 +374,6 @@ fn stored<'a, T: Element, F: Float>(
                     part.extend(places.cols.iter().map(|c| all[r * places.stride + c]));
                 }
                 Cow::Owned(part)
-            };
-            let shape = match (t.kind, vector, transposed) {
-                (ParamKind::Score, ..) => vec![1, t.cols],
-                (_, true, _) => vec![source.rows],
-                (_, _, true) => vec![cols, source.rows],
-                _ => vec![source.rows, cols],
             };
             (source.name, Stored { data, shape, transposed })
         })
@@ -423,7 +397,7 @@ pub fn named<T: Element, F: Float>(
 
 /// Weights of a model in files.
 pub fn count<T: Element>(model: &Model<T>) -> usize {
-    let size = |t: &Tensor| {
+    let size = |t: &ParamTensor| {
         let p = Places::of(t, &model.spec);
         p.rows.len() * p.cols.len()
     };
@@ -435,13 +409,9 @@ pub fn tensor_at<T: Element>(model: &Model<T>, i: usize) -> Option<String> {
     let t = model.params.layout().at(i)?;
     let places = Places::of(t, &model.spec);
     let own = (i - t.offset) / places.stride;
-    // What lies beside a stored row counts as that row.
+    // An entry of the padding counts as the row before it.
     let row = places.rows.partition_point(|r| *r <= own).saturating_sub(1);
-    let mut end = 0;
-    let holds = |s: &Source| {
-        end += s.rows;
-        row < end
-    };
+    let holds = |s: &Source| s.rows.contains(&row);
     sources(model.family, t, &model.spec).into_iter().find(holds).map(|s| s.name)
 }
 

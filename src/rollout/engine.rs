@@ -15,7 +15,7 @@ use std::collections::VecDeque;
 use crate::{
     device::{Arena, Buffer, Device, Element, Later, Scope, ViewMut},
     error::{Error, Result},
-    models::{Activations, Batch, Cache, HeadInput, Keep, Model, PassShape, Sampler, Spec, Staged},
+    models::{Activations, Batch, Cache, Keep, Model, PassShape, Sampler, Spec, Staged},
     ops::sample,
     rng::Stream,
 };
@@ -238,9 +238,8 @@ impl Generator {
         b.sampler.address(dev, &samples, &positions)?;
         staged.put_drawn(dev, tokens.view())?;
         model.forward(dev, &staged.rows(), &mut b.acts, cache)?;
-        model.select(dev, &b.acts, staged.selected(), &mut b.input)?;
         let mut tokens = tokens.range(0..live.len());
-        b.sampler.draw(dev, model, b.input.hidden(), tokens.reborrow(), settings.stream)?;
+        b.sampler.draw(dev, model, b.acts.hidden(), tokens.reborrow(), settings.stream)?;
         let (tokens, logp) = (dev.read_later(tokens.view())?, dev.read_later(b.sampler.logp())?);
         // One wait brings both, and does not wait for the next pass.
         dev.milestone()?;
@@ -374,7 +373,6 @@ impl Pages {
 /// Buffers of one pass.
 struct Buffers<'s, T: Element> {
     acts: Activations<'s, T>,
-    input: HeadInput<'s, T>,
     sampler: Sampler<'s, T>,
 }
 
@@ -388,7 +386,6 @@ impl<'s, T: Element> Buffers<'s, T> {
     ) -> Result<Self> {
         Ok(Self {
             acts: Activations::new(dev, scope, spec, shape, Keep::Nothing)?,
-            input: HeadInput::new(scope, spec, shape.selected)?,
             sampler: Sampler::new(dev, scope, spec, shape.selected, *sampling)?,
         })
     }

@@ -127,7 +127,7 @@ fn groups(layout: &Layout) -> Vec<u32> {
     let mut starts = vec![0];
     for t in layout.tensors() {
         // An odd number of starts: the last group decays.
-        if t.kind.is_matrix() != (starts.len() % 2 == 1) {
+        if t.facts.decays != (starts.len() % 2 == 1) {
             starts.push((t.offset / adamw::LINE) as u32);
         }
     }

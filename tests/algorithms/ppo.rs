@@ -419,7 +419,7 @@ fn learns<T: Element<Acc = f32>>(dev: &Device, arm: usize, dir: &Path) {
     for t in model.params().layout().clone().tensors() {
         let x: Vec<f32> = randn(&t.name(), t.len());
         let w = model.params_mut().tensor_mut(t).host();
-        w.iter_mut().zip(x).for_each(|(w, x)| *w = if t.kind.is_matrix() { 0.2 * x } else { 1.0 });
+        w.iter_mut().zip(x).for_each(|(w, x)| *w = if t.facts.decays { 0.2 * x } else { 1.0 });
     }
     model.repack(&Device::cpu()).unwrap();
     models::save(host(), &model, &policy).unwrap();

@@ -6,8 +6,8 @@
 use warpo::{
     device::{Device, Float},
     models::{
-        Activations, Batch, Cache, Config, Head, HeadInput, Keep, LossColumns, Model, ParamKind,
-        Params, Pass, PassShape,
+        Activations, Batch, Cache, Config, Head, Keep, LossColumns, Model, ParamKind, Params, Pass,
+        PassShape, Rows,
     },
     ops::{
         attention::PAGE,
@@ -74,17 +74,17 @@ pub fn forward<F: Float>(model: &Model<F>, rows: &[Vec<u32>]) -> Outputs<F> {
     let pages = pass_shape.pages(PAGE);
     let staged = batch.stage(&dev, &scope, spec, pages).unwrap();
     let mut cache = Cache::transient(&dev, &scope, spec, pages).unwrap();
-    let mut selected = HeadInput::new(&scope, spec, n).unwrap();
-    model.forward(&dev, &staged.rows(), &mut acts, &mut cache).unwrap();
     let all: Vec<u32> = (0..n as u32).collect();
-    model.select(&dev, &acts, (&all).into(), &mut selected).unwrap();
+    let rows = Rows { selected: (&all).into(), ..staged.rows() };
+    model.forward(&dev, &rows, &mut acts, &mut cache).unwrap();
     let mut logits = Vec::new();
-    if let Ok((_, packed)) = model.lm_head(host()) {
+    if let Ok(head) = model.lm_head(host()) {
         logits.resize(n * spec.vocab, F::ZERO);
-        matmul::forward(&dev, (&mut logits).into(), selected.hidden(), packed, None, None).unwrap();
+        matmul::forward(&dev, (&mut logits).into(), acts.hidden(), head.packed, None, None)
+            .unwrap();
     }
     let streams = (0..spec.layers).map(|l| acts.stream(l).unwrap().host().to_vec()).collect();
-    Outputs { logits, streams, hidden: selected.hidden().host().to_vec() }
+    Outputs { logits, streams, hidden: acts.hidden().host().to_vec() }
 }
 
 /// The real positions of a padded `[rows, cols, width]` golden tensor.

@@ -297,11 +297,11 @@ fn a_tied_head_is_the_embedding() {
     folder.tensors.insert("lm_head.weight".into(), other);
     let tied = folder.write().load::<f32>(Head::Lm).unwrap();
     assert_bits("tied", flat(&tied), flat(&load::<f32>("llama_tied", Head::Lm)));
-    assert_bits("head", tied.lm_head(host()).unwrap().0.host(), &embedding.numbers());
+    assert_bits("head", tied.lm_head(host()).unwrap().weight.host(), &embedding.numbers());
 
     folder.config["tie_word_embeddings"] = json!(false);
     let untied = folder.write().load::<f32>(Head::Lm).unwrap();
-    assert!(untied.lm_head(host()).unwrap().0.host().iter().all(|x| *x == 7.0));
+    assert!(untied.lm_head(host()).unwrap().weight.host().iter().all(|x| *x == 7.0));
 
     // GPT-2 with a head of its own, which is stored `[out, in]` as everywhere
     let mut folder = Folder::copy("tied", "gpt2");
@@ -310,7 +310,7 @@ fn a_tied_head_is_the_embedding() {
     folder.tensors.insert("lm_head.weight".into(), Tensor::f32(&wte.shape, &head));
     folder.config["tie_word_embeddings"] = json!(false);
     let untied = folder.write().load::<f32>(Head::Lm).unwrap();
-    assert_bits("gpt2 head", untied.lm_head(host()).unwrap().0.host(), &head);
+    assert_bits("gpt2 head", untied.lm_head(host()).unwrap().weight.host(), &head);
 }
 
 /// N(0, 1/(hidden + 1)) of the seed, where the folder has no scalar head; the stored one where it

@@ -35,7 +35,7 @@ fn ten_steps_of_adamw_are_those_of_torch() {
                 norms.push(grad_norm::norm(&dev, grads.flat()).unwrap().get().unwrap());
                 let scale = grad_norm::clip_scale(norms[step - 1], 1.0);
                 for t in layout.tensors() {
-                    let decays = *decay_all || t.kind.is_matrix();
+                    let decays = *decay_all || t.facts.decays;
                     let hyper = Hyper {
                         learning_rate: 1e-3,
                         beta1: 0.9,

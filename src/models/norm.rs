@@ -1,0 +1,84 @@
+//! A normalisation layer, forward and backward.
+
+use super::{Norm, ParamKind, Params, Spec};
+use crate::{
+    device::{Buffer, Device, Element, Scope, View, ViewMut},
+    error::{Error, Result},
+    ops::{layer_norm, rms_norm},
+};
+
+/// Normalised rows, and what the backward pass reads of them.
+#[derive(Debug)]
+pub(super) struct Normed<'s, T: Element> {
+    pub y: Buffer<'s, T>,
+    mean: Buffer<'s, T::Acc>,
+    rstd: Buffer<'s, T::Acc>,
+}
+
+impl<'s, T: Element> Normed<'s, T> {
+    pub fn new(scope: &'s Scope<'_>, spec: &Spec, rows: usize) -> Result<Self> {
+        let means = if spec.norm == Norm::Layer { rows } else { 0 };
+        Ok(Self {
+            y: scope.alloc("normalised rows", rows * spec.hidden)?,
+            mean: scope.alloc("row means", means)?,
+            rstd: scope.alloc("row deviations", rows)?,
+        })
+    }
+}
+
+/// What the backward pass of a norm writes.
+pub(super) struct NormGradient<'a, T: Element> {
+    /// Gradient of the rows.
+    pub dx: ViewMut<'a, T>,
+    /// Whether `dx` is added to, not overwritten.
+    pub add: bool,
+    pub scratch: ViewMut<'a, T::Acc>,
+}
+
+/// RMSNorm if there is no bias, else LayerNorm.
+pub(super) struct NormLayer<'a, T: Element> {
+    pub at: (ParamKind, Option<usize>),
+    pub weight: View<'a, T>,
+    pub bias: Option<View<'a, T>>,
+    pub eps: f64,
+}
+
+impl<T: Element> NormLayer<'_, T> {
+    pub fn forward(&self, dev: &Device, out: &mut Normed<'_, T>, x: View<'_, T>) -> Result<()> {
+        let eps = <T::Acc as Element>::of(self.eps);
+        let (y, mean, rstd) = (out.y.view_mut(), out.mean.view_mut(), out.rstd.view_mut());
+        match self.bias {
+            None => rms_norm::forward(dev, y, rstd, x, self.weight, eps),
+            Some(bias) => layer_norm::forward(dev, y, mean, rstd, x, self.weight, bias, eps),
+        }
+    }
+
+    /// Adds to the gradients of weight and bias too.
+    pub fn backward(
+        &self,
+        dev: &Device,
+        grads: &mut Params<T::Acc>,
+        out: NormGradient<'_, T>,
+        dy: View<'_, T>,
+        x: View<'_, T>,
+        kept: &Normed<'_, T>,
+    ) -> Result<()> {
+        let NormGradient { dx, add, scratch } = out;
+        let (w, mean, rstd) = (self.weight, kept.mean.view(), kept.rstd.view());
+        match grads.pair_mut(self.at.0, self.at.1) {
+            Some((dw, Some(db))) => {
+                layer_norm::backward(dev, dx, dw, db, scratch, dy, x, w, mean, rstd, add)
+            }
+            Some((dw, None)) => rms_norm::backward(dev, dx, dw, scratch, dy, x, w, rstd, add),
+            None => Err(Error::value("gradients", "those of all norms", "none")),
+        }
+    }
+}
+
+/// Elements of scratch that a backward pass over `rows` rows needs.
+pub(super) fn scratch_len(spec: &Spec, rows: usize) -> usize {
+    match spec.norm {
+        Norm::Rms => rms_norm::scratch_len(rows, spec.hidden),
+        Norm::Layer => layer_norm::scratch_len(rows, spec.hidden),
+    }
+}
