@@ -183,7 +183,6 @@ fn files_end_within_600_lines() {
 fn functions_have_at_most_6_arguments() {
     const LEFT: &[&str] = &[
         "device/cpu/gemm.rs",
-        "models/transformer.rs",
         "ops/adamw.rs",
         "ops/attention.rs",
         "ops/attention/cpu.rs",
@@ -205,8 +204,6 @@ fn functions_have_at_most_6_arguments() {
         "ops/sample.rs",
         "ops/value_loss.rs",
         "rollout/engine.rs",
-        "rollout/score.rs",
-        "train/pass.rs",
     ];
     let mut long = Vec::new();
     for (file, text) in all() {
@@ -274,7 +271,7 @@ fn kernels_are_launched_with_named_arguments() {
 /// The files of a folder use each other in one direction: what two of them share stands below both.
 #[test]
 fn files_of_a_folder_form_no_circle() {
-    const LEFT: &[&str] = &["device", "device/cuda", "models", "ops/attention", "ops/logprob"];
+    const LEFT: &[&str] = &["device", "device/cuda", "ops/attention", "ops/logprob"];
     let files: Vec<(Vec<String>, Paths)> = all()
         .into_iter()
         .map(|(file, text)| {

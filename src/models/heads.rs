@@ -21,8 +21,8 @@ pub(super) struct HeadRows<'a, T: Element> {
     pub h: View<'a, T>,
     /// The token after each row; the LM head's.
     pub targets: View<'a, u32>,
-    /// Divides the logits.
-    pub temperature: T::Acc,
+    /// Divides the logits, 1 if absent; a scalar head has none.
+    pub temperature: Option<T::Acc>,
 }
 
 /// What a loss reads of a head and writes for its backward pass, one number for each row.
@@ -92,7 +92,7 @@ impl<'s, T: Element> HeadOutputs<'s, T> {
 
     pub fn forward(&mut self, dev: &Device, model: &Model<T>, rows: HeadRows<'_, T>) -> Result<()> {
         let HeadRows { h, targets, temperature } = rows;
-        if model.head() == Head::Scalar {
+        if model.head() == Head::Scalar && temperature.is_none() {
             return scalar_head::forward(dev, self.y.view_mut(), h, model.score_head()?);
         }
         let packed = model.lm_head(dev)?.packed;
@@ -104,7 +104,7 @@ impl<'s, T: Element> HeadOutputs<'s, T> {
             h,
             packed,
             targets,
-            Settings::at(temperature),
+            temperature.map_or(Settings::default(), Settings::at),
             self.scratch.view_mut(),
         )
     }
@@ -126,7 +126,7 @@ impl<'s, T: Element> HeadOutputs<'s, T> {
         }
         let Linear { at, weight: w, packed, .. } = model.lm_head(dev)?;
         let (lse, entropy) = (self.lse.view(), self.entropy.as_ref().map(Buffer::view));
-        let settings = Settings::at(temperature);
+        let settings = temperature.map_or(Settings::default(), Settings::at);
         let forward = logprob::Forward { h, packed, w, targets, lse, entropy, settings };
         let dw = grads.get_mut(at.kind, at.layer);
         let dentropy = self.dentropy.as_ref().map(Buffer::view);

@@ -16,7 +16,7 @@ pub struct Pass<'s, T: Element> {
     model: &'s Model<T>,
     scope: &'s Scope<'s>,
     batch: &'s Batch,
-    temperature: T::Acc,
+    temperature: Option<T::Acc>,
 }
 
 impl<'s, T: Element> Pass<'s, T> {
@@ -27,12 +27,12 @@ impl<'s, T: Element> Pass<'s, T> {
         scope: &'s Scope<'s>,
         batch: &'s Batch,
     ) -> Self {
-        Self { dev, model, scope, batch, temperature: <T::Acc as Element>::of(1.0) }
+        Self { dev, model, scope, batch, temperature: None }
     }
 
-    /// Divides the logits of an LM head by `temperature`, which is 1 otherwise.
+    /// Asks for log-probs with logits divided by `temperature`: a scalar head is refused.
     pub fn at(self, temperature: T::Acc) -> Self {
-        Self { temperature, ..self }
+        Self { temperature: Some(temperature), ..self }
     }
 
     /// Allocates what a pass of this shape does.
@@ -44,7 +44,7 @@ impl<'s, T: Element> Pass<'s, T> {
         options: PassOptions,
     ) -> Result<()> {
         Staged::plan(dev, scope, spec, shape)?;
-        Buffers::<T>::new(dev, scope, (spec, head), shape, options).map(drop)
+        PassBuffers::<T>::new(dev, scope, (spec, head), shape, options).map(drop)
     }
 
     /// Appends the head's output for each row that it reads, in the order of the batch, and to
@@ -79,12 +79,12 @@ impl<'s, T: Element> Pass<'s, T> {
         model.backward(dev, grads, &rows, &mut b.acts, &mut b.cache, b.head.dh.view())
     }
 
-    fn forward(self, options: PassOptions) -> Result<(Staged<'s>, Buffers<'s, T>)> {
+    fn forward(self, options: PassOptions) -> Result<(Staged<'s>, PassBuffers<'s, T>)> {
         let Self { dev, model, scope, batch, .. } = self;
         let phase = dev.span("forward");
         let (spec, shape) = (model.spec(), batch.shape());
         let staged = batch.stage(dev, scope, spec, shape.pages(spec.attention().page(dev)))?;
-        let mut b = Buffers::new(dev, scope, (spec, model.head()), shape, options)?;
+        let mut b = PassBuffers::new(dev, scope, (spec, model.head()), shape, options)?;
         model.forward(dev, &staged.rows(), &mut b.acts, &mut b.cache)?;
         drop(phase);
         let _phase = dev.span("head");
@@ -103,13 +103,13 @@ impl<'s, T: Element> Pass<'s, T> {
 }
 
 /// Buffers of a pass, but for those of its batch.
-struct Buffers<'s, T: Element> {
+struct PassBuffers<'s, T: Element> {
     acts: Activations<'s, T>,
     cache: Cache<'s, T>,
     head: HeadOutputs<'s, T>,
 }
 
-impl<'s, T: Element> Buffers<'s, T> {
+impl<'s, T: Element> PassBuffers<'s, T> {
     fn new(
         dev: &Device,
         scope: &'s Scope<'_>,
