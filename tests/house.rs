@@ -336,9 +336,9 @@ fn ops_have_callers() {
 fn type_names_are_used_once() {
     const LEFT: &[&str] = &[
         "Args", "Block", "Choice", "Element", "Entry", "Event", "Family", "Forwards", "Input",
-        "Job", "Loaded", "Metrics", "Micro", "Order", "Outputs", "Params", "Part", "Parts",
-        "Place", "Plan", "Prompt", "Report", "Room", "Rows", "Run", "Sequence", "Settings",
-        "Slots", "Source", "State", "Stats", "Stream", "Tensor", "Tile", "Work",
+        "Job", "Loaded", "Metrics", "Micro", "Order", "Params", "Part", "Parts", "Place", "Plan",
+        "Prompt", "Report", "Room", "Rows", "Run", "Sequence", "Settings", "Slots", "Source",
+        "State", "Stats", "Stream", "Tensor", "Tile", "Work",
     ];
     let (mut seen, mut twice) = (BTreeSet::new(), Vec::new());
     for (_, text) in all() {

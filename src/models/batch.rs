@@ -22,11 +22,11 @@ pub struct Batch {
     selected: Vec<u32>,
     targets: Vec<u32>,
     offsets: Vec<u32>,
-    /// Rows whose ids a pass before drew, and as which of its tokens.
+    /// Rows whose ids the last pass drew, and which of its tokens they are.
     drawn: [Vec<u32>; 2],
 }
 
-/// The id of a row whose token is on the device: no table has it.
+/// Stands for an id that only the device knows; no embedding has such a row.
 const UNREAD: u32 = u32::MAX;
 
 /// New rows of a sequence.
@@ -35,35 +35,27 @@ struct Sequence {
     first: u32,
     rows: u32,
     at: u32,
-    /// Where its keys and values are; none for a whole sequence, whose pages are the next ones.
+    /// Where its keys and values are; none for a whole sequence, which takes the next free pages.
     pages: Option<Range<u32>>,
 }
 
 impl Batch {
     /// An empty batch with room for `rows` rows, so that filling it allocates nothing.
     pub fn with_capacity(rows: usize) -> Self {
-        let v = || Vec::with_capacity(rows + 1);
-        Self {
-            ids: v(),
-            positions: v(),
-            sequences: Vec::with_capacity(rows),
-            pages: v(),
-            selected: v(),
-            targets: v(),
-            offsets: v(),
-            drawn: [v(), v()],
-        }
+        let mut batch = Self { sequences: Vec::with_capacity(rows), ..Self::default() };
+        batch.columns_mut().into_iter().for_each(|column| column.reserve(rows + 1));
+        batch
     }
 
     pub fn clear(&mut self) {
-        self.ids.clear();
-        self.positions.clear();
         self.sequences.clear();
-        self.pages.clear();
-        self.selected.clear();
-        self.targets.clear();
-        self.offsets.clear();
-        self.drawn.iter_mut().for_each(Vec::clear);
+        self.columns_mut().into_iter().for_each(Vec::clear);
+    }
+
+    fn columns_mut(&mut self) -> [&mut Vec<u32>; 8] {
+        let Self { ids, positions, pages, selected, targets, offsets, drawn: [rows, from], .. } =
+            self;
+        [ids, positions, pages, selected, targets, offsets, rows, from]
     }
 
     /// A whole sequence whose tokens `from..` are predicted: rows `from - 1 .. len - 1` are
@@ -73,8 +65,8 @@ impl Batch {
         self.push_masked(ids, &[all]);
     }
 
-    /// A whole sequence of which the tokens in `predicted` (ascending positions) are predicted.
-    /// Rows from the last predicted token on are not computed: nothing reads them.
+    /// A whole sequence whose tokens in `predicted` (ascending positions) are predicted. Rows from
+    /// the last predicted token on are not computed: nothing reads them.
     pub fn push_masked(&mut self, ids: &[u32], predicted: &[Range<usize>]) {
         let at = self.ids.len();
         let end = predicted.iter().map(|r| r.end).max().unwrap_or(0).min(ids.len());
@@ -86,7 +78,7 @@ impl Batch {
         self.close();
     }
 
-    /// A whole sequence whose last row is selected: the place of a reward.
+    /// A whole sequence whose last row is selected, where a reward model puts its score.
     pub fn push_last(&mut self, ids: &[u32]) {
         self.push_rows(ids, 0, None);
         if let Some(last) = self.ids.len().checked_sub(1).filter(|_| !ids.is_empty()) {
@@ -96,8 +88,8 @@ impl Batch {
         self.close();
     }
 
-    /// New rows of a sequence from position `first`, whose keys and values are in `pages`, all that
-    /// the sequence has by then; the last one is selected. For decoding.
+    /// Rows of a sequence from position `first` on, for decoding; the last is selected. `pages`
+    /// hold the keys and values of the whole sequence, these rows included.
     pub fn push_cached(&mut self, ids: &[u32], first: usize, pages: &[u32]) {
         let start = self.pages.len() as u32;
         self.pages.extend_from_slice(pages);
@@ -107,8 +99,8 @@ impl Batch {
         self.close();
     }
 
-    /// As [`Batch::push_cached`] one row, whose id is token number `from` of those that a pass
-    /// before drew, which nobody need have read: [`Staged::put_drawn`] brings it.
+    /// Like [`Batch::push_cached`] with one row, whose id is token `from` of the last pass.
+    /// The host need not know it: [`Staged::put_drawn`] copies it on the device.
     pub fn push_drawn(&mut self, from: u32, at: usize, pages: &[u32]) {
         let [rows, sources] = &mut self.drawn;
         rows.push(self.ids.len() as u32);
@@ -165,7 +157,7 @@ impl Batch {
         &self.offsets
     }
 
-    /// Brings it to where `dev` reads it, for a model of this spec and a cache of `pages` pages.
+    /// Copies the batch to `dev`, for a model of this spec and a cache of `pages` pages.
     pub fn stage<'a>(
         &'a self,
         dev: &Device,
@@ -208,24 +200,24 @@ impl Batch {
 
 const WORDS: &str = "ids, positions and parts of a batch";
 
-/// Words at a multiple of which a column begins: a cache line.
+/// Columns begin at multiples of this many words: a cache line.
 const LINE: usize = 16;
 
-/// A batch where a device reads it.
+/// A batch in the memory of a device.
 #[derive(Debug)]
 pub struct Staged<'a> {
     batch: &'a Batch,
-    /// In host memory; on a CUDA device those that a pass drew are not.
+    /// In host memory, without the ids that only a CUDA device knows.
     ids: Cow<'a, [u32]>,
     segments: Vec<Segment>,
     list: Vec<u32>,
     parts: Parts,
-    /// On a CUDA device all columns, one after another.
+    /// All columns, one after another, on a CUDA device.
     words: Option<Buffer<'a, u32>>,
 }
 
 impl<'a> Staged<'a> {
-    /// Takes the room that [`Batch::stage`] takes of a scope.
+    /// Allocates what [`Batch::stage`] does for the largest batch of this shape.
     pub fn plan(
         dev: &Device,
         scope: &'a Scope<'_>,
@@ -236,8 +228,8 @@ impl<'a> Staged<'a> {
         let shape = spec.attention();
         let PassShape { rows, sequences, selected, cached } = pass_shape;
         let parts = attention::most_words(dev, &shape, rows, sequences, cached.max(1));
-        let pages = pass_shape.pages(shape.page(dev));
-        // A pass of whole sequences follows none.
+        let pages = pass_shape.pages(dev, spec);
+        // A pass over whole sequences reads no drawn tokens.
         let drawn = if cached > 0 { sequences } else { 0 };
         let words = [rows, rows, selected, selected, pages, parts, drawn, drawn];
         let words: usize = words.iter().map(|n| n.next_multiple_of(LINE)).sum();
@@ -264,8 +256,7 @@ impl<'a> Staged<'a> {
         }
     }
 
-    /// Brings the ids of the rows of [`Batch::push_drawn`], from the tokens that a pass before
-    /// drew.
+    /// Fills in the ids of the rows of [`Batch::push_drawn`] from the tokens of the last pass.
     pub fn put_drawn(&mut self, dev: &Device, tokens: View<'_, u32>) -> Result<()> {
         let [rows, from] = &self.batch.drawn;
         if rows.is_empty() {

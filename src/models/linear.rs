@@ -86,7 +86,7 @@ impl<T: Element> PackedWeights<T> {
     /// Copies the weights again after they changed.
     pub fn pack(&mut self, dev: &Device, params: &Params<T>) -> Result<()> {
         for ((kind, layer), packed) in &mut self.0 {
-            packed.pack(dev, params.pair(*kind, *layer)?.1)?;
+            packed.pack(dev, params.tensor(params.need(*kind, *layer)?))?;
         }
         Ok(())
     }

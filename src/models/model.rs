@@ -16,23 +16,22 @@ use crate::{
     rng::{Philox, Purpose},
 };
 
-/// What a model is for.
+/// Where a model's weights are and what else is kept with them.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Residency {
     Frozen,
-    /// To compute with now and then, for a plan: made as a frozen one, its weights then wait in
-    /// host memory ([`Model::offload`]).
+    /// Frozen, and in host memory between its passes ([`Model::offload`]).
     Offloaded,
-    /// To be trained: where it computes in bf16, its weights are also kept in f32.
+    /// With f32 weights beside those that it computes with, if these are bf16.
     Trained,
 }
 
-/// What an update of a model writes, flat.
+/// The flat weights that an optimizer writes.
 #[derive(Debug)]
 pub struct Master<'a, F> {
     /// The weights of [`Model::master`].
     pub weights: ViewMut<'a, F>,
-    /// What is rounded from them, if the model computes with that.
+    /// Their bf16 copy, if the model computes with one.
     pub copy: Option<ViewMut<'a, bf16>>,
 }
 
@@ -45,9 +44,9 @@ pub struct Model<T: Element> {
     pub(super) spec: Spec,
     pub(super) head: Head,
     pub(super) params: Params<T>,
-    /// What `params` are rounded from.
+    /// The f32 weights that `params` are rounded from.
     pub(super) master: Option<Params<T::Acc>>,
-    /// The weights, if they wait in host memory.
+    /// The weights while they are in host memory.
     offloaded: Option<Vec<T>>,
     packed: PackedWeights<T>,
     /// One for each of [`Spec::ropes`].
@@ -94,8 +93,8 @@ impl<T: Element> Model<T> {
         &self.params
     }
 
-    /// The weights, to write, where they are no copies of others. Call [`Model::repack`] before the
-    /// next forward pass.
+    /// The same to write, in a model without f32 weights. Call [`Model::repack`] before the next
+    /// forward pass.
     pub fn params_mut(&mut self) -> &mut Params<T> {
         &mut self.params
     }
@@ -109,7 +108,7 @@ impl<T: Element> Model<T> {
         }
     }
 
-    /// What an update writes.
+    /// The same to write.
     pub fn master_mut(&mut self) -> Result<Master<'_, T::Acc>> {
         match &mut self.master {
             // bf16 is the one type that is rounded.
@@ -121,7 +120,7 @@ impl<T: Element> Model<T> {
         }
     }
 
-    /// Takes these for the weights of [`Model::master`].
+    /// Replaces the weights of [`Model::master`], and what is derived from them.
     pub fn set_master(&mut self, dev: &Device, weights: &[T::Acc]) -> Result<()> {
         if let Some(master) = &mut self.master {
             dev.write(master.flat_mut(), weights)?;
@@ -141,8 +140,7 @@ impl<T: Element> Model<T> {
         Ok(())
     }
 
-    /// Does `work` with the model; offloaded weights lie in the memory of `room` meanwhile, whose
-    /// numbers are lost.
+    /// Runs `work` with the model. Offloaded weights overwrite `room` for as long as it takes.
     pub fn with_loaded<R>(
         &mut self,
         dev: &Device,
@@ -177,9 +175,9 @@ impl<T: Element> Model<T> {
         self.packed.pack(dev, &self.params)
     }
 
-    /// A copy with another head: a value model from a policy or a reward model, a reference from a
-    /// policy. A head of the same kind is copied; a new scalar head is drawn as
-    /// [`super::load`] says.
+    /// A copy with its own weights and perhaps another head: a reference or a value model from a
+    /// policy. A head of the same kind is copied; a new scalar head is drawn as [`super::load`]
+    /// does.
     pub fn copy_as(
         &self,
         dev: &Device,
@@ -212,7 +210,7 @@ impl<T: Element> Model<T> {
         Ok(copy)
     }
 
-    /// Writes one tensor, and what it is rounded from.
+    /// Writes one tensor, in f32 too where the model has f32 weights.
     pub(super) fn write(
         &mut self,
         dev: &Device,
@@ -232,7 +230,8 @@ impl<T: Element> Model<T> {
         kind: ParamKind,
         layer: Option<usize>,
     ) -> Result<Linear<'_, T>> {
-        let (at, weight, bias) = self.params.pair(kind, layer)?;
+        let at = self.params.need(kind, layer)?;
+        let (weight, bias) = (self.params.tensor(at), self.params.bias(at));
         let packed = match self.packed.get(at) {
             Some(packed) => packed.into(),
             None => Weight::rows(dev, weight, (at.rows, at.cols))?,
@@ -241,8 +240,9 @@ impl<T: Element> Model<T> {
     }
 
     pub(super) fn norm(&self, kind: ParamKind, layer: Option<usize>) -> Result<NormLayer<'_, T>> {
-        let (_, weight, bias) = self.params.pair(kind, layer)?;
-        Ok(NormLayer { at: (kind, layer), weight, bias, eps: self.spec.norm_eps })
+        let at = self.params.need(kind, layer)?;
+        let (weight, bias) = (self.params.tensor(at), self.params.bias(at));
+        Ok(NormLayer { at, weight, bias, eps: self.spec.norm_eps })
     }
 
     /// The LM head `[vocab, hidden]`.
@@ -271,7 +271,7 @@ impl<T: Element> Model<T> {
     }
 }
 
-/// Bytes that [`Model::zeros`] takes for a model of this spec, as `dev` computes it, by what they
+/// Bytes that [`Model::zeros`] takes for a model of this spec, which is the device's, by what they
 /// hold.
 pub fn bytes<T: Element>(
     dev: &Device,
@@ -297,7 +297,7 @@ pub fn bytes<T: Element>(
     all
 }
 
-/// Whether `T` holds what is rounded from f32.
+/// Whether numbers in `T` are rounded from f32.
 fn rounded<T: Element>() -> bool {
     TypeId::of::<T>() != TypeId::of::<T::Acc>()
 }

@@ -1,6 +1,6 @@
 //! A normalisation layer, forward and backward.
 
-use super::{Norm, ParamKind, Params, Spec};
+use super::{Norm, ParamTensor, Params, Spec};
 use crate::{
     device::{Buffer, Device, Element, Scope, View, ViewMut},
     error::{Error, Result},
@@ -37,7 +37,7 @@ pub(super) struct NormGradient<'a, T: Element> {
 
 /// RMSNorm if there is no bias, else LayerNorm.
 pub(super) struct NormLayer<'a, T: Element> {
-    pub at: (ParamKind, Option<usize>),
+    pub at: &'a ParamTensor,
     pub weight: View<'a, T>,
     pub bias: Option<View<'a, T>>,
     pub eps: f64,
@@ -65,7 +65,7 @@ impl<T: Element> NormLayer<'_, T> {
     ) -> Result<()> {
         let NormGradient { dx, add, scratch } = out;
         let (w, mean, rstd) = (self.weight, kept.mean.view(), kept.rstd.view());
-        match grads.pair_mut(self.at.0, self.at.1) {
+        match grads.pair_mut(self.at.kind, self.at.layer) {
             Some((dw, Some(db))) => {
                 layer_norm::backward(dev, dx, dw, db, scratch, dy, x, w, mean, rstd, add)
             }

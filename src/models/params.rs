@@ -132,11 +132,6 @@ impl Axis {
         }
     }
 
-    /// Entries that memory is taken for.
-    fn room(self, spec: &Spec) -> usize {
-        if self == Self::Vocab { spec.vocab_room() } else { self.len(spec) }
-    }
-
     /// Entries in files, which have no padding.
     pub fn stored_len(self, spec: &Spec) -> usize {
         let Widths { head_dim, mlp_hidden } = spec.widths();
@@ -253,11 +248,11 @@ impl Layout {
 
     fn push(&mut self, spec: &Spec, facts: &'static WeightFacts, layer: Option<usize>) {
         let WeightFacts { kind, rows, cols, .. } = *facts;
-        let room = rows.room(spec) * cols.len(spec);
+        let room = if rows == Axis::Vocab { spec.vocab_room() } else { rows.len(spec) };
         let (rows, cols, offset) = (rows.len(spec), cols.len(spec), self.len);
         self.tensors.push(ParamTensor { kind, facts, layer, rows, cols, offset });
         // 64 bytes of f32: every tensor starts on a cache line. The gap stays 0 for ever.
-        self.len += room.next_multiple_of(adamw::LINE);
+        self.len += (room * cols).next_multiple_of(adamw::LINE);
     }
 
     /// All tensors, in the order of their offsets.
@@ -272,11 +267,6 @@ impl Layout {
 
     pub fn is_empty(&self) -> bool {
         self.len == 0
-    }
-
-    /// Weights, gaps left out.
-    pub fn weights(&self) -> usize {
-        self.tensors.iter().map(ParamTensor::len).sum()
     }
 
     /// A weight, if the model has it.
@@ -354,18 +344,18 @@ impl<T: Element> Params<T> {
         layout.find(kind, layer).map(|t| self.tensor_mut(t))
     }
 
-    /// A weight and its bias, if it has one.
-    pub(super) fn pair(
-        &self,
-        kind: ParamKind,
-        layer: Option<usize>,
-    ) -> Result<(&ParamTensor, View<'_, T>, Option<View<'_, T>>)> {
+    /// A weight that the layout promises.
+    pub(super) fn need(&self, kind: ParamKind, layer: Option<usize>) -> Result<&ParamTensor> {
         let missing = || Error::value("weights", format!("{kind:?} of block {layer:?}"), "none");
-        let t = self.layout.find(kind, layer).ok_or_else(missing)?;
-        Ok((t, self.tensor(t), t.facts.bias.and_then(|bias| self.get(bias, layer))))
+        self.layout.find(kind, layer).ok_or_else(missing)
     }
 
-    /// The same to write; none where nothing is to be written, as the weight is frozen.
+    /// The bias that is added with a weight, if there is one.
+    pub(super) fn bias(&self, t: &ParamTensor) -> Option<View<'_, T>> {
+        t.facts.bias.and_then(|bias| self.get(bias, t.layer))
+    }
+
+    /// A weight and its bias to write; none if the weight is not here, as it is frozen.
     pub(super) fn pair_mut(
         &mut self,
         kind: ParamKind,

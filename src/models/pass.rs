@@ -83,7 +83,7 @@ impl<'s, T: Element> Pass<'s, T> {
         let Self { dev, model, scope, batch, .. } = self;
         let phase = dev.span("forward");
         let (spec, shape) = (model.spec(), batch.shape());
-        let staged = batch.stage(dev, scope, spec, shape.pages(spec.attention().page(dev)))?;
+        let staged = batch.stage(dev, scope, spec, shape.pages(dev, spec))?;
         let mut b = PassBuffers::new(dev, scope, (spec, model.head()), shape, options)?;
         model.forward(dev, &staged.rows(), &mut b.acts, &mut b.cache)?;
         drop(phase);
@@ -117,10 +117,9 @@ impl<'s, T: Element> PassBuffers<'s, T> {
         shape: PassShape,
         options: PassOptions,
     ) -> Result<Self> {
-        let pages = shape.pages(spec.attention().page(dev));
         Ok(Self {
             acts: Activations::new(dev, scope, spec, shape, options.keep)?,
-            cache: Cache::transient(dev, scope, spec, pages)?,
+            cache: Cache::new(dev, scope, spec, shape)?,
             head: HeadOutputs::new(scope, spec, head, shape.selected, options)?,
         })
     }

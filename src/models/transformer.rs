@@ -36,11 +36,11 @@ pub struct Rows<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct PassShape {
     pub rows: usize,
-    /// Sequences that they are of.
+    /// Sequences that the rows belong to.
     pub sequences: usize,
     /// Rows that a head reads.
     pub selected: usize,
-    /// The most positions of a sequence of which a cache holds the beginning; 0 if all are whole.
+    /// Positions of the longest sequence that a cache holds; 0 if all sequences are whole.
     pub cached: usize,
 }
 
@@ -50,8 +50,9 @@ impl PassShape {
         Self { rows, sequences, selected: rows, cached: 0 }
     }
 
-    /// Pages of `page` positions that hold all keys and values.
-    pub fn pages(&self, page: usize) -> usize {
+    /// Pages that hold all keys and values.
+    pub fn pages(&self, dev: &Device, spec: &Spec) -> usize {
+        let page = spec.attention().page(dev);
         match self.cached {
             0 => self.rows / page + self.sequences,
             n => self.sequences * n.div_ceil(page),
@@ -78,36 +79,17 @@ pub struct PassOptions {
     pub keep: Keep,
 }
 
+/// Keys and values of each block. Blocks take turns with one where all sequences are whole: nothing
+/// reads it after its block.
 #[derive(Debug)]
 pub struct Cache<'s, T> {
     layers: Vec<KvLayer<'s, T>>,
 }
 
 impl<'s, T: Element> Cache<'s, T> {
-    /// `pages` pages for every block, to decode from.
-    pub fn new(dev: &Device, scope: &'s Scope<'_>, spec: &Spec, pages: usize) -> Result<Self> {
-        Self::with_layers(dev, scope, spec, pages, spec.layers)
-    }
-
-    /// `pages` pages that the blocks use one after the other: enough where rows are complete
-    /// sequences, as in training.
-    pub fn transient(
-        dev: &Device,
-        scope: &'s Scope<'_>,
-        spec: &Spec,
-        pages: usize,
-    ) -> Result<Self> {
-        Self::with_layers(dev, scope, spec, pages, 1)
-    }
-
-    fn with_layers(
-        dev: &Device,
-        scope: &'s Scope<'_>,
-        spec: &Spec,
-        pages: usize,
-        layers: usize,
-    ) -> Result<Self> {
-        let shape = spec.attention();
+    pub fn new(dev: &Device, scope: &'s Scope<'_>, spec: &Spec, pass: PassShape) -> Result<Self> {
+        let (shape, pages) = (spec.attention(), pass.pages(dev, spec));
+        let layers = if pass.cached == 0 { 1 } else { spec.layers };
         let layers = (0..layers).map(|_| KvLayer::new(scope, &shape, shape.page(dev), pages));
         Ok(Self { layers: layers.collect::<Result<_>>()? })
     }
@@ -170,8 +152,7 @@ impl<'s, T: Element> Activations<'s, T> {
                 act: scope.alloc("MLP activations", rows * spec.mlp_hidden)?,
             })
         };
-        // A row that is alone in its segment sees more than itself only if a cache has what comes
-        // before.
+        // A single row of a sequence sees more than itself only through a cache.
         let alone = if pass.cached > 0 { pass.sequences } else { 0 };
         let scratch = |layer: LayerSpec| {
             let forward = attention::forward_scratch_len(dev, &layer.attention, alone, pass.cached);
@@ -270,7 +251,7 @@ impl<T: Element> Model<T> {
     }
 
     fn embed(&self, dev: &Device, rows: &Rows<'_>, mut x: ViewMut<'_, T>) -> Result<()> {
-        let table = self.params.pair(ParamKind::Embedding, None)?.1;
+        let table = self.params.tensor(self.params.need(ParamKind::Embedding, None)?);
         embedding::forward(dev, x.reborrow(), rows.ids, table, false)?;
         if let Some(table) = self.params.get(ParamKind::Positions, None) {
             embedding::forward(dev, x, rows.positions, table, true)?;
@@ -284,8 +265,8 @@ impl<T: Element> Model<T> {
 
     /// Adds to `grads` the gradient of all weights but the head's, given `dh` `[selected, hidden]`,
     /// the gradient of the hidden states that [`Model::forward`] left in `acts`. Every segment must
-    /// be a whole sequence, from position 0. Where the forward pass kept the residual stream alone,
-    /// blocks are computed again, with its very bits, and `cache` is written.
+    /// be a whole sequence, from position 0. After [`Keep::Streams`] blocks are computed again, to
+    /// the same bits, and `cache` is written.
     pub fn backward(
         &self,
         dev: &Device,

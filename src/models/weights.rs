@@ -221,8 +221,8 @@ fn stored_name<'a>(stored: &Tensors<'_>, family: &Family, name: &'a str) -> &'a 
     if !stored.contains_key(name) && stored.contains_key(bare) { bare } else { name }
 }
 
-/// Refuses a config whose sizes are not those of the stored tensors. It is run before anything is
-/// allocated by the config's word, so that a model never takes memory that its files cannot fill.
+/// Refuses a config whose sizes are not those of the stored tensors, before any memory is taken for
+/// it: a model never takes memory that its files cannot fill.
 fn check_sizes<T: Element>(
     dir: &Path,
     config: &Config,
@@ -273,8 +273,8 @@ fn check_sizes<T: Element>(
     Ok(())
 }
 
-/// Widens a stored tensor of the right shape into the rows `rows` of one of ours; the message says
-/// what was wanted and came.
+/// Widens a stored tensor of the right shape into the rows `rows` of a weight; an error says what
+/// was wanted and came.
 fn copy<T: Element>(
     out: &mut [T::Acc],
     places: &Places,
@@ -321,7 +321,7 @@ fn copy<T: Element>(
     }
 }
 
-/// A stored tensor, made when the writer asks for it.
+/// A tensor to store, transposed when the writer asks for it.
 struct Stored<'a, F: Clone> {
     data: Cow<'a, [F]>,
     shape: Vec<usize>,
@@ -348,7 +348,7 @@ impl<F: Float> safetensors::View for Stored<'_, F> {
     }
 }
 
-/// The tensors of a model as Hugging Face names and shapes them, from all its numbers.
+/// The tensors of a model as Hugging Face names and shapes them, from the flat numbers of all.
 fn stored<'a, T: Element, F: Float>(
     model: &'a Model<T>,
     flat: &'a [F],
@@ -404,7 +404,7 @@ pub fn count<T: Element>(model: &Model<T>) -> usize {
     model.params.layout().tensors().iter().map(size).sum()
 }
 
-/// The Hugging Face name of the tensor that holds element `i` of all weights (or gradients).
+/// The Hugging Face name of the tensor that holds element `i` of the flat weights or gradients.
 pub fn tensor_at<T: Element>(model: &Model<T>, i: usize) -> Option<String> {
     let t = model.params.layout().at(i)?;
     let places = Places::of(t, &model.spec);

@@ -110,12 +110,12 @@ impl Generator {
     ) -> Result<usize> {
         Arena::plan(|scope| {
             let shape = self.pass_shape(self.rows, self.slots);
-            let pages = shape.pages(spec.attention().page(dev));
-            let _cache = Cache::<T>::new(dev, scope, spec, pages)?;
+            let _cache = Cache::<T>::new(dev, scope, spec, shape)?;
             let _tokens = self.tokens(scope)?;
             let pass = scope.child();
             Staged::plan(dev, &pass, spec, shape)?;
-            Buffers::<T>::new(dev, &pass, spec, shape, sampling).map(drop)
+            let _acts = Activations::<T>::new(dev, &pass, spec, shape, Keep::Nothing)?;
+            Sampler::<T>::new(dev, &pass, spec, shape.selected, *sampling).map(drop)
         })
     }
 
@@ -144,7 +144,7 @@ impl Generator {
         let (ahead, most) = (ahead(dev), settings.max_new_tokens);
         let page = model.spec().attention().page(dev);
         let mut slots = Slots::new(prompts.len(), self, page);
-        let mut cache = Cache::new(dev, scope, model.spec(), slots.pages.held.len())?;
+        let mut cache = Cache::new(dev, scope, model.spec(), self.pass_shape(0, self.slots))?;
         let mut tokens = self.tokens(scope)?;
         let mut batch = Batch::with_capacity(self.rows);
         let mut queued: VecDeque<Queued<T::Acc>> = VecDeque::new();
@@ -230,17 +230,18 @@ impl Generator {
         let decodes = live.iter().all(|s| s.len > s.prompt);
         let _phase = dev.span(if decodes { "decode" } else { "prefill" });
         let (spec, shape) = (model.spec(), self.pass_shape(batch.len(), live.len()));
-        let pages = self.pass_shape(0, self.slots).pages(spec.attention().page(dev));
+        let pages = self.pass_shape(0, self.slots).pages(dev, spec);
         let mut staged = batch.stage(dev, scope, spec, pages)?;
-        let mut b = Buffers::<T>::new(dev, scope, spec, shape, &settings.sampling)?;
+        let mut acts = Activations::new(dev, scope, spec, shape, Keep::Nothing)?;
+        let mut sampler = Sampler::new(dev, scope, spec, shape.selected, settings.sampling)?;
         let samples: Vec<u64> = live.iter().map(|s| prompts[s.index].sample).collect();
         let positions: Vec<u32> = live.iter().map(|s| s.len as u32).collect();
-        b.sampler.address(dev, &samples, &positions)?;
+        sampler.address(dev, &samples, &positions)?;
         staged.put_drawn(dev, tokens.view())?;
-        model.forward(dev, &staged.rows(), &mut b.acts, cache)?;
+        model.forward(dev, &staged.rows(), &mut acts, cache)?;
         let mut tokens = tokens.range(0..live.len());
-        b.sampler.draw(dev, model, b.acts.hidden(), tokens.reborrow(), settings.stream)?;
-        let (tokens, logp) = (dev.read_later(tokens.view())?, dev.read_later(b.sampler.logp())?);
+        sampler.draw(dev, model, acts.hidden(), tokens.reborrow(), settings.stream)?;
+        let (tokens, logp) = (dev.read_later(tokens.view())?, dev.read_later(sampler.logp())?);
         // One wait brings both, and does not wait for the next pass.
         dev.milestone()?;
         Ok(Queued { of: live.iter().map(|s| s.index).collect(), tokens, logp })
@@ -367,26 +368,5 @@ impl Pages {
                 self.free.push(*page);
             }
         }
-    }
-}
-
-/// Buffers of one pass.
-struct Buffers<'s, T: Element> {
-    acts: Activations<'s, T>,
-    sampler: Sampler<'s, T>,
-}
-
-impl<'s, T: Element> Buffers<'s, T> {
-    fn new(
-        dev: &Device,
-        scope: &'s Scope<'_>,
-        spec: &Spec,
-        shape: PassShape,
-        sampling: &sample::Params,
-    ) -> Result<Self> {
-        Ok(Self {
-            acts: Activations::new(dev, scope, spec, shape, Keep::Nothing)?,
-            sampler: Sampler::new(dev, scope, spec, shape.selected, *sampling)?,
-        })
     }
 }

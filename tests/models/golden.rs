@@ -10,7 +10,6 @@ use warpo::{
         PassShape, Rows,
     },
     ops::{
-        attention::PAGE,
         bradley_terry, gae, grad_norm,
         kl::KlEstimator,
         matmul,
@@ -69,11 +68,10 @@ pub fn forward<F: Float>(model: &Model<F>, rows: &[Vec<u32>]) -> Outputs<F> {
     let spec = model.spec();
     let mut arena = room(1 << 23);
     let scope = arena.scope();
-    let pass_shape = PassShape { rows: n, sequences: rows.len(), selected: n, cached: 0 };
-    let mut acts = Activations::new(&dev, &scope, spec, pass_shape, Keep::All).unwrap();
-    let pages = pass_shape.pages(PAGE);
-    let staged = batch.stage(&dev, &scope, spec, pages).unwrap();
-    let mut cache = Cache::transient(&dev, &scope, spec, pages).unwrap();
+    let shape = PassShape::whole(n, rows.len());
+    let mut acts = Activations::new(&dev, &scope, spec, shape, Keep::All).unwrap();
+    let staged = batch.stage(&dev, &scope, spec, shape.pages(&dev, spec)).unwrap();
+    let mut cache = Cache::new(&dev, &scope, spec, shape).unwrap();
     let all: Vec<u32> = (0..n as u32).collect();
     let rows = Rows { selected: (&all).into(), ..staged.rows() };
     model.forward(&dev, &rows, &mut acts, &mut cache).unwrap();
@@ -200,7 +198,7 @@ fn logprobs_and_entropy_are_those_of_hugging_face() {
 
 /// Runs a policy pass with gradient 0.
 fn policy<F: Float>(model: &Model<F>, batch: &Batch, grads: &mut Params<F>) -> (Vec<F>, Vec<F>) {
-    let mut arena = pass_room(host(), model, &batch, keep_all(true));
+    let mut arena = pass_room(host(), model, batch, keep_all(true));
     let (mut logp, mut entropy) = (Vec::new(), Vec::new());
     let (dev, scope) = (Device::cpu(), arena.scope());
     Pass::new(&dev, model, &scope, batch)

@@ -68,7 +68,8 @@ fn sweep(
     mut losses: impl FnMut(&Model<f64>) -> Vec<f64>,
 ) {
     let (dev, layout) = (device(), model.params().layout().clone());
-    assert!(layout.weights() >= 3000, "{what}: {}", layout.weights());
+    let count: usize = layout.tensors().iter().map(|t| t.len()).sum();
+    assert!(count >= 3000, "{what}: {count}");
     for t in layout.tensors() {
         let mut largest = vec![0.0f64; grads.len()];
         for i in t.offset..t.offset + t.len() {
