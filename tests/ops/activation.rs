@@ -6,10 +6,11 @@ use warpo::{
 };
 
 use crate::support::{
-    OP, assert_bits, assert_close, assert_earned, assert_nan_only, devices,
+    OP, assert_bits, assert_close, assert_earned, assert_nan_only, assert_refuses, devices,
     golden::Golden,
     gradcheck, inner, narrow, randn, refusal,
     sim::{self, Case, Lab},
+    zeros,
 };
 
 const ALL: [Activation; 5] = [
@@ -381,22 +382,25 @@ fn kernels_take_rows_from_anywhere() {
 #[test]
 fn wrong_shapes_are_refused() {
     let (dev, act) = (Device::cpu(), Activation::Silu);
-    let (mut out, x) = (vec![0.0f32; 6], vec![0.0f32; 5]);
-    let e = activation::forward(&dev, act, (&mut out).into(), (&x).into());
-    assert_eq!(refusal(e), "activation: `y` has shape [6], wanted [5]");
-    let e = activation::backward(&dev, act, (&mut out).into(), (&x).into(), (&x).into());
-    assert_eq!(refusal(e), "activation::backward: `dx` has shape [6], wanted [5]");
-    let e = activation::backward(&dev, act, (&mut out[..5]).into(), x[..4].into(), (&x).into());
-    assert_eq!(refusal(e), "activation::backward: `dy` has shape [4], wanted [5]");
-    let e = activation::gated_forward(&dev, act, (&mut out).into(), (&x).into(), 3);
-    assert_eq!(refusal(e), "gated activation: `gate_up` has shape [5], wanted [2, 6]");
+    assert_refuses("activation", "y [5]", |n| {
+        let ([mut y], [x]) = (zeros(n), zeros([5]));
+        activation::forward(&dev, act, (&mut y).into(), (&x).into())
+    });
+    assert_refuses("activation::backward", "dx [5] dy [5]", |n| {
+        let ([mut dx, dy], [x]) = (zeros(n), zeros([5]));
+        activation::backward(&dev, act, (&mut dx).into(), (&dy).into(), (&x).into())
+    });
+    let gated = |[y, gate_up]: [usize; 2], cols: usize| {
+        let [mut y, gate_up] = zeros([y, gate_up]);
+        activation::gated_forward(&dev, act, (&mut y).into(), (&gate_up).into(), cols)
+    };
+    assert_refuses("gated activation", "gate_up [2, 6]", |[n]| gated([6, n], 3));
     for cols in [0, 4] {
-        let e = activation::gated_forward(&dev, act, (&mut out).into(), (&x).into(), cols);
-        assert!(refusal(e).starts_with("gated activation: `y` has shape [6]"), "{cols}");
+        let e = refusal(gated([6, 12], cols));
+        assert!(e.starts_with("gated activation: `y` has shape [6]"), "{cols}");
     }
-    let e = activation::gated_backward(&dev, act, (&mut out).into(), (&x).into(), (&x).into(), 5);
-    assert_eq!(refusal(e), "gated activation::backward: `gate_up` has shape [5], wanted [1, 10]");
-    let e =
-        activation::gated_backward(&dev, act, (&mut out).into(), x[..2].into(), x[..4].into(), 2);
-    assert_eq!(refusal(e), "gated activation::backward: `dgate_up` has shape [6], wanted [1, 4]");
+    assert_refuses("gated activation::backward", "dgate_up [1, 10] gate_up [1, 10]", |n| {
+        let ([mut d, gate_up], [dy]) = (zeros(n), zeros([5]));
+        activation::gated_backward(&dev, act, (&mut d).into(), (&dy).into(), (&gate_up).into(), 5)
+    });
 }

@@ -11,8 +11,8 @@ use warpo::{
 use half::bf16;
 
 use crate::support::{
-    assert_bits, assert_close, assert_earned, assert_nan_only, devices, golden::Golden, host,
-    narrow, randn, refusal, sim, wide,
+    assert_bits, assert_close, assert_earned, assert_nan_only, assert_refuses, devices,
+    golden::Golden, host, narrow, randn, refusal, sim, wide, zeros,
 };
 
 const HYPER: Hyper =
@@ -242,15 +242,12 @@ fn the_kernel_has_the_bits_of_the_cpu() {
 
 #[test]
 fn wrong_shapes_and_update_0_are_refused() {
-    let refused = |p: usize, m: usize, v: usize, t: u64| {
-        let (mut p, mut m, mut v) = (vec![0.0f32; p], vec![0.0; m], vec![0.0; v]);
+    let step = |n: [usize; 3], t: u64| {
+        let [mut p, mut m, mut v] = zeros(n);
         let (p, m, v) = ((&mut p).into(), (&mut m).into(), (&mut v).into());
-        let state = State { p, m, v, copy: None };
-        let (g, starts) = (vec![0.0; 3], [0]);
-        refusal(adamw::step(host(), state, (&g).into(), starts[..].into(), 1.0, t, &HYPER))
+        let (state, g, starts) = (State { p, m, v, copy: None }, [0.0; 3], [0]);
+        adamw::step(host(), state, g[..].into(), starts[..].into(), 1.0, t, &HYPER)
     };
-    assert_eq!(refused(2, 3, 3, 1), "adamw: `p` has shape [2], wanted [3]");
-    assert_eq!(refused(3, 4, 3, 1), "adamw: `m` has shape [4], wanted [3]");
-    assert_eq!(refused(3, 3, 2, 1), "adamw: `v` has shape [2], wanted [3]");
-    assert_eq!(refused(3, 3, 3, 0), "adamw: update number: got 0, wanted 1 or more");
+    assert_refuses("adamw", "p [3] m [3] v [3]", |n| step(n, 1));
+    assert_eq!(refusal(step([3; 3], 0)), "adamw: update number: got 0, wanted 1 or more");
 }

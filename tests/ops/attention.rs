@@ -14,8 +14,8 @@ use warpo::{
 };
 
 use crate::support::{
-    OP, assert_bits, assert_close, assert_earned, assert_nan_only, assert_norm, devices, gradcheck,
-    host, inner, randn, refusal, room, shuffled, wide,
+    OP, assert_bits, assert_close, assert_earned, assert_nan_only, assert_norm, assert_refuses,
+    devices, gradcheck, host, inner, randn, refusal, room, shuffled, wide, zeros,
 };
 
 fn shape(q_heads: usize, kv_heads: usize, head_dim: usize) -> Shape {
@@ -487,10 +487,10 @@ fn segments_that_do_not_fit_are_refused() {
     assert_eq!(forward, format!("attention{says}"));
 }
 
-/// What backward says of these lengths of dqkv, dout, out, qkv, lse and scratch.
-fn backward_refused(n: [usize; 6], segments: &[Segment], s: &Shape) -> String {
-    let [mut dqkv, dout, out, qkv, lse, mut scratch] = n.map(|n| vec![0.0f32; n]);
-    refusal(attention::backward(
+/// Backward with these lengths of dqkv, dout, out, qkv, lse and scratch.
+fn backward(n: [usize; 6], segments: &[Segment], s: &Shape) -> warpo::Result<()> {
+    let [mut dqkv, dout, out, qkv, lse, mut scratch] = zeros(n);
+    attention::backward(
         &Device::cpu(),
         (&mut dqkv).into(),
         (&dout).into(),
@@ -500,23 +500,18 @@ fn backward_refused(n: [usize; 6], segments: &[Segment], s: &Shape) -> String {
         Work::new(segments, &[][..]),
         s,
         (&mut scratch).into(),
-    ))
+    )
 }
 
 #[test]
 fn bad_input_of_backward_is_refused() {
     let segment = |first, rows, at| Segment { first, rows, at, pages: 0..1, prefix: None };
     let (s, one) = (shape(1, 1, 1), [segment(0, 10, 0)]);
-    for (n, says) in [
-        ([29, 10, 10, 30, 10, 30], "`dqkv` has shape [29], wanted [10, 3]"),
-        ([30, 9, 10, 30, 10, 30], "`dout` has shape [9], wanted [10, 1]"),
-        ([30, 10, 9, 30, 10, 30], "`out` has shape [9], wanted [10, 1]"),
-        ([30, 10, 10, 29, 10, 30], "`qkv` has shape [29], wanted [9, 3]"),
-        ([30, 10, 10, 30, 9, 30], "`lse` has shape [9], wanted [10, 1]"),
-        ([30, 10, 10, 30, 10, 29], "`scratch` has shape [29], wanted [30]"),
-    ] {
-        assert_eq!(backward_refused(n, &one, &s), format!("attention::backward: {says}"));
-    }
+    assert_refuses(
+        "attention::backward",
+        "dqkv [10, 3] dout [10, 1] out [10, 1] qkv [10, 3] lse [10, 1] scratch [30]",
+        |n| backward(n, &one, &s),
+    );
     // Segments that do not line up used to give wrong gradients.
     for (segments, says) in [
         (vec![segment(3, 10, 0)], "first position of segment 0: got 3, wanted 0"),
@@ -524,7 +519,7 @@ fn bad_input_of_backward_is_refused() {
         (vec![segment(0, 5, 5), segment(0, 5, 0)], "first row of segment 0: got 5, wanted 0"),
         (vec![segment(0, 5, 0), segment(0, 5, 0)], "first row of segment 1: got 0, wanted 5"),
     ] {
-        let got = backward_refused([30, 10, 10, 30, 10, 30], &segments, &s);
+        let got = refusal(backward([30, 10, 10, 30, 10, 30], &segments, &s));
         assert_eq!(got, format!("attention::backward: {says}"));
     }
 }
@@ -533,7 +528,7 @@ fn bad_input_of_backward_is_refused() {
 fn impossible_heads_and_wrong_buffers_are_refused() {
     let wide = shape(2, 1, MAX_HEAD_DIM + 1);
     for s in [shape(3, 2, 4), shape(1, 0, 4), shape(0, 1, 4), shape(2, 1, 0), wide] {
-        let says = backward_refused([0; 6], &[], &s);
+        let says = refusal(backward([0; 6], &[], &s));
         let want = "attention::backward: shape: got Shape { q_heads: ";
         assert!(says.starts_with(want), "{says}");
         assert!(says.contains("wanted heads in whole groups, head_dim from 1 to 256"), "{says}");
@@ -547,16 +542,11 @@ fn impossible_heads_and_wrong_buffers_are_refused() {
     let work = Work::new(&one, &list[..]);
     let e = attention::append(&dev, &mut kv, (&mut x[..23]).into(), work, &s, None);
     assert_eq!(refusal(e), "attention::append: `qkv` has shape [23], wanted [2, 8]");
-    for (out, lse, qkv, says) in [
-        (11, 6, 24, "`out` has shape [11], wanted [3, 4]"),
-        (12, 5, 24, "`lse` has shape [5], wanted [3, 2]"),
-        (12, 6, 23, "`qkv` has shape [23], wanted [2, 8]"),
-    ] {
-        let (mut out, mut lse) = (vec![0.0; out], vec![0.0; lse]);
-        let (o, l, x) = ((&mut out).into(), (&mut lse).into(), x[..qkv].into());
-        let e = attention::forward(&dev, o, l, x, &kv, work, &s, (&mut [][..]).into());
-        assert_eq!(refusal(e), format!("attention: {says}"));
-    }
+    assert_refuses("attention", "out [3, 4] lse [3, 2] qkv [3, 8]", |n| {
+        let [mut out, mut lse, qkv] = zeros(n);
+        let (o, l, x) = ((&mut out).into(), (&mut lse).into(), (&qkv).into());
+        attention::forward(&dev, o, l, x, &kv, work, &s, (&mut [][..]).into())
+    });
     let e = KvLayer::<f32>::new(&scope, &s, PAGE, 1 << 20).unwrap_err().to_string();
     assert!(e.starts_with("KV cache, keys needs 268435"), "{e}");
 }

@@ -6,8 +6,10 @@ use warpo::{
 };
 
 use crate::support::{
-    OP, assert_bits, assert_nan_only, devices, gather, gradcheck, inner, randn, refusal, shuffled,
+    OP, assert_bits, assert_nan_only, assert_refuses, devices, gather, gradcheck, inner, randn,
+    refusal, shuffled,
     sim::{self, Case, Lab},
+    zeros,
 };
 
 fn forward<F: Float>(dev: &Device, y: &[F], ids: &[u32], table: &[F], add: bool) -> Vec<F> {
@@ -210,28 +212,27 @@ fn kernels_take_rows_from_anywhere_and_mark_ids_beyond_the_table() {
 #[test]
 fn ids_beyond_the_table_and_wrong_shapes_are_refused() {
     let dev = Device::cpu();
-    let forward = |y: usize, ids: &[u32], table: usize| {
-        let (mut y, table) = (vec![0.0f32; y], vec![0.0; table]);
-        refusal(embedding::forward(&dev, (&mut y).into(), ids.into(), (&table).into(), false))
+    let forward = |[y, table]: [usize; 2], ids: &[u32]| {
+        let [mut y, table] = zeros([y, table]);
+        embedding::forward(&dev, (&mut y).into(), ids.into(), (&table).into(), false)
     };
-    assert_eq!(forward(4, &[1, 3], 6), "embedding: id of row 1: got 3, wanted less than 3");
-    assert_eq!(forward(4, &[0, 0], 5), "embedding: `table` has shape [5], wanted [2, 2]");
-    assert_eq!(forward(5, &[0, 0], 6), "embedding: `y` has shape [5], wanted [2, 2]");
-    assert_eq!(forward(1, &[], 6), "embedding: `y` has shape [1], wanted [0]");
-    let backward = |dtable: usize, ids: &[u32], dy: usize, cols: usize| {
-        let (mut dtable, dy) = (vec![0.0f32; dtable], vec![0.0f32; dy]);
-        let (dtable, mut order) = ((&mut dtable).into(), vec![0; 2]);
-        let order = (&mut order).into();
-        refusal(embedding::backward(&dev, dtable, order, ids.into(), (&dy).into(), cols))
+    assert_refuses("embedding", "table [3, 2]", |[n]| forward([4, n], &[0, 0]));
+    let e = refusal(forward([4, 6], &[1, 3]));
+    assert_eq!(e, "embedding: id of row 1: got 3, wanted less than 3");
+    assert_eq!(refusal(forward([5, 6], &[0, 0])), "embedding: `y` has shape [5], wanted [2, 2]");
+    assert_eq!(refusal(forward([1, 6], &[])), "embedding: `y` has shape [1], wanted [0]");
+    let backward = |[dtable, dy, order]: [usize; 3], ids: &[u32], cols: usize| {
+        let ([mut dtable, dy], mut order) = (zeros([dtable, dy]), vec![0; order]);
+        let (dtable, order) = ((&mut dtable).into(), (&mut order).into());
+        embedding::backward(&dev, dtable, order, ids.into(), (&dy).into(), cols)
     };
     let what = "embedding::backward";
-    assert_eq!(backward(6, &[3], 2, 2), format!("{what}: id of row 0: got 3, wanted less than 3"));
-    assert_eq!(backward(5, &[0], 2, 2), format!("{what}: `dtable` has shape [5], wanted [2, 2]"));
-    assert_eq!(backward(6, &[0], 3, 2), format!("{what}: `dy` has shape [3], wanted [1, 2]"));
-    assert_eq!(backward(6, &[0], 0, 0), format!("{what}: `dtable` has shape [6], wanted [6, 0]"));
-    let e = backward(6, &[0, 1, 0], 6, 2);
-    assert_eq!(e, format!("{what}: `scratch` has shape [2], wanted [3]"));
-    let (mut dx, mut order, dy) = (vec![0.0f32; 6], vec![0; 1], vec![0.0; 2]);
+    assert_refuses(what, "dtable [3, 2] dy [2, 2] scratch [2]", |n| backward(n, &[0, 1], 2));
+    let e = refusal(backward([6, 2, 1], &[3], 2));
+    assert_eq!(e, format!("{what}: id of row 0: got 3, wanted less than 3"));
+    let e = refusal(backward([6, 0, 1], &[0], 0));
+    assert_eq!(e, format!("{what}: `dtable` has shape [6], wanted [6, 0]"));
+    let ([mut dx, dy], mut order) = (zeros([6, 2]), vec![0; 1]);
     let (dx, order) = ((&mut dx).into(), (&mut order).into());
     let e = refusal(embedding::scatter(&dev, dx, order, [3][..].into(), (&dy).into(), 2));
     assert_eq!(e, "embedding::scatter: id of row 0: got 3, wanted less than 3");

@@ -6,10 +6,11 @@ use warpo::{
 };
 
 use crate::support::{
-    assert_bits, assert_close, assert_earned,
+    assert_bits, assert_close, assert_earned, assert_refuses,
     golden::Golden,
     host, narrow, randn, refusal,
     sim::{self, Column, FloatCase, Lab, rounded},
+    zeros,
 };
 
 /// Advantages and returns.
@@ -234,16 +235,12 @@ fn kernel_sequences_do_not_see_each_other() {
 
 #[test]
 fn wrong_columns_and_offsets_are_refused() {
-    let (dev, x) = (Device::cpu(), [0.0f32; 6]);
-    let (mut a, mut b) = ([0.0f32; 6], [0.0f32; 6]);
-    let mut refused = |advantages: usize, returns: usize, values: usize, offsets: &[u32]| {
-        let (a, b) = ((&mut a[..advantages]).into(), (&mut b[..returns]).into());
-        let (r, v, o) = (x[..5].into(), x[..values].into(), offsets.into());
-        refusal(gae::forward(&dev, a, b, r, v, o, 1.0, 1.0))
+    let forward = |n: [usize; 3], offsets: &[u32]| {
+        let ([mut a, mut b, v], [r]) = (zeros(n), zeros([5]));
+        let (a, b, r, v) = ((&mut a).into(), (&mut b).into(), (&r).into(), (&v).into());
+        gae::forward(&Device::cpu(), a, b, r, v, offsets.into(), 1.0, 1.0)
     };
-    assert_eq!(refused(5, 5, 6, &[0, 5]), "gae: `values` has shape [6], wanted [5]");
-    assert_eq!(refused(6, 5, 5, &[0, 5]), "gae: `advantages` has shape [6], wanted [5]");
-    assert_eq!(refused(5, 4, 5, &[0, 5]), "gae: `returns` has shape [4], wanted [5]");
+    assert_refuses("gae", "advantages [5] returns [5] values [5]", |n| forward(n, &[0, 5]));
     for (offsets, says) in [
         (&[0, 3, 2, 5][..], "got 2 after 3, wanted ascending numbers"),
         (&[1, 5], "got Some(1) to Some(5), wanted 0 to 5"),
@@ -252,6 +249,6 @@ fn wrong_columns_and_offsets_are_refused() {
         (&[5], "got Some(5) to Some(5), wanted 0 to 5"),
         (&[], "got None to None, wanted 0 to 5"),
     ] {
-        assert_eq!(refused(5, 5, 5, offsets), format!("gae: offsets: {says}"));
+        assert_eq!(refusal(forward([5; 3], offsets)), format!("gae: offsets: {says}"));
     }
 }

@@ -14,8 +14,8 @@ use warpo::{
 
 use crate::support::{
     OP, assert_bits, assert_close, assert_earned, assert_earned_to, assert_nan_only, assert_norm,
-    devices, gather, golden::Golden, gradcheck, host, inner, narrow, randn, refusal, shuffled,
-    wide,
+    assert_refuses, devices, gather, golden::Golden, gradcheck, host, inner, narrow, randn,
+    refusal, shuffled, wide, zeros,
 };
 
 /// A head `[vocab, d]`, packed.
@@ -423,34 +423,29 @@ fn a_nan_is_never_lost() {
     assert_nan_only("dh", &dh, &clean_dh, 8..12);
 }
 
-/// Of forward with three rows, a head `[5, 2]` and these lengths of logp, lse, entropy, h, scratch.
-fn refused(n: [usize; 5], targets: &[u32], t: f32) -> String {
+/// Forward over three rows, head `[5, 2]`, with these lengths of logp, lse, entropy, h, scratch.
+fn forward_of(n: [usize; 5], targets: &[u32], t: f32) -> warpo::Result<()> {
     let dev = Device::cpu();
     let head = Head::new(&dev, &[0.0f32; 10], 5);
-    let [mut logp, mut lse, mut entropy, h, mut scratch] = n.map(|n| vec![0.0f32; n]);
+    let [mut logp, mut lse, mut entropy, h, mut scratch] = zeros(n);
     let (logp, lse) = ((&mut logp).into(), (&mut lse).into());
     let (entropy, scratch) = (Some((&mut entropy).into()), (&mut scratch).into());
     let (h, w, targets) = ((&h).into(), &head.packed, targets.into());
-    refusal(logprob::forward(&dev, logp, lse, entropy, h, w, targets, Settings::at(t), scratch))
+    logprob::forward(&dev, logp, lse, entropy, h, w, targets, Settings::at(t), scratch)
 }
 
 #[test]
 fn bad_targets_temperatures_and_shapes_are_refused() {
     let good = [3, 3, 3, 6, 96];
-    for (n, says) in [
-        ([2, 3, 3, 6, 96], "`logp` has shape [2], wanted [3]"),
-        ([3, 2, 3, 6, 96], "`lse` has shape [2], wanted [3]"),
-        ([3, 3, 4, 6, 96], "`entropy` has shape [4], wanted [3]"),
-        ([3, 3, 3, 5, 96], "`h` has shape [5], wanted [3, 2]"),
-        ([3, 3, 3, 6, 95], "`scratch` has shape [95], wanted [96]"),
-    ] {
-        assert_eq!(refused(n, &[0, 1, 2], 1.0), format!("logprob: {says}"));
-    }
+    assert_refuses("logprob", "logp [3] lse [3] entropy [3] h [3, 2] scratch [96]", |n| {
+        forward_of(n, &[0, 1, 2], 1.0)
+    });
+    let refused = |targets: &[u32], t: f32| refusal(forward_of(good, targets, t));
     let says = "logprob: target of row 1: got 5, wanted less than 5";
-    assert_eq!(refused(good, &[4, 5, 9], 1.0), says);
+    assert_eq!(refused(&[4, 5, 9], 1.0), says);
     for (t, got) in [(0.0, "0"), (-1.0, "-1"), (f32::NAN, "NaN"), (f32::INFINITY, "inf")] {
         let says = format!("temperature: got {got}, wanted a positive number");
-        assert_eq!(refused(good, &[0, 1, 2], t), format!("logprob: {says}"));
+        assert_eq!(refused(&[0, 1, 2], t), format!("logprob: {says}"));
         let (dev, mut a, mut b) = (Device::cpu(), [0.0f32], [0.0f32]);
         let (a, b, z) = ((&mut a[..]).into(), (&mut b[..]).into(), [0.0f32; 3][..].into());
         let e = logprob::from_logits(&dev, a, b, None, z, [0][..].into(), Settings::at(t));
@@ -470,40 +465,35 @@ fn bad_targets_temperatures_and_shapes_are_refused() {
 
 #[test]
 fn bad_input_of_backward_is_refused() {
-    let (dev, x, targets) = (Device::cpu(), vec![0.0f32; 99], [0u32, 4, 1]);
+    let (dev, x, targets) = (Device::cpu(), [0.0f32; 4], [0u32, 4, 1]);
     let head = Head::new(&dev, &[0.0f32; 10], 5);
-    // lengths of dh, dw, dlogp, dentropy, scratch, then of h, w, lse, entropy
-    let refused = |n: [usize; 5], m: [usize; 3], entropy: Option<usize>, t: f32| {
-        let [mut dh, mut dw] = [n[0], n[1]].map(|n| vec![0.0f32; n]);
-        let mut scratch = vec![0.0f32; n[4]];
+    let backward = |n: [usize; 8], entropy: Option<usize>, t: f32| {
+        let [mut dh, mut dw, dlogp, dentropy, mut scratch, h, w, lse] = zeros(n);
         let f = logprob::Forward {
-            h: x[..m[0]].into(),
+            h: (&h).into(),
             packed: (&head.packed).into(),
-            w: x[..m[1]].into(),
+            w: (&w).into(),
             targets: targets[..].into(),
-            lse: x[..m[2]].into(),
+            lse: (&lse).into(),
             entropy: entropy.map(|n| x[..n].into()),
             settings: Settings::at(t),
         };
         let (dh, dw, scratch) = ((&mut dh).into(), Some((&mut dw).into()), (&mut scratch).into());
-        let (dlogp, dentropy) = (x[..n[2]].into(), Some(x[..n[3]].into()));
-        refusal(logprob::backward(&dev, dh, dw, dlogp, dentropy, f, scratch))
+        logprob::backward(&dev, dh, dw, (&dlogp).into(), Some((&dentropy).into()), f, scratch)
     };
-    let (good, forward) = ([6, 10, 3, 3, 96], [6, 10, 3]);
-    for (n, m, entropy, t, says) in [
-        ([5, 10, 3, 3, 96], forward, Some(3), 1.0, ": `dh` has shape [5], wanted [3, 2]"),
-        ([6, 9, 3, 3, 96], forward, Some(3), 1.0, ": `dw` has shape [9], wanted [5, 2]"),
-        ([6, 10, 2, 3, 96], forward, Some(3), 1.0, ": `dlogp` has shape [2], wanted [3]"),
-        ([6, 10, 3, 2, 96], forward, Some(3), 1.0, ": `dentropy` has shape [2], wanted [3]"),
-        ([6, 10, 3, 3, 95], forward, Some(3), 1.0, ": `scratch` has shape [95], wanted [96]"),
-        (good, [5, 10, 3], Some(3), 1.0, ": `h` has shape [5], wanted [3, 2]"),
-        (good, [6, 9, 3], Some(3), 1.0, ": `w` has shape [9], wanted [5, 2]"),
-        (good, [6, 10, 2], Some(3), 1.0, ": `lse` has shape [2], wanted [3]"),
-        (good, forward, Some(2), 1.0, ": `entropy` has shape [2], wanted [3]"),
-        (good, forward, None, 1.0, ": got none, wanted entropy with dentropy"),
-        (good, forward, Some(3), 0.0, ": temperature: got 0, wanted a positive number"),
+    let op = "logprob::backward";
+    assert_refuses(
+        op,
+        "dh [3, 2] dw [5, 2] dlogp [3] dentropy [3] scratch [96] h [3, 2] w [5, 2] lse [3]",
+        |n| backward(n, Some(3), 1.0),
+    );
+    assert_refuses(op, "entropy [3]", |[n]| backward([6, 10, 3, 3, 96, 6, 10, 3], Some(n), 1.0));
+    for (entropy, t, says) in [
+        (None, 1.0, "got none, wanted entropy with dentropy"),
+        (Some(3), 0.0, "temperature: got 0, wanted a positive number"),
     ] {
-        assert_eq!(refused(n, m, entropy, t), format!("logprob::backward{says}"));
+        let e = refusal(backward([6, 10, 3, 3, 96, 6, 10, 3], entropy, t));
+        assert_eq!(e, format!("{op}: {says}"));
     }
 }
 

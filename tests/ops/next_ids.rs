@@ -6,7 +6,7 @@ use warpo::{
 };
 
 use crate::support::{
-    host, refusal,
+    assert_refuses, host, refusal,
     sim::{self, Order},
 };
 
@@ -60,12 +60,13 @@ fn kernels_mark_a_token_that_was_not_drawn_and_leave_out_a_row_that_is_not_there
 
 #[test]
 fn what_is_not_there_and_wrong_shapes_are_refused() {
-    let refused = |rows: &[u32], from: &[u32]| {
-        let (mut ids, tokens) = (vec![0; 4], vec![7, 8]);
-        let (ids, tokens) = ((&mut ids).into(), (&tokens).into());
-        refusal(next_ids::forward(host(), ids, rows.into(), from.into(), tokens))
+    let forward = |rows: &[u32], from: &[u32]| {
+        let (mut ids, tokens) = ([0; 4], [7, 8]);
+        let (ids, tokens) = (ids[..].as_mut().into(), tokens[..].into());
+        next_ids::forward(host(), ids, rows.into(), from.into(), tokens)
     };
+    assert_refuses("next_ids", "from [2]", |[n]| forward(&[0, 3], &[1; 3][..n]));
+    let refused = |rows: &[u32], from: &[u32]| refusal(forward(rows, from));
     assert_eq!(refused(&[0, 4], &[0, 1]), "next_ids: row 1: got 4, wanted less than 4");
     assert_eq!(refused(&[0, 3], &[2, 1]), "next_ids: source 0: got 2, wanted less than 2");
-    assert_eq!(refused(&[0, 3], &[1]), "next_ids: `from` has shape [1], wanted [2]");
 }

@@ -10,8 +10,8 @@ use warpo::{
 use half::bf16;
 
 use crate::support::{
-    assert_close, assert_earned, devices, gather, golden::Golden, host, narrow, randn, refusal,
-    shuffled, sim, wide,
+    assert_close, assert_earned, assert_refuses, devices, gather, golden::Golden, host, narrow,
+    randn, refusal, shuffled, sim, wide, zeros,
 };
 
 /// An address: sample and position.
@@ -360,18 +360,16 @@ fn parameters_out_of_range_and_wrong_shapes_are_refused() {
         (Params { min_p: f32::NAN, ..base }, "min_p: got NaN, wanted in [0, 1]"),
     ] {
         assert_eq!(refusal(params.validate()), says);
-        assert_eq!(refused([1, 2, 1, 1, 4], &params), says);
+        assert_eq!(refusal(next_of([1, 2, 1, 1, 4], &params)), says);
     }
     assert!(Params::greedy().validate().is_ok() && base.validate().is_ok());
-    for (n, says) in [
-        ([2, 5, 2, 2, 99], "`logits` has shape [5], wanted [2, 2]"),
-        ([2, 4, 3, 2, 99], "`samples` has shape [3], wanted [2]"),
-        ([2, 4, 2, 1, 99], "`positions` has shape [1], wanted [2]"),
-        ([2, 4, 2, 2, 7], "`scratch` has shape [7], wanted [8]"),
-        ([2, 0, 2, 2, 99], "vocabulary: got 0, wanted 1 to 524288"),
-    ] {
-        assert_eq!(refused(n, &base), format!("sample: {says}"));
-    }
+    assert_refuses(
+        "sample",
+        "logits [2, 2] samples [2] positions [2] scratch [8]",
+        |[l, s, p, scratch]| next_of([2, l, s, p, scratch], &base),
+    );
+    let says = "sample: vocabulary: got 0, wanted 1 to 524288";
+    assert_eq!(refusal(next_of([2, 0, 2, 2, 99], &base)), says);
 }
 
 /// The same draws by the kernel, on logits of `T`.
@@ -442,11 +440,11 @@ fn kernels_draw_the_tokens_of_the_cpu() {
     });
 }
 
-/// With lengths of tokens, logits, samples, positions, scratch.
-fn refused(n: [usize; 5], params: &Params) -> String {
-    let (mut tokens, mut scratch) = (vec![0; n[0]], vec![0.0f32; n[4]]);
-    let (logits, samples, positions) = (vec![0.0f32; n[1]], vec![0; n[2]], vec![0; n[3]]);
-    refusal(sample::next(
+/// With these lengths of tokens, logits, samples, positions and scratch.
+fn next_of(n: [usize; 5], params: &Params) -> warpo::Result<()> {
+    let ([logits, mut scratch], mut tokens) = (zeros([n[1], n[4]]), vec![0; n[0]]);
+    let (samples, positions) = (vec![0; n[2]], vec![0; n[3]]);
+    sample::next(
         &Device::cpu(),
         (&mut tokens).into(),
         View::from(&logits),
@@ -455,5 +453,5 @@ fn refused(n: [usize; 5], params: &Params) -> String {
         (&samples).into(),
         (&positions).into(),
         (&mut scratch).into(),
-    ))
+    )
 }

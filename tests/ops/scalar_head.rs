@@ -7,9 +7,10 @@ use warpo::{
 };
 
 use crate::support::{
-    OP, assert_bits, assert_earned, assert_nan_only, devices, gather, gradcheck, inner, narrow,
-    randn, refusal, shuffled,
+    OP, assert_bits, assert_earned, assert_nan_only, assert_refuses, devices, gather, gradcheck,
+    inner, narrow, randn, refusal, shuffled,
     sim::{self, Case, Lab},
+    zeros,
 };
 
 fn forward<F: Float>(dev: &Device, h: &[F], w: &[F]) -> Vec<F> {
@@ -223,15 +224,14 @@ fn kernels_refuse_what_does_not_begin_at_a_packet() {
 
 #[test]
 fn wrong_shapes_are_refused() {
-    let dev = Device::cpu();
-    let (mut a, mut b, x) = (vec![0.0f32; 6], vec![0.0f32; 3], vec![0.0f32; 6]);
-    let e = scalar_head::forward(&dev, (&mut a[..1]).into(), (&x).into(), x[..3].into());
-    assert_eq!(refusal(e), "scalar_head: `h` has shape [6], wanted [1, 3]");
-    let mut refused = |dh: usize, dw: usize, dy: usize| {
-        let (dh, dw) = ((&mut a[..dh]).into(), (&mut b[..dw]).into());
-        refusal(scalar_head::backward(&dev, dh, dw, x[..dy].into(), (&x).into(), x[..3].into()))
-    };
-    assert_eq!(refused(6, 3, 3), "scalar_head::backward: `h` has shape [6], wanted [3, 3]");
-    assert_eq!(refused(5, 3, 2), "scalar_head::backward: `dh` has shape [5], wanted [2, 3]");
-    assert_eq!(refused(6, 2, 2), "scalar_head::backward: `dw` has shape [2], wanted [3]");
+    let (dev, w) = (Device::cpu(), [0.0f32; 3]);
+    assert_refuses("scalar_head", "h [2, 3]", |n| {
+        let ([mut y], [h]) = (zeros([2]), zeros(n));
+        scalar_head::forward(&dev, (&mut y).into(), (&h).into(), w[..].into())
+    });
+    assert_refuses("scalar_head::backward", "dh [2, 3] dw [3] h [2, 3]", |n| {
+        let ([mut dh, mut dw, h], [dy]) = (zeros(n), zeros([2]));
+        let (dh, dw) = ((&mut dh).into(), (&mut dw).into());
+        scalar_head::backward(&dev, dh, dw, (&dy).into(), (&h).into(), w[..].into())
+    });
 }

@@ -142,6 +142,44 @@ pub fn refusal<T: std::fmt::Debug>(result: warpo::Result<T>) -> String {
     result.unwrap_err().to_string()
 }
 
+/// Runs an op with each argument of `shapes`, `"x [2, 3] w [3]"`, one element short and one long;
+/// `run` makes arguments of the lengths that it gets. The error names op and argument, what came
+/// and what was wanted, which may count its rows from the argument itself. A scratch may be long.
+#[track_caller]
+pub fn assert_refuses<T: std::fmt::Debug, const N: usize>(
+    op: &str,
+    shapes: &str,
+    mut run: impl FnMut([usize; N]) -> warpo::Result<T>,
+) {
+    let shapes: Vec<(&str, Vec<usize>)> = shapes
+        .trim_end_matches(']')
+        .split(']')
+        .map(|one| one.trim().split_once(" [").unwrap())
+        .map(|(name, dims)| (name, dims.split(", ").map(|n| n.parse().unwrap()).collect()))
+        .collect();
+    let good: [usize; N] = std::array::from_fn(|i| shapes[i].1.iter().product());
+    assert_eq!(shapes.len(), N);
+    run(good).unwrap();
+    for (i, (name, shape)) in shapes.iter().enumerate() {
+        let long = good[i] + usize::from(*name != "scratch");
+        for len in [good[i] - 1, long].into_iter().filter(|len| *len != good[i]) {
+            let mut lens = good;
+            lens[i] = len;
+            let says = refusal(run(lens));
+            let mut own = shape.clone();
+            own[0] = len / own[1..].iter().product::<usize>();
+            let is = [shape, &own]
+                .map(|want| format!("{op}: `{name}` has shape [{len}], wanted {want:?}"));
+            assert!(is.contains(&says), "{says}, wanted one of {is:?}");
+        }
+    }
+}
+
+/// Zeros of these lengths.
+pub fn zeros<const N: usize>(lens: [usize; N]) -> [Vec<f32>; N] {
+    lens.map(|n| vec![0.0; n])
+}
+
 /// f64 copies.
 pub fn wide<F: Float>(x: &[F]) -> Vec<f64> {
     x.iter().map(|x| x.f64()).collect()
