@@ -128,7 +128,7 @@ fn without_its_mistake_every_kernel_is_clean() {
 fn every_seeded_mistake_is_found() {
     for f in &FAULTS {
         let (name, says) = (f.name, f.says);
-        let Some(sim) = Sim::build(f.variant) else { return };
+        let Some(sim) = Sim::build(f.variant) else { continue };
         let text = if f.variant == Variant::Plain {
             f.run(&sim, true).unwrap_or_default()
         } else {
@@ -190,8 +190,8 @@ fn a_kernel_that_writes_past_a_buffer_of_the_arena_is_caught() {
     let caught = catch_unwind(AssertUnwindSafe(|| add_to_64(&dev, 65))).unwrap_err();
     let text = caught.downcast_ref::<&str>().unwrap();
     assert_eq!(*text, "a buffer was written past its end");
-    // Where kernels can be watched, it is caught in the act.
-    let sim = Sim::build(Variant::Address).unwrap();
+    // AddressSanitizer catches it in the act.
+    let Some(sim) = Sim::build(Variant::Address) else { return };
     let (ok, text) = sim.child("device::cuda::writes_past_a_buffer");
     assert!(!ok && text.contains("use-after-poison"), "{text}");
     assert!(text.contains("partials.cuh:"), "{text}");

@@ -230,7 +230,7 @@ fn every_mistake_with_hopper_is_found() {
     for subject in subjects() {
         for (i, says) in subject.says.iter().enumerate() {
             let run = |order| subject.run(&sim, order, i + 1).unwrap_or_default();
-            let texts: Vec<String> = sim.orders().into_iter().map(run).collect();
+            let texts: Vec<String> = sim::orders().into_iter().map(run).collect();
             let name = subject.name;
             // What stops it, and not its output, names the line.
             let named =

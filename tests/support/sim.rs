@@ -67,14 +67,16 @@ pub struct Sim {
     library: PathBuf,
 }
 
-const CHILD: &str = "WARPO_SIM";
+/// `all` runs kernels under the sanitizers, too, and in many orders of threads and blocks. A test
+/// sets it to a variant and its library in the processes that it starts.
+const SIM: &str = "WARPO_SIM";
 
 /// Runs the kernels of all tests on this GPU, `cuda:0`, and not on the simulator.
 const GPU: &str = "WARPO_GPU";
 
-/// Runs `test` plain in this process, and under each sanitizer in a process of its own, as a
-/// sanitizer must be loaded before everything else; or on a GPU only, where `$WARPO_GPU` names one.
-/// The closure stands directly in the `#[test]` function.
+/// Runs `test` plain in this process and, where `WARPO_SIM=all` asks for them, under each sanitizer
+/// in a process of its own, as a sanitizer must be loaded before everything else; or on a GPU only,
+/// where `$WARPO_GPU` names one. The closure stands directly in the `#[test]` function.
 pub fn check<F: Fn(&Sim)>(test: F) {
     if let Some(gpu) = Sim::of_gpu() {
         return test(&gpu);
@@ -82,13 +84,12 @@ pub fn check<F: Fn(&Sim)>(test: F) {
     if let Some(sim) = Sim::of_child() {
         return test(&sim);
     }
-    for variant in Variant::SIMULATED {
-        let Some(sim) = Sim::build(variant) else { return };
-        if variant == Variant::Plain {
+    for sim in Variant::SIMULATED.into_iter().filter_map(Sim::build) {
+        if sim.variant == Variant::Plain {
             test(&sim);
         } else {
             let (ok, text) = sim.child(test_name::<F>());
-            assert!(ok && text.contains("1 passed"), "under {variant:?}:\n{text}");
+            assert!(ok && text.contains("1 passed"), "under {:?}:\n{text}", sim.variant);
         }
     }
 }
@@ -105,6 +106,16 @@ pub fn on_devices(mut test: impl FnMut(&Device)) {
     }
 }
 
+/// Whether the sanitizers and all orders are asked for.
+fn all() -> bool {
+    std::env::var(SIM).is_ok_and(|value| value == "all")
+}
+
+/// Eight orders of threads and blocks, the natural one first.
+pub fn orders() -> Vec<Order> {
+    (0..8).map(|i| Order { threads: i, blocks: i % 4 }).collect()
+}
+
 /// The name of the test function around a closure.
 pub fn test_name<F>() -> &'static str {
     let name = type_name::<F>().trim_end_matches("::{{closure}}");
@@ -114,7 +125,7 @@ pub fn test_name<F>() -> &'static str {
 impl Sim {
     /// The one that this process was started for.
     pub fn of_child() -> Option<Self> {
-        let value = std::env::var(CHILD).ok()?;
+        let value = std::env::var(SIM).ok()?;
         let (name, library) = value.split_once(':')?;
         let variant = Variant::SIMULATED.into_iter().find(|v| v.name() == name)?;
         Some(Self::of(variant, library.into()))
@@ -131,8 +142,12 @@ impl Sim {
         Self::of_gpu().or_else(Self::of_child).or_else(|| Self::build(Variant::Plain))
     }
 
-    /// Compiles it, unless that was done before; none without g++.
+    /// Compiles it, unless that was done before; none without g++, nor with a sanitizer that
+    /// nobody asks for.
     pub fn build(variant: Variant) -> Option<Self> {
+        if variant != Variant::Plain && !all() {
+            return None;
+        }
         static TURN: Mutex<()> = Mutex::new(());
         let _turn = TURN.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let Ok(version) = Command::new("g++").arg("--version").output() else {
@@ -169,11 +184,16 @@ impl Sim {
         Device::Cuda(Cuda::simulated(&self.library, order, arch).unwrap())
     }
 
-    /// Orders of threads and blocks, the natural one first; fewer under a sanitizer, which looks at
-    /// one order and infers the others.
+    /// Orders of threads and blocks, the natural one first: a sanitizer looks at one order and
+    /// infers the others.
     pub fn orders(&self) -> Vec<Order> {
-        let n = if matches!(self.variant, Variant::Plain | Variant::Gpu) { 8 } else { 2 };
-        (0..n).map(|i| Order { threads: i, blocks: i % 4 }).collect()
+        let mut orders = orders();
+        orders.truncate(match self.variant {
+            Variant::Address | Variant::Thread => 2,
+            Variant::Plain if !all() => 3,
+            Variant::Plain | Variant::Gpu => 8,
+        });
+        orders
     }
 
     pub fn library(&self) -> &Path {
@@ -190,7 +210,7 @@ impl Sim {
         let mut command = Command::new(std::env::current_exe().unwrap());
         command.args([name, "--exact", "--include-ignored", "--nocapture"]);
         command.envs(envs.iter().copied());
-        command.env(CHILD, format!("{}:{}", self.variant.name(), self.library.display()));
+        command.env(SIM, format!("{}:{}", self.variant.name(), self.library.display()));
         let preload = match self.variant {
             Variant::Plain | Variant::Gpu => None,
             Variant::Address => Some("libasan.so"),
