@@ -30,11 +30,14 @@ use warpo::{
     device::{Buffer, Cuda, Device, Element},
     ops::{
         activation::{self, Activation},
-        adamw, bradley_terry, embedding, gae, grad_norm, layer_norm, next_ids, nll,
-        ppo_loss::{self, Tokens},
+        adamw,
+        bradley_terry::{self, Pairs},
+        embedding, gae, grad_norm, layer_norm, next_ids, nll,
+        ppo_loss::{self, PpoLoss, PpoTokens},
         residual, rms_norm,
         rope::{self, Rope, Table},
-        sample, value_loss,
+        sample,
+        value_loss::{self, ValueLoss, ValueTokens},
         whiten::{self, Moments, Variance},
     },
     rng::{Philox, Purpose, Stream},
@@ -272,22 +275,20 @@ fn losses(b: &mut Bench) {
     let n = b.sizes.tokens;
     let [x, y, z] = [1, 2, 3].map(|i| b.inputs::<f32>(i, n));
     let (mut d, mut e) = (b.inputs::<f32>(4, n), b.inputs::<f32>(5, n));
-    let settings = ppo_loss::Settings {
-        clip_low: 0.2,
-        clip_high: 0.2,
-        dual_clip: None,
-        kl: None,
-        entropy_coef: 0.0,
-    };
+    let settings =
+        PpoLoss { clip_low: 0.2, clip_high: 0.2, dual_clip: None, kl: None, entropy_coef: 0.0 };
     let denominator = n as f64;
     b.run("ppo_loss", 16 * n, |dev, i| {
         let (logp, old_logp, advantages) = (x[i].view(), y[i].view(), z[i].view());
-        let t = Tokens { logp, old_logp, ref_logp: None, entropy: None, advantages };
+        let t =
+            PpoTokens { logp, old_logp, ref_logp: None, entropy: None, advantages, weights: None };
         drop(ppo_loss::policy(dev, d[i].view_mut(), None, t, &settings, denominator).unwrap());
     });
     b.run("value_loss", 16 * n, |dev, i| {
-        let (d, v, old, ret) = (d[i].view_mut(), x[i].view(), y[i].view(), z[i].view());
-        drop(value_loss::forward(dev, d, v, old, ret, Some(0.2), 0.5, denominator).unwrap());
+        let (v, old, returns) = (x[i].view(), y[i].view(), z[i].view());
+        let t = ValueTokens { v, old, returns, weights: None };
+        let s = ValueLoss { clip: Some(0.2), coef: 0.5 };
+        drop(value_loss::forward(dev, d[i].view_mut(), t, s, denominator).unwrap());
     });
     b.run("nll", 12 * n, |dev, i| {
         let (d, x, y) = (d[i].view_mut(), x[i].view(), y[i].view());
@@ -295,8 +296,8 @@ fn losses(b: &mut Bench) {
     });
     let none = Buffer::<f32>::zeros(&b.dev, "margins", 0).unwrap();
     b.run("bradley_terry", 8 * n, |dev, i| {
-        let (d, x) = (d[i].view_mut(), x[i].view());
-        drop(bradley_terry::forward(dev, d, x, none.view(), 0.0, denominator).unwrap());
+        let t = Pairs { scores: x[i].view(), margins: none.view(), weights: None };
+        drop(bradley_terry::forward(dev, d[i].view_mut(), t, 0.0, denominator).unwrap());
     });
     let offsets: Vec<u32> = (0..n as u32).step_by(500).chain([n as u32]).collect();
     let offsets = Buffer::of(&b.dev, "offsets", &offsets).unwrap();

@@ -15,15 +15,17 @@ use warpo::{
         activation::{self, Activation},
         adamw,
         attention::{self, KvLayer, PAGE, Segment, Shape},
-        bradley_terry, embedding, gae, grad_norm,
+        bradley_terry::{self, Pairs},
+        embedding, gae, grad_norm,
         kl::KlEstimator,
         layer_norm, logprob,
         matmul::{self, Packed},
         nll,
-        ppo_loss::{self, KlTerm, Tokens},
+        ppo_loss::{self, KlTerm, PpoLoss, PpoTokens},
         residual, rms_norm,
         rope::{self, Rope, Table},
-        sample, scalar_head, value_loss,
+        sample, scalar_head,
+        value_loss::{self, ValueLoss, ValueTokens},
         whiten::{self, Moments, Variance},
     },
     rng::{Purpose, Stream},
@@ -271,30 +273,25 @@ fn losses(c: &mut Criterion) {
     let (logp, old, reference, adv) = (col(1), col(2), col(3), col(4));
     let (mut d, mut e) = (vec![0.0; n], vec![0.0; n]);
     let kl = Some(KlTerm { coef: 0.05, estimator: KlEstimator::K3, unbiased: true });
-    let settings = ppo_loss::Settings {
-        clip_low: 0.2,
-        clip_high: 0.28,
-        dual_clip: Some(3.0),
-        kl,
-        entropy_coef: 0.01,
-    };
+    let settings =
+        PpoLoss { clip_low: 0.2, clip_high: 0.28, dual_clip: Some(3.0), kl, entropy_coef: 0.01 };
     bench(&mut g, "ppo_loss/cpu/f32/65536", moves(7 * n), || {
-        let tokens = Tokens {
+        let tokens = PpoTokens {
             logp: (&logp).into(),
             old_logp: (&old).into(),
             ref_logp: Some((&reference).into()),
             entropy: Some((&adv).into()),
             advantages: (&adv).into(),
+            weights: None,
         };
         let (d, e) = ((&mut d).into(), Some((&mut e).into()));
         ppo_loss::policy(dev, d, e, tokens, &settings, n as f64).unwrap().get().unwrap();
     });
     bench(&mut g, "value_loss/cpu/f32/65536", moves(4 * n), || {
-        let (d, v) = ((&mut d).into(), (&logp).into());
-        value_loss::forward(dev, d, v, (&old).into(), (&adv).into(), Some(0.2), 0.1, n as f64)
-            .unwrap()
-            .get()
-            .unwrap();
+        let (v, old, returns) = ((&logp).into(), (&old).into(), (&adv).into());
+        let t = ValueTokens { v, old, returns, weights: None };
+        let s = ValueLoss { clip: Some(0.2), coef: 0.1 };
+        value_loss::forward(dev, (&mut d).into(), t, s, n as f64).unwrap().get().unwrap();
     });
     bench(&mut g, "nll/cpu/f32/65536", moves(3 * n), || {
         nll::forward(dev, (&mut d).into(), (&logp).into(), (&old).into(), n as f64)
@@ -303,8 +300,8 @@ fn losses(c: &mut Criterion) {
             .unwrap();
     });
     bench(&mut g, "bradley_terry/cpu/f32/65536", moves(2 * n), || {
-        let margins = View::from(&[][..]);
-        bradley_terry::forward(dev, (&mut d).into(), (&logp).into(), margins, 0.01, n as f64 / 2.0)
+        let t = Pairs { scores: (&logp).into(), margins: View::from(&[][..]), weights: None };
+        bradley_terry::forward(dev, (&mut d).into(), t, 0.01, n as f64 / 2.0)
             .unwrap()
             .get()
             .unwrap();

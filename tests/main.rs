@@ -67,6 +67,7 @@ mod ops {
     mod rope;
     mod sample;
     mod scalar_head;
+    mod token_loss;
     mod value_loss;
     mod whiten;
 }

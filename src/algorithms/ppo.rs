@@ -21,8 +21,9 @@ use crate::{
     ops::{
         gae,
         kl::KlEstimator,
-        ppo_loss::{self, KlTerm},
-        sample, value_loss,
+        ppo_loss::{self, KlTerm, PpoLoss, PpoSums, PpoTokens},
+        sample,
+        value_loss::{self, ValueLoss, ValueSums, ValueTokens},
         whiten::{self, Moments, Variance},
     },
 };
@@ -133,8 +134,8 @@ pub struct Ppo {
     settings: PpoSettings,
     kl_coef: f64,
     /// Of each micro-batch.
-    policy: Vec<Later<ppo_loss::Stats>>,
-    value: Vec<Later<value_loss::Stats>>,
+    policy: Vec<Later<PpoSums>>,
+    value: Vec<Later<ValueSums>>,
     updates: f64,
     /// KL of a sequence and number of sequences of the step, for the adaptation of `kl_coef`.
     kl: f64,
@@ -342,19 +343,20 @@ impl Algorithm for Ppo {
             estimator: self.estimator(),
             unbiased: true,
         });
-        let settings = ppo_loss::Settings {
+        let settings = PpoLoss {
             clip_low: s.clip_range,
             clip_high: s.clip_range_high.unwrap_or(s.clip_range),
             dual_clip: s.dual_clip,
             kl,
             entropy_coef: s.entropy_coef,
         };
-        let tokens = ppo_loss::Tokens {
+        let tokens = PpoTokens {
             logp,
             old_logp: micro.view(Column::OldLogp),
             ref_logp: Some(micro.view(Column::RefLogp)),
             entropy,
             advantages: micro.view(Column::Advantages),
+            weights: None,
         };
         let total = c.tokens() as f64;
         self.policy.push(ppo_loss::policy(dev, dlogp, dentropy, tokens, &settings, total)?);
@@ -373,15 +375,15 @@ impl Algorithm for Ppo {
     ) -> Result<()> {
         let s = &self.settings;
         let (old, returns) = (micro.view(Column::OldValues), micro.view(Column::Returns));
+        let t = ValueTokens { v: y, old, returns, weights: None };
+        let loss = ValueLoss { clip: s.value_clip, coef: s.value_coef };
         let total = micro.columns.tokens() as f64;
-        let stats =
-            value_loss::forward(dev, dy, y, old, returns, s.value_clip, s.value_coef, total)?;
-        self.value.push(stats);
+        self.value.push(value_loss::forward(dev, dy, t, loss, total)?);
         Ok(())
     }
 
     fn finish(&mut self, out: &mut Metrics) -> Result<()> {
-        let (mut p, mut v) = (ppo_loss::Stats::default(), value_loss::Stats::default());
+        let (mut p, mut v) = (PpoSums::default(), ValueSums::default());
         for part in self.policy.drain(..) {
             p.merge(&part.get()?);
         }

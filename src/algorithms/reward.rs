@@ -6,7 +6,7 @@ use crate::{
     config::Section,
     device::{Device, Later, View, ViewMut},
     error::Result,
-    ops::bradley_terry::{self, Stats},
+    ops::bradley_terry::{self, PairSums, Pairs},
 };
 
 crate::settings! {
@@ -23,7 +23,7 @@ crate::settings! {
 pub struct Reward {
     settings: RewardSettings,
     /// Of each micro-batch.
-    stats: Vec<Later<Stats>>,
+    stats: Vec<Later<PairSums>>,
 }
 
 pub(super) const ENTRY: Entry = Entry {
@@ -65,13 +65,14 @@ impl Algorithm for Reward {
         dy: ViewMut<'_, f32>,
     ) -> Result<()> {
         let pairs = micro.columns.sequences() / 2;
-        let (margins, centre) = (micro.view(Column::Margins), self.settings.center_coef);
-        self.stats.push(bradley_terry::forward(dev, dy, y, margins, centre, pairs as f64)?);
+        let t = Pairs { scores: y, margins: micro.view(Column::Margins), weights: None };
+        let centre = self.settings.center_coef;
+        self.stats.push(bradley_terry::forward(dev, dy, t, centre, pairs as f64)?);
         Ok(())
     }
 
     fn finish(&mut self, out: &mut Metrics) -> Result<()> {
-        let mut s = Stats::default();
+        let mut s = PairSums::default();
         for part in self.stats.drain(..) {
             s.merge(&part.get()?);
         }

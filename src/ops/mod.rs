@@ -24,5 +24,6 @@ pub mod rms_norm;
 pub mod rope;
 pub mod sample;
 pub mod scalar_head;
+mod token_loss;
 pub mod value_loss;
 pub mod whiten;

@@ -1,10 +1,19 @@
 //! The loss of supervised fine-tuning: the weighted negative log-likelihood of tokens.
 
+use super::token_loss::{Input, TokenLoss, sums};
 use crate::{
-    device::{Device, Float, Later, View, ViewMut, Work, cuda::kernels::nll as kernel},
+    device::{Device, Float, Later, View, ViewMut, cuda::kernels::nll as kernel},
     error::Result,
-    shape,
 };
+
+sums! {
+    /// Sums over the tokens of a micro-batch.
+    pub struct NllSums {
+        tokens,
+        /// Not yet divided by the denominator.
+        loss,
+    }
+}
 
 /// Writes `dlogp = -weights / denominator` `[tokens]` and returns
 /// `-sum weights logp / denominator`. `denominator` is the weight of the whole optimizer step.
@@ -17,27 +26,27 @@ pub fn forward<F: Float>(
     weights: View<'_, F>,
     denominator: f64,
 ) -> Result<Later<f64>> {
-    let n = logp.len();
-    shape::check("nll", "weights", &[n], weights.len())?;
-    shape::check("nll", "dlogp", &[n], dlogp.len())?;
-    let _op = dev.op("nll", || Work::moves::<F>(3 * n));
-    match dev {
-        Device::Cpu(_) => {
-            let (d, logp, weights) = (dlogp.host(), logp.host(), weights.host());
-            let mut sum = 0.0;
-            for i in 0..n {
-                sum -= weights[i].f64() * logp[i].f64();
-                d[i] = F::of(-weights[i].f64() / denominator);
-            }
-            Ok(Later::now(sum / denominator))
+    let tokens = logp.len();
+    let loss = TokenLoss {
+        op: "nll",
+        tokens,
+        inputs: [Input::new("logp", logp)],
+        weights: Some(weights),
+        grads: [("dlogp", Some(dlogp))],
+    };
+    let token = |[logp]: [f64; 1]| ([-1.0 / denominator], NllSums { tokens: 1.0, loss: -logp });
+    let sums = loss.run(dev, token, |to| {
+        let [dlogp] = to.grads;
+        kernel::Forward {
+            dlogp,
+            partial: to.partial,
+            logp,
+            weights,
+            tokens,
+            share: to.share,
+            scale: 1.0 / denominator,
         }
-        Device::Cuda(cuda) => {
-            let scale = 1.0 / denominator;
-            let sums = cuda.sums(n, 0, |launch, partial, share| {
-                kernel::Forward { dlogp, partial, logp, weights, tokens: n, share, scale }
-                    .launch(cuda, launch)
-            })?;
-            Ok(sums.map(|[loss]| loss))
-        }
-    }
+        .launch(to.cuda, to.launch)
+    })?;
+    Ok(sums.map(move |sums| sums.loss / denominator))
 }

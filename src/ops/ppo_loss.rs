@@ -5,11 +5,13 @@
 //! A < 0 at most `-c A` under dual clip; plus `kl_coef * k(logp, ref)`, minus
 //! `entropy_coef * entropy`.
 
-use super::kl::KlEstimator;
+use super::{
+    kl::KlEstimator,
+    token_loss::{Input, TokenLoss, sums},
+};
 use crate::{
-    device::{Cuda, Device, Float, Later, View, ViewMut, Work, cuda::kernels::ppo_loss as kernel},
+    device::{Device, Float, Later, View, ViewMut, cuda::kernels::ppo_loss as kernel},
     error::Result,
-    shape,
 };
 
 /// The loss of a KL term.
@@ -24,7 +26,7 @@ pub struct KlTerm {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Settings {
+pub struct PpoLoss {
     /// Clip below `1 - clip_low` (0.2 in TRL, OpenRLHF, verl).
     pub clip_low: f64,
     /// Clip above `1 + clip_high`.
@@ -39,7 +41,7 @@ pub struct Settings {
 
 /// Columns of a micro-batch, `[tokens]` each.
 #[derive(Clone, Copy, Debug)]
-pub struct Tokens<'a, F> {
+pub struct PpoTokens<'a, F> {
     pub logp: View<'a, F>,
     /// Log-prob when it was sampled.
     pub old_logp: View<'a, F>,
@@ -48,43 +50,29 @@ pub struct Tokens<'a, F> {
     /// Entropy of the prediction; read with an entropy bonus.
     pub entropy: Option<View<'a, F>>,
     pub advantages: View<'a, F>,
+    pub weights: Option<View<'a, F>>,
 }
 
-/// Sums over the tokens of a micro-batch; add them up and divide by `tokens`.
-#[derive(Clone, Copy, Debug, Default, PartialEq)]
-pub struct Stats {
-    pub tokens: f64,
-    /// The whole loss, already divided by the denominator.
-    pub loss: f64,
-    pub policy: f64,
-    /// KL estimates of the KL term, without its coefficient.
-    pub kl: f64,
-    pub entropy: f64,
-    /// Tokens whose ratio is below the range and whose clipped branch is the loss.
-    pub clipped_low: f64,
-    /// Tokens whose ratio is above the range and whose clipped branch is the loss.
-    pub clipped_high: f64,
-    /// Tokens that dual clip bounds.
-    pub dual_clipped: f64,
-    /// `(rho - 1) - log rho`: k3 of old against new.
-    pub approx_kl: f64,
-    pub max_log_ratio: f64,
-}
-
-impl Stats {
-    /// Adds the next micro-batch.
-    pub fn merge(&mut self, o: &Self) {
-        self.tokens += o.tokens;
-        self.loss += o.loss;
-        self.policy += o.policy;
-        self.kl += o.kl;
-        self.entropy += o.entropy;
-        self.clipped_low += o.clipped_low;
-        self.clipped_high += o.clipped_high;
-        self.dual_clipped += o.dual_clipped;
-        self.approx_kl += o.approx_kl;
-        // `f64::max` would drop a NaN.
-        self.max_log_ratio = self.max_log_ratio.max_nan(o.max_log_ratio);
+sums! {
+    /// Sums over the tokens of a micro-batch; add them up and divide by `tokens`.
+    pub struct PpoSums {
+        tokens,
+        /// The whole loss, already divided by the denominator.
+        loss,
+        policy,
+        /// KL estimates of the KL term, without its coefficient.
+        kl,
+        entropy,
+        /// Tokens whose ratio is below the range and whose clipped branch is the loss.
+        clipped_low,
+        /// Tokens whose ratio is above the range and whose clipped branch is the loss.
+        clipped_high,
+        /// Tokens that dual clip bounds.
+        dual_clipped,
+        /// `(rho - 1) - log rho`: k3 of old against new.
+        approx_kl,
+        ;
+        max_log_ratio,
     }
 }
 
@@ -100,141 +88,87 @@ pub fn policy<F: Float>(
     dev: &Device,
     dlogp: ViewMut<'_, F>,
     dentropy: Option<ViewMut<'_, F>>,
-    t: Tokens<'_, F>,
-    s: &Settings,
+    t: PpoTokens<'_, F>,
+    s: &PpoLoss,
     denominator: f64,
-) -> Result<Later<Stats>> {
-    const OP: &str = "ppo_loss";
-    let n = t.logp.len();
-    shape::check(OP, "old_logp", &[n], t.old_logp.len())?;
-    shape::check(OP, "advantages", &[n], t.advantages.len())?;
-    shape::check(OP, "dlogp", &[n], dlogp.len())?;
-    let need = |there: Option<View<'_, F>>| there.map_or(0, |c| c.len());
-    if s.kl.is_some() {
-        shape::check(OP, "ref_logp", &[n], need(t.ref_logp))?;
-    }
-    if s.entropy_coef != 0.0 || t.entropy.is_some() {
-        shape::check(OP, "entropy", &[n], need(t.entropy))?;
-    }
-    if let Some(d) = &dentropy {
-        shape::check(OP, "dentropy", &[n], d.len())?;
-    }
-    let _op = dev.op(OP, || {
-        let more = [s.kl.is_some(), t.entropy.is_some(), dentropy.is_some()];
-        Work::moves::<F>(n * (4 + more.into_iter().filter(|there| *there).count()))
-    });
-    match dev {
-        Device::Cpu(_) => {
-            if let Some(d) = dentropy {
-                d.host().fill(F::of(-s.entropy_coef / denominator));
+) -> Result<Later<PpoSums>> {
+    let tokens = t.logp.len();
+    let ref_logp = t.ref_logp.filter(|_| s.kl.is_some());
+    let loss = TokenLoss {
+        op: "ppo_loss",
+        tokens,
+        inputs: [
+            Input::new("logp", t.logp),
+            Input::new("old_logp", t.old_logp),
+            Input::optional("ref_logp", ref_logp, s.kl.is_some()),
+            Input::optional("entropy", t.entropy, s.entropy_coef != 0.0),
+            Input::new("advantages", t.advantages),
+        ],
+        weights: t.weights,
+        grads: [("dlogp", Some(dlogp)), ("dentropy", dentropy)],
+    };
+    loss.run(
+        dev,
+        |x| token(s, denominator, x),
+        |to| {
+            let [dlogp, dentropy] = to.grads;
+            kernel::Forward {
+                dlogp,
+                dentropy,
+                partial: to.partial,
+                logp: t.logp,
+                old_logp: t.old_logp,
+                ref_logp,
+                entropy: t.entropy,
+                advantages: t.advantages,
+                weights: t.weights,
+                tokens,
+                share: to.share,
+                low: 1.0 - s.clip_low,
+                high: 1.0 + s.clip_high,
+                dual: s.dual_clip.unwrap_or(f64::INFINITY),
+                estimator: s.kl.map_or(0, |kl| kl.estimator as usize),
+                unbiased: s.kl.is_some_and(|kl| kl.unbiased).into(),
+                kl_coef: s.kl.map_or(0.0, |kl| kl.coef),
+                entropy_coef: s.entropy_coef,
+                scale: 1.0 / denominator,
             }
-            Ok(Later::now(on_cpu(dlogp.host(), &t, s, denominator)))
-        }
-        Device::Cuda(cuda) => on_cuda(cuda, dlogp, dentropy, &t, s, denominator),
-    }
+            .launch(to.cuda, to.launch)
+        },
+    )
 }
 
-fn on_cuda<F: Float>(
-    cuda: &Cuda,
-    dlogp: ViewMut<'_, F>,
-    dentropy: Option<ViewMut<'_, F>>,
-    t: &Tokens<'_, F>,
-    s: &Settings,
-    denominator: f64,
-) -> Result<Later<Stats>> {
-    let n = t.logp.len();
-    let (low, high) = (1.0 - s.clip_low, 1.0 + s.clip_high);
-    let dual = s.dual_clip.unwrap_or(f64::INFINITY);
-    let reference = t.ref_logp.filter(|_| s.kl.is_some());
-    let term = s.kl.map_or((0, 0, 0.0), |k| (k.estimator as usize, k.unbiased.into(), k.coef));
-    let (estimator, unbiased, coef) = term;
-    let sums = cuda.sums(n, 1, |launch, partial, share| {
-        let (logp, old, entropy, adv) = (t.logp, t.old_logp, t.entropy, t.advantages);
-        kernel::Forward {
-            dlogp,
-            dentropy,
-            partial,
-            logp,
-            old_logp: old,
-            ref_logp: reference,
-            entropy,
-            advantages: adv,
-            tokens: n,
-            share,
-            low,
-            high,
-            dual,
-            estimator,
-            unbiased,
-            kl_coef: coef,
-            entropy_coef: s.entropy_coef,
-            scale: 1.0 / denominator,
-        }
-        .launch(cuda, launch)
-    })?;
-    let tokens = n as f64;
-    Ok(sums.map(move |sums| {
-        let [loss, policy, kl, entropy, low, high, dual_clipped, approx_kl, max_log_ratio] = sums;
-        Stats {
-            tokens,
-            loss,
-            policy,
-            kl,
-            entropy,
-            clipped_low: low,
-            clipped_high: high,
-            dual_clipped,
-            approx_kl,
-            max_log_ratio,
-        }
-    }))
-}
-
-fn on_cpu<F: Float>(dlogp: &mut [F], t: &Tokens<'_, F>, s: &Settings, denominator: f64) -> Stats {
-    let (logp, old, adv) = (t.logp.host(), t.old_logp.host(), t.advantages.host());
-    let (reference, entropy) = (t.ref_logp.map(View::host), t.entropy.map(View::host));
-    let n = logp.len();
-    let mut stats = Stats { tokens: n as f64, ..Stats::default() };
-    // A few numbers a token, against thousands in the model: plain f64 keeps it exact.
-    for i in 0..n {
-        let log_ratio = logp[i].f64() - old[i].f64();
-        let ratio = libm::exp(log_ratio);
-        let a = adv[i].f64();
-        let (mut loss, mut slope) = clipped(a, ratio, s, &mut stats);
-        if let Some(c) = s.dual_clip.filter(|_| a < 0.0) {
-            let bound = -a * c;
-            if loss > bound {
-                (loss, slope) = (bound, 0.0);
-                stats.dual_clipped += 1.0;
-            }
-        }
-        stats.policy += loss;
-        if let (Some(kl), Some(reference)) = (&s.kl, reference) {
-            let (l, r) = (logp[i].f64(), reference[i].f64());
-            let (k, dk) = (kl.estimator.value(l, r), kl.estimator.slope(l, r));
-            stats.kl += k;
-            // The value of the weighted estimate is rho k; its gradient rho (dk + k).
-            let (k, dk) = if kl.unbiased { (ratio * k, ratio * (dk + k)) } else { (k, dk) };
-            loss += kl.coef * k;
-            slope += kl.coef * dk;
-        }
-        if let Some(entropy) = entropy {
-            stats.entropy += entropy[i].f64();
-            loss -= s.entropy_coef * entropy[i].f64();
-        }
-        stats.loss += loss / denominator;
-        stats.approx_kl += (ratio - 1.0) - log_ratio;
-        let size = log_ratio.abs();
-        if size > stats.max_log_ratio || size.is_nan() {
-            stats.max_log_ratio = size;
-        }
-        dlogp[i] = F::of(slope / denominator);
+fn token(s: &PpoLoss, denominator: f64, x: [f64; 5]) -> ([f64; 2], PpoSums) {
+    let [logp, old, reference, entropy, a] = x;
+    let log_ratio = logp - old;
+    let ratio = libm::exp(log_ratio);
+    let mut sums = PpoSums {
+        tokens: 1.0,
+        entropy,
+        approx_kl: (ratio - 1.0) - log_ratio,
+        max_log_ratio: log_ratio.abs(),
+        ..PpoSums::default()
+    };
+    let (mut loss, mut slope) = clipped(a, ratio, s, &mut sums);
+    if let Some(bound) = s.dual_clip.filter(|_| a < 0.0).map(|c| -a * c).filter(|b| loss > *b) {
+        (loss, slope, sums.dual_clipped) = (bound, 0.0, 1.0);
     }
-    stats
+    sums.policy = loss;
+    if let Some(kl) = &s.kl {
+        let (k, dk) = (kl.estimator.value(logp, reference), kl.estimator.slope(logp, reference));
+        sums.kl = k;
+        // The value of the weighted estimate is rho k; its gradient rho (dk + k).
+        let (k, dk) = if kl.unbiased { (ratio * k, ratio * (dk + k)) } else { (k, dk) };
+        loss += kl.coef * k;
+        slope += kl.coef * dk;
+    }
+    loss -= s.entropy_coef * entropy;
+    sums.loss = loss / denominator;
+    ([slope / denominator, -s.entropy_coef / denominator], sums)
 }
 
 /// The clipped surrogate and its derivative in `logp` (`d rho / d logp = rho`).
-fn clipped(a: f64, ratio: f64, s: &Settings, stats: &mut Stats) -> (f64, f64) {
+fn clipped(a: f64, ratio: f64, s: &PpoLoss, sums: &mut PpoSums) -> (f64, f64) {
     let (low, high) = (1.0 - s.clip_low, 1.0 + s.clip_high);
     let free = -a * ratio;
     if (low..=high).contains(&ratio) {
@@ -242,8 +176,7 @@ fn clipped(a: f64, ratio: f64, s: &Settings, stats: &mut Stats) -> (f64, f64) {
     }
     let bound = -a * ratio.clamp(low, high);
     if bound > free {
-        let count = if ratio < low { &mut stats.clipped_low } else { &mut stats.clipped_high };
-        *count += 1.0;
+        *(if ratio < low { &mut sums.clipped_low } else { &mut sums.clipped_high }) = 1.0;
         (bound, 0.0)
     } else if bound < free || ratio.is_nan() {
         (free, free)

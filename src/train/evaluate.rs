@@ -2,7 +2,11 @@
 
 use super::Trainer;
 use crate::{
-    algorithms::Metrics, device::Element, error::Result, models::Pass, ops::bradley_terry,
+    algorithms::Metrics,
+    device::Element,
+    error::Result,
+    models::Pass,
+    ops::bradley_terry::{self, Pairs},
 };
 
 impl<T: Element<Acc = f32>> Trainer<T> {
@@ -35,8 +39,9 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         }
         let pairs = (out.len() / 2) as f64;
         let mut d = vec![0.0; out.len()];
-        let (d, y, m) = ((&mut d).into(), (&out).into(), (&columns.margins).into());
-        let stats = bradley_terry::forward(&self.host, d, y, m, 0.0, pairs)?.get()?;
+        let (scores, margins) = ((&out).into(), (&columns.margins).into());
+        let t = Pairs { scores, margins, weights: None };
+        let stats = bradley_terry::forward(&self.host, (&mut d).into(), t, 0.0, pairs)?.get()?;
         Ok(vec![("eval_loss", stats.loss), ("eval_accuracy", stats.right / pairs)])
     }
 }

@@ -10,11 +10,13 @@ use warpo::{
         PassShape, Rows,
     },
     ops::{
-        bradley_terry, gae, grad_norm,
+        bradley_terry::{self, Pairs},
+        gae, grad_norm,
         kl::KlEstimator,
         matmul,
-        ppo_loss::{self, Tokens},
-        sample, value_loss,
+        ppo_loss::{self, PpoLoss, PpoTokens},
+        sample,
+        value_loss::{self, ValueLoss, ValueTokens},
         whiten::{self, Moments, Variance},
     },
     rng::{Purpose, Stream},
@@ -357,8 +359,8 @@ fn reward_scores_losses_and_gradients_are_those_of_hugging_face() {
                     ("loss", &[], 0.0), // last: its gradient goes on
                 ] {
                     let (dy, margins) = (dy.reborrow(), margins.into());
-                    let s =
-                        bradley_terry::forward(&dev, dy, y, margins, centre, n as f64)?.get()?;
+                    let t = Pairs { scores: y, margins, weights: None };
+                    let s = bradley_terry::forward(&dev, dy, t, centre, n as f64)?.get()?;
                     assert_close(key, &[s.loss], &[g.scalar(key)], 1e-12, 1e-12);
                 }
                 Ok(())
@@ -505,14 +507,15 @@ fn ppo_losses_and_gradients_are_those_of_trl() {
                 // k1 last: its gradient goes on
                 for tag in ["k3w/", ""] {
                     let (advantages, _) = m.estimate(&g, tag);
-                    let tokens = Tokens {
+                    let tokens = PpoTokens {
                         logp: c.y,
                         old_logp: (&old).into(),
                         ref_logp: None,
                         entropy: None,
                         advantages: (&advantages).into(),
+                        weights: None,
                     };
-                    let s = ppo_loss::Settings {
+                    let s = PpoLoss {
                         clip_low: 0.2,
                         clip_high: 0.2,
                         dual_clip: None,
@@ -558,9 +561,10 @@ fn ppo_losses_and_gradients_are_those_of_trl() {
                 for tag in ["k3w/", ""] {
                     let (_, returns) = m.estimate(&g, tag);
                     let old = m.packed(g.get(&format!("{tag}values")), 1);
-                    let (d, old, returns) = (dy.reborrow(), (&old).into(), (&returns).into());
-                    let s =
-                        value_loss::forward(&dev, d, y, old, returns, Some(0.2), 0.1, n)?.get()?;
+                    let (old, returns) = ((&old).into(), (&returns).into());
+                    let t = ValueTokens { v: y, old, returns, weights: None };
+                    let s = ValueLoss { clip: Some(0.2), coef: 0.1 };
+                    let s = value_loss::forward(&dev, dy.reborrow(), t, s, n)?.get()?;
                     let vf = scalar(format!("{tag}vf_loss"));
                     assert_close("vf_loss", &[s.loss], &[0.1 * vf], 1e-11, 1e-10);
                     let clipped = scalar(format!("{tag}vf_clipfrac"));

@@ -5,11 +5,11 @@ use warpo::{
     device::{Cpu, Device, View, ViewMut},
     models::{Batch, Config, Head, LossColumns, Model, ParamKind, Params, Pass, Residency},
     ops::{
-        bradley_terry,
+        bradley_terry::{self, Pairs},
         kl::KlEstimator,
         nll,
-        ppo_loss::{self, KlTerm, Settings, Tokens},
-        value_loss,
+        ppo_loss::{self, KlTerm, PpoLoss, PpoTokens},
+        value_loss::{self, ValueLoss, ValueTokens},
     },
     rollout::Scorer,
 };
@@ -136,21 +136,22 @@ impl PolicyColumns {
         entropy: View<'_, f64>,
         dlogp: ViewMut<'_, f64>,
         dentropy: ViewMut<'_, f64>,
-    ) -> ppo_loss::Stats {
+    ) -> ppo_loss::PpoSums {
         let kl = KlTerm { coef: 0.2, estimator: KlEstimator::K3, unbiased: true };
-        let settings = Settings {
+        let settings = PpoLoss {
             clip_low: 0.2,
             clip_high: 0.2,
             dual_clip: Some(1.5),
             kl: Some(kl),
             entropy_coef: 0.1,
         };
-        let tokens = Tokens {
+        let tokens = PpoTokens {
             logp,
             old_logp: (&self.old).into(),
             ref_logp: Some((&self.reference).into()),
             entropy: Some(entropy),
             advantages: (&self.advantages).into(),
+            weights: None,
         };
         let n = logp.len() as f64;
         ppo_loss::policy(&device(), dlogp, Some(dentropy), tokens, &settings, n)
@@ -212,7 +213,8 @@ fn every_weight_of_a_policy_has_the_gradient_of_sft_and_ppo() {
 /// Bradley-Terry on the last scalar of each sequence, two sequences a pair.
 fn reward(scores: View<'_, f64>, d: ViewMut<'_, f64>) -> f64 {
     let margins = [0.3, -0.2];
-    let s = bradley_terry::forward(&device(), d, scores, margins[..].into(), 0.05, 2.0);
+    let t = Pairs { scores, margins: margins[..].into(), weights: None };
+    let s = bradley_terry::forward(&device(), d, t, 0.05, 2.0);
     s.unwrap().get().unwrap().loss
 }
 
@@ -229,12 +231,11 @@ impl ValueColumns {
         Self { old: plus(&[0.05, -0.5, 0.7, -0.1]), returns: plus(&[0.4, -1.0, 0.7]) }
     }
 
-    fn loss(&self, v: View<'_, f64>, d: ViewMut<'_, f64>) -> value_loss::Stats {
-        let (old, returns, n) = ((&self.old).into(), (&self.returns).into(), v.len() as f64);
-        value_loss::forward(&device(), d, v, old, returns, Some(0.2), 0.5, n)
-            .unwrap()
-            .get()
-            .unwrap()
+    fn loss(&self, v: View<'_, f64>, d: ViewMut<'_, f64>) -> value_loss::ValueSums {
+        let (old, returns) = ((&self.old).into(), (&self.returns).into());
+        let t = ValueTokens { v, old, returns, weights: None };
+        let (s, n) = (ValueLoss { clip: Some(0.2), coef: 0.5 }, v.len() as f64);
+        value_loss::forward(&device(), d, t, s, n).unwrap().get().unwrap()
     }
 }
 

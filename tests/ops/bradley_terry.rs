@@ -2,7 +2,7 @@
 
 use warpo::{
     device::{Device, Float},
-    ops::bradley_terry::{self, Stats},
+    ops::bradley_terry::{self, PairSums, Pairs},
 };
 
 use crate::support::{
@@ -13,7 +13,7 @@ use crate::support::{
     wide,
 };
 
-fn forward<F: Float>(scores: &[F], margins: &[F], centre: f64, n: f64) -> (Stats, Vec<F>) {
+fn forward<F: Float>(scores: &[F], margins: &[F], centre: f64, n: f64) -> (PairSums, Vec<F>) {
     forward_on(host(), 0, scores, margins, centre, n).unwrap()
 }
 
@@ -25,15 +25,15 @@ fn forward_on<F: Float>(
     margins: &[F],
     centre: f64,
     n: f64,
-) -> warpo::Result<(Stats, Vec<F>)> {
+) -> warpo::Result<(PairSums, Vec<F>)> {
     let mut d = Column::room(dev, first, scores.len());
     let [scores, margins] = [scores, margins].map(|x| Column::of(dev, first, x));
-    let (scores, margins) = (scores.view(), margins.view());
-    let stats = bradley_terry::forward(dev, d.view_mut(), scores, margins, centre, n)?.get()?;
+    let t = Pairs { scores: scores.view(), margins: margins.view(), weights: None };
+    let stats = bradley_terry::forward(dev, d.view_mut(), t, centre, n)?.get()?;
     Ok((stats, d.read()))
 }
 
-fn list(s: &Stats) -> [f64; 5] {
+fn list(s: &PairSums) -> [f64; 5] {
     [s.pairs, s.loss, s.right, s.difference, s.score]
 }
 
@@ -55,7 +55,7 @@ fn hand_worked() {
     let (s, d) = forward(&scores[2..4], &[], 0.5, 1.0);
     assert_close("loss", &[s.loss], &[2f64.ln() + 0.5], 0.0, 1e-15);
     assert_close("d", &d, &[0.5, 1.5], 1e-15, 0.0);
-    assert_eq!(forward::<f64>(&[], &[], 0.5, 1.0), (Stats::default(), vec![]));
+    assert_eq!(forward::<f64>(&[], &[], 0.5, 1.0), (PairSums::default(), vec![]));
 }
 
 #[test]
@@ -136,13 +136,13 @@ fn a_nan_stays_in_its_pair() {
     }
 }
 
-struct Pairs {
+struct Compared {
     first: usize,
     n: usize,
     margins: bool,
 }
 
-impl FloatCase for Pairs {
+impl FloatCase for Compared {
     fn run<F: Float>(&self, lab: &mut Lab<'_>) -> warpo::Result<()> {
         let scores: Vec<F> = rounded("scores", 2 * self.n);
         let margins: Vec<F> = rounded("margins", if self.margins { self.n } else { 0 });
@@ -160,9 +160,9 @@ fn kernels_are_as_exact_as_plain_ones() {
     sim::check(|sim| {
         for (first, n) in [(0, 0), (0, 1), (1, 2), (0, 3), (1, 511), (0, 512), (3, 513), (0, 1025)]
         {
-            sim.hold_f32(&Pairs { first, n, margins: true });
+            sim.hold_f32(&Compared { first, n, margins: true });
         }
-        sim.hold_f32(&Pairs { first: 0, n: 5, margins: false });
+        sim.hold_f32(&Compared { first: 0, n: 5, margins: false });
     });
 }
 
@@ -196,7 +196,8 @@ fn wrong_shapes_are_refused() {
     let (dev, x, mut d) = (Device::cpu(), [0.0f32; 6], [0.0f32; 6]);
     let mut refused = |d_: usize, scores: usize, margins: usize| {
         let (d, scores) = ((&mut d[..d_]).into(), x[..scores].into());
-        refusal(bradley_terry::forward(&dev, d, scores, x[..margins].into(), 0.0, 1.0))
+        let t = Pairs { scores, margins: x[..margins].into(), weights: None };
+        refusal(bradley_terry::forward(&dev, d, t, 0.0, 1.0))
     };
     assert_eq!(refused(5, 5, 0), "bradley_terry: `scores` has shape [5], wanted [2, 2]");
     assert_eq!(refused(5, 6, 0), "bradley_terry: `dscores` has shape [5], wanted [3, 2]");

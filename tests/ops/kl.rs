@@ -6,7 +6,7 @@ use warpo::{
     ops::{
         gae,
         kl::KlEstimator::{self, K1, K2, K3},
-        ppo_loss::{self, KlTerm, Settings, Tokens},
+        ppo_loss::{self, KlTerm, PpoLoss, PpoTokens},
     },
 };
 
@@ -129,14 +129,15 @@ fn loss_gradient(
     let column = |x: &[f64]| places().concat().iter().map(|p| x[*p]).collect::<Vec<f64>>();
     let (logp, reference) = (column(logp), column(reference));
     let mut dlogp = vec![f64::NAN; logp.len()];
-    let tokens = Tokens {
+    let tokens = PpoTokens {
         logp: (&logp).into(),
         old_logp: (&logp).into(),
         ref_logp: Some((&reference).into()),
         entropy: None,
         advantages: advantages.into(),
+        weights: None,
     };
-    let s = Settings { clip_low: 0.2, clip_high: 0.2, dual_clip: None, kl, entropy_coef: 0.0 };
+    let s = PpoLoss { clip_low: 0.2, clip_high: 0.2, dual_clip: None, kl, entropy_coef: 0.0 };
     ppo_loss::policy(&Device::cpu(), (&mut dlogp).into(), None, tokens, &s, 1.0)
         .unwrap()
         .get()

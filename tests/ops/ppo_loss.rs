@@ -6,8 +6,8 @@ use warpo::{
     ops::{
         gae,
         kl::KlEstimator::{self, K1, K2, K3},
-        ppo_loss::{self, KlTerm, Settings, Stats, Tokens},
-        value_loss,
+        ppo_loss::{self, KlTerm, PpoLoss, PpoSums, PpoTokens},
+        value_loss::{self, ValueLoss, ValueTokens},
         whiten::{self, Moments, Variance},
     },
 };
@@ -20,8 +20,8 @@ use crate::support::{
     wide,
 };
 
-const PLAIN: Settings =
-    Settings { clip_low: 0.2, clip_high: 0.3, dual_clip: None, kl: None, entropy_coef: 0.0 };
+const PLAIN: PpoLoss =
+    PpoLoss { clip_low: 0.2, clip_high: 0.3, dual_clip: None, kl: None, entropy_coef: 0.0 };
 
 /// Columns of a micro-batch.
 #[derive(Clone)]
@@ -51,8 +51,8 @@ impl<F: Float> Columns<F> {
         }
     }
 
-    /// Stats, dlogp and dentropy.
-    fn policy(&self, s: &Settings, n: f64) -> (Stats, Vec<F>, Vec<F>) {
+    /// PpoSums, dlogp and dentropy.
+    fn policy(&self, s: &PpoLoss, n: f64) -> (PpoSums, Vec<F>, Vec<F>) {
         self.policy_on(host(), 0, s, n).unwrap()
     }
 
@@ -62,21 +62,22 @@ impl<F: Float> Columns<F> {
         &self,
         dev: &Device,
         first: usize,
-        s: &Settings,
+        s: &PpoLoss,
         n: f64,
-    ) -> warpo::Result<(Stats, Vec<F>, Vec<F>)> {
+    ) -> warpo::Result<(PpoSums, Vec<F>, Vec<F>)> {
         let column = |x: &Vec<F>| Column::of(dev, first, x);
         let [logp, old, adv] = [&self.logp, &self.old, &self.advantages].map(column);
         let [reference, entropy] = [&self.reference, &self.entropy].map(column);
         let there = |c: &'_ Column<F>| !c.view().is_empty();
         let mut dlogp = Column::room(dev, first, self.logp.len());
         let mut dentropy = Column::room(dev, first, self.entropy.len());
-        let tokens = Tokens {
+        let tokens = PpoTokens {
             logp: logp.view(),
             old_logp: old.view(),
             ref_logp: there(&reference).then(|| reference.view()),
             entropy: there(&entropy).then(|| entropy.view()),
             advantages: adv.view(),
+            weights: None,
         };
         let (d, dent) = (dlogp.view_mut(), there(&entropy).then(|| dentropy.view_mut()));
         let stats = ppo_loss::policy(dev, d, dent, tokens, s, n)?.get()?;
@@ -97,7 +98,7 @@ fn token(ratio: f64, advantage: f64) -> Columns<f64> {
 
 #[test]
 fn hand_worked() {
-    let dual = Settings { dual_clip: Some(3.0), ..PLAIN };
+    let dual = PpoLoss { dual_clip: Some(3.0), ..PLAIN };
     for (s, advantage, ratio, loss, slope, [low, high, bounded]) in [
         (&PLAIN, 2.0, 1.25, -2.5, -2.5, [0.0, 0.0, 0.0]),
         (&PLAIN, 2.0, 1.5, -2.6, 0.0, [0.0, 1.0, 0.0]), // no more than 1.3 is earned
@@ -125,11 +126,11 @@ fn hand_worked() {
         );
     }
     // On the border of the range the gradient is whole: 1 + (e^0.5 - 1) is e^0.5 exactly.
-    let edge = Settings { clip_high: 0.5f64.exp() - 1.0, ..PLAIN };
+    let edge = PpoLoss { clip_high: 0.5f64.exp() - 1.0, ..PLAIN };
     let (stats, d, _) = Columns { logp: vec![0.5], ..token(1.0, 2.0) }.policy(&edge, 1.0);
     assert_eq!((stats.clipped_high, d[0]), (0.0, -2.0 * 0.5f64.exp()));
     let nothing = token(1.0, 1.0).map(|_| Vec::<f64>::new());
-    assert_eq!(nothing.policy(&PLAIN, 1.0).0, Stats::default());
+    assert_eq!(nothing.policy(&PLAIN, 1.0).0, PpoSums::default());
 }
 
 #[test]
@@ -140,7 +141,7 @@ fn kl_and_entropy_terms_are_added() {
         for unbiased in [false, true] {
             let what = format!("{estimator:?} unbiased={unbiased}");
             let kl = Some(KlTerm { coef: 0.1, estimator, unbiased });
-            let s = Settings { kl, entropy_coef: 0.01, ..PLAIN };
+            let s = PpoLoss { kl, entropy_coef: 0.01, ..PLAIN };
             let (stats, d, dentropy) = token(ratio, 2.0).policy(&s, 4.0);
             let (term, slope) = if unbiased { (ratio * k, ratio * (dk + k)) } else { (k, dk) };
             let loss = -2.5 + 0.1 * term - 0.01 * 7.0;
@@ -152,7 +153,7 @@ fn kl_and_entropy_terms_are_added() {
     }
     // A clipped token still feels the KL.
     let kl = Some(KlTerm { coef: 0.1, estimator: K1, unbiased: false });
-    let d = token(1.5, 2.0).policy(&Settings { kl, ..PLAIN }, 1.0).1;
+    let d = token(1.5, 2.0).policy(&PpoLoss { kl, ..PLAIN }, 1.0).1;
     assert_close("clipped", &d, &[0.1], 0.0, 1e-15);
 }
 
@@ -168,14 +169,14 @@ fn the_first_pass_has_ratio_1() {
 }
 
 /// All settings that change the formula.
-fn all_settings() -> Vec<Settings> {
+fn all_settings() -> Vec<PpoLoss> {
     let mut all = Vec::new();
     for dual_clip in [None, Some(1.5)] {
-        all.push(Settings { dual_clip, ..PLAIN });
+        all.push(PpoLoss { dual_clip, ..PLAIN });
         for estimator in [K1, K2, K3] {
             for unbiased in [false, true] {
                 let kl = Some(KlTerm { coef: 0.3, estimator, unbiased });
-                all.push(Settings { dual_clip, kl, entropy_coef: 0.05, ..PLAIN });
+                all.push(PpoLoss { dual_clip, kl, entropy_coef: 0.05, ..PLAIN });
             }
         }
     }
@@ -199,7 +200,7 @@ fn gradients() {
     }
 }
 
-fn list(s: &Stats) -> [f64; 10] {
+fn list(s: &PpoSums) -> [f64; 10] {
     let counts = [s.clipped_low, s.clipped_high, s.dual_clipped, s.approx_kl, s.max_log_ratio];
     let [a, b, c, d, e] = counts;
     [s.tokens, s.loss, s.policy, s.kl, s.entropy, a, b, c, d, e]
@@ -235,7 +236,7 @@ fn sums_are_made_in_f64() {
 #[test]
 fn a_nan_stays_in_its_token() {
     let kl = Some(KlTerm { coef: 0.3, estimator: K3, unbiased: true });
-    let s = Settings { kl, dual_clip: Some(3.0), entropy_coef: 0.1, ..PLAIN };
+    let s = PpoLoss { kl, dual_clip: Some(3.0), entropy_coef: 0.1, ..PLAIN };
     let clean = Columns::<f32>::random(9);
     let want = clean.policy(&s, 9.0).1;
     let spoil: [fn(&mut Columns<f32>); 4] = [
@@ -271,15 +272,15 @@ fn a_nan_does_not_disappear_from_the_maximum() {
             assert!(first.max_log_ratio.is_nan(), "token {i}, merged");
         }
     }
-    let mut sum = Stats { max_log_ratio: 0.5, ..good };
-    sum.merge(&Stats { max_log_ratio: 0.25, ..good });
+    let mut sum = PpoSums { max_log_ratio: 0.5, ..good };
+    sum.merge(&PpoSums { max_log_ratio: 0.25, ..good });
     assert_eq!(sum.max_log_ratio, 0.5);
 }
 
 struct Policy<'a> {
     columns: &'a Columns<f32>,
     first: usize,
-    settings: &'a Settings,
+    settings: &'a PpoLoss,
 }
 
 impl FloatCase for Policy<'_> {
@@ -327,7 +328,7 @@ fn kernels_take_the_branches_of_the_cpu() {
             (0.5, -0.5, None, None),
             (0.0, 0.0, Some(1.0), kl),
         ] {
-            let s = Settings { clip_low, clip_high, dual_clip, kl, entropy_coef: 0.25 };
+            let s = PpoLoss { clip_low, clip_high, dual_clip, kl, entropy_coef: 0.25 };
             let (want, dlogp, dentropy) = c.policy(&s, 8.0);
             let (got, ours, ours_entropy) = c.policy_on(&dev, 1, &s, 8.0).unwrap();
             assert_bits("dlogp", &ours, &dlogp);
@@ -360,17 +361,18 @@ fn kernels_keep_a_nan_in_the_maximum() {
 fn missing_and_wrong_columns_are_refused() {
     let (dev, x) = (Device::cpu(), [0.0f32; 3]);
     let kl = Some(KlTerm { coef: 0.1, estimator: K1, unbiased: false });
-    let all = Settings { kl, entropy_coef: 0.1, ..PLAIN };
+    let all = PpoLoss { kl, entropy_coef: 0.1, ..PLAIN };
     // lengths of old_logp, advantages, dlogp, dentropy; ref_logp, entropy
     let refused = |n: [usize; 4], optional: [Option<usize>; 2]| {
         let (mut d, mut dent) = ([0.0f32; 3], [0.0f32; 3]);
         let [reference, entropy] = optional.map(|n| n.map(|n| x[..n].into()));
-        let tokens = Tokens {
+        let tokens = PpoTokens {
             logp: x[..].into(),
             old_logp: x[..n[0]].into(),
             ref_logp: reference,
             entropy,
             advantages: x[..n[1]].into(),
+            weights: None,
         };
         let (d, dent) = ((&mut d[..n[2]]).into(), Some((&mut dent[..n[3]]).into()));
         refusal(ppo_loss::policy(&dev, d, dent, tokens, &all, 1.0))
@@ -453,7 +455,7 @@ fn chain(g: &Golden, tag: &str, estimator: KlEstimator, whitened: bool, gamma: f
     close("advantages", &advantages, &valid);
 
     let c = Columns { logp: new, old, reference, entropy: kl.clone(), advantages };
-    let s = Settings { clip_high: 0.2, ..PLAIN };
+    let s = PpoLoss { clip_high: 0.2, ..PLAIN };
     let n = c.logp.len() as f64;
     let (p, dlogp, _) = c.policy(&s, n);
     close("d_new_logp", &dlogp, &valid);
@@ -462,10 +464,12 @@ fn chain(g: &Golden, tag: &str, estimator: KlEstimator, whitened: bool, gamma: f
     let (d, v, old, r) =
         ((&mut dv).into(), (&vpred).into(), (&old_values).into(), (&returns).into());
     let tokens = vpred.len() as f64;
-    let v = value_loss::forward(&dev, d, v, old, r, Some(0.2), 0.1, tokens).unwrap().get().unwrap();
+    let t = ValueTokens { v, old, returns: r, weights: None };
+    let clipped = ValueLoss { clip: Some(0.2), coef: 0.1 };
+    let v = value_loss::forward(&dev, d, t, clipped, tokens).unwrap().get().unwrap();
     close("d_vpred", &dv, &longer);
     // The ratio is the slope of the unclipped loss at advantage -1.
-    let free = Settings { clip_high: f64::INFINITY, clip_low: 1.0, ..PLAIN };
+    let free = PpoLoss { clip_high: f64::INFINITY, clip_low: 1.0, ..PLAIN };
     let unit = Columns { advantages: vec![-1.0; c.logp.len()], ..c.clone() };
     close("ratio", &unit.policy(&free, 1.0).1, &valid);
     // TRL's approxkl is k2, over all cells, padding too.
@@ -507,7 +511,8 @@ fn chain(g: &Golden, tag: &str, estimator: KlEstimator, whitened: bool, gamma: f
     let plain: Vec<f32> = plain.collect();
     let mut dv = vec![f32::NAN; v.len()];
     let (d, v, old, r) = ((&mut dv).into(), (&v).into(), (&old).into(), (&r).into());
-    value_loss::forward(&dev, d, v, old, r, Some(0.2), 0.1, tokens).unwrap().get().unwrap();
+    let t = ValueTokens { v, old, returns: r, weights: None };
+    value_loss::forward(&dev, d, t, clipped, tokens).unwrap().get().unwrap();
     let truth = g.kept(&format!("{tag}/d_vpred"), &longer);
     assert_earned(&format!("{tag}/d_vpred"), &dv, &plain, &truth);
 }

@@ -3,7 +3,7 @@
 
 use warpo::{
     device::{Device, Float},
-    ops::value_loss::{self, Stats},
+    ops::value_loss::{self, ValueLoss, ValueSums, ValueTokens},
 };
 
 use crate::support::{
@@ -12,8 +12,14 @@ use crate::support::{
     sim::{self, Column, FloatCase, Lab, rounded},
 };
 
-/// Stats and dv; `coef` 0.5.
-fn forward<F: Float>(v: &[F], old: &[F], ret: &[F], clip: Option<f64>, n: f64) -> (Stats, Vec<F>) {
+/// ValueSums and dv; `coef` 0.5.
+fn forward<F: Float>(
+    v: &[F],
+    old: &[F],
+    ret: &[F],
+    clip: Option<f64>,
+    n: f64,
+) -> (ValueSums, Vec<F>) {
     forward_on(host(), 0, [v, old, ret], clip, n).unwrap()
 }
 
@@ -24,15 +30,17 @@ fn forward_on<F: Float>(
     columns: [&[F]; 3],
     clip: Option<f64>,
     n: f64,
-) -> warpo::Result<(Stats, Vec<F>)> {
+) -> warpo::Result<(ValueSums, Vec<F>)> {
     let mut dv = Column::room(dev, first, columns[0].len());
     let columns = columns.map(|x| Column::of(dev, first, x));
     let [v, old, ret] = columns.each_ref().map(Column::view);
-    let stats = value_loss::forward(dev, dv.view_mut(), v, old, ret, clip, 0.5, n)?.get()?;
+    let t = ValueTokens { v, old, returns: ret, weights: None };
+    let stats =
+        value_loss::forward(dev, dv.view_mut(), t, ValueLoss { clip, coef: 0.5 }, n)?.get()?;
     Ok((stats, dv.read()))
 }
 
-fn list(s: &Stats) -> [f64; 5] {
+fn list(s: &ValueSums) -> [f64; 5] {
     [s.tokens, s.loss, s.value, s.clipped, s.squared_error]
 }
 
@@ -56,14 +64,19 @@ fn hand_worked() {
         let (s, dv) = forward(&[v], &[1.0], &[ret], Some(0.25), 1.0);
         assert_close(&what, &[s.loss, dv[0]], &[0.5 * loss, 0.5 * slope], 0.0, 0.0);
         let error: f64 = v - ret;
-        let want =
-            Stats { tokens: 1.0, loss: s.loss, value: v, clipped, squared_error: error * error };
+        let want = ValueSums {
+            tokens: 1.0,
+            loss: s.loss,
+            value: v,
+            clipped,
+            squared_error: error * error,
+        };
         assert_eq!(s, want, "{what}");
         let (s, dv) = forward(&[v], &[1.0], &[ret], None, 4.0);
         assert_eq!((s.loss, s.clipped), (error * error / 16.0, 0.0), "{what}, not clipped");
         assert_eq!(dv, [error / 8.0], "{what}, not clipped");
     }
-    assert_eq!(forward::<f64>(&[], &[], &[], Some(0.25), 1.0), (Stats::default(), vec![]));
+    assert_eq!(forward::<f64>(&[], &[], &[], Some(0.25), 1.0), (ValueSums::default(), vec![]));
 }
 
 #[test]
@@ -171,7 +184,7 @@ fn kernels_take_the_branches_of_the_cpu() {
                 let one = |x: &f32| if x.is_nan() { f32::NAN } else { *x };
                 let [got_d, want_d] = [&got.1, &want.1].map(|d| Vec::from_iter(d.iter().map(one)));
                 assert_bits("dv", &got_d, &want_d);
-                let nan = |s: &Stats| list(s).map(|x| if x.is_nan() { 1e9 } else { x });
+                let nan = |s: &ValueSums| list(s).map(|x| if x.is_nan() { 1e9 } else { x });
                 assert_close("stats", &nan(&got.0), &nan(&want.0), 1e-15, 1e-15);
             }
         }
@@ -186,7 +199,8 @@ fn wrong_shapes_are_refused() {
     let mut refused = |d: usize, old: usize, ret: usize| {
         let (d, v, old, ret) =
             ((&mut dv[..d]).into(), x[..].into(), x[..old].into(), x[..ret].into());
-        refusal(value_loss::forward(&dev, d, v, old, ret, None, 1.0, 1.0))
+        let t = ValueTokens { v, old, returns: ret, weights: None };
+        refusal(value_loss::forward(&dev, d, t, ValueLoss { clip: None, coef: 1.0 }, 1.0))
     };
     assert_eq!(refused(3, 2, 3), "value_loss: `old` has shape [2], wanted [3]");
     assert_eq!(refused(3, 3, 2), "value_loss: `returns` has shape [2], wanted [3]");
