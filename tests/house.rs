@@ -202,7 +202,6 @@ fn functions_have_at_most_6_arguments() {
         "ops/rms_norm.rs",
         "ops/rope.rs",
         "ops/sample.rs",
-        "ops/value_loss.rs",
         "rollout/engine.rs",
     ];
     let mut long = Vec::new();
@@ -271,7 +270,7 @@ fn kernels_are_launched_with_named_arguments() {
 /// The files of a folder use each other in one direction: what two of them share stands below both.
 #[test]
 fn files_of_a_folder_form_no_circle() {
-    const LEFT: &[&str] = &["device", "device/cuda", "ops/attention", "ops/logprob"];
+    const LEFT: &[&str] = &["ops/attention", "ops/logprob"];
     let files: Vec<(Vec<String>, Paths)> = all()
         .into_iter()
         .map(|(file, text)| {
@@ -336,9 +335,9 @@ fn ops_have_callers() {
 fn type_names_are_used_once() {
     const LEFT: &[&str] = &[
         "Args", "Block", "Choice", "Element", "Entry", "Event", "Family", "Forwards", "Input",
-        "Job", "Loaded", "Metrics", "Micro", "Order", "Params", "Part", "Parts", "Place", "Plan",
-        "Prompt", "Report", "Room", "Rows", "Run", "Sequence", "Settings", "Slots", "Source",
-        "State", "Stats", "Stream", "Tensor", "Tile", "Work",
+        "Job", "Loaded", "Metrics", "Order", "Params", "Part", "Parts", "Place", "Plan", "Prompt",
+        "Report", "Rows", "Run", "Sequence", "Settings", "Slots", "Source", "State", "Stream",
+        "Tensor", "Tile", "Work",
     ];
     let (mut seen, mut twice) = (BTreeSet::new(), Vec::new());
     for (_, text) in all() {

@@ -13,7 +13,7 @@ use std::{
 
 use criterion::{BenchmarkGroup, Throughput, measurement::WallTime};
 use warpo::{
-    device::{Arch, Cpu, Cuda, Device, cpu::Peak, cuda::Order},
+    device::{Arch, Cpu, Cuda, Device, cuda::Order, profile::Peaks},
     rng::{Philox, Purpose},
 };
 
@@ -37,15 +37,15 @@ pub fn moves(n: usize) -> Work {
 }
 
 /// The ceilings of this machine.
-pub fn peak() -> Peak {
-    static PEAK: OnceLock<Peak> = OnceLock::new();
+pub fn peak() -> Peaks {
+    static PEAK: OnceLock<Peaks> = OnceLock::new();
     *PEAK.get_or_init(|| {
-        let peak = Peak::measure(device().on_cpu("peak").unwrap());
+        let peak = Peaks::measured(device().on_cpu("peak").unwrap());
         println!(
             "peak of {}: {:.1} GFLOP/s, copy {:.1} GB/s",
             device().describe(),
             peak.flops / 1e9,
-            peak.copy / 1e9
+            peak.bytes / 1e9
         );
         peak
     })
@@ -114,7 +114,7 @@ pub fn bench(group: &mut BenchmarkGroup<'_, WallTime>, id: &str, work: Work, mut
     let Some(median) = all.get(all.len() / 2) else { return };
     let mut line = format!("    {:>10.3?}", Duration::from_secs_f64(*median));
     for (amount, unit, peak) in
-        [(work.flops, "GFLOP/s", peak.flops), (work.bytes, "GB/s", peak.copy)]
+        [(work.flops, "GFLOP/s", peak.flops), (work.bytes, "GB/s", peak.bytes)]
     {
         if amount > 0.0 {
             let rate = amount / median;

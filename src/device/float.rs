@@ -2,7 +2,7 @@
 
 use half::bf16;
 
-use super::cpu::{gemm::Micro, math};
+use super::elementary as math;
 
 /// What buffers hold: `f32` or `f64`, in which the CPU computes, or `bf16`, which only a CUDA
 /// device takes. An op that is generic over it serves both devices.
@@ -73,8 +73,7 @@ impl Element for f64 {
 /// The transcendental functions of `f32` are our own polynomials: they vectorise, and give the
 /// same bits on every machine and instruction set. Those of `f64` are the standard library's.
 pub trait Float:
-    Micro
-    + Element<Acc = Self>
+    Element<Acc = Self>
     + PartialOrd
     + Default
     + std::fmt::Display

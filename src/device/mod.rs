@@ -6,27 +6,33 @@
 mod arch;
 mod arena;
 mod buffer;
+mod clock;
 pub mod cpu;
 pub mod cuda;
+mod elementary;
 pub mod file;
 mod float;
 mod later;
 pub mod profile;
 mod system;
+mod view;
 
 pub use arch::Arch;
 pub use arena::{Arena, Scope};
-pub use buffer::{Buffer, View, ViewMut, allocated, allocations};
+pub use buffer::{Buffer, allocated, allocations};
 pub use cpu::Cpu;
 pub use cuda::Cuda;
 pub use float::{Element, Float};
 pub use later::Later;
 pub use profile::{Profile, Work};
 pub use system::free_disk_bytes;
+pub use view::{View, ViewMut};
 
-use std::borrow::Cow;
+use std::{borrow::Cow, sync::Arc};
 
 use bytemuck::Pod;
+
+use profile::{Kind, Peaks, Span};
 
 use crate::{
     error::{Error, Result},
@@ -70,6 +76,42 @@ impl Device {
                 reason: "known devices are auto, cpu, cuda, cuda:N, sim and sim:hopper".into(),
             }),
         }
+    }
+
+    /// The same device, which from now on writes down what it does, and what it wrote.
+    pub fn profiled(self) -> (Self, Profile) {
+        let name = self.describe();
+        match self {
+            Self::Cpu(cpu) => {
+                let own = cpu.clone().with_profile(None);
+                let profile = Profile::new(name, None, move || Some(Peaks::measured(&own)));
+                (Self::Cpu(cpu.with_profile(Some(profile.clone()))), profile)
+            }
+            Self::Cuda(cuda) => {
+                // The profile's own has none, else neither would end.
+                let own = Arc::new(cuda.with_profile(None));
+                let profile = Profile::new(name, Some(own.clone()), move || Peaks::of(own.name()));
+                (Self::Cuda(cuda.with_profile(Some(profile.clone()))), profile)
+            }
+        }
+    }
+
+    fn profile(&self) -> Option<&Profile> {
+        match self {
+            Self::Cpu(cpu) => cpu.profile(),
+            Self::Cuda(cuda) => cuda.profile(),
+        }
+    }
+
+    /// Begins a phase of a run, such as `rollout`, which ends with what is returned.
+    pub fn span(&self, phase: &'static str) -> Span {
+        Span::begin(self.profile(), Kind::Phase, phase, Work::default)
+    }
+
+    /// Begins an op, which ends with what is returned; `work` is asked for if the device is
+    /// [`Device::profiled`].
+    pub fn op(&self, name: &'static str, work: impl FnOnce() -> Work) -> Span {
+        Span::begin(self.profile(), Kind::Op, name, work)
     }
 
     /// Where host memory is worked on: itself, or the CPU beside a GPU, with `threads` threads.

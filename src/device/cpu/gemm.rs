@@ -352,7 +352,7 @@ unsafe fn block<F: Float>(
                 // SAFETY: row i and column 32 p are inside C.
                 let c = unsafe { out.c.add(i * out.ldc + p * NR) };
                 // SAFETY: `check` bounds every access of `rows` rows, `nc` columns, `kc` steps.
-                unsafe { F::run(isa, tile, rows, nc, c, out.ldc) };
+                unsafe { run(isa, tile, rows, nc, c, out.ldc) };
                 let Some(bias) = bias.filter(|_| k0 + depth >= k) else { continue };
                 for r in 0..rows {
                     // SAFETY: row `i + r` of C has `nc` columns from 32 p on.
@@ -395,9 +395,8 @@ impl<'a, F: Float> Lhs<'a, F> {
 }
 
 /// Pointers of one pass, bounds checked by `check`.
-#[doc(hidden)]
 #[derive(Clone, Copy, Debug)]
-pub struct Tile<F> {
+struct Tile<F> {
     a: *const F,
     lda: usize,
     transposed: bool,
@@ -406,12 +405,25 @@ pub struct Tile<F> {
     add: bool,
 }
 
-/// Element types that have micro-kernels.
-#[doc(hidden)]
-pub trait Micro: Copy + Sized {
-    /// # Safety
-    /// `tile` and `c` must cover `m` rows of `nc <= 32` columns.
-    unsafe fn run(isa: Isa, tile: Tile<Self>, m: usize, nc: usize, c: *mut Self, ldc: usize);
+impl<F> Tile<F> {
+    fn cast<G>(self) -> Tile<G> {
+        let Self { a, lda, transposed, b, k, add } = self;
+        Tile { a: a.cast(), lda, transposed, b: b.cast(), k, add }
+    }
+}
+
+/// Runs the micro-kernel for this type and instruction set.
+///
+/// # Safety
+/// `tile` and `c` must cover `m` rows of `nc <= 32` columns.
+unsafe fn run<F: Float>(isa: Isa, tile: Tile<F>, m: usize, nc: usize, c: *mut F, ldc: usize) {
+    if F::NAME == "F32" {
+        // SAFETY: the caller's promise; this is f32.
+        unsafe { run_f32(isa, tile.cast(), m, nc, c.cast(), ldc) }
+    } else {
+        // SAFETY: the caller's promise; there is no other float than f64.
+        unsafe { run_f64(isa, tile.cast(), m, nc, c.cast(), ldc) }
+    }
 }
 
 /// Runs `$kernel::<R, T>` over all rows, `$mr` at a time.
@@ -440,41 +452,41 @@ macro_rules! sweep {
     }};
 }
 
-impl Micro for f32 {
-    unsafe fn run(isa: Isa, tile: Tile<f32>, m: usize, nc: usize, c: *mut f32, ldc: usize) {
-        match isa.level() {
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx512 => {
-                use x86::avx512;
-                sweep!(avx512, [1 2 3 4 5 6 7 8 9 10 11 12], 12, tile, m, nc, c, ldc);
-            }
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx2 => {
-                use x86::avx2;
-                sweep!(avx2, [1 2 3 4 5 6], 6, tile, m, nc, c, ldc);
-            }
-            _ => sweep!(portable32, [1 2 3 4], 4, tile, m, nc, c, ldc),
+/// # Safety
+/// As [`run`].
+unsafe fn run_f32(isa: Isa, tile: Tile<f32>, m: usize, nc: usize, c: *mut f32, ldc: usize) {
+    match isa.level() {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 => {
+            use x86::avx512;
+            sweep!(avx512, [1 2 3 4 5 6 7 8 9 10 11 12], 12, tile, m, nc, c, ldc);
         }
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx2 => {
+            use x86::avx2;
+            sweep!(avx2, [1 2 3 4 5 6], 6, tile, m, nc, c, ldc);
+        }
+        _ => sweep!(portable32, [1 2 3 4], 4, tile, m, nc, c, ldc),
     }
 }
 
-impl Micro for f64 {
-    unsafe fn run(isa: Isa, tile: Tile<f64>, m: usize, nc: usize, c: *mut f64, ldc: usize) {
-        match isa.level() {
-            #[cfg(target_arch = "x86_64")]
-            Level::Avx512 | Level::Avx2 => {
-                use x86::wide;
-                sweep!(wide, [1 2 3 4], 4, tile, m, nc, c, ldc);
-            }
-            _ => sweep!(portable64, [1 2 3 4], 4, tile, m, nc, c, ldc),
+/// # Safety
+/// As [`run`].
+unsafe fn run_f64(isa: Isa, tile: Tile<f64>, m: usize, nc: usize, c: *mut f64, ldc: usize) {
+    match isa.level() {
+        #[cfg(target_arch = "x86_64")]
+        Level::Avx512 | Level::Avx2 => {
+            use x86::wide;
+            sweep!(wide, [1 2 3 4], 4, tile, m, nc, c, ldc);
         }
+        _ => sweep!(portable64, [1 2 3 4], 4, tile, m, nc, c, ldc),
     }
 }
 
 /// R rows x 32 columns in plain Rust: the definition of what the others compute.
 ///
 /// # Safety
-/// As [`Micro::run`], for R rows.
+/// As [`run`], for R rows.
 #[inline(always)]
 #[allow(clippy::multiple_unsafe_ops_per_block)]
 unsafe fn portable<const R: usize, const T: bool, F: Float>(

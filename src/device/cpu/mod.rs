@@ -10,7 +10,6 @@ pub mod simd;
 
 use std::{ops::Range, sync::Arc};
 
-pub use peak::Peak;
 use pool::Pool;
 pub use simd::Isa;
 

@@ -4,6 +4,7 @@
 use std::{hint::black_box, time::Instant};
 
 use super::Cpu;
+use crate::device::profile::Peaks;
 
 /// Multiply-adds of each chain.
 const ROUNDS: usize = 400_000;
@@ -11,19 +12,11 @@ const ROUNDS: usize = 400_000;
 /// Numbers that are copied: more than caches hold.
 const COPIED: usize = 32 << 20;
 
-/// Ceilings of a machine, in FLOP/s and bytes/s.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Peak {
-    /// Fused multiply-adds of f32 on registers, all threads.
-    pub flops: f64,
-    /// A copy of 128 MiB, bytes read and written, all threads.
-    pub copy: f64,
-}
-
-impl Peak {
-    /// The best of several tries, which take some tenths of a second: a peak is a ceiling, not a
-    /// mean.
-    pub fn measure(cpu: &Cpu) -> Self {
+impl Peaks {
+    /// The peaks of this machine: fused multiply-adds of f32 on registers, and a copy of 128 MiB, on
+    /// all threads. Takes the best of several tries, some tenths of a second: a peak is a ceiling,
+    /// not a mean.
+    pub fn measured(cpu: &Cpu) -> Self {
         let run = |width: usize, f: &(dyn Fn(usize) + Sync)| {
             let seconds = best(5, || cpu.run(cpu.threads(), f));
             2.0 * (cpu.threads() * ROUNDS * width) as f64 / seconds
@@ -43,7 +36,7 @@ impl Peak {
             let out = (&mut to[..], 1);
             cpu.rows(COPIED, 1 << 16, out, |range, to| to.copy_from_slice(&from[range]));
         });
-        Self { flops: six.max(twelve), copy: 8.0 * COPIED as f64 / seconds }
+        Self { flops: six.max(twelve), bytes: 8.0 * COPIED as f64 / seconds }
     }
 }
 

@@ -5,7 +5,7 @@ use std::ptr::NonNull;
 use bytemuck::{Pod, Zeroable};
 
 use super::{
-    device_error,
+    PACKET, device_error,
     map::{self, Map},
 };
 use crate::{
@@ -54,9 +54,6 @@ impl Launch {
         Self::threads(count / width + count % width, per_block)
     }
 }
-
-/// Bytes that kernels load at once.
-pub(super) const PACKET: usize = 16;
 
 /// Threads that share a row of `cols` elements: a power of two from 32 to `threads`, as few as hold
 /// at most `each` elements.

@@ -7,8 +7,8 @@ use bytemuck::{Pod, Zeroable};
 use super::{Cuda, PACKET, device_error};
 use crate::{
     device::{
-        buffer::{View, ViewMut},
         float::Element,
+        view::{View, ViewMut},
     },
     error::{Error, Result},
 };

@@ -10,8 +10,7 @@ mod blueprint;
 mod driver;
 mod launch;
 mod map;
-pub(super) mod nvtx;
-mod room;
+mod reduce;
 mod simulator;
 mod staging;
 
@@ -25,19 +24,20 @@ use bytemuck::Pod;
 
 use super::{
     arch::Arch,
-    buffer::{View, ViewMut},
+    clock::{Clock, Mark},
     float::{Element, Float},
     later::Later,
     profile::Profile,
+    view::{View, ViewMut},
 };
 use crate::error::{Error, Result};
 
-use launch::{Args, Image, Kernel, PACKET};
+use launch::{Args, Image, Kernel};
 
 pub use blueprint::{MACHINES, Machine as Blueprint};
 pub use launch::{Launch, group, width};
 pub use map::{Map, Swizzle, Tiles};
-pub use room::{PARTS, Parts};
+pub use reduce::{PARTS, Parts};
 pub use simulator::Order;
 pub use staging::{Calls, Ring};
 
@@ -46,7 +46,7 @@ pub use staging::{Calls, Ring};
 pub struct Cuda {
     driver: Arc<dyn Driver>,
     staging: Arc<staging::Staging>,
-    room: Arc<Mutex<room::Room>>,
+    scratch: Arc<Mutex<reduce::ReduceScratch>>,
     profile: Option<Profile>,
 }
 
@@ -56,10 +56,6 @@ struct Event(*mut c_void);
 
 // SAFETY: the driver's handles may be used from any thread.
 unsafe impl Send for Event {}
-
-/// A point of the stream whose time is taken: an event, or a time of the simulator.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Mark(u64);
 
 /// What a GPU is asked for. Copies, fills and launches are done in order and after the call
 /// returns.
@@ -145,13 +141,14 @@ trait Driver: std::fmt::Debug + Send + Sync {
     /// # Safety
     /// As [`Driver::record`], and nothing uses it any more.
     unsafe fn end_event(&self, event: &Event);
-    /// Sets a mark; does not wait.
+    /// As the methods of [`Clock`].
     fn mark(&self) -> Result<Mark>;
-    /// Seconds on the device between two marks that it has passed.
     fn between(&self, start: Mark, end: Mark) -> Result<f64>;
-    /// Gives marks back, to be set anew.
     fn forget(&self, marks: &[Mark]);
 }
+
+/// Bytes that kernels load at once.
+const PACKET: usize = 16;
 
 /// What a profile calls copies to the host.
 const COPY_OUT: &str = "copy from the device";
@@ -180,8 +177,9 @@ impl Cuda {
     }
 
     fn over(driver: Arc<dyn Driver>, ring: Ring) -> Result<Self> {
-        let (room, staging) = (room::Room::new(&driver)?, staging::Staging::new(&driver, ring)?);
-        Ok(Self { driver, staging, room, profile: None })
+        let (scratch, staging) =
+            (reduce::ReduceScratch::new(&driver)?, staging::Staging::new(&driver, ring)?);
+        Ok(Self { driver, staging, scratch, profile: None })
     }
 
     /// The same device, whose writes go through another ring, and whose [`Cuda::calls`] begin at 0.
@@ -247,18 +245,6 @@ impl Cuda {
         });
         self.forget(&marks);
         seconds
-    }
-
-    pub(super) fn mark(&self) -> Result<Mark> {
-        self.driver.mark()
-    }
-
-    pub(super) fn between(&self, start: Mark, end: Mark) -> Result<f64> {
-        self.driver.between(start, end)
-    }
-
-    pub(super) fn forget(&self, marks: &[Mark]) {
-        self.driver.forget(marks);
     }
 
     /// The same, which writes what it does to this profile.
@@ -431,6 +417,24 @@ impl Cuda {
         // that memory is as large as the kernel expects is checked by the op that calls them.
         let run = || unsafe { self.driver.launch(kernel, launch, &mut pointers) };
         self.launches(kernel.name, run)
+    }
+}
+
+impl Clock for Cuda {
+    fn mark(&self) -> Result<Mark> {
+        self.driver.mark()
+    }
+
+    fn between(&self, start: Mark, end: Mark) -> Result<f64> {
+        self.driver.between(start, end)
+    }
+
+    fn forget(&self, marks: &[Mark]) {
+        self.driver.forget(marks);
+    }
+
+    fn wait(&self) -> Result<()> {
+        self.synchronize()
     }
 }
 

@@ -1,11 +1,12 @@
 //! Where the time goes: phases of a run, the ops in them and the kernels in those.
 //!
-//! [`Device::profiled`] makes a device that writes down what it does, and the [`Profile`] to read
+//! `Device::profiled` makes a device that writes down what it does, and the [`Profile`] to read
 //! it from. On the CPU an op is timed by the clock. On a CUDA device events stand around every
 //! kernel, and nothing waits for them until the profile is read, or 8192 kernels were launched. Of
 //! what is inside of each other, only the time that is an op's own counts, so that shares add up.
 //! Without a profile an op costs one branch.
 
+mod nvtx;
 mod report;
 mod trace;
 
@@ -19,10 +20,7 @@ use std::{
     time::Instant,
 };
 
-use super::{
-    Cpu, Cuda, Device,
-    cuda::{Mark, nvtx},
-};
+use super::clock::{Clock, Mark};
 use crate::error::Result;
 
 pub use report::{KernelRow, OpRow, Peaks, PhaseRow, Report};
@@ -71,7 +69,7 @@ impl Work {
 }
 
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-enum Kind {
+pub(super) enum Kind {
     Phase,
     Op,
     Kernel,
@@ -93,7 +91,7 @@ impl Drop for Span {
     }
 }
 
-/// What a device did since it was made by [`Device::profiled`]. Cloning shares it.
+/// What a device did since it was made by `Device::profiled`. Cloning shares it.
 #[derive(Clone)]
 pub struct Profile(Arc<Inner>);
 
@@ -106,10 +104,10 @@ impl fmt::Debug for Profile {
 struct Inner {
     device: String,
     peaks: OnceLock<Option<Peaks>>,
-    /// Whose peaks are measured, when they are first asked for.
-    cpu: Option<Cpu>,
-    /// Whose events are used; none for the CPU.
-    cuda: Option<Cuda>,
+    /// Asked for the peaks once.
+    find_peaks: Box<dyn Fn() -> Option<Peaks> + Send + Sync>,
+    /// Of a device that works on while the host does; none for the CPU.
+    clock: Option<Arc<dyn Clock>>,
     /// Whether a tool of NVIDIA's may want the names.
     nvtx: bool,
     start: Instant,
@@ -176,60 +174,39 @@ struct Total {
     work: Work,
 }
 
-impl Device {
-    /// The same device, which from now on writes down what it does, and what it wrote.
-    pub fn profiled(self) -> (Self, Profile) {
-        let (cpu, cuda) = match &self {
-            Self::Cpu(cpu) => (Some(cpu.clone().with_profile(None)), None),
-            // That of the profile has none itself, else neither would end.
-            Self::Cuda(cuda) => (None, Some(cuda.with_profile(None))),
-        };
-        let inner = Inner {
-            device: self.describe(),
-            peaks: OnceLock::new(),
-            cpu,
-            cuda,
-            nvtx: nvtx::is_there(),
-            start: Instant::now(),
-            state: Mutex::default(),
-        };
-        let profile = Profile(Arc::new(inner));
-        let with = Some(profile.clone());
-        let device = match self {
-            Self::Cpu(cpu) => Self::Cpu(cpu.with_profile(with)),
-            Self::Cuda(cuda) => Self::Cuda(cuda.with_profile(with)),
-        };
-        (device, profile)
-    }
-
-    fn profile(&self) -> Option<&Profile> {
-        match self {
-            Self::Cpu(cpu) => cpu.profile(),
-            Self::Cuda(cuda) => cuda.profile(),
-        }
-    }
-
-    /// Begins a phase of a run, such as `rollout`, which ends with what is returned.
-    pub fn span(&self, phase: &'static str) -> Span {
-        self.begin(Kind::Phase, phase, Work::default)
-    }
-
-    /// Begins an op, which ends with what is returned; `work` is asked for if the device is
-    /// [`Device::profiled`].
-    pub fn op(&self, name: &'static str, work: impl FnOnce() -> Work) -> Span {
-        self.begin(Kind::Op, name, work)
-    }
-
-    fn begin(&self, kind: Kind, name: &'static str, work: impl FnOnce() -> Work) -> Span {
-        let profile = self.profile().cloned();
-        if let Some(profile) = &profile {
+impl Span {
+    /// Of a device with this profile, if it has one; `work` is asked for then.
+    pub(super) fn begin(
+        profile: Option<&Profile>,
+        kind: Kind,
+        name: &'static str,
+        work: impl FnOnce() -> Work,
+    ) -> Self {
+        if let Some(profile) = profile {
             profile.open(kind, name, work());
         }
-        Span { profile, _thread: PhantomData }
+        Self { profile: profile.cloned(), _thread: PhantomData }
     }
 }
 
 impl Profile {
+    /// Of a device with this description.
+    pub(super) fn new(
+        device: String,
+        clock: Option<Arc<dyn Clock>>,
+        find_peaks: impl Fn() -> Option<Peaks> + Send + Sync + 'static,
+    ) -> Self {
+        Self(Arc::new(Inner {
+            device,
+            peaks: OnceLock::new(),
+            find_peaks: Box::new(find_peaks),
+            clock,
+            nvtx: nvtx::is_there(),
+            start: Instant::now(),
+            state: Mutex::default(),
+        }))
+    }
+
     /// Seconds since it began.
     fn now(&self) -> f64 {
         self.0.start.elapsed().as_secs_f64()
@@ -260,7 +237,7 @@ impl Profile {
     }
 
     fn close(&self) {
-        let (now, cuda) = (self.now(), self.0.cuda.is_some());
+        let (now, on_device) = (self.now(), self.0.clock.is_some());
         let mut state = self.state();
         let last = state.launched;
         let thread = state.thread();
@@ -286,10 +263,10 @@ impl Profile {
         total.whole += seconds;
         total.seconds += own;
         total.work = total.work.and(open.work.without(open.inner_work));
-        if !cuda && open.kind == Kind::Op {
+        if !on_device && open.kind == Kind::Op {
             total.busy += own;
         }
-        if let Some(phase) = phase.filter(|_| !cuda) {
+        if let Some(phase) = phase.filter(|_| !on_device) {
             state.spans.entry((Kind::Phase, phase)).or_default().busy += seconds;
         }
         let Open { kind, name, work, began, .. } = open;
@@ -309,23 +286,23 @@ impl Profile {
         name: &'static str,
         work: impl FnOnce() -> Result<R>,
     ) -> Result<R> {
-        let Some(cuda) = &self.0.cuda else { return work() };
+        let Some(clock) = &self.0.clock else { return work() };
         let mut state = self.state();
         if state.batch.len() >= BATCH {
-            state.resolve(cuda)?;
+            state.resolve(&**clock)?;
         }
         if state.base.is_none() {
             // An idle device passes a mark when it is set: from here its time is the clock's.
-            cuda.synchronize()?;
-            state.base = Some((cuda.mark()?, self.now()));
+            clock.wait()?;
+            state.base = Some((clock.mark()?, self.now()));
         }
         // Locked until the mark at the end is in the batch, lest another thread begins a new one.
-        let start = cuda.mark()?;
-        let done = work().and_then(|done| Ok((done, cuda.mark()?)));
+        let start = clock.mark()?;
+        let done = work().and_then(|done| Ok((done, clock.mark()?)));
         let (done, end) = match done {
             Ok(done) => done,
             Err(e) => {
-                cuda.forget(&[start]);
+                clock.forget(&[start]);
                 return Err(e);
             }
         };
@@ -341,12 +318,9 @@ impl Profile {
     /// takes some tenths of a second.
     pub fn report(&self) -> Result<Report> {
         let (state, seconds) = (self.resolved()?, self.now());
-        let Inner { device, cpu, cuda, .. } = &*self.0;
-        let peaks = self.0.peaks.get_or_init(|| match (cpu, cuda) {
-            (Some(cpu), _) => Some(Peaks::measured(cpu)),
-            (_, cuda) => cuda.as_ref().and_then(|cuda| Peaks::of(cuda.name())),
-        });
-        Ok(report::report(device, *peaks, seconds, cuda.is_some(), &state))
+        let Inner { device, peaks, find_peaks, clock, .. } = &*self.0;
+        let peaks = peaks.get_or_init(find_peaks);
+        Ok(report::report(device, *peaks, seconds, clock.is_some(), &state))
     }
 
     /// Writes a trace in the JSON format of Chrome, which <https://ui.perfetto.dev> shows: a track
@@ -361,8 +335,8 @@ impl Profile {
     /// With the times of all kernels.
     fn resolved(&self) -> Result<MutexGuard<'_, State>> {
         let mut state = self.state();
-        if let Some(cuda) = &self.0.cuda {
-            state.resolve(cuda)?;
+        if let Some(clock) = &self.0.clock {
+            state.resolve(&**clock)?;
         }
         Ok(state)
     }
@@ -371,8 +345,8 @@ impl Profile {
 impl Drop for Inner {
     fn drop(&mut self) {
         let state = self.state.get_mut().unwrap_or_else(PoisonError::into_inner);
-        if let Some(cuda) = &self.cuda {
-            state.forget(cuda);
+        if let Some(clock) = &self.clock {
+            state.forget(&**clock);
         }
     }
 }
@@ -397,14 +371,14 @@ impl State {
     }
 
     /// Reads the marks of the batch and begins a new one.
-    fn resolve(&mut self, cuda: &Cuda) -> Result<()> {
+    fn resolve(&mut self, clock: &dyn Clock) -> Result<()> {
         let mut times: Vec<(f64, f64)> = Vec::with_capacity(self.batch.len());
         if let Some((mark, base)) = self.base {
-            cuda.synchronize()?;
+            clock.wait()?;
             for k in &self.batch {
                 // Far from the first mark a time has few digits left, a difference of neighbours
                 // has all. Kernels follow each other, whatever is rounded.
-                let (at, seconds) = (cuda.between(mark, k.start)?, cuda.between(k.start, k.end)?);
+                let (at, seconds) = (clock.between(mark, k.start)?, clock.between(k.start, k.end)?);
                 let start = times.last().map_or(base + at, |before| before.1.max(base + at));
                 times.push((start, start + seconds));
             }
@@ -443,14 +417,14 @@ impl State {
             self.keep(Event::new(Kind::Kernel, k.name, Track::Device, time, Work::default()));
         }
         self.batch = batch;
-        self.forget(cuda);
+        self.forget(clock);
         Ok(())
     }
 
     /// Gives the marks of the batch back, whether they were read or not.
-    fn forget(&mut self, cuda: &Cuda) {
+    fn forget(&mut self, clock: &dyn Clock) {
         let of_kernels = self.batch.drain(..).flat_map(|k| [k.start, k.end]);
         let all: Vec<Mark> = of_kernels.chain(self.base.take().map(|(mark, _)| mark)).collect();
-        cuda.forget(&all);
+        clock.forget(&all);
     }
 }

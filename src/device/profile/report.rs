@@ -3,7 +3,6 @@
 use std::fmt;
 
 use super::{Kind, State, Total, Work};
-use crate::device::{Cpu, cpu::Peak};
 
 /// What a device can do at most: a GPU by its data sheet, a CPU as measured.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -26,16 +25,10 @@ const PEAKS: [(&str, f64, f64); 5] = [
 
 impl Peaks {
     /// Those of a GPU with this name, if they are known. A CPU's depend on its clock, memory and
-    /// neighbours, and are [`Peaks::measured`].
+    /// neighbours, and are measured.
     pub fn of(name: &str) -> Option<Self> {
         let (_, flops, bytes) = PEAKS.into_iter().find(|(of, ..)| *of == name)?;
         Some(Self { flops: flops * 1e12, bytes: bytes * 1e12 })
-    }
-
-    /// Those of this machine.
-    pub fn measured(cpu: &Cpu) -> Self {
-        let Peak { flops, copy } = Peak::measure(cpu);
-        Self { flops, bytes: copy }
     }
 
     /// The least seconds for this work.
@@ -47,7 +40,7 @@ impl Peaks {
 /// A phase of the run.
 #[derive(Clone, Debug, PartialEq)]
 pub struct PhaseRow {
-    /// As given to [`super::Device::span`].
+    /// As given to `Device::span`.
     pub name: &'static str,
     pub calls: u64,
     /// By the clock, with the phases inside of it.
@@ -61,7 +54,7 @@ pub struct PhaseRow {
 /// An op; of ops inside of each other each has its own time and work.
 #[derive(Clone, Debug, PartialEq)]
 pub struct OpRow {
-    /// As given to [`super::Device::op`]; empty for kernels outside of ops.
+    /// As given to `Device::op`; empty for kernels outside of ops.
     pub name: &'static str,
     pub calls: u64,
     /// By the clock; on a CUDA device those of its kernels, by events.

@@ -7,7 +7,7 @@ use std::arch::x86_64::*;
 use super::{NR, Tile, portable};
 
 /// # Safety
-/// As [`super::Micro::run`], for R rows; AVX2 and FMA.
+/// As [`super::run`], for R rows; AVX2 and FMA.
 #[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn wide<const R: usize, const T: bool>(
     t: Tile<f64>,
@@ -22,7 +22,7 @@ pub(super) unsafe fn wide<const R: usize, const T: bool>(
 /// 12 x 32 is 24 accumulators, two of B and one of A: 27 of 32 registers.
 ///
 /// # Safety
-/// As [`super::Micro::run`], for R rows; AVX-512.
+/// As [`super::run`], for R rows; AVX-512.
 #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma")]
 pub(super) unsafe fn avx512<const R: usize, const T: bool>(
     t: Tile<f32>,
@@ -62,7 +62,7 @@ pub(super) unsafe fn avx512<const R: usize, const T: bool>(
 /// 6 x 16 once or twice: 12 accumulators, two of B and one of A: 15 of 16 registers.
 ///
 /// # Safety
-/// As [`super::Micro::run`], for R rows; AVX2 and FMA.
+/// As [`super::run`], for R rows; AVX2 and FMA.
 #[target_feature(enable = "avx2,fma")]
 pub(super) unsafe fn avx2<const R: usize, const T: bool>(
     t: Tile<f32>,

@@ -10,10 +10,7 @@ use bytemuck::Pod;
 
 use super::{Cuda, Driver, Launch, device_error, kernels};
 use crate::{
-    device::{
-        buffer::{Region, ViewMut},
-        later::Later,
-    },
+    device::{later::Later, view::ViewMut},
     error::Result,
 };
 
@@ -46,22 +43,22 @@ impl Parts {
 const BYTES: usize = (PARTS + 1) * 16 * 8;
 
 #[derive(Debug)]
-pub(super) struct Room {
+pub(super) struct ReduceScratch {
     driver: Arc<dyn Driver>,
     at: NonNull<u8>,
 }
 
 // SAFETY: plain device memory with one owner; used behind a lock.
-unsafe impl Send for Room {}
+unsafe impl Send for ReduceScratch {}
 
-impl Room {
+impl ReduceScratch {
     pub(super) fn new(driver: &Arc<dyn Driver>) -> Result<Arc<Mutex<Self>>> {
         let at = driver.alloc(BYTES)?;
         Ok(Arc::new(Mutex::new(Self { driver: driver.clone(), at })))
     }
 }
 
-impl Drop for Room {
+impl Drop for ReduceScratch {
     fn drop(&mut self) {
         // SAFETY: allocated in `new`; nobody else has the address.
         unsafe { self.driver.free(self.at) }
@@ -69,10 +66,10 @@ impl Drop for Room {
 }
 
 impl Cuda {
-    /// The `N` numbers that `work` leaves in its first argument; the second is room for as many of
-    /// each of `parts` parts. All bits of both are set at first. Nobody waits for them: who reduces
-    /// next uses the room behind this in the stream. `work` cannot reduce anything itself: there is
-    /// one room.
+    /// The `N` numbers that `work` leaves in its first argument; the second is scratch for as many
+    /// numbers of each of `parts` parts. All bits of both are set at first. The call does not wait:
+    /// the next reduction uses the scratch behind this one in the stream. `work` cannot reduce
+    /// anything itself, as there is one scratch.
     pub fn reduce<T: Pod, const N: usize>(
         &self,
         parts: usize,
@@ -84,18 +81,16 @@ impl Cuda {
                 "a reduction of {parts} parts, wanted at most {PARTS}"
             )));
         }
-        let room = self.room.lock().unwrap_or_else(PoisonError::into_inner);
-        // SAFETY: the room is ours while it is locked.
-        unsafe { self.fill(room.at, 0xFF, BYTES)? };
-        let region = Region::on(self, room.at);
-        // SAFETY: both fit in the room, as checked above; it is aligned to 256 bytes, any bits are
-        // a `T`, and nobody else uses it while it is locked.
-        let mut total = unsafe { region.buffer::<T>(N) };
-        // SAFETY: inside the room.
-        let behind = unsafe { region.add(N * size_of::<T>()) };
-        // SAFETY: as for the total.
-        let mut partial = unsafe { behind.buffer::<T>(parts * N) };
-        work(total.view_mut(), partial.view_mut())?;
+        let scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        // SAFETY: the scratch is ours while it is locked.
+        unsafe { self.fill(scratch.at, 0xFF, BYTES)? };
+        // SAFETY: inside the scratch, which holds `(parts + 1) * N` numbers, as checked above.
+        let behind = unsafe { scratch.at.add(N * size_of::<T>()) };
+        // SAFETY: it is aligned to 256 bytes, any bits are a `T`, and it is ours while locked.
+        let mut total = unsafe { ViewMut::<T>::on_device(scratch.at, N) };
+        // SAFETY: as for the total, behind which it lies.
+        let partial = unsafe { ViewMut::<T>::on_device(behind, parts * N) };
+        work(total.reborrow(), partial)?;
         Ok(self.read_later(total.view())?.map(|total| {
             let mut out = [T::zeroed(); N];
             out.copy_from_slice(&total);
