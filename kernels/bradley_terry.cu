@@ -1,6 +1,6 @@
 // Pairwise loss of the reward model: softplus(-m) + centre (c + r)^2 with m = c - r - margin, and
-// d/dc, d/dr. As all losses over tokens, see include/token_loss.cuh; a token is a pair here, its two
-// scores side by side; scale = 1 / denominator.
+// d/dc, d/dr. As all losses over tokens, see include/token_loss.cuh; a token is a pair here, its
+// two scores side by side; scale = 1 / denominator.
 #include "include/token_loss.cuh"
 
 constexpr int THREADS = 256;

@@ -1,7 +1,7 @@
 // PPO's policy loss: max(-A rho, -A clip(rho, low, high)), at most -A dual for A < 0, rho = e^(logp
 // - old); plus kl_coef k(logp, ref), times rho if unbiased, minus entropy_coef entropy; d/dlogp and
-// d/dentropy. As all losses over tokens, see include/token_loss.cuh; scale = 1 / denominator; dual is
-// infinite where it is off, the estimator is 0 and ref_logp null without a KL term.
+// d/dentropy. As all losses over tokens, see include/token_loss.cuh; scale = 1 / denominator; dual
+// is infinite where it is off, the estimator is 0 and ref_logp null without a KL term.
 #include "include/kl.cuh"
 #include "include/token_loss.cuh"
 

@@ -1,6 +1,6 @@
-// Clipped value loss: scale * max((v - ret)^2, (clip(v, old - c, old + c) - ret)^2) / 2, and d/dv. As
-// all losses over tokens, see include/token_loss.cuh; scale = coefficient / denominator. Without a
-// clip `old` is null and the clip infinite.
+// Clipped value loss: scale * max((v - ret)^2, (clip(v, old - c, old + c) - ret)^2) / 2, and d/dv.
+// As all losses over tokens, see include/token_loss.cuh; scale = coefficient / denominator. Without
+// a clip `old` is null and the clip infinite.
 #include "include/token_loss.cuh"
 
 constexpr int THREADS = 256;

@@ -28,9 +28,9 @@ mod device {
     mod gemm;
     mod hopper;
     mod kernels;
-    mod later;
     mod maps;
     mod math;
+    mod pending;
     mod pool;
     mod profile;
     mod staging;

@@ -1,8 +1,8 @@
 // A loss over tokens, and over pairs: a functor computes a token's gradients and sums from its
 // numbers; `token_loss` loads the columns, weights and writes what comes back, and reduces the sums
-//   shapes   columns and gradients [count] f32, PER elements a token; singles [count / PER] f32, the
-//            first are the weights; partial [blocks, SUMS + MAXIMA] f64. Any column may be null: its
-//            numbers are 0, its weights 1
+//   shapes   columns and gradients [count] f32, PER elements a token; singles [count / PER] f32,
+//            the first are the weights; partial [blocks, SUMS + MAXIMA] f64. Any column may be
+//            null: its numbers are 0, its weights 1
 //   tiling   4 elements a thread at a time, `share` elements a block; sums.cu adds the blocks
 //   memory   one pass: reads every column once, writes every gradient once, 4 bytes an element
 //   numerics f64 from the loads on, as on the CPU, one rounding on the way out; sums in an order of

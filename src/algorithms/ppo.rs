@@ -16,7 +16,7 @@ use super::{
 };
 use crate::{
     config::Section,
-    device::{Device, Later, View, ViewMut},
+    device::{Device, Pending, View, ViewMut},
     error::{Error, Result},
     ops::{
         gae,
@@ -134,8 +134,8 @@ pub struct Ppo {
     settings: PpoSettings,
     kl_coef: f64,
     /// Of each micro-batch.
-    policy: Vec<Later<PpoSums>>,
-    value: Vec<Later<ValueSums>>,
+    policy: Vec<Pending<PpoSums>>,
+    value: Vec<Pending<ValueSums>>,
     updates: f64,
     /// KL of a sequence and number of sequences of the step, for the adaptation of `kl_coef`.
     kl: f64,

@@ -4,7 +4,7 @@
 use super::{Algorithm, Column, Entry, Inputs, Metrics, Micro, Needs, Origin, Scalar};
 use crate::{
     config::Section,
-    device::{Device, Later, View, ViewMut},
+    device::{Device, Pending, View, ViewMut},
     error::Result,
     ops::bradley_terry::{self, PairSums, Pairs},
 };
@@ -23,7 +23,7 @@ crate::settings! {
 pub struct Reward {
     settings: RewardSettings,
     /// Of each micro-batch.
-    stats: Vec<Later<PairSums>>,
+    stats: Vec<Pending<PairSums>>,
 }
 
 pub(super) const ENTRY: Entry = Entry {

@@ -5,7 +5,7 @@
 use super::{Algorithm, Column, Entry, Inputs, Metrics, Micro, Needs};
 use crate::{
     config::Section,
-    device::{Device, Later, View, ViewMut},
+    device::{Device, Pending, View, ViewMut},
     error::Result,
     ops::nll,
 };
@@ -24,7 +24,7 @@ crate::settings! {
 pub struct Sft {
     settings: SftSettings,
     /// Of each micro-batch.
-    losses: Vec<Later<f64>>,
+    losses: Vec<Pending<f64>>,
     tokens: f64,
 }
 

@@ -12,7 +12,7 @@ pub mod cuda;
 mod elementary;
 pub mod file;
 mod float;
-mod later;
+mod pending;
 pub mod profile;
 mod system;
 mod view;
@@ -23,7 +23,7 @@ pub use buffer::{Buffer, allocated, allocations};
 pub use cpu::Cpu;
 pub use cuda::Cuda;
 pub use float::{Element, Float};
-pub use later::Later;
+pub use pending::Pending;
 pub use profile::{Profile, Work};
 pub use system::free_disk_bytes;
 pub use view::{View, ViewMut};
@@ -144,18 +144,17 @@ impl Device {
         }
     }
 
-    /// A copy of a buffer as it is after all work on it so far, which need not be done yet: on a
-    /// CUDA device nobody waits before [`Later::get`], and the buffer may be written or end
-    /// meanwhile.
-    pub fn read_later<T: Pod>(&self, x: View<'_, T>) -> Result<Later<Vec<T>>> {
+    /// A copy of a buffer after all work on it so far. A CUDA device need not be done yet: only
+    /// [`Pending::get`] waits, and the buffer may be written or end meanwhile.
+    pub fn read_later<T: Pod>(&self, x: View<'_, T>) -> Result<Pending<Vec<T>>> {
         match self {
-            Self::Cpu(_) => Ok(Later::now(x.host().to_vec())),
+            Self::Cpu(_) => Ok(Pending::now(x.host().to_vec())),
             Self::Cuda(cuda) => cuda.read_later(x),
         }
     }
 
-    /// Divides what a wait brings: [`Later::get`] of what was issued before this does not wait for
-    /// what comes after it, so that a CUDA device works on while the host reads.
+    /// Ends what one wait covers: [`Pending::get`] of a result issued before this does not wait for
+    /// later work, so that a CUDA device works on while the host reads.
     pub fn milestone(&self) -> Result<()> {
         match self {
             Self::Cpu(_) => Ok(()),

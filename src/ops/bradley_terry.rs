@@ -5,7 +5,7 @@
 
 use super::token_loss::{Input, TokenLoss, sums};
 use crate::{
-    device::{Device, Float, Later, View, ViewMut, cuda::kernels::bradley_terry as kernel},
+    device::{Device, Float, Pending, View, ViewMut, cuda::kernels::bradley_terry as kernel},
     error::Result,
     shape,
 };
@@ -45,7 +45,7 @@ pub fn forward<F: Float>(
     Pairs { scores, margins, weights }: Pairs<'_, F>,
     centre: f64,
     denominator: f64,
-) -> Result<Later<PairSums>> {
+) -> Result<Pending<PairSums>> {
     let pairs = shape::rows("bradley_terry", "scores", scores.len(), 2)?;
     let margins = Some(margins).filter(|m| !m.is_empty());
     let [chosen, rejected] = [0, 1].map(|first| Input::new("scores", scores).of_many(first, 2));

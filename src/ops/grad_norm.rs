@@ -2,7 +2,7 @@
 
 use crate::{
     device::{
-        Device, Float, Later, View, Work,
+        Device, Float, Pending, View, Work,
         cpu::math,
         cuda::{self, Launch, kernels::grad_norm as kernel},
     },
@@ -20,7 +20,7 @@ const GROUP: usize = kernel::GROUP;
 /// element is NaN.
 ///
 /// Reads x once.
-pub fn norm<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Later<f64>> {
+pub fn norm<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Pending<f64>> {
     let n = x.len();
     let _op = dev.op("grad_norm", || Work::moves::<F>(n));
     // Groups of a part: 1 up to 2^28 elements.
@@ -39,7 +39,7 @@ pub fn norm<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Later<f64>> {
             };
             let part = |x: &[F]| x.chunks(GROUP * CHUNK).map(group).sum::<f64>();
             // The sum of no f64 is -0.
-            Later::now(0.0 + x.host().chunks(groups * GROUP * CHUNK).map(part).sum::<f64>())
+            Pending::now(0.0 + x.host().chunks(groups * GROUP * CHUNK).map(part).sum::<f64>())
         }
         Device::Cuda(cuda) => {
             let parts = n.div_ceil(groups * GROUP * CHUNK);
@@ -68,7 +68,7 @@ pub fn clip_scale(norm: f64, max_norm: f64) -> f64 {
 /// Index of the first NaN or infinity.
 ///
 /// Reads x once.
-pub fn first_bad<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Later<Option<usize>>> {
+pub fn first_bad<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Pending<Option<usize>>> {
     let _op = dev.op("grad_norm::first_bad", || Work::moves::<F>(x.len()));
     match dev {
         Device::Cpu(cpu) => {
@@ -79,7 +79,7 @@ pub fn first_bad<F: Float>(dev: &Device, x: View<'_, F>) -> Result<Later<Option<
                 }
                 chunk.iter().position(|x| !x.is_finite()).map(|at| i * CHUNK + at)
             };
-            Ok(Later::now(x.host().chunks(CHUNK).enumerate().find_map(bad)))
+            Ok(Pending::now(x.host().chunks(CHUNK).enumerate().find_map(bad)))
         }
         Device::Cuda(cuda) => {
             let blocks = x.len().div_ceil(CHUNK * kernel::BAD_THREADS / 32);

@@ -2,7 +2,7 @@
 
 use super::token_loss::{Input, TokenLoss, sums};
 use crate::{
-    device::{Device, Float, Later, View, ViewMut, cuda::kernels::nll as kernel},
+    device::{Device, Float, Pending, View, ViewMut, cuda::kernels::nll as kernel},
     error::Result,
 };
 
@@ -25,7 +25,7 @@ pub fn forward<F: Float>(
     logp: View<'_, F>,
     weights: View<'_, F>,
     denominator: f64,
-) -> Result<Later<f64>> {
+) -> Result<Pending<f64>> {
     let tokens = logp.len();
     let loss = TokenLoss {
         op: "nll",

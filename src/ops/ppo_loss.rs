@@ -10,7 +10,7 @@ use super::{
     token_loss::{Input, TokenLoss, sums},
 };
 use crate::{
-    device::{Device, Float, Later, View, ViewMut, cuda::kernels::ppo_loss as kernel},
+    device::{Device, Float, Pending, View, ViewMut, cuda::kernels::ppo_loss as kernel},
     error::Result,
 };
 
@@ -91,7 +91,7 @@ pub fn policy<F: Float>(
     t: PpoTokens<'_, F>,
     s: &PpoLoss,
     denominator: f64,
-) -> Result<Later<PpoSums>> {
+) -> Result<Pending<PpoSums>> {
     let tokens = t.logp.len();
     let ref_logp = t.ref_logp.filter(|_| s.kl.is_some());
     let loss = TokenLoss {

@@ -14,7 +14,7 @@
 //! sum, for which every function gives 1, is the weight of all tokens. A maximum has no weight.
 
 use crate::{
-    device::{Cuda, Device, Float, Later, View, ViewMut, Work, cuda::Launch},
+    device::{Cuda, Device, Float, Pending, View, ViewMut, Work, cuda::Launch},
     error::Result,
     shape,
 };
@@ -124,7 +124,7 @@ impl<F: Float, const IN: usize, const GRADS: usize> TokenLoss<'_, F, IN, GRADS> 
         dev: &Device,
         token: impl Fn([f64; IN]) -> ([f64; OUT], S),
         launch: impl FnOnce(TokenLaunch<'_, F, GRADS>) -> Result<()>,
-    ) -> Result<Later<S>> {
+    ) -> Result<Pending<S>> {
         let Self { op, tokens, inputs, weights, grads } = self;
         let per = OUT / GRADS;
         let weight = Input::optional("weights", weights, false);
@@ -167,7 +167,7 @@ impl<F: Float, const IN: usize, const GRADS: usize> TokenLoss<'_, F, IN, GRADS> 
                         }
                     }
                 }
-                Ok(Later::now(sums))
+                Ok(Pending::now(sums))
             }
             Device::Cuda(cuda) => {
                 let sums = cuda.sums(tokens * per, S::MAXIMA, |row, partial, share| {

@@ -3,7 +3,7 @@
 
 use super::token_loss::{Input, TokenLoss, sums};
 use crate::{
-    device::{Device, Float, Later, View, ViewMut, cuda::kernels::value_loss as kernel},
+    device::{Device, Float, Pending, View, ViewMut, cuda::kernels::value_loss as kernel},
     error::Result,
 };
 
@@ -48,7 +48,7 @@ pub fn forward<F: Float>(
     t: ValueTokens<'_, F>,
     s: ValueLoss,
     denominator: f64,
-) -> Result<Later<ValueSums>> {
+) -> Result<Pending<ValueSums>> {
     let ValueTokens { v, old, returns, weights } = t;
     let (tokens, scale) = (v.len(), s.coef / denominator);
     let inputs = [("v", v), ("old", old), ("returns", returns)].map(|(n, x)| Input::new(n, x));

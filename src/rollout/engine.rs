@@ -13,7 +13,7 @@
 use std::collections::VecDeque;
 
 use crate::{
-    device::{Arena, Buffer, Device, Element, Later, Scope, ViewMut},
+    device::{Arena, Buffer, Device, Element, Pending, Scope, ViewMut},
     error::{Error, Result},
     models::{Activations, Batch, Cache, Keep, Model, PassShape, Sampler, Spec, Staged},
     ops::sample,
@@ -69,8 +69,8 @@ struct Live {
 struct Queued<F> {
     /// Whose tokens it draws: indices of prompts.
     of: Vec<usize>,
-    tokens: Later<Vec<u32>>,
-    logp: Later<Vec<F>>,
+    tokens: Pending<Vec<u32>>,
+    logp: Pending<Vec<F>>,
 }
 
 /// Passes that are queued when the host reads one: on a CUDA device one, so that the device goes on

@@ -2,7 +2,7 @@
 
 use super::settings::Settings;
 use crate::{
-    device::{Buffer, Device, Element, Later},
+    device::{Buffer, Device, Element, Pending},
     error::{Error, Result},
     models::{self, Head, Layout, Master, Model, Params, Spec},
     ops::{
@@ -42,7 +42,7 @@ impl<T: Element> Role<T> {
     }
 
     /// Norm of all gradients, for [`Role::known`].
-    pub fn gradient_norm(&self, dev: &Device) -> Result<Later<f64>> {
+    pub fn gradient_norm(&self, dev: &Device) -> Result<Pending<f64>> {
         grad_norm::norm(dev, self.grads.flat())
     }
 
@@ -50,7 +50,7 @@ impl<T: Element> Role<T> {
     ///
     /// # Errors
     /// [`Error::BadNumber`] naming the tensor if a gradient is not finite.
-    pub fn known(&self, dev: &Device, norm: Later<f64>, step: u64) -> Result<f64> {
+    pub fn known(&self, dev: &Device, norm: Pending<f64>, step: u64) -> Result<f64> {
         let norm = norm.get()?;
         if norm.is_finite() { Ok(norm) } else { Err(self.bad(dev, "gradient", norm, step)) }
     }
@@ -63,7 +63,7 @@ impl<T: Element> Role<T> {
         s: &Settings,
         lr: f64,
         norm: f64,
-    ) -> Result<Later<Option<usize>>> {
+    ) -> Result<Pending<Option<usize>>> {
         self.updates += 1;
         let scale = grad_norm::clip_scale(norm, s.max_grad_norm);
         let hyper = Hyper {
@@ -87,7 +87,7 @@ impl<T: Element> Role<T> {
     ///
     /// # Errors
     /// [`Error::BadNumber`] naming the tensor if one is not: a step too large.
-    pub fn healthy(&self, dev: &Device, bad: Later<Option<usize>>, step: u64) -> Result<()> {
+    pub fn healthy(&self, dev: &Device, bad: Pending<Option<usize>>, step: u64) -> Result<()> {
         match bad.get()? {
             None => Ok(()),
             Some(_) => Err(self.bad(dev, "new weight", f64::NAN, step)),

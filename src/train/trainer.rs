@@ -14,7 +14,7 @@ use super::{
 use crate::{
     algorithms::{Algorithm, Columns, Inputs, Metrics, Micro, Origin, Sampling},
     data::Order,
-    device::{Arena, Device, Element, Later, View},
+    device::{Arena, Device, Element, Pending, View},
     error::{Error, Result},
     models::{Batch, Head, Model, Pass, PassOptions, Residency},
     rng::{Philox, Purpose},
@@ -297,7 +297,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             for w in watched {
                 w.check(columns, first, step)?;
             }
-            let known = |role: &Option<Role<T>>, norm: Option<Later<f64>>| {
+            let known = |role: &Option<Role<T>>, norm: Option<Pending<f64>>| {
                 role.as_ref().zip(norm).map(|(role, norm)| role.known(&dev, norm, step)).transpose()
             };
             let (policy_norm, scalar_norm) =
@@ -393,7 +393,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
 }
 
 /// What updates made of the weights, by role.
-type Changed = Vec<(&'static str, Later<Option<usize>>)>;
+type Changed = Vec<(&'static str, Pending<Option<usize>>)>;
 
 /// Whether all updates so far left weights that are numbers.
 fn healthy<T: Element>(
@@ -437,7 +437,7 @@ const LOGP: &str = "log-prob";
 struct Watched {
     what: &'static str,
     sequences: Range<usize>,
-    numbers: Later<Vec<f32>>,
+    numbers: Pending<Vec<f32>>,
 }
 
 /// Where a micro-batch leaves them.

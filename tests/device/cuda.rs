@@ -7,7 +7,7 @@ use half::bf16;
 use warpo::{
     Result,
     device::{
-        Arch, Arena, Buffer, Cuda, Device, Later, View,
+        Arch, Arena, Buffer, Cuda, Device, Pending, View,
         cuda::{Launch, Map, Order, PARTS, Parts, Swizzle, Tiles, kernels::rms_norm as kernel},
     },
 };
@@ -413,7 +413,7 @@ fn a_reduction_starts_from_nan_and_has_few_parts() {
                 assert_eq!(partial.len(), 2 * PARTS);
                 dev.write(total.range(0..1), &[5.0])
             })
-            .and_then(Later::get)
+            .and_then(Pending::get)
             .unwrap();
         assert!(a == 5.0 && b.is_nan());
     }

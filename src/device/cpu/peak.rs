@@ -13,9 +13,9 @@ const ROUNDS: usize = 400_000;
 const COPIED: usize = 32 << 20;
 
 impl Peaks {
-    /// The peaks of this machine: fused multiply-adds of f32 on registers, and a copy of 128 MiB, on
-    /// all threads. Takes the best of several tries, some tenths of a second: a peak is a ceiling,
-    /// not a mean.
+    /// The peaks of this machine: multiply-adds of f32 on registers, and a copy of 128 MiB, on all
+    /// threads. Takes the best of several tries, some tenths of a second: a peak is a ceiling, not
+    /// a mean.
     pub fn measured(cpu: &Cpu) -> Self {
         let run = |width: usize, f: &(dyn Fn(usize) + Sync)| {
             let seconds = best(5, || cpu.run(cpu.threads(), f));

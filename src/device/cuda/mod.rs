@@ -26,7 +26,7 @@ use super::{
     arch::Arch,
     clock::{Clock, Mark},
     float::{Element, Float},
-    later::Later,
+    pending::Pending,
     profile::Profile,
     view::{View, ViewMut},
 };
@@ -280,15 +280,15 @@ impl Cuda {
     }
 
     /// A copy of device memory as it is after all that was launched, without waiting for it.
-    pub(super) fn read_later<T: Pod>(&self, x: View<'_, T>) -> Result<Later<Vec<T>>> {
+    pub(super) fn read_later<T: Pod>(&self, x: View<'_, T>) -> Result<Pending<Vec<T>>> {
         let (at, len) = (x.device_ptr()?, x.len());
         if len == 0 {
-            return Ok(Later::now(Vec::new()));
+            return Ok(Pending::now(Vec::new()));
         }
         let bytes = len * size_of::<T>();
         // SAFETY: a view of device memory holds `len` elements.
         let landing = self.launches(COPY_OUT, || unsafe { self.staging.read(at, bytes) })?;
-        Ok(Later::from_device(move || {
+        Ok(Pending::from_device(move || {
             let mut out = vec![T::zeroed(); len];
             landing.get(bytemuck::cast_slice_mut(&mut out))?;
             Ok(out)

@@ -10,7 +10,7 @@ use bytemuck::Pod;
 
 use super::{Cuda, Driver, Launch, device_error, kernels};
 use crate::{
-    device::{later::Later, view::ViewMut},
+    device::{pending::Pending, view::ViewMut},
     error::Result,
 };
 
@@ -74,7 +74,7 @@ impl Cuda {
         &self,
         parts: usize,
         work: impl FnOnce(ViewMut<'_, T>, ViewMut<'_, T>) -> Result<()>,
-    ) -> Result<Later<[T; N]>> {
+    ) -> Result<Pending<[T; N]>> {
         const { assert!(size_of::<T>() <= 8 && N <= 16) };
         if parts > PARTS {
             return Err(device_error(format!(
@@ -106,7 +106,7 @@ impl Cuda {
         tokens: usize,
         maxima: usize,
         work: impl FnOnce(Launch, ViewMut<'_, f64>, usize) -> Result<()>,
-    ) -> Result<Later<[f64; N]>> {
+    ) -> Result<Pending<[f64; N]>> {
         let parts = Parts::of(tokens);
         self.reduce(parts.count, |total, mut partial| {
             let launch = Launch::row(parts.count, kernels::sums::THREADS / 32 * N * 8)?;

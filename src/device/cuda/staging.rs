@@ -32,9 +32,8 @@ pub struct Calls {
     pub fills: u64,
     /// Times that the host waited for the device: for all work, or up to a
     /// [`Device::milestone`](crate::device::Device::milestone) in a
-    /// [`Later::get`](crate::device::Later) that no wait had covered. A read, a synchronisation, a
-    /// timing and memory that is freed wait for all. A write waits, if at all, for writes long
-    /// before it, and is not counted.
+    /// [`Pending::get`](crate::device::Pending) that no wait had covered. A read, a timing and a
+    /// free wait for all. A write waits, if at all, for writes long before it, and is not counted.
     pub waits: u64,
 }
 

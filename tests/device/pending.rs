@@ -2,7 +2,7 @@
 //! they are read.
 
 use warpo::{
-    device::{Arena, Buffer, Cuda, Device, Later, cuda::Ring},
+    device::{Arena, Buffer, Cuda, Device, Pending, cuda::Ring},
     ops::{grad_norm, nll},
 };
 
@@ -26,11 +26,11 @@ fn numbers(from: u32, n: usize) -> Vec<u32> {
 fn on_the_cpu_it_is_there() {
     let x = vec![1.0f32, 2.0, 3.0];
     let later = host().read_later((&x).into()).unwrap();
-    assert_eq!(format!("{later:?}"), "Later([1.0, 2.0, 3.0])");
+    assert_eq!(format!("{later:?}"), "Pending([1.0, 2.0, 3.0])");
     let sum = later.map(|x| x.iter().sum::<f32>());
-    assert_eq!(format!("{sum:?}"), "Later(6.0)");
+    assert_eq!(format!("{sum:?}"), "Pending(6.0)");
     assert_eq!(sum.map(|sum| sum.to_string()).get().unwrap(), "6");
-    assert_eq!(Later::now(7).get().unwrap(), 7);
+    assert_eq!(Pending::now(7).get().unwrap(), 7);
 }
 
 #[test]
@@ -44,7 +44,7 @@ fn one_wait_brings_all_that_were_issued_before() {
             buffers.iter().map(|x| dev.read_later(x.view()).unwrap()).collect();
         let after = cuda.calls() - begin;
         assert_eq!((after.reads, after.waits), (19, 0), "there is nothing to read of the first");
-        assert_eq!(format!("{:?}", laters[1]), "Later(on a device)");
+        assert_eq!(format!("{:?}", laters[1]), "Pending(on a device)");
         // In any order.
         assert_eq!(laters.remove(7).get().unwrap(), numbers(7, 280));
         let late = dev.read_later(buffers[7].view()).unwrap().map(|x| x.len());
@@ -100,7 +100,7 @@ fn a_milestone_divides_what_waits_bring() {
         for from in 12..40 {
             let now = read(&mut x, from);
             dev.milestone().unwrap();
-            let before: Option<Later<Vec<u32>>> = before.replace(now);
+            let before: Option<Pending<Vec<u32>>> = before.replace(now);
             match from % 4 {
                 0 => cuda.synchronize().unwrap(),
                 1 => drop(before),

@@ -11,7 +11,7 @@ use crate::error::Result;
 /// One wait brings all results that were issued before it, or before the next
 /// [`Device::milestone`](super::Device::milestone). To drop one unread costs nothing.
 #[must_use = "what is not read may be a check that nobody makes"]
-pub struct Later<R>(State<R>);
+pub struct Pending<R>(State<R>);
 
 enum State<R> {
     Now(R),
@@ -19,7 +19,7 @@ enum State<R> {
     OnDevice(Box<dyn FnOnce() -> Result<R> + Send>),
 }
 
-impl<R> Later<R> {
+impl<R> Pending<R> {
     /// A result that is there.
     pub fn now(result: R) -> Self {
         Self(State::Now(result))
@@ -30,14 +30,14 @@ impl<R> Later<R> {
         Self(State::OnDevice(Box::new(get)))
     }
 
-    /// What `f` makes of it; called at once if it is there, else by [`Later::get`].
-    pub fn map<S>(self, f: impl FnOnce(R) -> S + Send + 'static) -> Later<S>
+    /// What `f` makes of it; called at once if it is there, else by [`Pending::get`].
+    pub fn map<S>(self, f: impl FnOnce(R) -> S + Send + 'static) -> Pending<S>
     where
         R: 'static,
     {
         match self.0 {
-            State::Now(result) => Later::now(f(result)),
-            State::OnDevice(get) => Later::from_device(move || get().map(f)),
+            State::Now(result) => Pending::now(f(result)),
+            State::OnDevice(get) => Pending::from_device(move || get().map(f)),
         }
     }
 
@@ -51,11 +51,11 @@ impl<R> Later<R> {
     }
 }
 
-impl<R: fmt::Debug> fmt::Debug for Later<R> {
+impl<R: fmt::Debug> fmt::Debug for Pending<R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
-            State::Now(result) => f.debug_tuple("Later").field(result).finish(),
-            State::OnDevice(_) => f.write_str("Later(on a device)"),
+            State::Now(result) => f.debug_tuple("Pending").field(result).finish(),
+            State::OnDevice(_) => f.write_str("Pending(on a device)"),
         }
     }
 }
