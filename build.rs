@@ -192,7 +192,7 @@ fn write(path: &Path, text: &str) -> Result<(), String> {
 /// Kernels of a family differ in what is stored (`_bf16`, `_f32`) and in a size before that (`_64`,
 /// `_128x256`) only.
 fn module(source: &Path, compiled: bool) -> Result<String, String> {
-    let text = fs::read_to_string(source).map_err(|e| format!("{}: {e}", source.display()))?;
+    let text = scan::source(source).map_err(|e| format!("{}: {e}", source.display()))?;
     let stem = stem(source);
     let arch = if scan::sm90(&stem) { "Sm90" } else { "Sm80" };
     let bytes = match compiled {
@@ -219,6 +219,7 @@ fn module(source: &Path, compiled: bool) -> Result<String, String> {
         suffix("_bf16").or_else(|| suffix("_f32")).unwrap_or(&e.name).to_owned()
     };
     let mut names: Vec<String> = entries.iter().map(base).collect();
+    names.sort_unstable();
     names.dedup();
     for name in names {
         let variants: Vec<&Entry> = entries.iter().filter(|e| base(e) == name).collect();

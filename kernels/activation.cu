@@ -80,32 +80,18 @@ static __device__ void gated_backward(T* dgate_up, const T* dy, const T* gate_up
     });
 }
 
-KERNEL(THREADS, activation_forward_bf16)(PACKED bf16* y, PACKED const bf16* x, uint64_t count, int act) { forward(y, x, count, act); }
-
-KERNEL(THREADS, activation_forward_f32)(PACKED float* y, PACKED const float* x, uint64_t count, int act) { forward(y, x, count, act); }
-
-KERNEL(THREADS, activation_backward_bf16)(PACKED bf16* dx, PACKED const bf16* dy, PACKED const bf16* x, uint64_t count, int act) {
-    backward(dx, dy, x, count, act);
-}
-
-KERNEL(THREADS, activation_backward_f32)(PACKED float* dx, PACKED const float* dy, PACKED const float* x, uint64_t count, int act) {
-    backward(dx, dy, x, count, act);
-}
-
-KERNEL(THREADS, activation_gated_forward_bf16)(bf16* y, const bf16* gate_up, int rows, int cols, int act, int width) {
-    gated_forward(y, gate_up, rows, cols, act, width);
-}
-
-KERNEL(THREADS, activation_gated_forward_f32)(float* y, const float* gate_up, int rows, int cols, int act, int width) {
-    gated_forward(y, gate_up, rows, cols, act, width);
-}
-
-KERNEL(THREADS, activation_gated_backward_bf16)(bf16* dgate_up, const bf16* dy, const bf16* gate_up, int rows, int cols, int act,
-                                                int width) {
-    gated_backward(dgate_up, dy, gate_up, rows, cols, act, width);
-}
-
-KERNEL(THREADS, activation_gated_backward_f32)(float* dgate_up, const float* dy, const float* gate_up, int rows, int cols, int act,
-                                               int width) {
-    gated_backward(dgate_up, dy, gate_up, rows, cols, act, width);
-}
+#define KERNELS(T) \
+    KERNEL(THREADS, activation_forward_##T)(PACKED T* y, PACKED const T* x, uint64_t count, int act) { \
+        forward(y, x, count, act); \
+    } \
+    KERNEL(THREADS, activation_backward_##T)(PACKED T* dx, PACKED const T* dy, PACKED const T* x, uint64_t count, int act) { \
+        backward(dx, dy, x, count, act); \
+    } \
+    KERNEL(THREADS, activation_gated_forward_##T)(T* y, const T* gate_up, int rows, int cols, int act, int width) { \
+        gated_forward(y, gate_up, rows, cols, act, width); \
+    } \
+    KERNEL(THREADS, activation_gated_backward_##T)(T* dgate_up, const T* dy, const T* gate_up, int rows, int cols, int act, \
+        int width) { \
+        gated_backward(dgate_up, dy, gate_up, rows, cols, act, width); \
+    }
+EACH_DTYPE(KERNELS)

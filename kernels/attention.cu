@@ -235,37 +235,11 @@ KERNEL(THREADS, attention_append_bf16, 1, 4)(PACKED bf16* k, PACKED bf16* v, PAC
     append(k, v, qkv, table, runs, pages, q_heads, kv_heads, d, page, entries);
 }
 
-KERNEL(THREADS, attention_forward_64_bf16)(PACKED bf16* out, float* lse, PACKED const bf16* qkv, PACKED const bf16* k,
-                                           PACKED const bf16* v, const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                           OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads,
-                                           float scale, float cap, int window) {
-    forward<64>(out, lse, qkv, k, v, tiles, pages, stash, states, count, slots, q_heads, kv_heads, Scoring(scale, cap, window));
-}
-
-KERNEL(THREADS, attention_forward_80_bf16)(PACKED bf16* out, float* lse, PACKED const bf16* qkv, PACKED const bf16* k,
-                                           PACKED const bf16* v, const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                           OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads,
-                                           float scale, float cap, int window) {
-    forward<80>(out, lse, qkv, k, v, tiles, pages, stash, states, count, slots, q_heads, kv_heads, Scoring(scale, cap, window));
-}
-
-KERNEL(THREADS, attention_forward_96_bf16)(PACKED bf16* out, float* lse, PACKED const bf16* qkv, PACKED const bf16* k,
-                                           PACKED const bf16* v, const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                           OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads,
-                                           float scale, float cap, int window) {
-    forward<96>(out, lse, qkv, k, v, tiles, pages, stash, states, count, slots, q_heads, kv_heads, Scoring(scale, cap, window));
-}
-
-KERNEL(THREADS, attention_forward_128_bf16, 1, 3)(PACKED bf16* out, float* lse, PACKED const bf16* qkv, PACKED const bf16* k,
-                                                  PACKED const bf16* v, const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                  OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads,
-                                                  float scale, float cap, int window) {
-    forward<128>(out, lse, qkv, k, v, tiles, pages, stash, states, count, slots, q_heads, kv_heads, Scoring(scale, cap, window));
-}
-
-KERNEL(THREADS, attention_forward_256_bf16)(PACKED bf16* out, float* lse, PACKED const bf16* qkv, PACKED const bf16* k,
-                                            PACKED const bf16* v, const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                            OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads,
-                                            float scale, float cap, int window) {
-    forward<256>(out, lse, qkv, k, v, tiles, pages, stash, states, count, slots, q_heads, kv_heads, Scoring(scale, cap, window));
-}
+#define FORWARD(D) \
+    KERNEL(THREADS, attention_forward_##D##_bf16, 1, D <= 128 ? 3 : 1)(PACKED bf16* out, float* lse, PACKED const bf16* qkv, \
+        PACKED const bf16* k, PACKED const bf16* v, const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash, \
+        OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, float scale, float cap, int window) { \
+        const Scoring by(scale, cap, window); \
+        forward<D>(out, lse, qkv, k, v, tiles, pages, stash, states, count, slots, q_heads, kv_heads, by); \
+    }
+EACH_HEAD_SIZE(FORWARD)

@@ -402,37 +402,12 @@ KERNEL(THREADS, attention_backward_delta_bf16)(float* delta, uint32_t* turns, PA
     if (row < heads && i % 8 == 0) delta[row] = sum;
 }
 
-KERNEL(THREADS, attention_backward_dqkv_64_bf16)(PACKED bf16* dqkv, PACKED float* sums, uint32_t* turns, PACKED const bf16* dout,
-                                                 PACKED const bf16* qkv, const float* lse, const float* delta,
-                                                 const uint32_t* tiles, const uint32_t* visits, int count, int q_heads,
-                                                 int kv_heads, float scale, float cap, int window) {
-    backward<64>(dqkv, sums, turns, dout, qkv, lse, delta, tiles, visits, count, q_heads, kv_heads, Scoring(scale, cap, window));
-}
-
-KERNEL(THREADS, attention_backward_dqkv_80_bf16)(PACKED bf16* dqkv, PACKED float* sums, uint32_t* turns, PACKED const bf16* dout,
-                                                 PACKED const bf16* qkv, const float* lse, const float* delta,
-                                                 const uint32_t* tiles, const uint32_t* visits, int count, int q_heads,
-                                                 int kv_heads, float scale, float cap, int window) {
-    backward<80>(dqkv, sums, turns, dout, qkv, lse, delta, tiles, visits, count, q_heads, kv_heads, Scoring(scale, cap, window));
-}
-
-KERNEL(THREADS, attention_backward_dqkv_96_bf16)(PACKED bf16* dqkv, PACKED float* sums, uint32_t* turns, PACKED const bf16* dout,
-                                                 PACKED const bf16* qkv, const float* lse, const float* delta,
-                                                 const uint32_t* tiles, const uint32_t* visits, int count, int q_heads,
-                                                 int kv_heads, float scale, float cap, int window) {
-    backward<96>(dqkv, sums, turns, dout, qkv, lse, delta, tiles, visits, count, q_heads, kv_heads, Scoring(scale, cap, window));
-}
-
-KERNEL(THREADS, attention_backward_dqkv_128_bf16)(PACKED bf16* dqkv, PACKED float* sums, uint32_t* turns, PACKED const bf16* dout,
-                                                  PACKED const bf16* qkv, const float* lse, const float* delta,
-                                                  const uint32_t* tiles, const uint32_t* visits, int count, int q_heads,
-                                                  int kv_heads, float scale, float cap, int window) {
-    backward<128>(dqkv, sums, turns, dout, qkv, lse, delta, tiles, visits, count, q_heads, kv_heads, Scoring(scale, cap, window));
-}
-
-KERNEL(WIDE_THREADS, attention_backward_dqkv_256_bf16)(PACKED bf16* dqkv, PACKED float* sums, uint32_t* turns, PACKED const bf16* dout,
-                                                       PACKED const bf16* qkv, const float* lse, const float* delta,
-                                                       const uint32_t* tiles, const uint32_t* visits, int count, int q_heads,
-                                                       int kv_heads, float scale, float cap, int window) {
-    backward<256>(dqkv, sums, turns, dout, qkv, lse, delta, tiles, visits, count, q_heads, kv_heads, Scoring(scale, cap, window));
-}
+#define DQKV(D) \
+    KERNEL(D <= 128 ? THREADS : WIDE_THREADS, attention_backward_dqkv_##D##_bf16)(PACKED bf16* dqkv, PACKED float* sums, \
+        uint32_t* turns, PACKED const bf16* dout, PACKED const bf16* qkv, const float* lse, const float* delta, \
+        const uint32_t* tiles, const uint32_t* visits, int count, int q_heads, int kv_heads, float scale, float cap, \
+        int window) { \
+        const Scoring by(scale, cap, window); \
+        backward<D>(dqkv, sums, turns, dout, qkv, lse, delta, tiles, visits, count, q_heads, kv_heads, by); \
+    }
+EACH_HEAD_SIZE(DQKV)

@@ -25,9 +25,9 @@ constexpr int WIDE_KEYS = 64;
 constexpr int ROWS = 64;
 
 // Heads of D columns; STAGES slots of queries and dout.
-template <int D_, int STAGES_>
+template <int D_>
 struct Plan {
-    static constexpr int D = D_, STAGES = STAGES_;
+    static constexpr int D = D_, STAGES = D <= 64 ? 4 : D <= 128 ? 3 : 2;
     // Whether warpgroups have queries and columns, not keys.
     static constexpr bool WIDE = D > 128;
     static constexpr int COUNT = WIDE ? WIDE_KEYS : KEYS;
@@ -483,42 +483,11 @@ static __device__ __forceinline__ void backward(bf16* dqkv, float* sums, uint32_
     }
 }
 
-KERNEL(384, attention_backward_sm90_dqkv_64_bf16, 1)(PACKED bf16* dqkv, PACKED float* sums, uint32_t* turns, TENSOR_MAP q, TENSOR_MAP dout,
-                                                     TENSOR_MAP kv, const float* lse, const float* delta, const uint32_t* tiles,
-                                                     const uint32_t* visits, int count, int q_heads, int kv_heads, int most, float scale,
-                                                     float cap, int window) {
-    const Input in = {&q, &dout, &kv, lse, delta, tiles, visits, count, q_heads, kv_heads, most};
-    backward<Plan<64, 4>>(dqkv, sums, turns, in, Scoring(scale, cap, window));
-}
-
-KERNEL(384, attention_backward_sm90_dqkv_80_bf16, 1)(PACKED bf16* dqkv, PACKED float* sums, uint32_t* turns, TENSOR_MAP q, TENSOR_MAP dout,
-                                                     TENSOR_MAP kv, const float* lse, const float* delta, const uint32_t* tiles,
-                                                     const uint32_t* visits, int count, int q_heads, int kv_heads, int most, float scale,
-                                                     float cap, int window) {
-    const Input in = {&q, &dout, &kv, lse, delta, tiles, visits, count, q_heads, kv_heads, most};
-    backward<Plan<80, 3>>(dqkv, sums, turns, in, Scoring(scale, cap, window));
-}
-
-KERNEL(384, attention_backward_sm90_dqkv_96_bf16, 1)(PACKED bf16* dqkv, PACKED float* sums, uint32_t* turns, TENSOR_MAP q, TENSOR_MAP dout,
-                                                     TENSOR_MAP kv, const float* lse, const float* delta, const uint32_t* tiles,
-                                                     const uint32_t* visits, int count, int q_heads, int kv_heads, int most, float scale,
-                                                     float cap, int window) {
-    const Input in = {&q, &dout, &kv, lse, delta, tiles, visits, count, q_heads, kv_heads, most};
-    backward<Plan<96, 3>>(dqkv, sums, turns, in, Scoring(scale, cap, window));
-}
-
-KERNEL(384, attention_backward_sm90_dqkv_128_bf16, 1)(PACKED bf16* dqkv, PACKED float* sums, uint32_t* turns, TENSOR_MAP q, TENSOR_MAP dout,
-                                                      TENSOR_MAP kv, const float* lse, const float* delta, const uint32_t* tiles,
-                                                      const uint32_t* visits, int count, int q_heads, int kv_heads, int most, float scale,
-                                                      float cap, int window) {
-    const Input in = {&q, &dout, &kv, lse, delta, tiles, visits, count, q_heads, kv_heads, most};
-    backward<Plan<128, 3>>(dqkv, sums, turns, in, Scoring(scale, cap, window));
-}
-
-KERNEL(384, attention_backward_sm90_dqkv_256_bf16, 1)(PACKED bf16* dqkv, PACKED float* sums, uint32_t* turns, TENSOR_MAP q, TENSOR_MAP dout,
-                                                      TENSOR_MAP kv, const float* lse, const float* delta, const uint32_t* tiles,
-                                                      const uint32_t* visits, int count, int q_heads, int kv_heads, int most, float scale,
-                                                      float cap, int window) {
-    const Input in = {&q, &dout, &kv, lse, delta, tiles, visits, count, q_heads, kv_heads, most};
-    backward<Plan<256, 2>>(dqkv, sums, turns, in, Scoring(scale, cap, window));
-}
+#define DQKV(D) \
+    KERNEL(384, attention_backward_sm90_dqkv_##D##_bf16, 1)(PACKED bf16* dqkv, PACKED float* sums, uint32_t* turns, \
+        TENSOR_MAP q, TENSOR_MAP dout, TENSOR_MAP kv, const float* lse, const float* delta, const uint32_t* tiles, \
+        const uint32_t* visits, int count, int q_heads, int kv_heads, int most, float scale, float cap, int window) { \
+        const Input in = {&q, &dout, &kv, lse, delta, tiles, visits, count, q_heads, kv_heads, most}; \
+        backward<Plan<D>>(dqkv, sums, turns, in, Scoring(scale, cap, window)); \
+    }
+EACH_HEAD_SIZE(DQKV)

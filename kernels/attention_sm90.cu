@@ -24,9 +24,11 @@ constexpr int WIDE_HEAD_PAGE = 64;
 
 // Heads of D columns; CONSUMERS warpgroups of 64 rows; STAGES slots of a page of keys or of values;
 // ROOMS for queries of a part.
-template <int D_, int CONSUMERS_, int STAGES_, int ROOMS_>
+template <int D_, int CONSUMERS_>
 struct Plan {
-    static constexpr int D = D_, CONSUMERS = CONSUMERS_, STAGES = STAGES_, ROOMS = ROOMS_;
+    static constexpr int D = D_, CONSUMERS = CONSUMERS_;
+    static constexpr int STAGES = CONSUMERS == 2 ? (D <= 64 ? 8 : 5) : D <= 64 ? 6 : D <= 128 ? 3 : 5;
+    static constexpr int ROOMS = CONSUMERS == 2 ? (D <= 128 ? 2 : 1) : D <= 64 || D > 128 ? 2 : 1;
     static constexpr int POSITIONS = D <= 128 ? PAGE : WIDE_HEAD_PAGE;
     static_assert(STAGES >= 3, "pages that are brought before queries");
     // Registers from the warpgroup that brings to those that multiply; not where one of these has a
@@ -388,95 +390,19 @@ static __device__ __forceinline__ void forward(bf16* out, float* lse, float* sta
     }
 }
 
-//                       D  CONSUMERS STAGES ROOMS
-using Wide64 = Plan<64, 2, 8, 2>;
-using Wide80 = Plan<80, 2, 5, 2>;
-using Wide96 = Plan<96, 2, 5, 2>;
-using Wide128 = Plan<128, 2, 5, 2>;
-using Wide256 = Plan<256, 2, 5, 1>;
-// Two blocks beside each other, but for heads of 256.
-using Narrow64 = Plan<64, 1, 6, 2>;
-using Narrow80 = Plan<80, 1, 3, 1>;
-using Narrow96 = Plan<96, 1, 3, 1>;
-using Narrow128 = Plan<128, 1, 3, 1>;
-using Narrow256 = Plan<256, 1, 5, 2>;
-
-KERNEL(384, attention_sm90_forward_128x64_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
-                                                    const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                    OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
-                                                    float scale, float cap, int window) {
-    const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
-    forward<Wide64>(out, lse, stash, states, in, Scoring(scale, cap, window));
-}
-
-KERNEL(384, attention_sm90_forward_128x80_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
-                                                    const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                    OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
-                                                    float scale, float cap, int window) {
-    const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
-    forward<Wide80>(out, lse, stash, states, in, Scoring(scale, cap, window));
-}
-
-KERNEL(384, attention_sm90_forward_128x96_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
-                                                    const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                    OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
-                                                    float scale, float cap, int window) {
-    const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
-    forward<Wide96>(out, lse, stash, states, in, Scoring(scale, cap, window));
-}
-
-KERNEL(384, attention_sm90_forward_128x128_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
-                                                     const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                     OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
-                                                     float scale, float cap, int window) {
-    const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
-    forward<Wide128>(out, lse, stash, states, in, Scoring(scale, cap, window));
-}
-
-KERNEL(384, attention_sm90_forward_128x256_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
-                                                     const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                     OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
-                                                     float scale, float cap, int window) {
-    const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
-    forward<Wide256>(out, lse, stash, states, in, Scoring(scale, cap, window));
-}
-
-KERNEL(256, attention_sm90_forward_64x64_bf16, 1, 2)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
-                                                         const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                         OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
-                                                         float scale, float cap, int window) {
-    const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
-    forward<Narrow64>(out, lse, stash, states, in, Scoring(scale, cap, window));
-}
-
-KERNEL(256, attention_sm90_forward_64x80_bf16, 1, 2)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
-                                                         const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                         OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
-                                                         float scale, float cap, int window) {
-    const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
-    forward<Narrow80>(out, lse, stash, states, in, Scoring(scale, cap, window));
-}
-
-KERNEL(256, attention_sm90_forward_64x96_bf16, 1, 2)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
-                                                         const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                         OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
-                                                         float scale, float cap, int window) {
-    const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
-    forward<Narrow96>(out, lse, stash, states, in, Scoring(scale, cap, window));
-}
-
-KERNEL(256, attention_sm90_forward_64x128_bf16, 1, 2)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
-                                                          const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                          OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
-                                                          float scale, float cap, int window) {
-    const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
-    forward<Narrow128>(out, lse, stash, states, in, Scoring(scale, cap, window));
-}
-
-KERNEL(256, attention_sm90_forward_64x256_bf16)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, TENSOR_MAP v,
-                                                    const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash,
-                                                    OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most,
-                                                    float scale, float cap, int window) {
-    const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most};
-    forward<Narrow256>(out, lse, stash, states, in, Scoring(scale, cap, window));
-}
+// For prefill 128 rows; for decoding 64, and two blocks beside each other where they fit.
+#define FORWARD(D) \
+    KERNEL(384, attention_sm90_forward_128x##D##_bf16, 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, TENSOR_MAP k, \
+        TENSOR_MAP v, const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash, OPTIONAL float* states, int count, \
+        int slots, int q_heads, int kv_heads, int most, float scale, float cap, int window) { \
+        const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most}; \
+        forward<Plan<D, 2>>(out, lse, stash, states, in, Scoring(scale, cap, window)); \
+    } \
+    KERNEL(256, attention_sm90_forward_64x##D##_bf16, 1, D <= 128 ? 2 : 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, \
+        TENSOR_MAP k, TENSOR_MAP v, const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash, \
+        OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most, float scale, float cap, \
+        int window) { \
+        const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most}; \
+        forward<Plan<D, 1>>(out, lse, stash, states, in, Scoring(scale, cap, window)); \
+    }
+EACH_HEAD_SIZE(FORWARD)

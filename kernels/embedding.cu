@@ -96,32 +96,17 @@ static __device__ void backward(D* dtable, const uint64_t* sorted, const T* dy, 
     });
 }
 
-KERNEL(THREADS, embedding_forward_bf16)(bf16* y, const uint32_t* ids, const bf16* table, int rows, int entries, int cols, int add,
-                                        int width) {
-    forward(y, ids, table, rows, entries, cols, add, width);
-}
-
-KERNEL(THREADS, embedding_forward_f32)(float* y, const uint32_t* ids, const float* table, int rows, int entries, int cols, int add,
-                                       int width) {
-    forward(y, ids, table, rows, entries, cols, add, width);
-}
-
-KERNEL(THREADS, embedding_backward_bf16)(float* dtable, const uint64_t* sorted, const bf16* dy, int rows, int entries, int cols,
-                                         int width) {
-    backward(dtable, sorted, dy, rows, entries, cols, width);
-}
-
-KERNEL(THREADS, embedding_backward_f32)(float* dtable, const uint64_t* sorted, const float* dy, int rows, int entries, int cols,
-                                        int width) {
-    backward(dtable, sorted, dy, rows, entries, cols, width);
-}
-
-KERNEL(THREADS, embedding_scatter_bf16)(bf16* dtable, const uint64_t* sorted, const bf16* dy, int rows, int entries, int cols,
-                                        int width) {
-    backward(dtable, sorted, dy, rows, entries, cols, width);
-}
-
-KERNEL(THREADS, embedding_scatter_f32)(float* dtable, const uint64_t* sorted, const float* dy, int rows, int entries, int cols,
-                                       int width) {
-    backward(dtable, sorted, dy, rows, entries, cols, width);
-}
+#define KERNELS(T) \
+    KERNEL(THREADS, embedding_forward_##T)(T* y, const uint32_t* ids, const T* table, int rows, int entries, int cols, int add, \
+        int width) { \
+        forward(y, ids, table, rows, entries, cols, add, width); \
+    } \
+    KERNEL(THREADS, embedding_backward_##T)(float* dtable, const uint64_t* sorted, const T* dy, int rows, int entries, int cols, \
+        int width) { \
+        backward(dtable, sorted, dy, rows, entries, cols, width); \
+    } \
+    KERNEL(THREADS, embedding_scatter_##T)(T* dtable, const uint64_t* sorted, const T* dy, int rows, int entries, int cols, \
+        int width) { \
+        backward(dtable, sorted, dy, rows, entries, cols, width); \
+    }
+EACH_DTYPE(KERNELS)

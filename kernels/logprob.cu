@@ -40,14 +40,15 @@ constexpr int GROUPS = 64; // of from_logits: a chunk each at a time
 constexpr int AHEAD = 8; // of top: lists that a warp loads at once
 
 //                          BM   BN  WM   WN  DEPTH STAGES
-using Many = Tile<128, COLUMNS, 32, COLUMNS, 32, 4>;
-using Some = Tile<64, COLUMNS, 16, COLUMNS, 64, 3>;
-using Few = Tile<16, COLUMNS, 16, 64, 64, 4>;
+using T128 = Tile<128, COLUMNS, 32, COLUMNS, 32, 4>;
+using T64 = Tile<64, COLUMNS, 16, COLUMNS, 64, 3>;
+using T16 = Tile<16, COLUMNS, 16, 64, 64, 4>;
 // Where there are lists beside them.
-using SomeTop = Tile<64, COLUMNS, 16, COLUMNS, 32, 4>;
+using Top64 = Tile<64, COLUMNS, 16, COLUMNS, 32, 4>;
+using Top16 = T16;
 // Of the gradients, as in matmul.cu.
-using Wide = Tile<128, 128, 64, 64, 32, 4>;
-using Mid = Tile<64, 64, 32, 32, 32, 4>;
+using T128x128 = Tile<128, 128, 64, 64, 32, 4>;
+using T64x64 = Tile<64, 64, 32, 32, 32, 4>;
 
 // The sums of each tile of columns [first, end) in turn, for f(first column, sums).
 template <class T, class F>
@@ -293,7 +294,7 @@ static __device__ void from_logits(float* logp, float* lse, float* entropy, cons
 static __device__ void gradient(bf16* dz, const bf16* h, const bf16* w, const uint32_t* targets, const float* lse, const float* dlogp,
                                 const float* entropy, const float* dentropy, int rows, int n, int width, int first, int d,
                                 const Scaling& by) {
-    using T = Wide;
+    using T = T128x128;
     Shared shared;
     char* room = shared.take<char>(T::SHARED, 128);
     const Place at = place(blockIdx.x, (rows + T::BM - 1) / T::BM, (n + T::BN - 1) / T::BN);
@@ -345,7 +346,7 @@ static __device__ void hidden(bf16* dh, float* sums, const bf16* dz, const bf16*
 
 // dw += dzᵀ h for `n` columns of dz, whose rows are `width` long.
 static __device__ void weight(float* dw, const bf16* dz, const bf16* h, int rows, int n, int width, int d) {
-    using T = Wide;
+    using T = T128x128;
     Shared shared;
     char* room = shared.take<char>(T::SHARED, 128);
     const Place at = place(blockIdx.x, (n + T::BM - 1) / T::BM, (d + T::BN - 1) / T::BN);
@@ -364,62 +365,37 @@ static __device__ void weight(float* dw, const bf16* dz, const bf16* h, int rows
     });
 }
 
-KERNEL(128, logprob_forward_128_bf16)(PACKED float* partial, PACKED const bf16* h, PACKED const bf16* w, const uint32_t* targets,
-                                      int rows, int vocab, int d, float scale, float cap) {
-    forward<Many>(partial, h, w, targets, rows, vocab, d, scale, cap);
-}
+// Rows of a tile, threads.
+#define EACH_TILE(X) X(128, 128) X(64, 128) X(16, 64)
+#define KERNELS(ROWS, THREADS) \
+    KERNEL(THREADS, logprob_forward_##ROWS##_bf16)(PACKED float* partial, PACKED const bf16* h, PACKED const bf16* w, \
+        const uint32_t* targets, int rows, int vocab, int d, float scale, float cap) { \
+        forward<T##ROWS>(partial, h, w, targets, rows, vocab, d, scale, cap); \
+    } \
+    KERNEL(THREADS, logprob_sample_##ROWS##_bf16)(PACKED float* partial, PACKED const bf16* h, PACKED const bf16* w, \
+        const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d, float scale, float cap, uint64_t seed, \
+        uint64_t step, uint32_t purpose, int greedy) { \
+        const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0}; \
+        sample<T##ROWS>(partial, h, w, rows, vocab, d, scale, cap, draws); \
+    }
+EACH_TILE(KERNELS)
 
-KERNEL(128, logprob_forward_64_bf16)(PACKED float* partial, PACKED const bf16* h, PACKED const bf16* w, const uint32_t* targets,
-                                     int rows, int vocab, int d, float scale, float cap) {
-    forward<Some>(partial, h, w, targets, rows, vocab, d, scale, cap);
-}
+#define EACH_TOP_TILE(X) X(64, 128) X(16, 64)
+#define SAMPLE_TOP(ROWS, THREADS) \
+    KERNEL(THREADS, logprob_sample_top_##ROWS##_bf16)(PACKED float* partial, uint64_t* lists, PACKED const bf16* h, \
+        PACKED const bf16* w, const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d, float scale, \
+        float cap, uint64_t seed, uint64_t step, uint32_t purpose, int greedy, int k) { \
+        const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0}; \
+        sample<Top##ROWS, true>(partial, h, w, rows, vocab, d, scale, cap, draws, lists, k); \
+    }
+EACH_TOP_TILE(SAMPLE_TOP)
 
-KERNEL(64, logprob_forward_16_bf16)(PACKED float* partial, PACKED const bf16* h, PACKED const bf16* w, const uint32_t* targets,
-                                    int rows, int vocab, int d, float scale, float cap) {
-    forward<Few>(partial, h, w, targets, rows, vocab, d, scale, cap);
-}
-
-KERNEL(256, logprob_from_logits_bf16)(float* logp, float* lse, OPTIONAL float* entropy, const bf16* z, const uint32_t* targets,
-                                      int vocab, float scale, float cap) {
-    from_logits(logp, lse, entropy, z, targets, vocab, scale, cap);
-}
-
-KERNEL(256, logprob_from_logits_f32)(float* logp, float* lse, OPTIONAL float* entropy, const float* z, const uint32_t* targets,
-                                     int vocab, float scale, float cap) {
-    from_logits(logp, lse, entropy, z, targets, vocab, scale, cap);
-}
-
-KERNEL(128, logprob_sample_128_bf16)(PACKED float* partial, PACKED const bf16* h, PACKED const bf16* w, const uint64_t* samples,
-                                    const uint32_t* positions, int rows, int vocab, int d, float scale, float cap, uint64_t seed,
-                                    uint64_t step, uint32_t purpose, int greedy) {
-    sample<Many>(partial, h, w, rows, vocab, d, scale, cap, Draws{Stream{seed, step, purpose}, samples, positions, greedy != 0});
-}
-
-KERNEL(128, logprob_sample_64_bf16)(PACKED float* partial, PACKED const bf16* h, PACKED const bf16* w, const uint64_t* samples,
-                                    const uint32_t* positions, int rows, int vocab, int d, float scale, float cap, uint64_t seed,
-                                    uint64_t step, uint32_t purpose, int greedy) {
-    sample<Some>(partial, h, w, rows, vocab, d, scale, cap, Draws{Stream{seed, step, purpose}, samples, positions, greedy != 0});
-}
-
-KERNEL(64, logprob_sample_16_bf16)(PACKED float* partial, PACKED const bf16* h, PACKED const bf16* w, const uint64_t* samples,
-                                    const uint32_t* positions, int rows, int vocab, int d, float scale, float cap, uint64_t seed,
-                                    uint64_t step, uint32_t purpose, int greedy) {
-    sample<Few>(partial, h, w, rows, vocab, d, scale, cap, Draws{Stream{seed, step, purpose}, samples, positions, greedy != 0});
-}
-
-KERNEL(128, logprob_sample_top_64_bf16)(PACKED float* partial, uint64_t* lists, PACKED const bf16* h, PACKED const bf16* w,
-                                 const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d, float scale,
-                                 float cap, uint64_t seed, uint64_t step, uint32_t purpose, int greedy, int k) {
-    const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0};
-    sample<SomeTop, true>(partial, h, w, rows, vocab, d, scale, cap, draws, lists, k);
-}
-
-KERNEL(64, logprob_sample_top_16_bf16)(PACKED float* partial, uint64_t* lists, PACKED const bf16* h, PACKED const bf16* w,
-                                const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d, float scale,
-                                float cap, uint64_t seed, uint64_t step, uint32_t purpose, int greedy, int k) {
-    const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0};
-    sample<Few, true>(partial, h, w, rows, vocab, d, scale, cap, draws, lists, k);
-}
+#define FROM_LOGITS(T) \
+    KERNEL(256, logprob_from_logits_##T)(float* logp, float* lse, OPTIONAL float* entropy, const T* z, const uint32_t* targets, \
+        int vocab, float scale, float cap) { \
+        from_logits(logp, lse, entropy, z, targets, vocab, scale, cap); \
+    }
+EACH_DTYPE(FROM_LOGITS)
 
 KERNEL(128, logprob_gradient_bf16)(PACKED bf16* dz, PACKED const bf16* h, PACKED const bf16* w, const uint32_t* targets,
                                    const float* lse, const float* dlogp, OPTIONAL const float* entropy,
@@ -428,15 +404,13 @@ KERNEL(128, logprob_gradient_bf16)(PACKED bf16* dz, PACKED const bf16* h, PACKED
     gradient(dz, h, w, targets, lse, dlogp, entropy, dentropy, rows, n, width, first, d, Scaling(scale, cap));
 }
 
-KERNEL(128, logprob_hidden_128x128_bf16)(PACKED bf16* dh, PACKED float* sums, PACKED const bf16* dz, PACKED const bf16* w, int rows,
-                                         int n, int width, int d, int first, int last) {
-    hidden<Wide>(dh, sums, dz, w, rows, n, width, d, first, last);
-}
-
-KERNEL(128, logprob_hidden_64x64_bf16)(PACKED bf16* dh, PACKED float* sums, PACKED const bf16* dz, PACKED const bf16* w, int rows,
-                                       int n, int width, int d, int first, int last) {
-    hidden<Mid>(dh, sums, dz, w, rows, n, width, d, first, last);
-}
+#define EACH_HIDDEN_TILE(X) X(128x128) X(64x64)
+#define HIDDEN(TILE) \
+    KERNEL(128, logprob_hidden_##TILE##_bf16)(PACKED bf16* dh, PACKED float* sums, PACKED const bf16* dz, PACKED const bf16* w, \
+        int rows, int n, int width, int d, int first, int last) { \
+        hidden<T##TILE>(dh, sums, dz, w, rows, n, width, d, first, last); \
+    }
+EACH_HIDDEN_TILE(HIDDEN)
 
 KERNEL(128, logprob_weight_bf16)(PACKED float* dw, PACKED const bf16* dz, PACKED const bf16* h, int rows, int n, int width, int d) {
     weight(dw, dz, h, rows, n, width, d);

@@ -17,9 +17,9 @@
 #include "include/top.cuh"
 
 //                 BN  CONSUMERS STAGES CLUSTER SENDS
-using Many = Tile<256, 2, 4, 2, false>;
-using Mid = Tile<128, 2, 6, 1, false>;
-using Few = Tile<128, 1, 8, 1, false>;
+using T128x256 = Tile<256, 2, 4, 2, false>;
+using T128x128 = Tile<128, 2, 6, 1, false>;
+using T64x128 = Tile<128, 1, 8, 1, false>;
 // With lists of the 16 rows of a warp.
 using Lists = Top<16>;
 template <int CONSUMERS, int STAGES>
@@ -28,11 +28,11 @@ struct WithTop : Tile<128, CONSUMERS, STAGES, 1, false> {
     static constexpr int ROOM = 4 * CONSUMERS * Lists::BYTES;
     static_assert(STAGES * T::SLOT + (STAGES + 1) * 16 + ROOM <= 227 * 1024, "what a block has");
 };
-using MidTop = WithTop<2, 5>;
-using FewTop = WithTop<1, 8>;
+using Top128x128 = WithTop<2, 5>;
+using Top64x128 = WithTop<1, 8>;
 // Of the gradients, as in matmul_sm90.cu.
-using Wide = Tile<256, 2, 4, 2>;
-using Half = Tile<128, 2, 6, 2>;
+using Hidden128x256 = Tile<256, 2, 4, 2>;
+using Hidden128x128 = Tile<128, 2, 6, 2>;
 
 // With a TOP also the lists of the k best.
 template <class T, bool TOP = false>
@@ -76,40 +76,6 @@ static __device__ void sample(float* partial, const ptx::TensorMap* h, const ptx
             if (own_col() == 0 && row < rows) store_choice(partial, int64_t(row) * chunks + j0 / CHUNK, states[i], best[i]);
         }
     });
-}
-
-KERNEL(384, logprob_sm90_sample_128x256_bf16, 2)(PACKED float* partial, TENSOR_MAP h, TENSOR_MAP w, const uint64_t* samples,
-                                           const uint32_t* positions, int rows, int vocab, int d, float scale, float cap,
-                                           uint64_t seed, uint64_t step, uint32_t purpose, int greedy) {
-    sample<Many>(partial, &h, &w, rows, vocab, d, scale, cap, Draws{Stream{seed, step, purpose}, samples, positions, greedy != 0});
-}
-
-KERNEL(384, logprob_sm90_sample_128x128_bf16, 1)(PACKED float* partial, TENSOR_MAP h, TENSOR_MAP w, const uint64_t* samples,
-                                           const uint32_t* positions, int rows, int vocab, int d, float scale, float cap,
-                                           uint64_t seed, uint64_t step, uint32_t purpose, int greedy) {
-    sample<Mid>(partial, &h, &w, rows, vocab, d, scale, cap, Draws{Stream{seed, step, purpose}, samples, positions, greedy != 0});
-}
-
-KERNEL(256, logprob_sm90_sample_64x128_bf16)(PACKED float* partial, TENSOR_MAP h, TENSOR_MAP w, const uint64_t* samples,
-                                           const uint32_t* positions, int rows, int vocab, int d, float scale, float cap,
-                                           uint64_t seed, uint64_t step, uint32_t purpose, int greedy) {
-    sample<Few>(partial, &h, &w, rows, vocab, d, scale, cap, Draws{Stream{seed, step, purpose}, samples, positions, greedy != 0});
-}
-
-KERNEL(384, logprob_sm90_sample_top_128x128_bf16, 1)(PACKED float* partial, uint64_t* lists, TENSOR_MAP h, TENSOR_MAP w,
-                                              const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d,
-                                              float scale, float cap, uint64_t seed, uint64_t step, uint32_t purpose, int greedy,
-                                              int k) {
-    const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0};
-    sample<MidTop, true>(partial, &h, &w, rows, vocab, d, scale, cap, draws, lists, k);
-}
-
-KERNEL(256, logprob_sm90_sample_top_64x128_bf16)(PACKED float* partial, uint64_t* lists, TENSOR_MAP h, TENSOR_MAP w,
-                                          const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d,
-                                          float scale, float cap, uint64_t seed, uint64_t step, uint32_t purpose, int greedy,
-                                          int k) {
-    const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0};
-    sample<FewTop, true>(partial, &h, &w, rows, vocab, d, scale, cap, draws, lists, k);
 }
 
 template <class T>
@@ -261,33 +227,41 @@ static __device__ void hidden(const ptx::TensorMap* dh, float* sums, const ptx::
     });
 }
 
-KERNEL(384, logprob_sm90_forward_128x256_bf16, 2)(PACKED float* partial, TENSOR_MAP h, TENSOR_MAP w, const uint32_t* targets, int rows,
-                                             int vocab, int d, float scale, float cap) {
-    forward<Many>(partial, &h, &w, targets, rows, vocab, d, scale, cap);
-}
+// Tile, threads, blocks of a cluster.
+#define EACH_TILE(X) X(128x256, 384, 2) X(128x128, 384, 1) X(64x128, 256, 1)
+#define KERNELS(TILE, THREADS, CLUSTER) \
+    KERNEL(THREADS, logprob_sm90_forward_##TILE##_bf16, CLUSTER)(PACKED float* partial, TENSOR_MAP h, TENSOR_MAP w, \
+        const uint32_t* targets, int rows, int vocab, int d, float scale, float cap) { \
+        forward<T##TILE>(partial, &h, &w, targets, rows, vocab, d, scale, cap); \
+    } \
+    KERNEL(THREADS, logprob_sm90_sample_##TILE##_bf16, CLUSTER)(PACKED float* partial, TENSOR_MAP h, TENSOR_MAP w, \
+        const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d, float scale, float cap, uint64_t seed, \
+        uint64_t step, uint32_t purpose, int greedy) { \
+        const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0}; \
+        sample<T##TILE>(partial, &h, &w, rows, vocab, d, scale, cap, draws); \
+    }
+EACH_TILE(KERNELS)
 
-KERNEL(384, logprob_sm90_forward_128x128_bf16, 1)(PACKED float* partial, TENSOR_MAP h, TENSOR_MAP w, const uint32_t* targets, int rows,
-                                             int vocab, int d, float scale, float cap) {
-    forward<Mid>(partial, &h, &w, targets, rows, vocab, d, scale, cap);
-}
-
-KERNEL(256, logprob_sm90_forward_64x128_bf16)(PACKED float* partial, TENSOR_MAP h, TENSOR_MAP w, const uint32_t* targets, int rows,
-                                             int vocab, int d, float scale, float cap) {
-    forward<Few>(partial, &h, &w, targets, rows, vocab, d, scale, cap);
-}
+#define EACH_TOP_TILE(X) X(128x128, 384) X(64x128, 256)
+#define SAMPLE_TOP(TILE, THREADS) \
+    KERNEL(THREADS, logprob_sm90_sample_top_##TILE##_bf16, 1)(PACKED float* partial, uint64_t* lists, TENSOR_MAP h, \
+        TENSOR_MAP w, const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d, float scale, float cap, \
+        uint64_t seed, uint64_t step, uint32_t purpose, int greedy, int k) { \
+        const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0}; \
+        sample<Top##TILE, true>(partial, &h, &w, rows, vocab, d, scale, cap, draws, lists, k); \
+    }
+EACH_TOP_TILE(SAMPLE_TOP)
 
 KERNEL(384, logprob_sm90_gradient_bf16, 2)(TENSOR_MAP dz, TENSOR_MAP h, TENSOR_MAP w, const uint32_t* targets, const float* lse,
                                       const float* dlogp, OPTIONAL const float* entropy, OPTIONAL const float* dentropy, int rows,
                                       int n, int width, int first, int d, float scale, float cap) {
-    gradient<Wide>(&dz, &h, &w, targets, lse, dlogp, entropy, dentropy, rows, n, width, first, d, scale, cap);
+    gradient<Hidden128x256>(&dz, &h, &w, targets, lse, dlogp, entropy, dentropy, rows, n, width, first, d, scale, cap);
 }
 
-KERNEL(384, logprob_sm90_hidden_128x256_bf16, 2)(TENSOR_MAP dh, PACKED float* sums, TENSOR_MAP dz, TENSOR_MAP w, int rows, int n, int d,
-                                            int first, int last) {
-    hidden<Wide>(&dh, sums, &dz, &w, rows, n, d, first, last);
-}
-
-KERNEL(384, logprob_sm90_hidden_128x128_bf16, 2)(TENSOR_MAP dh, PACKED float* sums, TENSOR_MAP dz, TENSOR_MAP w, int rows, int n, int d,
-                                            int first, int last) {
-    hidden<Half>(&dh, sums, &dz, &w, rows, n, d, first, last);
-}
+#define EACH_HIDDEN_TILE(X) X(128x256) X(128x128)
+#define HIDDEN(TILE) \
+    KERNEL(384, logprob_sm90_hidden_##TILE##_bf16, 2)(TENSOR_MAP dh, PACKED float* sums, TENSOR_MAP dz, TENSOR_MAP w, \
+        int rows, int n, int d, int first, int last) { \
+        hidden<Hidden##TILE>(&dh, sums, &dz, &w, rows, n, d, first, last); \
+    }
+EACH_HIDDEN_TILE(HIDDEN)

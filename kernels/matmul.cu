@@ -18,10 +18,10 @@
 #include "include/tiles.cuh"
 
 //                       BM   BN  WM  WN  DEPTH STAGES
-using Wide = Tile<128, 128, 64, 64, 32, 4>;
-using Mid = Tile<64, 64, 32, 32, 32, 4>;
-using Few = Tile<64, 32, 16, 32, 64, 6>;
-using Fewest = Tile<16, 32, 16, 16, 128, 4>;
+using T128x128 = Tile<128, 128, 64, 64, 32, 4>;
+using T64x64 = Tile<64, 64, 32, 32, 32, 4>;
+using T64x32 = Tile<64, 32, 16, 32, 64, 6>;
+using T16x32 = Tile<16, 32, 16, 16, 128, 4>;
 
 template <class T, class F>
 static __device__ __forceinline__ void tile(int m, int n, F f) {
@@ -126,80 +126,30 @@ static __device__ void backward_weight(float* dw, float* dbias, const bf16* dy, 
     });
 }
 
-KERNEL(128, matmul_forward_128x128_bf16)(PACKED bf16* y, PACKED const bf16* x, PACKED const bf16* w, OPTIONAL PACKED const bf16* bias,
-                                     OPTIONAL PACKED const bf16* residual, int m, int n, int k) {
-    forward<Wide, false>(y, x, w, bias, residual, m, n, k);
-}
+#define EACH_TILE(X) X(128x128, 128) X(64x64, 128) X(64x32, 128) X(16x32, 64)
+#define KERNELS(TILE, THREADS) \
+    KERNEL(THREADS, matmul_forward_##TILE##_bf16)(PACKED bf16* y, PACKED const bf16* x, PACKED const bf16* w, \
+        OPTIONAL PACKED const bf16* bias, OPTIONAL PACKED const bf16* residual, int m, int n, int k) { \
+        forward<T##TILE, false>(y, x, w, bias, residual, m, n, k); \
+    } \
+    KERNEL(THREADS, matmul_activated_##TILE##_bf16)(PACKED bf16* y, PACKED bf16* up, PACKED const bf16* x, \
+        PACKED const bf16* w, OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) { \
+        activated<T##TILE, false>(y, up, x, w, bias, m, n, k, act); \
+    } \
+    KERNEL(THREADS, matmul_gated_##TILE##_bf16)(PACKED bf16* y, PACKED bf16* up, PACKED const bf16* x, \
+        PACKED const bf16* w, OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) { \
+        activated<T##TILE, true>(y, up, x, w, bias, m, n, k, act); \
+    }
+EACH_TILE(KERNELS)
 
-KERNEL(128, matmul_forward_64x64_bf16)(PACKED bf16* y, PACKED const bf16* x, PACKED const bf16* w, OPTIONAL PACKED const bf16* bias,
-                                     OPTIONAL PACKED const bf16* residual, int m, int n, int k) {
-    forward<Mid, false>(y, x, w, bias, residual, m, n, k);
-}
-
-KERNEL(128, matmul_forward_64x32_bf16)(PACKED bf16* y, PACKED const bf16* x, PACKED const bf16* w, OPTIONAL PACKED const bf16* bias,
-                                     OPTIONAL PACKED const bf16* residual, int m, int n, int k) {
-    forward<Few, false>(y, x, w, bias, residual, m, n, k);
-}
-
-KERNEL(64, matmul_forward_16x32_bf16)(PACKED bf16* y, PACKED const bf16* x, PACKED const bf16* w, OPTIONAL PACKED const bf16* bias,
-                                     OPTIONAL PACKED const bf16* residual, int m, int n, int k) {
-    forward<Fewest, false>(y, x, w, bias, residual, m, n, k);
-}
-
-KERNEL(128, matmul_activated_128x128_bf16)(PACKED bf16* y, PACKED bf16* up, PACKED const bf16* x, PACKED const bf16* w,
-                                    OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) {
-    activated<Wide, false>(y, up, x, w, bias, m, n, k, act);
-}
-
-KERNEL(128, matmul_gated_128x128_bf16)(PACKED bf16* y, PACKED bf16* up, PACKED const bf16* x, PACKED const bf16* w,
-                                    OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) {
-    activated<Wide, true>(y, up, x, w, bias, m, n, k, act);
-}
-
-KERNEL(128, matmul_activated_64x64_bf16)(PACKED bf16* y, PACKED bf16* up, PACKED const bf16* x, PACKED const bf16* w,
-                                    OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) {
-    activated<Mid, false>(y, up, x, w, bias, m, n, k, act);
-}
-
-KERNEL(128, matmul_gated_64x64_bf16)(PACKED bf16* y, PACKED bf16* up, PACKED const bf16* x, PACKED const bf16* w,
-                                    OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) {
-    activated<Mid, true>(y, up, x, w, bias, m, n, k, act);
-}
-
-KERNEL(128, matmul_activated_64x32_bf16)(PACKED bf16* y, PACKED bf16* up, PACKED const bf16* x, PACKED const bf16* w,
-                                    OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) {
-    activated<Few, false>(y, up, x, w, bias, m, n, k, act);
-}
-
-KERNEL(128, matmul_gated_64x32_bf16)(PACKED bf16* y, PACKED bf16* up, PACKED const bf16* x, PACKED const bf16* w,
-                                    OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) {
-    activated<Few, true>(y, up, x, w, bias, m, n, k, act);
-}
-
-KERNEL(64, matmul_activated_16x32_bf16)(PACKED bf16* y, PACKED bf16* up, PACKED const bf16* x, PACKED const bf16* w,
-                                    OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) {
-    activated<Fewest, false>(y, up, x, w, bias, m, n, k, act);
-}
-
-KERNEL(64, matmul_gated_16x32_bf16)(PACKED bf16* y, PACKED bf16* up, PACKED const bf16* x, PACKED const bf16* w,
-                                    OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) {
-    activated<Fewest, true>(y, up, x, w, bias, m, n, k, act);
-}
-
-KERNEL(128, matmul_backward_input_128x128_bf16)(PACKED bf16* dx, PACKED const bf16* dy, PACKED const bf16* w, int m, int n, int k) {
-    forward<Wide, true>(dx, dy, w, nullptr, nullptr, m, k, n);
-}
-
-KERNEL(128, matmul_backward_weight_128x128_bf16)(PACKED float* dw, OPTIONAL float* dbias, PACKED const bf16* dy, PACKED const bf16* x,
-                                             int m, int n, int k) {
-    backward_weight<Wide>(dw, dbias, dy, x, m, n, k);
-}
-
-KERNEL(128, matmul_backward_input_64x64_bf16)(PACKED bf16* dx, PACKED const bf16* dy, PACKED const bf16* w, int m, int n, int k) {
-    forward<Mid, true>(dx, dy, w, nullptr, nullptr, m, k, n);
-}
-
-KERNEL(128, matmul_backward_weight_64x64_bf16)(PACKED float* dw, OPTIONAL float* dbias, PACKED const bf16* dy, PACKED const bf16* x,
-                                             int m, int n, int k) {
-    backward_weight<Mid>(dw, dbias, dy, x, m, n, k);
-}
+#define EACH_BACKWARD_TILE(X) X(128x128) X(64x64)
+#define BACKWARD(TILE) \
+    KERNEL(128, matmul_backward_input_##TILE##_bf16)(PACKED bf16* dx, PACKED const bf16* dy, PACKED const bf16* w, \
+        int m, int n, int k) { \
+        forward<T##TILE, true>(dx, dy, w, nullptr, nullptr, m, k, n); \
+    } \
+    KERNEL(128, matmul_backward_weight_##TILE##_bf16)(PACKED float* dw, OPTIONAL float* dbias, PACKED const bf16* dy, \
+        PACKED const bf16* x, int m, int n, int k) { \
+        backward_weight<T##TILE>(dw, dbias, dy, x, m, n, k); \
+    }
+EACH_BACKWARD_TILE(BACKWARD)

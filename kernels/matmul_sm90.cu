@@ -16,10 +16,10 @@
 #include "include/tiles_sm90.cuh"
 
 //                BN  CONSUMERS STAGES CLUSTER
-using Wide = Tile<256, 2, 4, 2>;
-using Mid = Tile<128, 2, 6, 2>;
-using Few = Tile<64, 1, 8, 1>;
-using Fewest = Tile<32, 1, 12, 1>;
+using T128x256 = Tile<256, 2, 4, 2>;
+using T128x128 = Tile<128, 2, 6, 2>;
+using T64x64 = Tile<64, 1, 8, 1>;
+using T64x32 = Tile<32, 1, 12, 1>;
 
 // Two neighbours, 8 j + c and the next of row r + 8 h, as ptx::wgmma_bf16 has them.
 template <int COUNT>
@@ -194,78 +194,44 @@ static __device__ void backward_weight(float* dw, float* dbias, const ptx::Tenso
     });
 }
 
-KERNEL(384, matmul_sm90_forward_128x256_bf16, 2)(TENSOR_MAP y, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
-                                            OPTIONAL PACKED const bf16* residual, int m, int n, int k) {
-    forward<Wide, false>(Results{&y}, &x, &w, bias, residual, m, n, k);
-}
+#define EACH_TILE(X) X(128x256) X(128x128)
+#define KERNELS(TILE) \
+    KERNEL(384, matmul_sm90_forward_##TILE##_bf16, 2)(TENSOR_MAP y, TENSOR_MAP x, TENSOR_MAP w, \
+        OPTIONAL PACKED const bf16* bias, OPTIONAL PACKED const bf16* residual, int m, int n, int k) { \
+        forward<T##TILE, false>(Results{&y}, &x, &w, bias, residual, m, n, k); \
+    } \
+    KERNEL(384, matmul_sm90_activated_##TILE##_bf16, 2)(TENSOR_MAP y, TENSOR_MAP gate, TENSOR_MAP partner, TENSOR_MAP x, \
+        TENSOR_MAP w, OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) { \
+        activated<T##TILE, false>(Results{&y}, Results{&gate}, Results{&partner}, &x, &w, bias, m, n, k, act); \
+    } \
+    KERNEL(384, matmul_sm90_gated_##TILE##_bf16, 2)(TENSOR_MAP y, TENSOR_MAP gate, TENSOR_MAP partner, TENSOR_MAP x, \
+        TENSOR_MAP w, OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) { \
+        activated<T##TILE, true>(Results{&y}, Results{&gate}, Results{&partner}, &x, &w, bias, m, n, k, act); \
+    } \
+    KERNEL(384, matmul_sm90_backward_input_##TILE##_bf16, 2)(TENSOR_MAP dx, TENSOR_MAP dy, TENSOR_MAP w, int m, int n, int k) { \
+        forward<T##TILE, true>(Results{&dx}, &dy, &w, nullptr, nullptr, m, k, n); \
+    } \
+    KERNEL(384, matmul_sm90_backward_weight_##TILE##_bf16, 2)(PACKED float* dw, OPTIONAL float* dbias, TENSOR_MAP dy, \
+        TENSOR_MAP x, int m, int n, int k) { \
+        backward_weight<T##TILE>(dw, dbias, &dy, &x, m, n, k); \
+    }
+EACH_TILE(KERNELS)
 
-KERNEL(384, matmul_sm90_forward_128x128_bf16, 2)(TENSOR_MAP y, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
-                                            OPTIONAL PACKED const bf16* residual, int m, int n, int k) {
-    forward<Mid, false>(Results{&y}, &x, &w, bias, residual, m, n, k);
-}
-
-KERNEL(256, matmul_sm90_forward_direct_64x64_bf16)(PACKED bf16* y, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
-                                           OPTIONAL PACKED const bf16* residual, int m, int n, int k) {
-    forward<Few, false>(Results{nullptr, y, n}, &x, &w, bias, residual, m, n, k);
-}
-
-KERNEL(256, matmul_sm90_forward_direct_64x32_bf16)(PACKED bf16* y, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
-                                           OPTIONAL PACKED const bf16* residual, int m, int n, int k) {
-    forward<Fewest, false>(Results{nullptr, y, n}, &x, &w, bias, residual, m, n, k);
-}
-
-KERNEL(384, matmul_sm90_activated_128x256_bf16, 2)(TENSOR_MAP y, TENSOR_MAP gate, TENSOR_MAP partner, TENSOR_MAP x, TENSOR_MAP w,
-                                          OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) {
-    activated<Wide, false>(Results{&y}, Results{&gate}, Results{&partner}, &x, &w, bias, m, n, k, act);
-}
-
-KERNEL(384, matmul_sm90_gated_128x256_bf16, 2)(TENSOR_MAP y, TENSOR_MAP gate, TENSOR_MAP partner, TENSOR_MAP x, TENSOR_MAP w,
-                                          OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) {
-    activated<Wide, true>(Results{&y}, Results{&gate}, Results{&partner}, &x, &w, bias, m, n, k, act);
-}
-
-KERNEL(384, matmul_sm90_activated_128x128_bf16, 2)(TENSOR_MAP y, TENSOR_MAP gate, TENSOR_MAP partner, TENSOR_MAP x, TENSOR_MAP w,
-                                          OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) {
-    activated<Mid, false>(Results{&y}, Results{&gate}, Results{&partner}, &x, &w, bias, m, n, k, act);
-}
-
-KERNEL(384, matmul_sm90_gated_128x128_bf16, 2)(TENSOR_MAP y, TENSOR_MAP gate, TENSOR_MAP partner, TENSOR_MAP x, TENSOR_MAP w,
-                                          OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) {
-    activated<Mid, true>(Results{&y}, Results{&gate}, Results{&partner}, &x, &w, bias, m, n, k, act);
-}
-
-KERNEL(256, matmul_sm90_activated_direct_64x64_bf16)(PACKED bf16* y, PACKED bf16* up, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
-                                         int m, int n, int k, int act) {
-    activated<Few, false>(Results{nullptr, y, n}, Results{nullptr, up, n}, Results{nullptr, up, n}, &x, &w, bias, m, n, k, act);
-}
-
-KERNEL(256, matmul_sm90_gated_direct_64x64_bf16)(PACKED bf16* y, PACKED bf16* up, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
-                                         int m, int n, int k, int act) {
-    activated<Few, true>(Results{nullptr, y, n}, Results{nullptr, up, 2 * n}, Results{nullptr, up + n, 2 * n}, &x, &w, bias, m, n, k, act);
-}
-
-KERNEL(256, matmul_sm90_activated_direct_64x32_bf16)(PACKED bf16* y, PACKED bf16* up, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
-                                         int m, int n, int k, int act) {
-    activated<Fewest, false>(Results{nullptr, y, n}, Results{nullptr, up, n}, Results{nullptr, up, n}, &x, &w, bias, m, n, k, act);
-}
-
-KERNEL(256, matmul_sm90_gated_direct_64x32_bf16)(PACKED bf16* y, PACKED bf16* up, TENSOR_MAP x, TENSOR_MAP w, OPTIONAL PACKED const bf16* bias,
-                                         int m, int n, int k, int act) {
-    activated<Fewest, true>(Results{nullptr, y, n}, Results{nullptr, up, 2 * n}, Results{nullptr, up + n, 2 * n}, &x, &w, bias, m, n, k, act);
-}
-
-KERNEL(384, matmul_sm90_backward_input_128x256_bf16, 2)(TENSOR_MAP dx, TENSOR_MAP dy, TENSOR_MAP w, int m, int n, int k) {
-    forward<Wide, true>(Results{&dx}, &dy, &w, nullptr, nullptr, m, k, n);
-}
-
-KERNEL(384, matmul_sm90_backward_weight_128x256_bf16, 2)(PACKED float* dw, OPTIONAL float* dbias, TENSOR_MAP dy, TENSOR_MAP x, int m, int n, int k) {
-    backward_weight<Wide>(dw, dbias, &dy, &x, m, n, k);
-}
-
-KERNEL(384, matmul_sm90_backward_input_128x128_bf16, 2)(TENSOR_MAP dx, TENSOR_MAP dy, TENSOR_MAP w, int m, int n, int k) {
-    forward<Mid, true>(Results{&dx}, &dy, &w, nullptr, nullptr, m, k, n);
-}
-
-KERNEL(384, matmul_sm90_backward_weight_128x128_bf16, 2)(PACKED float* dw, OPTIONAL float* dbias, TENSOR_MAP dy, TENSOR_MAP x, int m, int n, int k) {
-    backward_weight<Mid>(dw, dbias, &dy, &x, m, n, k);
-}
+// Tiles of few rows, whose results go to memory without TMA.
+#define EACH_DIRECT_TILE(X) X(64x64) X(64x32)
+#define DIRECT(TILE) \
+    KERNEL(256, matmul_sm90_forward_direct_##TILE##_bf16)(PACKED bf16* y, TENSOR_MAP x, TENSOR_MAP w, \
+        OPTIONAL PACKED const bf16* bias, OPTIONAL PACKED const bf16* residual, int m, int n, int k) { \
+        forward<T##TILE, false>(Results{nullptr, y, n}, &x, &w, bias, residual, m, n, k); \
+    } \
+    KERNEL(256, matmul_sm90_activated_direct_##TILE##_bf16)(PACKED bf16* y, PACKED bf16* up, TENSOR_MAP x, TENSOR_MAP w, \
+        OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) { \
+        const Results results = {nullptr, up, n}; \
+        activated<T##TILE, false>(Results{nullptr, y, n}, results, results, &x, &w, bias, m, n, k, act); \
+    } \
+    KERNEL(256, matmul_sm90_gated_direct_##TILE##_bf16)(PACKED bf16* y, PACKED bf16* up, TENSOR_MAP x, TENSOR_MAP w, \
+        OPTIONAL PACKED const bf16* bias, int m, int n, int k, int act) { \
+        const Results gate = {nullptr, up, 2 * n}, partner = {nullptr, up + n, 2 * n}; \
+        activated<T##TILE, true>(Results{nullptr, y, n}, gate, partner, &x, &w, bias, m, n, k, act); \
+    }
+EACH_DIRECT_TILE(DIRECT)

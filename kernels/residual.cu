@@ -20,6 +20,6 @@ static __device__ void add(T* y, const T* x, uint64_t count) {
     });
 }
 
-KERNEL(THREADS, residual_add_bf16)(PACKED bf16* y, PACKED const bf16* x, uint64_t count) { add(y, x, count); }
-
-KERNEL(THREADS, residual_add_f32)(PACKED float* y, PACKED const float* x, uint64_t count) { add(y, x, count); }
+#define KERNELS(T) \
+    KERNEL(THREADS, residual_add_##T)(PACKED T* y, PACKED const T* x, uint64_t count) { add(y, x, count); }
+EACH_DTYPE(KERNELS)

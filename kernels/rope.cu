@@ -41,12 +41,9 @@ static __device__ void turn(T* x, const uint32_t* positions, const float* table,
     });
 }
 
-KERNEL(THREADS, rope_turn_bf16)(bf16* x, const uint32_t* positions, const float* table, int rows, int row_len, int heads, int half,
-                                int entries, float sign, int width) {
-    turn(x, positions, table, rows, row_len, heads, half, entries, sign, width);
-}
-
-KERNEL(THREADS, rope_turn_f32)(float* x, const uint32_t* positions, const float* table, int rows, int row_len, int heads, int half,
-                               int entries, float sign, int width) {
-    turn(x, positions, table, rows, row_len, heads, half, entries, sign, width);
-}
+#define KERNELS(T) \
+    KERNEL(THREADS, rope_turn_##T)(T* x, const uint32_t* positions, const float* table, int rows, int row_len, int heads, \
+        int half, int entries, float sign, int width) { \
+        turn(x, positions, table, rows, row_len, heads, half, entries, sign, width); \
+    }
+EACH_DTYPE(KERNELS)

@@ -260,24 +260,12 @@ static __device__ void greedy(uint32_t* tokens, const T* z, int vocab, int strid
     tokens[blockIdx.x] = first != first ? 0 : ~uint32_t(best);
 }
 
-KERNEL(THREADS, sample_next_bf16)(uint32_t* tokens, const bf16* z, const uint64_t* samples, const uint32_t* positions,
-                                  float* scratch, int vocab, int stride, float scale, int top_k, float top_p,
-                                  float min_p, uint64_t seed, uint64_t step, uint32_t purpose) {
-    const Stream stream = {seed, step, purpose};
-    next(tokens, z, samples, positions, scratch, vocab, stride, scale, top_k, top_p, min_p, stream);
-}
-
-KERNEL(THREADS, sample_next_f32)(uint32_t* tokens, const float* z, const uint64_t* samples, const uint32_t* positions,
-                                 float* scratch, int vocab, int stride, float scale, int top_k, float top_p,
-                                 float min_p, uint64_t seed, uint64_t step, uint32_t purpose) {
-    const Stream stream = {seed, step, purpose};
-    next(tokens, z, samples, positions, scratch, vocab, stride, scale, top_k, top_p, min_p, stream);
-}
-
-KERNEL(THREADS, sample_greedy_bf16)(uint32_t* tokens, const bf16* z, int vocab, int stride) {
-    greedy(tokens, z, vocab, stride);
-}
-
-KERNEL(THREADS, sample_greedy_f32)(uint32_t* tokens, const float* z, int vocab, int stride) {
-    greedy(tokens, z, vocab, stride);
-}
+#define KERNELS(T) \
+    KERNEL(THREADS, sample_next_##T)(uint32_t* tokens, const T* z, const uint64_t* samples, const uint32_t* positions, \
+        float* scratch, int vocab, int stride, float scale, int top_k, float top_p, float min_p, uint64_t seed, uint64_t step, \
+        uint32_t purpose) { \
+        const Stream stream = {seed, step, purpose}; \
+        next(tokens, z, samples, positions, scratch, vocab, stride, scale, top_k, top_p, min_p, stream); \
+    } \
+    KERNEL(THREADS, sample_greedy_##T)(uint32_t* tokens, const T* z, int vocab, int stride) { greedy(tokens, z, vocab, stride); }
+EACH_DTYPE(KERNELS)

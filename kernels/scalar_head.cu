@@ -83,20 +83,12 @@ static __device__ void backward(T* dh, float* dw, const float* dy, const T* h, c
     dw[at] += sum;
 }
 
-KERNEL(THREADS, scalar_head_forward_bf16)(float* y, PACKED const bf16* h, PACKED const bf16* w, int rows, int d, int width) {
-    forward(y, h, w, rows, d, width);
-}
-
-KERNEL(THREADS, scalar_head_forward_f32)(float* y, PACKED const float* h, PACKED const float* w, int rows, int d, int width) {
-    forward(y, h, w, rows, d, width);
-}
-
-KERNEL(THREADS, scalar_head_backward_bf16)(PACKED bf16* dh, float* dw, const float* dy, PACKED const bf16* h,
-                                           PACKED const bf16* w, int rows, int d, int width) {
-    backward(dh, dw, dy, h, w, rows, d, width);
-}
-
-KERNEL(THREADS, scalar_head_backward_f32)(PACKED float* dh, float* dw, const float* dy, PACKED const float* h,
-                                          PACKED const float* w, int rows, int d, int width) {
-    backward(dh, dw, dy, h, w, rows, d, width);
-}
+#define KERNELS(T) \
+    KERNEL(THREADS, scalar_head_forward_##T)(float* y, PACKED const T* h, PACKED const T* w, int rows, int d, int width) { \
+        forward(y, h, w, rows, d, width); \
+    } \
+    KERNEL(THREADS, scalar_head_backward_##T)(PACKED T* dh, float* dw, const float* dy, PACKED const T* h, PACKED const T* w, \
+        int rows, int d, int width) { \
+        backward(dh, dw, dy, h, w, rows, d, width); \
+    }
+EACH_DTYPE(KERNELS)

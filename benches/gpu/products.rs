@@ -10,7 +10,7 @@ use warpo::{
     device::{Buffer, Device, Element},
     ops::{
         activation::Activation,
-        matmul::{self, After, Packed, Weight},
+        matmul::{self, Epilogue, Packed, Weight},
     },
     rng::{Philox, Purpose},
 };
@@ -212,7 +212,7 @@ impl Lab {
         match (who, product.of, &self.lt) {
             (Who::Warpo, Of::Forward, _) if job.activated => {
                 let (up, y) = out.split_at(m * n);
-                let after = After { act: Activation::Silu, gated: true };
+                let after = Epilogue { act: Activation::Silu, gated: true };
                 matmul::activated(dev, after, y, up, left, w, None)
             }
             (Who::Warpo, Of::Forward, _) => matmul::forward(dev, out, left, w, None, None),

@@ -6,6 +6,9 @@
 
 #include "kernel.cuh"
 
+// Columns of a head.
+#define EACH_HEAD_SIZE(X) X(64) X(80) X(96) X(128) X(256)
+
 constexpr float LOG2E = 1.4426950408889634f;
 // Positions after which a row's softmax starts anew; the parts are merged in ascending order. So
 // parts of a long sequence can be computed side by side, with the bits that one block computes

@@ -65,6 +65,10 @@ class Shared {
 struct bf16 {
     uint16_t bits;
 };
+using f32 = float;
+
+// What is stored, of a kernel that is compiled for both.
+#define EACH_DTYPE(X) X(bf16) X(f32)
 
 __device__ __forceinline__ float widen(bf16 x) { return ptx::bits_float(uint32_t(x.bits) << 16); }
 __device__ __forceinline__ float widen(float x) { return x; }

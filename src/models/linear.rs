@@ -36,7 +36,7 @@ impl<T: Element> Linear<'_, T> {
     pub fn activated(
         &self,
         dev: &Device,
-        epilogue: matmul::After,
+        epilogue: matmul::Epilogue,
         y: ViewMut<'_, T>,
         up: ViewMut<'_, T>,
         x: View<'_, T>,

@@ -360,8 +360,8 @@ impl<'a, T: Element> BlockPass<'a, T> {
         let dev = self.dev;
         self.model.norm(ParamKind::Norm2, self.at)?.forward(dev, &mut b.norm2, b.mid.view())?;
         let epilogue = match self.model.spec.mlp {
-            Mlp::Plain(act) => matmul::After { act, gated: false },
-            Mlp::Gated(act) => matmul::After { act, gated: true },
+            Mlp::Plain(act) => matmul::Epilogue { act, gated: false },
+            Mlp::Gated(act) => matmul::Epilogue { act, gated: true },
         };
         let (act, up) = (b.act.view_mut(), b.up.view_mut());
         self.linear(ParamKind::Up)?.activated(dev, epilogue, act, up, b.norm2.y.view())

@@ -37,7 +37,7 @@ fn folder() -> PathBuf {
 fn sources() -> Vec<(String, String, Vec<scan::Entry>)> {
     let read = |path: PathBuf| {
         let text = fs::read_to_string(&path).unwrap();
-        let entries = scan::entries(&text).unwrap();
+        let entries = scan::entries(&scan::source(&path).unwrap()).unwrap();
         (path.file_stem().unwrap().to_str().unwrap().to_owned(), text, entries)
     };
     files(&folder(), "cu").into_iter().map(read).collect()

@@ -6,7 +6,7 @@ use warpo::{
     device::{Arch, Buffer, Device, Element, Float, cuda::Order},
     ops::{
         activation::Activation,
-        matmul::{self, After, Choice, Packed, Tile},
+        matmul::{self, Epilogue, Packed, TileShape, launch},
     },
 };
 
@@ -237,7 +237,7 @@ struct Activated {
     m: usize,
     cols: usize,
     k: usize,
-    after: After,
+    after: Epilogue,
 }
 
 impl Case for Activated {
@@ -293,7 +293,7 @@ fn kernels_activate_as_exactly_as_plain_ones() {
                     // Every tile gets every activation, in turn with and without a gate.
                     let at = (i + usize::from(gated)) % 4;
                     let (m, cols) = [(3, 24), (33, 40), (66, 40), (129, 136)][at];
-                    let after = After { act, gated };
+                    let after = Epilogue { act, gated };
                     sim.hold_bf16(&Activated { m, cols, k: 72, after });
                 }
             }
@@ -308,7 +308,7 @@ fn kernel_rows_do_not_see_their_batch() {
         both(sim, |sim| {
             sim.hold_rows_bf16(300, |m| Layer { m, n: 72, k: 40, full: true });
             sim.hold_rows_bf16(90, |m| Layer { m, n: 40, k: 24, full: false });
-            let after = After { act: Activation::Silu, gated: true };
+            let after = Epilogue { act: Activation::Silu, gated: true };
             sim.hold_rows_bf16(140, |m| Activated { m, cols: 72, k: 40, after });
         });
     });
@@ -333,36 +333,49 @@ fn kernels_of_all_tiles_have_the_same_bits() {
                 let mut packed = Packed::new(&dev, n, k).unwrap();
                 packed.pack(&dev, w.view()).unwrap();
                 let mut first: Option<Vec<Vec<u8>>> = None;
-                for tile in [Tile::Wide, Tile::Mid, Tile::Few, Tile::Fewest] {
+                for tile in TileShape::all(cuda.arch()) {
                     let mut y = Buffer::new(&dev, "y", m * n).unwrap();
-                    let (b, r) = (Some(bias.view()), Some(r.view()));
-                    tile.forward(cuda, y.view_mut(), x.view(), w.view(), b, r, (m, n, k)).unwrap();
+                    let (bias, residual) = (Some(bias.view()), Some(r.view()));
+                    let (x, w, y_) = (x.view(), w.view(), y.view_mut());
+                    let product = launch::Forward { y: y_, x, w, bias, residual, m, n, k };
+                    launch::forward(cuda, tile, product).unwrap();
                     let mut all = vec![bytes(&dev, &y)];
                     for gated in [false, true] {
-                        let after = After { act: Activation::GeluTanh, gated };
                         let cols = if gated { n / 2 } else { n };
                         let mut up = Buffer::new(&dev, "up", m * n).unwrap();
                         let mut y = Buffer::new(&dev, "y", m * cols).unwrap();
-                        let (y_, up_, b) = (y.view_mut(), up.view_mut(), Some(bias.view()));
-                        let sizes = (m, cols, k);
-                        tile.activated(cuda, after, y_, up_, x.view(), w.view(), b, sizes).unwrap();
+                        let act = Activation::GeluTanh as usize;
+                        let product = launch::Activated {
+                            y: y.view_mut(),
+                            up: up.view_mut(),
+                            x,
+                            w,
+                            bias,
+                            m,
+                            n: cols,
+                            k,
+                            act,
+                        };
+                        launch::activated(cuda, tile, gated, product).unwrap();
                         all.extend([bytes(&dev, &up), bytes(&dev, &y)]);
                     }
                     let first = first.get_or_insert_with(|| all.clone());
-                    assert!(all == *first, "{tile:?} of {m} x {n} x {k}");
+                    assert!(all == *first, "{:?} of {m} x {n} x {k}", tile.size);
                 }
                 let mut first: Option<Vec<Vec<u8>>> = None;
-                for tile in [Tile::Wide, Tile::Mid] {
+                for tile in &TileShape::all(cuda.arch())[..2] {
                     let mut dx = Buffer::<half::bf16>::new(&dev, "dx", m * k).unwrap();
-                    let (dy_, w_) = (dy.view(), w.view());
-                    tile.backward_input(cuda, dx.view_mut(), dy_, w_, (m, n, k)).unwrap();
+                    let (x, w, dy) = (x.view(), w.view(), dy.view());
+                    let product = launch::BackwardInput { dx: dx.view_mut(), dy, w, m, n, k };
+                    launch::backward_input(cuda, tile, product).unwrap();
                     let mut dw = Buffer::<f32>::zeros(&dev, "dw", n * k).unwrap();
                     let mut db = Buffer::<f32>::zeros(&dev, "db", n).unwrap();
-                    let (dw_, db_) = (dw.view_mut(), Some(db.view_mut()));
-                    tile.backward_weight(cuda, dw_, db_, dy.view(), x.view(), (m, n, k)).unwrap();
+                    let (dw_, dbias) = (dw.view_mut(), Some(db.view_mut()));
+                    let product = launch::BackwardWeight { dw: dw_, dbias, dy, x, m, n, k };
+                    launch::backward_weight(cuda, tile, product).unwrap();
                     let all = vec![bytes(&dev, &dx), bytes(&dev, &dw), bytes(&dev, &db)];
                     let first = first.get_or_insert_with(|| all.clone());
-                    assert!(all == *first, "gradients by {tile:?} of {m} x {n} x {k}");
+                    assert!(all == *first, "gradients by {:?} of {m} x {n} x {k}", tile.size);
                 }
             }
         });
@@ -377,29 +390,28 @@ fn bytes<T: Element>(dev: &Device, x: &Buffer<'_, T>) -> Vec<u8> {
 /// the next one loses.
 #[test]
 fn the_table_ranks_tiles_for_every_shape() {
-    use Tile::{Few, Fewest, Mid, Wide};
-    println!("{:>8} {:>7} {:>6} {:>9} {:>8} {:>9}", "m", "n", "k", "tile", "TFLOP/s", "next");
-    for (m, n, k, ampere, hopper) in [
-        (1, 896, 896, Fewest, Fewest),
-        (16, 3584, 3584, Fewest, Few),
-        (64, 3584, 18_944, Few, Few),
-        (128, 3584, 3584, Mid, Few),
-        (2048, 896, 4864, Wide, Mid),
-        (4096, 896, 896, Wide, Wide),
-        (4096, 4096, 4096, Wide, Wide),
-        (8192, 8192, 8192, Wide, Wide),
-        (16_384, 9728, 896, Wide, Wide),
-        (16_384, 37_888, 3584, Wide, Wide),
-        (1_000_000, 152_064, 3584, Wide, Wide),
+    println!("{:>8} {:>7} {:>6} {:>10} {:>8} {:>9}", "m", "n", "k", "tile", "TFLOP/s", "next");
+    for (m, n, k, sm80, sm90) in [
+        (1, 896, 896, [16, 32], [64, 32]),
+        (16, 3584, 3584, [16, 32], [64, 64]),
+        (64, 3584, 18_944, [64, 32], [64, 64]),
+        (128, 3584, 3584, [64, 64], [64, 64]),
+        (2048, 896, 4864, [128, 128], [128, 128]),
+        (4096, 896, 896, [128, 128], [128, 256]),
+        (4096, 4096, 4096, [128, 128], [128, 256]),
+        (8192, 8192, 8192, [128, 128], [128, 256]),
+        (16_384, 9728, 896, [128, 128], [128, 256]),
+        (16_384, 37_888, 3584, [128, 128], [128, 256]),
+        (1_000_000, 152_064, 3584, [128, 128], [128, 256]),
     ] {
-        assert_eq!(Tile::ranked(Arch::Sm80, 108, m, n)[0].tile, ampere, "{m} x {n}");
-        let [first, next, ..] = Tile::ranked(Arch::Sm90, 132, m, n);
-        assert_eq!(first.tile, hopper, "{m} x {n}");
-        let clocks = |c: &Choice| c.tile.clocks(Arch::Sm90, 132, (m, n, k)) as f64;
+        assert_eq!(TileShape::ranked(Arch::Sm80, 108, m, n)[0].size, sm80, "{m} x {n}");
+        let [first, next, ..] = TileShape::ranked(Arch::Sm90, 132, m, n);
+        assert_eq!(first.size, sm90, "{m} x {n}");
+        let clocks = |tile: &TileShape| tile.clocks(Arch::Sm90, 132, [m, n, k]) as f64;
         // At 1.755 GHz.
         let rate = 2e-12 * (m * n * k) as f64 / (clocks(first) / 1.755e9);
-        let loss = format!("{:?} {:.2}x", next.tile, clocks(next) / clocks(first));
-        println!("{m:8} {n:7} {k:6} {:>9} {rate:8.0} {loss:>12}", format!("{:?}", first.tile));
+        let loss = format!("{:?} {:.2}x", next.size, clocks(next) / clocks(first));
+        println!("{m:8} {n:7} {k:6} {:>10} {rate:8.0} {loss:>12}", format!("{:?}", first.size));
     }
 }
 

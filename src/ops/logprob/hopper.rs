@@ -3,7 +3,7 @@
 use super::{CHUNK, Draws, Forward, Slopes, cuda::Part, sample::Lists};
 use crate::{
     device::{
-        Cuda, Element, View, ViewMut,
+        Arch, Cuda, Element, View, ViewMut,
         cuda::{
             Launch, Map, Swizzle, Tiles,
             kernels::{logprob_sm90 as kernel, matmul_sm90},
@@ -177,11 +177,11 @@ pub(super) fn backward<T: Element>(
     mut dz: ViewMut<'_, T>,
     sums: ViewMut<'_, T::Acc>,
 ) -> Result<()> {
-    use matmul::Tile;
     let Part { first, n, width, last } = part;
     let (rows, d) = (f.targets.len(), f.packed.k());
     let (scale, cap) = (f.settings.scale(), f.settings.cap());
-    let launch = Tile::Wide.launch(cuda, rows, width, false)?;
+    let [tile, ..] = matmul::TileShape::all(Arch::Sm90);
+    let launch = tile.launch(cuda, rows, width, false)?;
     let h = operand(cuda, f.h, (rows, d, d), 128)?;
     let w = operand(cuda, f.w, (n, d, d), 128)?;
     let to = result(cuda, dz.reborrow(), (rows, width))?;
@@ -204,25 +204,19 @@ pub(super) fn backward<T: Element>(
         cap,
     }
     .launch(cuda, launch)?;
-    let tile = Tile::of_many(cuda, rows, d);
-    let run = match tile {
-        Tile::Wide => kernel::hidden_128x256::<T>,
-        _ => kernel::hidden_128x128::<T>,
-    };
+    let tile = matmul::TileShape::of_backward(cuda, rows, d);
     let launch = tile.launch(cuda, rows, d, false)?;
     let left = operand(cuda, dz.view(), (rows, width, width), 128)?;
     let w = operand(cuda, f.w, (n, d, d), DEPTH)?;
     let to = result(cuda, dh, (rows, d))?;
     let (begins, ends) = (usize::from(first == 0), usize::from(last));
-    run(cuda, launch, to, sums, left, w, rows, n, d, begins, ends)?;
+    kernel::Hidden::<T> { dh: to, sums, dz: left, w, rows, n, d, first: begins, last: ends }
+        .launch(cuda, tile.size, launch)?;
     let Some(dw) = dw else { return Ok(()) };
-    let tile = Tile::of_many(cuda, n, d);
-    let run = match tile {
-        Tile::Wide => matmul_sm90::backward_weight_128x256::<T>,
-        _ => matmul_sm90::backward_weight_128x128::<T>,
-    };
+    let tile = matmul::TileShape::of_backward(cuda, n, d);
     let launch = tile.launch(cuda, n, d, false)?;
     let left = operand(cuda, dz.view(), (rows, n, width), DEPTH)?;
     let h = operand(cuda, f.h, (rows, d, d), DEPTH)?;
-    run(cuda, launch, dw, None, left, h, rows, n, d)
+    matmul_sm90::BackwardWeight::<T> { dw, dbias: None, dy: left, x: h, m: rows, n, k: d }
+        .launch(cuda, tile.size, launch)
 }

@@ -90,7 +90,7 @@ impl Build {
             }
             // The file itself, then a line for each of its entries.
             let mut wrapped = format!("#include \"{}\"\n", source.display());
-            for e in scan::entries(&text).unwrap() {
+            for e in scan::entries(&scan::source(source).unwrap()).unwrap() {
                 let scan::Entry { name, threads, cluster, beside, .. } = e;
                 wrapped += &format!("SIM_ENTER({name}, {threads}, {cluster}, {beside})\n");
             }

@@ -7,11 +7,11 @@
 //! gradient has the same bits however its rows are split into micro-batches; on a CUDA device it is
 //! the sum of the sums of each.
 
-mod hopper;
-mod launch;
-mod tiles;
+pub mod launch;
+mod schedule;
+pub(in crate::ops) mod sm90;
 
-pub use tiles::{Choice, Tile};
+pub use schedule::TileShape;
 
 use crate::{
     device::{
@@ -184,15 +184,16 @@ pub fn forward<'a, T: Element>(
         }
         Device::Cuda(_) if m == 0 => Ok(()),
         Device::Cuda(cuda) => {
-            let sizes = (m, n, k);
-            Tile::of(cuda, m, n).forward(cuda, y, x, w.view(), bias, residual, sizes)
+            let w = w.view();
+            let product = launch::Forward { y, x, w, bias, residual, m, n, k };
+            launch::forward(cuda, TileShape::of(cuda, m, n), product)
         }
     }
 }
 
 /// An activation after a product, with or without a gate.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct After {
+pub struct Epilogue {
     pub act: Activation,
     /// Whether the product's first half of columns are gates for the second: `act(gate) * partner`.
     pub gated: bool,
@@ -204,7 +205,7 @@ pub struct After {
 #[allow(clippy::too_many_arguments)]
 pub fn activated<'a, T: Element>(
     dev: &Device,
-    after: After,
+    epilogue: Epilogue,
     y: ViewMut<'_, T>,
     mut up: ViewMut<'_, T>,
     x: View<'_, T>,
@@ -215,7 +216,7 @@ pub fn activated<'a, T: Element>(
     let w = w.into();
     let (n, k) = (w.n, w.k);
     let m = shape::rows(OP, "x", x.len(), k)?;
-    let cols = if after.gated { n / 2 } else { n };
+    let cols = if epilogue.gated { n / 2 } else { n };
     shape::check(OP, "up", &[m, n], up.len())?;
     shape::check(OP, "y", &[m, cols], y.len())?;
     bias.as_ref().map_or(Ok(()), |b| shape::check(OP, "bias", &[n], b.len()))?;
@@ -223,16 +224,17 @@ pub fn activated<'a, T: Element>(
     match dev {
         Device::Cpu(_) => {
             forward(dev, up.reborrow(), x, w, bias, None)?;
-            match after.gated {
-                true => activation::gated_forward(dev, after.act, y, up.view(), cols),
-                false => activation::forward(dev, after.act, y, up.view()),
+            match epilogue.gated {
+                true => activation::gated_forward(dev, epilogue.act, y, up.view(), cols),
+                false => activation::forward(dev, epilogue.act, y, up.view()),
             }
         }
         Device::Cuda(_) if m == 0 => Ok(()),
         Device::Cuda(cuda) => {
             eights(OP, cols, k)?;
-            let sizes = (m, cols, k);
-            Tile::of(cuda, m, n).activated(cuda, after, y, up, x, w.view(), bias, sizes)
+            let (w, act) = (w.view(), epilogue.act as usize);
+            let product = launch::Activated { y, up, x, w, bias, m, n: cols, k, act };
+            launch::activated(cuda, TileShape::of(cuda, m, n), epilogue.gated, product)
         }
     }
 }
@@ -262,7 +264,8 @@ pub fn backward_input<T: Element>(
         Device::Cuda(_) if m == 0 => Ok(()),
         Device::Cuda(cuda) => {
             eights(OP, n, k)?;
-            Tile::of_many(cuda, m, k).backward_input(cuda, dx, dy, w, (m, n, k))
+            let product = launch::BackwardInput { dx, dy, w, m, n, k };
+            launch::backward_input(cuda, TileShape::of_backward(cuda, m, k), product)
         }
     }
 }
@@ -306,7 +309,8 @@ pub fn backward_weight<T: Element>(
         Device::Cuda(_) if m == 0 => Ok(()),
         Device::Cuda(cuda) => {
             eights(OP, n, k)?;
-            Tile::of_many(cuda, n, k).backward_weight(cuda, dw, dbias, dy, x, (m, n, k))
+            let product = launch::BackwardWeight { dw, dbias, dy, x, m, n, k };
+            launch::backward_weight(cuda, TileShape::of_backward(cuda, n, k), product)
         }
     }
 }
