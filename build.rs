@@ -300,15 +300,25 @@ fn family(stem: &str, name: &str, kernels: &[&Entry]) -> Result<String, String> 
         (false, Some(_), Some(_)) => return Err("bf16 and f32, but no float".into()),
     };
     let short = name.strip_prefix(&format!("{stem}_")).unwrap_or(name);
-    let short: String =
-        short.split('_').map(|word| word[..1].to_uppercase() + &word[1..]).collect();
     let (size, at) = match rank {
         0 => (String::new(), "[]"),
         1 => ("size: usize, ".into(), "[size]"),
         n => (format!("size: [usize; {n}], "), "size"),
     };
+    let sizes = match rank {
+        1 => {
+            let mut sizes: Vec<usize> = kernels.iter().map(|e| e.family().1[0]).collect();
+            sizes.sort_unstable();
+            sizes.dedup();
+            let all = short.to_uppercase();
+            format!("    pub const {all}_SIZES: &[usize] = &{sizes:?};\n")
+        }
+        _ => String::new(),
+    };
+    let short: String =
+        short.split('_').map(|word| word[..1].to_uppercase() + &word[1..]).collect();
     Ok(format!(
-        "    /// Arguments of `{name}`.\n    \
+        "{sizes}    /// Arguments of `{name}`.\n    \
          #[derive(Debug)]\n    \
          pub struct {short}{generic} {{\n{fields}    }}\n    \
          impl{generic} {short}{own} {{\n        \

@@ -86,7 +86,7 @@ fn attention(c: &mut Criterion) {
         let (mut qkv, mut out) = (randn(1, ROWS * cols), vec![0.0; ROWS * out_cols]);
         let mut lse = vec![0.0; ROWS * q_heads];
         let name = |what: &str| format!("{what}/cpu/f32/{n}x{len}x{q_heads}:{kv_heads}x{head_dim}");
-        let work = attention::Work::new(&segments, &pages);
+        let work = attention::SegmentBatch::new(&segments, &pages);
         bench(&mut g, &name("append"), moves(4 * ROWS * kv_heads * head_dim), || {
             attention::append(dev, &mut kv, (&mut qkv).into(), work, &shape, None).unwrap();
         });
@@ -94,22 +94,31 @@ fn attention(c: &mut Criterion) {
         bench(&mut g, &name("forward"), fma(2 * q_heads * head_dim * visible), || {
             let (out, lse) = ((&mut out).into(), (&mut lse).into());
             let qkv = (&qkv).into();
-            attention::forward(dev, out, lse, qkv, &kv, work, &shape, (&mut [][..]).into())
-                .unwrap();
+            attention::forward(
+                dev,
+                attention::ForwardOutputs { out, lse, scratch: (&mut [][..]).into() },
+                qkv,
+                &kv,
+                work,
+                &shape,
+            )
+            .unwrap();
         });
         let (dout, mut dqkv) = (randn(2, ROWS * out_cols), vec![0.0; ROWS * cols]);
         let mut scratch = vec![0.0; attention::backward_scratch_len(&shape, ROWS)];
         bench(&mut g, &name("backward"), fma(5 * q_heads * head_dim * visible), || {
             attention::backward(
                 dev,
-                (&mut dqkv).into(),
-                (&dout).into(),
-                (&out).into(),
-                (&qkv).into(),
-                (&lse).into(),
+                attention::BackwardArgs {
+                    dqkv: (&mut dqkv).into(),
+                    dout: (&dout).into(),
+                    out: (&out).into(),
+                    qkv: (&qkv).into(),
+                    lse: (&lse).into(),
+                    scratch: (&mut scratch).into(),
+                },
                 work,
                 &shape,
-                (&mut scratch).into(),
             )
             .unwrap();
         });
@@ -123,14 +132,21 @@ fn attention(c: &mut Criterion) {
                 prefix: None,
             })
             .collect();
-        let decode = attention::Work::new(&decode, &pages);
+        let decode = attention::SegmentBatch::new(&decode, &pages);
         let read = Work { flops: 0.0, bytes: 64.0 * 8.0 * (len * kv_heads * head_dim) as f64 };
         bench(&mut g, &name("decode"), read, || {
             let (out, lse) =
                 ((&mut out[..64 * out_cols]).into(), (&mut lse[..64 * q_heads]).into());
             let qkv = View::from(&qkv[..64 * cols]);
-            attention::forward(dev, out, lse, qkv, &kv, decode, &shape, (&mut [][..]).into())
-                .unwrap();
+            attention::forward(
+                dev,
+                attention::ForwardOutputs { out, lse, scratch: (&mut [][..]).into() },
+                qkv,
+                &kv,
+                decode,
+                &shape,
+            )
+            .unwrap();
         });
     }
 }

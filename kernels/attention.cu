@@ -236,7 +236,7 @@ KERNEL(THREADS, attention_append_bf16, 1, 4)(PACKED bf16* k, PACKED bf16* v, PAC
 }
 
 #define FORWARD(D) \
-    KERNEL(THREADS, attention_forward_##D##_bf16, 1, D <= 128 ? 3 : 1)(PACKED bf16* out, float* lse, PACKED const bf16* qkv, \
+    KERNEL(THREADS, attention_forward_##D##_bf16, 1, D == 128 ? 3 : 0)(PACKED bf16* out, float* lse, PACKED const bf16* qkv, \
         PACKED const bf16* k, PACKED const bf16* v, const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash, \
         OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, float scale, float cap, int window) { \
         const Scoring by(scale, cap, window); \

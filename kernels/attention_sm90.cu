@@ -398,7 +398,7 @@ static __device__ __forceinline__ void forward(bf16* out, float* lse, float* sta
         const Input in = {&q, &k, &v, tiles, pages, count, slots, q_heads, kv_heads, most}; \
         forward<Plan<D, 2>>(out, lse, stash, states, in, Scoring(scale, cap, window)); \
     } \
-    KERNEL(256, attention_sm90_forward_64x##D##_bf16, 1, D <= 128 ? 2 : 1)(PACKED bf16* out, float* lse, TENSOR_MAP q, \
+    KERNEL(256, attention_sm90_forward_64x##D##_bf16, 1, D <= 128 ? 2 : 0)(PACKED bf16* out, float* lse, TENSOR_MAP q, \
         TENSOR_MAP k, TENSOR_MAP v, const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash, \
         OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, int most, float scale, float cap, \
         int window) { \

@@ -227,14 +227,14 @@ static __device__ void hidden(const ptx::TensorMap* dh, float* sums, const ptx::
     });
 }
 
-// Tile, threads, blocks of a cluster.
-#define EACH_TILE(X) X(128x256, 384, 2) X(128x128, 384, 1) X(64x128, 256, 1)
-#define KERNELS(TILE, THREADS, CLUSTER) \
-    KERNEL(THREADS, logprob_sm90_forward_##TILE##_bf16, CLUSTER)(PACKED float* partial, TENSOR_MAP h, TENSOR_MAP w, \
+// Tile, threads, blocks of a cluster, blocks that share the registers.
+#define EACH_TILE(X) X(128x256, 384, 2, 1) X(128x128, 384, 1, 1) X(64x128, 256, 1, 0)
+#define KERNELS(TILE, THREADS, CLUSTER, BESIDE) \
+    KERNEL(THREADS, logprob_sm90_forward_##TILE##_bf16, CLUSTER, BESIDE)(PACKED float* partial, TENSOR_MAP h, TENSOR_MAP w, \
         const uint32_t* targets, int rows, int vocab, int d, float scale, float cap) { \
         forward<T##TILE>(partial, &h, &w, targets, rows, vocab, d, scale, cap); \
     } \
-    KERNEL(THREADS, logprob_sm90_sample_##TILE##_bf16, CLUSTER)(PACKED float* partial, TENSOR_MAP h, TENSOR_MAP w, \
+    KERNEL(THREADS, logprob_sm90_sample_##TILE##_bf16, CLUSTER, BESIDE)(PACKED float* partial, TENSOR_MAP h, TENSOR_MAP w, \
         const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d, float scale, float cap, uint64_t seed, \
         uint64_t step, uint32_t purpose, int greedy) { \
         const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0}; \
@@ -242,9 +242,9 @@ static __device__ void hidden(const ptx::TensorMap* dh, float* sums, const ptx::
     }
 EACH_TILE(KERNELS)
 
-#define EACH_TOP_TILE(X) X(128x128, 384) X(64x128, 256)
-#define SAMPLE_TOP(TILE, THREADS) \
-    KERNEL(THREADS, logprob_sm90_sample_top_##TILE##_bf16, 1)(PACKED float* partial, uint64_t* lists, TENSOR_MAP h, \
+#define EACH_TOP_TILE(X) X(128x128, 384, 1) X(64x128, 256, 0)
+#define SAMPLE_TOP(TILE, THREADS, BESIDE) \
+    KERNEL(THREADS, logprob_sm90_sample_top_##TILE##_bf16, 1, BESIDE)(PACKED float* partial, uint64_t* lists, TENSOR_MAP h, \
         TENSOR_MAP w, const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d, float scale, float cap, \
         uint64_t seed, uint64_t step, uint32_t purpose, int greedy, int k) { \
         const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0}; \

@@ -67,7 +67,7 @@ pub fn entries(text: &str) -> Result<Vec<Entry>, String> {
             |what: &str, word| value(word, &constants).ok_or(format!("{name}: {what} `{word}`?"));
         let threads = number("threads", threads)?;
         let cluster = number("cluster", cluster)?;
-        let beside = number("beside", beside)?;
+        let beside = number("beside", beside)?.max(1);
         let params = head.1.trim_start().strip_prefix('(').and_then(|p| p.split_once(')'));
         let (params, _) = params.ok_or(format!("{name}: parameters?"))?;
         let param = |p: &str| {
@@ -85,20 +85,23 @@ pub fn entries(text: &str) -> Result<Vec<Entry>, String> {
     Ok(all)
 }
 
-/// A number, a constant, or `a <= b ? c : d` of such.
+/// A number, a constant, or `a <= b ? c : d` or `a == b ? c : d` of such.
 fn value(word: &str, constants: &[(String, u32)]) -> Option<u32> {
     let value = |word: &str| value(word.trim(), constants);
-    let Some((test, (yes, no))) =
-        word.split_once('?').and_then(|w| Some((w.0, w.1.split_once(':')?)))
-    else {
+    let Some((test, branches)) = word.split_once('?') else {
         return word.parse().ok().or_else(|| constants.iter().find(|c| c.0 == word).map(|c| c.1));
     };
-    let (a, b) = test.split_once("<=")?;
-    value(if value(a)? <= value(b)? { yes } else { no })
+    let holds = match (test.split_once("<="), test.split_once("==")) {
+        (Some((a, b)), _) => value(a)? <= value(b)?,
+        (_, Some((a, b))) => value(a)? == value(b)?,
+        _ => return None,
+    };
+    let (yes, no) = branches.split_once(':')?;
+    value(if holds { yes } else { no })
 }
 
-/// The text, in which each line `EACH_LIST(MACRO)` is the body of MACRO for each `X(..)` of the list:
-/// of the preprocessor what kernels need, `#define EACH_LIST(X) X(a, b) X(c, d)` and `##`.
+/// The text, in which each line `EACH_LIST(MACRO)` is the body of MACRO for each `X(..)` of the
+/// list: of the preprocessor what kernels need, `#define EACH_LIST(X) X(a, b) X(c, d)` and `##`.
 fn expand(text: &str) -> Result<String, String> {
     let text = text.replace("\\\n", " ");
     let macros: Vec<(&str, &str, &str)> = text

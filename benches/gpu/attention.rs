@@ -4,7 +4,7 @@
 use half::bf16;
 use warpo::{
     device::{Arena, Buffer, Scope},
-    ops::attention::{self, KvLayer, Parts, Segment, Shape, Work},
+    ops::attention::{self, KvLayer, Partition, Segment, SegmentBatch, Shape},
 };
 
 use super::Bench;
@@ -78,17 +78,23 @@ impl Step {
         // Each sequence's keys and values.
         for s in 0..count {
             let one = [segment(0, 0, len, s)];
-            let parts = Parts::new(&dev, &shape, &one, &ids, count * own).unwrap();
-            let words = Buffer::of(&dev, "parts", parts.words()).unwrap();
-            let work = Work { parts: Some((&parts, words.view())), ..Work::new(&one, list.view()) };
+            let partition = Partition::new(&dev, &shape, &one, &ids, count * own).unwrap();
+            let words = Buffer::of(&dev, "partition", partition.words()).unwrap();
+            let work = SegmentBatch {
+                partition: Some((&partition, words.view())),
+                ..SegmentBatch::new(&one, list.view())
+            };
             let x = qkv.view_mut().range(0..len * shape.qkv_cols());
             attention::append(&dev, &mut kv, x, work, &shape, None).unwrap();
         }
         let all: Vec<Segment> =
             (0..count).map(|s| segment(s * rows, len - rows, rows, s)).collect();
-        let parts = Parts::new(&dev, &shape, &all, &ids, count * own).unwrap();
-        let words = Buffer::of(&dev, "parts", parts.words()).unwrap();
-        let work = Work { parts: Some((&parts, words.view())), ..Work::new(&all, list.view()) };
+        let partition = Partition::new(&dev, &shape, &all, &ids, count * own).unwrap();
+        let words = Buffer::of(&dev, "partition", partition.words()).unwrap();
+        let work = SegmentBatch {
+            partition: Some((&partition, words.view())),
+            ..SegmentBatch::new(&all, list.view())
+        };
         let n = count * rows;
         let mut out = Buffer::<bf16>::zeros(&dev, "out", n * q_heads * head_dim).unwrap();
         let mut lse = Buffer::<f32>::zeros(&dev, "lse", n * q_heads).unwrap();
@@ -101,7 +107,15 @@ impl Step {
         b.compute(name, flops, bytes, |dev, _| {
             let (o, l, room) = (out.view_mut(), lse.view_mut(), scratch.view_mut());
             let x = qkv.view().range(0..n * shape.qkv_cols());
-            attention::forward(dev, o, l, x, &kv, work, &shape, room).unwrap();
+            attention::forward(
+                dev,
+                attention::ForwardOutputs { out: o, lse: l, scratch: room },
+                x,
+                &kv,
+                work,
+                &shape,
+            )
+            .unwrap();
         });
     }
 }

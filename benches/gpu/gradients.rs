@@ -4,7 +4,7 @@
 use half::bf16;
 use warpo::{
     device::Buffer,
-    ops::attention::{self, Parts, Segment, Shape, Work},
+    ops::attention::{self, Partition, Segment, SegmentBatch, Shape},
 };
 
 use super::Bench;
@@ -54,10 +54,13 @@ fn run(b: &mut Bench, name: &str, shape: &Shape, segments: &[Segment]) {
     let (dev, width, cols) = (b.dev.clone(), shape.q_heads * shape.head_dim, shape.qkv_cols());
     let rows: usize = segments.iter().map(|s| s.rows as usize).sum();
     let longest = segments.iter().map(|s| s.pages.end as usize).max().unwrap_or(0);
-    let parts = Parts::new(&dev, shape, segments, &vec![0; longest], 1).unwrap();
-    let words = Buffer::of(&dev, "parts", parts.words()).unwrap();
+    let partition = Partition::new(&dev, shape, segments, &vec![0; longest], 1).unwrap();
+    let words = Buffer::of(&dev, "partition", partition.words()).unwrap();
     let none = Buffer::<u32>::zeros(&dev, "pages", 1).unwrap();
-    let work = Work { parts: Some((&parts, words.view())), ..Work::new(segments, none.view()) };
+    let work = SegmentBatch {
+        partition: Some((&partition, words.view())),
+        ..SegmentBatch::new(segments, none.view())
+    };
     let [dout, out] = [1, 2].map(|i| b.input::<bf16>(i, rows * width));
     let (qkv, mut dqkv) = (b.input::<bf16>(3, rows * cols), b.input::<bf16>(4, rows * cols));
     // Not the true one, but such that weights are small.
@@ -72,6 +75,12 @@ fn run(b: &mut Bench, name: &str, shape: &Shape, segments: &[Segment]) {
     b.compute(name, flops, bytes, |dev, _| {
         let (dqkv, room) = (dqkv.view_mut(), scratch.view_mut());
         let (dout, out, qkv, lse) = (dout.view(), out.view(), qkv.view(), lse.view());
-        attention::backward(dev, dqkv, dout, out, qkv, lse, work, shape, room).unwrap();
+        attention::backward(
+            dev,
+            attention::BackwardArgs { dqkv, dout, out, qkv, lse, scratch: room },
+            work,
+            shape,
+        )
+        .unwrap();
     });
 }

@@ -3,15 +3,20 @@
 
 #include "ptx.cuh"
 
-// An entry point: KERNEL(threads, name)(parameters) { ... }. build.rs reads this line and makes the
-// Rust function that launches it, so the number of threads is written once and a wrong argument
-// does not compile. Two kernels whose names end in _bf16 and _f32 become one function, generic over
-// what is stored. Parameters are pointers to bf16, float, double, uint32_t, uint64_t or int, or
-// such a number by value, where an int is a count. KERNEL(threads, name, blocks): blocks that
-// follow each other in x are a cluster; a block has a multiprocessor's registers to itself, which
-// ptxas must know to heed setmaxnreg, so that a kernel that moves registers between its warpgroups
-// is of this form, be it with 1. KERNEL(threads, name, 1, beside): so many blocks share the
-// registers.
+// An entry point: KERNEL(threads, name)(parameters) { ... }. build.rs reads this line and writes the
+// Rust struct of its arguments, so the number of threads is written once and a wrong or forgotten
+// argument does not compile. Kernels whose names differ in _bf16 or _f32 and in a size before that
+// (_64, _128x256) share a struct. Parameters are pointers to bf16, float, double, uint32_t, uint64_t
+// or int, or such a number by value, where an int is a count.
+//
+// KERNEL(threads, name, blocks): blocks that follow each other in x are a cluster; a block has a
+// multiprocessor's registers to itself, which ptxas must know to heed setmaxnreg, so a kernel that
+// moves registers between its warpgroups is of this form, be it with 1. KERNEL(threads, name, 1,
+// beside): so many blocks share the registers, 0: as many as fit.
+//
+// The instances of a kernel come from a list: #define EACH_TILE(X) X(64x64, 128) X(16x32, 64), then
+// the kernel as a #define whose parameters are the words of an X, then the line EACH_TILE(NAME). A
+// word may be a part of the kernel's name. A number may be a constant, or a <= b ? c : d of such.
 #define KERNEL(...) KERNEL_PICK(__VA_ARGS__, KERNEL_BESIDE, KERNEL_OF_CLUSTER, KERNEL_OF_BLOCK, )(__VA_ARGS__)
 #define KERNEL_PICK(threads, name, blocks, beside, pick, ...) pick
 #define KERNEL_OF_BLOCK(threads, name)                                      \

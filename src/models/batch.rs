@@ -7,7 +7,7 @@ use crate::{
     device::{Buffer, Device, Scope, View},
     error::Result,
     ops::{
-        attention::{self, Parts, Segment, Work},
+        attention::{self, Partition, Segment, SegmentBatch},
         next_ids,
     },
 };
@@ -167,9 +167,9 @@ impl Batch {
     ) -> Result<Staged<'a>> {
         let shape = spec.attention();
         let (segments, list) = self.segments(shape.page(dev));
-        let parts = Parts::new(dev, &shape, &segments, &list, pages)?;
+        let partition = Partition::new(dev, &shape, &segments, &list, pages)?;
         let ids = Cow::Borrowed(&self.ids[..]);
-        let mut staged = Staged { batch: self, ids, segments, list, parts, words: None };
+        let mut staged = Staged { batch: self, ids, segments, list, partition, words: None };
         if let Device::Cuda(_) = dev {
             let mut all = Vec::new();
             for column in staged.columns() {
@@ -198,7 +198,7 @@ impl Batch {
     }
 }
 
-const WORDS: &str = "ids, positions and parts of a batch";
+const WORDS: &str = "ids, positions and partition of a batch";
 
 /// Columns begin at multiples of this many words: a cache line.
 const LINE: usize = 16;
@@ -211,7 +211,7 @@ pub struct Staged<'a> {
     ids: Cow<'a, [u32]>,
     segments: Vec<Segment>,
     list: Vec<u32>,
-    parts: Parts,
+    partition: Partition,
     /// All columns, one after another, on a CUDA device.
     words: Option<Buffer<'a, u32>>,
 }
@@ -227,19 +227,19 @@ impl<'a> Staged<'a> {
         let Device::Cuda(_) = dev else { return Ok(()) };
         let shape = spec.attention();
         let PassShape { rows, sequences, selected, cached } = pass_shape;
-        let parts = attention::most_words(dev, &shape, rows, sequences, cached.max(1));
+        let partition = attention::most_words(dev, &shape, rows, sequences, cached.max(1));
         let pages = pass_shape.pages(dev, spec);
         // A pass over whole sequences reads no drawn tokens.
         let drawn = if cached > 0 { sequences } else { 0 };
-        let words = [rows, rows, selected, selected, pages, parts, drawn, drawn];
+        let words = [rows, rows, selected, selected, pages, partition, drawn, drawn];
         let words: usize = words.iter().map(|n| n.next_multiple_of(LINE)).sum();
         scope.alloc::<u32>(WORDS, words).map(drop)
     }
 
     fn columns(&self) -> [&[u32]; 8] {
         let (b, [rows, from]) = (self.batch, &self.batch.drawn);
-        let parts = self.parts.words();
-        [&self.ids, &b.positions, &b.selected, &b.targets, &self.list, parts, rows, from]
+        let partition = self.partition.words();
+        [&self.ids, &b.positions, &b.selected, &b.targets, &self.list, partition, rows, from]
     }
 
     /// Where a column is among the words.
@@ -280,8 +280,8 @@ impl<'a> Staged<'a> {
 
     /// What the forward pass reads.
     pub fn rows(&self) -> Rows<'_> {
-        let parts = self.words.as_ref().map(|_| (&self.parts, self.column(5)));
-        let attention = Work { segments: &self.segments, pages: self.column(4), parts };
+        let partition = self.words.as_ref().map(|_| (&self.partition, self.column(5)));
+        let attention = SegmentBatch { segments: &self.segments, pages: self.column(4), partition };
         let [ids, positions, selected] = [0, 1, 2].map(|i| self.column(i));
         Rows { ids, positions, attention, selected }
     }

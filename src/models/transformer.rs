@@ -27,7 +27,7 @@ pub struct Rows<'a> {
     /// Position of each row in its sequence.
     pub positions: View<'a, u32>,
     /// Which rows are which sequence, and where its keys and values are.
-    pub attention: attention::Work<'a>,
+    pub attention: attention::SegmentBatch<'a>,
     /// The rows that a head reads.
     pub selected: View<'a, u32>,
 }
@@ -341,16 +341,9 @@ impl<'a, T: Element> BlockPass<'a, T> {
         self.linear(ParamKind::Qkv)?.forward(dev, b.qkv.view_mut(), b.norm1.y.view(), None)?;
         let rotation = self.rope().map(|table| (self.rows.positions, table));
         attention::append(dev, kv, b.qkv.view_mut(), work, shape, rotation)?;
-        attention::forward(
-            dev,
-            b.attention.view_mut(),
-            b.lse.view_mut(),
-            b.qkv.view(),
-            kv,
-            work,
-            shape,
-            scratch,
-        )?;
+        let (out, lse) = (b.attention.view_mut(), b.lse.view_mut());
+        let to = attention::ForwardOutputs { out, lse, scratch };
+        attention::forward(dev, to, b.qkv.view(), kv, work, shape)?;
         let out = self.linear(ParamKind::Out)?;
         out.forward(dev, b.mid.view_mut(), b.attention.view(), Some(x))
     }
@@ -401,17 +394,15 @@ impl<'a, T: Element> BlockPass<'a, T> {
         let (dev, shape) = (self.dev, &self.spec.attention);
         let out = self.linear(ParamKind::Out)?;
         out.backward(dev, grads, g.dattention.view_mut(), g.dx.view(), b.attention.view())?;
-        attention::backward(
-            dev,
-            g.dqkv.view_mut(),
-            g.dattention.view(),
-            b.attention.view(),
-            b.qkv.view(),
-            b.lse.view(),
-            self.rows.attention,
-            shape,
+        let args = attention::BackwardArgs {
+            dqkv: g.dqkv.view_mut(),
+            dout: g.dattention.view(),
+            out: b.attention.view(),
+            qkv: b.qkv.view(),
+            lse: b.lse.view(),
             scratch,
-        )?;
+        };
+        attention::backward(dev, args, self.rows.attention, shape)?;
         if let Some(table) = self.rope() {
             let (heads, cols) = (shape.q_heads + shape.kv_heads, self.model.spec.qkv_cols());
             let (d, positions) = (shape.head_dim, self.rows.positions);

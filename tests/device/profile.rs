@@ -203,10 +203,16 @@ fn attention_counts_what_is_seen() {
         let (qkv, lse) = (randn::<f32>("qkv", rows * cols), vec![9.0; rows * 4]);
         let mut dqkv = vec![0.0; rows * cols];
         let mut scratch = vec![0.0; attention::backward_scratch_len(&shape, rows)];
-        let work = attention::Work::new(&segments, &[][..]);
+        let work = attention::SegmentBatch::new(&segments, &[][..]);
         let (dqkv, scratch) = ((&mut dqkv).into(), (&mut scratch).into());
         let (dout, out_, qkv_, lse) = ((&dout).into(), (&out).into(), (&qkv).into(), (&lse).into());
-        attention::backward(&dev, dqkv, dout, out_, qkv_, lse, work, &shape, scratch).unwrap();
+        attention::backward(
+            &dev,
+            attention::BackwardArgs { dqkv, dout, out: out_, qkv: qkv_, lse, scratch },
+            work,
+            &shape,
+        )
+        .unwrap();
         let sees = |p: u32| f64::from(window.map_or(p + 1, |w| w.min(p + 1)));
         let pairs = |s: &Segment| (s.first..s.first + s.rows).map(sees).sum::<f64>();
         let all: f64 = segments.iter().map(pairs).sum();
@@ -222,8 +228,16 @@ fn attention_counts_what_is_seen() {
         let kv = KvLayer::<f32>::new(&scope, &shape, PAGE, 2).unwrap();
         let (mut out, mut lse) = (vec![0.0; 3 * 32], vec![0.0; 3 * 4]);
         let (out, lse, qkv) = ((&mut out).into(), (&mut lse).into(), qkv[..3 * cols].into());
-        let work = attention::Work::new(&late, &[0, 1][..]);
-        attention::forward(&dev, out, lse, qkv, &kv, work, &shape, (&mut [][..]).into()).unwrap();
+        let work = attention::SegmentBatch::new(&late, &[0, 1][..]);
+        attention::forward(
+            &dev,
+            attention::ForwardOutputs { out, lse, scratch: (&mut [][..]).into() },
+            qkv,
+            &kv,
+            work,
+            &shape,
+        )
+        .unwrap();
         let report = profile.report().unwrap();
         let done = op(&report, "attention").work;
         assert_eq!(done.flops, 4.0 * 8.0 * 4.0 * pairs(&late[0]), "{window:?}");
@@ -399,7 +413,7 @@ const NO_OPS: [&str; 13] = [
     "attention.rs::page",
     "attention.rs::supported",
     "attention.rs::width",
-    "attention/parts.rs::most_words",
+    "attention/partition.rs::most_words",
     "attention/parts.rs::new",
     "attention/parts.rs::set",
     "matmul.rs::bytes",

@@ -3,14 +3,14 @@
 
 mod backward;
 mod cuda;
-mod parts;
+mod partition;
 mod shared;
 
 use std::ops::Range;
 
 use warpo::{
     device::{Arena, Buffer, Device, Element, Float, Scope},
-    ops::attention::{self, KvLayer, MAX_HEAD_DIM, PAGE, Parts, Segment, Shape, Work},
+    ops::attention::{self, KvLayer, MAX_HEAD_DIM, PAGE, Partition, Segment, SegmentBatch, Shape},
 };
 
 use crate::support::{
@@ -100,13 +100,16 @@ impl<T: Element> Case<T> {
         dev: &Device,
         segments: &[Segment],
         list: &[u32],
-        f: impl FnOnce(Work<'_>) -> R,
+        f: impl FnOnce(SegmentBatch<'_>) -> R,
     ) -> R {
         let pages = list.iter().max().map_or(0, |most| *most as usize + 1);
-        let parts = Parts::new(dev, &self.shape, segments, list, pages).unwrap();
-        let words = Buffer::of(dev, "test", parts.words()).unwrap();
+        let partition = Partition::new(dev, &self.shape, segments, list, pages).unwrap();
+        let words = Buffer::of(dev, "test", partition.words()).unwrap();
         let pages = Buffer::of(dev, "test", list).unwrap();
-        f(Work { parts: Some((&parts, words.view())), ..Work::new(segments, pages.view()) })
+        f(SegmentBatch {
+            partition: Some((&partition, words.view())),
+            ..SegmentBatch::new(segments, pages.view())
+        })
     }
 
     /// Appends a batch to the cache and attends: `out` and `lse` of its rows.
@@ -162,7 +165,15 @@ impl<T: Element> Case<T> {
         let mut scratch = Buffer::new(dev, "test", need).unwrap();
         self.with_work(dev, segments, list, |work| {
             let (o, l, scratch) = (out.view_mut(), lse.view_mut(), scratch.view_mut());
-            attention::forward(dev, o, l, qkv.view(), kv, work, s, scratch).unwrap();
+            attention::forward(
+                dev,
+                attention::ForwardOutputs { out: o, lse: l, scratch },
+                qkv.view(),
+                kv,
+                work,
+                s,
+            )
+            .unwrap();
         });
         (dev.read(out.view()).unwrap(), dev.read(lse.view()).unwrap())
     }
@@ -197,7 +208,13 @@ impl<T: Element> Case<T> {
         self.with_work(dev, segments, &self.list, |work| {
             let (dqkv, scratch) = (dqkv.view_mut(), scratch.view_mut());
             let (dout, out, qkv) = (dout.view(), out.view(), qkv.view());
-            attention::backward(dev, dqkv, dout, out, qkv, lse.view(), work, s, scratch).unwrap();
+            attention::backward(
+                dev,
+                attention::BackwardArgs { dqkv, dout, out, qkv, lse: lse.view(), scratch },
+                work,
+                s,
+            )
+            .unwrap();
         });
         dev.read(dqkv.view()).unwrap()
     }
@@ -440,12 +457,19 @@ fn refused(segments: &[Segment], list: &[u32]) -> [String; 2] {
     let mut arena = room(1 << 16);
     let scope = arena.scope();
     let mut kv = KvLayer::<f32>::new(&scope, &s, PAGE, 2).unwrap();
-    let (mut qkv, work) = (vec![0.0; 30], Work::new(segments, list));
+    let (mut qkv, work) = (vec![0.0; 30], SegmentBatch::new(segments, list));
     let append = attention::append(&dev, &mut kv, (&mut qkv).into(), work, &s, None);
     let x = (&qkv).into();
     let (mut out, mut lse) = (vec![0.0; 10], vec![0.0; 10]);
     let (out, lse, none) = ((&mut out).into(), (&mut lse).into(), (&mut [][..]).into());
-    let forward = attention::forward(&dev, out, lse, x, &kv, work, &s, none);
+    let forward = attention::forward(
+        &dev,
+        attention::ForwardOutputs { out, lse, scratch: none },
+        x,
+        &kv,
+        work,
+        &s,
+    );
     [refusal(append), refusal(forward)]
 }
 
@@ -490,17 +514,10 @@ fn segments_that_do_not_fit_are_refused() {
 /// Backward with these lengths of dqkv, dout, out, qkv, lse and scratch.
 fn backward(n: [usize; 6], segments: &[Segment], s: &Shape) -> warpo::Result<()> {
     let [mut dqkv, dout, out, qkv, lse, mut scratch] = zeros(n);
-    attention::backward(
-        &Device::cpu(),
-        (&mut dqkv).into(),
-        (&dout).into(),
-        (&out).into(),
-        (&qkv).into(),
-        (&lse).into(),
-        Work::new(segments, &[][..]),
-        s,
-        (&mut scratch).into(),
-    )
+    let (dqkv, scratch) = ((&mut dqkv).into(), (&mut scratch).into());
+    let (dout, out, qkv, lse) = ((&dout).into(), (&out).into(), (&qkv).into(), (&lse).into());
+    let args = attention::BackwardArgs { dqkv, dout, out, qkv, lse, scratch };
+    attention::backward(&Device::cpu(), args, SegmentBatch::new(segments, &[][..]), s)
 }
 
 #[test]
@@ -539,13 +556,14 @@ fn impossible_heads_and_wrong_buffers_are_refused() {
     let mut kv = KvLayer::<f32>::new(&scope, &s, PAGE, 1).unwrap();
     let one = [Segment { first: 0, rows: 3, at: 0, pages: 0..1, prefix: None }];
     let (mut x, list) = (vec![0.0; 24], [0u32]);
-    let work = Work::new(&one, &list[..]);
+    let work = SegmentBatch::new(&one, &list[..]);
     let e = attention::append(&dev, &mut kv, (&mut x[..23]).into(), work, &s, None);
     assert_eq!(refusal(e), "attention::append: `qkv` has shape [23], wanted [2, 8]");
     assert_refuses("attention", "out [3, 4] lse [3, 2] qkv [3, 8]", |n| {
         let [mut out, mut lse, qkv] = zeros(n);
-        let (o, l, x) = ((&mut out).into(), (&mut lse).into(), (&qkv).into());
-        attention::forward(&dev, o, l, x, &kv, work, &s, (&mut [][..]).into())
+        let (out, lse, scratch) = ((&mut out).into(), (&mut lse).into(), (&mut [][..]).into());
+        let to = attention::ForwardOutputs { out, lse, scratch };
+        attention::forward(&dev, to, (&qkv).into(), &kv, work, &s)
     });
     let e = KvLayer::<f32>::new(&scope, &s, PAGE, 1 << 20).unwrap_err().to_string();
     assert!(e.starts_with("KV cache, keys needs 268435"), "{e}");

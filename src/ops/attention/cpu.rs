@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::{MAX_HEAD_DIM, PAGE, Segment, Shape, Work, parts};
+use super::{MAX_HEAD_DIM, PAGE, Segment, SegmentBatch, Shape, partition};
 use crate::{
     device::{
         Float,
@@ -23,14 +23,14 @@ pub(super) fn append<F: Float>(
     k: &mut [F],
     v: &mut [F],
     qkv: &[F],
-    work: Work<'_>,
+    batch: SegmentBatch<'_>,
     shape: &Shape,
 ) {
     let (k_page, v_page, cols) = (shape.k_page(), shape.v_page(), shape.qkv_cols());
-    let (total, list) = (k.len() / k_page, work.pages.host());
+    let (total, list) = (k.len() / k_page, batch.pages.host());
     // A task owns a range of pages and copies the rows that belong there.
     cpu.rows(total, 1, ((k, k_page), (v, v_page)), |range, (k, v)| {
-        for s in parts::written(work.segments, PAGE) {
+        for s in partition::written(batch.segments, PAGE) {
             let (first, end) = (s.first as usize, (s.first + s.rows) as usize);
             for p in first / PAGE..end.div_ceil(PAGE) {
                 let id = list[s.pages as usize + p] as usize;
@@ -69,13 +69,13 @@ pub(super) fn forward<F: Float>(
     (out, lse): (&mut [F], &mut [F]),
     qkv: &[F],
     (k, v): (&[F], &[F]),
-    work: Work<'_>,
+    batch: SegmentBatch<'_>,
     shape: &Shape,
 ) {
-    let (cols, list) = (shape.q_heads * shape.head_dim, work.pages.host());
+    let (cols, list) = (shape.q_heads * shape.head_dim, batch.pages.host());
     let rows = lse.len() / shape.q_heads;
     cpu.rows(rows, 1, ((out, cols), (lse, shape.q_heads)), |range, (out, lse)| {
-        for s in work.segments {
+        for s in batch.segments {
             let own = s.batch_rows();
             let (mut r, end) = (own.start.max(range.start), own.end.min(range.end));
             let ids = &list[s.pages.start as usize..s.pages.end as usize];

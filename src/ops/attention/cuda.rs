@@ -1,64 +1,49 @@
-//! Attention on a CUDA device: which kernel runs, and on how many blocks.
+//! Attention on a CUDA device: what kernels are given. Which one runs, and on how many blocks, is
+//! the architecture's.
 
-use super::{KvLayer, Parts, Shape, Work, hopper};
+use super::{
+    BackwardArgs, ForwardOutputs, KvLayer, Partition, ROWS, SPLIT, SegmentBatch, Shape, sm80, sm90,
+};
 use crate::{
     device::{
         Arch, Cuda, Element, View, ViewMut,
-        cuda::{Launch, kernels::attention as kernel},
+        cuda::{
+            Launch,
+            kernels::{attention as kernel, attention_backward as gradient},
+        },
     },
     error::{Error, Result},
     ops::rope::Table,
 };
 
-/// Positions of a page, and of a step of attention.
-pub(super) fn page(cuda: &Cuda, shape: &Shape) -> usize {
-    if cuda.arch() == Arch::Sm90 { hopper::page(shape) } else { kernel::PAGE }
-}
-
-/// Rows of a tile: positions and heads of a group.
-pub(super) const ROWS: usize = 64;
-
-/// Positions after which a row's softmax starts anew, as in `kernels/include/attention.cuh`.
-pub(super) const SPLIT: usize = 1024;
-
-/// Blocks that share a multiprocessor, by their registers.
-fn beside(head_dim: usize) -> usize {
-    if head_dim <= 128 { 3 } else { 1 }
-}
-
-fn blocks(cuda: &Cuda, shape: &Shape) -> usize {
-    cuda.processors() as usize * beside(shape.head_dim)
-}
-
-/// Elements that blocks need to keep what they merge.
-fn stash_len(cuda: &Cuda, shape: &Shape) -> usize {
-    let threads = if cuda.arch() == Arch::Sm90 {
-        hopper::threads(cuda)
-    } else {
-        blocks(cuda, shape) * kernel::THREADS
+/// Elements that blocks merge split-KV partials in.
+fn block_partials_len(cuda: &Cuda, shape: &Shape) -> usize {
+    let threads = match cuda.arch() {
+        Arch::Sm80 => sm80::threads(cuda, shape),
+        Arch::Sm90 => sm90::threads(cuda),
     };
     threads * (shape.head_dim / 2 + 4)
 }
 
-/// Elements that `rows` rows need from one launch to the next.
-fn states_len(shape: &Shape, rows: usize, states: usize) -> usize {
-    rows * shape.q_heads * (shape.head_dim + 8) * states
+/// Elements of the partials that `rows` rows leave for the next launch, so many each.
+fn partials_len(shape: &Shape, rows: usize, partials: usize) -> usize {
+    rows * shape.q_heads * (shape.head_dim + 8) * partials
 }
 
 /// Of both, for `singles` rows that are alone in their segments, in sequences of `positions`.
 pub(super) fn scratch_len(cuda: &Cuda, shape: &Shape, singles: usize, positions: usize) -> usize {
-    let states = if shape.window.is_some() { 0 } else { positions.div_ceil(SPLIT) };
-    stash_len(cuda, shape) + states_len(shape, singles, states)
+    let partials = if shape.window.is_some() { 0 } else { positions.div_ceil(SPLIT) };
+    block_partials_len(cuda, shape) + partials_len(shape, singles, partials)
 }
 
-/// Widths of heads that there are kernels for.
-pub(super) const WIDTHS: [usize; 5] = [64, 80, 96, 128, 256];
+/// Head sizes that there are kernels for.
+pub(super) const HEAD_SIZES: &[usize] = kernel::FORWARD_SIZES;
 
 pub(super) fn check(op: &str, shape: &Shape) -> Result<()> {
     let group = shape.group();
-    if !WIDTHS.contains(&shape.head_dim) {
+    if !HEAD_SIZES.contains(&shape.head_dim) {
         let what = format!("{op}: head_dim on a CUDA device");
-        return Err(Error::value(what, format!("one of {WIDTHS:?}"), shape.head_dim));
+        return Err(Error::value(what, format!("one of {HEAD_SIZES:?}"), shape.head_dim));
     }
     if group > ROWS {
         let what = format!("{op}: query heads of a KV head on a CUDA device");
@@ -71,27 +56,27 @@ pub(super) fn check(op: &str, shape: &Shape) -> Result<()> {
     Ok(())
 }
 
-/// The parts of the segments, with a cache of `pages` where there is one, and their words on the
+/// The partition of the segments, with a cache of `pages` where there is one, and its words on the
 /// device.
-pub(super) fn parts<'a>(
+fn partition<'a>(
     op: &'static str,
     cuda: &Cuda,
-    work: Work<'a>,
+    batch: SegmentBatch<'a>,
     shape: &Shape,
     pages: Option<usize>,
-) -> Result<(&'a Parts, View<'a, u32>)> {
-    let (want, what) = ("those of the segments", format!("{op}: parts on a CUDA device"));
-    let (parts, words) = work.parts.ok_or_else(|| Error::value(what, want, "none"))?;
-    parts.check(op, cuda, shape, work.segments, pages)?;
-    crate::shape::check(op, "parts", &[parts.words().len()], words.len())?;
-    Ok((parts, words))
+) -> Result<(&'a Partition, View<'a, u32>)> {
+    let (want, what) = ("that of the segments", format!("{op}: partition on a CUDA device"));
+    let (partition, words) = batch.partition.ok_or_else(|| Error::value(what, want, "none"))?;
+    partition.check(op, cuda, shape, batch.segments, pages)?;
+    crate::shape::check(op, "partition", &[partition.words().len()], words.len())?;
+    Ok((partition, words))
 }
 
 pub(super) fn append<T: Element>(
     cuda: &Cuda,
     kv: &mut KvLayer<'_, T>,
     mut qkv: ViewMut<'_, T>,
-    work: Work<'_>,
+    batch: SegmentBatch<'_>,
     shape: &Shape,
     table: Option<&Table<T::Acc>>,
 ) -> Result<()> {
@@ -100,10 +85,10 @@ pub(super) fn append<T: Element>(
     if let Some(table) = table.filter(|t| t.head_dim() != shape.head_dim) {
         return Err(Error::shape(OP, "table", &[shape.head_dim], &[table.head_dim()]));
     }
-    let (parts, words) = parts(OP, cuda, work, shape, Some(kv.pages(shape)))?;
-    let ([mut begin, _], page) = (parts.begins(), kv.page);
+    let (partition, words) = partition(OP, cuda, batch, shape, Some(kv.pages(shape)))?;
+    let ([mut begin, _], page) = (partition.begins(), kv.page);
     // What is copied from prefixes goes after those are turned.
-    for (runs, table) in parts.runs.into_iter().zip([table, None]) {
+    for (runs, table) in partition.runs.into_iter().zip([table, None]) {
         let list = words.range(begin..begin + 5 * runs);
         begin += 5 * runs;
         let (angles, entries) = table.map(Table::angles).unzip();
@@ -113,7 +98,7 @@ pub(super) fn append<T: Element>(
             qkv: qkv.reborrow(),
             table: angles,
             runs: list,
-            pages: work.pages,
+            pages: batch.pages,
             q_heads: shape.q_heads,
             kv_heads: shape.kv_heads,
             d: shape.head_dim,
@@ -125,112 +110,103 @@ pub(super) fn append<T: Element>(
     Ok(())
 }
 
-#[allow(clippy::too_many_arguments)]
-pub(super) fn forward<T: Element>(
-    cuda: &Cuda,
-    mut out: ViewMut<'_, T>,
-    mut lse: ViewMut<'_, T::Acc>,
-    qkv: View<'_, T>,
-    kv: &KvLayer<'_, T>,
-    work: Work<'_>,
-    shape: &Shape,
-    scratch: ViewMut<'_, T::Acc>,
-) -> Result<()> {
-    const OP: &str = "attention";
-    check(OP, shape)?;
-    let (parts, words) = parts(OP, cuda, work, shape, Some(kv.pages(shape)))?;
-    let [slots, states] = parts.kept;
-    let scratch = scratch.scratch(OP, stash_len(cuda, shape) + states_len(shape, slots, states))?;
-    let (mut stash, mut states) = scratch.split_at(stash_len(cuda, shape));
-    let mut done = 0;
-    for (count, tile) in parts.launches.into_iter().zip(parts.tiles) {
-        let input = Input {
-            qkv,
-            kv,
-            tiles: words.range(8 * done..8 * (done + count)),
-            pages: work.pages,
-            slots,
-        };
-        done += count;
-        let kept = Kept {
-            stash: (parts.longest > SPLIT).then(|| stash.reborrow()),
-            states: Some(states.reborrow()),
-        };
-        let (out, lse) = (out.reborrow(), lse.reborrow());
-        match tile {
-            Some(tile) => hopper::forward(cuda, tile, out, lse, input, shape, kept)?,
-            None => ampere(cuda, out, lse, input, shape, kept)?,
-        }
-    }
-    Ok(())
-}
-
-/// What a launch reads.
-pub(super) struct Input<'a, T: Element> {
-    pub qkv: View<'a, T>,
-    pub kv: &'a KvLayer<'a, T>,
-    pub tiles: View<'a, u32>,
-    pub pages: View<'a, u32>,
-    /// Rows that have states.
-    pub slots: usize,
-}
-
-impl<T: Element> Input<'_, T> {
-    pub(super) fn parts(&self) -> usize {
-        self.tiles.len() / 8
-    }
-}
-
-/// What is kept within a launch, and from one to the next.
-pub(super) struct Kept<'a, F> {
-    pub stash: Option<ViewMut<'a, F>>,
-    pub states: Option<ViewMut<'a, F>>,
-}
-
-/// Scale, cap, window, as kernels take them.
-pub(super) fn scoring<T: Element>(shape: &Shape) -> (T::Acc, T::Acc, usize) {
+/// Scale, cap and window as kernels take them.
+fn scoring<T: Element>(shape: &Shape) -> (T::Acc, T::Acc, usize) {
     let number = |x: f64| <T::Acc as Element>::of(x);
     let window = shape.window.unwrap_or(0) as usize;
     (number(shape.scale), number(shape.softcap.unwrap_or(0.0)), window)
 }
 
-fn ampere<T: Element>(
+pub(super) fn forward<T: Element>(
     cuda: &Cuda,
-    out: ViewMut<'_, T>,
-    lse: ViewMut<'_, T::Acc>,
-    input: Input<'_, T>,
+    mut to: ForwardOutputs<'_, T>,
+    qkv: View<'_, T>,
+    kv: &KvLayer<'_, T>,
+    batch: SegmentBatch<'_>,
     shape: &Shape,
-    kept: Kept<'_, T::Acc>,
 ) -> Result<()> {
-    let run = match shape.head_dim {
-        64 => kernel::forward_64,
-        80 => kernel::forward_80,
-        96 => kernel::forward_96,
-        128 => kernel::forward_128,
-        _ => kernel::forward_256,
-    };
-    // Queries, keys and values.
-    let shared = 3 * 64 * shape.head_dim.next_multiple_of(64) * 2;
-    let count = input.parts();
+    const OP: &str = "attention";
+    check(OP, shape)?;
+    let (partition, words) = partition(OP, cuda, batch, shape, Some(kv.pages(shape)))?;
+    let ([slots, partials], own) = (partition.partials, block_partials_len(cuda, shape));
+    let scratch = to.scratch.scratch(OP, own + partials_len(shape, slots, partials))?;
+    let (mut stash, mut states) = scratch.split_at(own);
     let (scale, cap, window) = scoring::<T>(shape);
-    run(
-        cuda,
-        Launch::row((count * shape.kv_heads).min(blocks(cuda, shape)), shared)?,
-        out,
+    let mut done = 0;
+    for (count, tile) in partition.launches.into_iter().zip(partition.tiles) {
+        let args = kernel::Forward {
+            out: to.out.reborrow(),
+            lse: to.lse.reborrow(),
+            qkv,
+            k: kv.k.view(),
+            v: kv.v.view(),
+            tiles: words.range(8 * done..8 * (done + count)),
+            pages: batch.pages,
+            stash: (partition.longest > SPLIT).then(|| stash.reborrow()),
+            states: Some(states.reborrow()),
+            count,
+            slots,
+            q_heads: shape.q_heads,
+            kv_heads: shape.kv_heads,
+            scale,
+            cap,
+            window,
+        };
+        done += count;
+        match tile {
+            Some(tile) => sm90::forward(cuda, shape, tile, args)?,
+            None => sm80::forward(cuda, shape, args)?,
+        }
+    }
+    Ok(())
+}
+
+/// `scratch` has [`backward_scratch_len`](super::backward_scratch_len) elements, two heads of keys
+/// and values a group more than the queries': enough for one number a row and head and two turns a
+/// row and group, since a group is at most 64 heads and a head at least as wide.
+pub(super) fn backward<T: Element>(
+    cuda: &Cuda,
+    args: BackwardArgs<'_, T>,
+    batch: SegmentBatch<'_>,
+    shape: &Shape,
+) -> Result<()> {
+    const OP: &str = "attention::backward";
+    check(OP, shape)?;
+    let (partition, words) = partition(OP, cuda, batch, shape, None)?;
+    let BackwardArgs { dqkv, dout, out, qkv, lse, scratch } = args;
+    let (plan, d, heads) = (partition.backward, shape.head_dim, lse.len());
+    let (sums, rest) = scratch.split_at(heads * d);
+    let (mut delta, rest) = rest.split_at(heads);
+    let each = match cuda.arch() {
+        Arch::Sm80 => 1,
+        Arch::Sm90 => sm90::backward_turns(shape),
+    };
+    let (count, mut turns) = (plan.turns * shape.kv_heads * each, rest.cast::<u32>());
+    let launch = Launch::threads((8 * heads).max(count), gradient::THREADS)?;
+    let (to, none) = (delta.reborrow(), turns.reborrow());
+    gradient::Delta { delta: to, turns: none, dout, out, heads, d, count }.launch(cuda, launch)?;
+    let [_, from] = partition.begins();
+    let middle = from + 8 * plan.tiles;
+    let (scale, cap, window) = scoring::<T>(shape);
+    let args = gradient::Dqkv {
+        dqkv,
+        sums,
+        turns,
+        dout,
+        qkv,
         lse,
-        input.qkv,
-        input.kv.k.view(),
-        input.kv.v.view(),
-        input.tiles,
-        input.pages,
-        kept.stash,
-        kept.states,
-        count,
-        input.slots,
-        shape.q_heads,
-        shape.kv_heads,
+        delta: delta.view(),
+        tiles: words.range(from..middle),
+        visits: words.range(middle..words.len()),
+        count: plan.tiles,
+        q_heads: shape.q_heads,
+        kv_heads: shape.kv_heads,
         scale,
         cap,
         window,
-    )
+    };
+    match cuda.arch() {
+        Arch::Sm80 => sm80::backward(cuda, shape, args),
+        Arch::Sm90 => sm90::backward(cuda, shape, args),
+    }
 }

@@ -3,7 +3,7 @@
 use half::bf16;
 use warpo::{
     device::{Buffer, Element},
-    ops::attention::{self, Parts, Segment, Shape, Work},
+    ops::attention::{self, Partition, Segment, SegmentBatch, Shape},
 };
 
 use super::{Case, Part, assert_same, shape, shared::Group};
@@ -197,7 +197,7 @@ fn gradients_of_kernels_are_finite_where_scores_are_far_below_zero() {
 fn what_backward_kernels_cannot_take_is_refused() {
     let Some(sim) = Sim::build(Variant::Plain) else { return };
     let dev = sim.device(Order::default());
-    let refused = |s: &Shape, rows: usize, parts: Option<usize>| {
+    let refused = |s: &Shape, rows: usize, partition: Option<usize>| {
         let segments = |rows: usize| {
             [Segment { first: 0, rows: rows as u32, at: 0, pages: 0..1, prefix: None }]
         };
@@ -207,27 +207,33 @@ fn what_backward_kernels_cannot_take_is_refused() {
         let lse = Buffer::<f32>::zeros(&dev, "test", rows * s.q_heads).unwrap();
         let need = attention::backward_scratch_len(s, rows);
         let mut scratch = Buffer::<f32>::zeros(&dev, "test", need).unwrap();
-        let parts = parts.map(|rows| Parts::new(&dev, s, &segments(rows), &[0], 1).unwrap());
-        let words = Buffer::of(&dev, "test", parts.as_ref().map_or(&[], |p| p.words())).unwrap();
+        let partition =
+            partition.map(|rows| Partition::new(&dev, s, &segments(rows), &[0], 1).unwrap());
+        let words =
+            Buffer::of(&dev, "test", partition.as_ref().map_or(&[], |p| p.words())).unwrap();
         let (own, list) = (segments(rows), Buffer::<u32>::zeros(&dev, "test", 1).unwrap());
-        let parts = parts.as_ref().map(|p| (p, words.view()));
-        let work = Work { parts, ..Work::new(&own, list.view()) };
+        let partition = partition.as_ref().map(|p| (p, words.view()));
+        let work = SegmentBatch { partition, ..SegmentBatch::new(&own, list.view()) };
         let (dqkv, scratch, lse) = (dqkv.view_mut(), scratch.view_mut(), lse.view());
         let (dout, out, qkv) = (dout.view(), out.view(), qkv.view());
-        let e = attention::backward(&dev, dqkv, dout, out, qkv, lse, work, s, scratch);
+        let e = attention::backward(
+            &dev,
+            attention::BackwardArgs { dqkv, dout, out, qkv, lse, scratch },
+            work,
+            s,
+        );
         refusal(e).replace("attention::backward: ", "")
     };
     let is = "head_dim on a CUDA device: got 72, wanted one of [64, 80, 96, 128, 256]";
     assert_eq!(refused(&shape(1, 1, 72), 3, Some(3)), is);
     let is = "query heads of a KV head on a CUDA device: got 65, wanted at most 64";
     assert_eq!(refused(&shape(65, 1, 64), 3, Some(3)), is);
-    let is = "parts on a CUDA device: got none, wanted those of the segments";
+    let is = "partition on a CUDA device: got none, wanted that of the segments";
     assert_eq!(refused(&shape(1, 1, 64), 3, None), is);
     let says = refused(&shape(1, 1, 64), 3, Some(4));
-    let of = |n: usize| {
-        format!("those of {n} rows, 1/1 heads of 64, no window, 1 pages of 64, on sm_80")
-    };
-    assert_eq!(says, format!("parts: got {}, wanted {}", of(4), of(3)));
+    let of =
+        |n: usize| format!("that of {n} rows, 1/1 heads of 64, no window, 1 pages of 64, on sm_80");
+    assert_eq!(says, format!("partition: got {}, wanted {}", of(4), of(3)));
     let negative = Shape { scale: -1.0, ..shape(1, 1, 64) };
     let is = "scale on a CUDA device: got -1, wanted a positive number";
     assert_eq!(refused(&negative, 3, Some(3)), is);

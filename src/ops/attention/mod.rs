@@ -13,19 +13,20 @@
 //! starts anew each 1024 positions and is merged in ascending order, so that few long sequences
 //! keep all of it busy.
 
-mod backward;
+mod backward_plan;
 mod cost;
 mod cpu;
 mod cuda;
-mod hopper;
-mod parts;
+mod partition;
+mod sm80;
+mod sm90;
 
-pub use parts::{Parts, Work, most_words};
+pub use partition::{Partition, SegmentBatch, most_words};
 
 use std::ops::Range;
 
 use crate::{
-    device::{Buffer, Device, Element, Scope, View, ViewMut, cpu::gemm::NR},
+    device::{self, Buffer, Device, Element, Scope, View, ViewMut, cpu::gemm::NR},
     error::{Error, Result},
     ops::rope,
     shape,
@@ -37,12 +38,18 @@ pub const PAGE: usize = NR;
 /// The widest head: a panel of one page must fit the stack.
 pub const MAX_HEAD_DIM: usize = 256;
 
+/// Rows of a tile on a CUDA device: positions and heads of a group.
+const ROWS: usize = 64;
+
+/// Positions after which a row's softmax starts anew on a CUDA device.
+const SPLIT: usize = device::cuda::kernels::attention::SPLIT;
+
 /// `d`, or the next width of a head that kernels take on `dev`.
 pub fn width(dev: &Device, d: usize) -> usize {
     let wider = |widths: &[usize]| widths.iter().copied().find(|w| *w >= d).unwrap_or(d);
     match dev {
         Device::Cpu(_) => d,
-        Device::Cuda(_) => wider(&cuda::WIDTHS),
+        Device::Cuda(_) => wider(cuda::HEAD_SIZES),
     }
 }
 
@@ -82,7 +89,7 @@ impl Shape {
     pub fn page(&self, dev: &Device) -> usize {
         match dev {
             Device::Cpu(_) => PAGE,
-            Device::Cuda(cuda) => cuda::page(cuda, self),
+            Device::Cuda(cuda) => partition::page(cuda, self),
         }
     }
 
@@ -240,17 +247,17 @@ fn check_pages(op: &str, segments: &[Segment], list: &[u32], pages: usize) -> Re
     Ok(())
 }
 
-/// As [`check_segments`], with the ids of pages: on a CUDA device [`Parts`] has looked at those.
-fn check_work(
+/// As [`check_segments`], with the ids of pages: a CUDA device's [`Partition`] has looked at those.
+fn check_batch(
     op: &'static str,
-    work: &Work<'_>,
+    batch: &SegmentBatch<'_>,
     rows: usize,
     (page, pages): (usize, usize),
     dev: &Device,
 ) -> Result<()> {
-    check_segments(op, work.segments, rows, work.pages.len(), page)?;
+    check_segments(op, batch.segments, rows, batch.pages.len(), page)?;
     match dev {
-        Device::Cpu(_) => check_pages(op, work.segments, work.pages.host(), pages),
+        Device::Cpu(_) => check_pages(op, batch.segments, batch.pages.host(), pages),
         Device::Cuda(_) => Ok(()),
     }
 }
@@ -270,7 +277,7 @@ pub fn append<T: Element>(
     dev: &Device,
     kv: &mut KvLayer<'_, T>,
     mut qkv: ViewMut<'_, T>,
-    work: Work<'_>,
+    batch: SegmentBatch<'_>,
     shape: &Shape,
     turn: Option<(View<'_, u32>, &rope::Table<T::Acc>)>,
 ) -> Result<()> {
@@ -279,7 +286,7 @@ pub fn append<T: Element>(
     kv.check(OP, dev, shape)?;
     let rows = shape::rows(OP, "qkv", qkv.len(), shape.qkv_cols())?;
     let total = kv.pages(shape);
-    check_work(OP, &work, rows, (kv.page, total), dev)?;
+    check_batch(OP, &batch, rows, (kv.page, total), dev)?;
     let _op = dev.op(OP, || cost::append::<T>(shape, rows, turn.is_some()));
     match dev {
         Device::Cpu(cpu) => {
@@ -289,10 +296,10 @@ pub fn append<T: Element>(
                 rope::forward(dev, qkv, cols, heads, d, positions, table)?;
             }
             let (k, v) = (kv.k.view_mut().float()?.host(), kv.v.view_mut().float()?.host());
-            cpu::append(cpu, k, v, qkv.view().float()?.host(), work, shape);
+            cpu::append(cpu, k, v, qkv.view().float()?.host(), batch, shape);
             Ok(())
         }
-        Device::Cuda(cuda) => cuda::append(cuda, kv, qkv, work, shape, turn.map(|(_, t)| t)),
+        Device::Cuda(cuda) => cuda::append(cuda, kv, qkv, batch, shape, turn.map(|(_, t)| t)),
     }
 }
 
@@ -305,37 +312,44 @@ pub fn forward_scratch_len(dev: &Device, shape: &Shape, singles: usize, position
     }
 }
 
-/// Writes `out` `[rows, q_heads head_dim]` and keeps `lse` `[rows, q_heads]`, the log-sum-exp of
-/// each row's scores, for `backward`. Keys and values, the rows' own included, come from `kv`. `4
-/// head_dim` FLOPs for each query head and visible position. `scratch` has [`forward_scratch_len`]
-/// elements. Reads queries, and for each segment the keys and values that it sees, writes `out`.
-#[allow(clippy::too_many_arguments)]
+/// What [`forward`] writes.
+#[derive(Debug)]
+pub struct ForwardOutputs<'a, T: Element> {
+    /// `[rows, q_heads head_dim]`
+    pub out: ViewMut<'a, T>,
+    /// Log-sum-exp of each row's scores `[rows, q_heads]`, kept for [`backward`].
+    pub lse: ViewMut<'a, T::Acc>,
+    /// [`forward_scratch_len`] elements.
+    pub scratch: ViewMut<'a, T::Acc>,
+}
+
+/// Attends from the queries of `qkv` `[rows, (q_heads + 2 kv_heads) head_dim]` to keys and values of
+/// `kv`, the rows' own included. `4 head_dim` FLOPs for each query head and visible position. Reads
+/// queries, and for each segment the keys and values that it sees, writes `out`.
 pub fn forward<T: Element>(
     dev: &Device,
-    out: ViewMut<'_, T>,
-    lse: ViewMut<'_, T::Acc>,
+    to: ForwardOutputs<'_, T>,
     qkv: View<'_, T>,
     kv: &KvLayer<'_, T>,
-    work: Work<'_>,
+    batch: SegmentBatch<'_>,
     shape: &Shape,
-    scratch: ViewMut<'_, T::Acc>,
 ) -> Result<()> {
     const OP: &str = "attention";
     shape.check(OP)?;
     kv.check(OP, dev, shape)?;
     let rows = shape::rows(OP, "qkv", qkv.len(), shape.qkv_cols())?;
-    shape::check(OP, "out", &[rows, shape.q_heads * shape.head_dim], out.len())?;
-    shape::check(OP, "lse", &[rows, shape.q_heads], lse.len())?;
-    check_work(OP, &work, rows, (kv.page, kv.pages(shape)), dev)?;
-    let _op = dev.op(OP, || cost::forward::<T>(shape, rows, work.segments));
+    shape::check(OP, "out", &[rows, shape.q_heads * shape.head_dim], to.out.len())?;
+    shape::check(OP, "lse", &[rows, shape.q_heads], to.lse.len())?;
+    check_batch(OP, &batch, rows, (kv.page, kv.pages(shape)), dev)?;
+    let _op = dev.op(OP, || cost::forward::<T>(shape, rows, batch.segments));
     match dev {
         Device::Cpu(cpu) => {
             let (k, v) = (kv.k.view().float()?.host(), kv.v.view().float()?.host());
-            let out = (out.float()?.host(), lse.host());
-            cpu::forward(cpu, out, qkv.float()?.host(), (k, v), work, shape);
+            let out = (to.out.float()?.host(), to.lse.host());
+            cpu::forward(cpu, out, qkv.float()?.host(), (k, v), batch, shape);
             Ok(())
         }
-        Device::Cuda(cuda) => cuda::forward(cuda, out, lse, qkv, kv, work, shape, scratch),
+        Device::Cuda(cuda) => cuda::forward(cuda, to, qkv, kv, batch, shape),
     }
 }
 
@@ -346,29 +360,40 @@ pub fn backward_scratch_len(shape: &Shape, rows: usize) -> usize {
     rows * shape.qkv_cols()
 }
 
-/// Writes `dqkv` `[rows, (q_heads + 2 kv_heads) head_dim]` from `dout`, with `out` and `lse` as
-/// [`forward`] left them. Every segment must be a whole sequence, or have its prefix in the batch.
-/// `10 head_dim` FLOPs for each query head and visible position: five products, scores recomputed.
-/// Reads `dout`, `out` and `qkv`, writes `dqkv`.
+/// What [`backward`] writes and reads.
+#[derive(Debug)]
+pub struct BackwardArgs<'a, T: Element> {
+    /// `[rows, (q_heads + 2 kv_heads) head_dim]`, written.
+    pub dqkv: ViewMut<'a, T>,
+    /// `[rows, q_heads head_dim]`
+    pub dout: View<'a, T>,
+    /// As [`forward`] wrote it.
+    pub out: View<'a, T>,
+    /// As [`forward`] read it.
+    pub qkv: View<'a, T>,
+    /// As [`forward`] wrote it.
+    pub lse: View<'a, T::Acc>,
+    /// [`backward_scratch_len`] elements.
+    pub scratch: ViewMut<'a, T::Acc>,
+}
+
+/// Writes the gradient of queries, keys and values. Every segment must be a whole sequence, or have
+/// its prefix in the batch. `10 head_dim` FLOPs for each query head and visible position: five
+/// products, scores recomputed. Reads `dout`, `out` and `qkv`, writes `dqkv`.
 ///
 /// Sums run in a fixed order: over keys ascending for a query; for a key over queries ascending and
 /// then heads of the group, on a CUDA device over tiles of queries descending. They do not depend
 /// on what else is in the batch.
-#[allow(clippy::too_many_arguments)]
 pub fn backward<T: Element>(
     dev: &Device,
-    dqkv: ViewMut<'_, T>,
-    dout: View<'_, T>,
-    out: View<'_, T>,
-    qkv: View<'_, T>,
-    lse: View<'_, T::Acc>,
-    work: Work<'_>,
+    args: BackwardArgs<'_, T>,
+    batch: SegmentBatch<'_>,
     shape: &Shape,
-    scratch: ViewMut<'_, T::Acc>,
 ) -> Result<()> {
     const OP: &str = "attention::backward";
     shape.check(OP)?;
-    let (d, cols, segments) = (shape.head_dim, shape.qkv_cols(), work.segments);
+    let (d, cols, segments) = (shape.head_dim, shape.qkv_cols(), batch.segments);
+    let BackwardArgs { dqkv, dout, out, qkv, lse, scratch } = args;
     let rows = shape::rows(OP, "qkv", qkv.len(), cols)?;
     let out_cols = shape.q_heads * d;
     shape::check(OP, "dqkv", &[rows, cols], dqkv.len())?;
@@ -395,8 +420,8 @@ pub fn backward<T: Element>(
             Ok(())
         }
         Device::Cuda(cuda) => {
-            let input = backward::Input { dout, out, qkv, lse };
-            backward::run(cuda, dqkv, input, work, shape, scratch)
+            let args = BackwardArgs { dqkv, dout, out, qkv, lse, scratch };
+            cuda::backward(cuda, args, batch, shape)
         }
     }
 }

@@ -1,28 +1,33 @@
-//! What a batch of segments gives a device to do.
+//! How the rows of a batch are divided among the blocks of a CUDA device.
 
 use std::{cmp::Reverse, fmt, ops::Range};
 
-use super::{Segment, Shape, backward::Plan, check_pages, check_segments, cuda, hopper::Tile};
+use super::{
+    ROWS, SPLIT, Segment, Shape,
+    backward_plan::{self, BackwardPlan},
+    check_pages, check_segments, sm80,
+    sm90::{self, ForwardTile},
+};
 use crate::{
     device::{Arch, Cuda, Device, View},
     error::{Error, Result},
 };
 
-/// A batch's segments, and what a device needs to know of them.
+/// The segments of a batch, their pages and, on a CUDA device, their partition.
 #[derive(Clone, Copy, Debug)]
-pub struct Work<'a> {
+pub struct SegmentBatch<'a> {
     /// In the order of their rows.
     pub segments: &'a [Segment],
     /// Ids of the pages of all segments.
     pub pages: View<'a, u32>,
-    /// On a CUDA device the parts of these segments, and their [`Parts::words`] there.
-    pub parts: Option<(&'a Parts, View<'a, u32>)>,
+    /// Of these segments, with its [`Partition::words`] on the device; none on the CPU.
+    pub partition: Option<(&'a Partition, View<'a, u32>)>,
 }
 
-impl<'a> Work<'a> {
-    /// For the CPU, which needs no parts.
+impl<'a> SegmentBatch<'a> {
+    /// For the CPU, which needs no partition.
     pub fn new(segments: &'a [Segment], pages: impl Into<View<'a, u32>>) -> Self {
-        Self { segments, pages: pages.into(), parts: None }
+        Self { segments, pages: pages.into(), partition: None }
     }
 }
 
@@ -36,28 +41,28 @@ impl<'a> Work<'a> {
 /// launch merges. Softmax starts anew at the same positions in every case, so that no bit depends
 /// on the way taken.
 #[derive(Clone, Debug, Default)]
-pub struct Parts {
+pub struct Partition {
     words: Vec<u32>,
-    of: Option<Of>,
+    key: Option<PartitionKey>,
     segments: Vec<Segment>,
-    /// Parts of each launch, in this order, of eight words each; the longest first.
+    /// Work tiles of each launch, in this order, of eight words each; the longest first.
     pub(super) launches: [usize; 4],
-    /// On Hopper their kernels, and the most positions that one of a kernel's warpgroups has.
-    pub(super) tiles: [Option<(Tile, usize)>; 4],
-    /// Then five words for each run of rows whose keys and values are written, and for each of
-    /// prefixes' rows that are copied.
+    /// On Hopper their kernels, and the most positions of a warpgroup.
+    pub(super) tiles: [Option<(ForwardTile, usize)>; 4],
+    /// Runs of rows whose keys and values are written, and of prefixes' rows that are copied: five
+    /// words each, after the tiles.
     pub(super) runs: [usize; 2],
-    /// Then what the backward pass does.
-    pub(super) backward: Plan,
+    /// Its words come last.
+    pub(super) backward: BackwardPlan,
     /// The most positions that a row sees.
     pub(super) longest: usize,
-    /// Rows that go from one launch to the next, and the states of each.
-    pub(super) kept: [usize; 2],
+    /// Rows that one launch leaves partials of for the next, and the most partials of a row.
+    pub(super) partials: [usize; 2],
 }
 
-/// What parts were made for, and fit.
+/// What a partition was made for.
 #[derive(Clone, Debug, PartialEq)]
-struct Of {
+struct PartitionKey {
     rows: usize,
     pages: usize,
     page: usize,
@@ -66,15 +71,15 @@ struct Of {
     arch: Arch,
 }
 
-impl Of {
+impl PartitionKey {
     fn new(cuda: &Cuda, shape: &Shape, rows: usize, pages: usize) -> Self {
-        let page = cuda::page(cuda, shape);
+        let page = page(cuda, shape);
         let heads = [shape.q_heads, shape.kv_heads, shape.head_dim];
         Self { rows, pages, page, heads, window: shape.window, arch: cuda.arch() }
     }
 }
 
-impl fmt::Display for Of {
+impl fmt::Display for PartitionKey {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let ([q, kv, d], family) = (self.heads, self.arch.name());
         write!(f, "{} rows, {q}/{kv} heads of {d}, ", self.rows)?;
@@ -86,40 +91,48 @@ impl fmt::Display for Of {
     }
 }
 
+/// Positions of a page, and of a step of attention.
+pub(super) fn page(cuda: &Cuda, shape: &Shape) -> usize {
+    match cuda.arch() {
+        Arch::Sm80 => sm80::PAGE,
+        Arch::Sm90 => sm90::page(shape),
+    }
+}
+
 /// Rows of a run that a block writes to their pages.
 const RUN: u32 = 64;
 
-/// A part as kernels read it.
+/// Rows that attend together, as kernels read them.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-struct Part {
+struct WorkTile {
     at: u32,
     rows: u32,
     /// Position of the first row.
     first: u32,
     pages: u32,
-    /// Pages that are visited.
+    /// Pages [begin, end) that are visited.
     begin: u32,
     end: u32,
-    /// Of the first row among all rows that are alone.
+    /// Number of the first row among the rows that are alone in their segments.
     slot: u32,
-    /// States that it goes on from.
-    taken: u32,
-    takes: u32,
-    /// The state that it leaves.
-    gives: Option<u32>,
+    /// Split-KV partials that it merges first.
+    first_read: u32,
+    reads: u32,
+    /// The partial that it leaves.
+    writes: Option<u32>,
 }
 
-impl Part {
+impl WorkTile {
     fn words(&self) -> [u32; 8] {
-        let states = self.taken | self.takes << 8 | self.gives.map_or(0, |g| g + 1) << 16;
+        let partials = self.first_read | self.reads << 8 | self.writes.map_or(0, |g| g + 1) << 16;
         let Self { at, rows, first, pages, begin, end, slot, .. } = *self;
-        [at, rows, first, pages, begin, end, slot, states]
+        [at, rows, first, pages, begin, end, slot, partials]
     }
 }
 
-impl Parts {
-    /// Of these segments with this list of page ids, of a cache of `pages` pages, on this device:
-    /// on the CPU nothing.
+impl Partition {
+    /// The partition of these segments with this list of page ids, of a cache of `pages` pages, on
+    /// this device; empty on the CPU.
     pub fn new(
         dev: &Device,
         shape: &Shape,
@@ -127,12 +140,12 @@ impl Parts {
         list: &[u32],
         pages: usize,
     ) -> Result<Self> {
-        let mut parts = Self::default();
-        parts.set(dev, shape, segments, list, pages)?;
-        Ok(parts)
+        let mut partition = Self::default();
+        partition.set(dev, shape, segments, list, pages)?;
+        Ok(partition)
     }
 
-    /// The same in the memory of earlier ones.
+    /// The same in the memory of an earlier one.
     pub fn set(
         &mut self,
         dev: &Device,
@@ -141,7 +154,7 @@ impl Parts {
         list: &[u32],
         pages: usize,
     ) -> Result<()> {
-        const OP: &str = "attention::Parts";
+        const OP: &str = "attention::Partition";
         let (words, own) = (std::mem::take(&mut self.words), std::mem::take(&mut self.segments));
         *self = Self { words, segments: own, ..Self::default() };
         self.words.clear();
@@ -149,17 +162,17 @@ impl Parts {
         let Device::Cuda(cuda) = dev else { return Ok(()) };
         shape.check(OP)?;
         let rows = segments.iter().map(|s| s.rows as usize).sum();
-        let page = cuda::page(cuda, shape);
+        let page = page(cuda, shape);
         check_segments(OP, segments, rows, list.len(), page)?;
         check_pages(OP, segments, list, pages)?;
-        self.of = Some(Of::new(cuda, shape, rows, pages));
+        self.key = Some(PartitionKey::new(cuda, shape, rows, pages));
         self.segments.extend_from_slice(segments);
         let launches = self.divide(cuda, shape, segments, list);
-        for (mut parts, count) in launches.into_iter().zip(&mut self.launches) {
-            // What is left at the end is short.
-            parts.sort_by_key(|p| Reverse(p.end - p.begin));
-            self.words.extend(parts.iter().flat_map(Part::words));
-            *count = parts.len();
+        for (mut tiles, count) in launches.into_iter().zip(&mut self.launches) {
+            // The longest first: the last ones to end are short.
+            tiles.sort_by_key(|p| Reverse(p.end - p.begin));
+            self.words.extend(tiles.iter().flat_map(WorkTile::words));
+            *count = tiles.len();
         }
         for (copied, runs) in [false, true].into_iter().zip(&mut self.runs) {
             for w in written(segments, page).filter(|w| w.copied == copied) {
@@ -171,22 +184,22 @@ impl Parts {
                 }
             }
         }
-        self.backward = Plan::new(cuda, shape, segments, &mut self.words);
+        self.backward = BackwardPlan::new(cuda, shape, segments, &mut self.words);
         Ok(())
     }
 
-    /// The parts of each launch.
+    /// The work tiles of each launch.
     fn divide(
         &mut self,
         cuda: &Cuda,
         shape: &Shape,
         segments: &[Segment],
         list: &[u32],
-    ) -> [Vec<Part>; 4] {
-        let (page, most) = (cuda::page(cuda, shape), (cuda::ROWS / shape.group()).max(1));
+    ) -> [Vec<WorkTile>; 4] {
+        let (page, most) = (page(cuda, shape), (ROWS / shape.group()).max(1));
         let mut tiling = Tiling {
             page: page as u32,
-            split: (cuda::SPLIT / page) as u32,
+            split: (SPLIT / page) as u32,
             rows: most as u32,
             windowed: shape.window.is_some(),
             fair: 0,
@@ -196,25 +209,25 @@ impl Parts {
         if cuda.arch() == Arch::Sm90 {
             let group = common.iter().map(|c| c.of.min(tiling.rows)).max().unwrap_or(0);
             let rows = segments.iter().map(|s| s.rows).max().unwrap_or(0);
-            let (own, tile) = (group.max(1) as usize, Tile::of(rows as usize, most));
-            // What has few rows brings no more of them.
-            let wide = if tile == Tile::Narrow { (rows as usize).max(1) } else { most };
-            let narrow = Some((Tile::Narrow, own));
-            self.tiles = [narrow, narrow, Some((tile, wide)), narrow];
-            (tiling.rows, long) = (own as u32, tile.warpgroups() * wide);
+            let (own, tile) = (group.max(1) as usize, ForwardTile::of(rows as usize, most));
+            // Where rows are few, no more are loaded.
+            let high = if tile == ForwardTile::Decode { (rows as usize).max(1) } else { most };
+            let decode = Some((ForwardTile::Decode, own));
+            self.tiles = [decode, decode, Some((tile, high)), decode];
+            (tiling.rows, long) = (own as u32, tile.warpgroups() * high);
         }
         let pages = |s: &Segment| (s.first + s.rows).div_ceil(tiling.page) as usize;
         let all: usize = segments.iter().filter(|s| s.rows == 1).map(pages).sum();
         tiling.fair = (all * shape.kv_heads).div_ceil(cuda.processors() as usize) as u32;
-        let mut launches: [Vec<Part>; 4] = Default::default();
+        let mut launches: [Vec<WorkTile>; 4] = Default::default();
         for (s, common) in segments.iter().zip(&common) {
             self.longest = self.longest.max((s.first + s.rows) as usize);
             if s.rows == 1 {
                 let all = tiling.rows_of(shape, s, 0..1);
-                let slot = self.kept[0] as u32;
-                let states = tiling.single(&mut launches, Part { slot, ..all }, *common);
-                self.kept[0] += usize::from(states > 0);
-                self.kept[1] = self.kept[1].max(states as usize);
+                let slot = self.partials[0] as u32;
+                let partials = tiling.single(&mut launches, WorkTile { slot, ..all }, *common);
+                self.partials[0] += usize::from(partials > 0);
+                self.partials[1] = self.partials[1].max(partials as usize);
                 continue;
             }
             let rows = (0..s.rows).step_by(long);
@@ -224,7 +237,7 @@ impl Parts {
         launches
     }
 
-    /// Whether they are for this, the pages too where those are given.
+    /// Refuses other segments, another shape or device, and other pages where those are given.
     pub(super) fn check(
         &self,
         op: &str,
@@ -233,12 +246,12 @@ impl Parts {
         segments: &[Segment],
         pages: Option<usize>,
     ) -> Result<()> {
-        let own = self.of.as_ref().map_or(0, |of| of.pages);
+        let own = self.key.as_ref().map_or(0, |of| of.pages);
         let rows = segments.iter().map(|s| s.rows as usize).sum();
-        let want = Of::new(cuda, shape, rows, pages.map_or(own, |have| have.min(own)));
-        if self.of.as_ref() != Some(&want) {
-            let got = self.of.as_ref().map_or("none".into(), |of| format!("those of {of}"));
-            return Err(Error::value(format!("{op}: parts"), format!("those of {want}"), got));
+        let want = PartitionKey::new(cuda, shape, rows, pages.map_or(own, |have| have.min(own)));
+        if self.key.as_ref() != Some(&want) {
+            let got = self.key.as_ref().map_or("none".into(), |of| format!("that of {of}"));
+            return Err(Error::value(format!("{op}: partition"), format!("that of {want}"), got));
         }
         // Others of as many rows would be divided otherwise.
         let segment =
@@ -247,7 +260,7 @@ impl Parts {
         match (0..both).find(|i| self.segments.get(*i) != segments.get(*i)) {
             None => Ok(()),
             Some(i) => {
-                let what = format!("{op}: segment {i} of the parts");
+                let what = format!("{op}: segment {i} of the partition");
                 Err(Error::value(what, segment(segments, i), segment(&self.segments, i)))
             }
         }
@@ -265,7 +278,7 @@ impl Parts {
     }
 }
 
-/// The most words of [`Parts`] of up to `rows` rows in up to `segments` segments of up to
+/// The most words of [`Partition`] of up to `rows` rows in up to `segments` segments of up to
 /// `positions` positions, without prefixes.
 pub fn most_words(
     dev: &Device,
@@ -275,23 +288,23 @@ pub fn most_words(
     positions: usize,
 ) -> usize {
     let Device::Cuda(cuda) = dev else { return 0 };
-    let most = (cuda::ROWS / shape.group()).max(1);
+    let most = (ROWS / shape.group()).max(1);
     // What a row sees is split, and so is what its group has in common.
-    let splits = positions.div_ceil(cuda::SPLIT) + 1;
+    let splits = positions.div_ceil(SPLIT) + 1;
     let forward = rows.div_ceil(most) + segments * (2 * splits + 3);
     let runs = rows.div_ceil(RUN as usize) + segments;
     // A tile of keys and its visit.
-    let backward = 2 * (rows.div_ceil(super::backward::keys(cuda, shape)) + segments);
+    let backward = 2 * (rows.div_ceil(backward_plan::keys(cuda, shape)) + segments);
     8 * (forward + backward) + 5 * runs
 }
 
-/// What parts are made by.
+/// The sizes of work tiles.
 struct Tiling {
     /// Positions of a page.
     page: u32,
     /// Pages after which a row's softmax starts anew.
     split: u32,
-    /// Rows of a part.
+    /// Rows of a tile.
     rows: u32,
     windowed: bool,
     /// Pages of single rows for each multiprocessor.
@@ -307,16 +320,16 @@ struct Common {
 }
 
 impl Tiling {
-    fn rows_of(&self, shape: &Shape, s: &Segment, rows: Range<u32>) -> Part {
+    fn rows_of(&self, shape: &Shape, s: &Segment, rows: Range<u32>) -> WorkTile {
         let (first, at, rows) = (s.first + rows.start, s.at + rows.start, rows.len() as u32);
-        Part {
+        WorkTile {
             at,
             rows,
             first,
             pages: s.pages.start,
             begin: shape.sees_from(first as usize) as u32 / self.page,
             end: (first + rows).div_ceil(self.page),
-            ..Part::default()
+            ..WorkTile::default()
         }
     }
 
@@ -325,8 +338,8 @@ impl Tiling {
         Some(pages.div_ceil(self.split)).filter(|n| *n < 256)
     }
 
-    /// Of each segment what it has in common with its neighbours: whole pages that they list alike,
-    /// all before the row's position.
+    /// What each segment has in common with its neighbours: whole pages that they list alike, all
+    /// before the row's position.
     fn common(&self, segments: &[Segment], list: &[u32]) -> Vec<Common> {
         let mut all = vec![Common::default(); segments.len()];
         let pages = |s: &Segment| {
@@ -359,35 +372,42 @@ impl Tiling {
         all
     }
 
-    /// The parts of a row that is alone in its segment, and how many states it leaves.
-    fn single(&self, launches: &mut [Vec<Part>; 4], all: Part, common: Common) -> u32 {
+    /// The tiles of a row that is alone in its segment, and how many partials it leaves.
+    fn single(&self, launches: &mut [Vec<WorkTile>; 4], all: WorkTile, common: Common) -> u32 {
         let c = common.pages;
         if c > 0 && common.place.is_multiple_of(self.rows) {
-            // The group's first row, or the next that no longer fits its part: they see all of
+            // The group's first row, or the next that no longer fits its tile: they see all of
             // these pages.
             let rows = self.rows.min(common.of - common.place);
             for i in 0..c.div_ceil(self.split) {
                 let (begin, end) = (i * self.split, c.min((i + 1) * self.split));
                 let first = c * self.page;
-                launches[0].push(Part { rows, first, begin, end, gives: Some(i), ..all });
+                launches[0].push(WorkTile { rows, first, begin, end, writes: Some(i), ..all });
             }
         }
-        let states = self.splits(all.end).filter(|n| *n > 1 && !self.windowed);
-        let Some(states) = states.filter(|_| all.end > self.fair || c > self.split) else {
-            let takes = u32::from(c > 0);
-            launches[1].push(Part { begin: all.begin.max(c), takes, ..all });
-            return takes;
+        let partials = self.splits(all.end).filter(|n| *n > 1 && !self.windowed);
+        let Some(partials) = partials.filter(|_| all.end > self.fair || c > self.split) else {
+            let reads = u32::from(c > 0);
+            launches[1].push(WorkTile { begin: all.begin.max(c), reads, ..all });
+            return reads;
         };
-        for i in c / self.split..states {
+        for i in c / self.split..partials {
             let (begin, end) = (c.max(i * self.split), all.end.min((i + 1) * self.split));
             // The last one of what is in common may go on.
-            let takes = u32::from(c > i * self.split);
+            let reads = u32::from(c > i * self.split);
             if end > begin {
-                launches[1].push(Part { begin, end, taken: i, takes, gives: Some(i), ..all });
+                launches[1].push(WorkTile {
+                    begin,
+                    end,
+                    first_read: i,
+                    reads,
+                    writes: Some(i),
+                    ..all
+                });
             }
         }
-        launches[3].push(Part { begin: 0, end: 0, takes: states, ..all });
-        states
+        launches[3].push(WorkTile { begin: 0, end: 0, reads: partials, ..all });
+        partials
     }
 }
 

@@ -1,23 +1,17 @@
 //! The backward pass on a CUDA device: which tiles of keys meet which tiles of queries, in what
-//! order, and the launch.
+//! order.
 
 use std::{cmp::Reverse, ops::Range};
 
-use super::{Segment, Shape, Work, cuda, hopper};
-use crate::{
-    device::{
-        Arch, Cuda, Element, View, ViewMut,
-        cuda::{Launch, kernels::attention_backward as kernel},
-    },
-    error::Result,
-};
+use super::{ROWS, Segment, Shape, sm80, sm90};
+use crate::device::{Arch, Cuda};
 
 /// Positions of a tile of keys, and rows of a tile of queries.
 fn tiles(cuda: &Cuda, shape: &Shape) -> [usize; 2] {
-    if cuda.arch() == Arch::Sm90 {
-        return hopper::backward_tiles(shape);
+    match cuda.arch() {
+        Arch::Sm80 => [sm80::backward_tile(shape); 2],
+        Arch::Sm90 => sm90::backward_tiles(shape),
     }
-    [if shape.head_dim <= 128 { kernel::TILE } else { kernel::WIDE_TILE }; 2]
 }
 
 /// Positions of a tile of keys.
@@ -25,33 +19,32 @@ pub(super) fn keys(cuda: &Cuda, shape: &Shape) -> usize {
     tiles(cuda, shape)[0]
 }
 
-/// Of [`Parts`](super::Parts): what a kernel does for every KV head, eight words a tile of keys and
-/// then eight for each visit; none if a segment lacks its beginning.
+/// What a kernel does for every KV head, as words of a [`Partition`](super::Partition): eight a tile
+/// of keys, then eight for each visit; none if a segment lacks its beginning.
 ///
 /// The gradient of a tile of queries is summed over the tiles of keys that it sees, in ascending
 /// order, by the blocks that have these, in turn. Blocks take tiles of keys in the order of this
 /// list: each waits only for tiles before it, and those with the most to do come early.
 #[derive(Clone, Copy, Debug, Default)]
-pub(super) struct Plan {
-    tiles: usize,
-    /// Runs of tiles of queries that see a tile of keys.
-    visits: usize,
-    turns: usize,
+pub(super) struct BackwardPlan {
+    pub tiles: usize,
+    /// Counters, one for each tile of queries, of the tiles of keys whose turn has passed.
+    pub turns: usize,
 }
 
 /// A tile of keys.
-struct Tile {
+struct KeyTile {
     words: [u32; 4],
     visits: Range<usize>,
     /// The most tiles of queries that it, or one that waits for it, visits.
     most: usize,
 }
 
-impl Plan {
+impl BackwardPlan {
     pub fn new(cuda: &Cuda, shape: &Shape, segments: &[Segment], words: &mut Vec<u32>) -> Self {
         // What no kernel takes is refused by name where it would run.
         let late = segments.iter().any(|s| s.first != 0 && s.prefix.is_none());
-        if late || shape.group() > cuda::ROWS {
+        if late || shape.group() > ROWS {
             return Self::default();
         }
         let [size, queries_size] = tiles(cuda, shape);
@@ -87,7 +80,7 @@ impl Plan {
                 let [row, keys, position, rank] =
                     [s.at as usize + row, keys, position, before + rank].map(|x| x as u32);
                 let words = [row, keys, position, rank];
-                tiles.push(Tile { words, visits: start..visits.len(), most: steps });
+                tiles.push(KeyTile { words, visits: start..visits.len(), most: steps });
             }
         }
         // From the last on, so that those who wait are known.
@@ -108,7 +101,7 @@ impl Plan {
             words.extend([t.visits.start as u32, t.visits.end as u32, 0, 0]);
         }
         words.extend(visits.iter().flatten());
-        (plan.tiles, plan.visits) = (tiles.len(), visits.len());
+        plan.tiles = tiles.len();
         plan
     }
 }
@@ -120,106 +113,4 @@ fn seen_by(shape: &Shape, keys: Range<usize>, queries: &Segment, size: usize) ->
     let window = shape.window.map_or(usize::MAX, |w| keys.end - 1 + w as usize);
     let rows = window.saturating_sub(first).min(queries.rows as usize);
     begin..(rows * group).div_ceil(size).max(begin)
-}
-
-/// What the gradient is made from.
-pub(super) struct Input<'a, T: Element> {
-    pub dout: View<'a, T>,
-    pub out: View<'a, T>,
-    pub qkv: View<'a, T>,
-    pub lse: View<'a, T::Acc>,
-}
-
-/// `scratch` has [`backward_scratch_len`](super::backward_scratch_len) elements, two heads of keys
-/// and values a group more than the queries': room for one number a row and head and two turns a
-/// row and group, since a group is at most 64 heads and a head at least as wide.
-pub(super) fn run<T: Element>(
-    cuda: &Cuda,
-    dqkv: ViewMut<'_, T>,
-    input: Input<'_, T>,
-    work: Work<'_>,
-    shape: &Shape,
-    scratch: ViewMut<'_, T::Acc>,
-) -> Result<()> {
-    const OP: &str = "attention::backward";
-    cuda::check(OP, shape)?;
-    let (parts, words) = cuda::parts(OP, cuda, work, shape, None)?;
-    let (plan, d) = (parts.backward, shape.head_dim);
-    let heads = input.lse.len();
-    let (sums, rest) = scratch.split_at(heads * d);
-    let (mut delta, rest) = rest.split_at(heads);
-    let each = if cuda.arch() == Arch::Sm90 { hopper::backward_turns(shape) } else { 1 };
-    let (turns, mut waits) = (plan.turns * shape.kv_heads * each, rest.cast::<u32>());
-    let launch = Launch::threads((8 * heads).max(turns), kernel::THREADS)?;
-    let (to, none) = (delta.reborrow(), waits.reborrow());
-    kernel::Delta {
-        delta: to,
-        turns: none,
-        dout: input.dout,
-        out: input.out,
-        heads,
-        d,
-        count: turns,
-    }
-    .launch(cuda, launch)?;
-    let [_, from] = parts.begins();
-    let middle = from + 8 * plan.tiles;
-    let (tiles, visits) = (words.range(from..middle), words.range(middle..words.len()));
-    let given = Given { input, delta: delta.view(), tiles, visits, count: plan.tiles };
-    if cuda.arch() == Arch::Sm90 {
-        hopper::backward(cuda, dqkv, sums, waits, given, shape)
-    } else {
-        ampere(cuda, dqkv, sums, waits, given, shape)
-    }
-}
-
-/// What a launch is given.
-pub(super) struct Given<'a, T: Element> {
-    pub input: Input<'a, T>,
-    pub delta: View<'a, T::Acc>,
-    pub tiles: View<'a, u32>,
-    pub visits: View<'a, u32>,
-    pub count: usize,
-}
-
-fn ampere<T: Element>(
-    cuda: &Cuda,
-    dqkv: ViewMut<'_, T>,
-    sums: ViewMut<'_, T::Acc>,
-    turns: ViewMut<'_, u32>,
-    given: Given<'_, T>,
-    shape: &Shape,
-) -> Result<()> {
-    let d = shape.head_dim;
-    let run = match d {
-        64 => kernel::dqkv_64,
-        80 => kernel::dqkv_80,
-        96 => kernel::dqkv_96,
-        128 => kernel::dqkv_128,
-        _ => kernel::dqkv_256,
-    };
-    let ([size, _], wide) = (tiles(cuda, shape), d.next_multiple_of(64));
-    // Keys, values, queries twice and dout; then weights and their gradients.
-    let shared = (5 * size * wide + 2 * size * 64) * 2;
-    let blocks = (given.count * shape.kv_heads).min(cuda.processors() as usize);
-    let (scale, cap, window) = cuda::scoring::<T>(shape);
-    run(
-        cuda,
-        Launch::row(blocks, shared)?.together(),
-        dqkv,
-        sums,
-        turns,
-        given.input.dout,
-        given.input.qkv,
-        given.input.lse,
-        given.delta,
-        given.tiles,
-        given.visits,
-        given.count,
-        shape.q_heads,
-        shape.kv_heads,
-        scale,
-        cap,
-        window,
-    )
 }

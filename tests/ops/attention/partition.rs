@@ -3,7 +3,7 @@
 use half::bf16;
 use warpo::{
     device::{Arena, Buffer, Device, Scope},
-    ops::attention::{self, KvLayer, Parts, Segment, Shape, Work},
+    ops::attention::{self, KvLayer, Partition, Segment, SegmentBatch, Shape},
 };
 
 use super::{Case, assert_same, shape};
@@ -13,19 +13,19 @@ use crate::support::{
 };
 
 /// What the words of a batch are, those of runs and of the backward pass aside.
-fn parts_of(dev: &Device, s: &Shape, rows: &[(u32, u32)], lists: &[&[u32]]) -> Vec<[u32; 8]> {
+fn tiles_of(dev: &Device, s: &Shape, rows: &[(u32, u32)], lists: &[&[u32]]) -> Vec<[u32; 8]> {
     let (mut at, mut start, mut segments) = (0, 0, Vec::new());
     for ((first, rows), list) in rows.iter().zip(lists) {
         let pages = start..start + list.len() as u32;
         segments.push(Segment { first: *first, rows: *rows, at, pages, prefix: None });
         (at, start) = (at + rows, start + list.len() as u32);
     }
-    let parts = Parts::new(dev, s, &segments, &lists.concat(), 99).unwrap();
+    let partition = Partition::new(dev, s, &segments, &lists.concat(), 99).unwrap();
     // None begins at 0, so there are none of the backward pass; runs of up to 64 rows follow.
     let runs: u32 = rows.iter().map(|(_, n)| n.div_ceil(64)).sum();
-    let (parts, rest) = parts.words().as_chunks::<8>();
-    let (all, words) = (8 * parts.len() + rest.len(), 5 * runs as usize);
-    parts[..(all - words) / 8].to_vec()
+    let (tiles, rest) = partition.words().as_chunks::<8>();
+    let (all, words) = (8 * tiles.len() + rest.len(), 5 * runs as usize);
+    tiles[..(all - words) / 8].to_vec()
 }
 
 /// Pages in common are read once, long rows are split where others are done long before, and long
@@ -36,7 +36,7 @@ fn a_batch_is_divided_by_what_it_shares() {
     let dev = sim.hopper().device(Order::default());
     let (s, gives, takes) = (shape(7, 1, 64), |i: u32| (i + 1) << 16, |n: u32| n << 8);
     assert_eq!((s.page(&dev), shape(2, 1, 256).page(&dev)), (128, 64));
-    let plain = parts_of(&dev, &s, &[(127, 1), (250, 9), (120, 19)], &[&[3], &[0, 1, 2], &[4, 5]]);
+    let plain = tiles_of(&dev, &s, &[(127, 1), (250, 9), (120, 19)], &[&[3], &[0, 1, 2], &[4, 5]]);
     let want = [
         [0, 1, 127, 0, 0, 1, 0, 0],
         [1, 9, 250, 1, 0, 3, 0, 0],
@@ -46,7 +46,7 @@ fn a_batch_is_divided_by_what_it_shares() {
     assert_eq!(plain, want);
     // Two groups whose first page is that of all.
     let lists: [&[u32]; 4] = [&[0, 1, 2, 3], &[0, 1, 2, 4], &[0, 5, 6, 7], &[0, 5, 6, 8]];
-    let groups = parts_of(&dev, &s, &[(400, 1), (400, 1), (390, 1), (500, 1)], &lists);
+    let groups = tiles_of(&dev, &s, &[(400, 1), (400, 1), (390, 1), (500, 1)], &lists);
     let want = [
         [0, 2, 384, 0, 0, 3, 0, gives(0)],
         [2, 2, 384, 8, 0, 3, 2, gives(0)],
@@ -58,7 +58,7 @@ fn a_batch_is_divided_by_what_it_shares() {
     assert_eq!(groups, want);
     // The simulator has three multiprocessors.
     let long: Vec<u32> = (10..30).collect();
-    let split = parts_of(&dev, &s, &[(100, 1), (2400, 1)], &[&[0], &long]);
+    let split = tiles_of(&dev, &s, &[(100, 1), (2400, 1)], &[&[0], &long]);
     let want = [
         [1, 1, 2400, 1, 0, 8, 0, gives(0)],
         [1, 1, 2400, 1, 8, 16, 0, 1 | gives(1)],
@@ -69,12 +69,12 @@ fn a_batch_is_divided_by_what_it_shares() {
     assert_eq!(split, want);
     // A window's row sees what is its own.
     let windowed = Shape { window: Some(200), ..s };
-    let alike = parts_of(&dev, &windowed, &[(400, 1), (401, 1)], &[&[0, 1, 2, 3], &[0, 1, 2, 4]]);
+    let alike = tiles_of(&dev, &windowed, &[(400, 1), (401, 1)], &[&[0, 1, 2, 3], &[0, 1, 2, 4]]);
     assert_eq!(alike, [[0, 1, 400, 0, 1, 4, 0, 0], [1, 1, 401, 4, 1, 4, 0, 0]]);
 }
 
 #[test]
-fn parts_of_others_are_refused() {
+fn a_partition_of_others_is_refused() {
     let Some(sim) = Sim::build(Variant::Plain) else { return };
     let dev = sim.device(Order::default());
     let s = shape(2, 1, 64);
@@ -85,16 +85,19 @@ fn parts_of_others_are_refused() {
     let segment = |prefix| [Segment { first: 0, rows: 5, at: 0, pages: 0..1, prefix }];
     let own = segment(None);
     let mut says = |made: &Device, shape: &Shape, segments: &[Segment]| {
-        let parts = Parts::new(made, shape, segments, &[0], 1).unwrap();
-        let words = Buffer::of(&dev, "test", parts.words()).unwrap();
+        let partition = Partition::new(made, shape, segments, &[0], 1).unwrap();
+        let words = Buffer::of(&dev, "test", partition.words()).unwrap();
         let list = Buffer::of(&dev, "test", &[0u32]).unwrap();
-        let work = Work { parts: Some((&parts, words.view())), ..Work::new(&own, list.view()) };
+        let work = SegmentBatch {
+            partition: Some((&partition, words.view())),
+            ..SegmentBatch::new(&own, list.view())
+        };
         let mut qkv = Buffer::of(&dev, "test", &case.qkv[0]).unwrap();
         refusal(attention::append(&dev, &mut kv, qkv.view_mut(), work, &s, None))
     };
     let mut refused = |made: &Device, shape: &Shape, segments: &[Segment]| {
         let e = says(made, shape, segments);
-        assert!(e.starts_with("attention::append: parts: got "), "{e}");
+        assert!(e.starts_with("attention::append: partition: got "), "{e}");
     };
     let windowed = Shape { window: Some(3), ..s.clone() };
     refused(&dev, &windowed, &own);
@@ -110,18 +113,18 @@ fn parts_of_others_are_refused() {
         format!("Segment {{ first: {first}, rows: 5, at: 0, pages: 0..1, prefix: None }}")
     };
     let want =
-        format!("attention::append: segment 0 of the parts: got {}, wanted {}", of(3), of(0));
+        format!("attention::append: segment 0 of the partition: got {}, wanted {}", of(3), of(0));
     assert_eq!(says(&dev, &s, &late), want);
     let two = [fewer[0].clone(), Segment { first: 0, rows: 1, at: 4, pages: 0..1, prefix: None }];
     let e = says(&dev, &s, &two);
-    assert!(e.starts_with("attention::append: segment 0 of the parts: got Segment { "), "{e}");
+    assert!(e.starts_with("attention::append: segment 0 of the partition: got Segment { "), "{e}");
     let empty = Segment { first: 0, rows: 0, at: 5, pages: 0..0, prefix: None };
     let e = says(&dev, &s, &[own[0].clone(), empty]);
-    assert!(e.starts_with("attention::append: segment 1 of the parts: got Segment { "), "{e}");
+    assert!(e.starts_with("attention::append: segment 1 of the partition: got Segment { "), "{e}");
     assert!(e.ends_with(", wanted none"), "{e}");
     // What a batch must not be.
     let bad = |segments: &[Segment], list: &[u32]| {
-        refusal(Parts::new(&dev, &s, segments, list, 1).map(drop))
+        refusal(Partition::new(&dev, &s, segments, list, 1).map(drop))
     };
     assert_eq!(
         bad(&own, &[1]),
