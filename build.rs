@@ -1,9 +1,11 @@
-//! Compiles `kernels/*.cu` with nvcc, where there is one, and writes the Rust functions that launch them.
+//! Compiles `kernels/*.cu` with nvcc, where there is one, and writes the Rust functions that launch
+//! them.
 //!
-//! Each file becomes one fatbin: machine code for sm_80 and sm_90a, and PTX that the driver translates for
-//! newer GPUs; those named `*_sm90.cu` machine code for sm_90a alone. What did not change is not compiled again. Without nvcc the images are empty and everything
-//! but the CUDA device works; `WARPO_KERNELS=require` makes that an error, `WARPO_KERNELS=none` does not
-//! look for nvcc.
+//! Each file becomes one fatbin: machine code for sm_80 and sm_90a, and PTX that the driver
+//! translates for newer GPUs; those named `*_sm90.cu` machine code for sm_90a alone. What did not
+//! change is not compiled again. Without nvcc the images are empty and everything but the CUDA
+//! device works; `WARPO_KERNELS=require` makes that an error, `WARPO_KERNELS=none` does not look
+//! for nvcc.
 
 use std::{
     collections::hash_map::DefaultHasher,
@@ -30,8 +32,8 @@ const FLAGS: [&str; 8] = [
     "--fatbin",
     "-O3",
     "-std=c++17",
-    // A product is fused with a sum where the source says fmaf and nowhere else: so two kernels that share a
-    // line share its bits, and the simulator computes what a GPU computes.
+    // A product is fused with a sum where the source says fmaf and nowhere else: so two kernels
+    // that share a line share its bits, and the simulator computes what a GPU computes.
     "-fmad=false",
     "-lineinfo",
     "-Werror=all-warnings",
@@ -106,8 +108,8 @@ fn nvcc() -> Option<PathBuf> {
     places.into_iter().find(|p| p.is_file())
 }
 
-/// One fatbin a file, as many at a time as cargo allows; compiled again only if the compiler, its flags, the
-/// file or anything that it includes changed.
+/// One fatbin a file, as many at a time as cargo allows; compiled again only if the compiler, its
+/// flags, the file or anything that it includes changed.
 fn compile(nvcc: &Path, sources: &[PathBuf], out: &Path) -> Result<(), String> {
     let version = run(Command::new(nvcc).arg("--version"))?;
     let jobs = env::var("NUM_JOBS").ok().and_then(|n| n.parse().ok()).unwrap_or(1);
@@ -187,7 +189,8 @@ fn write(path: &Path, text: &str) -> Result<(), String> {
     fs::write(path, text).map_err(|e| format!("{}: {e}", path.display()))
 }
 
-/// The Rust module of a .cu file: its image, its constants, and a struct for each family of kernels.
+/// The Rust module of a .cu file: its image, its constants, and a struct for each family of
+/// kernels.
 ///
 /// Kernels of a family differ in what is stored (`_bf16`, `_f32`) and in a size before that (`_64`,
 /// `_128x256`) only.
@@ -228,7 +231,8 @@ fn module(source: &Path, compiled: bool) -> Result<String, String> {
     Ok(code + "}\n")
 }
 
-/// The struct of a family's arguments, whose `launch` runs the kernel for the caller's types and size.
+/// The struct of a family's arguments, whose `launch` runs the kernel for the caller's types and
+/// size.
 fn family(stem: &str, name: &str, kernels: &[&Entry]) -> Result<String, String> {
     let stored = kernels.iter().find(|e| e.name.ends_with("_bf16"));
     let other = kernels.iter().find(|e| !e.name.ends_with("_bf16"));
@@ -322,9 +326,8 @@ fn family(stem: &str, name: &str, kernels: &[&Entry]) -> Result<String, String> 
          #[derive(Debug)]\n    \
          pub struct {short}{generic} {{\n{fields}    }}\n    \
          impl{generic} {short}{own} {{\n        \
-         /// # Errors\n        \
-         /// [`crate::Error::Device`] if there is no such kernel for these types or memories, or the\n        \
-         /// driver refuses the launch.\n        \
+         /// # Errors\n        \ [`crate::Error::Device`] if there is no such kernel for these types
+         /// or memories, or the\n        \ driver refuses the launch.\n        \
          pub fn launch(self, cuda: &Cuda, {size}launch: Launch) -> Result<()> {{\n            \
          static KERNELS: [Kernel; {}] = [\n{all}            ];\n            \
          let mut args = Args::default();\n{args}            \
@@ -401,8 +404,8 @@ fn function(stem: &str, name: &str, variants: &[&Entry]) -> Result<String, Strin
     let short = name.strip_prefix(&format!("{stem}_")).unwrap_or(name);
     Ok(format!(
         "    /// Launches `{name}`.\n    ///\n    /// # Errors\n    \
-         /// [`crate::Error::Device`] if there is no such kernel for these types or memories, or the\n    \
-         /// driver refuses the launch.\n    \
+         /// [`crate::Error::Device`] if there is no such kernel for these types or memories, or
+         /// the\n    \ driver refuses the launch.\n    \
          #[allow(clippy::too_many_arguments)]\n    \
          pub fn {short}{generic}(cuda: &Cuda, launch: Launch, {params}) -> Result<()> {{\n        \
          static KERNELS: &[Kernel] = &[{bf16} {f32}];\n        \

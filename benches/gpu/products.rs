@@ -212,8 +212,8 @@ impl Lab {
         match (who, product.of, &self.lt) {
             (Who::Warpo, Of::Forward, _) if job.activated => {
                 let (up, y) = out.split_at(m * n);
-                let after = Epilogue { act: Activation::Silu, gated: true };
-                matmul::activated(dev, after, y, up, left, w, None)
+                let epilogue = Epilogue { act: Activation::Silu, gated: true };
+                matmul::activated(dev, epilogue, [y, up], left, w, None)
             }
             (Who::Warpo, Of::Forward, _) => matmul::forward(dev, out, left, w, None, None),
             (Who::Warpo, Of::BackwardInput, _) => {

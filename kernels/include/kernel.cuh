@@ -3,11 +3,11 @@
 
 #include "ptx.cuh"
 
-// An entry point: KERNEL(threads, name)(parameters) { ... }. build.rs reads this line and writes the
-// Rust struct of its arguments, so the number of threads is written once and a wrong or forgotten
-// argument does not compile. Kernels whose names differ in _bf16 or _f32 and in a size before that
-// (_64, _128x256) share a struct. Parameters are pointers to bf16, float, double, uint32_t, uint64_t
-// or int, or such a number by value, where an int is a count.
+// An entry point: KERNEL(threads, name)(parameters) { ... }. build.rs reads this line and writes
+// the Rust struct of its arguments, so the number of threads is written once and a wrong or
+// forgotten argument does not compile. Kernels whose names differ in _bf16 or _f32 and in a size
+// before that (_64, _128x256) share a struct. Parameters are pointers to bf16, float, double,
+// uint32_t, uint64_t or int, or such a number by value, where an int is a count.
 //
 // KERNEL(threads, name, blocks): blocks that follow each other in x are a cluster; a block has a
 // multiprocessor's registers to itself, which ptxas must know to heed setmaxnreg, so a kernel that

@@ -41,7 +41,7 @@ impl<T: Element> Linear<'_, T> {
         up: ViewMut<'_, T>,
         x: View<'_, T>,
     ) -> Result<()> {
-        matmul::activated(dev, epilogue, y, up, x, self.packed, self.bias)
+        matmul::activated(dev, epilogue, [y, up], x, self.packed, self.bias)
     }
 
     /// Writes `dx` and adds to the gradients of weight and bias, unless they are frozen.

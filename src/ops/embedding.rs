@@ -86,7 +86,11 @@ pub fn backward<T: Element>(
     cols: usize,
 ) -> Result<()> {
     let _op = dev.op("embedding::backward", || Work::moves::<T>(dy.len()));
-    add_rows("embedding::backward", dev, dtable, scratch, ids, dy, cols, kernel::backward)
+    let add = |cuda: &Cuda, launch, of: AddRows<'_, _, T>| {
+        let AddRows { dtable, sorted, dy, sizes: [rows, entries, cols, width] } = of;
+        kernel::Backward { dtable, sorted, dy, rows, entries, cols, width }.launch(cuda, launch)
+    };
+    add_rows("embedding::backward", dev, dtable, scratch, ids, dy, cols, add)
 }
 
 /// As [`backward`] where the table was rows of activations, whose gradient is stored as theirs:
@@ -102,21 +106,21 @@ pub fn scatter<T: Element>(
     cols: usize,
 ) -> Result<()> {
     let _op = dev.op("embedding::scatter", || Work::moves::<T>(3 * dy.len()));
-    add_rows("embedding::scatter", dev, dtable, scratch, ids, dy, cols, kernel::scatter)
+    let add = |cuda: &Cuda, launch, of: AddRows<'_, _, T>| {
+        let AddRows { dtable, sorted, dy, sizes: [rows, entries, cols, width] } = of;
+        kernel::Scatter { dtable, sorted, dy, rows, entries, cols, width }.launch(cuda, launch)
+    };
+    add_rows("embedding::scatter", dev, dtable, scratch, ids, dy, cols, add)
 }
 
-/// Rows in the order of their ids, then `dy`, sizes and width.
-type AddRows<D, T> = fn(
-    &Cuda,
-    Launch,
-    ViewMut<'_, D>,
-    View<'_, u64>,
-    View<'_, T>,
-    usize,
-    usize,
-    usize,
-    usize,
-) -> Result<()>;
+/// What a kernel adds rows with.
+struct AddRows<'a, D, T> {
+    dtable: ViewMut<'a, D>,
+    sorted: View<'a, u64>,
+    dy: View<'a, T>,
+    /// Rows, entries, columns, and elements that a thread takes at once.
+    sizes: [usize; 4],
+}
 
 #[allow(clippy::too_many_arguments)]
 fn add_rows<D: Element<Acc = T::Acc>, T: Element>(
@@ -127,7 +131,7 @@ fn add_rows<D: Element<Acc = T::Acc>, T: Element>(
     ids: View<'_, u32>,
     dy: View<'_, T>,
     cols: usize,
-    add: AddRows<D, T>,
+    add: impl FnOnce(&Cuda, Launch, AddRows<'_, D, T>) -> Result<()>,
 ) -> Result<()> {
     let rows = ids.len();
     shape::check(op, "dy", &[rows, cols], dy.len())?;
@@ -153,7 +157,8 @@ fn add_rows<D: Element<Acc = T::Acc>, T: Element>(
             kernel::Sort { sorted: sorted.reborrow(), ids, rows }.launch(cuda, launch)?;
             let width = cuda::width::<T>(&[cols], &[dtable.address(), dy.address()]);
             let launch = Launch::threads(rows * (cols / width), kernel::THREADS)?;
-            add(cuda, launch, dtable, sorted.view(), dy, rows, entries, cols, width)
+            let sizes = [rows, entries, cols, width];
+            add(cuda, launch, AddRows { dtable, sorted: sorted.view(), dy, sizes })
         }
     }
 }

@@ -106,10 +106,8 @@ impl<T: Element> Case<T> {
         let partition = Partition::new(dev, &self.shape, segments, list, pages).unwrap();
         let words = Buffer::of(dev, "test", partition.words()).unwrap();
         let pages = Buffer::of(dev, "test", list).unwrap();
-        f(SegmentBatch {
-            partition: Some((&partition, words.view())),
-            ..SegmentBatch::new(segments, pages.view())
-        })
+        let partition = Some((&partition, words.view()));
+        f(SegmentBatch { partition, ..SegmentBatch::new(segments, pages.view()) })
     }
 
     /// Appends a batch to the cache and attends: `out` and `lse` of its rows.
@@ -208,13 +206,9 @@ impl<T: Element> Case<T> {
         self.with_work(dev, segments, &self.list, |work| {
             let (dqkv, scratch) = (dqkv.view_mut(), scratch.view_mut());
             let (dout, out, qkv) = (dout.view(), out.view(), qkv.view());
-            attention::backward(
-                dev,
-                attention::BackwardArgs { dqkv, dout, out, qkv, lse: lse.view(), scratch },
-                work,
-                s,
-            )
-            .unwrap();
+            let lse = lse.view();
+            let args = attention::BackwardArgs { dqkv, dout, out, qkv, lse, scratch };
+            attention::backward(dev, args, work, s).unwrap();
         });
         dev.read(dqkv.view()).unwrap()
     }

@@ -237,20 +237,20 @@ struct Activated {
     m: usize,
     cols: usize,
     k: usize,
-    after: Epilogue,
+    epilogue: Epilogue,
 }
 
 impl Case for Activated {
     fn run<T: Element>(&self, lab: &mut Lab<'_>) -> Result<()> {
-        let Self { m, cols, k, after } = *self;
-        let (dev, n) = (lab.dev(), if after.gated { 2 * cols } else { cols });
+        let Self { m, cols, k, epilogue } = *self;
+        let (dev, n) = (lab.dev(), if epilogue.gated { 2 * cols } else { cols });
         let (x, w) = (lab.rows::<T>("x", m, k), lab.input::<T>("w", n * k));
         let bias = lab.input::<T>("bias", n);
         let mut packed = Packed::new(dev, n, k)?;
         packed.pack(dev, w.view())?;
         let (mut y, mut up) = (lab.room::<T>(m * cols), lab.room::<T>(m * n));
         let (y_, up_) = (y.view_mut(), up.view_mut());
-        matmul::activated(dev, after, y_, up_, x.view(), &packed, Some(bias.view()))?;
+        matmul::activated(dev, epilogue, [y_, up_], x.view(), &packed, Some(bias.view()))?;
         lab.by_row("y", &y);
         lab.by_row("up", &up);
         Ok(())
@@ -293,8 +293,8 @@ fn kernels_activate_as_exactly_as_plain_ones() {
                     // Every tile gets every activation, in turn with and without a gate.
                     let at = (i + usize::from(gated)) % 4;
                     let (m, cols) = [(3, 24), (33, 40), (66, 40), (129, 136)][at];
-                    let after = Epilogue { act, gated };
-                    sim.hold_bf16(&Activated { m, cols, k: 72, after });
+                    let epilogue = Epilogue { act, gated };
+                    sim.hold_bf16(&Activated { m, cols, k: 72, epilogue });
                 }
             }
         });
@@ -308,8 +308,8 @@ fn kernel_rows_do_not_see_their_batch() {
         both(sim, |sim| {
             sim.hold_rows_bf16(300, |m| Layer { m, n: 72, k: 40, full: true });
             sim.hold_rows_bf16(90, |m| Layer { m, n: 40, k: 24, full: false });
-            let after = Epilogue { act: Activation::Silu, gated: true };
-            sim.hold_rows_bf16(140, |m| Activated { m, cols: 72, k: 40, after });
+            let epilogue = Epilogue { act: Activation::Silu, gated: true };
+            sim.hold_rows_bf16(140, |m| Activated { m, cols: 72, k: 40, epilogue });
         });
     });
 }

@@ -19,8 +19,8 @@ pub(super) fn keys(cuda: &Cuda, shape: &Shape) -> usize {
     tiles(cuda, shape)[0]
 }
 
-/// What a kernel does for every KV head, as words of a [`Partition`](super::Partition): eight a tile
-/// of keys, then eight for each visit; none if a segment lacks its beginning.
+/// What a kernel does for every KV head, as words of a [`Partition`](super::Partition): eight for
+/// each tile of keys, then eight for each visit; none if a segment lacks its beginning.
 ///
 /// The gradient of a tile of queries is summed over the tiles of keys that it sees, in ascending
 /// order, by the blocks that have these, in turn. Blocks take tiles of keys in the order of this

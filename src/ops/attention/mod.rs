@@ -323,9 +323,9 @@ pub struct ForwardOutputs<'a, T: Element> {
     pub scratch: ViewMut<'a, T::Acc>,
 }
 
-/// Attends from the queries of `qkv` `[rows, (q_heads + 2 kv_heads) head_dim]` to keys and values of
-/// `kv`, the rows' own included. `4 head_dim` FLOPs for each query head and visible position. Reads
-/// queries, and for each segment the keys and values that it sees, writes `out`.
+/// Attends from the queries of `qkv` `[rows, (q_heads + 2 kv_heads) head_dim]` to keys and values
+/// of `kv`, the rows' own included. `4 head_dim` FLOPs for each query head and visible position.
+/// Reads queries, and for each segment the keys and values that it sees, writes `out`.
 pub fn forward<T: Element>(
     dev: &Device,
     to: ForwardOutputs<'_, T>,

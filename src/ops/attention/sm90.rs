@@ -1,5 +1,5 @@
-//! Attention on Hopper: blocks and shared memory of its kernels, and the tensor maps of queries, keys
-//! and values.
+//! Attention on Hopper: blocks and shared memory of its kernels, and the tensor maps of queries,
+//! keys and values.
 
 use super::Shape;
 use crate::{
@@ -151,8 +151,8 @@ fn backward_shared(shape: &Shape) -> usize {
     // memory.
     let tiles = 2 * keys * line + 2 * stages * WIDE * line;
     let weights = 2 * backward_turns(shape) * keys * 2 * WIDE;
-    // Two numbers a row and ten words for each stage; two barriers each, and two of keys; each array
-    // begins at 16 bytes.
+    // Two numbers a row and ten words for each stage; two barriers each, and two of keys; each
+    // array begins at 16 bytes.
     let facts = (stages * (8 * WIDE + 40)).next_multiple_of(16);
     tiles + weights + facts + 2 * (8 * stages).next_multiple_of(16) + 2 * 16
 }

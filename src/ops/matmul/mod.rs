@@ -202,12 +202,10 @@ pub struct Epilogue {
 /// `up = x Wᵀ (+ bias)` and `y = act(up)`, or `act(gate) * partner` of its halves: `x` `[m, k]`,
 /// `up` `[m, n]`, `y` `[m, n]` or `[m, n / 2]`. The bits are those of [`forward`] and the
 /// activation in turn.
-#[allow(clippy::too_many_arguments)]
 pub fn activated<'a, T: Element>(
     dev: &Device,
     epilogue: Epilogue,
-    y: ViewMut<'_, T>,
-    mut up: ViewMut<'_, T>,
+    [y, mut up]: [ViewMut<'_, T>; 2],
     x: View<'_, T>,
     w: impl Into<Weight<'a, T>>,
     bias: Option<View<'_, T>>,

@@ -22,7 +22,7 @@ pub struct TileShape {
 
 /// The tiles of an architecture, and what its multiprocessors do in a clock.
 #[derive(Debug)]
-struct Schedule {
+struct TileTable {
     /// Multiply-adds of a multiprocessor.
     rate: usize,
     /// Bytes that the L2 cache gives to all.
@@ -61,13 +61,13 @@ const fn sm90(
     TileShape { size, cluster, speed, shared: ring(count, sent, size) }
 }
 
-const SM80: Schedule = Schedule {
+const SM80: TileTable = TileTable {
     rate: 1024,
     l2: 5120,
     persistent: false,
     tiles: [
-        // Most products: a warp reads 4 KiB of shared memory for 64 x 64 x 16 multiply-adds, half of
-        // what there is. Loses to 64x64 where it leaves multiprocessors idle.
+        // Most products: a warp reads 4 KiB of shared memory for 64 x 64 x 16 multiply-adds, half
+        // of what there is. Loses to 64x64 where it leaves multiprocessors idle.
         sm80([128, 128], 100, 4, 32),
         // Hundreds of rows and few columns: four times as many tiles. Loses to 128x128: twice the
         // shared memory and L2 traffic for each multiply-add.
@@ -81,20 +81,20 @@ const SM80: Schedule = Schedule {
     ],
 };
 
-const SM90: Schedule = Schedule {
+const SM90: TileTable = TileTable {
     rate: 2048,
     l2: 3700,
     persistent: true,
     tiles: [
-        // Most products: 80 of 128 bytes a clock of shared memory, and 32 a clock from L2, since the
-        // cluster reads the weights' part once. Loses to 128x128 where it leaves multiprocessors
-        // idle.
+        // Most products: 80 of 128 bytes a clock of shared memory, and 32 a clock from L2, since
+        // the cluster reads the weights' part once. Loses to 128x128 where it leaves
+        // multiprocessors idle.
         sm90([128, 256], 2, 100, 4, 4),
         // One or two thousand rows and few columns: twice as many tiles. Loses to 128x256: 48 bytes
         // a clock from L2, more than it gives to all at once.
         sm90([128, 128], 2, 90, 6, 4),
-        // Some dozens to hundreds of rows: as many bytes of rows as of weights. Loses to 64x32 where
-        // it leaves multiprocessors idle, to 128x128 from L2.
+        // Some dozens to hundreds of rows: as many bytes of rows as of weights. Loses to 64x32
+        // where it leaves multiprocessors idle, to 128x128 from L2.
         sm90([64, 64], 1, 70, 8, 0),
         // Few rows: 112 blocks for 3584 columns, each with 44 KiB of weights on the way. Loses to
         // 64x64: for 64 rows, rows are read twice as often as weights.
@@ -102,7 +102,7 @@ const SM90: Schedule = Schedule {
     ],
 };
 
-impl Schedule {
+impl TileTable {
     const fn of(arch: Arch) -> &'static Self {
         match arch {
             Arch::Sm80 => &SM80,
@@ -133,7 +133,7 @@ impl Schedule {
 impl TileShape {
     /// All of an architecture; the first two have kernels for the backward pass.
     pub fn all(arch: Arch) -> &'static [Self; 4] {
-        &Schedule::of(arch).tiles
+        &TileTable::of(arch).tiles
     }
 
     /// The one for a product of `m` x `n`.
@@ -143,25 +143,25 @@ impl TileShape {
 
     /// The one for a gradient of `m` x `n`.
     pub fn of_backward(cuda: &Cuda, m: usize, n: usize) -> &'static Self {
-        let (schedule, processors) = (Schedule::of(cuda.arch()), cuda.processors() as usize);
-        let [first, second, ..] = &schedule.tiles;
-        let clocks = |tile| schedule.clocks(tile, processors, m, n);
+        let (table, processors) = (TileTable::of(cuda.arch()), cuda.processors() as usize);
+        let [first, second, ..] = &table.tiles;
+        let clocks = |tile| table.clocks(tile, processors, m, n);
         if clocks(first) <= clocks(second) { first } else { second }
     }
 
     /// All of them, the fastest first, on a GPU of `processors` multiprocessors. Nothing was
     /// measured on a GPU yet: this follows from counting.
     pub fn ranked(arch: Arch, processors: usize, m: usize, n: usize) -> [&'static Self; 4] {
-        let schedule = Schedule::of(arch);
-        let mut all = schedule.tiles.each_ref();
-        all.sort_by_key(|tile| schedule.clocks(tile, processors, m, n));
+        let table = TileTable::of(arch);
+        let mut all = table.tiles.each_ref();
+        all.sort_by_key(|tile| table.clocks(tile, processors, m, n));
         all
     }
 
     /// Clocks that a product of `m` x `n` over `k` takes on a GPU of `processors` multiprocessors,
     /// as counted: what [`TileShape::ranked`] goes by.
     pub fn clocks(&self, arch: Arch, processors: usize, [m, n, k]: [usize; 3]) -> usize {
-        Schedule::of(arch).clocks(self, processors, m, n).saturating_mul(k.div_ceil(64))
+        TileTable::of(arch).clocks(self, processors, m, n).saturating_mul(k.div_ceil(64))
     }
 
     /// Blocks for the tiles of a product of `m` rows and `n` outputs, of which each takes a column,
@@ -171,7 +171,7 @@ impl TileShape {
         let ([rows, cols], cluster) = (self.size, self.cluster);
         let width = if pairs { cols / 2 } else { cols };
         let groups = m.div_ceil(rows * cluster).saturating_mul(n.div_ceil(width));
-        let most = match Schedule::of(cuda.arch()).persistent {
+        let most = match TileTable::of(cuda.arch()).persistent {
             true => (cuda.processors() as usize / cluster).max(1),
             false => groups,
         };
