@@ -1,4 +1,4 @@
-//! Compiles `kernels/*.cu` with nvcc, where there is one, and writes the Rust functions that launch
+//! Compiles `kernels/*.cu` with nvcc, where there is one, and writes the structs that launch them.
 //! them.
 //!
 //! Each file becomes one fatbin: machine code for sm_80 and sm_90a, and PTX that the driver
@@ -217,17 +217,6 @@ fn module(source: &Path, compiled: bool) -> Result<String, String> {
         let kernels: Vec<&Entry> = entries.iter().filter(|e| e.family().0 == name).collect();
         code += &family(&stem, name, &kernels).map_err(|m| format!("{name}: {m}"))?;
     }
-    let base = |e: &Entry| {
-        let suffix = |s| e.name.strip_suffix(s);
-        suffix("_bf16").or_else(|| suffix("_f32")).unwrap_or(&e.name).to_owned()
-    };
-    let mut names: Vec<String> = entries.iter().map(base).collect();
-    names.sort_unstable();
-    names.dedup();
-    for name in names {
-        let variants: Vec<&Entry> = entries.iter().filter(|e| base(e) == name).collect();
-        code += &function(&stem, &name, &variants).map_err(|m| format!("{name}: {m}"))?;
-    }
     Ok(code + "}\n")
 }
 
@@ -326,90 +315,11 @@ fn family(stem: &str, name: &str, kernels: &[&Entry]) -> Result<String, String> 
          #[derive(Debug)]\n    \
          pub struct {short}{generic} {{\n{fields}    }}\n    \
          impl{generic} {short}{own} {{\n        \
-         /// # Errors\n        \ [`crate::Error::Device`] if there is no such kernel for these types
-         /// or memories, or the\n        \ driver refuses the launch.\n        \
+         /// Refuses types, sizes and memories that no kernel takes.\n        \
          pub fn launch(self, cuda: &Cuda, {size}launch: Launch) -> Result<()> {{\n            \
          static KERNELS: [Kernel; {}] = [\n{all}            ];\n            \
          let mut args = Args::default();\n{args}            \
          cuda.launch(Kernel::find::<{of}>(&KERNELS, \"{name}\", &{at})?, launch, args)\n        }}\n    }}\n",
         kernels.len()
-    ))
-}
-
-/// The Rust function that launches the one of `variants` that is for the caller's types.
-fn function(stem: &str, name: &str, variants: &[&Entry]) -> Result<String, String> {
-    let stored = variants.iter().find(|e| e.name.ends_with("_bf16"));
-    let other = variants.iter().find(|e| !e.name.ends_with("_bf16"));
-    let first = stored.or(other).ok_or("no kernel")?;
-    for e in variants {
-        let types = |e: &Entry, from| e.params.iter().map(|p| p.c.replace(from, "float")).collect();
-        let (a, b): (Vec<String>, Vec<String>) = (types(first, "bf16"), types(e, "bf16"));
-        if a != b {
-            return Err(format!("{} and {} differ in more than bf16", first.name, e.name));
-        }
-    }
-    let (mut params, mut args, mut floats) = (String::new(), String::new(), false);
-    for p in &first.params {
-        if p.c == "TENSOR_MAP" {
-            params += &format!("{}: Map<'_>, ", p.name);
-            args += &format!("        args.map({});\n", p.name);
-            continue;
-        }
-        let pointer = p.c.strip_suffix('*').map(|c| (c.trim_start_matches("const "), c));
-        let element = match pointer.map_or(p.c.as_str(), |(element, _)| element) {
-            "bf16" if stored.is_some() => "T",
-            "bf16" => "half::bf16",
-            "float" if stored.is_some() => "T::Acc",
-            "float" => "T",
-            "double" => "f64",
-            "uint32_t" => "u32",
-            "uint64_t" => "u64",
-            // A count: what a kernel holds in an int is checked when it is passed.
-            "int" if pointer.is_none() => "usize",
-            "int" => "i32",
-            _ => return Err(format!("type `{}`?", p.c)),
-        };
-        floats |= element.starts_with('T');
-        let own = &p.name;
-        let Some((bare, whole)) = pointer else {
-            let pass = if element == "usize" { "count" } else { "value" };
-            params += &format!("{own}: {element}, ");
-            args += &format!("        args.{pass}(\"{own}\", {own});\n");
-            continue;
-        };
-        let (view, pass) = if bare == whole { ("ViewMut", "write") } else { ("View", "read") };
-        let view = format!("{view}<'_, {element}>");
-        params += &match p.optional {
-            true => format!("{own}: Option<{view}>, "),
-            false => format!("{own}: {view}, "),
-        };
-        let some = if p.optional { own.clone() } else { format!("Some({own})") };
-        args += &format!("        args.{pass}(\"{own}\", {some}, {});\n", p.packed);
-    }
-    let kernel = |e: Option<&&&Entry>| {
-        e.map_or(String::new(), |e| {
-            format!(
-                "Kernel {{ image: &IMAGE, name: \"{}\", dtype: \"{}\", size: &[], threads: {}, cluster: {} }},",
-                e.name, if e.name.ends_with("_bf16") { "BF16" } else { "F32" }, e.threads, e.cluster
-            )
-        })
-    };
-    let (bf16, f32) = (kernel(stored.as_ref()), kernel(other.as_ref()));
-    let (generic, pick) = match (floats, stored, other) {
-        (true, None, _) => ("<T: Float>", "T"),
-        (true, Some(_), _) | (false, Some(_), Some(_)) => ("<T: Element>", "T"),
-        (false, Some(_), None) => ("", "half::bf16"),
-        (false, None, _) => ("", "f32"),
-    };
-    let short = name.strip_prefix(&format!("{stem}_")).unwrap_or(name);
-    Ok(format!(
-        "    /// Launches `{name}`.\n    ///\n    /// # Errors\n    \
-         /// [`crate::Error::Device`] if there is no such kernel for these types or memories, or
-         /// the\n    \ driver refuses the launch.\n    \
-         #[allow(clippy::too_many_arguments)]\n    \
-         pub fn {short}{generic}(cuda: &Cuda, launch: Launch, {params}) -> Result<()> {{\n        \
-         static KERNELS: &[Kernel] = &[{bf16} {f32}];\n        \
-         let mut args = Args::default();\n{args}        \
-         cuda.launch(Kernel::find::<{pick}>(KERNELS, \"{name}\", &[])?, launch, args)\n    }}\n"
     ))
 }

@@ -5,8 +5,7 @@ use std::ops::Range;
 use super::{
     CHUNK, PARTIAL, Settings, WAVE,
     cpu::{Online, TILE, bend},
-    cuda::tile,
-    hopper, width,
+    sm80, sm90, width,
 };
 use crate::{
     device::{
@@ -73,7 +72,7 @@ impl Draws<'_> {
 }
 
 /// The most tokens of a [`Top`]: a warp's lanes.
-const MOST: usize = 32;
+const MOST: usize = kernel::MOST;
 
 /// Rows that [`sample`] takes at a time; of a top `k`, 0 without, fewer.
 fn wave(k: usize) -> usize {
@@ -220,109 +219,66 @@ fn on_cuda<T: Element>(
     let (rows, vocab, d) = (tokens.len(), w.n(), w.k());
     let parts = rows * vocab.div_ceil(CHUNK);
     let (mut partial, lists) = scratch.split_at(parts * 2 * PARTIAL);
-    let mut lists =
-        top.as_ref().map(|top| Lists { keys: lists.range(0..parts * 2 * top.k).cast(), k: top.k });
-    let (to, weights) = (partial.reborrow(), w.view());
-    let (keys, scaling) = (lists.as_mut().map(Lists::reborrow), (settings.scale(), settings.cap()));
-    if cuda.arch() == Arch::Sm90 {
-        hopper::sample(cuda, to, keys, h, weights, draws, (vocab, d), scaling)?;
-    } else {
-        ampere(cuda, to, keys, h, weights, draws, (vocab, d), scaling)?;
+    let mut lists = lists.range(0..parts * 2 * top.as_ref().map_or(0, |top| top.k)).cast::<u64>();
+    let (to, w, scale, cap) = (partial.reborrow(), w.view(), settings.scale(), settings.cap());
+    let Draws { samples, positions, .. } = draws;
+    let (seed, step, purpose, greedy) = draws.words();
+    match &top {
+        None => {
+            let args = kernel::Sample {
+                partial: to,
+                h,
+                w,
+                samples,
+                positions,
+                rows,
+                vocab,
+                d,
+                scale,
+                cap,
+                seed,
+                step,
+                purpose,
+                greedy,
+            };
+            match cuda.arch() {
+                Arch::Sm80 => sm80::sample(cuda, args)?,
+                Arch::Sm90 => sm90::sample(cuda, args)?,
+            }
+        }
+        Some(top) => {
+            let args = kernel::SampleTop {
+                partial: to,
+                lists: lists.reborrow(),
+                h,
+                w,
+                samples,
+                positions,
+                rows,
+                vocab,
+                d,
+                scale,
+                cap,
+                seed,
+                step,
+                purpose,
+                greedy,
+                k: top.k,
+            };
+            match cuda.arch() {
+                Arch::Sm80 => sm80::sample_top(cuda, args)?,
+                Arch::Sm90 => sm90::sample_top(cuda, args)?,
+            }
+        }
     }
     let launch = Launch::row(rows.div_ceil(kernel::WARPS), 0)?;
     kernel::Pick { tokens, logp, lse: lse.reborrow(), partial: partial.view(), rows, vocab }
         .launch(cuda, launch)?;
-    let Some((top, lists)) = top.zip(lists) else { return Ok(()) };
+    let Some(Top { k, tokens, logp }) = top else { return Ok(()) };
     let launch = Launch::row(rows, kernel::WARPS * MOST * size_of::<u64>())?;
-    kernel::Top {
-        tokens: top.tokens,
-        logp: top.logp,
-        lse: lse.view(),
-        lists: lists.keys.view(),
-        vocab,
-        k: top.k,
-    }
-    .launch(cuda, launch)
+    kernel::Top { tokens, logp, lse: lse.view(), lists: lists.view(), vocab, k }
+        .launch(cuda, launch)
 }
-
-/// The `k` best of each row and chunk.
-pub(super) struct Lists<'a> {
-    pub(super) keys: ViewMut<'a, u64>,
-    pub(super) k: usize,
-}
-
-impl Lists<'_> {
-    /// Bytes of shared memory in which a warp has those of so many rows, and eight rows of a tile.
-    pub(super) const fn room(rows: usize) -> usize {
-        8 * (128 + 8) * 4 + rows * MOST * size_of::<u64>()
-    }
-
-    fn reborrow(&mut self) -> Lists<'_> {
-        Lists { keys: self.keys.reborrow(), k: self.k }
-    }
-}
-
-/// Writes the partials of all rows and chunks, and the lists.
-#[allow(clippy::too_many_arguments)]
-fn ampere<T: Element>(
-    cuda: &Cuda,
-    partial: ViewMut<'_, T::Acc>,
-    lists: Option<Lists<'_>>,
-    h: View<'_, T>,
-    w: View<'_, T>,
-    draws: Draws<'_>,
-    (vocab, d): (usize, usize),
-    (scale, cap): (T::Acc, T::Acc),
-) -> Result<()> {
-    let Draws { samples, positions, .. } = draws;
-    let (rows, (seed, step, purpose, greedy)) = (samples.len(), draws.words());
-    let parts = |tile| rows.div_ceil(tile) * vocab.div_ceil(CHUNK);
-    if let Some(Lists { keys, k }) = lists {
-        let (run, tile, shared): (Tops<T>, _, _) = match tile(rows) {
-            (16, shared) => (kernel::sample_top_16, 16, shared + 2 * Lists::room(8)),
-            _ => (kernel::sample_top_64, 64, 4 * 32 * (64 + 128) * 2 + 4 * Lists::room(16)),
-        };
-        let launch = Launch::row(parts(tile), shared)?;
-        return run(
-            cuda, launch, partial, keys, h, w, samples, positions, rows, vocab, d, scale, cap,
-            seed, step, purpose, greedy, k,
-        );
-    }
-    let (tile, shared) = tile(rows);
-    let run = match tile {
-        16 => kernel::sample_16,
-        64 => kernel::sample_64,
-        _ => kernel::sample_128,
-    };
-    let launch = Launch::row(parts(tile), shared)?;
-    run(
-        cuda, launch, partial, h, w, samples, positions, rows, vocab, d, scale, cap, seed, step,
-        purpose, greedy,
-    )
-}
-
-/// Partials and lists, hidden states, the head; samples and positions; rows, vocabulary, d; scale
-/// and cap; seed, step, purpose, and whether there are none; k.
-type Tops<T> = fn(
-    &Cuda,
-    Launch,
-    ViewMut<'_, <T as Element>::Acc>,
-    ViewMut<'_, u64>,
-    View<'_, T>,
-    View<'_, T>,
-    View<'_, u64>,
-    View<'_, u32>,
-    usize,
-    usize,
-    usize,
-    <T as Element>::Acc,
-    <T as Element>::Acc,
-    u64,
-    u64,
-    u32,
-    usize,
-    usize,
-) -> Result<()>;
 
 /// Adds a chunk of raw logits of the tokens from `first` on to the best of all before them, sorted:
 /// `tokens` and `best` `[k]`, as many of them as there were tokens.

@@ -10,8 +10,9 @@
 
 mod cpu;
 mod cuda;
-mod hopper;
 mod sample;
+mod sm80;
+mod sm90;
 
 pub use sample::{Draws, Sampled, Top, sample, sample_scratch_len};
 
@@ -85,6 +86,11 @@ pub fn scratch_len(rows: usize, vocab: usize) -> usize {
     rows.min(WAVE) * width(vocab).max(PARTIAL * vocab.div_ceil(CHUNK))
 }
 
+/// Bytes of shared memory in which a warp has the lists of so many rows, and eight rows of a tile.
+const fn lists_bytes(rows: usize) -> usize {
+    8 * (128 + 8) * 4 + rows * kernel::MOST * size_of::<u64>()
+}
+
 /// Numbers that a kernel writes of a row and chunk.
 const PARTIAL: usize = 4;
 
@@ -147,7 +153,7 @@ pub fn forward<'a, T: Element>(
                 let targets = targets.host();
                 cpu::forward(cpu, out.host(), h, panels, (vocab, d), targets, settings, scratch);
             }
-            Device::Cuda(cuda) => cuda::forward(cuda, out, h, w, targets, settings, scratch)?,
+            Device::Cuda(cuda) => cuda::forward(cuda, out, h, w, targets, (settings, scratch))?,
         }
     }
     Ok(())
@@ -303,7 +309,7 @@ pub fn backward<T: Element>(
         let (dw, scratch) = (dw.as_mut().map(ViewMut::reborrow), scratch.reborrow());
         match dev {
             Device::Cpu(cpu) => cpu::backward(cpu, dh, dw, slopes, f, scratch)?,
-            Device::Cuda(cuda) => cuda::backward(dev, cuda, dh, dw, slopes, f, scratch)?,
+            Device::Cuda(cuda) => cuda::backward(dev, cuda, (dh, dw), slopes, f, scratch)?,
         }
     }
     Ok(())
