@@ -184,21 +184,13 @@ fn functions_have_at_most_6_arguments() {
     const LEFT: &[&str] = &[
         "device/cpu/gemm.rs",
         "ops/adamw.rs",
-        "ops/attention.rs",
         "ops/attention/cpu.rs",
-        "ops/attention/cuda.rs",
-        "ops/attention/hopper.rs",
         "ops/embedding.rs",
         "ops/gae.rs",
         "ops/layer_norm.rs",
-        "ops/logprob.rs",
+        "ops/logprob/mod.rs",
         "ops/logprob/cpu.rs",
-        "ops/logprob/cuda.rs",
-        "ops/logprob/hopper.rs",
         "ops/logprob/sample.rs",
-        "ops/matmul.rs",
-        "ops/matmul/hopper.rs",
-        "ops/matmul/launch.rs",
         "ops/rms_norm.rs",
         "ops/rope.rs",
         "ops/sample.rs",
@@ -221,41 +213,14 @@ fn functions_have_at_most_6_arguments() {
 /// no function of a kernel's module is called or passed on.
 #[test]
 fn kernels_are_launched_with_named_arguments() {
-    const LEFT: &[&str] = &[
-        "ops/activation.rs",
-        "ops/adamw.rs",
-        "ops/attention/backward.rs",
-        "ops/attention/cuda.rs",
-        "ops/attention/hopper.rs",
-        "ops/bradley_terry.rs",
-        "ops/embedding.rs",
-        "ops/gae.rs",
-        "ops/grad_norm.rs",
-        "ops/layer_norm.rs",
-        "ops/logprob.rs",
-        "ops/logprob/cuda.rs",
-        "ops/logprob/hopper.rs",
-        "ops/logprob/sample.rs",
-        "ops/matmul/hopper.rs",
-        "ops/matmul/launch.rs",
-        "ops/next_ids.rs",
-        "ops/nll.rs",
-        "ops/ppo_loss.rs",
-        "ops/residual.rs",
-        "ops/rms_norm.rs",
-        "ops/rope.rs",
-        "ops/sample.rs",
-        "ops/scalar_head.rs",
-        "ops/value_loss.rs",
-        "ops/whiten.rs",
-    ];
+    const LEFT: &[&str] = &[];
     let mut positional = Vec::new();
     for (file, text) in all() {
         let text = code(&text);
         let paths = paths(&text);
-        let aliases = paths
-            .iter()
-            .filter(|(path, _)| path.iter().rev().nth(1).is_some_and(|p| p == "kernels"));
+        let aliases = paths.iter().filter(|(path, name)| {
+            !name.is_empty() && path.iter().rev().nth(1).is_some_and(|p| p == "kernels")
+        });
         for alias in aliases.map(|(_, alias)| alias) {
             let prefix = format!("{alias}::");
             if text.split(&prefix).skip(1).any(|rest| rest.starts_with(|c: char| c.is_lowercase()))
@@ -270,7 +235,7 @@ fn kernels_are_launched_with_named_arguments() {
 /// The files of a folder use each other in one direction: what two of them share stands below both.
 #[test]
 fn files_of_a_folder_form_no_circle() {
-    const LEFT: &[&str] = &["ops/attention", "ops/logprob"];
+    const LEFT: &[&str] = &[];
     let files: Vec<(Vec<String>, Paths)> = all()
         .into_iter()
         .map(|(file, text)| {
@@ -334,10 +299,9 @@ fn ops_have_callers() {
 #[test]
 fn type_names_are_used_once() {
     const LEFT: &[&str] = &[
-        "Args", "Block", "Choice", "Element", "Entry", "Event", "Family", "Forwards", "Input",
-        "Job", "Loaded", "Metrics", "Order", "Params", "Part", "Parts", "Place", "Plan", "Prompt",
-        "Report", "Rows", "Run", "Sequence", "Settings", "Slots", "Source", "State", "Stream",
-        "Tensor", "Tile", "Work",
+        "Args", "Block", "Element", "Entry", "Event", "Job", "Loaded", "Metrics", "Order",
+        "Params", "Parts", "Place", "Prompt", "Report", "Rows", "Run", "Sequence", "Settings",
+        "Slots", "Source", "State", "Stream", "Tensor", "Tile", "Work",
     ];
     let (mut seen, mut twice) = (BTreeSet::new(), Vec::new());
     for (_, text) in all() {

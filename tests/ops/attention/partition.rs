@@ -128,12 +128,18 @@ fn a_partition_of_others_is_refused() {
     };
     assert_eq!(
         bad(&own, &[1]),
-        "attention::Parts: page id of segment 0: got 1, wanted less than 1"
+        "attention::Partition: page id of segment 0: got 1, wanted less than 1"
     );
     let says = bad(&segment(Some(7)), &[0]);
-    assert!(says.starts_with("attention::Parts: prefix of segment 0: got 7, wanted "), "{says}");
+    assert!(
+        says.starts_with("attention::Partition: prefix of segment 0: got 7, wanted "),
+        "{says}"
+    );
     let says = bad(&own, &[]);
-    assert!(says.starts_with("attention::Parts: pages of segment 0: got 0..1, wanted "), "{says}");
+    assert!(
+        says.starts_with("attention::Partition: pages of segment 0: got 0..1, wanted "),
+        "{says}"
+    );
 }
 
 /// Sequences whose first pages are the same, and how many positions each has after those.
