@@ -230,7 +230,7 @@ simd! {
 pub(super) fn backward<F: Float>(
     cpu: &Cpu,
     dqkv: &mut [F],
-    input: &Input<'_, F>,
+    input: &BackwardSlices<'_, F>,
     segments: &[Segment],
     scratch: &mut [F],
 ) {
@@ -265,7 +265,7 @@ pub(super) fn backward<F: Float>(
 }
 
 /// What the gradient is made from.
-pub(super) struct Input<'a, F> {
+pub(super) struct BackwardSlices<'a, F> {
     pub dout: &'a [F],
     pub out: &'a [F],
     pub qkv: &'a [F],
@@ -276,7 +276,7 @@ pub(super) struct Input<'a, F> {
 /// Query rows of a backward tile.
 const BACK: usize = 48;
 
-impl<F: Float> Input<'_, F> {
+impl<F: Float> BackwardSlices<'_, F> {
     /// What the queries of one segment and the keys of one give each other, of one KV head: `part`
     /// `[rows, (group + 2) d]` holds dq of the group, dk, dv.
     fn head(&self, isa: Isa, part: &mut [F], keys: &Segment, queries: &Segment, g: usize) {

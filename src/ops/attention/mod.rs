@@ -409,7 +409,7 @@ pub fn backward<T: Element>(
     let _op = dev.op(OP, || cost::backward::<T>(shape, rows, segments));
     match dev {
         Device::Cpu(cpu) => {
-            let input = cpu::Input {
+            let input = cpu::BackwardSlices {
                 dout: dout.float()?.host(),
                 out: out.float()?.host(),
                 qkv: qkv.float()?.host(),

@@ -55,10 +55,10 @@ impl ForwardTile {
     fn plan(self, head_dim: usize) -> [usize; 3] {
         match (self, head_dim) {
             (Self::Prefill, ..=64) => [8, 2, 1],
-            (Self::Prefill, ..=128) => [5, 2, 1],
+            (Self::Prefill, 65..=128) => [5, 2, 1],
             (Self::Prefill, _) => [5, 1, 1],
             (Self::Decode, ..=64) => [6, 2, 2],
-            (Self::Decode, ..=128) => [3, 1, 2],
+            (Self::Decode, 65..=128) => [3, 1, 2],
             (Self::Decode, _) => [5, 2, 1],
         }
     }
@@ -143,7 +143,7 @@ fn backward_shared(shape: &Shape) -> usize {
     // As in the .cu file.
     let stages = match shape.head_dim {
         ..=64 => 4,
-        ..=128 => 3,
+        65..=128 => 3,
         _ => 2,
     };
     let ([keys, _], line) = (backward_tiles(shape), 2 * shape.head_dim.next_multiple_of(WIDE));
