@@ -14,17 +14,6 @@ use crate::{
     rng::Stream,
 };
 
-/// What a head reads.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct HeadRows<'a, T: Element> {
-    /// Hidden states `[rows, hidden]`.
-    pub h: View<'a, T>,
-    /// The token after each row; the LM head's.
-    pub targets: View<'a, u32>,
-    /// Divides the logits, 1 if absent; a scalar head has none.
-    pub temperature: Option<T::Acc>,
-}
-
 /// What a loss reads of a head and writes for its backward pass, one number for each row.
 #[derive(Debug)]
 pub struct LossColumns<'a, F> {
@@ -90,8 +79,16 @@ impl<'s, T: Element> HeadOutputs<'s, T> {
         }
     }
 
-    pub fn forward(&mut self, dev: &Device, model: &Model<T>, rows: HeadRows<'_, T>) -> Result<()> {
-        let HeadRows { h, targets, temperature } = rows;
+    /// Reads hidden states `h` `[rows, hidden]`. An LM head also reads the target of each row, and
+    /// divides its logits by `temperature`, 1 if absent; a scalar head has none.
+    pub fn forward(
+        &mut self,
+        dev: &Device,
+        model: &Model<T>,
+        h: View<'_, T>,
+        targets: View<'_, u32>,
+        temperature: Option<T::Acc>,
+    ) -> Result<()> {
         if model.head() == Head::Scalar && temperature.is_none() {
             return scalar_head::forward(dev, self.y.view_mut(), h, model.score_head()?);
         }
@@ -116,9 +113,10 @@ impl<'s, T: Element> HeadOutputs<'s, T> {
         dev: &Device,
         model: &Model<T>,
         grads: &mut Params<T::Acc>,
-        rows: HeadRows<'_, T>,
+        h: View<'_, T>,
+        targets: View<'_, u32>,
+        temperature: Option<T::Acc>,
     ) -> Result<()> {
-        let HeadRows { h, targets, temperature } = rows;
         let dh = self.dh.view_mut();
         if model.head() == Head::Scalar {
             let Some(dw) = grads.get_mut(ParamKind::Score, None) else { return Ok(()) };

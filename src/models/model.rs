@@ -36,21 +36,22 @@ pub struct Master<'a, F> {
 }
 
 /// A transformer with its head, which computes in `T`: f32 or f64 on the CPU, bf16 on a CUDA
-/// device.
+/// device. Only this file knows how the weights are kept; all else asks for a [`Linear`], a
+/// [`NormLayer`] or a tensor.
 #[derive(Debug)]
 pub struct Model<T: Element> {
-    pub(super) family: &'static Family,
-    pub(super) config: Config,
-    pub(super) spec: Spec,
-    pub(super) head: Head,
-    pub(super) params: Params<T>,
+    family: &'static Family,
+    config: Config,
+    spec: Spec,
+    head: Head,
+    params: Params<T>,
     /// The f32 weights that `params` are rounded from.
-    pub(super) master: Option<Params<T::Acc>>,
+    master: Option<Params<T::Acc>>,
     /// The weights while they are in host memory.
     offloaded: Option<Vec<T>>,
     packed: PackedWeights<T>,
     /// One for each of [`Spec::ropes`].
-    pub(super) ropes: Vec<rope::Table<T::Acc>>,
+    ropes: Vec<rope::Table<T::Acc>>,
 }
 
 impl<T: Element> Model<T> {
@@ -93,7 +94,12 @@ impl<T: Element> Model<T> {
         &self.params
     }
 
-    /// The same to write, in a model without f32 weights. Call [`Model::repack`] before the next
+    /// The layout of the weights that updates change, and so of gradients and moments: today all.
+    pub fn trained(&self) -> &Arc<Layout> {
+        self.params.layout()
+    }
+
+    /// The weights to write, in a model without f32 weights. Call [`Model::repack`] before the next
     /// forward pass.
     pub fn params_mut(&mut self) -> &mut Params<T> {
         &mut self.params
@@ -189,15 +195,12 @@ impl<T: Element> Model<T> {
         for t in copy.params.layout().clone().tensors() {
             if let Some(from) = self.params.get(t.kind, t.layer) {
                 dev.copy(copy.params.tensor_mut(t), from)?;
-                if let Some(master) = &mut copy.master {
-                    let to = master.tensor_mut(t);
-                    match self.master.as_ref().and_then(|m| m.get(t.kind, t.layer)) {
-                        Some(from) => dev.copy(to, from)?,
-                        None => {
-                            let wide = |x: &T| <T::Acc as Element>::of(x.f64());
-                            dev.write(to, &dev.read(from)?.iter().map(wide).collect::<Vec<_>>())?;
-                        }
-                    }
+                let Some(to) = copy.master.as_mut().map(|m| m.tensor_mut(t)) else { continue };
+                if let Some(from) = self.master.as_ref().and_then(|m| m.get(t.kind, t.layer)) {
+                    dev.copy(to, from)?;
+                } else {
+                    let wide = |x: &T| <T::Acc as Element>::of(x.f64());
+                    dev.write(to, &dev.read(from)?.iter().map(wide).collect::<Vec<_>>())?;
                 }
             } else if t.kind == ParamKind::Score {
                 copy.write(dev, t, &new_score(t.cols, seed))?;
@@ -237,6 +240,10 @@ impl<T: Element> Model<T> {
             None => Weight::rows(dev, weight, (at.rows, at.cols))?,
         };
         Ok(Linear { at, weight, packed, bias })
+    }
+
+    pub(super) fn rope(&self, i: usize) -> &rope::Table<T::Acc> {
+        &self.ropes[i]
     }
 
     pub(super) fn norm(&self, kind: ParamKind, layer: Option<usize>) -> Result<NormLayer<'_, T>> {

@@ -26,15 +26,6 @@ impl<'s, T: Element> Normed<'s, T> {
     }
 }
 
-/// What the backward pass of a norm writes.
-pub(super) struct NormGradient<'a, T: Element> {
-    /// Gradient of the rows.
-    pub dx: ViewMut<'a, T>,
-    /// Whether `dx` is added to, not overwritten.
-    pub add: bool,
-    pub scratch: ViewMut<'a, T::Acc>,
-}
-
 /// RMSNorm if there is no bias, else LayerNorm.
 pub(super) struct NormLayer<'a, T: Element> {
     pub at: &'a ParamTensor,
@@ -53,17 +44,18 @@ impl<T: Element> NormLayer<'_, T> {
         }
     }
 
-    /// Adds to the gradients of weight and bias too.
+    /// Adds to the gradients of weight and bias, and inside a block to `dx`, the gradient of the
+    /// residual stream; the gradient of the rows that a head reads is written.
     pub fn backward(
         &self,
         dev: &Device,
         grads: &mut Params<T::Acc>,
-        out: NormGradient<'_, T>,
+        (dx, scratch): (ViewMut<'_, T>, ViewMut<'_, T::Acc>),
         dy: View<'_, T>,
         x: View<'_, T>,
         kept: &Normed<'_, T>,
     ) -> Result<()> {
-        let NormGradient { dx, add, scratch } = out;
+        let add = self.at.layer.is_some();
         let (w, mean, rstd) = (self.weight, kept.mean.view(), kept.rstd.view());
         match grads.pair_mut(self.at.kind, self.at.layer) {
             Some((dw, Some(db))) => {

@@ -2,7 +2,7 @@
 
 use super::{
     Activations, Batch, Cache, Head, Keep, Model, Params, PassOptions, PassShape, Spec, Staged,
-    heads::{HeadOutputs, HeadRows, LossColumns},
+    heads::{HeadOutputs, LossColumns},
 };
 use crate::{
     device::{Device, Element, Scope},
@@ -68,19 +68,19 @@ impl<'s, T: Element> Pass<'s, T> {
         options: PassOptions,
         loss: impl FnOnce(LossColumns<'_, T::Acc>) -> Result<()>,
     ) -> Result<()> {
-        let Self { dev, model, .. } = self;
+        let Self { dev, model, temperature, .. } = self;
         let (staged, mut b) = self.forward(options)?;
         let phase = dev.span("loss");
         loss(b.head.columns())?;
         drop(phase);
         let _phase = dev.span("backward");
-        let rows = staged.rows();
-        b.head.backward(dev, model, grads, self.head_rows(&staged, &b.acts))?;
-        model.backward(dev, grads, &rows, &mut b.acts, &mut b.cache, b.head.dh.view())
+        let (h, targets) = (b.acts.hidden(), staged.targets());
+        b.head.backward(dev, model, grads, h, targets, temperature)?;
+        model.backward(dev, grads, &staged.rows(), &mut b.acts, &mut b.cache, b.head.dh.view())
     }
 
     fn forward(self, options: PassOptions) -> Result<(Staged<'s>, PassBuffers<'s, T>)> {
-        let Self { dev, model, scope, batch, .. } = self;
+        let Self { dev, model, scope, batch, temperature } = self;
         let phase = dev.span("forward");
         let (spec, shape) = (model.spec(), batch.shape());
         let staged = batch.stage(dev, scope, spec, shape.pages(dev, spec))?;
@@ -88,17 +88,8 @@ impl<'s, T: Element> Pass<'s, T> {
         model.forward(dev, &staged.rows(), &mut b.acts, &mut b.cache)?;
         drop(phase);
         let _phase = dev.span("head");
-        b.head.forward(dev, model, self.head_rows(&staged, &b.acts))?;
+        b.head.forward(dev, model, b.acts.hidden(), staged.targets(), temperature)?;
         Ok((staged, b))
-    }
-
-    fn head_rows<'a>(
-        &self,
-        staged: &'a Staged<'_>,
-        acts: &'a Activations<'_, T>,
-    ) -> HeadRows<'a, T> {
-        let (h, targets) = (acts.hidden(), staged.targets());
-        HeadRows { h, targets, temperature: self.temperature }
     }
 }
 

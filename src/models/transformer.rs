@@ -7,7 +7,7 @@
 
 use super::{
     LayerSpec, Linear, Mlp, Model, ParamKind, Params, Spec,
-    norm::{self, NormGradient, Normed},
+    norm::{self, Normed},
 };
 use crate::{
     device::{Buffer, Device, Element, Scope, View, ViewMut},
@@ -232,7 +232,7 @@ impl<T: Element> Model<T> {
     ) -> Result<()> {
         self.embed(dev, rows, acts.x[0].view_mut())?;
         let (streams, kept) = (acts.x.len(), acts.blocks.len());
-        for l in 0..self.spec.layers {
+        for l in 0..self.spec().layers {
             let (from, to) = if streams == 1 { (0, 0) } else { (l, l + 1) };
             let (block, b) = (self.block(dev, rows, l), &mut acts.blocks[l.min(kept - 1)]);
             let last = cache.layers.len() - 1;
@@ -251,16 +251,16 @@ impl<T: Element> Model<T> {
     }
 
     fn embed(&self, dev: &Device, rows: &Rows<'_>, mut x: ViewMut<'_, T>) -> Result<()> {
-        let table = self.params.tensor(self.params.need(ParamKind::Embedding, None)?);
+        let table = self.params().tensor(self.params().need(ParamKind::Embedding, None)?);
         embedding::forward(dev, x.reborrow(), rows.ids, table, false)?;
-        if let Some(table) = self.params.get(ParamKind::Positions, None) {
+        if let Some(table) = self.params().get(ParamKind::Positions, None) {
             embedding::forward(dev, x, rows.positions, table, true)?;
         }
         Ok(())
     }
 
     fn block<'a>(&'a self, dev: &'a Device, rows: &'a Rows<'a>, l: usize) -> BlockPass<'a, T> {
-        BlockPass { dev, model: self, rows, at: Some(l), spec: self.spec.layer(l) }
+        BlockPass { dev, model: self, rows, at: Some(l), spec: self.spec().layer(l) }
     }
 
     /// Adds to `grads` the gradient of all weights but the head's, given `dh` `[selected, hidden]`,
@@ -276,20 +276,19 @@ impl<T: Element> Model<T> {
         cache: &mut Cache<'_, T>,
         dh: View<'_, T>,
     ) -> Result<()> {
-        let hidden = self.spec.hidden;
+        let hidden = self.spec().hidden;
         let Activations { x, blocks, scratch, input, gradients } = acts;
         let Some(g) = gradients else {
             return Err(Error::value("backward pass", "activations that were kept", "none"));
         };
-        let (dx, scratch_of_norm) = (g.dselected.view_mut(), g.scratch.view_mut());
-        let out = NormGradient { dx, add: false, scratch: scratch_of_norm };
+        let out = (g.dselected.view_mut(), g.scratch.view_mut());
         let norm = self.norm(ParamKind::FinalNorm, None)?;
         norm.backward(dev, grads, out, dh, input.x.view(), &input.norm)?;
         dev.zero(g.dx.view_mut())?;
         let (dx, d, order) = (g.dx.view_mut(), g.dselected.view(), g.order.view_mut());
         embedding::scatter(dev, dx, order, rows.selected, d, hidden)?;
-        for l in (0..self.spec.layers).rev() {
-            let kept = blocks.len() == self.spec.layers;
+        for l in (0..self.spec().layers).rev() {
+            let kept = blocks.len() == self.spec().layers;
             let (block, b) = (self.block(dev, rows, l), &mut blocks[if kept { l } else { 0 }]);
             let x = x[l].view();
             if !kept {
@@ -325,7 +324,7 @@ impl<'a, T: Element> BlockPass<'a, T> {
     }
 
     fn rope(&self) -> Option<&'a rope::Table<T::Acc>> {
-        self.spec.rope.map(|i| &self.model.ropes[i])
+        self.spec.rope.map(|i| self.model.rope(i))
     }
 
     /// `mid = x + out(attention(norm1(x)))`
@@ -352,7 +351,7 @@ impl<'a, T: Element> BlockPass<'a, T> {
     fn expand(&self, b: &mut Block<'_, T>) -> Result<()> {
         let dev = self.dev;
         self.model.norm(ParamKind::Norm2, self.at)?.forward(dev, &mut b.norm2, b.mid.view())?;
-        let epilogue = match self.model.spec.mlp {
+        let epilogue = match self.model.spec().mlp {
             Mlp::Plain(act) => matmul::Epilogue { act, gated: false },
             Mlp::Gated(act) => matmul::Epilogue { act, gated: true },
         };
@@ -367,7 +366,7 @@ impl<'a, T: Element> BlockPass<'a, T> {
         b: &Block<'_, T>,
         g: &mut Gradients<'_, T>,
     ) -> Result<()> {
-        let (dev, spec) = (self.dev, &self.model.spec);
+        let (dev, spec) = (self.dev, self.model.spec());
         let down = self.linear(ParamKind::Down)?;
         down.backward(dev, grads, g.dact.view_mut(), g.dx.view(), b.act.view())?;
         let (dup, dact, up) = (g.dup.view_mut(), g.dact.view(), b.up.view());
@@ -404,7 +403,7 @@ impl<'a, T: Element> BlockPass<'a, T> {
         };
         attention::backward(dev, args, self.rows.attention, shape)?;
         if let Some(table) = self.rope() {
-            let (heads, cols) = (shape.q_heads + shape.kv_heads, self.model.spec.qkv_cols());
+            let (heads, cols) = (shape.q_heads + shape.kv_heads, self.model.spec().qkv_cols());
             let (d, positions) = (shape.head_dim, self.rows.positions);
             rope::backward(dev, g.dqkv.view_mut(), cols, heads, d, positions, table)?;
         }
@@ -423,7 +422,7 @@ impl<'a, T: Element> BlockPass<'a, T> {
         g: &mut Gradients<'_, T>,
     ) -> Result<()> {
         let Gradients { dx, dnorm, scratch, .. } = g;
-        let out = NormGradient { dx: dx.view_mut(), add: true, scratch: scratch.view_mut() };
+        let out = (dx.view_mut(), scratch.view_mut());
         self.model.norm(kind, self.at)?.backward(self.dev, grads, out, dnorm.view(), x, kept)
     }
 }

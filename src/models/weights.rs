@@ -7,6 +7,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
+use bytemuck::Pod;
 use half::{bf16, f16};
 use memmap2::Mmap;
 use safetensors::{Dtype, SafeTensors, tensor::TensorView};
@@ -183,7 +184,7 @@ pub fn load<T: Element>(
     check_sizes::<T>(dir, &config, family, &spec, head, &stored)?;
     let mut model = Model::zeros(dev, config, head, residency)?;
     let mut out = Vec::new();
-    for t in model.params.layout().clone().tensors() {
+    for t in model.params().layout().clone().tensors() {
         if let (ParamKind::Score, Some(seed), false) =
             (t.kind, new_head, stored.contains_key(SCORE))
         {
@@ -192,8 +193,8 @@ pub fn load<T: Element>(
         }
         out.clear();
         out.resize(t.len(), T::Acc::ZERO);
-        let places = Places::of(t, &model.spec);
-        for source in sources(family, t, &model.spec) {
+        let places = Places::of(t, model.spec());
+        for source in sources(family, t, model.spec()) {
             let name = stored_name(&stored, family, &source.name);
             let Some((view, path)) = stored.remove(name) else {
                 return Err(Error::file(dir, format!("`{name}` is missing")));
@@ -291,34 +292,30 @@ fn copy<T: Element>(
         let (r, c) = if transposed { (i % n, i / n) } else { (i / cols, i % cols) };
         places.rows[rows.start + r] * places.stride + places.cols[c]
     };
-    let data = view.data();
     let mut bad = None;
-    let mut put = |i: usize, x: f64| {
+    let put = |i: usize, x: f64| {
         if !T::of(x).f64().is_finite() {
             bad.get_or_insert((i, x));
         }
         out[place(i)] = <T::Acc as Element>::of(x);
     };
-    let two = |c: &[u8]| u16::from_le_bytes([c[0], c[1]]);
     match view.dtype() {
-        Dtype::F32 => data.chunks_exact(4).enumerate().for_each(|(i, c)| {
-            put(i, f64::from(f32::from_le_bytes([c[0], c[1], c[2], c[3]])));
-        }),
-        Dtype::BF16 => data.chunks_exact(2).enumerate().for_each(|(i, c)| {
-            put(i, bf16::from_bits(two(c)).to_f64());
-        }),
-        Dtype::F16 => data.chunks_exact(2).enumerate().for_each(|(i, c)| {
-            put(i, f16::from_bits(two(c)).to_f64());
-        }),
-        Dtype::F64 => data.chunks_exact(8).enumerate().for_each(|(i, c)| {
-            put(i, f64::from_le_bytes([c[0], c[1], c[2], c[3], c[4], c[5], c[6], c[7]]));
-        }),
+        Dtype::F32 => widen(view.data(), |x: f32| f64::from(x), put),
+        Dtype::BF16 => widen(view.data(), bf16::to_f64, put),
+        Dtype::F16 => widen(view.data(), f16::to_f64, put),
+        Dtype::F64 => widen(view.data(), |x: f64| x, put),
         other => return Err(format!("is {other:?}, wanted F32, F16, BF16 or F64")),
     }
     match bad {
         Some((i, x)) => Err(format!("has {x} at element {i}, wanted finite {}", T::NAME)),
         None => Ok(()),
     }
+}
+
+/// Gives each stored number to `put`.
+fn widen<S: Pod>(data: &[u8], wide: impl Fn(S) -> f64, mut put: impl FnMut(usize, f64)) {
+    let numbers = data.chunks_exact(size_of::<S>()).map(bytemuck::pod_read_unaligned);
+    numbers.enumerate().for_each(|(i, x)| put(i, wide(x)));
 }
 
 /// A tensor to store, transposed when the writer asks for it.
@@ -353,12 +350,12 @@ fn stored<'a, T: Element, F: Float>(
     model: &'a Model<T>,
     flat: &'a [F],
 ) -> impl Iterator<Item = (String, Stored<'a, F>)> {
-    model.params.layout().tensors().iter().flat_map(move |t| {
+    model.params().layout().tensors().iter().flat_map(move |t| {
         let all = &flat[t.offset..t.offset + t.len()];
-        let transposed = is_transposed(model.family, t);
-        let places = Places::of(t, &model.spec);
+        let transposed = is_transposed(model.family(), t);
+        let places = Places::of(t, model.spec());
         let cols = places.cols.len();
-        sources(model.family, t, &model.spec).into_iter().map(move |source| {
+        sources(model.family(), t, model.spec()).into_iter().map(move |source| {
             let rows = source.rows;
             let shape = match (t.kind, t.is_vector(), transposed) {
                 (ParamKind::Score, ..) => vec![1, t.cols],
@@ -398,21 +395,21 @@ pub fn named<T: Element, F: Float>(
 /// Weights of a model in files.
 pub fn count<T: Element>(model: &Model<T>) -> usize {
     let size = |t: &ParamTensor| {
-        let p = Places::of(t, &model.spec);
+        let p = Places::of(t, model.spec());
         p.rows.len() * p.cols.len()
     };
-    model.params.layout().tensors().iter().map(size).sum()
+    model.params().layout().tensors().iter().map(size).sum()
 }
 
 /// The Hugging Face name of the tensor that holds element `i` of the flat weights or gradients.
 pub fn tensor_at<T: Element>(model: &Model<T>, i: usize) -> Option<String> {
-    let t = model.params.layout().at(i)?;
-    let places = Places::of(t, &model.spec);
+    let t = model.params().layout().at(i)?;
+    let places = Places::of(t, model.spec());
     let own = (i - t.offset) / places.stride;
     // An entry of the padding counts as the row before it.
     let row = places.rows.partition_point(|r| *r <= own).saturating_sub(1);
     let holds = |s: &Source| s.rows.contains(&row);
-    sources(model.family, t, &model.spec).into_iter().find(holds).map(|s| s.name)
+    sources(model.family(), t, model.spec()).into_iter().find(holds).map(|s| s.name)
 }
 
 /// Writes `config.json` and `model.safetensors` into an existing folder, in the layout that
@@ -435,16 +432,16 @@ pub fn save<T: Element>(dev: &Device, model: &Model<T>, dir: &Path) -> Result<()
 
 /// The loaded `config.json` with head and dtype as they are now.
 fn config<T: Element>(model: &Model<T>) -> serde_json::Map<String, Value> {
-    let mut json = model.config.json().clone();
-    let architecture = match model.head {
-        Head::Lm => model.family.causal_lm,
-        Head::Scalar => model.family.sequence_classification,
+    let mut json = model.config().json().clone();
+    let architecture = match model.head() {
+        Head::Lm => model.family().causal_lm,
+        Head::Scalar => model.family().sequence_classification,
     };
     json.insert("architectures".into(), json!([architecture]));
     // "torch_dtype" up to transformers 4, "dtype" from 5
     let key = if json.contains_key("dtype") { "dtype" } else { "torch_dtype" };
     json.insert(key.into(), json!(if size_of::<T::Acc>() == 4 { "float32" } else { "float64" }));
-    if model.head == Head::Scalar {
+    if model.head() == Head::Scalar {
         json.insert("num_labels".into(), json!(1));
         json.insert("id2label".into(), json!({"0": "LABEL_0"}));
         json.insert("label2id".into(), json!({"LABEL_0": 0}));

@@ -30,7 +30,7 @@ pub struct Role<T: Element> {
 impl<T: Element> Role<T> {
     /// A model at the start of its training.
     pub fn new(dev: &Device, name: &'static str, model: Model<T>) -> Result<Self> {
-        let layout = model.params().layout().clone();
+        let layout = model.trained().clone();
         let zeros = |what| Params::zeros(dev, what, &layout);
         let (grads, m, v) = (zeros("gradients")?, zeros("moments")?, zeros("moments")?);
         let groups = Buffer::of(dev, "groups of weights", &groups(&layout))?;

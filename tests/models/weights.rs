@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use warpo::{
     Error,
     device::{Cpu, Device, Float},
-    models::{self, Head, Model, ParamKind, Residency},
+    models::{self, Head, Model, ParamKind, Residency, WEIGHTS},
     rng::{Philox, Purpose},
 };
 
@@ -265,6 +265,16 @@ fn rows_are_where_the_formulas_want_them() {
         let part = |p: &&str| stored[&format!("model.layers.1.{p}.weight")].numbers();
         let all: Vec<f32> = parts.iter().flat_map(part).collect();
         assert_bits(parts[0], model.params().get(kind, Some(1)).unwrap().host(), &all);
+    }
+}
+
+/// Gradients of a weight and its bias are borrowed by one split of the flat buffer.
+#[test]
+fn a_bias_follows_its_weight() {
+    for pair in WEIGHTS.windows(2).filter(|pair| pair[0].bias.is_some()) {
+        assert_eq!(pair[0].bias, Some(pair[1].kind));
+        let outputs = if pair[0].rows == pair[1].rows { pair[0].cols } else { pair[0].rows };
+        assert_eq!(pair[1].cols, outputs, "{:?}", pair[1].kind);
     }
 }
 
