@@ -7,10 +7,10 @@
 //            packets (`width` 1)
 //   memory   reads inputs once and writes outputs once; bytes an element of y in bf16: forward 4,
 //            backward 6, gated forward 6, gated backward 10; twice that in f32
-//   numerics all in f32, one rounding on the way out (include/curves.cuh)
+//   numerics all in f32, one rounding on the way out (include/activation.cuh)
 //   needs    plain: 16-byte aligned buffers; gated, where `width` is a packet: the same, and cols %
 //            packet == 0; fewer than 2^31 threads: the launcher checks
-#include "include/curves.cuh"
+#include "include/activation.cuh"
 #include "include/elements.cuh"
 
 constexpr int THREADS = 256;

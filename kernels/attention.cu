@@ -4,18 +4,18 @@
 // e^s[r, j]. Training, prefill and decoding are this one kernel.
 //   shapes   qkv [rows, (q_heads + 2 kv_heads) D] bf16; out [rows, q_heads D] bf16; lse [rows,
 //            q_heads] f32; k and v [pages, kv_heads, PAGE, D] bf16; tiles [tiles, 8]
-//            (include/attention.cuh); stash [blocks, D / 2 + 4, THREADS] f32, where a part sees
-//            more than SPLIT positions; states [states, slots, q_heads, D + 8] f32, where parts go
-//            on from others. append: runs [runs, 5] are batch row, rows, first position, first page
-//            of the list, positions after them that get zeros; table as in rope.cu
-//   tiling   a block takes a part and a group of heads after the other: up to 64 rows, position by
+//            (include/attention.cuh); block_partials [blocks, D / 2 + 4, THREADS] f32, where a tile
+//            sees more than SPLIT positions; partials [partials, slots, q_heads, D + 8] f32, where
+//            tiles go on from others. append: runs [runs, 5] are batch row, rows, first position,
+//            first page of the list, positions after them that get zeros; table as in rope.cu
+//   tiling   a block takes a tile and a group of heads after the other: up to 64 rows, position by
 //            position and for each the heads of the group, 16 a warp; a page of keys comes while
 //            values are multiplied, and the other way round
 //   memory   q and out once; keys and values once for 64 rows
 //   numerics rows see pages from position 0 on, in ascending order, one at a time; f32 sums,
 //            weights rounded to bf16 for the product with v but not for their sum; softmax starts
 //            anew each SPLIT positions. So a row has the same bits in every batch, chunk and page
-//            order. A NaN of v spoils the rows that share a part
+//            order. A NaN of v spoils the rows that share a tile
 //   needs    D a multiple of 16, groups up to 64, buffers at 16 bytes, scale > 0; values of a page
 //            that were not written are 0: append sees to it
 #include "include/attention.cuh"
@@ -26,39 +26,39 @@ constexpr int PAGE = 64;
 
 template <int D>
 static __device__ void forward(bf16* out, float* lse, const bf16* qkv, const bf16* k, const bf16* v, const uint32_t* tiles,
-                               const uint32_t* pages, float* stash, float* states, int count, int slots, int q_heads, int kv_heads,
+                               const uint32_t* pages, float* block_partials, float* partials, int count, int slots, int q_heads, int kv_heads,
                                const Scoring& by) {
     using L = Lines<D>;
     Shared shared;
     bf16 *query = shared.take<bf16>(L::SIZE, 128), *key = shared.take<bf16>(L::SIZE, 128), *value = shared.take<bf16>(L::SIZE, 128);
     const int group = q_heads / kv_heads, lane = ptx::lane(), warp = threadIdx.x / 32, top = warp * 16;
     const int64_t cols = int64_t(q_heads + 2 * kv_heads) * D;
-    const Stash<D> kept = {stash + int64_t(blockIdx.x) * THREADS * Stash<D>::EACH, THREADS, int(threadIdx.x)};
-    const States<D> carried = {states, slots, q_heads};
+    const BlockPartials<D> running = {block_partials + int64_t(blockIdx.x) * THREADS * BlockPartials<D>::EACH, THREADS, int(threadIdx.x)};
+    const Partials<D> carried = {partials, slots, q_heads};
     for (int item = blockIdx.x; item < count * kv_heads; item += gridDim.x) {
-        const Part part(tiles, item / kv_heads);
-        const int g = item % kv_heads, rows = part.rows * group;
+        const WorkTile tile(tiles, item / kv_heads);
+        const int g = item % kv_heads, rows = tile.rows * group;
         // The queries, and pages of keys and of values in turn, are each a group of copies.
         auto load = [&](bf16* to, const bf16* from, int b) {
-            if (b < part.end) {
-                const bf16* page = from + (int64_t(pages[part.pages + b]) * kv_heads + g) * (PAGE * D);
+            if (b < tile.end) {
+                const bf16* page = from + (int64_t(pages[tile.pages + b]) * kv_heads + g) * (PAGE * D);
                 L::template copy<THREADS>(to, page, [&](int row) { return page + row * D; });
             }
             ptx::copy_commit();
         };
         L::template copy<THREADS>(query, qkv, [&](int row) {
-            return row < rows ? qkv + (part.at + row / group) * cols + (g * group + row % group) * D : nullptr;
+            return row < rows ? qkv + (tile.at + row / group) * cols + (g * group + row % group) * D : nullptr;
         });
-        load(key, k, part.begin);
-        load(value, v, part.begin);
+        load(key, k, tile.begin);
+        load(value, v, tile.begin);
         Softmax soft;
         float o[D / 2] = {};
         bool merged = false;
         // Of the lane's rows.
         int position[2];
-        for (int r = 0; r < 2; ++r) position[r] = part.first + (top + 8 * r + lane / 4) / group;
-        const int first = part.first + top / group, last = part.first + (top + 15) / group;
-        // f(r, row, head) of each of the lane's rows that is there: its place in the part, its
+        for (int r = 0; r < 2; ++r) position[r] = tile.first + (top + 8 * r + lane / 4) / group;
+        const int first = tile.first + top / group, last = tile.first + (top + 15) / group;
+        // f(r, row, head) of each of the lane's rows that is there: its place in the tile, its
         // head.
         auto each_row = [&](auto f) {
             for (int r = 0; r < 2; ++r) {
@@ -66,12 +66,12 @@ static __device__ void forward(bf16* out, float* lse, const bf16* qkv, const bf1
                 if (row < rows) f(r, row / group, g * group + row % group);
             }
         };
-        for (int i = 0; i < part.takes; ++i) {
-            if (i > 0) kept.put(soft, o), soft = Softmax();
-            each_row([&](int r, int row, int head) { carried.get(carried.at(part.taken + i, part.slot + row, head), soft, o, r); });
-            if (i > 0) kept.fold(soft, o, by);
+        for (int i = 0; i < tile.reads; ++i) {
+            if (i > 0) running.put(soft, o), soft = Softmax();
+            each_row([&](int r, int row, int head) { carried.get(carried.at(tile.first_read + i, tile.slot + row, head), soft, o, r); });
+            if (i > 0) running.fold(soft, o, by);
         }
-        for (int b = part.begin; b < part.end; ++b) {
+        for (int b = tile.begin; b < tile.end; ++b) {
             float x[PAGE / 2] = {}, keep[2];
             uint32_t weights[PAGE / 16][4];
             // Keys are here.
@@ -95,9 +95,9 @@ static __device__ void forward(bf16* out, float* lse, const bf16* qkv, const bf1
             __syncthreads();
             load(key, k, b + 1);
             if (top < rows) {
-                if (b * PAGE % SPLIT == 0 && (b > part.begin || part.takes > 0)) {
-                    if (merged) kept.fold(soft, o, by);
-                    kept.put(soft, o);
+                if (b * PAGE % SPLIT == 0 && (b > tile.begin || tile.reads > 0)) {
+                    if (merged) running.fold(soft, o, by);
+                    running.put(soft, o);
                     merged = true;
                     soft = Softmax();
 #pragma unroll
@@ -136,16 +136,16 @@ static __device__ void forward(bf16* out, float* lse, const bf16* qkv, const bf1
         ptx::copy_wait<0>();
         __syncthreads();
         if (top < rows) {
-            if (merged) kept.fold(soft, o, by);
-            if (part.gives >= 0) {
-                each_row([&](int r, int row, int head) { carried.put(carried.at(part.gives, part.slot + row, head), soft, o, r); });
+            if (merged) running.fold(soft, o, by);
+            if (tile.writes >= 0) {
+                each_row([&](int r, int row, int head) { carried.put(carried.at(tile.writes, tile.slot + row, head), soft, o, r); });
             }
         }
-        if (top < rows && part.gives < 0) {
+        if (top < rows && tile.writes < 0) {
             float inverse[2], all[2];
             soft.finish(inverse, all, by);
             each_row([&](int r, int row, int head) {
-                if (lane % 4 == 0) lse[int64_t(part.at + row) * q_heads + head] = all[r];
+                if (lane % 4 == 0) lse[int64_t(tile.at + row) * q_heads + head] = all[r];
             });
             for (int r = 0; r < 2; ++r) {
                 const int row = top + 8 * r + lane / 4;
@@ -162,11 +162,11 @@ static __device__ void forward(bf16* out, float* lse, const bf16* qkv, const bf1
             for (int i = lane; i < 16 * L::CHUNKS; i += 32) {
                 const int row = top + i / L::CHUNKS, c = i % L::CHUNKS;
                 if (row >= rows) continue;
-                bf16* to = out + (part.at + row / group) * int64_t(q_heads) * D + (g * group + row % group) * D;
+                bf16* to = out + (tile.at + row / group) * int64_t(q_heads) * D + (g * group + row % group) * D;
                 reinterpret_cast<uint4*>(to)[c] = *reinterpret_cast<const uint4*>(query + L::at(row, c));
             }
         }
-        // Before the next part's queries come.
+        // Before the next tile's queries come.
         __syncthreads();
     }
 }
@@ -237,9 +237,9 @@ KERNEL(THREADS, attention_append_bf16, 1, 4)(PACKED bf16* k, PACKED bf16* v, PAC
 
 #define FORWARD(D) \
     KERNEL(THREADS, attention_forward_##D##_bf16, 1, D == 128 ? 3 : 0)(PACKED bf16* out, float* lse, PACKED const bf16* qkv, \
-        PACKED const bf16* k, PACKED const bf16* v, const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* stash, \
-        OPTIONAL float* states, int count, int slots, int q_heads, int kv_heads, float scale, float cap, int window) { \
+        PACKED const bf16* k, PACKED const bf16* v, const uint32_t* tiles, const uint32_t* pages, OPTIONAL float* block_partials, \
+        OPTIONAL float* partials, int count, int slots, int q_heads, int kv_heads, float scale, float cap, int window) { \
         const Scoring by(scale, cap, window); \
-        forward<D>(out, lse, qkv, k, v, tiles, pages, stash, states, count, slots, q_heads, kv_heads, by); \
+        forward<D>(out, lse, qkv, k, v, tiles, pages, block_partials, partials, count, slots, q_heads, kv_heads, by); \
     }
 EACH_HEAD_SIZE(FORWARD)

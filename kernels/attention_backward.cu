@@ -19,8 +19,8 @@
 constexpr int THREADS = 256;
 constexpr int TILE = 64;
 // Of heads wider than 128, where more would not fit shared memory.
-constexpr int WIDE_THREADS = 128;
-constexpr int WIDE_TILE = 32;
+constexpr int THREADS_256 = 128;
+constexpr int TILE_256 = 32;
 
 // Where a lane's 16 bytes lie in lines of `LINE` chunks: those of the row and chunk that it was
 // made with, and of others `down` rows (whole eights) and c chunks on, where c has no bit below 8
@@ -38,7 +38,7 @@ struct Spot {
 // Who computes what.
 template <int WIDTH>
 struct Plan {
-    static constexpr int D = WIDTH, SIZE = D <= 128 ? TILE : WIDE_TILE, COUNT = D <= 128 ? THREADS : WIDE_THREADS;
+    static constexpr int D = WIDTH, SIZE = D <= 128 ? TILE : TILE_256, COUNT = D <= 128 ? THREADS : THREADS_256;
     static constexpr int WARPS = COUNT / 32;
     // Scores: a warp has 16 queries and as many times 16 keys.
     static constexpr int DOWN = SIZE / 16, KEYS = SIZE / 16 * DOWN / WARPS;
@@ -403,7 +403,7 @@ KERNEL(THREADS, attention_backward_delta_bf16)(float* delta, uint32_t* turns, PA
 }
 
 #define DQKV(D) \
-    KERNEL(D <= 128 ? THREADS : WIDE_THREADS, attention_backward_dqkv_##D##_bf16)(PACKED bf16* dqkv, PACKED float* sums, \
+    KERNEL(D <= 128 ? THREADS : THREADS_256, attention_backward_dqkv_##D##_bf16)(PACKED bf16* dqkv, PACKED float* sums, \
         uint32_t* turns, PACKED const bf16* dout, PACKED const bf16* qkv, const float* lse, const float* delta, \
         const uint32_t* tiles, const uint32_t* visits, int count, int q_heads, int kv_heads, float scale, float cap, \
         int window) { \

@@ -4,8 +4,8 @@
 //            [rows, 2 kv_heads, D], of a tile of keys by 64 columns. turns: two for each tile of
 //            queries and head where heads are wider than 128
 //   tiling   a block takes a tile of keys of one head after the other: 128, of which a warpgroup
-//            has 64; K and V stay in shared memory, dK and dV in registers. A warp brings tiles of
-//            up to 64 rows of queries and dout to a ring of slots. Scores are made transposed, so
+//            has 64; K and V stay in shared memory, dK and dV in registers. A warp loads tiles of
+//            up to 64 rows of queries and dout to a ring of stages. Scores are made transposed, so
 //            that p and ds go from the registers that they come in to dv and dk; for dq ds goes
 //            through shared memory, and the warpgroups take turns to multiply it. Heads wider than
 //            128: 64 keys, of scores a warpgroup has half the queries, of gradients half the
@@ -20,17 +20,17 @@
 
 // Keys of a tile, and of one of heads wider than 128: as many as leave dk and dv in registers.
 constexpr int KEYS = 128;
-constexpr int WIDE_KEYS = 64;
+constexpr int KEYS_256 = 64;
 // Rows of a tile of queries, the most.
 constexpr int ROWS = 64;
 
-// Heads of D columns; STAGES slots of queries and dout.
+// Heads of D columns; STAGES of queries and dout.
 template <int D_>
 struct Plan {
     static constexpr int D = D_, STAGES = D <= 64 ? 4 : D <= 128 ? 3 : 2;
     // Whether warpgroups have queries and columns, not keys.
     static constexpr bool WIDE = D > 128;
-    static constexpr int COUNT = WIDE ? WIDE_KEYS : KEYS;
+    static constexpr int COUNT = WIDE ? KEYS_256 : KEYS;
     // Of a warpgroup: queries of scores, and columns of gradients.
     static constexpr int QUERIES = WIDE ? 32 : 64, COLS = WIDE ? D / 2 : D;
     // Bytes of 64 columns of queries and of keys, of all columns, and of p or ds.
@@ -57,31 +57,31 @@ struct Facts {
 template <class P>
 struct Block {
     // Two of p and of ds: one is read while the next is written.
-    char *keys, *values, *slots, *slopes, *weights;
+    char *keys, *values, *stages, *slopes, *weights;
     Facts* facts;
-    // Of slots, and of keys and values.
-    uint64_t *full, *empty, *kept, *left;
+    // Barriers of stages, and of keys and values.
+    uint64_t *full, *empty, *keys_full, *keys_empty;
 
-    // `used` rows of a slot are brought.
+    // `used` rows of a stage are loaded.
     __device__ __forceinline__ explicit Block(int used) {
         Shared shared;
         keys = shared.take<char>(P::TILE, 1024);
         values = shared.take<char>(P::TILE, 1024);
-        slots = shared.take<char>(2 * P::STAGES * P::HALF, 1024);
+        stages = shared.take<char>(2 * P::STAGES * P::HALF, 1024);
         slopes = shared.take<char>(2 * P::WEIGHTS, 1024);
         weights = P::WIDE ? shared.take<char>(2 * P::WEIGHTS, 1024) : nullptr;
         facts = shared.take<Facts>(P::STAGES);
         full = shared.take<uint64_t>(P::STAGES);
         empty = shared.take<uint64_t>(P::STAGES);
-        kept = shared.take<uint64_t>(1);
-        left = shared.take<uint64_t>(1);
+        keys_full = shared.take<uint64_t>(1);
+        keys_empty = shared.take<uint64_t>(1);
         if (threadIdx.x == 0) {
             for (int s = 0; s < P::STAGES; ++s) ptx::mbarrier_init(full + s, 1), ptx::mbarrier_init(empty + s, 8);
-            ptx::mbarrier_init(kept, 1), ptx::mbarrier_init(left, 8);
+            ptx::mbarrier_init(keys_full, 1), ptx::mbarrier_init(keys_empty, 8);
             ptx::fence_barrier_init();
         }
         // The others are multiplied, by zeros.
-        for (int b = 0; b < 2 * P::STAGES * P::BOXES; ++b) clear(slots + b * P::BOX, used, ROWS, threadIdx.x, blockDim.x);
+        for (int b = 0; b < 2 * P::STAGES * P::BOXES; ++b) clear(stages + b * P::BOX, used, ROWS, threadIdx.x, blockDim.x);
         ptx::fence_async();
         __syncthreads();
     }
@@ -102,8 +102,8 @@ struct Input {
 
 // Brings keys and values, queries and dout, in the order of their use. A warp calls it.
 template <class P>
-static __device__ __forceinline__ void bring(const Block<P>& block, const Input& in, const Scoring& by) {
-    Turn<P> slot;
+static __device__ __forceinline__ void produce(const Block<P>& block, const Input& in, const Scoring& by) {
+    Phase<P> phase;
     const Groups group(in.q_heads / in.kv_heads);
     const int lane = ptx::lane(), used = in.most * group.size, blocks = gridDim.x, all = in.count * in.kv_heads;
     int parity = 1;
@@ -114,7 +114,7 @@ static __device__ __forceinline__ void bring(const Block<P>& block, const Input&
         const Keys keys(in.tiles, item / in.kv_heads);
         const int g = item % in.kv_heads, head = g * group.size;
         Steps<ROWS> next(in.visits, keys, group, used);
-        for (bool begins = true; next.there(); begins = false, slot.next()) {
+        for (bool begins = true; next.there(); begins = false, phase.next()) {
             const Rows<ROWS> rows = next.rows;
             const Visit visit = next.visit();
             const Among among(keys, visit, rows, by, P::COUNT);
@@ -129,15 +129,15 @@ static __device__ __forceinline__ void bring(const Block<P>& block, const Input&
                 const int64_t at = rows.at * int64_t(in.q_heads) + head + (there ? rows.offset(row, in.q_heads, 1) : 0);
                 base[h] = there ? in.lse[at] * LOG2E : 0.0f, delta[h] = there ? in.delta[at] : 0.0f;
             }
-            Facts& facts = block.facts[slot.slot];
-            uint64_t* full = block.full + slot.slot;
-            ptx::mbarrier_wait(block.empty + slot.slot, slot.parity ^ 1);
+            Facts& facts = block.facts[phase.stage];
+            uint64_t* full = block.full + phase.stage;
+            ptx::mbarrier_wait(block.empty + phase.stage, phase.parity ^ 1);
             for (int h = 0; h < 2; ++h) facts.base[lane + 32 * h] = base[h], facts.delta[lane + 32 * h] = delta[h];
             if (lane == 0) facts.step = step;
             ptx::sync_warp();
             if (lane == 0) {
                 ptx::mbarrier_expect(full, 2 * P::BOXES * used * 128);
-                char* to = block.slots + 2 * slot.slot * P::HALF;
+                char* to = block.stages + 2 * phase.stage * P::HALF;
                 for (int c = 0; c < P::BOXES; ++c) {
                     ptx::tma_load(to + c * P::BOX, in.q, 64 * c, head, rows.at, full);
                     ptx::tma_load(to + P::HALF + c * P::BOX, in.dout, 64 * c, head, rows.at, full);
@@ -145,21 +145,21 @@ static __device__ __forceinline__ void bring(const Block<P>& block, const Input&
             }
             if (!begins) continue;
             // Once the keys before are done with.
-            ptx::mbarrier_wait(block.left, parity);
+            ptx::mbarrier_wait(block.keys_empty, parity);
             parity ^= 1;
             if (lane == 0) {
-                ptx::mbarrier_expect(block.kept, 2 * P::TILE);
+                ptx::mbarrier_expect(block.keys_full, 2 * P::TILE);
                 for (int c = 0; c < P::BOXES; ++c) {
-                    ptx::tma_load(block.keys + c * P::KEY_BOX, in.kv, 64 * c, g, keys.at, block.kept);
-                    ptx::tma_load(block.values + c * P::KEY_BOX, in.kv, 64 * c, in.kv_heads + g, keys.at, block.kept);
+                    ptx::tma_load(block.keys + c * P::KEY_BOX, in.kv, 64 * c, g, keys.at, block.keys_full);
+                    ptx::tma_load(block.values + c * P::KEY_BOX, in.kv, 64 * c, in.kv_heads + g, keys.at, block.keys_full);
                 }
             }
         }
     }
-    ptx::mbarrier_wait(block.empty + slot.slot, slot.parity ^ 1);
+    ptx::mbarrier_wait(block.empty + phase.stage, phase.parity ^ 1);
     if (lane == 0) {
-        block.facts[slot.slot].step.count = 0;
-        ptx::mbarrier_arrive(block.full + slot.slot);
+        block.facts[phase.stage].step.count = 0;
+        ptx::mbarrier_arrive(block.full + phase.stage);
     }
 }
 
@@ -197,8 +197,8 @@ static __device__ __forceinline__ void weigh(float (&x)[N / 2], const float* bas
     });
 }
 
-// The barriers of a block: of ds in either half of its room; of a warpgroup's own; and of all that
-// multiply.
+// The barriers of a block: of ds in either half of its buffer; of a warpgroup's own; and of all
+// that multiply.
 constexpr int SLOPES = 1, OWN = 3, BOTH = 5;
 
 // Warp number `warp` of those that multiply.
@@ -213,7 +213,7 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
     const int own_key = key0 + top + lane / 4, own_column = query0 + lane % 4 * 2;
     const int used = in.most * group.size;
     float dk[COLS / 2], dv[COLS / 2];
-    Turn<P> slot;
+    Phase<P> phase;
     // The turn that is to be passed on once all have written, and the tiles of keys that are added
     // by then.
     int owed = -1, added = 0;
@@ -228,9 +228,9 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
     };
     const uint64_t key_rows = ptx::operand(block.keys + key0 * 128, 0, 1024), value_rows = ptx::operand(block.values + key0 * 128, 0, 1024);
     const uint64_t key_columns = ptx::operand(block.keys + box0 * P::KEY_BOX, P::KEY_BOX, 1024);
-    for (int count = 0;; ++count, slot.next()) {
-        ptx::mbarrier_wait(block.full + slot.slot, slot.parity);
-        const Facts& facts = block.facts[slot.slot];
+    for (int count = 0;; ++count, phase.next()) {
+        ptx::mbarrier_wait(block.full + phase.stage, phase.parity);
+        const Facts& facts = block.facts[phase.stage];
         // The same in a warp, and known to be.
         auto same = [](int x) { return ptx::shuffle(x, 0); };
         Rows<ROWS> rows(group);
@@ -238,10 +238,10 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
         if (rows.count == 0) break;
         rows.first = same(facts.step.first);
         const int keys = same(facts.step.keys), position = same(facts.step.position);
-        char *query = block.slots + 2 * slot.slot * P::HALF, *grad = query + P::HALF;
+        char *query = block.stages + 2 * phase.stage * P::HALF, *grad = query + P::HALF;
         const bool begins = same(facts.step.begins);
         if (begins) {
-            ptx::mbarrier_wait(block.kept, parity);
+            ptx::mbarrier_wait(block.keys_full, parity);
             parity ^= 1;
 #pragma unroll
             for (int i = 0; i < COLS / 2; ++i) dk[i] = dv[i] = 0.0f;
@@ -344,7 +344,7 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
             ptx::wgmma_commit();
         }
         ptx::fence_async();
-        // All of ds is there for the warpgroup whose step it is; the other goes on. The room is
+        // All of ds is there for the warpgroup whose step it is; the other goes on. The buffer is
         // written again two steps on: between, at the next step's barrier, both meet again, which
         // come there when their products of this step are done.
         const bool adds = P::WIDE || count % 2 == w;
@@ -435,18 +435,18 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
         const bool ends = same(facts.step.ends);
         const int keys_at = same(facts.step.keys_at), g = same(facts.step.g);
         ptx::sync_warp();
-        arrive(block.empty + slot.slot);
+        arrive(block.empty + phase.stage);
         if (!ends) continue;
         // The warpgroup's own values were read for the last time, behind this by all of its warps:
-        // their room takes what goes out.
+        // their buffer takes what goes out.
         pass();
         bf16* out = dqkv + keys_at * int64_t(cols) + (in.q_heads + g) * D + 64 * box0;
         auto write = [&](const float(&from)[COLS / 2], bf16* out, float scale) {
-            char* room = block.values + box0 * P::KEY_BOX;
+            char* buffer = block.values + box0 * P::KEY_BOX;
 #pragma unroll
             for (int j = 0; j < COLS / 8; ++j) {
                 for (int r = 0; r < 2; ++r) {
-                    *reinterpret_cast<uint32_t*>(room + j / 8 * P::KEY_BOX + (own_key + 8 * r) * 128 + (j % 8 ^ lane / 4) * 16 + lane % 4 * 4) =
+                    *reinterpret_cast<uint32_t*>(buffer + j / 8 * P::KEY_BOX + (own_key + 8 * r) * 128 + (j % 8 ^ lane / 4) * 16 + lane % 4 * 4) =
                         ptx::pack_bf16(from[4 * j + 2 * r] * scale, from[4 * j + 2 * r + 1] * scale);
                 }
             }
@@ -455,17 +455,17 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
                 const int row = key0 + top + i / (COLS / 8), c = i % (COLS / 8);
                 if (row >= keys) break;
                 reinterpret_cast<uint4*>(out + row * int64_t(cols))[c] =
-                    *reinterpret_cast<const uint4*>(room + c / 8 * P::KEY_BOX + row * 128 + (c % 8 ^ row % 8) * 16);
+                    *reinterpret_cast<const uint4*>(buffer + c / 8 * P::KEY_BOX + row * 128 + (c % 8 ^ row % 8) * 16);
             }
             ptx::sync_warp();
         };
         // ds is without the scale.
         write(dk, out, by.scale);
         write(dv, out + in.kv_heads * D, 1.0f);
-        // TMA may bring others there.
+        // TMA may load others there.
         ptx::fence_async();
         ptx::sync_warp();
-        arrive(block.left);
+        arrive(block.keys_empty);
     }
 }
 
@@ -476,7 +476,7 @@ static __device__ __forceinline__ void backward(bf16* dqkv, float* sums, uint32_
     const int warp = ptx::shuffle(int(threadIdx.x) / 32, 0);
     if (warp / 4 == 2) {
         ptx::registers_down<24>();
-        if (warp == 8) bring(block, in, by);
+        if (warp == 8) produce(block, in, by);
     } else {
         ptx::registers_up<240>();
         differentiate(dqkv, sums, turns, block, in, by, warp);

@@ -1,7 +1,7 @@
 // The LM head and the log-probs of its targets, without logits in memory: x = h Wᵀ, z = cap tanh(x
 // / cap) / temperature (z = x / temperature without a cap), lse = log sum_v e^z_v, logp = z_target
 // - lse, entropy = -sum_v p_v log p_v. sample: the token with the largest z + g
-// (include/choice.cuh), a draw from the softmax of z; its logp, lse. top: the same, and the k <= 32
+// (include/gumbel.cuh), a draw from the softmax of z; its logp, lse. top: the same, and the k <= 32
 // tokens with the largest z (include/top.cuh); their logp. Backward: dx_v = (dlogp (1{v = target} -
 // p_v) - dentropy p_v (z_v - lse + entropy)) (1 - tanh²) / temperature, dh = dx W, dw += dxᵀ h.
 //   shapes   h [rows, d] and w [vocab, d] bf16; targets [rows]; logp, lse and entropy [rows] f32;
@@ -31,7 +31,7 @@
 //            is rounded to bf16 before it is multiplied; dh is rounded once, after the last slice,
 //            slices in ascending order
 //   needs    d a multiple of 8, h and w at 16 bytes; the launcher checks
-#include "include/choice.cuh"
+#include "include/gumbel.cuh"
 #include "include/tiles.cuh"
 #include "include/top.cuh"
 
@@ -112,7 +112,7 @@ struct Part {
         exchange = SHARE ? shared.take<float>(T::BM * T::BN) : nullptr;
         lists = TOP ? shared.take<char>(LISTS) : nullptr;
         chunks = (vocab + CHUNK - 1) / CHUNK;
-        const Place at = place(blockIdx.x, (rows + T::BM - 1) / T::BM, chunks);
+        const RasterTile at = raster(blockIdx.x, (rows + T::BM - 1) / T::BM, chunks);
         chunk = at.across, first = chunk * CHUNK, end = first + CHUNK < vocab ? first + CHUNK : vocab, top = at.down * T::BM;
     }
     // Of the warp's.
@@ -297,7 +297,7 @@ static __device__ void gradient(bf16* dz, const bf16* h, const bf16* w, const ui
     using T = T128x128;
     Shared shared;
     char* room = shared.take<char>(T::SHARED, 128);
-    const Place at = place(blockIdx.x, (rows + T::BM - 1) / T::BM, (n + T::BN - 1) / T::BN);
+    const RasterTile at = raster(blockIdx.x, (rows + T::BM - 1) / T::BM, (n + T::BN - 1) / T::BN);
     const int i0 = at.down * T::BM, j0 = at.across * T::BN;
     Sums<T> sums;
     const Operand l = {h, rows, d, i0, T::BM / 2}, r = {w, n, d, j0, T::BN / 2};
@@ -324,7 +324,7 @@ template <class T>
 static __device__ void hidden(bf16* dh, float* sums, const bf16* dz, const bf16* w, int rows, int n, int width, int d, int first, int last) {
     Shared shared;
     char* room = shared.take<char>(T::SHARED, 128);
-    const Place at = place(blockIdx.x, (rows + T::BM - 1) / T::BM, (d + T::BN - 1) / T::BN);
+    const RasterTile at = raster(blockIdx.x, (rows + T::BM - 1) / T::BM, (d + T::BN - 1) / T::BN);
     const int i0 = at.down * T::BM, j0 = at.across * T::BN;
     Sums<T> own;
     const Operand l = {dz, rows, width, i0, T::BM / 2}, r = {w, d, d, j0, T::BN / 2};
@@ -349,7 +349,7 @@ static __device__ void weight(float* dw, const bf16* dz, const bf16* h, int rows
     using T = T128x128;
     Shared shared;
     char* room = shared.take<char>(T::SHARED, 128);
-    const Place at = place(blockIdx.x, (n + T::BM - 1) / T::BM, (d + T::BN - 1) / T::BN);
+    const RasterTile at = raster(blockIdx.x, (n + T::BM - 1) / T::BM, (d + T::BN - 1) / T::BN);
     const int i0 = at.down * T::BM, j0 = at.across * T::BN;
     Sums<T> own;
     const Operand l = {dz, n, width, i0, T::BM / 2}, r = {h, d, d, j0, T::BN / 2};

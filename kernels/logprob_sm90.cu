@@ -5,14 +5,14 @@
 //            the reduced axis by a tile's rows (half of w's), w of hidden and results 64 by 64
 //   tiling   a block goes from chunk to chunk of the vocabulary; for one it has rows, whose tiles
 //            it computes one after the other while the next one's operands come. 128x256: two
-//            warpgroups, and two blocks are a cluster that brings w once. 128x128 and 64x128: where
+//            warpgroups, and two blocks are a cluster that loads w once. 128x128 and 64x128: where
 //            there are no more rows than that, and for top, which needs shared memory for lists.
 //            Backward: tiles as in matmul_sm90.cu, whose backward_weight makes dw
 //   memory   as in logprob.cu; dz and dh go out by TMA from shared memory, 64 x 64 at a time, under
 //            the next tile
 //   numerics as in logprob.cu, with the sums of wgmma: the same bits in all tiles
 //   needs    d a multiple of 8, h and w at 16 bytes, at least one row
-#include "include/choice.cuh"
+#include "include/gumbel.cuh"
 #include "include/tiles_sm90.cuh"
 #include "include/top.cuh"
 
@@ -25,8 +25,8 @@ using Lists = Top<16>;
 template <int CONSUMERS, int STAGES>
 struct WithTop : Tile<128, CONSUMERS, STAGES, 1, false> {
     using T = Tile<128, CONSUMERS, STAGES, 1, false>;
-    static constexpr int ROOM = 4 * CONSUMERS * Lists::BYTES;
-    static_assert(STAGES * T::SLOT + (STAGES + 1) * 16 + ROOM <= 227 * 1024, "what a block has");
+    static constexpr int LIST_BYTES = 4 * CONSUMERS * Lists::BYTES;
+    static_assert(STAGES * T::STAGE + (STAGES + 1) * 16 + LIST_BYTES <= 227 * 1024, "what a block has");
 };
 using Top128x128 = WithTop<2, 5>;
 using Top64x128 = WithTop<1, 8>;
@@ -43,14 +43,14 @@ static __device__ void sample(float* partial, const ptx::TensorMap* h, const ptx
     State states[2];
     Choice best[2];
     each_tile<T, false, false, CHUNK / T::BN>(Operands{h, w, T::BN / 2, d}, down, chunks, CHUNK,
-                                             [&](const Ring<T>& ring, Turn<T>& turn, int group, int i0, int j0) {
+                                             [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
         if (j0 % CHUNK == 0) {
             for (int i = 0; i < 2; ++i) states[i] = State(), best[i] = Choice();
         }
         const int warp = threadIdx.x / 32 - 4, first = i0 + threadIdx.x % 128 / 32 * 16;
         const Lists top(ring.out, warp, k);
         float sums[T::BN / 2], none[4];
-        multiply<T, false, false>(sums, none, ring, turn, d, group);
+        multiply<T, false, false>(sums, none, ring, phase, d, group);
 #pragma unroll
         for (int v = 0; v < T::BN; v += COLUMNS) {
             if (j0 + v >= vocab) break;
@@ -86,7 +86,7 @@ static __device__ void forward(float* partial, const ptx::TensorMap* h, const pt
     State states[2];
     uint32_t target[2];
     each_tile<T, false, false, CHUNK / T::BN>(Operands{h, w, T::BN / 2, d}, down, chunks, CHUNK,
-                                             [&](const Ring<T>& ring, Turn<T>& turn, int group, int i0, int j0) {
+                                             [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
         if (j0 % CHUNK == 0) {
             for (int i = 0; i < 2; ++i) {
                 const int row = i0 + own_row() + 8 * i;
@@ -95,7 +95,7 @@ static __device__ void forward(float* partial, const ptx::TensorMap* h, const pt
             }
         }
         float sums[T::BN / 2], none[4];
-        multiply<T, false, false>(sums, none, ring, turn, d, group);
+        multiply<T, false, false>(sums, none, ring, phase, d, group);
 #pragma unroll
         for (int v = 0; v < T::BN; v += COLUMNS) {
             if (j0 + v >= vocab) break;
@@ -137,7 +137,7 @@ static __device__ void gradient(const ptx::TensorMap* dz, const ptx::TensorMap* 
     const int down = (rows + T::BM - 1) / T::BM, across = (n + T::BN - 1) / T::BN;
     int sent = 0;
     each_tile<T, false, false>(Operands{h, w, T::BN / 2, d}, down, across, T::BN,
-                               [&](const Ring<T>& ring, Turn<T>& turn, int group, int i0, int j0) {
+                               [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
         // Of z: p = e^(z - all), and its gradient -p (dlogp + dentropy (z - all + entropy)) = p
         // (slope + bend (z - all)).
         float all[2] = {}, slope[2] = {}, bend[2] = {};
@@ -153,7 +153,7 @@ static __device__ void gradient(const ptx::TensorMap* dz, const ptx::TensorMap* 
         }
         plain = ptx::ballot(!plain) == 0;
         float sums[T::BN / 2], none[4];
-        multiply<T, false, false>(sums, none, ring, turn, d, group);
+        multiply<T, false, false>(sums, none, ring, phase, d, group);
         // A part of 64 columns after the other, and so not all of them in registers twice.
 #pragma unroll
         for (int v = 0; v < T::BN; v += 64) {
@@ -205,9 +205,9 @@ static __device__ void hidden(const ptx::TensorMap* dh, float* sums, const ptx::
     const int down = (rows + T::BM - 1) / T::BM, across = (d + T::BN - 1) / T::BN;
     int sent = 0;
     each_tile<T, false, true>(Operands{dz, w, 0, n}, down, across, T::BN,
-                              [&](const Ring<T>& ring, Turn<T>& turn, int group, int i0, int j0) {
+                              [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
         float own[T::BN / 2], none[4];
-        multiply<T, false, true>(own, none, ring, turn, n, group);
+        multiply<T, false, true>(own, none, ring, phase, n, group);
         uint32_t made[T::BN / 4];
 #pragma unroll
         for (int j = 0; j < T::BN / 8; ++j) {

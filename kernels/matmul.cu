@@ -14,7 +14,7 @@
 //            as by activation.cu. dw += adds the sum of this call to what is there: its bits depend
 //            on how rows are split over calls
 //   needs    n and k multiples of 8, all bf16 buffers at 16 bytes; the launcher checks
-#include "include/curves.cuh"
+#include "include/activation.cuh"
 #include "include/tiles.cuh"
 
 //                       BM   BN  WM  WN  DEPTH STAGES
@@ -27,7 +27,7 @@ template <class T, class F>
 static __device__ __forceinline__ void tile(int m, int n, F f) {
     Shared shared;
     char* room = shared.take<char>(T::SHARED, 128);
-    const Place at = place(blockIdx.x, (m + T::BM - 1) / T::BM, (n + T::BN - 1) / T::BN);
+    const RasterTile at = raster(blockIdx.x, (m + T::BM - 1) / T::BM, (n + T::BN - 1) / T::BN);
     f(at.down * T::BM, at.across * T::BN, reinterpret_cast<bf16*>(room), reinterpret_cast<float*>(room));
 }
 
@@ -58,7 +58,7 @@ static __device__ void activated(bf16* y, bf16* up, const bf16* x, const bf16* w
     constexpr int WIDTH = GATED ? T::BN / 2 : T::BN;
     Shared shared;
     char* memory = shared.take<char>(T::SHARED, 128);
-    const Place at = place(blockIdx.x, (m + T::BM - 1) / T::BM, (n + WIDTH - 1) / WIDTH);
+    const RasterTile at = raster(blockIdx.x, (m + T::BM - 1) / T::BM, (n + WIDTH - 1) / WIDTH);
     const int i0 = at.down * T::BM, j0 = at.across * WIDTH, cols = GATED ? 2 * n : n;
     Sums<T> sums;
     const Operand r = {w, cols, k, j0, GATED ? n : T::BN / 2};

@@ -5,14 +5,14 @@
 //            boxes of 64 rows by 64 columns
 //   tiling   a block a multiprocessor, which goes on to further tiles while it sends results; the
 //            tile's size is in the kernel's name. 128x256 and 128x128: two blocks are a cluster
-//            that brings the shared operand once
+//            that loads the shared operand once
 //   memory   as in matmul.cu; results in bf16 go out by TMA from shared memory, 64 x 64 at a time,
 //            under the next tile
 //   numerics as in matmul.cu, with the sums of wgmma: rows do not see their batch in any of these
 //            tiles
 //   needs    n and k multiples of 8, all bf16 buffers at 16 bytes, at least one row of the reduced
 //            axis
-#include "include/curves.cuh"
+#include "include/activation.cuh"
 #include "include/tiles_sm90.cuh"
 
 //                BN  CONSUMERS STAGES CLUSTER
@@ -78,10 +78,10 @@ static __device__ void forward(const Results& y, const ptx::TensorMap* x, const 
                                int m, int n, int k) {
     const int down = (m + T::BM - 1) / T::BM, across = (n + T::BN - 1) / T::BN;
     int sent = 0;
-    each_tile<T, false, COLUMNS>(Operands{x, w, T::BN / 2, k}, down, across, T::BN, [&](const Ring<T>& ring, Turn<T>& turn, int group, int i0, int j0) {
+    each_tile<T, false, COLUMNS>(Operands{x, w, T::BN / 2, k}, down, across, T::BN, [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
         constexpr int EIGHTS = TURN<T::BN>;
         float sums[T::BN / 2], none[4];
-        multiply<T, false, COLUMNS>(sums, none, ring, turn, k, group);
+        multiply<T, false, COLUMNS>(sums, none, ring, phase, k, group);
 #pragma unroll
         for (int j = 0; j < T::BN / 8; j += EIGHTS) {
             const int first = j0 + 8 * j;
@@ -110,9 +110,9 @@ static __device__ void activated(const Results& y, const Results& gate, const Re
     const int down = (m + T::BM - 1) / T::BM, across = (n + WIDTH - 1) / WIDTH;
     int sent = 0;
     const Operands o = {x, w, GATED ? n : T::BN / 2, k};
-    each_tile<T, false, false>(o, down, across, WIDTH, [&](const Ring<T>& ring, Turn<T>& turn, int group, int i0, int j0) {
+    each_tile<T, false, false>(o, down, across, WIDTH, [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
         float sums[T::BN / 2], none[4];
-        multiply<T, false, false>(sums, none, ring, turn, k, group);
+        multiply<T, false, false>(sums, none, ring, phase, k, group);
 #pragma unroll
         for (int j = 0; j < WIDTH / 8; j += EIGHTS) {
             const int first = j0 + 8 * j;
@@ -131,12 +131,12 @@ static __device__ void activated(const Results& y, const Results& gate, const Re
             };
             if constexpr (T::SENDS) {
                 // From what was just sent, so that the function's code is there once: the gate was
-                // in this room before, and the partner, or what there is without a gate, is in the
-                // other.
-                send_written(ring, group, sent, y.map, first, i0, [&](char* room, char* before) {
+                // in this buffer before, and the partner, or what there is without a gate, is in
+                // the other.
+                send_written(ring, group, sent, y.map, first, i0, [&](char* buffer, char* before) {
                     with_activation(act, [&](auto curve) {
-                        each_word<1>(room, [&](uint32_t& word, int, int) {
-                            const uint32_t last = *reinterpret_cast<uint32_t*>(before + (reinterpret_cast<char*>(&word) - room));
+                        each_word<1>(buffer, [&](uint32_t& word, int, int) {
+                            const uint32_t last = *reinterpret_cast<uint32_t*>(before + (reinterpret_cast<char*>(&word) - buffer));
                             word = made(curve, GATED ? word : last, last);
                         });
                     });
@@ -157,7 +157,7 @@ template <class T>
 static __device__ void backward_weight(float* dw, float* dbias, const ptx::TensorMap* dy, const ptx::TensorMap* x, int m, int n, int k) {
     const int down = (n + T::BM - 1) / T::BM, across = (k + T::BN - 1) / T::BN;
     bool filled = false;
-    each_tile<T, true, true>(Operands{dy, x, 0, m}, down, across, T::BN, [&](const Ring<T>& ring, Turn<T>& turn, int group, int i0, int j0) {
+    each_tile<T, true, true>(Operands{dy, x, 0, m}, down, across, T::BN, [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
         float sums[T::BN / 2], ones[4];
         if (dbias != nullptr && j0 == 0) {
             // 8 rows of 64 ones, where other kernels have their results.
@@ -168,14 +168,14 @@ static __device__ void backward_weight(float* dw, float* dbias, const ptx::Tenso
                 ptx::barrier(1 + group, 128);
                 filled = true;
             }
-            multiply<T, true, true, true>(sums, ones, ring, turn, m, group, column);
+            multiply<T, true, true, true>(sums, ones, ring, phase, m, group, column);
             // Every column of the product is the sum; the first lane of a row has the first.
             for (int h = 0; h < 2; ++h) {
                 const int row = i0 + own_row() + 8 * h;
                 if (own_col() == 0 && row < n) dbias[row] += ones[2 * h];
             }
         } else {
-            multiply<T, true, true>(sums, ones, ring, turn, m, group);
+            multiply<T, true, true>(sums, ones, ring, phase, m, group);
         }
 #pragma unroll
         for (int j = 0; j < T::BN / 8; j += 8) {

@@ -9,7 +9,7 @@
 //            only
 //   needs    a token or more, a share of whole packets. The column begins anywhere, and is accessed
 //            16 bytes at once where that is possible
-#include "include/tokens.cuh"
+#include "include/columns.cuh"
 
 constexpr int THREADS = 256;
 

@@ -17,18 +17,18 @@ constexpr int SPLIT = 1024;
 
 // Rows of queries that attend together: `rows` rows of the batch from row `at` on, all heads of a
 // group; consecutive positions of a sequence from `first` on, or rows that all see all they are
-// given. They see blocks [begin, end) of keys, whose pages are listed from `pages` on. A part may
-// go on from what others left, states [taken, taken + takes) of its rows, of which the first row's
-// is number `slot`; and leaves state `gives`, or finishes where that is negative. Eight words,
-// which src/ops/attention/parts.rs writes.
-struct Part {
-    int at, rows, first, pages, begin, end, slot, taken, takes, gives;
+// given. They see blocks [begin, end) of keys, whose pages are listed from `pages` on. A tile may
+// go on from partials [first_read, first_read + reads) of its rows, of which the first row's is
+// number `slot`; and writes partial `writes`, or finishes where that is negative. Eight words,
+// which src/ops/attention/partition.rs writes.
+struct WorkTile {
+    int at, rows, first, pages, begin, end, slot, first_read, reads, writes;
 
-    Part() = default;
-    __device__ __forceinline__ Part(const uint32_t* words, int t) {
+    WorkTile() = default;
+    __device__ __forceinline__ WorkTile(const uint32_t* words, int t) {
         const uint32_t* w = words + 8 * int64_t(t);
         at = w[0], rows = w[1], first = w[2], pages = w[3], begin = w[4], end = w[5], slot = w[6];
-        taken = w[7] & 0xFF, takes = w[7] >> 8 & 0xFF, gives = int(w[7] >> 16) - 1;
+        first_read = w[7] & 0xFF, reads = w[7] >> 8 & 0xFF, writes = int(w[7] >> 16) - 1;
     }
 };
 
@@ -132,9 +132,9 @@ static __device__ __forceinline__ void rescale(float (&o)[D / 2], const float (&
     for (int i = 0; i < D / 2; ++i) o[i] *= by[i / 2 % 2];
 }
 
-// Where thread `own` of `threads` keeps merged parts of its rows: maxima, sums, accumulators.
+// Where thread `own` of `threads` keeps merged partials of its rows: maxima, sums, accumulators.
 template <int D>
-struct Stash {
+struct BlockPartials {
     // Volatile, so that few of them are loaded at once: registers.
     volatile float* room;
     int threads, own;
@@ -147,7 +147,7 @@ struct Stash {
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) at(4 + i) = o[i];
     }
-    // Merges what is kept with the part that follows it: the whole is kept.
+    // Merges what is kept with the partial that follows it: the whole is kept.
     __device__ __forceinline__ void add(const Softmax& s, const float (&o)[D / 2], const Scoring& by) const {
         float keep[2], take[2];
         const Softmax all = merged(s, keep, take, by);
@@ -172,14 +172,14 @@ struct Stash {
     }
 };
 
-// States of rows between launches, [states, slots, q_heads, D + 8]: the accumulators, the four
+// Partials of rows between launches, [partials, slots, q_heads, D + 8]: the accumulators, the four
 // lanes' sums, the maximum.
 template <int D>
-struct States {
+struct Partials {
     float* x;
     int slots, q_heads;
 
-    // Of state i, slot and head.
+    // Partial i of a slot and head.
     __device__ __forceinline__ float* at(int i, int slot, int head) const {
         return x + ((int64_t(i) * slots + slot) * q_heads + head) * (D + 8);
     }

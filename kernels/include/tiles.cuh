@@ -5,7 +5,7 @@
 #pragma once
 
 #include "kernel.cuh"
-#include "place.cuh"
+#include "raster.cuh"
 
 // A tile of BM x BN, of which a warp has WM x WN; DEPTH of k are a stage, STAGES of them under way.
 template <int BM_, int BN_, int WM_, int WN_, int DEPTH_, int STAGES_>

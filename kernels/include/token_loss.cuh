@@ -12,7 +12,7 @@
 // src/ops/token_loss.rs says how to add a loss.
 #pragma once
 
-#include "tokens.cuh"
+#include "columns.cuh"
 
 // What a functor returns: gradients, then sums in the order of the struct in Rust, of which the
 // first is 1, so that over all tokens it is their weight; then maxima, of numbers of at least 0.

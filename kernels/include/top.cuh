@@ -3,7 +3,7 @@
 // order of all z and tokens, so what is best is the same in whatever order they come.
 #pragma once
 
-#include "online.cuh"
+#include "online_softmax.cuh"
 
 // A list's numbers: a lane each.
 constexpr int MOST = 32;

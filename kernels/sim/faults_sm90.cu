@@ -1,6 +1,7 @@
 // Kernels for Hopper that make the mistake they are told to, to show that the simulator finds it;
 // the test says what it must say. `mistake` 0 is none, which must be clean.
 #include "../include/kernel.cuh"
+#include "../include/ptx_sm90.cuh"
 
 // y [128, 64] = A B^T for A [128, 256] and B [64, 256], the sum of the first half of k taken away
 // from that of the second: TMA fills two slots of 64 k, a warpgroup each multiplies 64 rows.

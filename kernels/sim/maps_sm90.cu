@@ -2,6 +2,7 @@
 // of the PTX ISA ("Asynchronous warpgroup level matrix instructions", "Tensor data movement") and
 // knows what must come out.
 #include "../include/kernel.cuh"
+#include "../include/ptx_sm90.cuh"
 
 constexpr int LEFT = 8192, RIGHT = 65536;
 

@@ -21,7 +21,7 @@ pub const PARTS: usize = 256;
 /// Tokens that a block takes at a time: 16 bytes a thread.
 const TILE: usize = 4 * kernels::sums::THREADS;
 
-/// How kernels divide a column of tokens (`kernels/include/tokens.cuh`), as their number says and
+/// How kernels divide a column of tokens (`kernels/include/columns.cuh`), as their number says and
 /// nothing else.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Parts {

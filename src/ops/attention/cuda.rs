@@ -128,9 +128,9 @@ pub(super) fn forward<T: Element>(
     const OP: &str = "attention";
     check(OP, shape)?;
     let (partition, words) = partition(OP, cuda, batch, shape, Some(kv.pages(shape)))?;
-    let ([slots, partials], own) = (partition.partials, block_partials_len(cuda, shape));
-    let scratch = to.scratch.scratch(OP, own + partials_len(shape, slots, partials))?;
-    let (mut stash, mut states) = scratch.split_at(own);
+    let ([slots, each], own) = (partition.partials, block_partials_len(cuda, shape));
+    let scratch = to.scratch.scratch(OP, own + partials_len(shape, slots, each))?;
+    let (mut block_partials, mut partials) = scratch.split_at(own);
     let (scale, cap, window) = scoring::<T>(shape);
     let mut done = 0;
     for (count, tile) in partition.launches.into_iter().zip(partition.tiles) {
@@ -142,8 +142,8 @@ pub(super) fn forward<T: Element>(
             v: kv.v.view(),
             tiles: words.range(8 * done..8 * (done + count)),
             pages: batch.pages,
-            stash: (partition.longest > SPLIT).then(|| stash.reborrow()),
-            states: Some(states.reborrow()),
+            block_partials: (partition.longest > SPLIT).then(|| block_partials.reborrow()),
+            partials: Some(partials.reborrow()),
             count,
             slots,
             q_heads: shape.q_heads,

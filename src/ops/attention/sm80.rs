@@ -39,7 +39,7 @@ pub(super) fn forward<T: Element>(
 
 /// Positions of a tile of keys, and rows of a tile of queries.
 pub(super) fn backward_tile(shape: &Shape) -> usize {
-    if shape.head_dim <= 128 { gradient::TILE } else { gradient::WIDE_TILE }
+    if shape.head_dim <= 128 { gradient::TILE } else { gradient::TILE_256 }
 }
 
 pub(super) fn backward<T: Element>(

@@ -21,7 +21,7 @@ const WIDE: usize = 64;
 
 /// Positions of a page: fewer where a head is wide, as its sums take the registers.
 pub(super) fn page(shape: &Shape) -> usize {
-    if shape.head_dim > 128 { kernel::WIDE_HEAD_PAGE } else { kernel::PAGE }
+    if shape.head_dim > 128 { kernel::PAGE_256 } else { kernel::PAGE }
 }
 
 /// Threads of all blocks that merge split-KV partials: as many in both kernels.
@@ -113,8 +113,8 @@ pub(super) fn forward<T: Element>(
         v: pages(v)?,
         tiles: args.tiles,
         pages: args.pages,
-        stash: args.stash,
-        states: args.states,
+        block_partials: args.block_partials,
+        partials: args.partials,
         count,
         slots: args.slots,
         q_heads,
@@ -129,7 +129,7 @@ pub(super) fn forward<T: Element>(
 
 /// Positions of a tile of keys, and rows of a tile of queries, whole positions.
 pub(super) fn backward_tiles(shape: &Shape) -> [usize; 2] {
-    let keys = if shape.head_dim <= 128 { gradient::KEYS } else { gradient::WIDE_KEYS };
+    let keys = if shape.head_dim <= 128 { gradient::KEYS } else { gradient::KEYS_256 };
     [keys, gradient::ROWS / shape.group() * shape.group()]
 }
 

@@ -6,10 +6,10 @@
 // The tile of C, of `down` by `across` of them, that comes as number t: eight of a column, then
 // those of the next column, so that tiles computed together share rows of both operands in the L2
 // cache.
-struct Place {
+struct RasterTile {
     int down, across;
 };
-static __device__ __forceinline__ Place place(int t, int down, int across) {
+static __device__ __forceinline__ RasterTile raster(int t, int down, int across) {
     constexpr int BAND = 8;
     const int band = t / (BAND * across), first = band * BAND, high = down - first < BAND ? down - first : BAND;
     const int in = t - first * across;

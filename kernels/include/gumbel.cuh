@@ -3,7 +3,7 @@
 // alone (include/philox.cuh), bit for bit as src/ops/logprob/sample.rs.
 #pragma once
 
-#include "online.cuh"
+#include "online_softmax.cuh"
 #include "philox.cuh"
 
 // The best so far; the lowest id among equals. A NaN is never chosen.
