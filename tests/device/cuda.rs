@@ -313,6 +313,18 @@ fn entries_of_hopper_have_clusters_and_tensor_maps() {
 }
 
 #[test]
+fn instances_come_from_a_list() {
+    let text = "constexpr int FEW = 64;\n#define EACH_TILE(X) X(16x8, FEW) X(32x8, 128)\n\
+                #define RUN(TILE, COUNT) \\\n    KERNEL(COUNT <= 64 ? 32 : COUNT, \
+                x_run_##TILE##_bf16, 1, 0)(bf16* y) { run<T##TILE>(y); }\nEACH_TILE(RUN)\n";
+    let [a, b] = &scan::entries(text).unwrap()[..] else { panic!("two") };
+    assert_eq!((&a.name[..], a.threads, a.beside), ("x_run_16x8_bf16", 32, 1));
+    assert_eq!((b.family(), b.threads), (("x_run", vec![32, 8]), 128));
+    let e = scan::entries("#define RUN(A, B) KERNEL(B, x)()\n#define EACH_A(X) X(1)\nEACH_A(RUN)");
+    assert!(e.unwrap_err().starts_with("EACH_A: "));
+}
+
+#[test]
 fn the_simulator_plays_two_machines() {
     let Some(sim) = Sim::build(Variant::Plain) else { return };
     let hopper = |dev: Device| {

@@ -428,10 +428,12 @@ fn instructions_stay_in_ptx() {
     }
 }
 
-/// A kernel file opens with the headings of the house.
+/// A kernel file opens with the headings of the house; those of a loss stand in token_loss.cuh.
 #[test]
 fn kernels_open_with_their_headings() {
+    let loss = fs::read_to_string(folder().join("include/token_loss.cuh")).unwrap();
     for (stem, text, entries) in sources() {
+        let text = if text.contains("include/token_loss.cuh\"") { &loss } else { &text };
         let head: Vec<&str> = text.lines().take_while(|l| l.starts_with("//")).collect();
         for heading in ["shapes", "tiling", "memory", "numerics", "needs"] {
             let there = head.iter().any(|l| l.starts_with(&format!("//   {heading} ")));
