@@ -94,14 +94,16 @@ pub fn check<F: Fn(&Sim)>(test: F) {
     }
 }
 
-/// Runs `test` on each architecture that the simulator plays, without sanitizers: those look at
-/// single kernels; or on a GPU, where `$WARPO_GPU` names one.
+/// Runs `test` on sm_80 and, where `WARPO_SIM=all` asks for it, on every architecture that the
+/// simulator plays, without sanitizers, which look at single kernels; or on a GPU, where
+/// `$WARPO_GPU` names one.
 pub fn on_devices(mut test: impl FnMut(&Device)) {
     if let Some(gpu) = Sim::of_gpu() {
         return test(&gpu.device(Order::default()));
     }
     let Some(sim) = Sim::build(Variant::Plain) else { return };
-    for arch in [Arch::Sm80, Arch::Sm90] {
+    let archs = if all() { &[Arch::Sm80, Arch::Sm90][..] } else { &[Arch::Sm80] };
+    for &arch in archs {
         test(&sim.device_as(Order::default(), arch));
     }
 }
