@@ -32,9 +32,10 @@ use warpo::{
         activation::{self, Activation},
         adamw,
         bradley_terry::{self, Pairs},
-        embedding, gae, grad_norm, layer_norm, next_ids, nll,
+        embedding, gae, grad_norm, next_ids, nll,
+        norm::{self, Norm, NormGrads, NormKept, NormOut, NormSpec},
         ppo_loss::{self, PpoLoss, PpoTokens},
-        residual, rms_norm,
+        residual,
         rope::{self, Rope, Table},
         sample,
         value_loss::{self, ValueLoss, ValueTokens},
@@ -176,46 +177,28 @@ fn copy(b: &Bench) -> f64 {
 fn norms(b: &mut Bench) {
     let Sizes { rows, hidden, .. } = b.sizes;
     let n = rows * hidden;
-    let (x, mut y) = (b.inputs::<bf16>(1, n), b.inputs::<bf16>(2, n));
-    let (dy, w) = (b.inputs::<bf16>(3, n), b.input::<bf16>(4, hidden));
-    let mut stream = b.inputs::<bf16>(8, n);
-    let (mut rstd, mut dw) = (b.input::<f32>(5, rows), b.input::<f32>(6, hidden));
-    let mut scratch = b.input::<f32>(7, rms_norm::scratch_len(rows, hidden));
-    b.run("rms_norm/forward", 4 * n, |dev, i| {
-        let (y, rstd) = (y[i].view_mut(), rstd.view_mut());
-        rms_norm::forward(dev, y, rstd, x[i].view(), w.view(), 1e-5).unwrap();
-    });
-    b.run("rms_norm/add_forward", 8 * n, |dev, i| {
-        let (y, rstd) = (y[i].view_mut(), rstd.view_mut());
-        let x = stream[i].view_mut();
-        rms_norm::add_forward(dev, y, rstd, x, dy[i].view(), w.view(), 1e-5).unwrap();
-    });
-    b.run("rms_norm/backward", 6 * n, |dev, i| {
-        let (dx, dw, scratch) = (y[i].view_mut(), dw.view_mut(), scratch.view_mut());
-        let (dy, x, w, rstd) = (dy[i].view(), x[i].view(), w.view(), rstd.view());
-        rms_norm::backward(dev, dx, dw, scratch, dy, x, w, rstd, false).unwrap();
-    });
-}
-
-fn layer_norms(b: &mut Bench) {
-    let Sizes { rows, hidden, .. } = b.sizes;
-    let n = rows * hidden;
     let (x, mut y, dy) = (b.inputs::<bf16>(1, n), b.inputs::<bf16>(2, n), b.inputs::<bf16>(3, n));
     let (w, bias) = (b.input::<bf16>(4, hidden), b.input::<bf16>(5, hidden));
     let [mut mean, mut rstd] = [6, 7].map(|i| b.input::<f32>(i, rows));
     let [mut dw, mut db] = [8, 9].map(|i| b.input::<f32>(i, hidden));
-    let mut scratch = b.input::<f32>(10, layer_norm::scratch_len(rows, hidden));
-    b.run("layer_norm/forward", 4 * n, |dev, i| {
-        let (y, mean, rstd) = (y[i].view_mut(), mean.view_mut(), rstd.view_mut());
-        let (x, w, b) = (x[i].view(), w.view(), bias.view());
-        layer_norm::forward(dev, y, mean, rstd, x, w, b, 1e-5).unwrap();
-    });
-    b.run("layer_norm/backward", 6 * n, |dev, i| {
-        let (dx, dw, db) = (y[i].view_mut(), dw.view_mut(), db.view_mut());
-        let (dy, x, w, scratch) = (dy[i].view(), x[i].view(), w.view(), scratch.view_mut());
-        let (mean, rstd) = (mean.view(), rstd.view());
-        layer_norm::backward(dev, dx, dw, db, scratch, dy, x, w, mean, rstd, false).unwrap();
-    });
+    for (name, norm) in [("rms", Norm::Rms), ("layer", Norm::Layer)] {
+        let spec = NormSpec { norm, one_plus: false, eps: 1e-5, heads: 1 };
+        let layer = norm == Norm::Layer;
+        let mut scratch = b.input::<f32>(10, norm::scratch_len(norm, rows, hidden));
+        b.run(&format!("norm/{name}/forward"), 4 * n, |dev, i| {
+            let (y, mean, rstd) = (y[i].view_mut().into(), mean.view_mut(), rstd.view_mut());
+            let b = layer.then(|| bias.view());
+            norm::forward(dev, spec, NormOut { y, mean, rstd }, x[i].view(), w.view(), b).unwrap();
+        });
+        b.run(&format!("norm/{name}/backward"), 6 * n, |dev, i| {
+            let (dx, dw, scratch) = (y[i].view_mut(), dw.view_mut(), scratch.view_mut());
+            let db = layer.then(|| db.view_mut());
+            let grads = NormGrads { dx, add: false, dw, db, scratch };
+            let (w, mean, rstd) = (w.view(), mean.view(), rstd.view());
+            let kept = NormKept { x: x[i].view().into(), w, mean, rstd };
+            norm::backward(dev, spec, grads, dy[i].view(), kept).unwrap();
+        });
+    }
 }
 
 fn elementwise(b: &mut Bench) {
@@ -382,7 +365,7 @@ fn main() {
     let mut b = Bench { criterion, dev, sizes, tiny, copy: f64::NAN, results: Vec::new() };
     b.copy = copy(&b);
     println!("a copy moves {:.0} GB/s", b.copy / 1e9);
-    let bandwidth = [norms, layer_norms, elementwise, losses, sampling, optimizer];
+    let bandwidth = [norms, elementwise, losses, sampling, optimizer];
     for group in bandwidth.into_iter().chain([products, heads, attention, gradients]) {
         group(&mut b);
     }

@@ -10,7 +10,7 @@ mod support;
 use criterion::{Criterion, criterion_group, criterion_main};
 use support::{Work, bench, device, fma, moves, randn};
 use warpo::{
-    device::{Arena, Buffer, View},
+    device::{Arena, Buffer, View, ViewMut},
     ops::{
         activation::{self, Activation},
         adamw,
@@ -18,11 +18,12 @@ use warpo::{
         bradley_terry::{self, Pairs},
         embedding, gae, grad_norm,
         kl::KlEstimator,
-        layer_norm, logprob,
+        logprob,
         matmul::{self, Packed},
         nll,
+        norm::{self, Norm, NormGrads, NormKept, NormOut, NormSpec},
         ppo_loss::{self, KlTerm, PpoLoss, PpoTokens},
-        residual, rms_norm,
+        residual,
         rope::{self, Rope, Table},
         sample, scalar_head,
         value_loss::{self, ValueLoss, ValueTokens},
@@ -203,28 +204,25 @@ fn norms(c: &mut Criterion) {
     let (mut y, mut dx) = (vec![0.0; n], vec![0.0; n]);
     let (mut mean, mut rstd) = (vec![0.0; ROWS], vec![0.0; ROWS]);
     let (mut dw, mut db) = (vec![0.0; HIDDEN], vec![0.0; HIDDEN]);
-    let mut scratch = vec![0.0; layer_norm::scratch_len(ROWS, HIDDEN)];
-    bench(&mut g, "rms_norm/forward/cpu/f32/2048x768", moves(2 * n), || {
-        let (y, rstd) = ((&mut y).into(), (&mut rstd).into());
-        rms_norm::forward(dev, y, rstd, (&x).into(), (&w).into(), 1e-6).unwrap();
-    });
-    bench(&mut g, "rms_norm/backward/cpu/f32/2048x768", moves(3 * n), || {
-        let (dx, dw) = ((&mut dx).into(), (&mut dw).into());
-        let (x, w, rstd) = ((&x).into(), (&w).into(), (&rstd).into());
-        let scratch = (&mut scratch).into();
-        rms_norm::backward(dev, dx, dw, scratch, (&dy).into(), x, w, rstd, false).unwrap();
-    });
-    bench(&mut g, "layer_norm/forward/cpu/f32/2048x768", moves(2 * n), || {
-        let (y, mean, rstd) = ((&mut y).into(), (&mut mean).into(), (&mut rstd).into());
-        layer_norm::forward(dev, y, mean, rstd, (&x).into(), (&w).into(), (&b).into(), 1e-5)
-            .unwrap();
-    });
-    bench(&mut g, "layer_norm/backward/cpu/f32/2048x768", moves(3 * n), || {
-        let (dx, dw, db) = ((&mut dx).into(), (&mut dw).into(), (&mut db).into());
-        let (mean, rstd) = ((&mean).into(), (&rstd).into());
-        let (dy, x, w, scratch) = ((&dy).into(), (&x).into(), (&w).into(), (&mut scratch).into());
-        layer_norm::backward(dev, dx, dw, db, scratch, dy, x, w, mean, rstd, false).unwrap();
-    });
+    for (name, norm) in [("rms", Norm::Rms), ("layer", Norm::Layer)] {
+        let spec = NormSpec { norm, one_plus: false, eps: 1e-5, heads: 1 };
+        let layer = norm == Norm::Layer;
+        let mut scratch = vec![0.0; norm::scratch_len(norm, ROWS, HIDDEN)];
+        bench(&mut g, &format!("norm/{name}/forward/cpu/f32/2048x768"), moves(2 * n), || {
+            let y = ViewMut::from(&mut y).into();
+            let out = NormOut { y, mean: (&mut mean).into(), rstd: (&mut rstd).into() };
+            let b = layer.then(|| (&b).into());
+            norm::forward(dev, spec, out, View::from(&x), (&w).into(), b).unwrap();
+        });
+        bench(&mut g, &format!("norm/{name}/backward/cpu/f32/2048x768"), moves(3 * n), || {
+            let (dx, dw, scratch) = ((&mut dx).into(), (&mut dw).into(), (&mut scratch).into());
+            let db = layer.then(|| (&mut db).into());
+            let grads = NormGrads { dx, add: false, dw, db, scratch };
+            let (w, mean, rstd) = ((&w).into(), (&mean).into(), (&rstd).into());
+            let kept = NormKept { x: View::from(&x).into(), w, mean, rstd };
+            norm::backward(dev, spec, grads, View::from(&dy), kept).unwrap();
+        });
+    }
 }
 
 fn elementwise(c: &mut Criterion) {

@@ -56,14 +56,13 @@ mod ops {
     mod gae;
     mod grad_norm;
     mod kl;
-    mod layer_norm;
     mod logprob;
     mod matmul;
     mod next_ids;
     mod nll;
+    mod norm;
     mod ppo_loss;
     mod residual;
-    mod rms_norm;
     mod rope;
     mod sample;
     mod scalar_head;

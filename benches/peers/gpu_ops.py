@@ -154,13 +154,11 @@ def heads():
 def ops():
     """Name, a function that makes an input set, the op on it."""
     x = lambda: (randn(ROWS, HIDDEN), randn(HIDDEN))
-    yield "rms_norm/forward", x, rms_norm
-    branch = lambda: (randn(ROWS, HIDDEN), *x())
-    yield "rms_norm/add_forward", branch, lambda r, x, w: rms_norm(x.add_(r), w)
-    yield "rms_norm/backward", x, Backward(rms_norm)
+    yield "norm/rms/forward", x, rms_norm
+    yield "norm/rms/backward", x, Backward(rms_norm)
     xb = lambda: (randn(ROWS, HIDDEN), randn(HIDDEN), randn(HIDDEN))
-    yield "layer_norm/forward", xb, layer_norm
-    yield "layer_norm/backward", xb, Backward(layer_norm)
+    yield "norm/layer/forward", xb, layer_norm
+    yield "norm/layer/backward", xb, Backward(layer_norm)
     yield "activation/swiglu", lambda: (randn(ROWS, 2 * MLP),), swiglu
     yield "activation/swiglu_backward", lambda: (randn(ROWS, 2 * MLP),), Backward(swiglu)
     gelu = lambda x: F.gelu(x, approximate="tanh")

@@ -42,27 +42,6 @@ __device__ __forceinline__ void put(T* p, int64_t i, const Elements<N>& v PTX_AN
     }
 }
 
-// Where a norm takes packet i of its rows: from x, or from x after r was added to it in place,
-// rounded as it is kept.
-template <class T>
-struct Plain {
-    const T* x;
-    __device__ __forceinline__ Elements<Packet<T>::WIDTH> operator()(int64_t i) const { return take<Packet<T>::WIDTH>(x, i); }
-};
-template <class T>
-struct Added {
-    T* x;
-    const T* r;
-    __device__ __forceinline__ Elements<Packet<T>::WIDTH> operator()(int64_t i) const {
-        constexpr int N = Packet<T>::WIDTH;
-        Elements<N> sum = take<N>(x, i);
-        const Elements<N> more = take<N>(r, i);
-        for (int j = 0; j < N; ++j) sum.x[j] = widen(narrow<T>(sum.x[j] + more.x[j]));
-        put<N>(x, i, sum);
-        return sum;
-    }
-};
-
 // A number that the compiler knows.
 template <int VALUE>
 struct Width {

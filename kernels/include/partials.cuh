@@ -16,14 +16,15 @@ template <int PACKETS>
 struct Fetched {
     uint4 x[PACKETS], dy[PACKETS];
 };
+// From packets `x_at` of x and `dy_at` of dy on.
 template <int PACKETS, class T>
-__device__ __forceinline__ Fetched<PACKETS> fetch_row(const T* x, const T* dy, int row, int end, int packets, int group) {
+__device__ __forceinline__ Fetched<PACKETS> fetch_row(const T* x, int64_t x_at, const T* dy, int64_t dy_at, int packets, int group) {
     Fetched<PACKETS> out;
     for (int i = 0; i < PACKETS; ++i) {
         const int p = threadIdx.x % group + i * group;
-        if (row >= end || p >= packets) continue;
-        out.x[i] = fetch(x, int64_t(row) * packets + p);
-        out.dy[i] = fetch(dy, int64_t(row) * packets + p);
+        if (p >= packets) continue;
+        out.x[i] = fetch(x, x_at + p);
+        out.dy[i] = fetch(dy, dy_at + p);
     }
     return out;
 }

@@ -43,8 +43,11 @@ template <int PER>
 __device__ __forceinline__ Packet<float> load_single(const float* x, int64_t i, int count) {
     Packet<float> out = {};
     if (x == nullptr) return out;
-    if constexpr (PER == 1) return load_tokens(x, i, count);
-    for (int j = 0; j < EACH / PER && i + j * PER < count; ++j) out.x[j] = x[i / PER + j];
+    if constexpr (PER == 1) {
+        out = load_tokens(x, i, count);
+    } else {
+        for (int j = 0; j < EACH / PER && i + j * PER < count; ++j) out.x[j] = x[i / PER + j];
+    }
     return out;
 }
 

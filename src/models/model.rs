@@ -12,7 +12,7 @@ use super::{
 use crate::{
     device::{Buffer, Device, Element, Float, View, ViewMut},
     error::{Error, Result},
-    ops::{matmul::Weight, rope},
+    ops::{matmul::Weight, norm::NormSpec, rope},
     rng::{Philox, Purpose},
 };
 
@@ -249,7 +249,9 @@ impl<T: Element> Model<T> {
     pub(super) fn norm(&self, kind: ParamKind, layer: Option<usize>) -> Result<NormLayer<'_, T>> {
         let at = self.params.need(kind, layer)?;
         let (weight, bias) = (self.params.tensor(at), self.params.bias(at));
-        Ok(NormLayer { at, weight, bias, eps: self.spec.norm_eps })
+        let Spec { norm, norm_eps: eps, .. } = self.spec;
+        let spec = NormSpec { norm, one_plus: false, eps, heads: 1 };
+        Ok(NormLayer { at, weight, bias, spec })
     }
 
     /// The LM head `[vocab, hidden]`.

@@ -4,7 +4,7 @@ use super::{Norm, ParamTensor, Params, Spec};
 use crate::{
     device::{Buffer, Device, Element, Scope, View, ViewMut},
     error::{Error, Result},
-    ops::{layer_norm, rms_norm},
+    ops::norm::{self, NormGrads, NormKept, NormOut, NormSpec},
 };
 
 /// Normalised rows, and what the backward pass reads of them.
@@ -26,22 +26,17 @@ impl<'s, T: Element> Normed<'s, T> {
     }
 }
 
-/// RMSNorm if there is no bias, else LayerNorm.
 pub(super) struct NormLayer<'a, T: Element> {
     pub at: &'a ParamTensor,
     pub weight: View<'a, T>,
     pub bias: Option<View<'a, T>>,
-    pub eps: f64,
+    pub spec: NormSpec,
 }
 
 impl<T: Element> NormLayer<'_, T> {
     pub fn forward(&self, dev: &Device, out: &mut Normed<'_, T>, x: View<'_, T>) -> Result<()> {
-        let eps = <T::Acc as Element>::of(self.eps);
-        let (y, mean, rstd) = (out.y.view_mut(), out.mean.view_mut(), out.rstd.view_mut());
-        match self.bias {
-            None => rms_norm::forward(dev, y, rstd, x, self.weight, eps),
-            Some(bias) => layer_norm::forward(dev, y, mean, rstd, x, self.weight, bias, eps),
-        }
+        let (y, mean, rstd) = (out.y.view_mut().into(), out.mean.view_mut(), out.rstd.view_mut());
+        norm::forward(dev, self.spec, NormOut { y, mean, rstd }, x, self.weight, self.bias)
     }
 
     /// Adds to the gradients of weight and bias, and inside a block to `dx`, the gradient of the
@@ -56,21 +51,16 @@ impl<T: Element> NormLayer<'_, T> {
         kept: &Normed<'_, T>,
     ) -> Result<()> {
         let add = self.at.layer.is_some();
+        let Some((dw, db)) = grads.pair_mut(self.at.kind, self.at.layer) else {
+            return Err(Error::value("gradients", "those of all norms", "none"));
+        };
         let (w, mean, rstd) = (self.weight, kept.mean.view(), kept.rstd.view());
-        match grads.pair_mut(self.at.kind, self.at.layer) {
-            Some((dw, Some(db))) => {
-                layer_norm::backward(dev, dx, dw, db, scratch, dy, x, w, mean, rstd, add)
-            }
-            Some((dw, None)) => rms_norm::backward(dev, dx, dw, scratch, dy, x, w, rstd, add),
-            None => Err(Error::value("gradients", "those of all norms", "none")),
-        }
+        let grads = NormGrads { dx, add, dw, db, scratch };
+        norm::backward(dev, self.spec, grads, dy, NormKept { x: x.into(), w, mean, rstd })
     }
 }
 
 /// Elements of scratch that a backward pass over `rows` rows needs.
 pub(super) fn scratch_len(spec: &Spec, rows: usize) -> usize {
-    match spec.norm {
-        Norm::Rms => rms_norm::scratch_len(rows, spec.hidden),
-        Norm::Layer => layer_norm::scratch_len(rows, spec.hidden),
-    }
+    norm::scratch_len(spec.norm, rows, spec.hidden)
 }

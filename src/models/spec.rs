@@ -6,6 +6,8 @@ use crate::{
     ops::{activation::Activation, attention, matmul, rope::Rope},
 };
 
+pub use crate::ops::norm::Norm;
+
 /// What turns the hidden states into outputs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Head {
@@ -13,14 +15,6 @@ pub enum Head {
     Lm,
     /// One number a position: value and reward.
     Scalar,
-}
-
-/// Normalisation before attention, before the MLP and before the head.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Norm {
-    Rms,
-    /// LayerNorm with a weight and a bias.
-    Layer,
 }
 
 #[derive(Clone, Debug, PartialEq)]

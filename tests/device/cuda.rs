@@ -7,8 +7,8 @@ use half::bf16;
 use warpo::{
     Result,
     device::{
-        Arch, Arena, Buffer, Cuda, Device, Pending, View,
-        cuda::{Launch, Map, Order, PARTS, Parts, Swizzle, Tiles, kernels::rms_norm as kernel},
+        Arch, Arena, Buffer, Cuda, Device, Float, Pending, View, ViewMut,
+        cuda::{Launch, Map, Order, PARTS, Parts, Swizzle, Tiles, kernels::norm as kernel},
     },
 };
 
@@ -171,7 +171,7 @@ fn add_to_64(dev: &Device, cols: usize) -> Result<()> {
     dev.write(y.view_mut(), &[1.0; 64])?;
     let x = Buffer::of(dev, "x", &vec![2.0f32; cols])?;
     let launch = Launch::row(cols.div_ceil(32), kernel::THREADS * 4)?;
-    kernel::AddPartials { dw: y.view_mut(), partial: x.view(), count: 1, cols }
+    kernel::AddPartials { dw: y.view_mut(), db: None, partial: x.view(), count: 1, cols }
         .launch(cuda, launch)?;
     assert_eq!(dev.read(y.view())?, [3.0; 64]);
     Ok(())
@@ -239,6 +239,32 @@ fn device_memory_is_not_read_as_the_hosts() {
     let _ = Buffer::<f32>::zeros(&dev, "x", 3).unwrap().host();
 }
 
+/// The RMSNorm of rows of 32 elements.
+fn norm_of_32<'a, F: Float>(
+    y: ViewMut<'a, F>,
+    rstd: ViewMut<'a, F>,
+    x: View<'a, F>,
+    w: View<'a, F>,
+    rows: usize,
+) -> kernel::Forward<'a, F> {
+    kernel::Forward {
+        y,
+        mean: None,
+        rstd,
+        x,
+        w,
+        b: None,
+        rows,
+        cols: 32,
+        heads: 1,
+        x_stride: 32,
+        y_stride: 32,
+        one_plus: 0,
+        eps: F::ZERO,
+        group: 32,
+    }
+}
+
 #[test]
 fn a_launch_refuses_what_its_kernel_cannot_take() {
     let Some(dev) = device() else { return };
@@ -251,13 +277,10 @@ fn a_launch_refuses_what_its_kernel_cannot_take() {
     let launch = Launch::row(1, 64).unwrap();
     let mut refused = |x: View<'_, f32>, rows| {
         let (y, rstd) = (y.view_mut(), rstd.view_mut());
-        refusal(
-            kernel::Forward { y, rstd, x, w: w.view(), rows, cols: 32, eps: 0.0, group: 32 }
-                .launch(cuda, launch),
-        )
+        refusal(norm_of_32(y, rstd, x, w.view(), rows).launch(cuda, 0, launch))
     };
     let is = |text: &str, reason: &str| {
-        let start = "device `cuda` is not available: rms_norm_forward_f32: ";
+        let start = "device `cuda` is not available: norm_forward_0_f32: ";
         assert!(text.starts_with(&format!("{start}{reason}")), "{text}");
     };
     is(&refused((&own).into(), 2), "`x` is in host memory, wanted device memory");
@@ -268,10 +291,7 @@ fn a_launch_refuses_what_its_kernel_cannot_take() {
     let (y, rstd) = ((&mut y).into(), (&mut rstd).into());
     let x = f64s.view();
     let w = x.range(0..32);
-    is_f64(&refusal(
-        kernel::Forward { y, rstd, x, w, rows: 2, cols: 32, eps: 0.0, group: 32 }
-            .launch(cuda, launch),
-    ));
+    is_f64(&refusal(norm_of_32(y, rstd, x, w, 2).launch(cuda, 0, launch)));
 }
 
 #[test]
@@ -292,11 +312,11 @@ fn blocks_that_run_together_fit_the_device() {
     let x = Buffer::<f32>::zeros(&dev, "x", 128).unwrap();
     let mut launch = |blocks, cols| {
         let launch = Launch::row(blocks, kernel::THREADS * 4).unwrap().together();
-        kernel::AddPartials { dw: y.view_mut(), partial: x.view(), count: 1, cols }
+        kernel::AddPartials { dw: y.view_mut(), db: None, partial: x.view(), count: 1, cols }
             .launch(cuda, launch)
     };
     launch(3, 96).unwrap();
-    let is = "device `cuda` is not available: rms_norm_add_partials: 4 blocks that run together, \
+    let is = "device `cuda` is not available: norm_add_partials: 4 blocks that run together, \
               wanted at most 3";
     assert_eq!(refusal(launch(4, 128)), is);
 }
@@ -394,7 +414,7 @@ fn a_tensor_map_names_what_is_wrong() {
 }
 
 fn is_f64(text: &str) {
-    let want = "device `cuda` is not available: `rms_norm_forward` has no kernel for F64";
+    let want = "device `cuda` is not available: `norm_forward` has no kernel for F64";
     assert_eq!(text, want);
 }
 

@@ -207,16 +207,15 @@ fn kernels_readme_has_the_table() {
 }
 
 /// Kernels that load no 16 bytes at once, and why.
-const NARROW: [(&str, &str); 11] = [
+const NARROW: [(&str, &str); 10] = [
     ("embedding_sort", "ids, a lane a row"),
     ("gae_forward", "sequences begin at any token, a lane a token"),
     ("grad_norm_sum", "a sum of at most 256 numbers, in order"),
-    ("layer_norm_add_partials", "a column a lane, 128 bytes a warp"),
     ("logprob_from_logits_bf16", "rows begin anywhere, four lanes a chunk"),
     ("logprob_from_logits_f32", "rows begin anywhere, four lanes a chunk"),
     ("logprob_top", "keys of a list, a lane each"),
     ("next_ids_forward", "tokens from anywhere, a lane each"),
-    ("rms_norm_add_partials", "a column a lane, 128 bytes a warp"),
+    ("norm_add_partials", "a column a lane, 128 bytes a warp"),
     ("sums_total", "a sum of at most 256 rows"),
     ("whiten_moments", "a sum of at most 256 rows"),
 ];

@@ -14,7 +14,8 @@ use warpo::{
     ops::{
         attention::{self, KvLayer, PAGE, Segment, Shape},
         matmul::{self, Packed},
-        residual, rms_norm,
+        norm::{self, Norm, NormGrads, NormKept, NormOut, NormSpec},
+        residual,
     },
 };
 
@@ -257,12 +258,19 @@ fn norm(dev: &Device) -> Vec<bf16> {
     let mut y = Buffer::new(dev, "y", rows * cols).unwrap();
     let mut rstd = Buffer::new(dev, "rstd", rows).unwrap();
     let mut dw = Buffer::zeros(dev, "dw", cols).unwrap();
-    let mut scratch = Buffer::new(dev, "scratch", rms_norm::scratch_len(rows, cols)).unwrap();
+    let mut scratch =
+        Buffer::new(dev, "scratch", norm::scratch_len(Norm::Rms, rows, cols)).unwrap();
     let _phase = dev.span("norms");
-    rms_norm::forward(dev, y.view_mut(), rstd.view_mut(), x.view(), w.view(), 1e-5).unwrap();
-    let (dx, dw, room) = (y.view_mut(), dw.view_mut(), scratch.view_mut());
-    let (dy, x, w, rstd) = (dy.view(), x.view(), w.view(), rstd.view());
-    rms_norm::backward(dev, dx, dw, room, dy, x, w, rstd, true).unwrap();
+    let spec = NormSpec { norm: Norm::Rms, one_plus: false, eps: 1e-5, heads: 1 };
+    let mut mean = Buffer::new(dev, "mean", 0).unwrap();
+    let (to, means) = (y.view_mut().into(), mean.view_mut());
+    let out = NormOut { y: to, mean: means, rstd: rstd.view_mut() };
+    norm::forward(dev, spec, out, x.view(), w.view(), None).unwrap();
+    let (dx, dw, scratch) = (y.view_mut(), dw.view_mut(), scratch.view_mut());
+    let grads = NormGrads { dx, add: true, dw, db: None, scratch };
+    let (w, mean, rstd) = (w.view(), mean.view(), rstd.view());
+    let kept = NormKept { x: x.view().into(), w, mean, rstd };
+    norm::backward(dev, spec, grads, dy.view(), kept).unwrap();
     dev.read(y.view()).unwrap()
 }
 
@@ -273,10 +281,10 @@ fn kernels_are_named_and_belong_to_their_op() {
         let (dev, profile) = sim.device(Order::default()).profiled();
         assert_eq!(norm(&dev), norm(&plain), "a profile changes no bit");
         let report = profile.report().unwrap();
-        let backward = op(&report, "rms_norm::backward");
+        let backward = op(&report, "norm::backward");
         let mut kernels: Vec<&str> = backward.kernels.iter().map(|k| k.name).collect();
         kernels.sort_unstable();
-        assert_eq!(kernels, ["rms_norm_add_partials", "rms_norm_backward_bf16"]);
+        assert_eq!(kernels, ["norm_add_partials", "norm_backward_0_bf16"]);
         let sum: f64 = backward.kernels.iter().map(|k| k.seconds).sum();
         assert!(sum > 0.0 && (sum - backward.seconds).abs() < 1e-12, "{report}");
         assert_eq!(backward.work.bytes, 2.0 * 4.0 * 3.0 * 64.0);
@@ -299,11 +307,11 @@ fn kernels_are_named_and_belong_to_their_op() {
             .collect();
         let want = [
             ("phase", "norms"),
-            ("op", "rms_norm"),
-            ("kernel", "rms_norm_forward_bf16"),
-            ("op", "rms_norm::backward"),
-            ("kernel", "rms_norm_backward_bf16"),
-            ("kernel", "rms_norm_add_partials"),
+            ("op", "norm"),
+            ("kernel", "norm_forward_0_bf16"),
+            ("op", "norm::backward"),
+            ("kernel", "norm_backward_0_bf16"),
+            ("kernel", "norm_add_partials"),
             ("kernel", "copy from the device"),
         ];
         assert_eq!(on_device, want);

@@ -5,7 +5,7 @@ use std::thread;
 
 use warpo::device::{
     Arena, Buffer, Cuda, Device, ViewMut,
-    cuda::{Calls, Launch, Ring, kernels::rms_norm as kernel},
+    cuda::{Calls, Launch, Ring, kernels::norm as kernel},
 };
 
 use crate::support::{
@@ -102,6 +102,7 @@ fn calls_are_counted() {
             let launch = Launch::row(blocks, kernel::THREADS * 4).unwrap();
             kernel::AddPartials {
                 dw: y.view_mut(),
+                db: None,
                 partial: x.view(),
                 count: 1,
                 cols: 32 * blocks,
