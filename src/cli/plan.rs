@@ -7,7 +7,7 @@ use crate::{
     algorithms::Algorithm,
     device::{
         Cuda, Device, Element,
-        cuda::{Blueprint, MACHINES},
+        cuda::{GPUS, GpuSpec},
     },
     error::{Error, Result},
     models::Spec,
@@ -35,7 +35,7 @@ pub(super) struct Args {
 const DRIVER: usize = 1 << 30;
 
 fn gpus() -> String {
-    let names: Vec<&str> = MACHINES.iter().map(|m| m.key).collect();
+    let names: Vec<&str> = GPUS.iter().map(|m| m.key).collect();
     format!("A GPU that need not be there: {}", names.join(", "))
 }
 
@@ -61,9 +61,9 @@ pub(super) fn run(args: &Args) -> Result<()> {
     super::print(&text?)
 }
 
-fn find(name: &str) -> Result<Blueprint> {
-    MACHINES.iter().find(|m| m.key == name).copied().ok_or_else(|| {
-        let known: Vec<&str> = MACHINES.iter().map(|m| m.key).collect();
+fn find(name: &str) -> Result<GpuSpec> {
+    GPUS.iter().find(|m| m.key == name).copied().ok_or_else(|| {
+        let known: Vec<&str> = GPUS.iter().map(|m| m.key).collect();
         Error::config("--gpu", format!("one of {}", known.join(", ")), name)
     })
 }

@@ -6,8 +6,8 @@
 
 #![allow(unsafe_code)]
 
-mod blueprint;
 mod driver;
+mod gpu_spec;
 mod launch;
 mod map;
 mod reduce;
@@ -34,7 +34,7 @@ use crate::error::{Error, Result};
 
 use launch::{Args, Image, Kernel};
 
-pub use blueprint::{MACHINES, Machine as Blueprint};
+pub use gpu_spec::{GPUS, GpuSpec};
 pub use launch::{Launch, group, width};
 pub use map::{Map, Swizzle, Tiles};
 pub use reduce::{PARTS, Parts};
@@ -163,17 +163,17 @@ impl Cuda {
         Self::over(Arc::new(driver::Gpu::new(ordinal)?), Ring::GPU)
     }
 
-    /// The simulator in the shared library `library`, which plays `machine` and runs threads and
+    /// The simulator in the shared library `library`, which simulates `arch` and runs threads and
     /// blocks in `order`. For tests.
     pub fn simulated(library: &std::path::Path, order: Order, arch: Arch) -> Result<Self> {
         let simulator = simulator::Simulator::open(library, order, arch)?;
         Self::over(Arc::new(simulator), Ring::SIMULATOR)
     }
 
-    /// A GPU that is not there, to make a plan for: all that would run on it is refused.
-    pub fn planned(machine: Blueprint) -> Result<Self> {
+    /// A GPU known only by its data sheet, to plan for: every call that would run on it is refused.
+    pub fn planned(gpu: GpuSpec) -> Result<Self> {
         let ring = Ring { slots: 1, bytes: 64 };
-        Self::over(Arc::new(blueprint::Blueprint::new(machine)), ring)
+        Self::over(Arc::new(gpu), ring)
     }
 
     fn over(driver: Arc<dyn Driver>, ring: Ring) -> Result<Self> {

@@ -1,13 +1,13 @@
-//! A GPU that is not there: plans are made with it, and nothing else.
+//! A GPU known only by its data sheet, for `warpo plan`.
 
 use std::{ffi::c_void, ptr::NonNull};
 
 use super::{Arch, Driver, Event, Kernel, Launch, Mark, device_error, map};
 use crate::error::Result;
 
-/// What a plan needs to know of a GPU.
+/// A GPU's data sheet, as far as a plan needs it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Machine {
+pub struct GpuSpec {
     /// As it is asked for.
     pub key: &'static str,
     /// As NVIDIA sells it.
@@ -18,56 +18,47 @@ pub struct Machine {
     pub memory: usize,
 }
 
-const fn machine(
+const fn gpu(
     key: &'static str,
     name: &'static str,
     processors: u32,
     arch: Arch,
     mib: usize,
-) -> Machine {
-    Machine { key, name, processors, arch, memory: mib << 20 }
+) -> GpuSpec {
+    GpuSpec { key, name, processors, arch, memory: mib << 20 }
 }
 
 /// GPUs that plans can be made for.
-pub const MACHINES: &[Machine] = &[
-    machine("h200", "NVIDIA H200, 141 GB", 132, Arch::Sm90, 143_771),
-    machine("h100", "NVIDIA H100 SXM, 80 GB", 132, Arch::Sm90, 81_559),
-    machine("a100", "NVIDIA A100, 80 GB", 108, Arch::Sm80, 81_920),
-    machine("a100-40", "NVIDIA A100, 40 GB", 108, Arch::Sm80, 40_960),
-    machine("l40s", "NVIDIA L40S, 48 GB", 142, Arch::Sm80, 46_068),
-    machine("rtx4090", "NVIDIA GeForce RTX 4090, 24 GB", 128, Arch::Sm80, 24_564),
+pub const GPUS: &[GpuSpec] = &[
+    gpu("h200", "NVIDIA H200, 141 GB", 132, Arch::Sm90, 143_771),
+    gpu("h100", "NVIDIA H100 SXM, 80 GB", 132, Arch::Sm90, 81_559),
+    gpu("a100", "NVIDIA A100, 80 GB", 108, Arch::Sm80, 81_920),
+    gpu("a100-40", "NVIDIA A100, 40 GB", 108, Arch::Sm80, 40_960),
+    gpu("l40s", "NVIDIA L40S, 48 GB", 142, Arch::Sm80, 46_068),
+    gpu("rtx4090", "NVIDIA GeForce RTX 4090, 24 GB", 128, Arch::Sm80, 24_564),
 ];
 
-#[derive(Debug)]
-pub(super) struct Blueprint {
-    machine: Machine,
-}
-
-impl Blueprint {
-    pub(super) fn new(machine: Machine) -> Self {
-        Self { machine }
-    }
-
+impl GpuSpec {
     fn absent<T>(&self) -> Result<T> {
-        Err(device_error(format!("{} is a plan: nothing runs on it", self.machine.name)))
+        Err(device_error(format!("{} is a plan: nothing runs on it", self.name)))
     }
 }
 
-impl Driver for Blueprint {
+impl Driver for GpuSpec {
     fn describe(&self) -> String {
-        self.machine.name.into()
+        self.name.into()
     }
 
     fn name(&self) -> &str {
-        self.machine.name
+        self.name
     }
 
     fn processors(&self) -> u32 {
-        self.machine.processors
+        self.processors
     }
 
     fn arch(&self) -> Arch {
-        self.machine.arch
+        self.arch
     }
 
     fn tensor_map(&self, _tensor: &map::Tensor) -> Result<map::Words> {
@@ -75,18 +66,17 @@ impl Driver for Blueprint {
     }
 
     fn free_memory(&self) -> Result<Option<usize>> {
-        Ok(Some(self.machine.memory))
+        Ok(Some(self.memory))
     }
 
-    /// An address that is never followed: all that would is refused.
+    /// An address that nothing dereferences: every call that would is refused.
     fn alloc(&self, _bytes: usize) -> Result<NonNull<u8>> {
         Ok(NonNull::dangling())
     }
 
     unsafe fn free(&self, _at: NonNull<u8>) {}
 
-    /// Host memory, which is there: a write goes to it before it is refused. The few bytes are not
-    /// given back.
+    /// Host memory, as a write copies to it before it is refused. The few bytes leak.
     fn pin(&self, bytes: usize) -> Result<NonNull<u8>> {
         Ok(NonNull::from(Box::leak(vec![0; bytes].into_boxed_slice())).cast())
     }
