@@ -417,17 +417,17 @@ fn nvidias_profilers_are_told_of_phases_and_ops() {
 /// Public functions of `src/ops` that take a device and open no span: they report or allocate the
 /// memory that a step uses.
 const NO_OPS: [&str; 13] = [
-    "attention.rs::forward_scratch_len",
-    "attention.rs::page",
-    "attention.rs::supported",
-    "attention.rs::width",
+    "attention/mod.rs::forward_scratch_len",
+    "attention/mod.rs::page",
+    "attention/mod.rs::supported",
+    "attention/mod.rs::width",
     "attention/partition.rs::most_words",
-    "attention/parts.rs::new",
-    "attention/parts.rs::set",
-    "matmul.rs::bytes",
-    "matmul.rs::new",
-    "matmul.rs::rows",
-    "matmul.rs::width",
+    "attention/partition.rs::new",
+    "attention/partition.rs::set",
+    "matmul/mod.rs::bytes",
+    "matmul/mod.rs::new",
+    "matmul/mod.rs::rows",
+    "matmul/mod.rs::width",
     "rope.rs::new",
     "rope.rs::wide",
 ];

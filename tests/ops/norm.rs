@@ -150,8 +150,10 @@ fn f32_is_as_exact_as_a_plain_version() {
         let dx = backward(dev, spec, (&mut dw, &mut db), &dy, &x, &w);
         let (mut tw, mut tb) = (vec![0.0; cols], vec![0.0; biases]);
         let t = backward(dev, spec, (&mut tw, &mut tb), &wide(&dy), &wide(&x), &wide(&w));
-        for (what, ours, truth) in [("dx", dx, t), ("dw", dw, tw), ("db", db, tb)] {
-            assert_norm(what, &ours, &truth, 1e-5);
+        assert_norm("dx", &dx, &t, 1e-5);
+        assert_norm("dw", &dw, &tw, 1e-5);
+        if biases > 0 {
+            assert_norm("db", &db, &tb, 1e-5);
         }
     }
 }
@@ -174,7 +176,9 @@ fn rows_do_not_see_their_batch() {
             let (r, c) = (i / cols, i % cols);
             let mean = want[r].mean.first().unwrap_or(&0.0);
             want_w[c] = dy.mul_add((x - mean) * want[r].rstd[0], want_w[c]);
-            want_b.get_mut(c).map(|b| *b += dy);
+            if let Some(b) = want_b.get_mut(c) {
+                *b += dy;
+            }
         }
         let alone = |r: usize| {
             let (mut dw, mut db) = (vec![0.0; cols], vec![0.0; biases]);
