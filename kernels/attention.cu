@@ -172,15 +172,16 @@ static __device__ void forward(bf16* out, float* lse, const bf16* qkv, const bf1
 }
 
 // Turns packets p of both halves of a head, f32 angles [2, D / 2] in packets of four.
-static __device__ __forceinline__ void turn(Packet<bf16>& a, Packet<bf16>& b, const float* angles, int p, int half) {
+static __device__ __forceinline__ void rotate(Packet<bf16>& a, Packet<bf16>& b, const float* angles, int p, int half) {
     for (int i = 0; i < 2; ++i) {
         const Packet<float> cos = load(angles, 2 * p + i), sin = load(angles, half / 4 + 2 * p + i);
-        for (int j = 0; j < 4; ++j) turn_pair(a.x[4 * i + j], b.x[4 * i + j], cos.x[j], sin.x[j]);
+        for (int j = 0; j < 4; ++j) rotate_pair(a.x[4 * i + j], b.x[4 * i + j], cos.x[j], sin.x[j]);
     }
 }
 
-// A block a run of rows and a group of heads: queries and keys are turned in place, keys and values
-// go to their pages, and zeros for the values after them. Without a table nothing is turned.
+// A block a run of rows and a group of heads: queries and keys are rotated in place, keys and
+// values go to their pages, and zeros for the values after them. Without a table nothing is
+// rotated.
 static __device__ void append(bf16* k, bf16* v, bf16* qkv, const float* table, const uint32_t* runs, const uint32_t* pages, int q_heads,
                               int kv_heads, int d, int page, int entries) {
     const uint32_t* run = runs + 5 * int64_t(blockIdx.x / kv_heads);
@@ -194,9 +195,9 @@ static __device__ void append(bf16* k, bf16* v, bf16* qkv, const float* table, c
         return ((int64_t(ids[position / page]) * kv_heads + g) * page + position % page) * packets;
     };
     // Turns packets p of a head, or makes it NaN at a position that the table does not have.
-    auto turned = [&](Packet<bf16>& a, Packet<bf16>& b, int row, int p) {
+    auto rotated = [&](Packet<bf16>& a, Packet<bf16>& b, int row, int p) {
         const int position = first + row;
-        if (position < entries) return turn(a, b, table + int64_t(position) * d, p, d / 2);
+        if (position < entries) return rotate(a, b, table + int64_t(position) * d, p, d / 2);
         for (int j = 0; j < 8; ++j) a.x[j] = b.x[j] = NAN;
     };
     if (table != nullptr) {
@@ -204,7 +205,7 @@ static __device__ void append(bf16* k, bf16* v, bf16* qkv, const float* table, c
             const int row = i / (group * half), p = i % half;
             bf16* head = qkv + (at + row) * cols + (g * group + i / half % group) * d;
             Packet<bf16> a = load(head, p), b = load(head, half + p);
-            turned(a, b, row, p);
+            rotated(a, b, row, p);
             store(head, p, a);
             store(head, half + p, b);
         }
@@ -214,7 +215,7 @@ static __device__ void append(bf16* k, bf16* v, bf16* qkv, const float* table, c
         bf16* head = qkv + (at + row) * cols + (q_heads + g) * d;
         Packet<bf16> a = load(head, p), b = load(head, half + p);
         if (table != nullptr) {
-            turned(a, b, row, p);
+            rotated(a, b, row, p);
             store(head, p, a);
             store(head, half + p, b);
         }

@@ -1,11 +1,11 @@
 // Rotary position embedding in place: in each of the first `heads` heads of a row, the pair (a, b)
 // = (x[i], x[i + half]) becomes (a cos - b sin, b cos + a sin), the angle being that of the row's
-// position and of i. `sign` 1 turns forward; -1 turns back, which is the gradient.
+// position and of i. `sign` 1 rotates forward; -1 rotates back, which is the gradient.
 //   shapes   x [rows, row_len] bf16 or f32, row_len >= heads * 2 half; positions [rows];
 //            table [entries, 2 half] f32: the cosines of a position, then its sines
 //   tiling   a thread a packet of 16 bytes of one half of a head and its partners in the other
 //            half; a thread a pair where a half or a row is no whole number of packets (`width` 1)
-//   memory   reads and writes the turned elements once, 4 bytes an element in bf16, 8 in f32; a row
+//   memory   reads and writes rotated elements once, 4 bytes an element in bf16, 8 in f32; a row
 //            of the table is read by each head, from L1 after the first
 //   numerics products and sum in f32, not fused, one rounding on the way out: in f32 the bits of
 //            the CPU. A position beyond the table gives NaN, which the step's check finds, and
@@ -18,7 +18,7 @@
 constexpr int THREADS = 256;
 
 template <class T>
-static __device__ void turn(T* x, const uint32_t* positions, const float* table, int rows, int row_len, int heads, int half,
+static __device__ void rotate(T* x, const uint32_t* positions, const float* table, int rows, int row_len, int heads, int half,
                             int entries, float sign, int width) {
     with_width<T>(width, [&](auto known) {
         constexpr int N = decltype(known)::N;
@@ -31,7 +31,7 @@ static __device__ void turn(T* x, const uint32_t* positions, const float* table,
             if (position < uint32_t(entries)) {
                 const float* angles = table + int64_t(position) * 2 * half;
                 const Elements<N> cos = take<N>(angles, p), sin = take<N>(angles, each + p);
-                for (int j = 0; j < N; ++j) turn_pair(a.x[j], b.x[j], cos.x[j], sin.x[j] * sign);
+                for (int j = 0; j < N; ++j) rotate_pair(a.x[j], b.x[j], cos.x[j], sin.x[j] * sign);
             } else {
                 for (int j = 0; j < N; ++j) a.x[j] = b.x[j] = NAN;
             }
@@ -42,8 +42,8 @@ static __device__ void turn(T* x, const uint32_t* positions, const float* table,
 }
 
 #define KERNELS(T) \
-    KERNEL(THREADS, rope_turn_##T)(T* x, const uint32_t* positions, const float* table, int rows, int row_len, int heads, \
+    KERNEL(THREADS, rope_rotate_##T)(T* x, const uint32_t* positions, const float* table, int rows, int row_len, int heads, \
         int half, int entries, float sign, int width) { \
-        turn(x, positions, table, rows, row_len, heads, half, entries, sign, width); \
+        rotate(x, positions, table, rows, row_len, heads, half, entries, sign, width); \
     }
 EACH_DTYPE(KERNELS)

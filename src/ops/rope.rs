@@ -1,5 +1,5 @@
 //! Rotary position embedding (Su et al. 2021): in each head, the pair `(x[i], x[i + d/2])` is
-//! turned by the angle `position * inv_freq[i]` (the "rotate half" pairing of Hugging Face).
+//! rotated by the angle `position * inv_freq[i]` (the "rotate half" pairing of Hugging Face).
 
 use crate::{
     device::{
@@ -70,7 +70,7 @@ impl<F: Float> Table<F> {
     }
 
     /// For heads of `head_dim` that lie in wider ones: the first half of each at the beginning of a
-    /// half of `width`. What is beside them is not turned.
+    /// half of `width`. What is beside them is not rotated.
     pub fn wide(
         dev: &Device,
         rope: &Rope,
@@ -113,7 +113,7 @@ impl<F: Float> Table<F> {
     }
 }
 
-/// Turns the first `heads` heads of each row of `x` `[rows, row_len]` in place, by the angle of
+/// Rotates the first `heads` heads of each row of `x` `[rows, row_len]` in place, by the angle of
 /// `positions[row]`; in f32 with the same bits on every device. 3 FLOPs an element, which is read
 /// and written.
 ///
@@ -130,10 +130,10 @@ pub fn forward<T: Element>(
     table: &Table<T::Acc>,
 ) -> Result<()> {
     let _op = dev.op("rope", || work::<T>(positions.len(), heads, head_dim));
-    turn(dev, x, (row_len, heads, head_dim), positions, table, T::Acc::ONE)
+    rotate(dev, x, (row_len, heads, head_dim), positions, table, T::Acc::ONE)
 }
 
-/// The gradient of [`forward`], in place: the turn back.
+/// The gradient of [`forward`], in place: the rotation back.
 pub fn backward<T: Element>(
     dev: &Device,
     dx: ViewMut<'_, T>,
@@ -144,7 +144,7 @@ pub fn backward<T: Element>(
     table: &Table<T::Acc>,
 ) -> Result<()> {
     let _op = dev.op("rope::backward", || work::<T>(positions.len(), heads, head_dim));
-    turn(dev, dx, (row_len, heads, head_dim), positions, table, -T::Acc::ONE)
+    rotate(dev, dx, (row_len, heads, head_dim), positions, table, -T::Acc::ONE)
 }
 
 fn work<T>(rows: usize, heads: usize, head_dim: usize) -> Work {
@@ -152,7 +152,7 @@ fn work<T>(rows: usize, heads: usize, head_dim: usize) -> Work {
     Work::moves::<T>(2 * elements).flops(3.0 * elements as f64)
 }
 
-fn turn<T: Element>(
+fn rotate<T: Element>(
     dev: &Device,
     x: ViewMut<'_, T>,
     (row_len, heads, head_dim): (usize, usize, usize),
@@ -176,7 +176,7 @@ fn turn<T: Element>(
             cpu.rows(rows, 16, (x, row_len), |range, x| {
                 for (x, p) in x.chunks_exact_mut(row_len.max(1)).zip(&positions[range]) {
                     let row = &angles[*p as usize * 2 * half..][..2 * half];
-                    turn_row(cpu.isa(), &mut x[..heads * head_dim], head_dim, row, sign);
+                    rotate_row(cpu.isa(), &mut x[..heads * head_dim], head_dim, row, sign);
                 }
             });
             Ok(())
@@ -186,7 +186,7 @@ fn turn<T: Element>(
             let begins = [x.address(), angles.address()];
             let width = cuda::width::<T>(&[half, row_len], &begins);
             let launch = Launch::threads(rows * heads * (half / width), kernel::THREADS)?;
-            kernel::Turn {
+            kernel::Rotate {
                 x,
                 positions,
                 table: angles,
@@ -204,7 +204,7 @@ fn turn<T: Element>(
 }
 
 simd! {
-    fn turn_row[F: Float](x: &mut [F], head_dim: usize, angles: &[F], sign: F) {
+    fn rotate_row[F: Float](x: &mut [F], head_dim: usize, angles: &[F], sign: F) {
         let half = head_dim / 2;
         let (cos, sin) = angles.split_at(half);
         for head in x.chunks_exact_mut(head_dim) {

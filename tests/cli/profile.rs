@@ -172,7 +172,7 @@ fn a_run_on_a_device_names_its_kernels() {
     let text = said(&train("sft", &file, &pairs, &[("WARPO_SIM", sim.library())]));
     Names::of(&file, "phase").have(&[&RUN[..], &["policy gradient"]].concat());
     Names::of(&file, "op").have(&["matmul", "attention", "adamw"]);
-    let kernels = ["norm_forward_0_bf16", "rope_turn_bf16", "copy from the device"];
+    let kernels = ["norm_forward_0_bf16", "rope_rotate_bf16", "copy from the device"];
     Names::of(&file, "kernel").have(&kernels);
     assert!(text.contains("\n  norm_forward_0_bf16 "), "{text}");
     assert!(text.contains("a kernel runs in"), "{text}");

@@ -24,9 +24,9 @@ fn seen(shape: &Shape, s: &Segment) -> usize {
     first + rows - (first + 1).saturating_sub(window)
 }
 
-pub(super) fn append<T>(shape: &Shape, rows: usize, turned: bool) -> Work {
+pub(super) fn append<T>(shape: &Shape, rows: usize, rotated: bool) -> Work {
     let Shape { q_heads, kv_heads, head_dim, .. } = *shape;
-    let heads = 4 * kv_heads + if turned { 2 * q_heads + kv_heads } else { 0 };
+    let heads = 4 * kv_heads + if rotated { 2 * q_heads + kv_heads } else { 0 };
     Work::moves::<T>(rows * heads * head_dim)
 }
 

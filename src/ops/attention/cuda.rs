@@ -87,7 +87,7 @@ pub(super) fn append<T: Element>(
     }
     let (partition, words) = partition(OP, cuda, batch, shape, Some(kv.pages(shape)))?;
     let ([mut begin, _], page) = (partition.begins(), kv.page);
-    // What is copied from prefixes goes after those are turned.
+    // What is copied from prefixes goes after those are rotated.
     for (runs, table) in partition.runs.into_iter().zip([table, None]) {
         let list = words.range(begin..begin + 5 * runs);
         begin += 5 * runs;

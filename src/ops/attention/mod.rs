@@ -263,11 +263,11 @@ fn check_batch(
 }
 
 /// Writes keys and values of new rows to their pages. `qkv` `[rows, (q_heads + 2 kv_heads)
-/// head_dim]` holds queries, keys and values side by side; with `turn`, the positions of the rows
-/// and their angles, queries and keys are turned in place before, with the bits of
+/// head_dim]` holds queries, keys and values side by side; with `rotation`, the positions of the
+/// rows and their angles, queries and keys are rotated in place before, with the bits of
 /// [`rope::forward`]. A CUDA device takes the positions from the segments, which are the same.
-/// Reads keys and values and writes them to pages; with `turn` reads and writes queries, too, and
-/// writes keys once more.
+/// Reads keys and values and writes them to pages; with `rotation` reads and writes queries, too,
+/// and writes keys once more.
 ///
 /// # Errors
 /// [`Error::Shape`] if `qkv` does not fit, [`Error::Value`] if segments or pages do not; as
@@ -279,7 +279,7 @@ pub fn append<T: Element>(
     mut qkv: ViewMut<'_, T>,
     batch: SegmentBatch<'_>,
     shape: &Shape,
-    turn: Option<(View<'_, u32>, &rope::Table<T::Acc>)>,
+    rotation: Option<(View<'_, u32>, &rope::Table<T::Acc>)>,
 ) -> Result<()> {
     const OP: &str = "attention::append";
     shape.check(OP)?;
@@ -287,10 +287,10 @@ pub fn append<T: Element>(
     let rows = shape::rows(OP, "qkv", qkv.len(), shape.qkv_cols())?;
     let total = kv.pages(shape);
     check_batch(OP, &batch, rows, (kv.page, total), dev)?;
-    let _op = dev.op(OP, || cost::append::<T>(shape, rows, turn.is_some()));
+    let _op = dev.op(OP, || cost::append::<T>(shape, rows, rotation.is_some()));
     match dev {
         Device::Cpu(cpu) => {
-            if let Some((positions, table)) = turn {
+            if let Some((positions, table)) = rotation {
                 let (cols, heads) = (shape.qkv_cols(), shape.q_heads + shape.kv_heads);
                 let (qkv, d) = (qkv.reborrow(), shape.head_dim);
                 rope::forward(dev, qkv, cols, heads, d, positions, table)?;
@@ -299,7 +299,7 @@ pub fn append<T: Element>(
             cpu::append(cpu, k, v, qkv.view().float()?.host(), batch, shape);
             Ok(())
         }
-        Device::Cuda(cuda) => cuda::append(cuda, kv, qkv, batch, shape, turn.map(|(_, t)| t)),
+        Device::Cuda(cuda) => cuda::append(cuda, kv, qkv, batch, shape, rotation.map(|(_, t)| t)),
     }
 }
 
