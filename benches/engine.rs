@@ -20,7 +20,7 @@ use warpo::{
     algorithms::{ALGORITHMS, Algorithm},
     config,
     device::{Arena, Device},
-    models::{Config, Head, Model, Spec},
+    models::{Config, Head, Layout, Model, Spec},
     ops::sample::Params,
     rng::{Purpose, Stream},
     rollout::{Generator, Prompt, Settings as Generation},
@@ -112,7 +112,8 @@ fn bounds(spec: &Spec, work: &Work, peak: Peak) -> [f64; 3] {
     let [b, p, r] = [work.batch, work.prompt, work.new].map(|n| n as f64);
     let size = |n: usize| n as f64;
     // FLOPs a token: two for each weight. As many bytes have the weights in bf16.
-    let (blocks, head) = (spec.block_flops(), 2.0 * size(spec.hidden * spec.vocab));
+    let (blocks, head) =
+        (Layout::new(spec, Head::Lm).block_flops(), 2.0 * size(spec.hidden * spec.vocab));
     // Causal attention of a sequence, forward; the backward pass has 2.5 times as many.
     let attention = |t: f64| 2.0 * size(spec.q_heads * spec.head_dim * spec.layers) * t * t;
     let forward = |t: f64| b * (blocks * t + attention(t));

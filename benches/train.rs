@@ -15,7 +15,7 @@ use warpo::{
     algorithms::ALGORITHMS,
     config,
     device::Arena,
-    models::{self, Config, Head, Model, ParamKind, Residency},
+    models::{self, Config, Head, Layout, Model, ParamKind, Residency},
     ops::sample,
     ops::sample::Params,
     rng::{Philox, Purpose, Stream},
@@ -88,7 +88,8 @@ fn trainer(algorithm: &str, len: usize, more: &[&str]) -> Trainer<f32> {
 /// FLOPs of matrix products over `tokens` tokens, of which `predicted` go through the LM head.
 fn flops(model: &Model<f32>, tokens: usize, predicted: usize) -> f64 {
     let spec = model.spec();
-    tokens as f64 * spec.block_flops() + 2.0 * (predicted * spec.vocab * spec.hidden) as f64
+    tokens as f64 * Layout::new(spec, Head::Lm).block_flops()
+        + 2.0 * (predicted * spec.vocab * spec.hidden) as f64
 }
 
 fn generate(c: &mut Criterion) {

@@ -139,7 +139,8 @@ pub struct Sampler<'s, T: Element> {
     sampling: sample::Params,
     samples: Buffer<'s, u64>,
     positions: Buffer<'s, u32>,
-    logp: Buffer<'s, T::Acc>,
+    /// Log-probs of the drawn tokens.
+    pub logp: Buffer<'s, T::Acc>,
     lse: Buffer<'s, T::Acc>,
     /// None where tokens are drawn as their logits are made.
     logits: Option<Buffer<'s, T>>,
@@ -185,11 +186,6 @@ impl<'s, T: Element> Sampler<'s, T> {
     pub fn address(&mut self, dev: &Device, samples: &[u64], positions: &[u32]) -> Result<()> {
         dev.write(self.samples.view_mut(), samples)?;
         dev.write(self.positions.view_mut(), positions)
-    }
-
-    /// Log-probs of the drawn tokens.
-    pub fn logp(&self) -> View<'_, T::Acc> {
-        self.logp.view()
     }
 
     /// Writes the next token after each hidden state. Log-probs have the bits of

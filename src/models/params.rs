@@ -288,6 +288,16 @@ impl Layout {
         self.tensors.iter().filter(|t| t.is_block_linear()).chain(self.lm_head())
     }
 
+    /// Multiply-add FLOPs of the blocks' linear layers for one token forward.
+    pub fn block_flops(&self) -> f64 {
+        2.0 * self
+            .tensors
+            .iter()
+            .filter(|t| t.is_block_linear())
+            .map(|t| t.len() as f64)
+            .sum::<f64>()
+    }
+
     /// The tensor that holds a flat index.
     pub fn at(&self, index: usize) -> Option<&ParamTensor> {
         let i = self.tensors.partition_point(|t| t.offset <= index);

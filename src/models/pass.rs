@@ -44,17 +44,17 @@ impl<'s, T: Element> Pass<'s, T> {
         options: PassOptions,
     ) -> Result<()> {
         Staged::plan(dev, scope, spec, shape)?;
-        PassBuffers::<T>::new(dev, scope, (spec, head), shape, options).map(drop)
+        buffers::<T>(dev, scope, (spec, head), shape, options).map(drop)
     }
 
     /// Appends the head's output for each row that it reads, in the order of the batch, and to
     /// `entropy` the entropy of each prediction.
     pub fn score(self, out: &mut Vec<T::Acc>, entropy: Option<&mut Vec<T::Acc>>) -> Result<()> {
         let options = PassOptions { entropy: entropy.is_some(), keep: Keep::Nothing };
-        let (_, buffers) = self.forward(options)?;
+        let (_, (.., head)) = self.forward(options)?;
         // Both copies are queued before the first is waited for.
-        let y = self.dev.read_later(buffers.head.y.view())?;
-        if let (Some(out), Some(entropy)) = (entropy, &buffers.head.entropy) {
+        let y = self.dev.read_later(head.y.view())?;
+        if let (Some(out), Some(entropy)) = (entropy, &head.entropy) {
             out.extend(self.dev.read_later(entropy.view())?.get()?);
         }
         out.extend(y.get()?);
@@ -69,49 +69,41 @@ impl<'s, T: Element> Pass<'s, T> {
         loss: impl FnOnce(LossColumns<'_, T::Acc>) -> Result<()>,
     ) -> Result<()> {
         let Self { dev, model, temperature, .. } = self;
-        let (staged, mut b) = self.forward(options)?;
+        let (staged, (mut acts, mut cache, mut head)) = self.forward(options)?;
         let phase = dev.span("loss");
-        loss(b.head.columns())?;
+        loss(head.columns())?;
         drop(phase);
         let _phase = dev.span("backward");
-        let (h, targets) = (b.acts.hidden(), staged.targets());
-        b.head.backward(dev, model, grads, h, targets, temperature)?;
-        model.backward(dev, grads, &staged.rows(), &mut b.acts, &mut b.cache, b.head.dh.view())
+        head.backward(dev, model, grads, acts.hidden(), staged.targets(), temperature)?;
+        model.backward(dev, grads, &staged.rows(), &mut acts, &mut cache, head.dh.view())
     }
 
-    fn forward(self, options: PassOptions) -> Result<(Staged<'s>, PassBuffers<'s, T>)> {
+    fn forward(self, options: PassOptions) -> Result<(Staged<'s>, Buffers<'s, T>)> {
         let Self { dev, model, scope, batch, temperature } = self;
         let phase = dev.span("forward");
         let (spec, shape) = (model.spec(), batch.shape());
         let staged = batch.stage(dev, scope, spec, shape.pages(dev, spec))?;
-        let mut b = PassBuffers::new(dev, scope, (spec, model.head()), shape, options)?;
-        model.forward(dev, &staged.rows(), &mut b.acts, &mut b.cache)?;
+        let (mut acts, mut cache, mut head) =
+            buffers(dev, scope, (spec, model.head()), shape, options)?;
+        model.forward(dev, &staged.rows(), &mut acts, &mut cache)?;
         drop(phase);
         let _phase = dev.span("head");
-        b.head.forward(dev, model, b.acts.hidden(), staged.targets(), temperature)?;
-        Ok((staged, b))
+        head.forward(dev, model, acts.hidden(), staged.targets(), temperature)?;
+        Ok((staged, (acts, cache, head)))
     }
 }
 
-/// Buffers of a pass, but for those of its batch.
-struct PassBuffers<'s, T: Element> {
-    acts: Activations<'s, T>,
-    cache: Cache<'s, T>,
-    head: HeadOutputs<'s, T>,
-}
+/// Buffers of a pass beside those of its batch.
+type Buffers<'s, T> = (Activations<'s, T>, Cache<'s, T>, HeadOutputs<'s, T>);
 
-impl<'s, T: Element> PassBuffers<'s, T> {
-    fn new(
-        dev: &Device,
-        scope: &'s Scope<'_>,
-        (spec, head): (&Spec, Head),
-        shape: PassShape,
-        options: PassOptions,
-    ) -> Result<Self> {
-        Ok(Self {
-            acts: Activations::new(dev, scope, spec, shape, options.keep)?,
-            cache: Cache::new(dev, scope, spec, shape)?,
-            head: HeadOutputs::new(scope, spec, head, shape.selected, options)?,
-        })
-    }
+fn buffers<'s, T: Element>(
+    dev: &Device,
+    scope: &'s Scope<'_>,
+    (spec, head): (&Spec, Head),
+    shape: PassShape,
+    options: PassOptions,
+) -> Result<Buffers<'s, T>> {
+    let acts = Activations::new(dev, scope, spec, shape, options.keep)?;
+    let cache = Cache::new(dev, scope, spec, shape)?;
+    Ok((acts, cache, HeadOutputs::new(scope, spec, head, shape.selected, options)?))
 }

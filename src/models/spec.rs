@@ -165,15 +165,4 @@ impl Spec {
             window: None,
         }
     }
-
-    /// Multiply-add FLOPs of the blocks for one token forward, attention scores left out: twice
-    /// the number of block weights.
-    pub fn block_flops(&self) -> f64 {
-        let h = self.hidden;
-        let weights = h * self.qkv_cols()
-            + self.attention_cols() * h
-            + h * self.up_cols()
-            + self.mlp_hidden * h;
-        2.0 * (self.layers * weights) as f64
-    }
 }

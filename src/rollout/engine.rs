@@ -241,7 +241,7 @@ impl Generator {
         model.forward(dev, &staged.rows(), &mut acts, cache)?;
         let mut tokens = tokens.range(0..live.len());
         sampler.draw(dev, model, acts.hidden(), tokens.reborrow(), settings.stream)?;
-        let (tokens, logp) = (dev.read_later(tokens.view())?, dev.read_later(sampler.logp())?);
+        let (tokens, logp) = (dev.read_later(tokens.view())?, dev.read_later(sampler.logp.view())?);
         // One wait brings both, and does not wait for the next pass.
         dev.milestone()?;
         Ok(Queued { of: live.iter().map(|s| s.index).collect(), tokens, logp })
