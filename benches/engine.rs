@@ -23,8 +23,8 @@ use warpo::{
     models::{Config, Head, Layout, Model, Spec},
     ops::sample::Params,
     rng::{Purpose, Stream},
-    rollout::{Generator, Prompt, Settings as Generation},
-    train::{Settings, Silent, Trainer, job::Job},
+    rollout::{GenerationConfig, Generator, Prompt},
+    train::{Settings, Silent, Trainer, inputs::RunInputs},
 };
 
 use folder::{Folder, ids};
@@ -202,7 +202,7 @@ fn ppo(folder: &Folder, work: &Work, micro: usize) -> (Settings, Box<dyn Algorit
 
 /// Bytes of a run.
 fn planned(dev: &Device, (settings, algorithm): (Settings, Box<dyn Algorithm>)) -> usize {
-    Job::new(settings, algorithm).unwrap().plan::<bf16>(dev).unwrap().total()
+    RunInputs::new(settings, algorithm).unwrap().plan::<bf16>(dev).unwrap().total()
 }
 
 impl Bench {
@@ -269,7 +269,7 @@ impl Bench {
         let plan = generator.plan::<bf16>(dev, model.spec(), &Params::default()).unwrap();
         let mut arena = Arena::new(dev, plan).unwrap();
         let mut run = |step| {
-            let settings = Generation {
+            let settings = GenerationConfig {
                 sampling: Params::default(),
                 max_new_tokens: work.new,
                 stop_ids: Vec::new(),

@@ -19,7 +19,7 @@ use warpo::{
     ops::sample,
     ops::sample::Params,
     rng::{Philox, Purpose, Stream},
-    rollout::{Generator, Prompt, Settings as Generation},
+    rollout::{GenerationConfig, Generator, Prompt},
     train::{Settings, Silent, Trainer},
 };
 
@@ -96,7 +96,7 @@ fn generate(c: &mut Criterion) {
     let (dev, model) = (device(), random(Head::Lm));
     let prompts: Vec<Prompt> =
         (0..32).map(|sample| Prompt { sample, ids: ids(sample, 32) }).collect();
-    let settings = Generation {
+    let settings = GenerationConfig {
         sampling: sample::Params::default(),
         max_new_tokens: 64,
         stop_ids: Vec::new(),

@@ -16,7 +16,7 @@ pub struct Key {
     pub kind: String,
     /// Its value now, in TOML.
     pub value: String,
-    /// What it means, with the default's source.
+    /// Its meaning, with the default's source.
     pub doc: &'static str,
 }
 
@@ -28,83 +28,53 @@ pub trait Section: Any + Debug + Send {
     fn set(&mut self, key: &str, value: &Value) -> Option<Result<()>>;
     /// Checks the range of every value, and that those without a default were given.
     fn validate(&self) -> Result<()>;
-    /// For the owner to get the struct back.
+    /// Lets the owner downcast to its struct.
     fn as_any(&self) -> &dyn Any;
 }
 
 /// A type that a setting can have.
 pub trait Field: Sized {
-    /// What it takes, for messages: "a number".
+    /// Accepted values, for messages: "a number".
     fn kind() -> String;
     /// Reads a TOML value.
     fn parse(value: &Value) -> Option<Self>;
     fn show(&self) -> String;
 }
 
-impl Field for bool {
-    fn kind() -> String {
-        "true or false".into()
-    }
-    fn parse(value: &Value) -> Option<Self> {
-        value.as_bool()
-    }
-    fn show(&self) -> String {
-        self.to_string()
-    }
-}
-
-macro_rules! whole {
-    ($($t:ty),*) => {$(
+macro_rules! fields {
+    ($($t:ty: $kind:expr, $parse:expr, $show:expr;)*) => {$(
         impl Field for $t {
             fn kind() -> String {
-                "a whole number, 0 or more".into()
+                $kind.into()
             }
             fn parse(value: &Value) -> Option<Self> {
-                value.as_integer().and_then(|i| i.try_into().ok())
+                let parse: fn(&Value) -> Option<Self> = $parse;
+                parse(value)
             }
             fn show(&self) -> String {
-                self.to_string()
+                let show: fn(&Self) -> String = $show;
+                show(self)
             }
         }
     )*};
 }
-whole!(u32, u64, usize);
 
-impl Field for f64 {
-    fn kind() -> String {
-        "a number".into()
-    }
-    fn parse(value: &Value) -> Option<Self> {
-        let x = value.as_float().or_else(|| value.as_integer().map(|i| i as f64))?;
-        x.is_finite().then_some(x)
-    }
-    fn show(&self) -> String {
-        format!("{self:?}")
-    }
+const WHOLE: &str = "a whole number, 0 or more";
+
+fields! {
+    bool: "true or false", Value::as_bool, Self::to_string;
+    u32: WHOLE, |v| v.as_integer()?.try_into().ok(), Self::to_string;
+    u64: WHOLE, |v| v.as_integer()?.try_into().ok(), Self::to_string;
+    usize: WHOLE, |v| v.as_integer()?.try_into().ok(), Self::to_string;
+    f64: "a number", number, |x| format!("{x:?}");
+    String: "a text", |v| v.as_str().map(Self::from), |s| Value::String(s.clone()).to_string();
+    PathBuf: "a path", |v| v.as_str().map(Self::from),
+        |p| Value::String(p.to_string_lossy().into_owned()).to_string();
 }
 
-impl Field for String {
-    fn kind() -> String {
-        "a text".into()
-    }
-    fn parse(value: &Value) -> Option<Self> {
-        value.as_str().map(str::to_owned)
-    }
-    fn show(&self) -> String {
-        Value::String(self.clone()).to_string()
-    }
-}
-
-impl Field for PathBuf {
-    fn kind() -> String {
-        "a path".into()
-    }
-    fn parse(value: &Value) -> Option<Self> {
-        value.as_str().map(Self::from)
-    }
-    fn show(&self) -> String {
-        Value::String(self.to_string_lossy().into_owned()).to_string()
-    }
+fn number(value: &Value) -> Option<f64> {
+    let x = value.as_float().or_else(|| value.as_integer().map(|i| i as f64))?;
+    x.is_finite().then_some(x)
 }
 
 impl<T: Field> Field for Option<T> {
@@ -172,7 +142,8 @@ macro_rules! choices {
 #[doc(hidden)]
 pub use toml::Value as Value_;
 
-/// Declares a section: docs, defaults and ranges beside each field.
+/// Declares a section: docs, defaults and ranges beside each field. It may begin with `parts`,
+/// which are sections themselves: their keys stand beside its own.
 ///
 /// ```
 /// warpo::settings! {
@@ -192,34 +163,46 @@ pub use toml::Value as Value_;
 #[macro_export]
 macro_rules! settings {
     ($(#[$meta:meta])* pub struct $name:ident {
+        $(parts { $(pub $part:ident: $section:ty),* $(,)? })?
         $($(#[doc = $doc:literal])* pub $field:ident: $ty:ty = $default:expr
             $(=> $want:literal if $check:expr)?),* $(,)?
     }) => {
         $(#[$meta])*
         #[derive(Clone, Debug, PartialEq)]
-        pub struct $name { $($(#[doc = $doc])* pub $field: $ty),* }
+        pub struct $name {
+            $($(pub $part: $section,)*)?
+            $($(#[doc = $doc])* pub $field: $ty),*
+        }
 
         impl Default for $name {
             fn default() -> Self {
-                Self { $($field: $default),* }
+                Self {
+                    $($($part: <$section>::default(),)*)?
+                    $($field: $default),*
+                }
             }
         }
 
         impl $crate::config::Section for $name {
             fn keys(&self) -> Vec<$crate::config::Key> {
-                vec![$($crate::config::Key {
+                let parts: &[&dyn $crate::config::Section] = &[$($(&self.$part),*)?];
+                let parts = parts.iter().flat_map(|part| part.keys());
+                parts.chain([$($crate::config::Key {
                     name: $crate::config::key_name(stringify!($field)),
                     kind: [<$ty as $crate::config::Field>::kind() $(, $want.to_owned())?].join("; "),
                     value: $crate::config::Field::show(&self.$field),
                     doc: concat!($($doc, "\n"),*),
-                }),*]
+                }),*]).collect()
             }
             fn set(&mut self, key: &str, value: &$crate::config::Value_) -> Option<$crate::Result<()>> {
+                $($(if let Some(done) = self.$part.set(key, value) {
+                    return Some(done);
+                })*)?
                 $(if key == $crate::config::key_name(stringify!($field)) {
                     let found: $crate::Result<$ty> = $crate::config::read(key, value);
                     $(let found = found.and_then(|x| {
                         let check: fn(&$ty) -> bool = $check;
-                        // What must be given has a default out of range, and a template shows it.
+                        // A setting that must be given has a default out of range, in templates.
                         let default: $ty = $default;
                         let shown = $crate::config::Field::show;
                         let ok = check(&x) || shown(&x) == shown(&default);
@@ -230,6 +213,7 @@ macro_rules! settings {
                 None
             }
             fn validate(&self) -> $crate::Result<()> {
+                $($(self.$part.validate()?;)*)?
                 $($({
                     let check: fn(&$ty) -> bool = $check;
                     if !check(&self.$field) {
@@ -282,7 +266,7 @@ fn nearest(sections: &[&mut dyn Section], key: &str) -> Option<&'static str> {
     other.map(|o| o.1).or(near)
 }
 
-/// What settings are called elsewhere (TRL, Hugging Face Trainer, OpenRLHF, verl), and here.
+/// Names of settings elsewhere (TRL, Hugging Face Trainer, OpenRLHF, verl), and here.
 const ELSEWHERE: &[(&str, &str)] = &[
     ("lr", "learning_rate"),
     ("actor_learning_rate", "learning_rate"),

@@ -16,8 +16,7 @@ mod algorithms {
     mod sft;
 }
 mod data {
-    mod examples;
-    mod order;
+    mod dataset;
     mod records;
     mod tokenizer;
 }
@@ -79,13 +78,13 @@ mod train {
     mod checkpoint;
     mod device;
     mod events;
-    mod experience;
-    mod feed;
     mod lock;
     mod metrics;
-    mod role;
+    mod models;
+    mod rollouts;
     mod run;
     mod schedule;
     mod signals;
+    mod source;
     mod trainer;
 }

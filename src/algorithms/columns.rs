@@ -1,4 +1,4 @@
-//! What losses see: per-token columns of a step, packed, without padding.
+//! The inputs of losses: per-token columns of a step, packed, without padding.
 
 use std::ops::Range;
 
@@ -17,7 +17,7 @@ pub struct Columns<F> {
     pub offsets: Vec<u32>,
     /// Weight of each token in the loss.
     pub weights: Vec<F>,
-    /// Log-prob when the token was sampled.
+    /// Log-prob of each token before the step's updates; of a sample, when it was sampled.
     pub old_logp: Vec<F>,
     /// Log-prob under the reference model.
     pub ref_logp: Vec<F>,
@@ -27,7 +27,7 @@ pub struct Columns<F> {
     pub rewards: Vec<F>,
     /// Advantage of each token.
     pub advantages: Vec<F>,
-    /// What the value model should have said.
+    /// Target of the value of each token.
     pub returns: Vec<F>,
     /// Score of each sequence by the reward model.
     pub scores: Vec<F>,
@@ -58,7 +58,7 @@ impl<F: Float> Columns<F> {
         self.offsets.partition_point(|o| *o as usize <= token).saturating_sub(1)
     }
 
-    /// The chosen sequences, in the given order: a minibatch.
+    /// The chosen sequences, in the given order, pairs side by side: a minibatch.
     pub fn subset(&self, order: &[usize]) -> Self {
         let mut out = Self { offsets: vec![0], ..Self::default() };
         for &s in order {
@@ -80,6 +80,9 @@ impl<F: Float> Columns<F> {
             out.samples.extend(self.samples.get(s));
             out.scores.extend(self.scores.get(s));
             out.stopped.extend(self.stopped.get(s));
+            if s % 2 == 0 {
+                out.margins.extend(self.margins.get(s / 2));
+            }
         }
         out
     }
@@ -114,7 +117,7 @@ impl Column {
 /// A micro-batch: consecutive sequences of a step's or minibatch's [`Columns`], and where a device
 /// reads its part of them.
 #[derive(Debug)]
-pub struct Micro<'a, F> {
+pub struct MicroBatch<'a, F> {
     /// The columns of the whole minibatch.
     pub columns: &'a Columns<F>,
     /// Sequences of this micro-batch.
@@ -128,13 +131,13 @@ const STAGED: &str = "columns of a loss";
 /// Elements at a multiple of which a column begins: a cache line.
 const LINE: usize = 16;
 
-impl<'a, F: Float> Micro<'a, F> {
-    /// For the CPU.
+impl<'a, F: Float> MicroBatch<'a, F> {
+    /// Reads columns in host memory.
     pub fn new(columns: &'a Columns<F>, sequences: Range<usize>) -> Self {
         Self { columns, sequences, staged: None }
     }
 
-    /// For `dev`.
+    /// Copies the columns to where `dev` reads them.
     pub fn stage(
         dev: &Device,
         scope: &'a Scope<'_>,
@@ -155,7 +158,7 @@ impl<'a, F: Float> Micro<'a, F> {
         Ok(micro)
     }
 
-    /// Takes the room of a micro-batch of up to `tokens` tokens.
+    /// Allocates what a micro-batch of up to `tokens` tokens does.
     pub fn plan(dev: &Device, scope: &'a Scope<'_>, tokens: usize) -> Result<()> {
         let Device::Cuda(_) = dev else { return Ok(()) };
         let len = Column::ALL.len() * tokens.next_multiple_of(LINE);

@@ -5,25 +5,23 @@
 //! To add one: write `algorithms/<name>.rs`, and add it to [`ALGORITHMS`] here.
 
 mod columns;
+mod policy_gradient;
 mod ppo;
 mod reward;
 mod sft;
 
-pub use columns::{Column, Columns, Micro};
-pub use ppo::{Ppo, PpoSettings};
-pub use reward::{Reward, RewardSettings};
-pub use sft::{Sft, SftSettings};
+pub use columns::{Column, Columns, MicroBatch};
+pub use policy_gradient::Sampling;
 
 use std::path::PathBuf;
 
 use crate::{
     config::Section,
     device::{Device, View, ViewMut},
-    error::Result,
-    ops::sample,
+    error::{Error, Result},
 };
 
-/// What a step's sequences are made of.
+/// Kinds of data that a step is made of.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Inputs {
     /// Texts to learn.
@@ -37,51 +35,48 @@ pub enum Inputs {
     Prompts(Sampling),
 }
 
-/// How prompts are continued, and what scores the samples.
-#[derive(Clone, Debug, PartialEq)]
-pub struct Sampling {
-    /// Samples of each prompt.
-    pub samples_per_prompt: usize,
-    /// The most new tokens of a sample.
-    pub max_new_tokens: usize,
-    /// Temperature and filters. The temperature divides the logits in training and under the
-    /// reference too.
-    pub params: sample::Params,
-    /// Sequences generated at once.
-    pub slots: usize,
-    /// Folder of the frozen reward model that scores every sample.
-    pub reward_model: Option<PathBuf>,
+impl Inputs {
+    /// Sequences that lie side by side, and stay in one micro-batch.
+    pub fn unit(&self) -> usize {
+        if *self == Self::Pairs { 2 } else { 1 }
+    }
 }
 
 /// A scalar model that is trained: the reward model, or the value model beside a policy.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Scalar {
-    /// Where its weights come from.
+    /// Source of its weights.
     pub from: Origin,
     /// Its peak step size, if another than the run's.
     pub learning_rate: Option<f64>,
 }
 
-/// The model that another one starts as.
+/// The folder that a model comes from.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Origin {
     /// The model that the run is given.
     Model,
-    /// The reward model that scores samples.
+    /// The reward model that the algorithm names.
     RewardModel,
 }
 
-/// What an algorithm asks of the trainer.
+/// An algorithm's requests to the trainer: the data, the models that are trained, and the columns
+/// that its losses read.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Needs {
     /// The data.
     pub inputs: Inputs,
     /// A language model is trained.
     pub policy: bool,
-    /// A scalar model is trained.
+    /// A scalar model is trained: one number a predicted token beside a policy, else one at the
+    /// last token of a sequence.
     pub scalar: Option<Scalar>,
+    /// Log-probs of the policy before the step's updates. Samples have them always.
+    pub old_logp: bool,
     /// Log-probs of a frozen copy of the policy.
     pub reference: bool,
+    /// Folder of the frozen reward model that scores every sequence.
+    pub reward_model: Option<PathBuf>,
     /// The entropy of each prediction.
     pub entropy: bool,
     /// Passes over a step's sequences.
@@ -90,12 +85,42 @@ pub struct Needs {
     pub minibatches: usize,
 }
 
+impl Needs {
+    /// One update a step, with no model and no column yet.
+    pub fn of(inputs: Inputs) -> Self {
+        Self {
+            inputs,
+            policy: false,
+            scalar: None,
+            old_logp: false,
+            reference: false,
+            reward_model: None,
+            entropy: false,
+            epochs: 1,
+            minibatches: 1,
+        }
+    }
+
+    /// How samples are made, if the algorithm samples.
+    pub fn sampling(&self) -> Option<&Sampling> {
+        match &self.inputs {
+            Inputs::Prompts(sampling) => Some(sampling),
+            _ => None,
+        }
+    }
+
+    /// Divides the logits of the policy and of the reference.
+    pub fn temperature(&self) -> f32 {
+        self.sampling().map_or(1.0, |s| s.temperature as f32)
+    }
+}
+
 /// Named numbers of a step, in the order they are shown.
 pub type Metrics = Vec<(&'static str, f64)>;
 
 /// A training algorithm over f32 columns.
 pub trait Algorithm: Send {
-    /// What it needs.
+    /// Its requests to the trainer.
     fn needs(&self) -> Needs;
 
     /// Once a step, before the first update: fills advantages and the like, on the CPU: columns are
@@ -113,7 +138,7 @@ pub trait Algorithm: Send {
     fn policy_loss(
         &mut self,
         _dev: &Device,
-        _micro: &Micro<'_, f32>,
+        _micro: &MicroBatch<'_, f32>,
         _logp: View<'_, f32>,
         _entropy: Option<View<'_, f32>>,
         _dlogp: ViewMut<'_, f32>,
@@ -127,17 +152,28 @@ pub trait Algorithm: Send {
     fn scalar_loss(
         &mut self,
         _dev: &Device,
-        _micro: &Micro<'_, f32>,
+        _micro: &MicroBatch<'_, f32>,
         _y: View<'_, f32>,
         _dy: ViewMut<'_, f32>,
     ) -> Result<()> {
         Ok(())
     }
 
-    /// After the last update of a step: the means over it.
+    /// The metrics of held-out data, all of it in one micro-batch, of which `y` is what the trained
+    /// model says: log-probs, or scalars.
+    fn evaluate(
+        &self,
+        _dev: &Device,
+        _held_out: &MicroBatch<'_, f32>,
+        _y: View<'_, f32>,
+    ) -> Result<Metrics> {
+        Ok(Metrics::new())
+    }
+
+    /// Appends the step's means, after its last update.
     fn finish(&mut self, out: &mut Metrics) -> Result<()>;
 
-    /// What must survive a restart, beside the columns.
+    /// State that must survive a restart.
     fn state(&self) -> serde_json::Value {
         serde_json::Value::Null
     }
@@ -149,19 +185,26 @@ pub trait Algorithm: Send {
 }
 
 /// An algorithm's name, help and constructor.
-pub struct Entry {
+pub struct AlgorithmEntry {
     /// `warpo train NAME`
     pub name: &'static str,
     /// One line of help.
     pub about: &'static str,
-    /// Defaults of shared settings that differ for it.
+    /// Defaults of shared settings that differ for it, in its own parts too.
     pub defaults: &'static [(&'static str, &'static str)],
     /// Its metrics and what each means.
-    pub metrics: &'static [(&'static str, &'static str)],
+    pub metrics: &'static [&'static [(&'static str, &'static str)]],
     /// Its configuration with defaults.
     pub section: fn() -> Box<dyn Section>,
     /// Made from its configuration.
     pub build: fn(&dyn Section) -> Result<Box<dyn Algorithm>>,
+}
+
+/// An algorithm's own settings, checked.
+fn own<S: Section + Clone>(section: &dyn Section) -> Result<S> {
+    section.validate()?;
+    let own = section.as_any().downcast_ref::<S>().cloned();
+    own.ok_or_else(|| Error::value("settings", "the algorithm's own", format!("{section:?}")))
 }
 
 /// Metrics that the trainer adds to every algorithm's own.
@@ -176,4 +219,4 @@ pub const SHARED_METRICS: &[(&str, &str)] = &[
 ];
 
 /// All algorithms.
-pub const ALGORITHMS: &[Entry] = &[sft::ENTRY, reward::ENTRY, ppo::ENTRY];
+pub const ALGORITHMS: &[AlgorithmEntry] = &[sft::ENTRY, reward::ENTRY, ppo::ENTRY];

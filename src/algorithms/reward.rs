@@ -1,7 +1,9 @@
 //! A reward model from human preferences: Bradley-Terry on pairs, a scalar head at the last token.
 //! Departures from TRL: none; an optional margin column, centring off by default as there.
 
-use super::{Algorithm, Column, Entry, Inputs, Metrics, Micro, Needs, Origin, Scalar};
+use super::{
+    Algorithm, AlgorithmEntry, Column, Inputs, Metrics, MicroBatch, Needs, Origin, Scalar, own,
+};
 use crate::{
     config::Section,
     device::{Device, Pending, View, ViewMut},
@@ -20,47 +22,36 @@ crate::settings! {
 
 /// The algorithm.
 #[derive(Debug)]
-pub struct Reward {
+struct Reward {
     settings: RewardSettings,
-    /// Of each micro-batch.
+    /// One for each micro-batch.
     stats: Vec<Pending<PairSums>>,
 }
 
-pub(super) const ENTRY: Entry = Entry {
+pub(super) const ENTRY: AlgorithmEntry = AlgorithmEntry {
     name: "reward",
     about: "Reward model on pairs of which people chose one",
     defaults: &[("learning_rate", "1e-4")],
-    metrics: &[
+    metrics: &[&[
         ("loss", "Mean of -log sigmoid(chosen - rejected - margin), with the centring term."),
         ("accuracy", "Pairs of the step whose chosen text scores higher."),
         ("reward_margin", "Mean of chosen - rejected."),
         ("reward_mean", "Mean score of all texts, chosen and rejected."),
-    ],
+    ]],
     section: || Box::new(RewardSettings::default()),
-    build: |s: &dyn Section| {
-        let settings = s.as_any().downcast_ref::<RewardSettings>().cloned().unwrap_or_default();
-        settings.validate()?;
-        Ok(Box::new(Reward { settings, stats: Vec::new() }))
-    },
+    build: |s: &dyn Section| Ok(Box::new(Reward { settings: own(s)?, stats: Vec::new() })),
 };
 
 impl Algorithm for Reward {
     fn needs(&self) -> Needs {
-        Needs {
-            inputs: Inputs::Pairs,
-            policy: false,
-            scalar: Some(Scalar { from: Origin::Model, learning_rate: None }),
-            reference: false,
-            entropy: false,
-            epochs: 1,
-            minibatches: 1,
-        }
+        let scalar = Scalar { from: Origin::Model, learning_rate: None };
+        Needs { scalar: Some(scalar), ..Needs::of(Inputs::Pairs) }
     }
 
     fn scalar_loss(
         &mut self,
         dev: &Device,
-        micro: &Micro<'_, f32>,
+        micro: &MicroBatch<'_, f32>,
         y: View<'_, f32>,
         dy: ViewMut<'_, f32>,
     ) -> Result<()> {
@@ -69,6 +60,18 @@ impl Algorithm for Reward {
         let centre = self.settings.center_coef;
         self.stats.push(bradley_terry::forward(dev, dy, t, centre, pairs as f64)?);
         Ok(())
+    }
+
+    fn evaluate(
+        &self,
+        dev: &Device,
+        held_out: &MicroBatch<'_, f32>,
+        y: View<'_, f32>,
+    ) -> Result<Metrics> {
+        let (mut d, pairs) = (vec![0.0; y.len()], (y.len() / 2) as f64);
+        let t = Pairs { scores: y, margins: held_out.view(Column::Margins), weights: None };
+        let stats = bradley_terry::forward(dev, (&mut d).into(), t, 0.0, pairs)?.get()?;
+        Ok(vec![("eval_loss", stats.loss), ("eval_accuracy", stats.right / pairs)])
     }
 
     fn finish(&mut self, out: &mut Metrics) -> Result<()> {

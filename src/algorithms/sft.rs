@@ -2,7 +2,7 @@
 //! of the step. Departures from the usual: none; the mean is over the whole step, never of a
 //! micro-batch.
 
-use super::{Algorithm, Column, Entry, Inputs, Metrics, Micro, Needs};
+use super::{Algorithm, AlgorithmEntry, Column, Inputs, Metrics, MicroBatch, Needs, own};
 use crate::{
     config::Section,
     device::{Device, Pending, View, ViewMut},
@@ -21,46 +21,38 @@ crate::settings! {
 
 /// The algorithm.
 #[derive(Debug)]
-pub struct Sft {
+struct Sft {
     settings: SftSettings,
-    /// Of each micro-batch.
+    /// One for each micro-batch.
     losses: Vec<Pending<f64>>,
     tokens: f64,
 }
 
-pub(super) const ENTRY: Entry = Entry {
+pub(super) const ENTRY: AlgorithmEntry = AlgorithmEntry {
     name: "sft",
     about: "Supervised fine-tuning on texts, prompt-completion pairs or chosen answers",
     defaults: &[],
-    metrics: &[
+    metrics: &[&[
         ("loss", "Mean negative log-likelihood of the learned tokens, in nats a token."),
         ("perplexity", "e to the loss."),
         ("learned_tokens", "Tokens that the loss is a mean over."),
-    ],
+    ]],
     section: || Box::new(SftSettings::default()),
     build: |s: &dyn Section| {
-        let settings = s.as_any().downcast_ref::<SftSettings>().cloned().unwrap_or_default();
-        Ok(Box::new(Sft { settings, losses: Vec::new(), tokens: 0.0 }))
+        Ok(Box::new(Sft { settings: own(s)?, losses: Vec::new(), tokens: 0.0 }))
     },
 };
 
 impl Algorithm for Sft {
     fn needs(&self) -> Needs {
-        Needs {
-            inputs: Inputs::Texts { completion_only: self.settings.completion_only },
-            policy: true,
-            scalar: None,
-            reference: false,
-            entropy: false,
-            epochs: 1,
-            minibatches: 1,
-        }
+        let completion_only = self.settings.completion_only;
+        Needs { policy: true, ..Needs::of(Inputs::Texts { completion_only }) }
     }
 
     fn policy_loss(
         &mut self,
         dev: &Device,
-        micro: &Micro<'_, f32>,
+        micro: &MicroBatch<'_, f32>,
         logp: View<'_, f32>,
         _entropy: Option<View<'_, f32>>,
         dlogp: ViewMut<'_, f32>,
@@ -72,6 +64,18 @@ impl Algorithm for Sft {
         self.tokens += weights.len() as f64;
         self.losses.push(nll::forward(dev, dlogp, logp, weights, denominator)?);
         Ok(())
+    }
+
+    fn evaluate(
+        &self,
+        dev: &Device,
+        held_out: &MicroBatch<'_, f32>,
+        logp: View<'_, f32>,
+    ) -> Result<Metrics> {
+        let (mut d, tokens) = (vec![0.0; logp.len()], logp.len() as f64);
+        let weights = held_out.view(Column::Weights);
+        let nll = nll::forward(dev, (&mut d).into(), logp, weights, tokens)?.get()?;
+        Ok(vec![("eval_loss", nll), ("eval_perplexity", libm::exp(nll))])
     }
 
     fn finish(&mut self, out: &mut Metrics) -> Result<()> {

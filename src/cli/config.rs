@@ -5,12 +5,12 @@ use crate::{config, error::Result};
 
 /// Print a complete commented configuration of an algorithm
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct ConfigArgs {
     #[arg(help = super::algorithms())]
     algorithm: String,
 }
 
-pub(super) fn run(args: &Args) -> Result<()> {
+pub(super) fn run(args: &ConfigArgs) -> Result<()> {
     let entry = algorithm(&args.algorithm)?;
     let (settings, section) = train::defaults(entry)?;
     let head = format!("# {}\n# warpo train {} --config THIS_FILE\n\n", entry.about, entry.name);

@@ -7,9 +7,9 @@ use crate::{
 
 /// Show devices, threads, instruction sets, and what is missing for CUDA
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {}
+pub(super) struct DoctorArgs {}
 
-pub(super) fn run(_args: &Args) -> Result<()> {
+pub(super) fn run(_args: &DoctorArgs) -> Result<()> {
     let device = Device::cpu();
     let isas: Vec<String> = Isa::available().iter().map(ToString::to_string).collect();
     let mut text = format!(

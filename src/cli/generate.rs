@@ -6,7 +6,7 @@ use half::bf16;
 use indicatif::ProgressBar;
 use serde_json::json;
 
-use super::{Place, note, warn};
+use super::{DeviceArgs, note, warn};
 use crate::{
     data::{self, Limits, Tokenizer},
     device::{Arena, Device, Element},
@@ -15,12 +15,12 @@ use crate::{
     models::{Head, Model},
     ops::sample,
     rng::{Purpose, Stream},
-    rollout::{Generator, Prompt, Settings},
+    rollout::{GenerationConfig, Generator, Prompt},
 };
 
 /// Continue prompts (JSONL with `prompt`, `text` or `input_ids`) and write JSONL
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct GenerateArgs {
     /// The model's folder
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
@@ -58,14 +58,14 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     slots: u32,
     #[command(flatten)]
-    place: Place,
+    place: DeviceArgs,
 }
 
 /// Samples between two writes, as a multiple of the slots: the last sequences of a part run in a
 /// batch that empties.
 const PART: usize = 8;
 
-pub(super) fn run(args: &Args) -> Result<()> {
+pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     let sampling = args.sampling()?;
     args.place.run(|dev| match dev {
         Device::Cpu(_) => run_in::<f32>(args, dev, sampling),
@@ -75,7 +75,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
 
 /// [`run`] with models that compute in `T`.
 fn run_in<T: Element<Acc = f32>>(
-    args: &Args,
+    args: &GenerateArgs,
     dev: &Device,
     sampling: sample::Params,
 ) -> Result<()> {
@@ -88,7 +88,8 @@ fn run_in<T: Element<Acc = f32>>(
     };
     let limits = Limits { max_length, vocab: spec.vocab, eos: None };
     let records = data::read(&args.data)?;
-    let (prompts, stats) = data::prompts(&records, tokenizer.as_ref(), limits, Some(usize::MAX))?;
+    let data = data::prompts(&records, tokenizer.as_ref(), limits, Some(usize::MAX))?;
+    let (prompts, stats) = (&data.sequences, data.stats);
     let given = |at: &&data::Located| !prompts.iter().any(|p| p.place == at.place);
     if stats.dropped > 0
         && let Some(empty) = records.iter().find(given)
@@ -99,7 +100,7 @@ fn run_in<T: Element<Acc = f32>>(
         let n = stats.truncated;
         warn(&format!("{n} prompts lost their beginning: longer than {max_length} tokens"));
     }
-    let longest = prompts.iter().map(|p| p.ids.len()).max().unwrap_or(1);
+    let longest = data.longest();
     let reward_model = match &args.reward_model {
         None => None,
         Some(dir) => {
@@ -114,7 +115,7 @@ fn run_in<T: Element<Acc = f32>>(
     let generator = Generator { slots, max_len: longest + new, rows: longest.max(slots).max(512) };
     let mut arena = Arena::new(dev, generator.plan::<T>(dev, spec, &sampling)?)?;
     let eos = tokenizer.iter().flat_map(|t| t.eos().to_vec());
-    let settings = Settings {
+    let settings = GenerationConfig {
         sampling,
         max_new_tokens: new,
         stop_ids: eos.chain(args.stop_id.iter().copied()).collect(),
@@ -160,7 +161,7 @@ fn run_in<T: Element<Acc = f32>>(
     Ok(())
 }
 
-impl Args {
+impl GenerateArgs {
     fn sampling(&self) -> Result<sample::Params> {
         let Self { temperature, top_k, top_p, min_p, .. } = *self;
         let params = sample::Params { temperature, top_k, top_p, min_p };

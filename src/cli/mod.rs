@@ -37,14 +37,14 @@ Examples:
 
 #[derive(Debug, Subcommand)]
 enum Command {
-    Train(train::Args),
-    Plan(plan::Args),
-    Generate(generate::Args),
-    Score(score::Args),
-    Config(config::Args),
-    Report(report::Args),
-    Quickstart(quickstart::Args),
-    Doctor(doctor::Args),
+    Train(train::TrainArgs),
+    Plan(plan::PlanArgs),
+    Generate(generate::GenerateArgs),
+    Score(score::ScoreArgs),
+    Config(config::ConfigArgs),
+    Report(report::ReportArgs),
+    Quickstart(quickstart::QuickstartArgs),
+    Doctor(doctor::DoctorArgs),
 }
 
 /// Runs the command of this process.
@@ -81,9 +81,9 @@ fn fail(error: &Error) -> ExitCode {
     ExitCode::from(error.exit_code())
 }
 
-/// Where to compute.
+/// The device to compute on.
 #[derive(Debug, clap::Args)]
-struct Place {
+struct DeviceArgs {
     /// auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
     device: String,
@@ -94,7 +94,7 @@ struct Place {
     profiling: profile::Profiling,
 }
 
-impl Place {
+impl DeviceArgs {
     /// Runs `work` there.
     fn run<R>(&self, work: impl FnOnce(&Device) -> crate::Result<R>) -> crate::Result<R> {
         self.profiling.on(Device::from_name(&self.device, self.threads)?, work)

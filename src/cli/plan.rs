@@ -1,8 +1,8 @@
-//! `warpo plan`: what a run takes of a device's memory, for machines that are not there too.
+//! `warpo plan`: the device memory of a run, also for GPUs known only by their data sheets.
 
 use half::bf16;
 
-use super::train::{self, Told};
+use super::train::{self, RunArgs};
 use crate::{
     algorithms::Algorithm,
     device::{
@@ -10,20 +10,20 @@ use crate::{
         cuda::{GPUS, GpuSpec},
     },
     error::{Error, Result},
-    models::Spec,
     train::{
         Settings,
-        job::{self, Job},
-        plan::{self, Plan, Work},
+        inputs::{self, RunInputs},
+        models::{self, PlannedModel},
+        plan::{MemoryPlan, PassSizes},
     },
 };
 
 /// Print the memory of a run by model and phase, and the largest micro-batch that fits; nothing is
 /// run, and the model's folder needs no weights
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct PlanArgs {
     #[command(flatten)]
-    told: Told,
+    run: RunArgs,
     #[arg(long, value_name = "NAME", help = gpus())]
     gpu: Option<String>,
     /// Memory of the device, as 141GB or 80GiB, if another than it has
@@ -31,7 +31,7 @@ pub(super) struct Args {
     memory: Option<String>,
 }
 
-/// What is left to the driver, its context and the kernels of a GPU that is not there.
+/// Bytes left to the driver, its context and kernels, on a GPU known by its data sheet.
 const DRIVER: usize = 1 << 30;
 
 fn gpus() -> String {
@@ -39,8 +39,8 @@ fn gpus() -> String {
     format!("A GPU that need not be there: {}", names.join(", "))
 }
 
-pub(super) fn run(args: &Args) -> Result<()> {
-    let (entry, settings, section) = train::settings(&args.told)?;
+pub(super) fn run(args: &PlanArgs) -> Result<()> {
+    let (entry, settings, section) = train::settings(&args.run)?;
     let (dev, own) = match &args.gpu {
         Some(name) => {
             let machine = find(name)?;
@@ -92,43 +92,41 @@ fn size(text: &str) -> Result<usize> {
     Ok((number * unit) as usize)
 }
 
-/// The specs of the model and of the judge, and sizes for them.
-struct Run<'a> {
+/// A run's models, and sizes for them.
+struct PlannedRun<'a> {
     dev: &'a Device,
     settings: Settings,
     algorithm: Box<dyn Algorithm>,
-    policy: Spec,
-    judge: Option<Spec>,
+    models: Vec<PlannedModel>,
     /// Tokens of the longest text or prompt.
     longest: usize,
-    /// Where that comes from.
+    /// Source of `longest`, for people.
     source: &'static str,
 }
 
-impl<'a> Run<'a> {
+impl<'a> PlannedRun<'a> {
     fn new(dev: &'a Device, settings: Settings, algorithm: Box<dyn Algorithm>) -> Result<Self> {
         let needs = algorithm.needs();
-        let (policy, judge) = job::specs(&settings, &needs)?;
         if settings.data.is_empty() {
-            let longest = job::max_length(&settings, &needs, &policy)?;
+            let models = models::planned(&settings, &needs)?;
+            let longest = inputs::max_length(&settings, &needs, &models[0].spec)?;
             let source = "max_length, as there is no data";
-            return Ok(Self { dev, settings, algorithm, policy, judge, longest, source });
+            return Ok(Self { dev, settings, algorithm, models, longest, source });
         }
-        let job = Job::new(settings, algorithm)?;
-        let new = plan::sampling(&needs).map_or(0, |s| s.max_new_tokens);
-        let (longest, source) = (job.work.longest - new, "the data");
-        let Job { settings, algorithm, .. } = job;
-        Ok(Self { dev, settings, algorithm, policy, judge, longest, source })
+        let new = needs.sampling().map_or(0, |s| s.max_new_tokens);
+        let RunInputs { settings, algorithm, models, sizes, .. } =
+            RunInputs::new(settings, algorithm)?;
+        let (longest, source) = (sizes.longest - new, "the data");
+        Ok(Self { dev, settings, algorithm, models, longest, source })
     }
 
     /// With other sizes of a micro-batch.
-    fn plan<T: Element>(&self, rows: usize) -> Result<(Work, Plan)> {
+    fn plan<T: Element>(&self, rows: usize) -> Result<(PassSizes, MemoryPlan)> {
         let settings = Settings { micro_batch_tokens: rows, ..self.settings.clone() };
         let needs = self.algorithm.needs();
-        let work = Work::new(&settings, &needs, self.longest);
-        let specs = (&self.policy, self.judge.as_ref());
-        let plan = Plan::new::<T>(self.dev, &settings, &needs, &work, specs)?;
-        Ok((work, plan))
+        let sizes = PassSizes::new(&settings, &needs, self.longest);
+        let plan = MemoryPlan::new::<T>(self.dev, &settings, &needs, &sizes, &self.models)?;
+        Ok((sizes, plan))
     }
 
     /// The most tokens of a micro-batch in this memory; none if the smallest does not fit.
@@ -153,7 +151,7 @@ fn describe<T: Element>(
     algorithm: Box<dyn Algorithm>,
     memory: Option<usize>,
 ) -> Result<String> {
-    let run = Run::new(dev, settings, algorithm)?;
+    let run = PlannedRun::new(dev, settings, algorithm)?;
     let (work, plan) = run.plan::<T>(run.settings.micro_batch_tokens)?;
     let mut text = format!("device: {}\n", dev.describe());
     text += &format!(
@@ -190,7 +188,7 @@ fn describe<T: Element>(
 }
 
 /// Models by what they hold, then phases.
-fn row_of_heads(row: &mut impl FnMut(&str, &str, usize), plan: &Plan) {
+fn row_of_heads(row: &mut impl FnMut(&str, &str, usize), plan: &MemoryPlan) {
     let mut last = "";
     for part in &plan.parts {
         row(if part.role == last { "" } else { part.role }, part.what, part.bytes);

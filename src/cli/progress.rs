@@ -13,9 +13,9 @@ use crate::{algorithms::Metrics, train::Observer};
 pub(super) struct Progress {
     name: &'static str,
     bar: Option<ProgressBar>,
-    /// Of the last step.
+    /// Metrics of the last step.
     numbers: String,
-    /// When the last line of a step was printed.
+    /// Time of the last printed line of a step.
     printed: Option<Instant>,
 }
 
@@ -75,7 +75,7 @@ impl Observer for Progress {
         if let Some(bar) = &self.bar {
             bar.set_length(steps);
             bar.set_position(step);
-            // What was done before a resumption took none of this run's time.
+            // Steps before a resumption took none of this process's time.
             bar.reset_eta();
         }
     }

@@ -6,12 +6,11 @@ use half::bf16;
 use serde_json::{Value, json};
 
 use super::{
-    Place,
+    DeviceArgs,
     progress::Progress,
     train::{algorithm, defaults},
 };
 use crate::{
-    algorithms::Inputs,
     config::{self, Section, Value_ as Toml},
     data::{self, Limits, Tokenizer},
     device::{Device, Element},
@@ -26,7 +25,7 @@ use crate::{
 
 /// Train a small model from real human labels: SFT, reward model, PPO; then compare
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct QuickstartArgs {
     /// Model, data and settings
     #[arg(long, value_name = "DIR", default_value = "examples/quickstart")]
     from: PathBuf,
@@ -40,7 +39,7 @@ pub(super) struct Args {
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
     #[command(flatten)]
-    place: Place,
+    place: DeviceArgs,
 }
 
 /// A stage: its folder and settings file, its algorithm, its data, the model it starts from.
@@ -78,7 +77,7 @@ const STAGES: [Stage; 4] = [
     },
 ];
 
-pub(super) fn run(args: &Args) -> Result<()> {
+pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     let start = Instant::now();
     let ppo = args.settings(&STAGES[3])?;
     let [before, after] = args.place.run(|dev| {
@@ -108,7 +107,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
     super::print(&text)
 }
 
-impl Args {
+impl QuickstartArgs {
     /// The settings of a stage: its file, with folders as this command was given them.
     fn settings(&self, stage: &Stage) -> Result<(Settings, Box<dyn Section>)> {
         let (mut settings, mut section) = defaults(algorithm(stage.algorithm)?)?;
@@ -165,7 +164,7 @@ impl Args {
         }
     }
 
-    /// [`Args::compare`] with models that compute in `T`.
+    /// [`QuickstartArgs::compare`] with models that compute in `T`.
     fn compare_in<T: Element<Acc = f32>>(
         &self,
         dev: &Device,
@@ -177,18 +176,19 @@ impl Args {
         };
         let before = load("sft", Head::Lm)?;
         let after = load("ppo", Head::Lm)?;
-        let judges = [load("reward", Head::Scalar)?, load("judge", Head::Scalar)?];
+        let scorers = [load("reward", Head::Scalar)?, load("judge", Head::Scalar)?];
         let tokenizer = Tokenizer::open(&self.out.join("sft/final"))?;
-        let Inputs::Prompts(sampling) = (algorithm("ppo")?.build)(section)?.needs().inputs else {
+        let needs = (algorithm("ppo")?.build)(section)?.needs();
+        let Some(sampling) = needs.sampling() else {
             return Err(Error::value("quickstart", "an algorithm that samples", "another"));
         };
         let room = before.spec().max_positions.saturating_sub(sampling.max_new_tokens);
         let limits = Limits { max_length: room, vocab: before.spec().vocab, eos: None };
         let records = data::read(&self.from.join("heldout_prompts.jsonl"))?;
-        let (prompts, _) = data::prompts(&records, Some(&tokenizer), limits, None)?;
-        let generation = rollout::Settings {
+        let prompts = data::prompts(&records, Some(&tokenizer), limits, None)?;
+        let generation = rollout::GenerationConfig {
             sampling: sample::Params {
-                temperature: sampling.params.temperature,
+                temperature: sampling.params().temperature,
                 ..sample::Params::default()
             },
             max_new_tokens: sampling.max_new_tokens,
@@ -198,10 +198,10 @@ impl Args {
         let evaluator = Evaluator {
             dev,
             tokenizer: Some(&tokenizer),
-            prompts: &prompts,
+            prompts: &prompts.sequences,
             settings: &generation,
             reference: &before,
-            judges: &[&judges[0], &judges[1]],
+            scorers: &[&scorers[0], &scorers[1]],
         };
         Ok([evaluator.run(&before)?, evaluator.run(&after)?])
     }

@@ -6,7 +6,7 @@ use crate::{error::Result, eval};
 
 /// Write one HTML page with curves, samples and a rollout browser; it needs no network
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct ReportArgs {
     /// The folder of a run, or of several
     run: PathBuf,
     /// The page [default: RUN/report.html]
@@ -17,7 +17,7 @@ pub(super) struct Args {
     samples: usize,
 }
 
-pub(super) fn run(args: &Args) -> Result<()> {
+pub(super) fn run(args: &ReportArgs) -> Result<()> {
     let page = args.out.clone().unwrap_or_else(|| args.run.join("report.html"));
     eval::report(&args.run, &page, args.samples)?;
     super::print(&format!("{}\n", page.display()))

@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use half::bf16;
 use serde_json::{Value, json};
 
-use super::{Place, warn};
+use super::{DeviceArgs, warn};
 use crate::{
-    data::{self, Limits, Record, Text, Tokenizer},
+    data::{self, Limits, Record, Sequence, Tokenizer},
     device::{Arena, Device, Element},
     error::{Error, Result},
     eval,
@@ -19,7 +19,7 @@ use crate::{
 /// `input_ids` all tokens but the first count, of `prompt, completion` (or `input_ids, output_ids`)
 /// those of the completion; `chosen` and `rejected` are scored both
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct ScoreArgs {
     /// The folder of a language model
     #[arg(long, value_name = "DIR", required_unless_present = "reward_model")]
     model: Option<PathBuf>,
@@ -36,10 +36,10 @@ pub(super) struct Args {
     #[arg(long)]
     eos: bool,
     #[command(flatten)]
-    place: Place,
+    place: DeviceArgs,
 }
 
-pub(super) fn run(args: &Args) -> Result<()> {
+pub(super) fn run(args: &ScoreArgs) -> Result<()> {
     if !(args.temperature > 0.0 && args.temperature.is_finite()) {
         return Err(Error::config("--temperature", "above 0", args.temperature));
     }
@@ -50,7 +50,7 @@ pub(super) fn run(args: &Args) -> Result<()> {
 }
 
 /// [`run`] with models that compute in `T`.
-fn run_in<T: Element<Acc = f32>>(args: &Args, dev: &Device) -> Result<()> {
+fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
     let load = |d: &PathBuf| Model::<T>::load(dev, d, Head::Lm, None);
     let model = args.model.as_ref().map(load).transpose()?;
     let Some(dir) = args.model.as_ref().or(args.reward_model.as_ref()) else {
@@ -74,14 +74,14 @@ fn run_in<T: Element<Acc = f32>>(args: &Args, dev: &Device) -> Result<()> {
     }
     let limits = Limits { max_length, vocab, eos: eos.filter(|_| args.eos) };
     let records = data::read(&args.data)?;
-    let (texts, stats) = data::scored(&records, tokenizer.as_ref(), limits)?;
-    if stats.truncated > 0 {
-        let n = stats.truncated;
+    let data = data::scored(&records, tokenizer.as_ref(), limits)?;
+    let (texts, n) = (&data.sequences, data.stats.truncated);
+    if n > 0 {
         warn(&format!("{n} texts lost their end: longer than {max_length} tokens"));
     }
     let ids: Vec<&[u32]> = texts.iter().map(|t| &t.ids[..]).collect();
     let rewards = reward_model.map(|m| eval::rate(dev, &m, &ids)).transpose()?;
-    let logprobs = model.map(|m| logprobs(dev, &m, &texts, args.temperature)).transpose()?;
+    let logprobs = model.map(|m| logprobs(dev, &m, texts, args.temperature)).transpose()?;
     let line = |i: usize| -> Result<Value> {
         let text = tokenizer.as_ref().map(|t| t.decode(&texts[i].ids)).transpose()?;
         let mut line = json!({ "input_ids": texts[i].ids, "text": text });
@@ -114,7 +114,7 @@ fn run_in<T: Element<Acc = f32>>(args: &Args, dev: &Device) -> Result<()> {
 fn logprobs<T: Element<Acc = f32>>(
     dev: &Device,
     model: &Model<T>,
-    texts: &[Text],
+    texts: &[Sequence],
     t: f32,
 ) -> Result<Vec<Vec<f32>>> {
     let scorer = Scorer::for_lengths(texts.iter().map(|t| t.ids.len()));
@@ -123,7 +123,7 @@ fn logprobs<T: Element<Acc = f32>>(
     let mut out = Vec::with_capacity(texts.len());
     for group in scorer.groups(texts.iter().map(|t| t.ids.len())) {
         batch.clear();
-        texts[group].iter().for_each(|t| batch.push_masked(&t.ids, &t.learn));
+        texts[group].iter().for_each(|t| batch.push_masked(&t.ids, &t.predicted));
         let mut flat = Vec::new();
         Pass::new(dev, model, &arena.scope(), &batch).at(t).score(&mut flat, None)?;
         let parts = batch.offsets().windows(2);

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::{profile::Profiling, progress::Progress};
 use crate::{
-    algorithms::{ALGORITHMS, Entry},
+    algorithms::{ALGORITHMS, AlgorithmEntry},
     config::{self, Section},
     device::Device,
     error::{Error, Result},
@@ -13,16 +13,16 @@ use crate::{
 
 /// Train a model; the same command again goes on with an interrupted run
 #[derive(Debug, clap::Args)]
-pub(super) struct Args {
+pub(super) struct TrainArgs {
     #[command(flatten)]
-    told: Told,
+    run: RunArgs,
     #[command(flatten)]
     profiling: Profiling,
 }
 
-/// What a run is told.
+/// The inputs of a run.
 #[derive(Debug, clap::Args)]
-pub(super) struct Told {
+pub(super) struct RunArgs {
     #[arg(help = super::algorithms())]
     algorithm: String,
     /// Settings in TOML; `warpo config ALGORITHM` prints all of them
@@ -46,7 +46,7 @@ pub(super) struct Told {
 }
 
 /// Finds an algorithm by name.
-pub(super) fn algorithm(name: &str) -> Result<&'static Entry> {
+pub(super) fn algorithm(name: &str) -> Result<&'static AlgorithmEntry> {
     ALGORITHMS.iter().find(|e| e.name == name).ok_or_else(|| {
         let known: Vec<_> =
             ALGORITHMS.iter().map(|e| format!("{} ({})", e.name, e.about)).collect();
@@ -59,19 +59,20 @@ pub(super) fn algorithm(name: &str) -> Result<&'static Entry> {
 }
 
 /// Settings of an algorithm before the user's.
-pub(super) fn defaults(entry: &Entry) -> Result<(Settings, Box<dyn Section>)> {
-    let mut settings = Settings::default();
+pub(super) fn defaults(entry: &AlgorithmEntry) -> Result<(Settings, Box<dyn Section>)> {
+    let (mut settings, mut section) = (Settings::default(), (entry.section)());
     for (key, value) in entry.defaults {
-        config::set_pair(&mut [&mut settings], &format!("{key}={value}"))?;
+        config::set_pair(&mut [&mut settings, &mut *section], &format!("{key}={value}"))?;
     }
-    Ok((settings, (entry.section)()))
+    Ok((settings, section))
 }
 
 /// Says of an unknown key whose it is, if another algorithm has it.
-fn other_algorithm(entry: &Entry, error: Error) -> Error {
+fn other_algorithm(entry: &AlgorithmEntry, error: Error) -> Error {
     let Error::Config { key, message, hint } = error else { return error };
-    let has =
-        |e: &&Entry| e.name != entry.name && (e.section)().keys().iter().any(|k| k.name == key);
+    let has = |e: &&AlgorithmEntry| {
+        e.name != entry.name && (e.section)().keys().iter().any(|k| k.name == key)
+    };
     let owner = ALGORITHMS.iter().find(has).filter(|_| message.starts_with("there is no such key"));
     let hint = owner
         .map(|e| format!("`{key}` is a setting of {}, not of {}", e.name, entry.name))
@@ -80,7 +81,9 @@ fn other_algorithm(entry: &Entry, error: Error) -> Error {
 }
 
 /// An algorithm, and its settings: the defaults, then the file, then what the command line says.
-pub(super) fn settings(args: &Told) -> Result<(&'static Entry, Settings, Box<dyn Section>)> {
+pub(super) fn settings(
+    args: &RunArgs,
+) -> Result<(&'static AlgorithmEntry, Settings, Box<dyn Section>)> {
     let entry = algorithm(&args.algorithm)?;
     let (mut settings, mut section) = defaults(entry)?;
     if let Some(path) = &args.config {
@@ -112,8 +115,8 @@ pub(super) fn settings(args: &Told) -> Result<(&'static Entry, Settings, Box<dyn
     Ok((entry, settings, section))
 }
 
-pub(super) fn run(args: &Args) -> Result<()> {
-    let (entry, settings, section) = settings(&args.told)?;
+pub(super) fn run(args: &TrainArgs) -> Result<()> {
+    let (entry, settings, section) = settings(&args.run)?;
     let dev = Device::from_name(&settings.device, settings.threads)?;
     let dir = args.profiling.on(dev, |dev| {
         let mut progress = Progress::new(entry.name);

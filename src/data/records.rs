@@ -57,14 +57,14 @@ impl Record {
 
 /// A line of a data file.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Place {
+pub struct DataPlace {
     /// The file, or `<stdin>`.
     pub path: Arc<Path>,
     /// Its line, from 1.
     pub line: usize,
 }
 
-impl std::fmt::Display for Place {
+impl std::fmt::Display for DataPlace {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}:{}", self.path.display(), self.line)
     }
@@ -73,14 +73,14 @@ impl std::fmt::Display for Place {
 /// A record and where it came from.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Located {
-    pub place: Place,
+    pub place: DataPlace,
     pub record: Record,
 }
 
 impl Located {
     /// An error about this record.
     pub fn error(&self, message: impl Into<String>) -> Error {
-        let Place { path, line } = &self.place;
+        let DataPlace { path, line } = &self.place;
         Error::Data { path: path.to_path_buf(), line: *line, message: message.into() }
     }
 }
@@ -126,7 +126,7 @@ pub fn read(path: &Path) -> Result<Vec<Located>> {
                 return Err(bad(message));
             }
         }
-        out.push(Located { place: Place { path: path.clone(), line }, record });
+        out.push(Located { place: DataPlace { path: path.clone(), line }, record });
     }
     if out.is_empty() {
         return Err(Error::file(&*path, "has no records, wanted JSON objects, one a line"));
@@ -134,7 +134,7 @@ pub fn read(path: &Path) -> Result<Vec<Located>> {
     Ok(out)
 }
 
-/// What is wrong with a line. The parser's own "line 1" would contradict the file's.
+/// The parser's message without its "line 1", which would contradict the file's line.
 fn not_json(e: &serde_json::Error) -> String {
     let (text, column) = (e.to_string(), e.column());
     let what = text.split(" at line ").next().unwrap_or_default();

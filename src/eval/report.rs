@@ -128,8 +128,8 @@ fn short(v: &Value) -> Value {
 fn part(dir: &Path, samples: usize) -> Result<Value> {
     let about = json_file(&dir.join("run.json"))?;
     let entry = ALGORITHMS.iter().find(|e| about["algorithm"] == e.name);
-    let meanings: BTreeMap<&str, &str> =
-        entry.iter().flat_map(|e| e.metrics).chain(SHARED_METRICS).copied().collect();
+    let own = entry.iter().flat_map(|e| e.metrics.iter().copied());
+    let meanings: BTreeMap<&str, &str> = own.chain([SHARED_METRICS]).flatten().copied().collect();
     // A resumed run did some steps again: the last time counts.
     let again = lines(&dir.join("timing.jsonl"))?.into_iter();
     let timing: BTreeMap<u64, Value> =
@@ -159,7 +159,7 @@ fn part(dir: &Path, samples: usize) -> Result<Value> {
     }))
 }
 
-/// What `run.json` says, as names and values.
+/// Names and values of `run.json`.
 fn facts(about: &Value) -> Vec<[String; 2]> {
     let text = |v: &Value| v.as_str().map_or_else(|| v.to_string(), str::to_owned);
     let hidden = |key: &str| matches!(key, "started" | "steps");

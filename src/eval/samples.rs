@@ -2,26 +2,26 @@
 
 use super::distinct;
 use crate::{
-    data::{self, Tokenizer},
+    data::{Sequence, Tokenizer},
     device::{Arena, Device, Element},
     error::Result,
     models::{Batch, Model, Pass},
-    rollout::{Completion, Generator, Prompt, Scorer, Settings, last_scores},
+    rollout::{Completion, GenerationConfig, Generator, Prompt, Scorer, last_scores},
 };
 
-/// What policies are compared on: the same prompts, the same draws, the same judges.
+/// A comparison of policies on the same prompts, with the same draws and the same scorers.
 #[derive(Debug)]
 pub struct Evaluator<'a, T: Element> {
     pub dev: &'a Device,
     pub tokenizer: Option<&'a Tokenizer>,
     /// Prompts that training has not seen.
-    pub prompts: &'a [data::Prompt],
-    /// How to continue them.
-    pub settings: &'a Settings,
+    pub prompts: &'a [Sequence],
+    /// Sampling of the continuations.
+    pub settings: &'a GenerationConfig,
     /// The policy that training started from.
     pub reference: &'a Model<T>,
     /// Models with a scalar head, each of which rates every sample.
-    pub judges: &'a [&'a Model<T>],
+    pub scorers: &'a [&'a Model<T>],
 }
 
 #[derive(Clone, Debug)]
@@ -30,7 +30,7 @@ pub struct Sample {
     pub prompt: String,
     /// Text of the completion.
     pub text: String,
-    /// One score for each judge.
+    /// One score for each scorer.
     pub scores: Vec<f32>,
     /// log(policy / reference) of the completion, in nats.
     pub kl: f64,
@@ -38,12 +38,12 @@ pub struct Sample {
     pub stopped: bool,
 }
 
-/// What a policy wrote, and its means.
+/// The samples of a policy, and their means.
 #[derive(Clone, Debug)]
 pub struct Evaluation {
     /// One for each prompt.
     pub samples: Vec<Sample>,
-    /// Mean score of each judge.
+    /// Mean score of each scorer.
     pub scores: Vec<f64>,
     /// KL to the reference in nats a completion: the mean of log(policy / reference), an unbiased
     /// estimate.
@@ -78,16 +78,17 @@ impl<T: Element<Acc = f32>> Evaluator<'_, T> {
         let (ours, entropy) = self.logprobs(policy, &all, &whole)?;
         let (theirs, _) = self.logprobs(self.reference, &all, &whole)?;
         let scores =
-            self.judges.iter().map(|j| rate(self.dev, j, &whole)).collect::<Result<Vec<_>>>()?;
+            self.scorers.iter().map(|j| rate(self.dev, j, &whole)).collect::<Result<Vec<_>>>()?;
         let mut samples = Vec::with_capacity(all.len());
         let mut at = 0;
         for (i, (p, c)) in all.iter().zip(&done).enumerate() {
             let span = at..at + c.ids.len();
             at = span.end;
             let ratio = |t: usize| f64::from(ours[t]) - f64::from(theirs[t]);
+            let prompt = self.tokenizer.map(|t| t.decode(&p.ids)).transpose()?;
             let text = self.tokenizer.map(|t| t.decode_continuation(&p.ids, &c.ids)).transpose()?;
             samples.push(Sample {
-                prompt: self.prompts[i].text.clone(),
+                prompt: prompt.unwrap_or_default(),
                 text: text.unwrap_or_default(),
                 scores: scores.iter().map(|s| s[i]).collect(),
                 kl: span.map(ratio).sum(),
@@ -127,13 +128,13 @@ impl<T: Element<Acc = f32>> Evaluator<'_, T> {
 /// The score of each text by a model with a scalar head.
 pub fn rate<T: Element, S: AsRef<[u32]>>(
     dev: &Device,
-    judge: &Model<T>,
+    model: &Model<T>,
     whole: &[S],
 ) -> Result<Vec<T::Acc>> {
     let all: Vec<&[u32]> = whole.iter().map(AsRef::as_ref).collect();
     let scorer = Scorer::for_lengths(all.iter().map(|s| s.len()));
-    let mut arena = Arena::new(dev, scorer.plan::<T>(dev, judge.spec(), judge.head())?)?;
-    last_scores(dev, judge, &mut arena, scorer, &all)
+    let mut arena = Arena::new(dev, scorer.plan::<T>(dev, model.spec(), model.head())?)?;
+    last_scores(dev, model, &mut arena, scorer, &all)
 }
 
 fn summary(

@@ -7,13 +7,13 @@
 //!
 //! A pass takes its tokens from where the one before drew them. So on a CUDA device it is queued
 //! before the host has read those, and the device need not wait for the host. A sequence that drew
-//! a stop id then has a row in one pass more, whose token nobody keeps, and gives its slot away one
-//! pass later.
+//! a stop id then has a row in one more pass, whose token is discarded, and frees its slot one pass
+//! later.
 
 use std::collections::VecDeque;
 
 use crate::{
-    device::{Arena, Buffer, Device, Element, Pending, Scope, ViewMut},
+    device::{Arena, Buffer, Device, Element, Pending, Scope},
     error::{Error, Result},
     models::{Activations, Batch, Cache, Keep, Model, PassShape, Sampler, Spec, Staged},
     ops::sample,
@@ -29,19 +29,19 @@ pub struct Prompt {
 }
 
 #[derive(Clone, Debug)]
-pub struct Settings {
+pub struct GenerationConfig {
     pub sampling: sample::Params,
     /// The most tokens that are added.
     pub max_new_tokens: usize,
-    /// A sequence ends with the first of these, which is kept.
+    /// The first of these ids ends a sequence, and stays in it.
     pub stop_ids: Vec<u32>,
-    /// Where the random numbers come from.
+    /// Address of the random numbers.
     pub stream: Stream,
 }
 
 #[derive(Clone, Debug, PartialEq)]
 pub struct Completion<F> {
-    /// As in its prompt.
+    /// The sample of its prompt.
     pub sample: u64,
     /// The new tokens, the stop id included.
     pub ids: Vec<u32>,
@@ -55,7 +55,9 @@ pub struct Completion<F> {
 /// A sequence that has a row in the next pass.
 #[derive(Debug)]
 struct Live {
+    /// Index of its prompt.
     index: usize,
+    sample: u64,
     /// Tokens of its prompt.
     prompt: usize,
     /// All tokens, those that were drawn and not read included.
@@ -67,14 +69,14 @@ struct Live {
 
 /// A pass that was queued, and not read.
 struct Queued<F> {
-    /// Whose tokens it draws: indices of prompts.
+    /// Indices of the prompts whose tokens it draws.
     of: Vec<usize>,
     tokens: Pending<Vec<u32>>,
     logp: Pending<Vec<F>>,
 }
 
-/// Passes that are queued when the host reads one: on a CUDA device one, so that the device goes on
-/// meanwhile. The CPU has nobody to wait for, and computes no row in vain.
+/// Passes that are queued when the host reads one: on a CUDA device one, so that the device does
+/// not wait for the host. On the CPU none: it would only compute discarded rows.
 fn ahead(dev: &Device) -> usize {
     match dev {
         Device::Cpu(_) => 0,
@@ -119,7 +121,7 @@ impl Generator {
         })
     }
 
-    /// Of a pass of `rows` rows for `sequences` sequences.
+    /// Shape of a pass of `rows` rows for `sequences` sequences.
     fn pass_shape(&self, rows: usize, sequences: usize) -> PassShape {
         PassShape { rows, sequences, selected: sequences, cached: self.max_len }
     }
@@ -137,28 +139,25 @@ impl Generator {
         model: &Model<T>,
         scope: &Scope<'_>,
         prompts: &[Prompt],
-        settings: &Settings,
+        config: &GenerationConfig,
         mut progress: impl FnMut(usize) -> Result<()>,
     ) -> Result<Vec<Completion<T::Acc>>> {
-        self.check(model.spec(), prompts, settings)?;
-        let (ahead, most) = (ahead(dev), settings.max_new_tokens);
+        self.check(model.spec(), prompts, config)?;
+        let (ahead, most) = (ahead(dev), config.max_new_tokens);
         let page = model.spec().attention().page(dev);
-        let mut slots = Slots::new(prompts.len(), self, page);
-        let mut cache = Cache::new(dev, scope, model.spec(), self.pass_shape(0, self.slots))?;
-        let mut tokens = self.tokens(scope)?;
+        let mut slots = LiveSlots::new(prompts.len(), self, page);
+        let cache = Cache::new(dev, scope, model.spec(), self.pass_shape(0, self.slots))?;
+        let tokens = self.tokens(scope)?;
+        let mut decoder = Decoder { dev, model, sizes: self, config, cache, tokens };
         let mut batch = Batch::with_capacity(self.rows);
         let mut queued: VecDeque<Queued<T::Acc>> = VecDeque::new();
         let mut done: Vec<Completion<T::Acc>> = prompts.iter().map(Completion::none).collect();
         let mut open = if most == 0 { 0 } else { done.len() };
-        // What is queued when none is open are rows in vain, for which nobody waits.
+        // Passes still queued when none is open only decode finished sequences: they are dropped.
         while open > 0 {
             if !slots.are_idle() {
                 slots.fill(self, &mut batch, prompts);
-                let (cache, tokens, live) = (&mut cache, tokens.view_mut(), &slots.live);
-                let pass = scope.child();
-                let pass =
-                    self.queue(dev, model, &pass, &batch, cache, tokens, live, prompts, settings)?;
-                queued.push_back(pass);
+                queued.push_back(decoder.queue(&scope.child(), &batch, &slots.live)?);
                 slots.drew(most);
                 if queued.len() <= ahead {
                     continue;
@@ -177,7 +176,7 @@ impl Generator {
                 made += 1;
                 c.ids.push(token);
                 c.logprobs.push(logp);
-                c.stopped = settings.stop_ids.contains(&token);
+                c.stopped = config.stop_ids.contains(&token);
                 open -= usize::from(c.stopped || c.ids.len() == most);
             }
             slots.leave(|s| done[s.index].stopped);
@@ -188,13 +187,13 @@ impl Generator {
         Ok(done)
     }
 
-    fn check(&self, spec: &Spec, prompts: &[Prompt], settings: &Settings) -> Result<()> {
-        settings.sampling.validate()?;
+    fn check(&self, spec: &Spec, prompts: &[Prompt], config: &GenerationConfig) -> Result<()> {
+        config.sampling.validate()?;
         if self.slots == 0 {
             return Err(Error::value("slots of a generation", "at least one", 0));
         }
         for p in prompts {
-            let len = p.ids.len() + settings.max_new_tokens;
+            let len = p.ids.len() + config.max_new_tokens;
             let what = || format!("prompt of sample {}", p.sample);
             if p.ids.is_empty() {
                 return Err(Error::value(what(), "at least one token", "none"));
@@ -211,36 +210,37 @@ impl Generator {
         }
         Ok(())
     }
+}
 
+/// State that the passes of a generation share.
+struct Decoder<'a, 's, T: Element> {
+    dev: &'a Device,
+    model: &'a Model<T>,
+    sizes: &'a Generator,
+    config: &'a GenerationConfig,
+    cache: Cache<'s, T>,
+    tokens: Buffer<'s, u32>,
+}
+
+impl<T: Element> Decoder<'_, '_, T> {
     /// Queues a forward pass that draws one new token for each live sequence. To a profile it is a
     /// prefill if a prompt is in it.
-    #[allow(clippy::too_many_arguments)]
-    fn queue<T: Element>(
-        &self,
-        dev: &Device,
-        model: &Model<T>,
-        scope: &Scope<'_>,
-        batch: &Batch,
-        cache: &mut Cache<'_, T>,
-        tokens: ViewMut<'_, u32>,
-        live: &[Live],
-        prompts: &[Prompt],
-        settings: &Settings,
-    ) -> Result<Queued<T::Acc>> {
+    fn queue(&mut self, scope: &Scope<'_>, batch: &Batch, live: &[Live]) -> Result<Queued<T::Acc>> {
+        let Self { dev, model, sizes, config, cache, tokens } = self;
         let decodes = live.iter().all(|s| s.len > s.prompt);
         let _phase = dev.span(if decodes { "decode" } else { "prefill" });
-        let (spec, shape) = (model.spec(), self.pass_shape(batch.len(), live.len()));
-        let pages = self.pass_shape(0, self.slots).pages(dev, spec);
+        let (spec, shape) = (model.spec(), sizes.pass_shape(batch.len(), live.len()));
+        let pages = sizes.pass_shape(0, sizes.slots).pages(dev, spec);
         let mut staged = batch.stage(dev, scope, spec, pages)?;
         let mut acts = Activations::new(dev, scope, spec, shape, Keep::Nothing)?;
-        let mut sampler = Sampler::new(dev, scope, spec, shape.selected, settings.sampling)?;
-        let samples: Vec<u64> = live.iter().map(|s| prompts[s.index].sample).collect();
+        let mut sampler = Sampler::new(dev, scope, spec, shape.selected, config.sampling)?;
+        let samples: Vec<u64> = live.iter().map(|s| s.sample).collect();
         let positions: Vec<u32> = live.iter().map(|s| s.len as u32).collect();
         sampler.address(dev, &samples, &positions)?;
         staged.put_drawn(dev, tokens.view())?;
         model.forward(dev, &staged.rows(), &mut acts, cache)?;
-        let mut tokens = tokens.range(0..live.len());
-        sampler.draw(dev, model, acts.hidden(), tokens.reborrow(), settings.stream)?;
+        let mut tokens = tokens.view_mut().range(0..live.len());
+        sampler.draw(dev, model, acts.hidden(), tokens.reborrow(), config.stream)?;
         let (tokens, logp) = (dev.read_later(tokens.view())?, dev.read_later(sampler.logp.view())?);
         // One wait brings both, and does not wait for the next pass.
         dev.milestone()?;
@@ -265,14 +265,14 @@ impl<F> Completion<F> {
     }
 }
 
-/// Who has a row in the next pass, and who waits for a slot.
-struct Slots {
+/// The sequences that have a row in the next pass, and the prompts that wait for a slot.
+struct LiveSlots {
     live: Vec<Live>,
     waiting: VecDeque<usize>,
     pages: Pages,
 }
 
-impl Slots {
+impl LiveSlots {
     fn new(prompts: usize, sizes: &Generator, page: usize) -> Self {
         let pages = Pages::new(page, sizes.slots * sizes.max_len.div_ceil(page));
         Self { live: Vec::with_capacity(sizes.slots), waiting: (0..prompts).collect(), pages }
@@ -291,9 +291,9 @@ impl Slots {
             batch.push_drawn(s.drawn, s.len - 1, &s.pages);
         }
         while let Some(&index) = waiting.front().filter(|_| live.len() < sizes.slots) {
-            let ids = &prompts[index].ids;
-            let (prompt, len) = (ids.len(), ids.len());
-            let mut s = Live { index, prompt, len, drawn: 0, pages: Vec::new() };
+            let Prompt { sample, ids } = &prompts[index];
+            let (sample, prompt, len) = (*sample, ids.len(), ids.len());
+            let mut s = Live { index, sample, prompt, len, drawn: 0, pages: Vec::new() };
             // Its keys and values are there, or will be when this pass reads them.
             let same = live.iter().find(|s| prompts[s.index].ids == *ids);
             let shared = same.map_or(0, |same| pages.share(same, &mut s));
@@ -308,7 +308,7 @@ impl Slots {
         }
     }
 
-    /// A pass was queued that draws a token for each: who then has `most` of them leaves.
+    /// Counts the token that a queued pass draws for each; a sequence with `most` of them leaves.
     fn drew(&mut self, most: usize) {
         for (s, row) in self.live.iter_mut().zip(0..) {
             (s.len, s.drawn) = (s.len + 1, row);
@@ -316,8 +316,8 @@ impl Slots {
         self.leave(|s| s.len - s.prompt == most);
     }
 
-    /// Gives slots and pages away. A pass that is queued may still read and write the pages, but
-    /// who gets them has rows in later passes only, and the device runs one after the other.
+    /// Frees slots and pages. A queued pass may still read and write the pages: their next owner
+    /// has rows in later passes only, and the device runs passes one after the other.
     fn leave(&mut self, gone: impl Fn(&Live) -> bool) {
         let left = self.live.extract_if(.., |s| gone(s));
         left.for_each(|s| self.pages.release(&s));
@@ -334,12 +334,12 @@ struct Pages {
 }
 
 impl Pages {
-    /// As many as sequences need that share nothing: they never run out.
+    /// `count` pages are enough for sequences that share nothing: they never run out.
     fn new(page: usize, count: usize) -> Self {
         Self { page, held: vec![0; count], free: (0..count as u32).rev().collect() }
     }
 
-    /// Gives a sequence the pages that its tokens need.
+    /// Adds the pages that a sequence's tokens need.
     fn grow(&mut self, s: &mut Live) {
         while s.pages.len() < s.len.div_ceil(self.page) {
             let page = self.free.pop();
@@ -351,8 +351,8 @@ impl Pages {
     }
 
     /// Gives `to`, of the same prompt as `from`, the pages that it fills, and says how many tokens
-    /// they hold; one at least is left to be computed. Beyond them `from` may write, be it in a row
-    /// in vain.
+    /// they hold; one at least is left to be computed. `from` may write beyond them, even in a row
+    /// that is discarded.
     fn share(&mut self, from: &Live, to: &mut Live) -> usize {
         let whole = (to.prompt - 1) / self.page;
         to.pages.extend_from_slice(&from.pages[..whole]);

@@ -5,5 +5,5 @@
 mod engine;
 mod score;
 
-pub use engine::{Completion, Generator, Prompt, Settings};
+pub use engine::{Completion, GenerationConfig, Generator, Prompt};
 pub use score::{Scorer, last_scores};

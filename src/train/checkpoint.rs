@@ -21,8 +21,8 @@ use serde_json::Value;
 
 use super::storage::{Storage, check_room, uninterrupted};
 use crate::error::{Error, Result};
-pub use format::{Dtype, Element, Tensor};
-pub use verify::{Loaded, TensorInfo, load};
+pub use format::{Dtype, SavedNumber, SavedTensor};
+pub use verify::{LoadedCheckpoint, TensorInfo, load};
 
 /// What [`save`] did.
 #[derive(Debug)]
@@ -36,7 +36,7 @@ pub struct Saved {
 
 /// A committed checkpoint folder; not verified yet.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Entry {
+pub struct CheckpointDir {
     pub step: u64,
     pub path: PathBuf,
     /// It was replaced by a later save of the same step and waits for deletion.
@@ -56,7 +56,7 @@ fn names(storage: &dyn Storage, dir: &Path) -> Result<Vec<String>> {
 }
 
 /// The committed checkpoints under `dir`, newest first. A folder that does not exist has none.
-pub fn list(storage: &dyn Storage, dir: &Path) -> Result<Vec<Entry>> {
+pub fn list(storage: &dyn Storage, dir: &Path) -> Result<Vec<CheckpointDir>> {
     let entry = |name: String| {
         let (step, replaced) = match name.strip_prefix("step-")?.split_once('.') {
             None => (name.strip_prefix("step-")?, false),
@@ -65,9 +65,9 @@ pub fn list(storage: &dyn Storage, dir: &Path) -> Result<Vec<Entry>> {
         };
         // `step-007` and `step-+7` are not ours
         let step: u64 = step.parse().ok().filter(|n: &u64| n.to_string() == step)?;
-        Some(Entry { step, path: dir.join(name), replaced })
+        Some(CheckpointDir { step, path: dir.join(name), replaced })
     };
-    let mut all: Vec<Entry> = names(storage, dir)?.into_iter().filter_map(entry).collect();
+    let mut all: Vec<CheckpointDir> = names(storage, dir)?.into_iter().filter_map(entry).collect();
     all.sort_by_key(|e| (std::cmp::Reverse(e.step), e.replaced));
     Ok(all)
 }
@@ -90,15 +90,15 @@ pub fn clean(storage: &dyn Storage, dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 /// The newest checkpoint under `dir` that verifies, or `None` if none was ever committed.
-/// [`Loaded::skipped`] says what is wrong with newer ones.
+/// [`LoadedCheckpoint::skipped`] says what is wrong with newer ones.
 ///
-/// Reads every byte of the checkpoint once, in pieces; [`Loaded::read`] then fills the caller's
-/// buffers.
+/// Reads every byte of the checkpoint once, in pieces; [`LoadedCheckpoint::read`] then fills the
+/// caller's buffers.
 ///
 /// # Errors
 /// [`Error::Io`]; [`Error::File`] naming file and tensor if there are checkpoints and none
 /// verifies: to start again from step 0 is then not for us to decide.
-pub fn load_newest(storage: &dyn Storage, dir: &Path) -> Result<Option<Loaded>> {
+pub fn load_newest(storage: &dyn Storage, dir: &Path) -> Result<Option<LoadedCheckpoint>> {
     let mut skipped = Vec::new();
     for entry in list(storage, dir)? {
         match load(storage, &entry.path) {
@@ -136,10 +136,10 @@ pub fn save<'a>(
     dir: &Path,
     step: u64,
     keep: usize,
-    tensors: impl IntoIterator<Item = Tensor<'a>>,
+    tensors: impl IntoIterator<Item = SavedTensor<'a>>,
     state: &Value,
 ) -> Result<Saved> {
-    let tensors: Vec<Tensor<'a>> = tensors.into_iter().collect();
+    let tensors: Vec<SavedTensor<'a>> = tensors.into_iter().collect();
     check(&tensors)?;
     make_dir(storage, dir)?;
     pre_flight(storage, dir, &tensors)?;
@@ -170,7 +170,7 @@ fn nonce() -> String {
     format!("{:x}-{:x}", std::process::id(), COUNT.fetch_add(1, Ordering::Relaxed))
 }
 
-fn check(tensors: &[Tensor<'_>]) -> Result<()> {
+fn check(tensors: &[SavedTensor<'_>]) -> Result<()> {
     let mut seen = BTreeSet::new();
     for t in tensors {
         t.check()?;
@@ -194,7 +194,7 @@ fn make_dir(storage: &dyn Storage, dir: &Path) -> Result<()> {
     }
 }
 
-fn pre_flight(storage: &dyn Storage, dir: &Path, tensors: &[Tensor<'_>]) -> Result<()> {
+fn pre_flight(storage: &dyn Storage, dir: &Path, tensors: &[SavedTensor<'_>]) -> Result<()> {
     // per tensor: its lines in the header and the manifest; once: the state
     let want = tensors.iter().map(|t| t.len as u64 + 1024).sum::<u64>() + (1 << 20);
     check_room(storage, "the checkpoint", dir, want)

@@ -1,9 +1,9 @@
-//! TensorBoard's event files: scalars and text.
+//! TensorBoard's event files: scalars.
 //!
 //! A file is a chain of TFRecords: length (u64), masked CRC-32C of the length, payload, masked
 //! CRC-32C of the payload, all little-endian. The payload is the protobuf message `Event` of
 //! `tensorflow/core/util/event.proto`; field numbers below are from there and from
-//! `summary.proto`, `tensor.proto` and `tensor_shape.proto`.
+//! `summary.proto`.
 
 use std::io::{self, Write};
 
@@ -28,30 +28,14 @@ impl<W: Write> Events<W> {
         Ok(events)
     }
 
-    /// The scalars of a step, as one event; written before it returns.
+    /// Writes the scalars of a step as one event.
     pub fn scalars(&mut self, time: f64, step: u64, values: &[(&str, f64)]) -> io::Result<()> {
         let value = |summary: Message, (tag, x): &(&str, f64)| {
             let value = Message::default().bytes(1, tag.as_bytes()).float(2, *x as f32);
             summary.message(1, &value)
         };
         let summary = values.iter().fold(Message::default(), value);
-        self.event(time, step, &summary)
-    }
-
-    /// A text, shown as Markdown.
-    pub fn text(&mut self, time: f64, step: u64, tag: &str, text: &str) -> io::Result<()> {
-        // a string tensor (dtype 7) of shape [1], for the plugin "text"
-        let shape = Message::default().message(2, &Message::default().varint(1, 1));
-        let tensor = Message::default().varint(1, 7).message(2, &shape).bytes(8, text.as_bytes());
-        let plugin = Message::default().bytes(1, b"text");
-        let metadata = Message::default().message(1, &plugin);
-        let value =
-            Message::default().bytes(1, tag.as_bytes()).message(8, &tensor).message(9, &metadata);
-        self.event(time, step, &Message::default().message(1, &value))
-    }
-
-    fn event(&mut self, time: f64, step: u64, summary: &Message) -> io::Result<()> {
-        self.record(&Message::default().double(1, time).varint(2, step).message(5, summary))
+        self.record(&Message::default().double(1, time).varint(2, step).message(5, &summary))
     }
 
     /// Whole records reach the file or, at a crash, a torn last one, which readers skip.

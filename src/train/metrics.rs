@@ -1,4 +1,4 @@
-//! What a run writes about each step: `metrics.jsonl` for people and scripts, and an event file for
+//! The metrics of each step: `metrics.jsonl` for people and scripts, and an event file for
 //! TensorBoard, both in the run's folder.
 
 use std::{
@@ -15,14 +15,14 @@ use crate::error::{Error, Result};
 
 /// The metrics files of a run.
 #[derive(Debug)]
-pub struct Metrics {
+pub struct MetricsLog {
     path: PathBuf,
     lines: File,
     events_path: PathBuf,
     events: Events<File>,
 }
 
-impl Metrics {
+impl MetricsLog {
     /// Opens the files of the run in `dir`, which exists.
     ///
     /// `resumed` is the step of the checkpoint that was loaded: later lines are cut, so that the
@@ -62,12 +62,6 @@ impl Metrics {
         self.lines.write_all(text.as_bytes()).map_err(Error::io("write", &self.path))?;
         let scalars = self.events.scalars(now(), step, values);
         scalars.map_err(Error::io("write", &self.events_path))
-    }
-
-    /// Shows a text in TensorBoard: a sample of the rollout, the configuration.
-    pub fn text(&mut self, step: u64, tag: &str, text: &str) -> Result<()> {
-        let text = self.events.text(now(), step, tag, text);
-        text.map_err(Error::io("write", &self.events_path))
     }
 
     /// Waits until the lines are on the disk. Call it before a checkpoint is saved: then a crash

@@ -6,7 +6,7 @@ crate::choices! {
 }
 
 crate::settings! {
-    /// What a run is told.
+    /// Settings that all algorithms share.
     pub struct Settings {
         /// The model's folder: config.json, safetensors, tokenizer.json, as Hugging Face stores it.
         pub model: String = String::new() => "a model folder (--model DIR)" if |m| !m.is_empty(),
@@ -88,7 +88,7 @@ impl Settings {
     /// Keys that may differ between a run and its resumption: they change no bit of the result.
     pub const FREE: &[&str] = &[
         "out",
-        // What is in them must be the same, wherever they are.
+        // Their content is compared, not their place.
         "model",
         "reward_model",
         "data",

@@ -40,7 +40,7 @@ pub trait Storage {
     fn list(&self, path: &Path) -> io::Result<Vec<String>>;
 
     /// Opens a file to read.
-    fn open(&self, path: &Path) -> io::Result<Box<dyn Source>>;
+    fn open(&self, path: &Path) -> io::Result<Box<dyn ReadSeek>>;
 
     /// Bytes that can still be written under a folder; `None` if that cannot be told.
     fn free_space(&self, path: &Path) -> Option<u64>;
@@ -60,8 +60,8 @@ pub trait StorageFile {
 }
 
 /// A file that is being read.
-pub trait Source: Read + Seek {}
-impl<T: Read + Seek> Source for T {}
+pub trait ReadSeek: Read + Seek {}
+impl<T: Read + Seek> ReadSeek for T {}
 
 /// The operating system's file system.
 #[derive(Clone, Copy, Debug, Default)]
@@ -104,7 +104,7 @@ impl Storage for Disk {
         Ok(names)
     }
 
-    fn open(&self, path: &Path) -> io::Result<Box<dyn Source>> {
+    fn open(&self, path: &Path) -> io::Result<Box<dyn ReadSeek>> {
         Ok(Box::new(File::open(path)?))
     }
 
@@ -175,7 +175,7 @@ pub fn check_room(storage: &dyn Storage, what: &str, dir: &Path, want: u64) -> R
 }
 
 /// Opens a file at an offset.
-pub fn open_at(storage: &dyn Storage, path: &Path, offset: u64) -> Result<Box<dyn Source>> {
+pub fn open_at(storage: &dyn Storage, path: &Path, offset: u64) -> Result<Box<dyn ReadSeek>> {
     let mut source = uninterrupted(|| storage.open(path)).map_err(Error::io("open", path))?;
     source.seek(SeekFrom::Start(offset)).map_err(Error::io("read", path))?;
     Ok(source)

@@ -1,170 +1,92 @@
-//! The training loop: one for all algorithms.
+//! The training loop: one for all algorithms, sources and models.
 
-use std::{ops::Range, path::Path, time::Instant};
+use std::{ops::Range, time::Instant};
 
 use super::{
-    feed::{self, Sequence},
-    job::Job,
-    plan::{self, Plan},
-    role::Role,
-    rollouts::Rollout,
+    inputs::RunInputs,
+    models::{Models, ScoringPass},
+    observer::Observer,
+    plan::{self, MemoryPlan},
     schedule,
     settings::Settings,
+    signals,
+    source::StepData,
 };
 use crate::{
-    algorithms::{Algorithm, Columns, Inputs, Metrics, Micro, Origin, Sampling},
-    data::Order,
+    algorithms::{Algorithm, Columns, Inputs, Metrics, MicroBatch},
     device::{Arena, Device, Element, Pending, View},
     error::{Error, Result},
-    models::{Batch, Head, Model, Pass, PassOptions, Residency},
-    rng::{Philox, Purpose},
+    models::{Batch, Head, Model, Pass},
+    ops::grad_norm,
+    rng::{Philox, Purpose, Stream},
+    rollout::GenerationConfig,
 };
-
-/// Hears how a run goes.
-pub trait Observer {
-    /// A line for people.
-    fn note(&mut self, line: &str);
-    /// The run goes on after `step` of `steps`.
-    fn begin(&mut self, _step: u64, _steps: u64) {}
-    /// `done` of `total` units of a phase of the present step.
-    fn phase(&mut self, _name: &str, _done: usize, _total: usize) {}
-    fn step(&mut self, _step: u64, _steps: u64, _metrics: &Metrics, _seconds: f64) {}
-}
-
-#[derive(Debug, Default)]
-pub struct Silent;
-
-impl Observer for Silent {
-    fn note(&mut self, _line: &str) {}
-}
 
 /// A run in memory: models, which compute in `T`, data and the step it is at.
 pub struct Trainer<T: Element> {
     pub(super) dev: Device,
-    /// Where columns are, and what is made of them once a step.
-    pub(super) host: Device,
-    pub(super) job: Job,
-    pub(super) policy: Option<Role<T>>,
-    pub(super) scalar: Option<Role<T>>,
-    pub(super) reference: Option<Model<T>>,
-    pub(super) reward_model: Option<Model<T>>,
+    /// Holds the columns of a step.
+    host: Device,
+    pub(super) inputs: RunInputs,
+    pub(super) models: Models<T>,
     /// Steps done. People count from 1: the next step is `step + 1` in messages and files.
     pub(super) step: u64,
-    order: Order,
-    pub(super) arena: Arena,
-    memory: Plan,
-    pub(super) batch: Batch,
-    /// Samples of the last step, for the records of the run.
-    pub(super) rollouts: Vec<Rollout>,
-    pub(super) clock: Vec<(&'static str, f64)>,
-    /// What the step's updates made of the weights, by role.
-    changed: Changed,
+    arena: Arena,
+    memory: MemoryPlan,
+    batch: Batch,
+    /// The data of the last step, if its sequences were sampled.
+    pub(super) sampled: Option<StepData>,
+    /// The first bad weight that each of the step's updates left, by trained model.
+    updated: Vec<(usize, Pending<Option<usize>>)>,
 }
 
-/// What a step did.
+/// The results of a step.
 #[derive(Debug, Default)]
-pub struct Report {
+pub struct StepReport {
     /// Named numbers, in order.
     pub metrics: Metrics,
-    /// Seconds of each phase: `sample` and `score`, where the algorithm rolls out, and `update`.
+    /// Seconds of each phase: `sample` and `score`, where the algorithm samples, and `update`.
     pub seconds: Vec<(&'static str, f64)>,
 }
 
 impl<T: Element<Acc = f32>> Trainer<T> {
     /// Reads data, plans all memory, and loads models if there is room for them.
     pub fn new(dev: &Device, settings: Settings, algorithm: Box<dyn Algorithm>) -> Result<Self> {
-        let job = Job::new(settings, algorithm)?;
-        let memory = job.plan::<T>(dev)?;
+        let inputs = RunInputs::new(settings, algorithm)?;
+        let memory = inputs.plan::<T>(dev)?;
         memory.fits(dev)?;
-        let mut this = Self {
+        Ok(Self {
             dev: dev.clone(),
-            host: dev.host(job.settings.threads),
-            policy: None,
-            scalar: None,
-            reference: None,
-            reward_model: None,
+            host: dev.host(inputs.settings.threads),
+            models: Models::load(dev, &inputs.settings, &inputs.models)?,
             step: 0,
-            order: feed::order(&job.examples, &job.settings),
-            arena: Arena::new(dev, 0)?,
-            batch: Batch::with_capacity(job.work.micro_batch.rows),
+            arena: Arena::new(dev, memory.shared())?,
+            batch: Batch::with_capacity(inputs.sizes.micro_batch.rows),
             memory,
-            rollouts: Vec::new(),
-            clock: Vec::new(),
-            changed: Vec::new(),
-            job,
-        };
-        this.load_models()?;
-        this.arena = Arena::new(dev, this.memory.shared())?;
-        Ok(this)
-    }
-
-    fn load_models(&mut self) -> Result<()> {
-        let (dev, job) = (&self.dev, &self.job);
-        let (dir, seed) = (Path::new(&job.settings.model), job.settings.seed);
-        if !job.needs.policy {
-            let model = Model::load_trained(dev, dir, Head::Scalar, Some(seed))?;
-            self.scalar = Some(Role::new(dev, "reward", model)?);
-            return Ok(());
-        }
-        let policy = Model::load_trained(dev, dir, Head::Lm, None)?;
-        let offload = |mut model: Model<T>| {
-            let kind = (model.spec(), model.head());
-            if plan::frozen::<T>(dev, &job.settings, kind, policy.spec()) == Residency::Offloaded {
-                model.offload(dev)?;
-            }
-            Ok(Some(model))
-        };
-        if job.needs.reference {
-            self.reference = offload(policy.copy_as(dev, Head::Lm, seed, Residency::Frozen)?)?;
-        }
-        let judge = plan::sampling(&job.needs).and_then(|s| s.reward_model.as_ref());
-        if let Some(judge) = judge {
-            self.reward_model = offload(Model::load(dev, judge, Head::Scalar, None)?)?;
-        }
-        if let Some(scalar) = job.needs.scalar {
-            // Loaded again, not copied: the judge may be rounded.
-            let value = match judge.filter(|_| scalar.from == Origin::RewardModel) {
-                Some(judge) => Model::load_trained(dev, judge, Head::Scalar, None)?,
-                None => policy.copy_as(dev, Head::Scalar, seed, Residency::Trained)?,
-            };
-            self.scalar = Some(Role::new(dev, "value", value)?);
-        }
-        self.policy = Some(Role::new(dev, "policy", policy)?);
-        Ok(())
-    }
-
-    /// How samples are made, if the algorithm samples.
-    pub(super) fn sampling(&self) -> Option<&Sampling> {
-        plan::sampling(&self.job.needs)
-    }
-
-    /// Divides the logits of the policy and of the reference.
-    pub(super) fn temperature(&self) -> f32 {
-        self.sampling().map_or(1.0, |s| s.params.temperature)
+            sampled: None,
+            updated: Vec::new(),
+            inputs,
+        })
     }
 
     /// Memory of the run, all of which is taken.
-    pub fn memory(&self) -> &Plan {
+    pub fn memory(&self) -> &MemoryPlan {
         &self.memory
-    }
-
-    fn pass_options(&self, head: Head) -> PassOptions {
-        plan::pass_options(&self.job.settings, &self.job.needs, head)
     }
 
     /// The language model that is trained.
     pub fn policy(&self) -> Option<&Model<T>> {
-        self.policy.as_ref().map(|role| &role.model)
+        self.models.with_head(Head::Lm)
     }
 
     /// The reward or value model that is trained.
     pub fn scalar(&self) -> Option<&Model<T>> {
-        self.scalar.as_ref().map(|role| &role.model)
+        self.models.with_head(Head::Scalar)
     }
 
-    /// How prompts, samples, minibatches and micro-batches multiply, in one line.
+    /// One line that says how prompts, samples, minibatches and micro-batches multiply.
     pub fn equation(&self) -> String {
-        let (s, n) = (&self.job.settings, &self.job.needs);
+        let (s, n) = (&self.inputs.settings, &self.inputs.needs);
         let head = match &n.inputs {
             Inputs::Texts { .. } => format!("{} texts a step", s.batch_size),
             Inputs::Pairs => {
@@ -184,7 +106,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         };
         format!(
             "{head}; micro-batches of up to {} tokens; {} steps",
-            self.job.work.micro_batch.rows, self.job.steps
+            self.inputs.sizes.micro_batch.rows, self.inputs.steps
         )
     }
 
@@ -192,258 +114,233 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     ///
     /// # Errors
     /// [`Error::Interrupted`] if a signal came while it was sampling: nothing has changed then.
-    /// [`Error::BadNumber`] naming what is no number any more, and whose. The models may then be
-    /// in the middle of the step: go on from a checkpoint.
-    pub fn step(&mut self, seen: &mut dyn Observer) -> Result<Report> {
+    /// [`Error::BadNumber`] naming the quantity and its samples. The models may then be in the
+    /// middle of the step: resume from a checkpoint.
+    pub fn step(&mut self, seen: &mut dyn Observer) -> Result<StepReport> {
         let _phase = self.dev.span("step");
-        let per_prompt = self.sampling().map_or(1, |s| s.samples_per_prompt);
-        let chosen = self.order.batch(self.step, self.job.settings.batch_size / per_prompt);
-        let base = self.step * (self.job.settings.batch_size * self.job.work.unit) as u64;
-        self.step_on(&chosen, base, seen).map_err(|mut e| {
-            if let Error::BadNumber { samples, places, .. } = &mut e {
-                *places = samples.iter().filter_map(|s| self.place(&chosen, base, *s)).collect();
-            }
-            e
-        })
+        let mut data = self.inputs.source.draw(self.step);
+        let done = self.step_on(&mut data, seen).map_err(|e| data.locate(e))?;
+        self.sampled = self.inputs.needs.sampling().map(|_| data);
+        Ok(done)
     }
 
-    /// The line of data that a sample of this step comes from.
-    fn place(&self, chosen: &[usize], base: u64, sample: u64) -> Option<String> {
-        let i = sample.checked_sub(base)? as usize;
-        let each = self.sampling().map_or(self.job.work.unit, |s| s.samples_per_prompt);
-        let places = self.job.examples.places(*chosen.get(i / each)?);
-        places.get(i % each).or(places.first()).map(ToString::to_string)
-    }
-
-    fn step_on(&mut self, chosen: &[usize], base: u64, seen: &mut dyn Observer) -> Result<Report> {
-        let mut metrics = Metrics::new();
-        self.rollouts.clear();
-        self.clock.clear();
-        self.changed.clear();
-        let (sequences, mut columns) = match self.job.examples.sequences(chosen, base) {
-            Some(ready) => ready,
-            None => self.roll_out(chosen, base, seen)?,
-        };
-        self.job.algorithm.prepare(&self.host, &mut columns, &mut metrics)?;
-        self.finish_rollouts(&columns);
+    fn step_on(&mut self, data: &mut StepData, seen: &mut dyn Observer) -> Result<StepReport> {
+        let (mut metrics, mut seconds) = (Metrics::new(), Vec::new());
+        self.updated.clear();
+        let samples = self.inputs.needs.sampling().is_some();
+        if samples {
+            let start = Instant::now();
+            self.sample(data, seen)?;
+            seconds.push(("sample", start.elapsed().as_secs_f64()));
+            seen.phase("score", 0, 1);
+        }
         let start = Instant::now();
-        let lr = self.job.settings.learning_rate * self.schedule();
-        let (epochs, parts) = (self.job.needs.epochs, self.job.needs.minibatches);
-        let tokens: usize = sequences.iter().map(|s| s.ids.len()).sum();
-        let mut norms = Norms::default();
+        self.fill(data)?;
+        check_columns(&self.host, &data.columns, self.step + 1)?;
+        if samples {
+            seconds.push(("score", start.elapsed().as_secs_f64()));
+        }
+        self.inputs.algorithm.prepare(&self.host, &mut data.columns, &mut metrics)?;
+        let (start, mut norms) = (Instant::now(), vec![Vec::new(); self.models.trained.len()]);
+        let (needs, unit) = (&self.inputs.needs, self.inputs.sizes.unit);
+        let (epochs, parts, seed) = (needs.epochs, needs.minibatches, self.inputs.settings.seed);
         for epoch in 0..epochs {
             if epochs * parts == 1 {
-                self.update(&sequences, &columns, true, lr, &mut norms)?;
+                self.update(data, true, &mut norms)?;
                 continue;
             }
-            let draw =
-                Philox::new(self.job.settings.seed, self.step, epoch as u64, Purpose::Minibatch);
-            let order = draw.permutation(sequences.len());
-            for (part, chosen) in order.chunks(sequences.len() / parts).enumerate() {
+            let draw = Philox::new(seed, self.step, epoch as u64, Purpose::Minibatch);
+            let order = draw.permutation(data.sequences.len() / unit);
+            for (part, chosen) in order.chunks(order.len() / parts).enumerate() {
                 seen.phase("update", epoch * parts + part, epochs * parts);
-                let mini: Vec<Sequence> = chosen.iter().map(|i| sequences[*i].clone()).collect();
-                let first = epoch + part == 0;
-                self.update(&mini, &columns.subset(chosen), first, lr, &mut norms)?;
+                self.update(&data.subset(chosen, unit), epoch + part == 0, &mut norms)?;
             }
         }
-        self.job.algorithm.finish(&mut metrics)?;
-        let roles = [&self.policy, &self.scalar];
-        healthy(&self.dev, &mut self.changed, roles, self.step + 1)?;
-        norms.report(&mut metrics);
-        metrics.push(("learning_rate", lr));
+        self.inputs.algorithm.finish(&mut metrics)?;
+        self.check_updates()?;
+        for (state, norms) in self.models.trained.iter().zip(&norms) {
+            let mean = norms.iter().sum::<f64>() / norms.len() as f64;
+            metrics.extend(state.role.trained.iter().map(|role| (role.norm, mean)));
+        }
+        let tokens: usize = data.sequences.iter().map(|s| s.ids.len()).sum();
+        metrics.push(("learning_rate", self.inputs.settings.learning_rate * self.schedule()));
         metrics.push(("tokens", tokens as f64));
         self.step += 1;
-        self.clock.push(("update", start.elapsed().as_secs_f64()));
-        Ok(Report { metrics, seconds: self.clock.clone() })
+        seconds.push(("update", start.elapsed().as_secs_f64()));
+        Ok(StepReport { metrics, seconds })
     }
 
+    /// Continues the step's prompts with samples of the policy.
+    fn sample(&mut self, data: &mut StepData, seen: &mut dyn Observer) -> Result<()> {
+        let Self { dev, inputs, models, arena, step, .. } = self;
+        let (Some(policy), Some(sampling)) = (models.with_head(Head::Lm), inputs.needs.sampling())
+        else {
+            return Err(Error::value("an algorithm that samples", "a policy", "none"));
+        };
+        let _phase = dev.span("sample");
+        let config = GenerationConfig {
+            sampling: sampling.params(),
+            max_new_tokens: sampling.max_new_tokens,
+            stop_ids: inputs.eos.iter().chain(&inputs.settings.stop_ids).copied().collect(),
+            stream: Stream { seed: inputs.settings.seed, step: *step, purpose: Purpose::Sample },
+        };
+        let (prompts, mut made) = (data.prompts(), 0);
+        let total = prompts.len() * config.max_new_tokens;
+        let (generator, scope) = (inputs.sizes.generator(), arena.scope());
+        let done = generator.run(dev, policy, &scope, &prompts, &config, |n| {
+            made += n;
+            seen.phase("sample", made, total);
+            let interrupted = |signal| Err(Error::Interrupted { signal, step: *step });
+            signals::requested().map_or(Ok(()), interrupted)
+        })?;
+        data.continue_with(done);
+        Ok(())
+    }
+
+    /// The models, and what they score sequences in.
+    fn scoring(&mut self) -> (&mut Models<T>, ScoringPass<'_>, &RunInputs) {
+        let Self { dev, inputs, models, arena, batch, .. } = self;
+        let (scorer, temperature) = (inputs.sizes.scorer(), inputs.needs.temperature());
+        (models, ScoringPass { dev, scorer, arena, batch, temperature }, inputs)
+    }
+
+    /// Fills the columns that the algorithm asks for with what the run's models say.
+    fn fill(&mut self, data: &mut StepData) -> Result<()> {
+        let (models, mut pass, inputs) = self.scoring();
+        models.fill(&mut pass, &inputs.needs, &data.sequences, &mut data.columns)
+    }
+
+    /// Metrics of the held-out data.
+    pub fn evaluate(&mut self) -> Result<Metrics> {
+        let Some(held_out) = &self.inputs.held_out else { return Ok(Metrics::new()) };
+        let mut data = held_out.all();
+        let dev = self.dev.clone();
+        let _phase = dev.span("evaluate");
+        self.fill(&mut data)?;
+        let (models, mut pass, _) = self.scoring();
+        let (mut y, state) = (Vec::new(), &models.trained[0]);
+        pass.score(state.role, &state.model, &data.sequences, &mut y)?;
+        let all = MicroBatch::new(&data.columns, 0..data.sequences.len());
+        self.inputs.algorithm.evaluate(&self.host, &all, (&y).into())
+    }
+
+    /// This step's fraction of the peak learning rate.
     fn schedule(&self) -> f64 {
-        let s = &self.job.settings;
+        let s = &self.inputs.settings;
         let floor = s.min_learning_rate_ratio;
-        schedule::factor(s.schedule, self.step, self.job.steps, s.warmup_steps, floor)
+        schedule::factor(s.schedule, self.step, self.inputs.steps, s.warmup_steps, floor)
     }
 
     /// Gradients over all micro-batches of a minibatch, then one update of each trained model.
-    fn update(
-        &mut self,
-        sequences: &[Sequence],
-        columns: &Columns<f32>,
-        first: bool,
-        lr: f64,
-        norms: &mut Norms,
-    ) -> Result<()> {
-        let unit = self.job.work.unit;
-        let lens = sequences.chunks(unit).map(|u| u.iter().map(|s| s.ids.len()).sum());
-        let groups = self.job.work.scorer().groups(lens);
+    fn update(&mut self, data: &StepData, first: bool, norms: &mut [Vec<f64>]) -> Result<()> {
+        // All gradients are there and known to be good before a model changes.
+        let mut watched = Vec::new();
+        for i in 0..self.models.trained.len() {
+            self.gradient(i, data, &mut watched)?;
+        }
         let dev = self.dev.clone();
-        let (mut policy, mut scalar) = (self.policy.take(), self.scalar.take());
-        let mut run = || {
-            // Both gradients are there and known to be good before either model changes.
-            let mut watched = Vec::new();
-            if let Some(role) = &mut policy {
-                self.policy_gradient(&dev, role, sequences, columns, &groups, &mut watched)?;
-            }
-            if let Some(role) = &mut scalar {
-                self.scalar_gradient(&dev, role, sequences, columns, &groups, &mut watched)?;
-            }
-            let _phase = dev.span("update");
-            let step = self.step + 1;
-            // The device has it all at once: the host waits for it once.
-            let norm = |role: &Role<T>| role.gradient_norm(&dev);
-            let policy_norm = policy.as_ref().map(norm).transpose()?;
-            let scalar_norm = scalar.as_ref().map(norm).transpose()?;
-            // Weights that the last update spoilt are told before what became of them.
-            healthy(&dev, &mut self.changed, [&policy, &scalar], step)?;
-            for w in watched {
-                w.check(columns, first, step)?;
-            }
-            let known = |role: &Option<Role<T>>, norm: Option<Pending<f64>>| {
-                role.as_ref().zip(norm).map(|(role, norm)| role.known(&dev, norm, step)).transpose()
-            };
-            let (policy_norm, scalar_norm) =
-                (known(&policy, policy_norm)?, known(&scalar, scalar_norm)?);
-            let own = self.job.needs.scalar.and_then(|s| s.learning_rate);
-            let scalar_lr = own.map_or(lr, |peak| peak * self.schedule());
-            for (role, norm, lr) in
-                [(&mut policy, policy_norm, lr), (&mut scalar, scalar_norm, scalar_lr)]
-            {
-                let (Some(role), Some(norm)) = (role, norm) else { continue };
-                self.changed.push((role.name, role.update(&dev, &self.job.settings, lr, norm)?));
-            }
-            norms.policy.extend(policy_norm);
-            norms.scalar.extend(scalar_norm);
-            Ok(())
-        };
-        let done = run();
-        (self.policy, self.scalar) = (policy, scalar);
-        done
-    }
-
-    fn policy_gradient(
-        &mut self,
-        dev: &Device,
-        role: &mut Role<T>,
-        sequences: &[Sequence],
-        columns: &Columns<f32>,
-        groups: &[Range<usize>],
-        watched: &mut Vec<Watched>,
-    ) -> Result<()> {
-        let _phase = dev.span("policy gradient");
-        role.zero_grads(dev)?;
-        let (temperature, options) = (self.temperature(), self.pass_options(Head::Lm));
-        for group in groups {
-            self.batch.clear();
-            for s in &sequences[group.clone()] {
-                self.batch.push_masked(&s.ids, &s.predicted);
-            }
-            let (algorithm, scope) = (&mut self.job.algorithm, self.arena.scope());
-            let micro = Micro::stage(dev, &scope, columns, group.clone())?;
-            let (model, grads, batch) = (&role.model, &mut role.grads, &self.batch);
-            Pass::new(dev, model, &scope, batch).at(temperature).train(
-                grads,
-                options,
-                |mut c| {
-                    let mut watch = Watch { dev, sequences: group, watched };
-                    watch.on(LOGP, c.y)?;
-                    let (dlogp, dentropy) = (c.dy.reborrow(), c.dentropy);
-                    algorithm.policy_loss(dev, &micro, c.y, c.entropy, dlogp, dentropy)?;
-                    watch.on("d loss / d log-prob", c.dy.view())
-                },
-            )?;
+        let (_phase, step) = (dev.span("update"), self.step + 1);
+        // All norms are queued before the host waits, once.
+        let trained = self.models.trained.iter();
+        let pending = trained.map(|state| state.gradient_norm(&dev)).collect::<Result<Vec<_>>>()?;
+        // A weight that the last update spoilt is reported before its consequences.
+        self.check_updates()?;
+        for w in watched {
+            w.check(&data.columns, first, step)?;
+        }
+        let known = self.models.trained.iter().zip(pending);
+        let known = known.map(|(state, norm)| state.known(&dev, norm, step));
+        let known = known.collect::<Result<Vec<_>>>()?;
+        let (factor, s) = (self.schedule(), &self.inputs.settings);
+        for (i, (state, norm)) in self.models.trained.iter_mut().zip(known).enumerate() {
+            let own = self.inputs.needs.scalar.filter(|_| state.role.head == Head::Scalar);
+            let peak = own.and_then(|s| s.learning_rate).unwrap_or(s.learning_rate);
+            self.updated.push((i, state.update(&dev, s, peak * factor, norm)?));
+            norms[i].push(norm);
         }
         Ok(())
     }
 
-    fn scalar_gradient(
-        &mut self,
-        dev: &Device,
-        role: &mut Role<T>,
-        sequences: &[Sequence],
-        columns: &Columns<f32>,
-        groups: &[Range<usize>],
-        watched: &mut Vec<Watched>,
-    ) -> Result<()> {
-        let _phase =
-            dev.span(if self.job.needs.policy { "value gradient" } else { "reward gradient" });
-        role.zero_grads(dev)?;
-        let (name, options, unit) =
-            (role.name, self.pass_options(Head::Scalar), self.job.work.unit);
-        for group in groups {
-            let group = group.start * unit..group.end * unit;
-            self.batch.clear();
-            for s in &sequences[group.clone()] {
-                if self.job.needs.policy {
-                    self.batch.push_masked(&s.ids, &s.predicted);
+    /// Whether all updates so far left weights that are numbers.
+    fn check_updates(&mut self) -> Result<()> {
+        let (dev, step) = (&self.dev, self.step + 1);
+        let mut updated = self.updated.drain(..);
+        updated.try_for_each(|(i, bad)| self.models.trained[i].healthy(dev, bad, step))
+    }
+
+    /// The gradient of a trained model over the micro-batches of a minibatch.
+    fn gradient(&mut self, i: usize, data: &StepData, watched: &mut Vec<Watched>) -> Result<()> {
+        let Self { dev, inputs, models, arena, batch, .. } = self;
+        let (dev, state, unit) = (&*dev, &mut models.trained[i], inputs.sizes.unit);
+        let role = state.role;
+        let _phase = role.trained.as_ref().map(|role| dev.span(role.phase));
+        state.zero_grads(dev)?;
+        let options = plan::options(&inputs.settings, &inputs.needs, role.head);
+        let lens = data.sequences.chunks(unit).map(|u| u.iter().map(|s| s.ids.len()).sum());
+        for group in inputs.sizes.scorer().groups(lens) {
+            let sequences = group.start * unit..group.end * unit;
+            batch.clear();
+            data.sequences[sequences.clone()].iter().for_each(|s| role.push(batch, s));
+            let (algorithm, scope) = (&mut inputs.algorithm, arena.scope());
+            let micro = MicroBatch::stage(dev, &scope, &data.columns, sequences.clone())?;
+            let mut watch = Watch { dev, sequences, watched };
+            let pass = Pass::new(dev, &state.model, &scope, batch);
+            let lm = role.head == Head::Lm;
+            let pass = if lm { pass.at(inputs.needs.temperature()) } else { pass };
+            pass.train(&mut state.grads, options, |mut c| {
+                watch.on(if lm { LOGP } else { role.name }, c.y)?;
+                let dy = c.dy.reborrow();
+                if lm {
+                    algorithm.policy_loss(dev, &micro, c.y, c.entropy, dy, c.dentropy)?;
                 } else {
-                    self.batch.push_last(&s.ids);
+                    algorithm.scalar_loss(dev, &micro, c.y, dy)?;
                 }
-            }
-            let (algorithm, scope) = (&mut self.job.algorithm, self.arena.scope());
-            let micro = Micro::stage(dev, &scope, columns, group.clone())?;
-            let (model, grads, batch) = (&role.model, &mut role.grads, &self.batch);
-            Pass::new(dev, model, &scope, batch).train(grads, options, |mut c| {
-                let mut watch = Watch { dev, sequences: &group, watched };
-                watch.on(name, c.y)?;
-                algorithm.scalar_loss(dev, &micro, c.y, c.dy.reborrow())?;
-                watch.on("d loss / d scalar", c.dy.view())
+                let what = if lm { "d loss / d log-prob" } else { "d loss / d scalar" };
+                watch.on(what, c.dy.view())
             })?;
         }
         Ok(())
     }
 }
 
-/// What updates made of the weights, by role.
-type Changed = Vec<(&'static str, Pending<Option<usize>>)>;
-
-/// Whether all updates so far left weights that are numbers.
-fn healthy<T: Element>(
-    dev: &Device,
-    changed: &mut Changed,
-    roles: [&Option<Role<T>>; 2],
-    step: u64,
-) -> Result<()> {
-    for (name, bad) in changed.drain(..) {
-        let role = roles.into_iter().flatten().find(|role| role.name == name);
-        role.map_or(Ok(()), |role| role.healthy(dev, bad, step))?;
+/// Property 9 for what a step is made of, before clipping hides a bad number or whitening spreads
+/// it over all samples.
+fn check_columns(dev: &Device, c: &Columns<f32>, step: u64) -> Result<()> {
+    for (what, x) in [
+        ("the sampled log-prob", &c.old_logp),
+        ("the reference log-prob", &c.ref_logp),
+        ("the value", &c.old_values),
+        ("the score", &c.scores),
+    ] {
+        let Some(i) = grad_norm::first_bad(dev, x.into())?.get()? else { continue };
+        // Scores are by sequence, all else by token.
+        let s = if what == "the score" { i } else { c.sequence_of(i) };
+        let samples = c.samples.get(s).copied().into_iter().collect();
+        let value = f64::from(x[i]);
+        return Err(Error::BadNumber {
+            step,
+            what: what.into(),
+            value,
+            samples,
+            places: Vec::new(),
+        });
     }
     Ok(())
 }
 
-/// Gradient norms of a step's updates, before clipping.
-#[derive(Default)]
-struct Norms {
-    policy: Vec<f64>,
-    scalar: Vec<f64>,
-}
-
-impl Norms {
-    fn report(&self, out: &mut Metrics) {
-        let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
-        match (self.policy.is_empty(), self.scalar.is_empty()) {
-            (false, true) => out.push(("grad_norm", mean(&self.policy))),
-            (true, false) => out.push(("grad_norm", mean(&self.scalar))),
-            (false, false) => {
-                out.push(("grad_norm", mean(&self.policy)));
-                out.push(("value_grad_norm", mean(&self.scalar)));
-            }
-            (true, true) => {}
-        }
-    }
-}
-
 const LOGP: &str = "log-prob";
 
-/// Numbers of a micro-batch that are looked at before the update.
+/// Numbers of a micro-batch that are checked before the update.
 struct Watched {
     what: &'static str,
     sequences: Range<usize>,
     numbers: Pending<Vec<f32>>,
 }
 
-/// Where a micro-batch leaves them.
+/// Collects the watched numbers of a micro-batch.
 struct Watch<'a> {
     dev: &'a Device,
-    sequences: &'a Range<usize>,
+    sequences: Range<usize>,
     watched: &'a mut Vec<Watched>,
 }
 

@@ -102,7 +102,7 @@ fn every_metric_is_explained() {
         let mut run = trainer(&dir, e.name, &[]).unwrap();
         let report = run.step(&mut Silent).unwrap();
         for (name, _) in report.metrics {
-            let all = e.metrics.iter().chain(SHARED_METRICS);
+            let all = e.metrics.iter().copied().chain([SHARED_METRICS]).flatten();
             let found: Vec<&str> = all.filter(|m| m.0 == name).map(|m| m.1).collect();
             assert!(matches!(found[..], [text] if text.ends_with('.')), "{}: {name}", e.name);
         }

@@ -20,7 +20,7 @@ use warpo::{
         whiten::{self, Moments, Variance},
     },
     rng::{Purpose, Stream},
-    rollout::{Generator, Prompt, Scorer, Settings, last_scores},
+    rollout::{GenerationConfig, Generator, Prompt, Scorer, last_scores},
 };
 
 use crate::support::{
@@ -231,7 +231,7 @@ fn greedy_tokens_are_those_of_hugging_face() {
         .unwrap()["eos_token_id"]
             .as_u64()
             .unwrap() as u32;
-        let settings = Settings {
+        let settings = GenerationConfig {
             sampling: sample::Params::greedy(),
             max_new_tokens: 64,
             stop_ids: vec![eos],

@@ -10,7 +10,7 @@ use warpo::{
     models::{Batch, Head, Model, Pass},
     ops::sample,
     rng::{Purpose, Stream},
-    rollout::{Generator, Prompt, Scorer, Settings},
+    rollout::{GenerationConfig, Generator, Prompt, Scorer},
 };
 
 use super::golden::forward;
@@ -75,7 +75,7 @@ fn forty_greedy_tokens_of_a_real_model() {
         .zip(0..)
         .map(|(s, sample)| Prompt { sample, ids: tokenizer.encode_start(&s.prompt).unwrap() })
         .collect();
-    let settings = Settings {
+    let settings = GenerationConfig {
         sampling: sample::Params::greedy(),
         max_new_tokens: 40,
         stop_ids: vec![1],

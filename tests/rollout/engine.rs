@@ -10,7 +10,7 @@ use warpo::{
     models::{Batch, Head, Model, ParamKind, Params, Pass},
     ops::sample,
     rng::{Philox, Purpose, Stream},
-    rollout::{Completion, Generator, Prompt, Settings},
+    rollout::{Completion, GenerationConfig, Generator, Prompt},
 };
 
 use crate::{
@@ -32,8 +32,8 @@ fn prompts(n: u64, vocab: usize) -> Vec<Prompt> {
     (0..n).map(|i| Prompt { sample: 100 + i, ids: ids(i) }).collect()
 }
 
-fn settings(sampling: sample::Params, max_new_tokens: usize) -> Settings {
-    Settings { sampling, max_new_tokens, stop_ids: Vec::new(), stream: STREAM }
+fn settings(sampling: sample::Params, max_new_tokens: usize) -> GenerationConfig {
+    GenerationConfig { sampling, max_new_tokens, stop_ids: Vec::new(), stream: STREAM }
 }
 
 /// Completions by `slots` slots and passes of `rows` rows, in just the memory that was planned.
@@ -41,7 +41,7 @@ fn generate<T: Element>(
     dev: &Device,
     model: &Model<T>,
     prompts: &[Prompt],
-    settings: &Settings,
+    settings: &GenerationConfig,
     (slots, rows): (usize, usize),
 ) -> Vec<Completion<T::Acc>> {
     let generator = Generator::for_prompts(prompts, settings.max_new_tokens, slots, rows);
@@ -255,7 +255,7 @@ fn a_queued_pass_is_dropped_cleanly() {
         // first is heard of.
         let two: Vec<Prompt> =
             [2, 30].map(|n| Prompt { sample: 1, ids: vec![5; n] }).into_iter().collect();
-        let settings = Settings { max_new_tokens: 1, ..settings };
+        let settings = GenerationConfig { max_new_tokens: 1, ..settings };
         let small = Generator { slots: 1, max_len: 31, rows: 2 };
         let bytes = small.plan::<bf16>(dev, model.spec(), &PARAMS).unwrap();
         let (mut small, mut heard) = (room_on(dev, bytes), 0);
@@ -409,7 +409,7 @@ fn randomness_is_addressed_not_consumed() {
     let prompts: Vec<Prompt> = (0..16).map(|sample| Prompt { sample, ids: ids.clone() }).collect();
     let draw = |seed, step, purpose| {
         let stream = Stream { seed, step, purpose };
-        let settings = Settings { stream, ..settings(FILTERS[0], 8) };
+        let settings = GenerationConfig { stream, ..settings(FILTERS[0], 8) };
         let done = generate(&dev, &model, &prompts, &settings, (5, 64));
         done.into_iter().map(|c| c.ids).collect::<Vec<_>>()
     };
@@ -452,7 +452,7 @@ fn a_stop_id_ends_a_sample_and_is_kept() {
     let prompts = prompts(16, model.spec().vocab);
     let free = generate(&dev, &model, &prompts, &settings(FILTERS[0], 20), (4, 64));
     let stop_ids: Vec<u32> = (0..12).map(|i| i * 9).collect();
-    let settings = Settings { stop_ids: stop_ids.clone(), ..settings(FILTERS[0], 20) };
+    let settings = GenerationConfig { stop_ids: stop_ids.clone(), ..settings(FILTERS[0], 20) };
     let done = generate(&dev, &model, &prompts, &settings, (4, 64));
     let (mut stopped, mut whole) = (0, 0);
     for (c, free) in done.iter().zip(&free) {
@@ -499,7 +499,7 @@ fn nothing_is_asked_for_and_nothing_comes() {
 #[test]
 fn what_does_not_fit_is_named() {
     let (dev, model) = (Device::cpu(), load::<f32>("llama_tied", Head::Lm));
-    let fail = |ids: Vec<u32>, generator: Generator, settings: &Settings| {
+    let fail = |ids: Vec<u32>, generator: Generator, settings: &GenerationConfig| {
         let mut arena = room(generator.plan::<f32>(host(), model.spec(), &PARAMS).unwrap());
         let prompts = [Prompt { sample: 1, ids: vec![1] }, Prompt { sample: 42, ids }];
         let scope = arena.scope();

@@ -12,7 +12,7 @@ use std::{
     rc::Rc,
 };
 
-use warpo::train::storage::{Source, Storage, StorageFile};
+use warpo::train::storage::{ReadSeek, Storage, StorageFile};
 
 type Id = usize;
 
@@ -380,7 +380,7 @@ impl Storage for MemDisk {
         }
     }
 
-    fn open(&self, path: &Path) -> io::Result<Box<dyn Source>> {
+    fn open(&self, path: &Path) -> io::Result<Box<dyn ReadSeek>> {
         let mut s = self.0.borrow_mut();
         s.step()?;
         let id = s.find(path)?;

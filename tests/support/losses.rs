@@ -3,7 +3,7 @@
 use std::collections::BTreeMap;
 
 use warpo::{
-    algorithms::{Algorithm, Columns, Metrics, Micro},
+    algorithms::{Algorithm, Columns, Metrics, MicroBatch},
     config,
     device::Device,
 };
@@ -20,9 +20,9 @@ pub fn build(name: &str, pairs: &[&str]) -> warpo::Result<Box<dyn Algorithm>> {
 }
 
 /// Consecutive micro-batches of the columns, `per` sequences each.
-fn micros(c: &Columns<f32>, per: usize) -> impl Iterator<Item = Micro<'_, f32>> {
+fn micros(c: &Columns<f32>, per: usize) -> impl Iterator<Item = MicroBatch<'_, f32>> {
     let n = c.sequences();
-    (0..n).step_by(per).map(move |s| Micro::new(c, s..(s + per).min(n)))
+    (0..n).step_by(per).map(move |s| MicroBatch::new(c, s..(s + per).min(n)))
 }
 
 /// d loss / d log-prob of a minibatch, `per` sequences a micro-batch.

@@ -9,7 +9,7 @@ use std::{
 
 use warpo::{
     Result,
-    algorithms::{ALGORITHMS, Entry},
+    algorithms::{ALGORITHMS, AlgorithmEntry},
     config,
     device::{Device, Element},
     rng::{Philox, Purpose},
@@ -19,7 +19,7 @@ use warpo::{
 use super::golden;
 
 /// An algorithm by name.
-pub fn entry(name: &str) -> &'static Entry {
+pub fn entry(name: &str) -> &'static AlgorithmEntry {
     ALGORITHMS.iter().find(|e| e.name == name).unwrap()
 }
 

@@ -11,7 +11,7 @@ use warpo::{
     Error, Result,
     rng::{Philox, Purpose},
     train::{
-        checkpoint::{Dtype, Loaded, Saved, Tensor, clean, list, load_newest, save},
+        checkpoint::{Dtype, LoadedCheckpoint, Saved, SavedTensor, clean, list, load_newest, save},
         storage::{Disk, Storage},
     },
 };
@@ -42,17 +42,17 @@ impl Run {
 
     fn save(&self, disk: &dyn Storage, dir: &Path, step: u64, keep: usize) -> Result<Saved> {
         let tensors = [
-            Tensor::new("model", "h.0.weight", &[6, self.moments.len()], &self.weights),
-            Tensor::new("optimizer", "counts", &[3], &self.counts),
-            Tensor::new("optimizer", "m/h.0.weight", &[self.moments.len()], &self.moments),
-            Tensor::new("optimizer", "ids", &[], &self.ids),
-            Tensor::new("optimizer", "empty", &[0, 4], &[0.0f32; 0]),
+            SavedTensor::new("model", "h.0.weight", &[6, self.moments.len()], &self.weights),
+            SavedTensor::new("optimizer", "counts", &[3], &self.counts),
+            SavedTensor::new("optimizer", "m/h.0.weight", &[self.moments.len()], &self.moments),
+            SavedTensor::new("optimizer", "ids", &[], &self.ids),
+            SavedTensor::new("optimizer", "empty", &[0, 4], &[0.0f32; 0]),
         ];
         save(disk, dir, step, keep, tensors, &json!({"step": step, "cursor": step * 7, "kl": 0.1}))
     }
 
     /// Loads everything and compares every bit.
-    fn check(loaded: &Loaded, disk: &dyn Storage) {
+    fn check(loaded: &LoadedCheckpoint, disk: &dyn Storage) {
         let size = loaded.tensors().find(|t| t.name == "m/h.0.weight").unwrap().shape[0];
         let want = Self::at(loaded.step, size);
         assert_eq!(loaded.state["cursor"], loaded.step * 7);
@@ -206,7 +206,7 @@ fn the_crash_model_bites() {
         fn list(&self, p: &Path) -> std::io::Result<Vec<String>> {
             self.0.list(p)
         }
-        fn open(&self, p: &Path) -> std::io::Result<Box<dyn warpo::train::storage::Source>> {
+        fn open(&self, p: &Path) -> std::io::Result<Box<dyn warpo::train::storage::ReadSeek>> {
             self.0.open(p)
         }
         fn free_space(&self, _: &Path) -> Option<u64> {
@@ -388,12 +388,12 @@ fn a_full_disk_is_noticed_before_the_first_byte() {
 fn wrong_tensors_are_refused() {
     let one = [1.0f32, 2.0];
     let disk = MemDisk::new();
-    let save = |tensors: Vec<Tensor<'_>>| {
+    let save = |tensors: Vec<SavedTensor<'_>>| {
         save(&disk, Path::new(DIR), 1, 2, tensors, &json!({})).unwrap_err().to_string()
     };
-    let tensor = |file, name| Tensor::new(file, name, &[2], &one);
+    let tensor = |file, name| SavedTensor::new(file, name, &[2], &one);
     assert_eq!(
-        save(vec![Tensor::new("model", "w", &[2, 2], &one)]),
+        save(vec![SavedTensor::new("model", "w", &[2, 2], &one)]),
         "checkpoint::save: `tensor` has shape [2], wanted [2, 2]"
     );
     assert_eq!(

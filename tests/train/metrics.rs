@@ -2,12 +2,12 @@
 
 use std::{fs, path::Path};
 
-use warpo::train::metrics::Metrics;
+use warpo::train::metrics::MetricsLog;
 
 use super::events::scalars;
 use crate::support::temp_dir;
 
-fn log(m: &mut Metrics, step: u64) {
+fn log(m: &mut MetricsLog, step: u64) {
     let x = step as f64;
     m.log(step, &[("loss", 1.0 / x), ("kl", 0.1 + 0.2 * x)]).unwrap();
 }
@@ -18,7 +18,7 @@ fn lines(dir: &Path) -> String {
 
 fn straight(name: &str, steps: u64) -> String {
     let dir = temp_dir(name);
-    let mut m = Metrics::open(&dir, None).unwrap();
+    let mut m = MetricsLog::open(&dir, None).unwrap();
     (1..=steps).for_each(|s| log(&mut m, s));
     lines(&dir)
 }
@@ -29,12 +29,12 @@ fn a_resumed_file_equals_that_of_a_straight_run() {
     let dir = temp_dir("metrics_resumed");
     for saved in 0..=6 {
         // crash after step 5 or later, half a line written, resume from `saved`
-        let mut m = Metrics::open(&dir, None).unwrap();
+        let mut m = MetricsLog::open(&dir, None).unwrap();
         (1..=saved.max(5)).for_each(|s| log(&mut m, s));
         drop(m);
         let torn = format!("{}{{\"step\":1", lines(&dir));
         fs::write(dir.join("metrics.jsonl"), torn).unwrap();
-        let mut m = Metrics::open(&dir, Some(saved)).unwrap();
+        let mut m = MetricsLog::open(&dir, Some(saved)).unwrap();
         (saved + 1..=6).for_each(|s| log(&mut m, s));
         m.sync().unwrap();
         assert_eq!(lines(&dir), want, "resumed from {saved}");
@@ -44,7 +44,7 @@ fn a_resumed_file_equals_that_of_a_straight_run() {
 #[test]
 fn lines_are_exact_and_bad_numbers_are_named() {
     let dir = temp_dir("metrics_lines");
-    let mut m = Metrics::open(&dir, None).unwrap();
+    let mut m = MetricsLog::open(&dir, None).unwrap();
     m.log(0, &[]).unwrap();
     m.log(3, &[("b", 0.1), ("a", f64::NAN), ("c\"", f64::NEG_INFINITY), ("d", 1e300)]).unwrap();
     // in the file at once, without `sync` or drop
@@ -53,7 +53,6 @@ fn lines_are_exact_and_bad_numbers_are_named() {
         "{\"step\":0}\n{\"step\":3,\"b\":0.1,\"a\":null,\"c\\\"\":null,\"d\":1e+300,\
          \"not_finite\":{\"a\":\"NaN\",\"c\\\"\":\"-inf\"}}\n"
     );
-    m.text(3, "sample", "text").unwrap();
     let events = fs::read_dir(&dir).unwrap().map(|f| f.unwrap().path());
     let events: Vec<_> = events.filter(|p| p.to_str().unwrap().contains("tfevents")).collect();
     assert_eq!(events.len(), 1);
@@ -67,8 +66,8 @@ fn a_file_of_junk_is_cut_where_the_junk_begins() {
     let dir = temp_dir("metrics_junk");
     let path = dir.join("metrics.jsonl");
     fs::write(&path, b"{\"step\":1}\n\xff\xfe\n{\"step\":2}\n").unwrap();
-    drop(Metrics::open(&dir, Some(5)).unwrap());
+    drop(MetricsLog::open(&dir, Some(5)).unwrap());
     assert_eq!(lines(&dir), "{\"step\":1}\n");
-    let error = Metrics::open(&dir.join("none"), None).unwrap_err().to_string();
+    let error = MetricsLog::open(&dir.join("none"), None).unwrap_err().to_string();
     assert!(error.contains("none/metrics.jsonl"), "{error}");
 }

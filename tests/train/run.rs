@@ -5,7 +5,7 @@ use std::{path::Path, time::Duration};
 
 use warpo::{
     Error, Result,
-    algorithms::{Algorithm, Micro, Needs},
+    algorithms::{Algorithm, MicroBatch, Needs},
     config,
     device::{Device, View, ViewMut},
     rng::{Philox, Purpose},
@@ -380,7 +380,7 @@ impl Algorithm for Poison {
     fn policy_loss(
         &mut self,
         _: &Device,
-        micro: &Micro<'_, f32>,
+        micro: &MicroBatch<'_, f32>,
         _: View<'_, f32>,
         _: Option<View<'_, f32>>,
         dlogp: ViewMut<'_, f32>,

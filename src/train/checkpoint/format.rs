@@ -16,7 +16,7 @@ use crate::{
 #[cfg(target_endian = "big")]
 compile_error!("checkpoints hold little-endian numbers, and are written and read in place");
 
-/// Element type of a tensor, in safetensors spelling.
+/// SavedNumber type of a tensor, in safetensors spelling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Dtype {
@@ -41,24 +41,24 @@ impl Dtype {
 }
 
 /// A number that checkpoints can hold.
-pub trait Element: bytemuck::Pod {
+pub trait SavedNumber: bytemuck::Pod {
     const DTYPE: Dtype;
 }
-impl Element for f32 {
+impl SavedNumber for f32 {
     const DTYPE: Dtype = Dtype::F32;
 }
-impl Element for f64 {
+impl SavedNumber for f64 {
     const DTYPE: Dtype = Dtype::F64;
 }
-impl Element for u32 {
+impl SavedNumber for u32 {
     const DTYPE: Dtype = Dtype::U32;
 }
-impl Element for u64 {
+impl SavedNumber for u64 {
     const DTYPE: Dtype = Dtype::U64;
 }
 
 /// A tensor to save, in the caller's memory or brought there when it is written.
-pub struct Tensor<'a> {
+pub struct SavedTensor<'a> {
     /// Stem of the file it goes to: `model` is `model.safetensors`.
     pub file: &'a str,
     /// Its name in that file.
@@ -73,15 +73,15 @@ pub struct Tensor<'a> {
 
 type Visit<'a> = dyn Fn(&mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> + 'a;
 
-impl std::fmt::Debug for Tensor<'_> {
+impl std::fmt::Debug for SavedTensor<'_> {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        write!(f, "Tensor({} of {}, {:?} {:?})", self.name, self.file, self.dtype, self.shape)
+        write!(f, "SavedTensor({} of {}, {:?} {:?})", self.name, self.file, self.dtype, self.shape)
     }
 }
 
-impl<'a> Tensor<'a> {
+impl<'a> SavedTensor<'a> {
     /// A tensor of `shape` in row-major order.
-    pub fn new<T: Element>(
+    pub fn new<T: SavedNumber>(
         file: &'a str,
         name: impl Into<Cow<'a, str>>,
         shape: &[usize],
@@ -92,7 +92,7 @@ impl<'a> Tensor<'a> {
 
     /// A tensor of `shape`, `len` numbers that are read when it is written, so that of many that
     /// are on a device one at a time is in host memory.
-    pub fn read<T: Element>(
+    pub fn read<T: SavedNumber>(
         file: &'a str,
         name: impl Into<Cow<'a, str>>,
         shape: &[usize],
@@ -149,7 +149,7 @@ pub(super) fn is_stem(name: &str) -> bool {
 /// What `manifest.json` says.
 #[derive(Debug, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
-pub(super) struct Manifest {
+pub(super) struct FileManifest {
     /// Version of this format.
     pub format: u32,
     pub step: u64,
@@ -186,13 +186,13 @@ const MIDDLE: &str = "\",\"manifest\":";
 const CLOSE: &str = "}\n";
 
 /// Frames the manifest with its own hash. Every byte of the frame is fixed or hashed.
-fn seal(manifest: &Manifest) -> Result<String, serde_json::Error> {
+fn seal(manifest: &FileManifest) -> Result<String, serde_json::Error> {
     let body = serde_json::to_string(manifest)?;
     Ok(format!("{OPEN}{}{MIDDLE}{body}{CLOSE}", hex(&Sha256::digest(&body))))
 }
 
 /// The inverse of [`seal`]; the error says what is wrong with the text.
-pub(super) fn unseal(bytes: &[u8]) -> Result<Manifest, String> {
+pub(super) fn unseal(bytes: &[u8]) -> Result<FileManifest, String> {
     let text = std::str::from_utf8(bytes).map_err(|e| format!("is not UTF-8: {e}"))?;
     let frame = || {
         let rest = text.strip_prefix(OPEN)?.strip_suffix(CLOSE)?;
@@ -204,7 +204,7 @@ pub(super) fn unseal(bytes: &[u8]) -> Result<Manifest, String> {
     if got != hash {
         return Err(format!("is corrupt: its SHA-256 is {got}, wanted {hash}"));
     }
-    let manifest: Manifest = serde_json::from_str(body).map_err(|e| e.to_string())?;
+    let manifest: FileManifest = serde_json::from_str(body).map_err(|e| e.to_string())?;
     if manifest.format != FORMAT {
         return Err(format!("has format {}, wanted {FORMAT}", manifest.format));
     }
@@ -257,15 +257,16 @@ pub(super) fn write(
     storage: &dyn Storage,
     tmp: &Path,
     step: u64,
-    tensors: &[Tensor<'_>],
+    tensors: &[SavedTensor<'_>],
     state: &Value,
 ) -> Result<u64> {
     run("create", tmp, || storage.create_dir(tmp))?;
-    let mut groups: BTreeMap<&str, Vec<&Tensor<'_>>> = BTreeMap::new();
+    let mut groups: BTreeMap<&str, Vec<&SavedTensor<'_>>> = BTreeMap::new();
     for t in tensors {
         groups.entry(t.file).or_default().push(t);
     }
-    let mut manifest = Manifest { format: FORMAT, step, files: Vec::new(), tensors: Vec::new() };
+    let mut manifest =
+        FileManifest { format: FORMAT, step, files: Vec::new(), tensors: Vec::new() };
     for (stem, mut group) in groups {
         // wide elements first: each tensor is then aligned to its element
         group.sort_by_key(|t| std::cmp::Reverse(t.dtype.bytes()));
@@ -290,7 +291,7 @@ pub(super) fn write(
 fn safetensors(
     out: &mut Writer,
     path: &Path,
-    group: &[&Tensor<'_>],
+    group: &[&SavedTensor<'_>],
     entries: &mut Vec<TensorEntry>,
 ) -> Result<()> {
     let mut header = Map::new();

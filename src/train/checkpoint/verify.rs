@@ -8,7 +8,7 @@ use std::{
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::format::{Dtype, Element, FileEntry, TensorEntry, elements, hex, is_stem, unseal};
+use super::format::{Dtype, FileEntry, SavedNumber, TensorEntry, elements, hex, is_stem, unseal};
 use crate::{
     error::{Error, Result},
     train::storage::{Storage, open_at, read_small},
@@ -19,7 +19,7 @@ const LIMIT: u64 = 256 << 20;
 
 /// A checkpoint whose every byte was verified.
 #[derive(Debug)]
-pub struct Loaded {
+pub struct LoadedCheckpoint {
     /// The optimizer step after which it was saved.
     pub step: u64,
     pub path: PathBuf,
@@ -40,7 +40,7 @@ pub struct TensorInfo<'a> {
     pub shape: &'a [usize],
 }
 
-impl Loaded {
+impl LoadedCheckpoint {
     /// All tensors, in the order of the files.
     pub fn tensors(&self) -> impl Iterator<Item = TensorInfo<'_>> {
         self.tensors.iter().map(|t| TensorInfo {
@@ -52,7 +52,7 @@ impl Loaded {
     }
 
     /// Fills `out` with a tensor, straight from the file, and verifies it once more.
-    pub fn read<T: Element>(
+    pub fn read<T: SavedNumber>(
         &self,
         storage: &dyn Storage,
         file: &str,
@@ -83,7 +83,7 @@ fn corrupt(path: PathBuf, t: &TensorEntry, got: &str) -> Error {
 }
 
 /// Verifies the checkpoint in the folder `path`: every byte is read once, in pieces.
-pub fn load(storage: &dyn Storage, path: &Path) -> Result<Loaded> {
+pub fn load(storage: &dyn Storage, path: &Path) -> Result<LoadedCheckpoint> {
     let manifest_path = path.join("manifest.json");
     let text = read_small(storage, &manifest_path, LIMIT)?;
     let manifest = unseal(&text).map_err(|m| Error::file(&manifest_path, m))?;
@@ -119,7 +119,13 @@ pub fn load(storage: &dyn Storage, path: &Path) -> Result<Loaded> {
     let state = serde_json::from_slice(&state)
         .map_err(|e| Error::file(&state_path, format!("is not JSON: {e}")))?;
     let step = manifest.step;
-    Ok(Loaded { step, path: path.into(), state, skipped: Vec::new(), tensors: manifest.tensors })
+    Ok(LoadedCheckpoint {
+        step,
+        path: path.into(),
+        state,
+        skipped: Vec::new(),
+        tensors: manifest.tensors,
+    })
 }
 
 fn bytes(t: &TensorEntry) -> Option<u64> {

@@ -1,10 +1,14 @@
-//! Records to token sequences: what is learned, what is cut, and that all of it is counted.
+//! Records to token sequences: what is learned, what is cut, and that all of it is counted; and the
+//! order in which examples are drawn.
 
 use std::path::Path;
 
 use warpo::{
     Error,
-    data::{self, Limits, Located, Pair, Place, Record, Stats, Text, Tokenizer},
+    data::{
+        self, DataPlace, Dataset, DatasetStats, DrawOrder, Limits, Located, Record, Sequence,
+        Tokenizer,
+    },
     train::{self, Observer, Settings},
 };
 
@@ -25,8 +29,8 @@ fn located(records: impl IntoIterator<Item = Record>) -> Vec<Located> {
     records.into_iter().zip(1..).map(at).collect()
 }
 
-fn place(line: usize) -> Place {
-    Place { path: Path::new("data.jsonl").into(), line }
+fn place(line: usize) -> DataPlace {
+    DataPlace { path: Path::new("data.jsonl").into(), line }
 }
 
 const LIMITS: Limits = Limits { max_length: 100, vocab: 512, eos: Some(2) };
@@ -54,9 +58,14 @@ fn preference(prompt: &str, chosen: &str, rejected: &str, margin: Option<f64>) -
 }
 
 /// The text of a line.
-fn learned(line: usize, ids: &[u32], learn: &[(usize, usize)]) -> Text {
-    let learn = learn.iter().map(|(from, to)| *from..*to).collect();
-    Text { ids: ids.to_vec(), learn, place: place(line) }
+fn learned(line: usize, ids: &[u32], learn: &[(usize, usize)]) -> Sequence {
+    let predicted = learn.iter().map(|(from, to)| *from..*to).collect();
+    Sequence { ids: ids.to_vec(), predicted, place: place(line) }
+}
+
+/// Ids of all sequences.
+fn all_ids(data: &Dataset) -> Vec<&[u32]> {
+    data.sequences.iter().map(|s| &s.ids[..]).collect()
 }
 
 fn ids(n: std::ops::Range<u32>) -> Record {
@@ -71,7 +80,10 @@ fn texts_are_learned_whole_and_completions_after_their_prompt() {
     let joined = [&prompt[..], &end, &[2]].concat();
     let whole = [&t.encode_start("Once upon a time").unwrap()[..], &[2]].concat();
     let one = |record: Record, completion_only| {
-        data::texts(&located([record]), Some(&t), LIMITS, completion_only).unwrap().0.remove(0)
+        data::texts(&located([record]), Some(&t), LIMITS, completion_only)
+            .unwrap()
+            .sequences
+            .remove(0)
     };
     for record in [text("Once upon a time"), labelled("Once upon a time", 7)] {
         for only in [true, false] {
@@ -94,8 +106,8 @@ fn texts_are_learned_whole_and_completions_after_their_prompt() {
     assert_eq!(one(ids(5..8), true), learned(1, &[5, 6, 7], &[(1, 3)]));
     // without an EOS id nothing is appended
     let limits = Limits { eos: None, ..LIMITS };
-    let (texts, _) = data::texts(&located([text("a")]), Some(&t), limits, true).unwrap();
-    assert_eq!(texts[0].ids, t.encode_start("a").unwrap());
+    let texts = data::texts(&located([text("a")]), Some(&t), limits, true).unwrap();
+    assert_eq!(texts.sequences[0].ids, t.encode_start("a").unwrap());
 }
 
 #[test]
@@ -111,14 +123,14 @@ fn what_is_cut_or_left_out_is_counted() {
         learn: vec![false, true, false, true, true, true],
     };
     let records = [ids(0..4), ids(0..5), ids(0..1), ids(0..0), never, late, across];
-    let (texts, stats) = data::texts(&located(records), None, limits, true).unwrap();
+    let texts = data::texts(&located(records), None, limits, true).unwrap();
     let want = [
         learned(1, &[0, 1, 2, 3], &[(1, 4)]),
         learned(2, &[0, 1, 2, 3], &[(1, 4)]),
         learned(7, &[1, 2, 3, 4], &[(1, 2), (3, 4)]),
     ];
-    assert_eq!(texts, want);
-    assert_eq!(stats, Stats { examples: 3, tokens: 12, truncated: 3, dropped: 4 });
+    assert_eq!(texts.sequences, want);
+    assert_eq!(texts.stats, DatasetStats { examples: 3, tokens: 12, truncated: 3, dropped: 4 });
 
     // of a pair either side may be cut; two equal sides teach nothing
     let pair = |chosen: &[u32], rejected: &[u32]| Record::PreferenceIds {
@@ -133,22 +145,19 @@ fn what_is_cut_or_left_out_is_counted() {
         pair(&[1, 2, 3], &[1, 2, 4]),
         pair(&[5], &[5]),
     ];
-    let (pairs, stats) = data::pairs(&located(records), None, limits, 0).unwrap();
-    let want = |line, chosen: &[u32], rejected: &[u32]| Pair {
-        chosen: chosen.to_vec(),
-        rejected: rejected.to_vec(),
-        margin: None,
-        places: [place(line), place(line)],
-    };
-    assert_eq!(pairs, [want(1, &[7, 8, 1, 2], &[7, 8, 3]), want(2, &[7, 8, 1], &[7, 8, 2, 3])]);
-    assert_eq!(stats, Stats { examples: 2, tokens: 14, truncated: 2, dropped: 2 });
+    let pairs = data::pairs(&located(records), None, limits, 0).unwrap();
+    let side = |line, ids: &[u32]| learned(line, ids, &[(2, ids.len())]);
+    let want =
+        [side(1, &[7, 8, 1, 2]), side(1, &[7, 8, 3]), side(2, &[7, 8, 1]), side(2, &[7, 8, 2, 3])];
+    assert_eq!((pairs.sequences, pairs.margins), (want.to_vec(), vec![None, None]));
+    let want = DatasetStats { examples: 2, tokens: 14, truncated: 2, dropped: 2 };
+    assert_eq!(pairs.stats, want);
 
     // prompts lose their beginning
-    let (prompts, stats) =
+    let prompts =
         data::prompts(&located([ids(0..6), ids(0..2), ids(0..0)]), None, limits, None).unwrap();
-    let ids: Vec<&[u32]> = prompts.iter().map(|p| &p.ids[..]).collect();
-    assert_eq!(ids, [&[2, 3, 4, 5][..], &[0, 1]]);
-    assert_eq!(stats, Stats { examples: 2, tokens: 6, truncated: 1, dropped: 1 });
+    assert_eq!(all_ids(&prompts), [&[2, 3, 4, 5][..], &[0, 1]]);
+    assert_eq!(prompts.stats, DatasetStats { examples: 2, tokens: 6, truncated: 1, dropped: 1 });
 }
 
 #[test]
@@ -163,18 +172,22 @@ fn pairs_hold_prompt_and_completion_with_eos() {
         preference("A story:", " good", " bad", Some(1.5)),
         preference("A story:", "", " bad", None),
     ];
-    let (pairs, stats) = data::pairs(&located(records), Some(&t), LIMITS, 0).unwrap();
-    assert_eq!((&pairs[0].chosen, &pairs[0].rejected), (&join(" good"), &join(" bad")));
-    assert_eq!((pairs[0].margin, pairs[1].margin), (Some(1.5), None));
-    assert_eq!(pairs[1].chosen, join(""));
-    let tokens = pairs.iter().map(|p| p.chosen.len() + p.rejected.len()).sum();
-    assert_eq!(stats, Stats { examples: 2, tokens, truncated: 0, dropped: 0 });
+    let pairs = data::pairs(&located(records), Some(&t), LIMITS, 0).unwrap();
+    let want = [join(" good"), join(" bad"), join(""), join(" bad")];
+    assert_eq!(all_ids(&pairs), want);
+    assert_eq!(pairs.margins, [Some(1.5), None]);
+    let start = t.encode_start("A story:").unwrap().len();
+    for s in &pairs.sequences {
+        assert_eq!(s.predicted, std::slice::from_ref(&(start..s.ids.len())));
+    }
+    let tokens = want.iter().map(Vec::len).sum();
+    assert_eq!(pairs.stats, DatasetStats { examples: 2, tokens, truncated: 0, dropped: 0 });
     // ids are taken as they are
     let (prompt, chosen, rejected) = (vec![9], vec![1], vec![]);
     let record = Record::PreferenceIds { prompt, chosen, rejected, margin: Some(-2.0) };
-    let (pairs, _) = data::pairs(&located([record]), None, LIMITS, 0).unwrap();
-    let (chosen, rejected, places) = (vec![9, 1], vec![9], [place(1), place(1)]);
-    assert_eq!(pairs, [Pair { chosen, rejected, margin: Some(-2.0), places }]);
+    let pairs = data::pairs(&located([record]), None, LIMITS, 0).unwrap();
+    assert_eq!(pairs.sequences, [learned(1, &[9, 1], &[(1, 2)]), learned(1, &[9], &[])]);
+    assert_eq!(pairs.margins, [Some(-2.0)]);
 }
 
 /// Every text with the highest label once (the shorter side repeats), drawn by the seed alone.
@@ -187,26 +200,27 @@ fn labelled_texts_are_paired_each_once() {
     let records =
         located(good.iter().map(|s| labelled(s, 1)).chain(bad.iter().map(|s| labelled(s, -1))));
     let draw = |seed| data::pairs(&records, Some(&t), LIMITS, seed).unwrap();
-    let (pairs, stats) = draw(3);
-    assert_eq!((pairs.len(), stats.dropped), (20, 0));
-    let mut chosen: Vec<_> = pairs.iter().map(|p| p.chosen.clone()).collect();
+    let pairs = draw(3);
+    assert_eq!((pairs.len(), pairs.stats.dropped), (20, 0));
+    let side = |i| pairs.sequences.iter().skip(i).step_by(2).map(|s| s.ids.clone());
+    let mut chosen: Vec<_> = side(0).collect();
     assert!(chosen != good.iter().map(|s| whole(s)).collect::<Vec<_>>(), "they are drawn");
     chosen.sort();
     let mut want: Vec<_> = good.iter().map(|s| whole(s)).collect();
     want.sort();
     assert_eq!(chosen, want);
     for s in &bad {
-        let times = pairs.iter().filter(|p| p.rejected == whole(s)).count();
+        let times = side(1).filter(|ids| *ids == whole(s)).count();
         assert!((2..=3).contains(&times), "{s}: {times}");
     }
-    assert_eq!(draw(3).0, pairs);
-    assert_ne!(draw(4).0, pairs);
-    assert!(pairs.iter().all(|p| p.margin.is_none()));
+    assert_eq!(draw(3), pairs);
+    assert_ne!(draw(4), pairs);
+    assert!(pairs.margins.iter().all(Option::is_none));
     // each says which two lines it was drawn from: the good ones are 1 to 20
-    for p in &pairs {
-        let [good, bad] = &p.places;
-        assert_eq!(p.chosen, whole(&format!("good {}", good.line - 1)));
-        assert_eq!(p.rejected, whole(&format!("bad {}", bad.line - 21)));
+    for i in 0..pairs.len() {
+        let [good, bad] = pairs.example(i) else { panic!("a pair is two sequences") };
+        assert_eq!(good.ids, whole(&format!("good {}", good.place.line - 1)));
+        assert_eq!(bad.ids, whole(&format!("bad {}", bad.place.line - 21)));
     }
 }
 
@@ -222,10 +236,10 @@ fn preferences_stay_beside_labelled_texts_and_middle_labels_are_counted() {
         labelled("four", 4),
         labelled("one", 1),
     ]);
-    let (pairs, stats) = data::pairs(&records, Some(&t), LIMITS, 0).unwrap();
-    assert_eq!((pairs.len(), stats.examples, stats.dropped), (2, 2, 2));
+    let pairs = data::pairs(&records, Some(&t), LIMITS, 0).unwrap();
+    assert_eq!((pairs.len(), pairs.stats.examples, pairs.stats.dropped), (2, 2, 2));
     let whole = |s: &str| [&t.encode_start(s).unwrap()[..], &[2]].concat();
-    assert_eq!((&pairs[1].chosen, &pairs[1].rejected), (&whole("five"), &whole("one")));
+    assert_eq!(all_ids(&pairs)[2..], [whole("five"), whole("one")]);
     let error = data::pairs(&records[1..2], Some(&t), LIMITS, 0).unwrap_err().to_string();
     assert_eq!(error, "labels of all texts: got only 5, wanted two or more");
 }
@@ -236,7 +250,7 @@ fn prompts_come_from_prompts_or_from_the_first_tokens_of_texts() {
     let prompt = t.encode_start("Once upon a time").unwrap();
     assert!(prompt.len() > 3);
     let one = |record: Record, tokens| {
-        data::prompts(&located([record]), Some(&t), LIMITS, tokens).unwrap().0.remove(0)
+        data::prompts(&located([record]), Some(&t), LIMITS, tokens).unwrap().sequences.remove(0)
     };
     for record in [
         Record::Prompt { prompt: "Once upon a time".into() },
@@ -246,7 +260,7 @@ fn prompts_come_from_prompts_or_from_the_first_tokens_of_texts() {
         // A fixed bug: `prompt_tokens` also cut the prompts of data that has prompts.
         for tokens in [None, Some(3)] {
             let p = one(record.clone(), tokens);
-            assert_eq!((p.ids, &*p.text), (prompt.clone(), "Once upon a time"));
+            assert_eq!(p.ids, prompt);
         }
     }
     for record in [text("Once upon a time"), labelled("Once upon a time", 0)] {
@@ -308,9 +322,10 @@ fn a_record_that_does_not_fit_is_named() {
 
 #[test]
 fn the_digest_knows_structure_and_tokens() {
-    let digest = |x: &[&[u32]]| data::digest(x.iter().map(|x| x.to_vec()));
-    // SHA-256 of lengths as u64 and ids as u32, little-endian
-    assert_eq!(digest(&[]), "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855");
+    let digest = |x: &[&[u32]]| {
+        let sequences = x.iter().map(|ids| learned(1, ids, &[])).collect();
+        Dataset { sequences, ..Dataset::default() }.digest()
+    };
     let all = [
         digest(&[&[1, 2], &[3]]),
         digest(&[&[1], &[2, 3]]),
@@ -365,4 +380,52 @@ fn a_run_and_a_command_say_what_was_cut() {
     let error = String::from_utf8(out.stderr).unwrap();
     let want = "warning: 1 prompts lost their beginning: longer than 125 tokens\n";
     assert!(out.status.success() && error.contains(want), "{error}");
+}
+
+#[test]
+fn every_epoch_is_a_permutation_of_its_own() {
+    for len in [1, 2, 7, 100] {
+        let mut order = DrawOrder::new(len, 3, true);
+        let epochs: Vec<Vec<usize>> = (0..4)
+            .map(|e| (0..len as u64).map(|i| order.index(e * len as u64 + i)).collect())
+            .collect();
+        for epoch in &epochs {
+            let mut sorted = epoch.clone();
+            sorted.sort_unstable();
+            assert!(sorted.into_iter().eq(0..len), "{epoch:?}");
+        }
+        if len == 100 {
+            assert!(epochs.windows(2).all(|w| w[0] != w[1]));
+            assert!(!epochs[0].iter().copied().eq(0..len), "it is shuffled");
+            let other = DrawOrder::new(len, 4, true).batch(0, len);
+            assert_ne!(epochs[0], other, "the seed decides");
+        }
+    }
+}
+
+#[test]
+fn file_order_on_request() {
+    let mut order = DrawOrder::new(3, 9, false);
+    assert_eq!(order.batch(0, 4), [0, 1, 2, 0]);
+    assert_eq!(order.batch(1, 4), [1, 2, 0, 1]);
+}
+
+/// Steps flow over the ends of epochs, and any step can be asked for first, or again.
+#[test]
+fn randomness_is_addressed_not_consumed() {
+    let mut straight = DrawOrder::new(10, 5, true);
+    let steps: Vec<Vec<usize>> = (0..25).map(|s| straight.batch(s, 4)).collect();
+    let all = steps.concat();
+    for epoch in all.chunks_exact(10) {
+        let mut sorted = epoch.to_vec();
+        sorted.sort_unstable();
+        assert!(sorted.into_iter().eq(0..10));
+    }
+    for step in (0..25).rev() {
+        assert_eq!(DrawOrder::new(10, 5, true).batch(step, 4), steps[step as usize]);
+        assert_eq!(straight.batch(step, 4), steps[step as usize]);
+    }
+    // another batch size draws the same examples in the same order
+    let mut other = DrawOrder::new(10, 5, true);
+    assert_eq!((0..20).flat_map(|s| other.batch(s, 5)).collect::<Vec<_>>(), all);
 }

@@ -7,7 +7,10 @@ use warpo::{
         adamw::{self, Hyper},
         grad_norm,
     },
-    train::{Settings, role::Role},
+    train::{
+        Settings,
+        models::{ROLES, TrainState},
+    },
 };
 
 use crate::{
@@ -74,9 +77,9 @@ fn the_trainer_takes_the_steps_of_torch() {
         let g = Golden::open(&format!("{name}/adamw.safetensors"));
         let runs = RUNS.iter().filter(|(run, ..)| !g.keys(&format!("{run}/")).is_empty());
         for (run, beta2, decay_all) in runs {
-            let (dev, mut role) =
-                (Device::cpu(), Role::<f32>::new(host(), "policy", load(name, Head::Lm)).unwrap());
-            let start = named(role.model.params(), &role.model);
+            let (dev, model) = (Device::cpu(), load(name, Head::Lm));
+            let mut state = TrainState::<f32>::new(host(), &ROLES[0], model).unwrap();
+            let start = named(state.model.params(), &state.model);
             let settings = Settings {
                 beta2: *beta2,
                 weight_decay: 0.01,
@@ -84,18 +87,19 @@ fn the_trainer_takes_the_steps_of_torch() {
                 ..Settings::default()
             };
             for step in 1..=10 {
-                let (grads, _) = sft(&role.model, &batch);
-                role.grads.flat_mut().host().copy_from_slice(grads.flat().host());
-                let norm = role.gradient_norm(&dev).unwrap();
-                let norm = role.known(&dev, norm, step).unwrap();
-                let bad = role.update(&dev, &settings, 1e-3, norm).unwrap();
-                role.healthy(&dev, bad, step).unwrap();
+                let (grads, _) = sft(&state.model, &batch);
+                state.grads.flat_mut().host().copy_from_slice(grads.flat().host());
+                let norm = state.gradient_norm(&dev).unwrap();
+                let norm = state.known(&dev, norm, step).unwrap();
+                let bad = state.update(&dev, &settings, 1e-3, norm).unwrap();
+                state.healthy(&dev, bad, step).unwrap();
                 let want = g.get(&format!("{run}/grad_norms"))[step as usize - 1];
                 assert_close("norm", &[norm], &[want], 0.0, 1e-5);
             }
-            assert_eq!(role.updates, 10);
-            let h = role.model.spec().hidden;
-            for ((key, at), (_, from)) in named(role.model.params(), &role.model).iter().zip(&start)
+            assert_eq!(state.updates, 10);
+            let h = state.model.spec().hidden;
+            for ((key, at), (_, from)) in
+                named(state.model.params(), &state.model).iter().zip(&start)
             {
                 let want = g.get(&format!("{run}/params_after_10/{key}"));
                 let (mut off, mut way) = (0.0f64, 0.0f64);

@@ -1,0 +1,309 @@
+//! The shared part of algorithms that improve a policy by its own samples: settings that compose,
+//! the rewards of tokens, and the clipped loss. An algorithm adds its advantages.
+
+use std::path::PathBuf;
+
+use super::{Column, Columns, Inputs, Metrics, MicroBatch, Needs};
+use crate::{
+    device::{Device, Pending, View, ViewMut},
+    error::{Error, Result},
+    ops::{
+        kl::KlEstimator,
+        ppo_loss::{self, KlTerm, PpoLoss, PpoSums, PpoTokens},
+        sample,
+    },
+};
+
+crate::choices! {
+    /// Per-token estimator of the KL to the reference.
+    pub enum Estimator { K1 = "k1", K2 = "k2", K3 = "k3" }
+}
+
+crate::choices! {
+    /// Place of the KL penalty.
+    pub enum KlIn { Reward = "reward", Loss = "loss" }
+}
+
+crate::settings! {
+    /// How prompts are continued.
+    pub struct Sampling {
+        /// Samples a prompt; `batch_size` counts samples, so prompts a step are
+        /// batch_size / samples_per_prompt (TRL, N+: 1).
+        pub samples_per_prompt: usize = 1
+            => "from 1 to 1000000" if |n| (1..=1_000_000).contains(n),
+        /// The most new tokens of a sample (TRL: response_length 53).
+        pub max_new_tokens: usize = 53 => "1 or more" if |n| *n > 0,
+        /// Divides the logits, in sampling, in training and for the reference (TRL and N+: 0.7).
+        pub temperature: f64 = 0.7
+            => "above 0, up to 100: PPO needs a distribution" if |t| *t > 0.0 && *t <= 100.0,
+        /// Keeps the k most likely tokens; 0 is off (TRL: off). Filters choose samples only:
+        /// log-probs and the ratio are those of the whole distribution at this temperature, so the
+        /// first ratio is exactly 1 under any filter.
+        pub top_k: usize = 0,
+        /// Keeps the most likely tokens up to this probability; 1 is off (TRL: off).
+        pub top_p: f64 = 1.0 => "above 0, up to 1" if |p| *p > 0.0 && *p <= 1.0,
+        /// Keeps tokens at least this fraction as likely as the likeliest; 0 is off (vLLM: off).
+        pub min_p: f64 = 0.0 => "from 0 to 1" if |p| (0.0..=1.0).contains(p),
+        /// Sequences generated at once; changes no token (our own: 64 rows fill a CPU).
+        pub rollout_slots: usize = 64 => "1 or more" if |n| *n > 0,
+    }
+}
+
+impl Sampling {
+    /// Temperature and filters.
+    pub fn params(&self) -> sample::Params {
+        sample::Params {
+            temperature: self.temperature as f32,
+            top_k: self.top_k,
+            top_p: self.top_p as f32,
+            min_p: self.min_p as f32,
+        }
+    }
+}
+
+crate::settings! {
+    /// How a sample is scored, and the score as it enters the reward.
+    pub struct RewardShaping {
+        /// The reward model's folder: a model with a scalar head, as `warpo train reward` saves it.
+        pub reward_model: PathBuf = PathBuf::new()
+            => "a folder with a reward model" if |p| !p.as_os_str().is_empty(),
+        /// Multiplies the score (1 everywhere).
+        pub reward_scale: f64 = 1.0,
+        /// Bounds the score to ± this, after scaling (OpenRLHF: 10; DeepSpeed-Chat: 5; off in TRL).
+        pub reward_clip: Option<f64> = None => "above 0" if |c| c.is_none_or(|c| c > 0.0),
+        /// Subtracted from the score of a sample that did not end by itself (TRL: off; N+ gives a
+        /// fixed -1).
+        pub missing_eos_penalty: Option<f64> = None
+            => "0 or more" if |p| p.is_none_or(|p| p >= 0.0),
+    }
+}
+
+impl RewardShaping {
+    fn shaped(&self, score: f32, stopped: bool) -> f64 {
+        let mut score = f64::from(score) * self.reward_scale;
+        if let Some(c) = self.reward_clip {
+            score = score.clamp(-c, c);
+        }
+        if !stopped {
+            score -= self.missing_eos_penalty.unwrap_or(0.0);
+        }
+        score
+    }
+}
+
+crate::settings! {
+    /// The penalty on the KL to the reference.
+    pub struct KlPenalty {
+        /// Weight of the KL to the reference (TRL and N+: 0.05).
+        pub kl_coef: f64 = 0.05 => "0 or more" if |c| *c >= 0.0 && c.is_finite(),
+        /// Its estimator (TRL: k1).
+        pub kl_estimator: Estimator = Estimator::K1,
+        /// Place of the penalty: in the reward of each token (TRL, N+), or in the loss (GRPO; with
+        /// the unbiased gradient of NeMo RL).
+        pub kl_in: KlIn = KlIn::Reward,
+        /// Adapts kl_coef to reach this KL of a sequence, in nats (Ziegler et al. 2019; off in
+        /// TRL).
+        pub kl_target: Option<f64> = None => "above 0" if |k| k.is_none_or(|k| k > 0.0),
+        /// Samples over which the adaptation works (lm-human-preferences: 10000).
+        pub kl_horizon: f64 = 10_000.0 => "above 0" if |h| *h > 0.0,
+    }
+}
+
+impl KlPenalty {
+    fn estimator(&self) -> KlEstimator {
+        match self.kl_estimator {
+            Estimator::K1 => KlEstimator::K1,
+            Estimator::K2 => KlEstimator::K2,
+            Estimator::K3 => KlEstimator::K3,
+        }
+    }
+}
+
+crate::settings! {
+    /// The clipped loss.
+    pub struct Clip {
+        /// Clip range of the ratio (0.2 everywhere).
+        pub clip_range: f64 = 0.2 => "between 0 and 1" if |c| *c > 0.0 && *c < 1.0,
+        /// Clip range above 1, if another than below (DAPO: 0.28).
+        pub clip_range_high: Option<f64> = None => "above 0" if |c| c.is_none_or(|c| c > 0.0),
+        /// Bound for negative advantages, as a multiple (verl: 3; off in TRL and OpenRLHF).
+        pub dual_clip: Option<f64> = None => "above 1" if |c| c.is_none_or(|c| c > 1.0),
+        /// Weight of an entropy bonus (0 everywhere).
+        pub entropy_coef: f64 = 0.0 => "0 or more" if |c| *c >= 0.0 && c.is_finite(),
+    }
+}
+
+crate::settings! {
+    /// Settings of every policy-gradient algorithm.
+    pub struct PolicyGradientSettings {
+        parts {
+            pub shaping: RewardShaping,
+            pub sampling: Sampling,
+            pub kl: KlPenalty,
+            pub clip: Clip,
+        }
+        /// Updates a pass (TRL: 1).
+        pub minibatches: usize = 1 => "1 or more" if |n| *n > 0,
+    }
+}
+
+/// The shared part of an algorithm, and what it counts over a step.
+#[derive(Debug)]
+pub struct PolicyGradient {
+    settings: PolicyGradientSettings,
+    kl_coef: f64,
+    /// One of each micro-batch.
+    stats: Vec<Pending<PpoSums>>,
+    updates: f64,
+    /// KL of all tokens and number of sequences of the step.
+    kl: f64,
+    sequences: f64,
+}
+
+/// Metrics of samples and of the clipped loss.
+pub const METRICS: &[(&str, &str)] = &[
+    ("score", "Mean score of the samples by the reward model, as it came."),
+    ("reward", "Mean reward of a sample: shaped score, less the KL penalty where it stands there."),
+    ("kl", "KL to the reference in nats a sample, by the chosen estimator."),
+    ("kl_per_token", "The same a token."),
+    ("kl_coef", "Weight of the KL penalty in this step."),
+    ("sampled_nll", "Mean -log-prob of the sampled tokens: an estimate of the entropy."),
+    ("response_tokens", "Mean length of a sample."),
+    ("stopped", "Samples that ended by themselves."),
+    ("policy_loss", "Clipped policy term; mean over tokens."),
+    ("clip_fraction", "Tokens whose ratio is clipped."),
+    ("clip_fraction_low", "Those below the range."),
+    ("clip_fraction_high", "Those above the range."),
+    ("approx_kl", "Estimate of KL(old || new) a token: how far the updates of a step go."),
+    ("max_log_ratio", "Largest |log ratio| of new to old policy."),
+    ("entropy", "Entropy of the predictions, in nats a token (with an entropy bonus)."),
+];
+
+impl PolicyGradient {
+    pub fn new(settings: PolicyGradientSettings) -> Self {
+        let kl_coef = settings.kl.kl_coef;
+        Self { settings, kl_coef, stats: Vec::new(), updates: 0.0, kl: 0.0, sequences: 0.0 }
+    }
+
+    /// A policy that is trained on its own samples, which a reward model scores.
+    pub fn needs(&self) -> Needs {
+        let s = &self.settings;
+        Needs {
+            policy: true,
+            old_logp: true,
+            reward_model: Some(s.shaping.reward_model.clone()),
+            entropy: s.clip.entropy_coef != 0.0,
+            minibatches: s.minibatches,
+            ..Needs::of(Inputs::Prompts(s.sampling.clone()))
+        }
+    }
+
+    /// Fills the rewards: the shaped score at each sequence's last token, less the KL penalty of
+    /// every token where it stands there.
+    pub fn rewards(&mut self, c: &mut Columns<f32>) {
+        let PolicyGradientSettings { kl, shaping, .. } = &self.settings;
+        let (estimator, in_reward) = (kl.estimator(), kl.kl_in == KlIn::Reward);
+        (self.kl, self.sequences) = (0.0, c.sequences() as f64);
+        c.rewards.clear();
+        for s in 0..c.sequences() {
+            let span = c.span(&(s..s + 1));
+            let end = span.end;
+            for t in span {
+                let kl = |r: &f32| estimator.value(f64::from(c.old_logp[t]), f64::from(*r));
+                let kl = c.ref_logp.get(t).map_or(0.0, kl);
+                self.kl += kl;
+                let mut r = if in_reward { -self.kl_coef * kl } else { 0.0 };
+                if t + 1 == end {
+                    r += shaping.shaped(c.scores[s], c.stopped[s]);
+                }
+                c.rewards.push(r as f32);
+            }
+        }
+    }
+
+    /// Metrics of the step's samples.
+    pub fn report(&self, c: &Columns<f32>, out: &mut Metrics) {
+        let (n, sequences) = (c.tokens() as f64, self.sequences);
+        let sum = |x: &[f32]| x.iter().map(|x| f64::from(*x)).sum::<f64>();
+        out.push(("score", sum(&c.scores) / c.scores.len() as f64));
+        out.push(("reward", sum(&c.rewards) / sequences));
+        out.push(("kl", self.kl / sequences));
+        out.push(("kl_per_token", self.kl / n));
+        out.push(("kl_coef", self.kl_coef));
+        out.push(("sampled_nll", -(sum(&c.old_logp) / c.old_logp.len() as f64)));
+        out.push(("response_tokens", n / sequences));
+        out.push(("stopped", c.stopped.iter().filter(|s| **s).count() as f64 / sequences));
+    }
+
+    /// [`Algorithm::policy_loss`](super::Algorithm::policy_loss) of the clipped ratio.
+    pub fn loss(
+        &mut self,
+        dev: &Device,
+        micro: &MicroBatch<'_, f32>,
+        logp: View<'_, f32>,
+        entropy: Option<View<'_, f32>>,
+        dlogp: ViewMut<'_, f32>,
+        dentropy: Option<ViewMut<'_, f32>>,
+    ) -> Result<()> {
+        let PolicyGradientSettings { clip, kl, .. } = &self.settings;
+        let term = KlTerm { coef: self.kl_coef, estimator: kl.estimator(), unbiased: true };
+        let settings = PpoLoss {
+            clip_low: clip.clip_range,
+            clip_high: clip.clip_range_high.unwrap_or(clip.clip_range),
+            dual_clip: clip.dual_clip,
+            kl: (kl.kl_in == KlIn::Loss).then_some(term),
+            entropy_coef: clip.entropy_coef,
+        };
+        let reference = !micro.columns.ref_logp.is_empty();
+        let tokens = PpoTokens {
+            logp,
+            old_logp: micro.view(Column::OldLogp),
+            ref_logp: reference.then(|| micro.view(Column::RefLogp)),
+            entropy,
+            advantages: micro.view(Column::Advantages),
+            weights: None,
+        };
+        let total = micro.columns.tokens() as f64;
+        self.stats.push(ppo_loss::policy(dev, dlogp, dentropy, tokens, &settings, total)?);
+        if micro.sequences.end == micro.columns.sequences() {
+            self.updates += 1.0;
+        }
+        Ok(())
+    }
+
+    /// Metrics of the loss; returns the sum of the losses of the step's updates, and how many there
+    /// were. Adapts the KL coefficient: all updates of a step see the same one.
+    pub fn finish(&mut self, out: &mut Metrics) -> Result<(f64, f64)> {
+        let mut p = PpoSums::default();
+        for part in self.stats.drain(..) {
+            p.merge(&part.get()?);
+        }
+        let updates = std::mem::take(&mut self.updates).max(1.0);
+        out.push(("policy_loss", p.policy / p.tokens));
+        out.push(("clip_fraction", (p.clipped_low + p.clipped_high) / p.tokens));
+        out.push(("clip_fraction_low", p.clipped_low / p.tokens));
+        out.push(("clip_fraction_high", p.clipped_high / p.tokens));
+        out.push(("approx_kl", p.approx_kl / p.tokens));
+        out.push(("max_log_ratio", p.max_log_ratio));
+        if self.settings.clip.entropy_coef != 0.0 {
+            out.push(("entropy", p.entropy / p.tokens));
+        }
+        if let Some(target) = self.settings.kl.kl_target {
+            let error = (self.kl / self.sequences / target - 1.0).clamp(-0.2, 0.2);
+            self.kl_coef *= 1.0 + error * self.sequences / self.settings.kl.kl_horizon;
+        }
+        Ok((p.loss, updates))
+    }
+
+    /// The coefficient that was adapted.
+    pub fn state(&self) -> serde_json::Value {
+        serde_json::json!({ "kl_coef": self.kl_coef })
+    }
+
+    pub fn restore(&mut self, name: &str, state: &serde_json::Value) -> Result<()> {
+        let coef = state.get("kl_coef").and_then(serde_json::Value::as_f64);
+        let wrong = || Error::value(format!("state of {name}"), "a number `kl_coef`", state);
+        self.kl_coef = coef.ok_or_else(wrong)?;
+        Ok(())
+    }
+}

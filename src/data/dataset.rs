@@ -1,0 +1,407 @@
+//! Records to the token sequences of a data set, and the order in which steps draw them.
+
+use std::ops::Range;
+
+use sha2::{Digest, Sha256};
+
+use super::{DataPlace, Located, Record, Tokenizer};
+use crate::{
+    error::{Error, Result},
+    rng::{Philox, Purpose},
+};
+
+/// A text, a side of a pair, a prompt, or a prompt and its continuation: one type from a line of
+/// data to the rows of a batch.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Sequence {
+    pub ids: Vec<u32>,
+    /// Positions of the tokens that are predicted, ascending; the first token never is.
+    pub predicted: Vec<Range<usize>>,
+    pub place: DataPlace,
+}
+
+impl Sequence {
+    /// Tokens that are predicted.
+    pub fn tokens(&self) -> usize {
+        self.predicted.iter().map(Range::len).sum()
+    }
+}
+
+/// The examples of a data set: a text or a prompt is one sequence, a pair is two, side by side, the
+/// chosen one first.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Dataset {
+    pub sequences: Vec<Sequence>,
+    /// Margin of each pair: how much better the chosen text is, where people said so; empty without
+    /// pairs.
+    pub margins: Vec<Option<f64>>,
+    pub stats: DatasetStats,
+}
+
+/// Counts of a data set's records and tokens.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct DatasetStats {
+    pub examples: usize,
+    pub tokens: usize,
+    /// Examples that were cut to `max_length`.
+    pub truncated: usize,
+    /// Examples left out: nothing to learn, or two equal texts.
+    pub dropped: usize,
+}
+
+impl Dataset {
+    /// Sequences of an example.
+    pub fn unit(&self) -> usize {
+        if self.margins.is_empty() { 1 } else { 2 }
+    }
+
+    /// Examples.
+    pub fn len(&self) -> usize {
+        self.sequences.len() / self.unit()
+    }
+
+    pub fn is_empty(&self) -> bool {
+        self.sequences.is_empty()
+    }
+
+    pub fn example(&self, i: usize) -> &[Sequence] {
+        &self.sequences[i * self.unit()..(i + 1) * self.unit()]
+    }
+
+    /// Tokens of the longest sequence.
+    pub fn longest(&self) -> usize {
+        self.sequences.iter().map(|s| s.ids.len()).max().unwrap_or(0)
+    }
+
+    /// SHA-256 of all that is learned: tokens, which of them are predicted, margins.
+    pub fn digest(&self) -> String {
+        let mut hash = Sha256::new();
+        let mut part = |numbers: &mut dyn ExactSizeIterator<Item = u64>| {
+            hash.update((numbers.len() as u64).to_le_bytes());
+            numbers.for_each(|n| hash.update(n.to_le_bytes()));
+        };
+        for s in &self.sequences {
+            part(&mut s.ids.iter().map(|id| u64::from(*id)));
+            part(&mut s.predicted.iter().map(|r| ((r.start as u64) << 32) | r.end as u64));
+        }
+        // NaN stands for no margin: data has none.
+        part(&mut self.margins.iter().map(|m| m.unwrap_or(f64::NAN).to_bits()));
+        hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+    }
+
+    /// Adds an example, cut at the end, unless it then teaches nothing.
+    fn push<const N: usize>(
+        &mut self,
+        mut example: [Sequence; N],
+        max_length: usize,
+        teaches: impl FnOnce(&[Sequence; N]) -> bool,
+    ) -> bool {
+        let long = example.iter().any(|s| s.ids.len() > max_length);
+        self.stats.truncated += usize::from(long);
+        for s in &mut example {
+            s.ids.truncate(max_length);
+            s.predicted.iter_mut().for_each(|r| r.end = r.end.min(s.ids.len()));
+            s.predicted.retain(|r| r.start < r.end);
+        }
+        let kept = teaches(&example);
+        if kept {
+            self.stats.examples += 1;
+            self.stats.tokens += example.iter().map(|s| s.ids.len()).sum::<usize>();
+            self.sequences.extend(example);
+        } else {
+            self.stats.dropped += 1;
+        }
+        kept
+    }
+}
+
+/// Bounds of an example.
+#[derive(Clone, Copy, Debug)]
+pub struct Limits {
+    /// The longest sequence. Texts and completions are cut at the end, prompts at the beginning
+    /// (as TRL does: the end of a prompt is nearest to its answer).
+    pub max_length: usize,
+    pub vocab: usize,
+    /// Appended to whole texts and completions, if the data is text.
+    pub eos: Option<u32>,
+}
+
+/// Makes sequences of records.
+#[derive(Clone, Copy)]
+struct Maker<'a> {
+    tokenizer: Option<&'a Tokenizer>,
+    limits: Limits,
+}
+
+impl Maker<'_> {
+    /// The ids of a text as a model expects its beginning.
+    fn start(&self, at: &Located, text: &str) -> Result<Vec<u32>> {
+        let tokenizer = self.tokenizer;
+        tokenizer
+            .ok_or_else(|| at.error("is text, but the model folder has no tokenizer.json"))?
+            .encode_start(text)
+    }
+
+    /// A sequence of these ids, checked.
+    fn sequence(
+        &self,
+        at: &Located,
+        ids: Vec<u32>,
+        predicted: Vec<Range<usize>>,
+    ) -> Result<Sequence> {
+        let vocab = self.limits.vocab;
+        match ids.iter().find(|id| **id as usize >= vocab) {
+            None => Ok(Sequence { ids, predicted, place: at.place.clone() }),
+            Some(id) => Err(at.error(format!("has token id {id}, wanted less than {vocab}"))),
+        }
+    }
+
+    /// A text with EOS, all of it predicted.
+    fn whole(&self, at: &Located, text: &str) -> Result<Sequence> {
+        let mut ids = self.start(at, text)?;
+        ids.extend(self.limits.eos);
+        let all = 1..ids.len();
+        self.sequence(at, ids, vec![all])
+    }
+
+    /// A prompt and its completion with EOS, which is predicted.
+    fn completed(&self, at: &Located, prompt: &str, completion: &str) -> Result<Sequence> {
+        let mut ids = self.start(at, prompt)?;
+        let from = ids.len();
+        ids.extend(self.tokenizer.map_or(Ok(Vec::new()), |t| t.encode_continuation(completion))?);
+        ids.extend(self.limits.eos);
+        let end = from.max(1)..ids.len();
+        self.sequence(at, ids, vec![end])
+    }
+
+    fn completed_ids(&self, at: &Located, prompt: &[u32], completion: &[u32]) -> Result<Sequence> {
+        let ids = [prompt, completion].concat();
+        let end = prompt.len().max(1)..ids.len();
+        self.sequence(at, ids, vec![end])
+    }
+
+    /// Chosen and rejected text of a preference, and its margin.
+    fn pair(&self, at: &Located) -> Result<Option<([Sequence; 2], Option<f64>)>> {
+        let (pair, margin) = match &at.record {
+            Record::Preference { prompt, chosen, rejected, margin } => {
+                let side = |text: &str| self.completed(at, prompt, text);
+                ([side(chosen)?, side(rejected)?], margin)
+            }
+            Record::PreferenceIds { prompt, chosen, rejected, margin } => {
+                let side = |ids: &[u32]| self.completed_ids(at, prompt, ids);
+                ([side(chosen)?, side(rejected)?], margin)
+            }
+            _ => return Ok(None),
+        };
+        Ok(Some((pair, *margin)))
+    }
+
+    /// The sequence of a record that has one; the chosen one of a preference. Without
+    /// `completion_only` prompts are predicted, too.
+    fn text(&self, at: &Located, completion_only: bool) -> Result<Sequence> {
+        let mut s = match &at.record {
+            Record::Text { text } | Record::Labelled { text, .. } => self.whole(at, text)?,
+            Record::Completion { prompt, completion }
+            | Record::Preference { prompt, chosen: completion, .. } => {
+                self.completed(at, prompt, completion)?
+            }
+            Record::CompletionIds { prompt, completion } => {
+                self.completed_ids(at, prompt, completion)?
+            }
+            Record::LabelledIds { input_ids, learn } => {
+                let runs = learn.iter().enumerate().skip(1).filter(|l| *l.1).map(|l| l.0..l.0 + 1);
+                return self.sequence(at, input_ids.clone(), runs.collect());
+            }
+            Record::Ids { input_ids } => self.completed_ids(at, &[], input_ids)?,
+            Record::Prompt { .. } | Record::PreferenceIds { .. } => {
+                return Err(unfit(at, "texts to learn"));
+            }
+        };
+        if !completion_only {
+            s.predicted.iter_mut().for_each(|r| r.start = 1);
+        }
+        Ok(s)
+    }
+}
+
+fn unfit(at: &Located, want: &str) -> Error {
+    at.error(format!("has columns {}, wanted {want}", at.record.format()))
+}
+
+/// Texts to learn: `text` (all of it), `prompt, completion` and the chosen side of preferences
+/// (the completion; all of it unless `completion_only`), labelled texts (as text), or ids.
+pub fn texts(
+    records: &[Located],
+    tokenizer: Option<&Tokenizer>,
+    limits: Limits,
+    completion_only: bool,
+) -> Result<Dataset> {
+    let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::default());
+    for at in records {
+        let text = maker.text(at, completion_only)?;
+        out.push([text], limits.max_length, |[s]| !s.predicted.is_empty());
+    }
+    Ok(out)
+}
+
+/// Texts to score: one for each record, its prompt not scored; two, chosen and rejected, for each
+/// preference.
+pub fn scored(
+    records: &[Located],
+    tokenizer: Option<&Tokenizer>,
+    limits: Limits,
+) -> Result<Dataset> {
+    let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::default());
+    for at in records {
+        let texts = match (&at.record, maker.pair(at)?) {
+            (_, Some((pair, _))) => pair.to_vec(),
+            (Record::Prompt { prompt }, _) => {
+                let ids = maker.start(at, prompt)?;
+                vec![maker.completed_ids(at, &[], &ids)?]
+            }
+            _ => vec![maker.text(at, true)?],
+        };
+        if texts.iter().any(|s| s.ids.is_empty()) {
+            return Err(at.error("has no tokens, wanted at least one"));
+        }
+        for text in texts {
+            out.push([text], limits.max_length, |_| true);
+        }
+    }
+    Ok(out)
+}
+
+/// Pairs: preferences, or labelled texts, of which every text with the highest label is paired with
+/// one of the lowest, drawn with `seed`; each text is used once where the counts allow. Texts with
+/// labels between count as dropped.
+pub fn pairs(
+    records: &[Located],
+    tokenizer: Option<&Tokenizer>,
+    limits: Limits,
+    seed: u64,
+) -> Result<Dataset> {
+    let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::default());
+    let (mut all, mut labelled) = (Vec::new(), Vec::new());
+    for at in records {
+        match (&at.record, maker.pair(at)?) {
+            (_, Some(pair)) => all.push(pair),
+            (Record::Labelled { text, label }, _) => {
+                labelled.push((*label, maker.whole(at, text)?));
+            }
+            _ => return Err(unfit(at, "preferences, or texts with labels")),
+        }
+    }
+    let labels = || labelled.iter().map(|l| l.0);
+    if let (Some(low), Some(high)) = (labels().min(), labels().max()) {
+        if low == high {
+            return Err(Error::value("labels of all texts", "two or more", format!("only {low}")));
+        }
+        out.stats.dropped += labels().filter(|l| *l != low && *l != high).count();
+        all.extend(drawn(&labelled, (low, high), seed).map(|pair| (pair, None)));
+    }
+    for (pair, margin) in all {
+        let differs = |[chosen, rejected]: &[Sequence; 2]| {
+            chosen.ids != rejected.ids && !chosen.ids.is_empty() && !rejected.ids.is_empty()
+        };
+        if out.push(pair, limits.max_length, differs) {
+            out.margins.push(margin);
+        }
+    }
+    Ok(out)
+}
+
+/// Pairs of the highest label against the lowest, both shuffled; the shorter list repeats.
+fn drawn(
+    labelled: &[(i64, Sequence)],
+    (low, high): (i64, i64),
+    seed: u64,
+) -> impl Iterator<Item = [Sequence; 2]> {
+    let of = |label: i64, stream: u64| {
+        let all: Vec<&Sequence> =
+            labelled.iter().filter(|l| l.0 == label).map(|(_, s)| s).collect();
+        let order = Philox::new(seed, 0, stream, Purpose::Pairs).permutation(all.len());
+        order.into_iter().map(|i| all[i]).collect::<Vec<_>>()
+    };
+    let (good, bad) = (of(high, 0), of(low, 1));
+    let pair = move |i: usize| [good[i % good.len()].clone(), bad[i % bad.len()].clone()];
+    let count = |label: i64| labelled.iter().filter(|l| l.0 == label).count();
+    (0..count(high).max(count(low))).map(pair)
+}
+
+/// Prompts: `prompt` of any record that has one, as it is; ids or texts, of which the first
+/// `tokens` tokens are the prompt.
+pub fn prompts(
+    records: &[Located],
+    tokenizer: Option<&Tokenizer>,
+    limits: Limits,
+    tokens: Option<usize>,
+) -> Result<Dataset> {
+    let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::default());
+    for at in records {
+        let ids = match &at.record {
+            Record::Prompt { prompt }
+            | Record::Completion { prompt, .. }
+            | Record::Preference { prompt, .. } => maker.start(at, prompt)?,
+            Record::PreferenceIds { prompt, .. } | Record::CompletionIds { prompt, .. } => {
+                prompt.clone()
+            }
+            Record::Ids { input_ids } => cut(input_ids.clone(), tokens),
+            Record::Text { text } | Record::Labelled { text, .. } if tokens.is_some() => {
+                cut(maker.start(at, text)?, tokens)
+            }
+            _ => return Err(unfit(at, "prompts (or `prompt_tokens` to cut them from texts)")),
+        };
+        let mut prompt = maker.sequence(at, ids, Vec::new())?;
+        let surplus = prompt.ids.len().saturating_sub(limits.max_length);
+        out.stats.truncated += usize::from(surplus > 0);
+        prompt.ids.drain(..surplus);
+        out.push([prompt], limits.max_length, |[s]| !s.ids.is_empty());
+    }
+    Ok(out)
+}
+
+fn cut(mut ids: Vec<u32>, tokens: Option<usize>) -> Vec<u32> {
+    ids.truncate(tokens.unwrap_or(usize::MAX));
+    ids
+}
+
+/// The order in which examples are drawn: endless epochs over `len` examples, each in an order of
+/// its own. A pure function of a counter, so that a resumed run needs no more than that counter.
+#[derive(Clone, Debug)]
+pub struct DrawOrder {
+    len: usize,
+    seed: u64,
+    shuffle: bool,
+    epoch: u64,
+    permutation: Vec<usize>,
+}
+
+impl DrawOrder {
+    /// File order without `shuffle`.
+    pub fn new(len: usize, seed: u64, shuffle: bool) -> Self {
+        Self { len, seed, shuffle, epoch: u64::MAX, permutation: Vec::new() }
+    }
+
+    /// The example of draw `i`, over all epochs.
+    ///
+    /// # Panics
+    /// If there are no examples.
+    pub fn index(&mut self, i: u64) -> usize {
+        let (epoch, at) = (i / self.len as u64, (i % self.len as u64) as usize);
+        if !self.shuffle {
+            return at;
+        }
+        if epoch != self.epoch {
+            self.permutation =
+                Philox::new(self.seed, epoch, 0, Purpose::Shuffle).permutation(self.len);
+            self.epoch = epoch;
+        }
+        self.permutation[at]
+    }
+
+    /// The examples of step `step` of `batch` draws each. Epochs flow into each other: a step may
+    /// end one and begin the next, so that every step has the same size.
+    pub fn batch(&mut self, step: u64, batch: usize) -> Vec<usize> {
+        (0..batch as u64).map(|k| self.index(step * batch as u64 + k)).collect()
+    }
+}

@@ -1,0 +1,21 @@
+//! The interface through which a run reports its progress.
+
+use crate::algorithms::Metrics;
+
+/// Hears how a run goes.
+pub trait Observer {
+    /// A line for people.
+    fn note(&mut self, line: &str);
+    /// The run goes on after `step` of `steps`.
+    fn begin(&mut self, _step: u64, _steps: u64) {}
+    /// `done` of `total` units of a phase of the present step.
+    fn phase(&mut self, _name: &str, _done: usize, _total: usize) {}
+    fn step(&mut self, _step: u64, _steps: u64, _metrics: &Metrics, _seconds: f64) {}
+}
+
+#[derive(Debug, Default)]
+pub struct Silent;
+
+impl Observer for Silent {
+    fn note(&mut self, _line: &str) {}
+}

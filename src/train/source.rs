@@ -1,0 +1,146 @@
+//! The source of a step's sequences: a data set's texts or pairs as they are, or prompts that the
+//! policy continues first.
+
+use std::path::Path;
+
+use super::settings::Settings;
+use crate::{
+    algorithms::{Columns, Inputs, Needs},
+    data::{self, Dataset, DrawOrder, Limits, Sequence, Tokenizer},
+    error::{Error, Result},
+    rollout::{Completion, Prompt},
+};
+
+/// A data set, and how steps draw from it.
+#[derive(Clone, Debug)]
+pub struct Source {
+    pub data: Dataset,
+    order: DrawOrder,
+    /// Examples of a step.
+    draws: usize,
+    /// Samples of each prompt; 1 for texts and pairs.
+    copies: usize,
+    /// Heads read every predicted token, not the last one of a sequence.
+    by_token: bool,
+}
+
+/// The sequences of a step, and the columns of their tokens.
+#[derive(Clone, Debug, Default)]
+pub struct StepData {
+    pub sequences: Vec<Sequence>,
+    pub columns: Columns<f32>,
+}
+
+impl Source {
+    /// Loads the examples of data files.
+    pub fn load(
+        files: &[String],
+        needs: &Needs,
+        tokenizer: Option<&Tokenizer>,
+        limits: Limits,
+        s: &Settings,
+    ) -> Result<Self> {
+        let mut records = Vec::new();
+        for file in files {
+            records.extend(data::read(Path::new(file))?);
+        }
+        let data = match needs.inputs {
+            Inputs::Texts { completion_only } => {
+                data::texts(&records, tokenizer, limits, completion_only)?
+            }
+            Inputs::Pairs => data::pairs(&records, tokenizer, limits, s.seed)?,
+            Inputs::Prompts(_) => data::prompts(&records, tokenizer, limits, s.prompt_tokens)?,
+        };
+        if data.is_empty() {
+            let got = format!("{} records, all dropped", records.len());
+            return Err(Error::value(files.join(", "), "at least one example", got));
+        }
+        let copies = needs.sampling().map_or(1, |s| s.samples_per_prompt);
+        Ok(Self {
+            order: DrawOrder::new(data.len(), s.seed, s.shuffle),
+            draws: s.batch_size / copies,
+            copies,
+            by_token: needs.policy,
+            data,
+        })
+    }
+
+    /// The sequences of a step, counted from 0. Those of prompts are to be continued.
+    pub fn draw(&mut self, step: u64) -> StepData {
+        let chosen = self.order.batch(step, self.draws);
+        let mut data = self.examples(&chosen);
+        let base = step * data.sequences.len() as u64;
+        data.columns.samples = (base..).take(data.sequences.len()).collect();
+        data
+    }
+
+    /// All examples.
+    pub fn all(&self) -> StepData {
+        self.examples(&(0..self.data.len()).collect::<Vec<_>>())
+    }
+
+    fn examples(&self, chosen: &[usize]) -> StepData {
+        let copies = chosen.iter().flat_map(|i| std::iter::repeat_n(*i, self.copies));
+        let sequences = copies.flat_map(|i| self.data.example(i)).cloned().collect();
+        let mut columns = Columns::default();
+        let margin = |i: &usize| self.data.margins.get(*i).copied().flatten();
+        // A pair without a margin has margin 0 beside one that has it.
+        if chosen.iter().any(|i| margin(i).is_some()) {
+            columns.margins = chosen.iter().map(|i| margin(i).unwrap_or(0.0) as f32).collect();
+        }
+        let mut data = StepData { sequences, columns };
+        data.lay_out(self.by_token);
+        data
+    }
+}
+
+impl StepData {
+    /// Says where each sequence's numbers stand in a column: one for each predicted token, or one
+    /// for the sequence. Every token weighs the same.
+    fn lay_out(&mut self, by_token: bool) {
+        let c = &mut self.columns;
+        c.offsets = vec![0];
+        let mut end = 0;
+        for s in &self.sequences {
+            end += if by_token { s.tokens() } else { 1 };
+            c.offsets.push(end as u32);
+        }
+        c.weights = vec![1.0; if by_token { end } else { 0 }];
+    }
+
+    /// The prompts of the samples of a step.
+    pub fn prompts(&self) -> Vec<Prompt> {
+        let all = self.sequences.iter().zip(&self.columns.samples);
+        all.map(|(s, sample)| Prompt { sample: *sample, ids: s.ids.clone() }).collect()
+    }
+
+    /// Continues the prompts with what the policy sampled.
+    pub fn continue_with(&mut self, completions: Vec<Completion<f32>>) {
+        for (s, c) in self.sequences.iter_mut().zip(completions) {
+            let from = s.ids.len();
+            s.ids.extend(c.ids);
+            let new = from..s.ids.len();
+            s.predicted = vec![new];
+            self.columns.old_logp.extend(c.logprobs);
+            self.columns.stopped.push(c.stopped);
+        }
+        self.lay_out(true);
+    }
+
+    /// The chosen examples of `unit` sequences each, in the given order.
+    pub fn subset(&self, chosen: &[usize], unit: usize) -> Self {
+        let chosen: Vec<usize> = chosen.iter().flat_map(|i| i * unit..(i + 1) * unit).collect();
+        let sequences = chosen.iter().map(|i| self.sequences[*i].clone()).collect();
+        Self { sequences, columns: self.columns.subset(&chosen) }
+    }
+
+    /// Adds the lines of data that the samples of a bad number come from.
+    pub fn locate(&self, mut e: Error) -> Error {
+        if let Error::BadNumber { samples, places, .. } = &mut e {
+            let at = |id: &u64| self.columns.samples.iter().position(|s| s == id);
+            let place = |id| at(id).map(|i| self.sequences[i].place.to_string());
+            *places = samples.iter().filter_map(place).collect();
+        }
+        e
+    }
+}
