@@ -25,8 +25,8 @@ using Lists = Top<16>;
 template <int CONSUMERS, int STAGES>
 struct WithTop : Tile<128, CONSUMERS, STAGES, 1, false> {
     using T = Tile<128, CONSUMERS, STAGES, 1, false>;
-    static constexpr int LIST_BYTES = 4 * CONSUMERS * Lists::BYTES;
-    static_assert(STAGES * T::STAGE + (STAGES + 1) * 16 + LIST_BYTES <= 227 * 1024, "what a block has");
+    static constexpr int OUT_BYTES = 4 * CONSUMERS * Lists::BYTES;
+    static_assert(STAGES * T::STAGE + (STAGES + 1) * 16 + OUT_BYTES <= 227 * 1024, "what a block has");
 };
 using Top128x128 = WithTop<2, 5>;
 using Top64x128 = WithTop<1, 8>;

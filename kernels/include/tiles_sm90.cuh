@@ -21,7 +21,7 @@ struct Tile {
     static constexpr bool SENDS = SENDS_;
     // Bytes of shared memory beside the stages: for these results, or what a tile that is made of
     // this one says.
-    static constexpr int SENT_BYTES = SENDS ? 2 * CONSUMERS * OUT : 0;
+    static constexpr int OUT_BYTES = SENDS ? 2 * CONSUMERS * OUT : 0;
 };
 
 // What a block's threads share.
@@ -34,7 +34,7 @@ struct Ring {
     __device__ __forceinline__ Ring() {
         Shared shared;
         stages = shared.take<char>(T::STAGES * T::STAGE, 1024);
-        out = T::SENT_BYTES > 0 ? shared.take<char>(T::SENT_BYTES, 1024) : nullptr;
+        out = T::OUT_BYTES > 0 ? shared.take<char>(T::OUT_BYTES, 1024) : nullptr;
         full = shared.take<uint64_t>(T::STAGES);
         empty = shared.take<uint64_t>(T::STAGES);
         if (threadIdx.x == 0) {
