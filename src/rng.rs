@@ -32,6 +32,11 @@ pub struct Stream {
 }
 
 impl Stream {
+    /// The draws of samples that are made outside of a run.
+    pub fn of_seed(seed: u64) -> Self {
+        Self { seed, step: 0, purpose: Purpose::Sample }
+    }
+
     /// The draws of one sample.
     pub fn sample(self, sample: u64) -> Philox {
         Philox::new(self.seed, self.step, sample, self.purpose)

@@ -220,3 +220,16 @@ pub const SHARED_METRICS: &[(&str, &str)] = &[
 
 /// All algorithms.
 pub const ALGORITHMS: &[AlgorithmEntry] = &[sft::ENTRY, reward::ENTRY, ppo::ENTRY];
+
+/// Finds an algorithm by the name that `warpo train` takes.
+pub fn algorithm(name: &str) -> Result<&'static AlgorithmEntry> {
+    ALGORITHMS.iter().find(|e| e.name == name).ok_or_else(|| {
+        let known: Vec<_> =
+            ALGORITHMS.iter().map(|e| format!("{} ({})", e.name, e.about)).collect();
+        Error::Config {
+            key: "algorithm".into(),
+            message: format!("there is no `{name}`"),
+            hint: Some(format!("known are: {}", known.join("; "))),
+        }
+    })
+}

@@ -1,7 +1,6 @@
 //! `warpo config`: a complete commented configuration.
 
-use super::train::{self, algorithm};
-use crate::{config, error::Result};
+use crate::{algorithms::algorithm, config, error::Result, train::Settings};
 
 /// Print a complete commented configuration of an algorithm
 #[derive(Debug, clap::Args)]
@@ -12,7 +11,7 @@ pub(super) struct ConfigArgs {
 
 pub(super) fn run(args: &ConfigArgs) -> Result<()> {
     let entry = algorithm(&args.algorithm)?;
-    let (settings, section) = train::defaults(entry)?;
+    let (settings, section) = Settings::defaults(entry)?;
     let head = format!("# {}\n# warpo train {} --config THIS_FILE\n\n", entry.about, entry.name);
     super::print(&(head + &config::template(&[&settings, &*section])))
 }

@@ -5,12 +5,9 @@ use std::{path::PathBuf, time::Instant};
 use half::bf16;
 use serde_json::{Value, json};
 
-use super::{
-    DeviceArgs,
-    progress::Progress,
-    train::{algorithm, defaults},
-};
+use super::{DeviceArgs, progress::Progress};
 use crate::{
+    algorithms::algorithm,
     config::{self, Section, Value_ as Toml},
     data::{self, Limits, Tokenizer},
     device::{Device, Element},
@@ -110,7 +107,7 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
 impl QuickstartArgs {
     /// The settings of a stage: its file, with folders as this command was given them.
     fn settings(&self, stage: &Stage) -> Result<(Settings, Box<dyn Section>)> {
-        let (mut settings, mut section) = defaults(algorithm(stage.algorithm)?)?;
+        let (mut settings, mut section) = Settings::defaults(algorithm(stage.algorithm)?)?;
         let file = self.from.join(stage.name).with_extension("toml");
         let text =
             std::fs::read_to_string(&file).map_err(Error::io("read", &file)).map_err(|e| {

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 
 use super::{profile::Profiling, progress::Progress};
 use crate::{
-    algorithms::{ALGORITHMS, AlgorithmEntry},
+    algorithms::{ALGORITHMS, AlgorithmEntry, algorithm},
     config::{self, Section},
     device::Device,
     error::{Error, Result},
@@ -45,28 +45,6 @@ pub(super) struct RunArgs {
     set: Vec<String>,
 }
 
-/// Finds an algorithm by name.
-pub(super) fn algorithm(name: &str) -> Result<&'static AlgorithmEntry> {
-    ALGORITHMS.iter().find(|e| e.name == name).ok_or_else(|| {
-        let known: Vec<_> =
-            ALGORITHMS.iter().map(|e| format!("{} ({})", e.name, e.about)).collect();
-        Error::Config {
-            key: "algorithm".into(),
-            message: format!("there is no `{name}`"),
-            hint: Some(format!("known are: {}", known.join("; "))),
-        }
-    })
-}
-
-/// Settings of an algorithm before the user's.
-pub(super) fn defaults(entry: &AlgorithmEntry) -> Result<(Settings, Box<dyn Section>)> {
-    let (mut settings, mut section) = (Settings::default(), (entry.section)());
-    for (key, value) in entry.defaults {
-        config::set_pair(&mut [&mut settings, &mut *section], &format!("{key}={value}"))?;
-    }
-    Ok((settings, section))
-}
-
 /// Says of an unknown key whose it is, if another algorithm has it.
 fn other_algorithm(entry: &AlgorithmEntry, error: Error) -> Error {
     let Error::Config { key, message, hint } = error else { return error };
@@ -85,7 +63,7 @@ pub(super) fn settings(
     args: &RunArgs,
 ) -> Result<(&'static AlgorithmEntry, Settings, Box<dyn Section>)> {
     let entry = algorithm(&args.algorithm)?;
-    let (mut settings, mut section) = defaults(entry)?;
+    let (mut settings, mut section) = Settings::defaults(entry)?;
     if let Some(path) = &args.config {
         let text = std::fs::read_to_string(path).map_err(|e| Error::Config {
             key: "--config".into(),

@@ -131,6 +131,18 @@ impl Generator {
         scope.alloc("drawn tokens", self.slots)
     }
 
+    /// [`Generator::run`] with memory of its own, up to 64 sequences at once.
+    pub fn generate<T: Element>(
+        dev: &Device,
+        model: &Model<T>,
+        prompts: &[Prompt],
+        config: &GenerationConfig,
+    ) -> Result<Vec<Completion<T::Acc>>> {
+        let sizes = Self::for_prompts(prompts, config.max_new_tokens, 64, 512);
+        let mut arena = Arena::new(dev, sizes.plan::<T>(dev, model.spec(), &config.sampling)?)?;
+        sizes.run(dev, model, &arena.scope(), prompts, config, |_| Ok(()))
+    }
+
     /// Continues every prompt; completions come in the order of the prompts. `progress` hears the
     /// number of new tokens of each pass that has any; its error ends the generation.
     pub fn run<T: Element>(

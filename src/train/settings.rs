@@ -1,5 +1,11 @@
 //! Settings that all algorithms share.
 
+use crate::{
+    algorithms::AlgorithmEntry,
+    config::{self, Section},
+    error::Result,
+};
+
 crate::choices! {
     /// Course of the learning rate after warm-up.
     pub enum Schedule { Constant = "constant", Linear = "linear", Cosine = "cosine" }
@@ -100,4 +106,13 @@ impl Settings {
         "checkpoint_every",
         "keep_checkpoints",
     ];
+
+    /// The defaults of an algorithm: shared settings, and its own.
+    pub fn defaults(entry: &AlgorithmEntry) -> Result<(Self, Box<dyn Section>)> {
+        let (mut settings, mut section) = (Settings::default(), (entry.section)());
+        for (key, value) in entry.defaults {
+            config::set_pair(&mut [&mut settings, &mut *section], &format!("{key}={value}"))?;
+        }
+        Ok((settings, section))
+    }
 }
