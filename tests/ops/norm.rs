@@ -388,7 +388,7 @@ fn kernel_rows_do_not_see_their_batch() {
 /// The heads of queries inside rows of queries, keys and values: the bits are those of rows back to
 /// back, and what is beside them is not touched.
 #[test]
-fn rows_may_lie_inside_wider_ones() {
+fn kernel_rows_may_lie_inside_wider_ones() {
     let at = Some([(16, 72), (8, 64)]);
     for (spec, bias) in all() {
         let inside = Normed { bias, at, ..Normed::new(NormSpec { heads: 3, ..spec }, 5, 16) };
