@@ -21,7 +21,7 @@ use warpo::{
     config,
     device::{Arena, Device},
     models::{Config, Head, Layout, Model, Spec},
-    ops::sample::Params,
+    ops::sample::SamplingParams,
     rng::{Purpose, Stream},
     rollout::{GenerationConfig, Generator, Prompt},
     train::{Settings, Silent, Trainer, inputs::RunInputs},
@@ -266,11 +266,11 @@ impl Bench {
         let prompt = |sample| Prompt { sample, ids: ids(shape, work, sample) };
         let prompts: Vec<Prompt> = (0..work.batch as u64).map(prompt).collect();
         let generator = Generator::for_prompts(&prompts, work.new, work.batch, work.micro);
-        let plan = generator.plan::<bf16>(dev, model.spec(), &Params::default()).unwrap();
+        let plan = generator.plan::<bf16>(dev, model.spec(), &SamplingParams::default()).unwrap();
         let mut arena = Arena::new(dev, plan).unwrap();
         let mut run = |step| {
             let settings = GenerationConfig {
-                sampling: Params::default(),
+                sampling: SamplingParams::default(),
                 max_new_tokens: work.new,
                 stop_ids: Vec::new(),
                 stream: Stream { seed: 0, step, purpose: Purpose::Sample },

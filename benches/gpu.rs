@@ -304,13 +304,13 @@ fn sampling(b: &mut Bench) {
     let samples = Buffer::of(&b.dev, "samples", &samples).unwrap();
     let positions = Buffer::of(&b.dev, "positions", &vec![5u32; batch]).unwrap();
     let mut tokens = Buffer::new(&b.dev, "tokens", batch).unwrap();
-    let all = sample::Params::default();
+    let all = sample::SamplingParams::default();
     let stream = Stream { seed: 1, step: 2, purpose: Purpose::Sample };
     for (name, params) in [
-        ("sample/greedy", sample::Params::greedy()),
+        ("sample/greedy", sample::SamplingParams::greedy()),
         ("sample/whole", all),
-        ("sample/top_k", sample::Params { top_k: 50, ..all }),
-        ("sample/top_p", sample::Params { top_p: 0.9, ..all }),
+        ("sample/top_k", sample::SamplingParams { top_k: 50, ..all }),
+        ("sample/top_p", sample::SamplingParams { top_p: 0.9, ..all }),
     ] {
         b.run(name, 2 * n, |dev, i| {
             let (t, room) = (tokens.view_mut(), scratch.view_mut());

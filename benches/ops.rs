@@ -173,7 +173,7 @@ fn lm_head(c: &mut Criterion) {
                 (&h).into(),
                 &packed,
                 (&targets).into(),
-                logprob::Settings::at(0.7),
+                logprob::LogitSettings::at(0.7),
                 (&mut scratch).into(),
             )
             .unwrap();
@@ -187,7 +187,7 @@ fn lm_head(c: &mut Criterion) {
                 targets: (&targets).into(),
                 lse: (&lse).into(),
                 entropy: None,
-                settings: logprob::Settings::at(0.7),
+                settings: logprob::LogitSettings::at(0.7),
             };
             let (dh, dw) = ((&mut dh).into(), Some((&mut dw).into()));
             logprob::backward(dev, dh, dw, (&dlogp).into(), None, f, (&mut scratch).into())
@@ -345,14 +345,14 @@ fn sampling(c: &mut Criterion) {
     let (mut tokens, mut scratch) = (vec![0; rows], vec![0.0; sample::scratch_len(rows, VOCAB)]);
     let samples: Vec<u64> = (0..rows as u64).collect();
     let positions = vec![5; rows];
-    let all = sample::Params::default();
+    let all = sample::SamplingParams::default();
     let stream = Stream { seed: 1, step: 2, purpose: Purpose::Sample };
     for (name, params) in [
-        ("greedy", sample::Params::greedy()),
+        ("greedy", sample::SamplingParams::greedy()),
         ("whole", all),
-        ("top_k", sample::Params { top_k: 50, ..all }),
-        ("top_p", sample::Params { top_p: 0.9, ..all }),
-        ("min_p", sample::Params { min_p: 0.1, ..all }),
+        ("top_k", sample::SamplingParams { top_k: 50, ..all }),
+        ("top_p", sample::SamplingParams { top_p: 0.9, ..all }),
+        ("min_p", sample::SamplingParams { min_p: 0.1, ..all }),
     ] {
         bench(&mut g, &format!("{name}/cpu/f32/32x50257"), moves(rows * VOCAB), || {
             let (t, s, p) = ((&mut tokens).into(), (&samples).into(), (&positions).into());

@@ -17,7 +17,7 @@ use warpo::{
     device::Arena,
     models::{self, Config, Head, Layout, Model, ParamKind, Residency},
     ops::sample,
-    ops::sample::Params,
+    ops::sample::SamplingParams,
     rng::{Philox, Purpose, Stream},
     rollout::{GenerationConfig, Generator, Prompt},
     train::{Settings, Silent, Trainer},
@@ -97,15 +97,17 @@ fn generate(c: &mut Criterion) {
     let prompts: Vec<Prompt> =
         (0..32).map(|sample| Prompt { sample, ids: ids(sample, 32) }).collect();
     let settings = GenerationConfig {
-        sampling: sample::Params::default(),
+        sampling: sample::SamplingParams::default(),
         max_new_tokens: 64,
         stop_ids: Vec::new(),
         stream: Stream { seed: 0, step: 0, purpose: Purpose::Sample },
     };
     let generator = Generator::for_prompts(&prompts, 64, 32, 1024);
-    let mut arena =
-        Arena::new(dev, generator.plan::<f32>(dev, model.spec(), &Params::default()).unwrap())
-            .unwrap();
+    let mut arena = Arena::new(
+        dev,
+        generator.plan::<f32>(dev, model.spec(), &SamplingParams::default()).unwrap(),
+    )
+    .unwrap();
     let mut g = c.benchmark_group("rollout");
     g.sample_size(10).sampling_mode(SamplingMode::Flat);
     let work = Work { flops: flops(&model, 32 * 95, 32 * 64), bytes: 0.0 };

@@ -6,8 +6,8 @@
 //! and sampling in one process:
 //!
 //! ```
-//! use warpo::{Device, GenerationConfig, Generator, Prompt, Sampling, Stream, Tokenizer};
-//! use warpo::{Settings, Silent, Trainer, algorithm, set};
+//! use warpo::{Device, GenerationConfig, Generator, Prompt, SamplingParams, Stream};
+//! use warpo::{Settings, Silent, Tokenizer, Trainer, algorithm, set};
 //!
 //! # fn main() -> warpo::Result<()> {
 //! let folder = "examples/quickstart/model";
@@ -35,7 +35,7 @@
 //! let ids = tokenizer.encode("The camera")?;
 //! let prompts = [0, 1].map(|sample| Prompt { sample, ids: ids.clone() });
 //! let config = GenerationConfig {
-//!     sampling: Sampling { temperature: 0.8, ..Sampling::default() },
+//!     sampling: SamplingParams { temperature: 0.8, ..SamplingParams::default() },
 //!     max_new_tokens: 16,
 //!     stop_ids: tokenizer.eos().to_vec(),
 //!     stream: Stream::of_seed(0),
@@ -84,7 +84,7 @@ pub use data::Tokenizer;
 pub use device::Device;
 pub use error::{Error, Result};
 pub use models::{Head, Model};
-pub use ops::sample::Params as Sampling;
+pub use ops::sample::SamplingParams;
 pub use rng::Stream;
 pub use rollout::{Completion, GenerationConfig, Generator, Prompt};
 pub use train::{Observer, Settings, Silent, StepReport, Trainer, run};

@@ -5,7 +5,7 @@ use half::bf16;
 use warpo::{
     device::Buffer,
     ops::{
-        logprob::{self, Draws, Forward, Sampled, Settings, Top},
+        logprob::{self, Draws, Forward, LogitSettings, Sampled, Top},
         matmul::Packed,
         scalar_head,
     },
@@ -70,7 +70,7 @@ fn head(
     let mut packed = Packed::new(&b.dev, vocab, hidden).unwrap();
     packed.pack(&b.dev, w.view()).unwrap();
     let mut dw = Buffer::<f32>::zeros(&b.dev, "bench", vocab * hidden).unwrap();
-    let settings = Settings::default();
+    let settings = LogitSettings::default();
     for &n in tokens.iter().chain(decoded) {
         let h = b.input::<bf16>(1, n * hidden);
         let ids: Vec<u32> = (0..n as u32).map(|i| draw.below(i, vocab as u32)).collect();
@@ -131,7 +131,7 @@ fn draws(b: &mut Bench, model: &str, n: usize, h: &Buffer<'_, bf16>, packed: &Pa
             let (samples, positions) = (samples.view(), positions.view());
             let draws = Draws { stream, samples, positions };
             let (h, room) = (h.view(), scratch.view_mut());
-            logprob::sample(dev, out, h, packed, Settings::default(), draws, room).unwrap();
+            logprob::sample(dev, out, h, packed, LogitSettings::default(), draws, room).unwrap();
         });
     }
 }

@@ -51,8 +51,8 @@ crate::settings! {
 
 impl Sampling {
     /// Temperature and filters.
-    pub fn params(&self) -> sample::Params {
-        sample::Params {
+    pub fn params(&self) -> sample::SamplingParams {
+        sample::SamplingParams {
             temperature: self.temperature as f32,
             top_k: self.top_k,
             top_p: self.top_p as f32,

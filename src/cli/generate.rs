@@ -77,7 +77,7 @@ pub(super) fn run(args: &GenerateArgs) -> Result<()> {
 fn run_in<T: Element<Acc = f32>>(
     args: &GenerateArgs,
     dev: &Device,
-    sampling: sample::Params,
+    sampling: sample::SamplingParams,
 ) -> Result<()> {
     let model = Model::<T>::load(dev, &args.model, Head::Lm, None)?;
     let tokenizer = Tokenizer::open_if_there(&args.model)?;
@@ -162,9 +162,9 @@ fn run_in<T: Element<Acc = f32>>(
 }
 
 impl GenerateArgs {
-    fn sampling(&self) -> Result<sample::Params> {
+    fn sampling(&self) -> Result<sample::SamplingParams> {
         let Self { temperature, top_k, top_p, min_p, .. } = *self;
-        let params = sample::Params { temperature, top_k, top_p, min_p };
+        let params = sample::SamplingParams { temperature, top_k, top_p, min_p };
         params.validate().map_err(|e| match e {
             Error::Value { what, want, got } => {
                 Error::config(format!("--{}", what.replace('_', "-")), want, got)

@@ -184,9 +184,9 @@ impl QuickstartArgs {
         let records = data::read(&self.from.join("heldout_prompts.jsonl"))?;
         let prompts = data::prompts(&records, Some(&tokenizer), limits, None)?;
         let generation = rollout::GenerationConfig {
-            sampling: sample::Params {
+            sampling: sample::SamplingParams {
                 temperature: sampling.params().temperature,
-                ..sample::Params::default()
+                ..sample::SamplingParams::default()
             },
             max_new_tokens: sampling.max_new_tokens,
             stop_ids: tokenizer.eos().to_vec(),

@@ -11,9 +11,9 @@ use crate::error::Result;
 /// One wait brings all results that were issued before it, or before the next
 /// [`Device::milestone`](super::Device::milestone). To drop one unread costs nothing.
 #[must_use = "what is not read may be a check that nobody makes"]
-pub struct Pending<R>(State<R>);
+pub struct Pending<R>(When<R>);
 
-enum State<R> {
+enum When<R> {
     Now(R),
     /// Waits if need be.
     OnDevice(Box<dyn FnOnce() -> Result<R> + Send>),
@@ -22,12 +22,12 @@ enum State<R> {
 impl<R> Pending<R> {
     /// A result that is there.
     pub fn now(result: R) -> Self {
-        Self(State::Now(result))
+        Self(When::Now(result))
     }
 
     /// A result that `get` brings.
     pub(super) fn from_device(get: impl FnOnce() -> Result<R> + Send + 'static) -> Self {
-        Self(State::OnDevice(Box::new(get)))
+        Self(When::OnDevice(Box::new(get)))
     }
 
     /// What `f` makes of it; called at once if it is there, else by [`Pending::get`].
@@ -36,8 +36,8 @@ impl<R> Pending<R> {
         R: 'static,
     {
         match self.0 {
-            State::Now(result) => Pending::now(f(result)),
-            State::OnDevice(get) => Pending::from_device(move || get().map(f)),
+            When::Now(result) => Pending::now(f(result)),
+            When::OnDevice(get) => Pending::from_device(move || get().map(f)),
         }
     }
 
@@ -45,8 +45,8 @@ impl<R> Pending<R> {
     /// milestone behind it, or for all work if there is none.
     pub fn get(self) -> Result<R> {
         match self.0 {
-            State::Now(result) => Ok(result),
-            State::OnDevice(get) => get(),
+            When::Now(result) => Ok(result),
+            When::OnDevice(get) => get(),
         }
     }
 }
@@ -54,8 +54,8 @@ impl<R> Pending<R> {
 impl<R: fmt::Debug> fmt::Debug for Pending<R> {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match &self.0 {
-            State::Now(result) => f.debug_tuple("Pending").field(result).finish(),
-            State::OnDevice(_) => f.write_str("Pending(on a device)"),
+            When::Now(result) => f.debug_tuple("Pending").field(result).finish(),
+            When::OnDevice(_) => f.write_str("Pending(on a device)"),
         }
     }
 }

@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, ops::Range};
 
-use super::{PassShape, Rows, Spec};
+use super::{BatchRows, PassShape, Spec};
 use crate::{
     device::{Buffer, Device, Scope, View},
     error::Result,
@@ -17,7 +17,7 @@ use crate::{
 pub struct Batch {
     ids: Vec<u32>,
     positions: Vec<u32>,
-    sequences: Vec<Sequence>,
+    sequences: Vec<NewRows>,
     pages: Vec<u32>,
     selected: Vec<u32>,
     targets: Vec<u32>,
@@ -31,7 +31,7 @@ const UNREAD: u32 = u32::MAX;
 
 /// New rows of a sequence.
 #[derive(Clone, Debug)]
-struct Sequence {
+struct NewRows {
     first: u32,
     rows: u32,
     at: u32,
@@ -113,7 +113,7 @@ impl Batch {
         self.ids.extend_from_slice(ids);
         self.positions.extend((first..first + ids.len()).map(|p| p as u32));
         let (first, rows) = (first as u32, ids.len() as u32);
-        self.sequences.push(Sequence { first, rows, at, pages });
+        self.sequences.push(NewRows { first, rows, at, pages });
     }
 
     fn close(&mut self) {
@@ -279,11 +279,11 @@ impl<'a> Staged<'a> {
     }
 
     /// What the forward pass reads.
-    pub fn rows(&self) -> Rows<'_> {
+    pub fn rows(&self) -> BatchRows<'_> {
         let partition = self.words.as_ref().map(|_| (&self.partition, self.column(5)));
         let attention = SegmentBatch { segments: &self.segments, pages: self.column(4), partition };
         let [ids, positions, selected] = [0, 1, 2].map(|i| self.column(i));
-        Rows { ids, positions, attention, selected }
+        BatchRows { ids, positions, attention, selected }
     }
 
     /// The token that follows each selected row.

@@ -6,7 +6,7 @@ use crate::{
     device::{Buffer, Device, Element, Scope, View, ViewMut},
     error::Result,
     ops::{
-        logprob::{self, Draws, Sampled, Settings},
+        logprob::{self, Draws, LogitSettings, Sampled},
         matmul,
         sample::{self, Logits},
         scalar_head,
@@ -101,7 +101,7 @@ impl<'s, T: Element> HeadOutputs<'s, T> {
             h,
             packed,
             targets,
-            temperature.map_or(Settings::default(), Settings::at),
+            temperature.map_or(LogitSettings::default(), LogitSettings::at),
             self.scratch.view_mut(),
         )
     }
@@ -124,7 +124,7 @@ impl<'s, T: Element> HeadOutputs<'s, T> {
         }
         let Linear { at, weight: w, packed, .. } = model.lm_head(dev)?;
         let (lse, entropy) = (self.lse.view(), self.entropy.as_ref().map(Buffer::view));
-        let settings = temperature.map_or(Settings::default(), Settings::at);
+        let settings = temperature.map_or(LogitSettings::default(), LogitSettings::at);
         let forward = logprob::Forward { h, packed, w, targets, lse, entropy, settings };
         let dw = grads.get_mut(at.kind, at.layer);
         let dentropy = self.dentropy.as_ref().map(Buffer::view);
@@ -136,7 +136,7 @@ impl<'s, T: Element> HeadOutputs<'s, T> {
 /// Draws the next token of each row that an LM head reads.
 #[derive(Debug)]
 pub struct Sampler<'s, T: Element> {
-    sampling: sample::Params,
+    sampling: sample::SamplingParams,
     samples: Buffer<'s, u64>,
     positions: Buffer<'s, u32>,
     /// Log-probs of the drawn tokens.
@@ -152,7 +152,7 @@ const WAVE: usize = 64;
 
 /// Whether tokens are drawn as their logits are made. The CPU draws from whole rows of logits: this
 /// needs one random number a row, not one a token.
-fn fused(dev: &Device, sampling: &sample::Params) -> bool {
+fn fused(dev: &Device, sampling: &sample::SamplingParams) -> bool {
     matches!(dev, Device::Cuda(_)) && (sampling.temperature == 0.0 || !sampling.filters())
 }
 
@@ -162,7 +162,7 @@ impl<'s, T: Element> Sampler<'s, T> {
         scope: &'s Scope<'_>,
         spec: &Spec,
         rows: usize,
-        sampling: sample::Params,
+        sampling: sample::SamplingParams,
     ) -> Result<Self> {
         let (vocab, wave) = (spec.vocab, rows.min(WAVE));
         let (logits, scratch) = if fused(dev, &sampling) {
@@ -203,7 +203,7 @@ impl<'s, T: Element> Sampler<'s, T> {
         let greedy = params.temperature == 0.0;
         // Greedy decoding reports log-probs at temperature 1.
         let t = if greedy { 1.0 } else { f64::from(params.temperature) };
-        let at = Settings::at(<T::Acc as Element>::of(t));
+        let at = LogitSettings::at(<T::Acc as Element>::of(t));
         let (samples, positions) = (self.samples.view(), self.positions.view());
         let (mut logp, mut lse) = (self.logp.view_mut(), self.lse.view_mut());
         let mut scratch = self.scratch.view_mut();

@@ -27,7 +27,7 @@ pub use model::{Master, Model, Residency, bytes};
 pub use params::{Layout, ParamKind, ParamTensor, Params, WEIGHTS};
 pub use pass::Pass;
 pub use spec::{Head, LayerSpec, Mlp, Norm, Position, Spec, Widths};
-pub use transformer::{Activations, Cache, Keep, PassOptions, PassShape, Rows};
+pub use transformer::{Activations, BatchRows, Cache, Keep, PassOptions, PassShape};
 pub use weights::{Named, count, load, named, save, tensor_at};
 
 /// All model families, found by `model_type` in `config.json`.

@@ -21,7 +21,7 @@ use crate::{
 
 /// What one forward pass computes: new rows of some sequences.
 #[derive(Clone, Copy, Debug)]
-pub struct Rows<'a> {
+pub struct BatchRows<'a> {
     /// Token of each row.
     pub ids: View<'a, u32>,
     /// Position of each row in its sequence.
@@ -97,7 +97,7 @@ impl<'s, T: Element> Cache<'s, T> {
 
 /// What a block keeps for its backward pass.
 #[derive(Debug)]
-struct Block<'s, T: Element> {
+struct BlockActivations<'s, T: Element> {
     norm1: Normed<'s, T>,
     qkv: Buffer<'s, T>,
     attention: Buffer<'s, T>,
@@ -121,7 +121,7 @@ pub struct Activations<'s, T: Element> {
     /// The residual stream before each block, and after the last; one buffer if nothing is kept.
     x: Vec<Buffer<'s, T>>,
     /// One for each block, or one that all use in turn.
-    blocks: Vec<Block<'s, T>>,
+    blocks: Vec<BlockActivations<'s, T>>,
     scratch: Buffer<'s, T::Acc>,
     input: HeadInput<'s, T>,
     gradients: Option<Gradients<'s, T>>,
@@ -141,7 +141,7 @@ impl<'s, T: Element> Activations<'s, T> {
         let streams = if keep == Keep::Nothing { 1 } else { spec.layers + 1 };
         let x = (0..streams).map(|_| scope.alloc("residual stream", rows * spec.hidden));
         let block = |_| {
-            Ok(Block {
+            Ok(BlockActivations {
                 norm1: Normed::new(scope, spec, rows)?,
                 qkv: scope.alloc("queries, keys and values", rows * spec.qkv_cols())?,
                 attention: scope.alloc("attention output", rows * spec.attention_cols())?,
@@ -226,7 +226,7 @@ impl<T: Element> Model<T> {
     pub fn forward(
         &self,
         dev: &Device,
-        rows: &Rows<'_>,
+        rows: &BatchRows<'_>,
         acts: &mut Activations<'_, T>,
         cache: &mut Cache<'_, T>,
     ) -> Result<()> {
@@ -250,7 +250,7 @@ impl<T: Element> Model<T> {
         self.norm(ParamKind::FinalNorm, None)?.forward(dev, &mut input.norm, input.x.view())
     }
 
-    fn embed(&self, dev: &Device, rows: &Rows<'_>, mut x: ViewMut<'_, T>) -> Result<()> {
+    fn embed(&self, dev: &Device, rows: &BatchRows<'_>, mut x: ViewMut<'_, T>) -> Result<()> {
         let table = self.params().tensor(self.params().need(ParamKind::Embedding, None)?);
         embedding::forward(dev, x.reborrow(), rows.ids, table, false)?;
         if let Some(table) = self.params().get(ParamKind::Positions, None) {
@@ -259,7 +259,7 @@ impl<T: Element> Model<T> {
         Ok(())
     }
 
-    fn block<'a>(&'a self, dev: &'a Device, rows: &'a Rows<'a>, l: usize) -> BlockPass<'a, T> {
+    fn block<'a>(&'a self, dev: &'a Device, rows: &'a BatchRows<'a>, l: usize) -> BlockPass<'a, T> {
         BlockPass { dev, model: self, rows, at: Some(l), spec: self.spec().layer(l) }
     }
 
@@ -271,7 +271,7 @@ impl<T: Element> Model<T> {
         &self,
         dev: &Device,
         grads: &mut Params<T::Acc>,
-        rows: &Rows<'_>,
+        rows: &BatchRows<'_>,
         acts: &mut Activations<'_, T>,
         cache: &mut Cache<'_, T>,
         dh: View<'_, T>,
@@ -313,7 +313,7 @@ impl<T: Element> Model<T> {
 struct BlockPass<'a, T: Element> {
     dev: &'a Device,
     model: &'a Model<T>,
-    rows: &'a Rows<'a>,
+    rows: &'a BatchRows<'a>,
     at: Option<usize>,
     spec: LayerSpec,
 }
@@ -330,7 +330,7 @@ impl<'a, T: Element> BlockPass<'a, T> {
     /// `mid = x + out(attention(norm1(x)))`
     fn attention(
         &self,
-        b: &mut Block<'_, T>,
+        b: &mut BlockActivations<'_, T>,
         x: View<'_, T>,
         kv: &mut KvLayer<'_, T>,
         scratch: ViewMut<'_, T::Acc>,
@@ -348,7 +348,7 @@ impl<'a, T: Element> BlockPass<'a, T> {
     }
 
     /// `act = act(up(norm2(mid)))`
-    fn expand(&self, b: &mut Block<'_, T>) -> Result<()> {
+    fn expand(&self, b: &mut BlockActivations<'_, T>) -> Result<()> {
         let dev = self.dev;
         self.model.norm(ParamKind::Norm2, self.at)?.forward(dev, &mut b.norm2, b.mid.view())?;
         let epilogue = match self.model.spec().mlp {
@@ -363,7 +363,7 @@ impl<'a, T: Element> BlockPass<'a, T> {
     fn mlp_backward(
         &self,
         grads: &mut Params<T::Acc>,
-        b: &Block<'_, T>,
+        b: &BlockActivations<'_, T>,
         g: &mut Gradients<'_, T>,
     ) -> Result<()> {
         let (dev, spec) = (self.dev, self.model.spec());
@@ -385,7 +385,7 @@ impl<'a, T: Element> BlockPass<'a, T> {
     fn attention_backward(
         &self,
         grads: &mut Params<T::Acc>,
-        b: &Block<'_, T>,
+        b: &BlockActivations<'_, T>,
         x: View<'_, T>,
         g: &mut Gradients<'_, T>,
         scratch: ViewMut<'_, T::Acc>,

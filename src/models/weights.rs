@@ -31,7 +31,7 @@ const HEADS: [StoredWeight; 2] =
 const SCORE: &str = "score.weight";
 
 /// A stored tensor: one of our weights, or some of its rows.
-struct Source {
+struct StoredRows {
     name: String,
     rows: Range<usize>,
 }
@@ -44,7 +44,7 @@ fn is_transposed(family: &Family, t: &ParamTensor) -> bool {
     stored_as(family, t.kind).is_some_and(|w| w.transposed)
 }
 
-fn sources(family: &Family, t: &ParamTensor, spec: &Spec) -> Vec<Source> {
+fn sources(family: &Family, t: &ParamTensor, spec: &Spec) -> Vec<StoredRows> {
     let layer = t.layer.map(|l| l.to_string()).unwrap_or_default();
     let names = stored_as(family, t.kind).map_or(&[][..], |w| w.names);
     let prefix = if HEADS.iter().any(|w| w.kind == t.kind) { "" } else { family.prefix };
@@ -52,7 +52,7 @@ fn sources(family: &Family, t: &ParamTensor, spec: &Spec) -> Vec<Source> {
     let source = |(name, rows): (&&str, usize)| {
         let start = end;
         end += rows;
-        Source { name: format!("{prefix}{}", name.replace("{}", &layer)), rows: start..end }
+        StoredRows { name: format!("{prefix}{}", name.replace("{}", &layer)), rows: start..end }
     };
     let axis = if t.is_vector() { t.facts.cols } else { t.facts.rows };
     names.iter().zip(axis.parts(spec, names.len())).map(source).collect()
@@ -408,7 +408,7 @@ pub fn tensor_at<T: Element>(model: &Model<T>, i: usize) -> Option<String> {
     let own = (i - t.offset) / places.stride;
     // An entry of the padding counts as the row before it.
     let row = places.rows.partition_point(|r| *r <= own).saturating_sub(1);
-    let holds = |s: &Source| s.rows.contains(&row);
+    let holds = |s: &StoredRows| s.rows.contains(&row);
     sources(model.family(), t, model.spec()).into_iter().find(holds).map(|s| s.name)
 }
 

@@ -20,7 +20,7 @@ use crate::{
 };
 
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Params {
+pub struct SamplingParams {
     /// Divides the logits; 0 takes the largest (the lowest id among equals).
     pub temperature: f32,
     /// Keeps the k most likely tokens, and those that tie with the last; 0 is off.
@@ -31,14 +31,14 @@ pub struct Params {
     pub min_p: f32,
 }
 
-impl Default for Params {
+impl Default for SamplingParams {
     /// The model's own distribution.
     fn default() -> Self {
         Self { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 }
     }
 }
 
-impl Params {
+impl SamplingParams {
     pub fn greedy() -> Self {
         Self { temperature: 0.0, ..Self::default() }
     }
@@ -102,7 +102,7 @@ pub fn next<'a, T: Element>(
     dev: &Device,
     tokens: ViewMut<'_, u32>,
     logits: impl Into<Logits<'a, T>>,
-    params: &Params,
+    params: &SamplingParams,
     stream: Stream,
     samples: View<'_, u64>,
     positions: View<'_, u32>,
@@ -193,7 +193,7 @@ fn argmax<F: Float>(z: &[F]) -> u32 {
 }
 
 /// Sets weights that a filter drops to 0.
-fn filter<F: Float>(p: &mut [F], sorted: &mut [F], params: &Params) {
+fn filter<F: Float>(p: &mut [F], sorted: &mut [F], params: &SamplingParams) {
     let descending = |a: &F, b: &F| b.partial_cmp(a).unwrap_or(std::cmp::Ordering::Equal);
     if params.top_k > 0 && params.top_k < p.len() {
         sorted.copy_from_slice(p);

@@ -30,7 +30,7 @@ pub struct Prompt {
 
 #[derive(Clone, Debug)]
 pub struct GenerationConfig {
-    pub sampling: sample::Params,
+    pub sampling: sample::SamplingParams,
     /// The most tokens that are added.
     pub max_new_tokens: usize,
     /// The first of these ids ends a sequence, and stays in it.
@@ -108,7 +108,7 @@ impl Generator {
         &self,
         dev: &Device,
         spec: &Spec,
-        sampling: &sample::Params,
+        sampling: &sample::SamplingParams,
     ) -> Result<usize> {
         Arena::plan(|scope| {
             let shape = self.pass_shape(self.rows, self.slots);

@@ -6,8 +6,8 @@
 use warpo::{
     device::{Device, Float},
     models::{
-        Activations, Batch, Cache, Config, Head, Keep, LossColumns, Model, ParamKind, Params, Pass,
-        PassShape, Rows,
+        Activations, Batch, BatchRows, Cache, Config, Head, Keep, LossColumns, Model, ParamKind,
+        Params, Pass, PassShape,
     },
     ops::{
         bradley_terry::{self, Pairs},
@@ -75,7 +75,7 @@ pub fn forward<F: Float>(model: &Model<F>, rows: &[Vec<u32>]) -> Outputs<F> {
     let staged = batch.stage(&dev, &scope, spec, shape.pages(&dev, spec)).unwrap();
     let mut cache = Cache::new(&dev, &scope, spec, shape).unwrap();
     let all: Vec<u32> = (0..n as u32).collect();
-    let rows = Rows { selected: (&all).into(), ..staged.rows() };
+    let rows = BatchRows { selected: (&all).into(), ..staged.rows() };
     model.forward(&dev, &rows, &mut acts, &mut cache).unwrap();
     let mut logits = Vec::new();
     if let Ok(head) = model.lm_head(host()) {
@@ -232,7 +232,7 @@ fn greedy_tokens_are_those_of_hugging_face() {
             .as_u64()
             .unwrap() as u32;
         let settings = GenerationConfig {
-            sampling: sample::Params::greedy(),
+            sampling: sample::SamplingParams::greedy(),
             max_new_tokens: 64,
             stop_ids: vec![eos],
             stream: Stream { seed: 0, step: 0, purpose: Purpose::Sample },

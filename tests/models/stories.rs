@@ -76,7 +76,7 @@ fn forty_greedy_tokens_of_a_real_model() {
         .map(|(s, sample)| Prompt { sample, ids: tokenizer.encode_start(&s.prompt).unwrap() })
         .collect();
     let settings = GenerationConfig {
-        sampling: sample::Params::greedy(),
+        sampling: sample::SamplingParams::greedy(),
         max_new_tokens: 40,
         stop_ids: vec![1],
         stream: Stream { seed: 0, step: 0, purpose: Purpose::Sample },

@@ -7,7 +7,7 @@ mod sample;
 use warpo::{
     device::{Device, Float},
     ops::{
-        logprob::{self, CHUNK, Settings},
+        logprob::{self, CHUNK, LogitSettings},
         matmul::{self, Packed},
     },
 };
@@ -56,7 +56,7 @@ impl<F: Float> Out<F> {
 }
 
 fn forward<F: Float>(dev: &Device, h: &[F], head: &Head<F>, targets: &[u32], t: f64) -> Out<F> {
-    forward_by(dev, h, head, targets, Settings::at(F::of(t)))
+    forward_by(dev, h, head, targets, LogitSettings::at(F::of(t)))
 }
 
 fn forward_by<F: Float>(
@@ -64,7 +64,7 @@ fn forward_by<F: Float>(
     h: &[F],
     head: &Head<F>,
     targets: &[u32],
-    settings: Settings<F>,
+    settings: LogitSettings<F>,
 ) -> Out<F> {
     let mut out = Out::nan(targets.len());
     let need = logprob::scratch_len(targets.len(), head.packed.n());
@@ -80,8 +80,16 @@ fn from_logits<F: Float>(dev: &Device, logits: &[F], targets: &[u32], t: f64) ->
     let mut out = Out::nan(targets.len());
     let (logp, lse) = ((&mut out.logp).into(), (&mut out.lse).into());
     let (entropy, targets) = (Some((&mut out.entropy).into()), targets.into());
-    logprob::from_logits(dev, logp, lse, entropy, logits.into(), targets, Settings::at(F::of(t)))
-        .unwrap();
+    logprob::from_logits(
+        dev,
+        logp,
+        lse,
+        entropy,
+        logits.into(),
+        targets,
+        LogitSettings::at(F::of(t)),
+    )
+    .unwrap();
     out
 }
 
@@ -107,7 +115,7 @@ fn backward<F: Float>(
         targets: targets.into(),
         lse: (&out.lse).into(),
         entropy: Some((&out.entropy).into()),
-        settings: Settings::at(F::of(t)),
+        settings: LogitSettings::at(F::of(t)),
     };
     let (dh_, dw) = ((&mut dh).into(), Some(dw.into()));
     let dentropy = dentropy.map(Into::into);
@@ -372,7 +380,7 @@ fn entropy_and_the_weight_gradient_are_optional() {
     let (x, t) = ((&h).into(), (&targets).into());
     let (logp_, lse_) = ((&mut logp).into(), (&mut lse).into());
     let scratch_ = (&mut scratch).into();
-    logprob::forward(&dev, logp_, lse_, None, x, &head.packed, t, Settings::at(0.8), scratch_)
+    logprob::forward(&dev, logp_, lse_, None, x, &head.packed, t, LogitSettings::at(0.8), scratch_)
         .unwrap();
     assert_bits("logp", &logp, &want.logp);
     assert_bits("lse", &lse, &want.lse);
@@ -385,7 +393,7 @@ fn entropy_and_the_weight_gradient_are_optional() {
         targets: t,
         lse,
         entropy: None,
-        settings: Settings::at(0.8),
+        settings: LogitSettings::at(0.8),
     };
     let mut dh = vec![f32::NAN; h.len()];
     let (dh_, dlogp) = ((&mut dh).into(), (&logp).into());
@@ -431,7 +439,7 @@ fn forward_of(n: [usize; 5], targets: &[u32], t: f32) -> warpo::Result<()> {
     let (logp, lse) = ((&mut logp).into(), (&mut lse).into());
     let (entropy, scratch) = (Some((&mut entropy).into()), (&mut scratch).into());
     let (h, w, targets) = ((&h).into(), &head.packed, targets.into());
-    logprob::forward(&dev, logp, lse, entropy, h, w, targets, Settings::at(t), scratch)
+    logprob::forward(&dev, logp, lse, entropy, h, w, targets, LogitSettings::at(t), scratch)
 }
 
 #[test]
@@ -448,14 +456,14 @@ fn bad_targets_temperatures_and_shapes_are_refused() {
         assert_eq!(refused(&[0, 1, 2], t), format!("logprob: {says}"));
         let (dev, mut a, mut b) = (Device::cpu(), [0.0f32], [0.0f32]);
         let (a, b, z) = ((&mut a[..]).into(), (&mut b[..]).into(), [0.0f32; 3][..].into());
-        let e = logprob::from_logits(&dev, a, b, None, z, [0][..].into(), Settings::at(t));
+        let e = logprob::from_logits(&dev, a, b, None, z, [0][..].into(), LogitSettings::at(t));
         assert_eq!(refusal(e), format!("logprob::from_logits: {says}"));
     }
     let (dev, mut a, mut b) = (Device::cpu(), [0.0f32; 2], [0.0f32; 2]);
     let mut refused = |logits: usize, targets: &[u32]| {
         let (a, b, z) = ((&mut a[..]).into(), (&mut b[..]).into(), vec![0.0f32; logits]);
         let z = (&z).into();
-        refusal(logprob::from_logits(&dev, a, b, None, z, targets.into(), Settings::default()))
+        refusal(logprob::from_logits(&dev, a, b, None, z, targets.into(), LogitSettings::default()))
     };
     let op = "logprob::from_logits";
     assert_eq!(refused(7, &[0, 0]), format!("{op}: `logits` has shape [7], wanted [2, 3]"));
@@ -476,7 +484,7 @@ fn bad_input_of_backward_is_refused() {
             targets: targets[..].into(),
             lse: (&lse).into(),
             entropy: entropy.map(|n| x[..n].into()),
-            settings: Settings::at(t),
+            settings: LogitSettings::at(t),
         };
         let (dh, dw, scratch) = ((&mut dh).into(), Some((&mut dw).into()), (&mut scratch).into());
         logprob::backward(&dev, dh, dw, (&dlogp).into(), Some((&dentropy).into()), f, scratch)
@@ -501,7 +509,7 @@ fn bad_input_of_backward_is_refused() {
 #[test]
 fn a_cap_bends_logits() {
     let (dev, rows, vocab, d) = (Device::cpu(), 3, CHUNK + 6, 3);
-    let settings = Settings { temperature: 0.7, softcap: Some(2.0) };
+    let settings = LogitSettings { temperature: 0.7, softcap: Some(2.0) };
     let (h, w): (Vec<f64>, Vec<f64>) = (randn("h", rows * d), randn("w", vocab * d));
     let (a, b): (Vec<f64>, Vec<f64>) = (randn("dlogp", rows), randn("dentropy", rows));
     let targets = targets(rows, vocab);

@@ -3,7 +3,7 @@
 
 use warpo::{
     device::{Buffer, Device, Element, Float, View},
-    ops::sample::{self, Params},
+    ops::sample::{self, SamplingParams},
     rng::{Purpose, Stream},
 };
 
@@ -20,7 +20,7 @@ type Address = (u64, u32);
 fn next<F: Float>(
     dev: &Device,
     logits: &[F],
-    params: &Params,
+    params: &SamplingParams,
     (seed, step): (u64, u64),
     at: &[Address],
 ) -> Vec<u32> {
@@ -43,7 +43,7 @@ fn next<F: Float>(
 }
 
 /// The distribution that `next` draws from: the weights that it leaves in its scratch, normalised.
-fn probabilities<F: Float>(logits: &[F], params: &Params) -> Vec<F> {
+fn probabilities<F: Float>(logits: &[F], params: &SamplingParams) -> Vec<F> {
     let vocab = logits.len();
     let (mut token, mut weights) = ([u32::MAX], vec![F::of(f64::NAN); 2 * vocab]);
     sample::next(
@@ -73,26 +73,29 @@ fn halves() -> Vec<f64> {
 
 #[test]
 fn hand_worked() {
-    let base = Params::default();
+    let base = SamplingParams::default();
     for (params, want) in [
         (base, [0.25, 0.125, 0.5, 0.125]),
         // temperature 1/2 squares the probabilities: 4 : 1 : 16 : 1
-        (Params { temperature: 0.5, ..base }, [4.0 / 22.0, 1.0 / 22.0, 16.0 / 22.0, 1.0 / 22.0]),
-        (Params { top_k: 1, ..base }, [0.0, 0.0, 1.0, 0.0]),
-        (Params { top_k: 2, ..base }, [1.0 / 3.0, 0.0, 2.0 / 3.0, 0.0]),
-        (Params { top_k: 3, ..base }, [0.25, 0.125, 0.5, 0.125]), // both of a tie stay
-        (Params { top_k: 9, ..base }, [0.25, 0.125, 0.5, 0.125]),
-        (Params { top_p: 0.4, ..base }, [0.0, 0.0, 1.0, 0.0]),
-        (Params { top_p: 0.7, ..base }, [1.0 / 3.0, 0.0, 2.0 / 3.0, 0.0]),
+        (
+            SamplingParams { temperature: 0.5, ..base },
+            [4.0 / 22.0, 1.0 / 22.0, 16.0 / 22.0, 1.0 / 22.0],
+        ),
+        (SamplingParams { top_k: 1, ..base }, [0.0, 0.0, 1.0, 0.0]),
+        (SamplingParams { top_k: 2, ..base }, [1.0 / 3.0, 0.0, 2.0 / 3.0, 0.0]),
+        (SamplingParams { top_k: 3, ..base }, [0.25, 0.125, 0.5, 0.125]), // both of a tie stay
+        (SamplingParams { top_k: 9, ..base }, [0.25, 0.125, 0.5, 0.125]),
+        (SamplingParams { top_p: 0.4, ..base }, [0.0, 0.0, 1.0, 0.0]),
+        (SamplingParams { top_p: 0.7, ..base }, [1.0 / 3.0, 0.0, 2.0 / 3.0, 0.0]),
         // of a tie, the lowest id stays
-        (Params { top_p: 0.8, ..base }, [2.0 / 7.0, 1.0 / 7.0, 4.0 / 7.0, 0.0]),
-        (Params { top_p: 1e-6, ..base }, [0.0, 0.0, 1.0, 0.0]),
-        (Params { min_p: 0.2, ..base }, [0.25, 0.125, 0.5, 0.125]),
-        (Params { min_p: 0.3, ..base }, [1.0 / 3.0, 0.0, 2.0 / 3.0, 0.0]),
-        (Params { min_p: 1.0, ..base }, [0.0, 0.0, 1.0, 0.0]),
+        (SamplingParams { top_p: 0.8, ..base }, [2.0 / 7.0, 1.0 / 7.0, 4.0 / 7.0, 0.0]),
+        (SamplingParams { top_p: 1e-6, ..base }, [0.0, 0.0, 1.0, 0.0]),
+        (SamplingParams { min_p: 0.2, ..base }, [0.25, 0.125, 0.5, 0.125]),
+        (SamplingParams { min_p: 0.3, ..base }, [1.0 / 3.0, 0.0, 2.0 / 3.0, 0.0]),
+        (SamplingParams { min_p: 1.0, ..base }, [0.0, 0.0, 1.0, 0.0]),
         // top-p counts what top-k left: 2/3 is enough
-        (Params { top_k: 2, top_p: 0.6, ..base }, [0.0, 0.0, 1.0, 0.0]),
-        (Params::greedy(), [0.0, 0.0, 1.0, 0.0]),
+        (SamplingParams { top_k: 2, top_p: 0.6, ..base }, [0.0, 0.0, 1.0, 0.0]),
+        (SamplingParams::greedy(), [0.0, 0.0, 1.0, 0.0]),
     ] {
         let what = format!("{params:?}");
         assert_close(&what, &probabilities(&halves(), &params), &want, 1e-14, 1e-14);
@@ -101,7 +104,7 @@ fn hand_worked() {
         assert_close(&what, &got, &want, 0.0, 1e-5);
     }
     // Two of four equal tokens reach 1/2 exactly, and stay alone.
-    let p = probabilities(&[7.0; 4], &Params { top_p: 0.5, ..base });
+    let p = probabilities(&[7.0; 4], &SamplingParams { top_p: 0.5, ..base });
     assert_eq!(p, [0.5, 0.5, 0.0, 0.0]);
 }
 
@@ -114,18 +117,18 @@ fn greedy_takes_the_first_of_the_largest() {
         [1.0, 2.0, 3.0, 4.0],
     ];
     for dev in devices() {
-        let tokens = next(&dev, &rows.concat(), &Params::greedy(), (1, 2), &[(0, 0); 4]);
+        let tokens = next(&dev, &rows.concat(), &SamplingParams::greedy(), (1, 2), &[(0, 0); 4]);
         assert_eq!(tokens, [1, 0, 0, 3]);
     }
-    assert_eq!(probabilities(&rows[0], &Params::greedy()), [0.0, 1.0, 0.0, 0.0]);
+    assert_eq!(probabilities(&rows[0], &SamplingParams::greedy()), [0.0, 1.0, 0.0, 0.0]);
     // top-k 1 keeps all that tie
-    let p = probabilities(&rows[0], &Params { top_k: 1, ..Params::default() });
+    let p = probabilities(&rows[0], &SamplingParams { top_k: 1, ..SamplingParams::default() });
     assert_eq!(p, [0.0, 0.5, 0.5, 0.0]);
 }
 
 /// `temperature=0.7,top_k=20` as parameters, and the temperature in f64.
-fn parse(name: &str) -> (Params, f64) {
-    let (mut params, mut temperature) = (Params::default(), 1.0);
+fn parse(name: &str) -> (SamplingParams, f64) {
+    let (mut params, mut temperature) = (SamplingParams::default(), 1.0);
     for part in name.split(',') {
         let (key, value) = part.split_once('=').unwrap();
         match key {
@@ -208,15 +211,15 @@ const LIMIT: f64 = 42.7;
 fn draws_follow_the_distribution() {
     let logits: Vec<f64> = randn("logits", 9);
     let at: Vec<Address> = (0..20_000).map(|i| (i / 100, (i % 100) as u32)).collect();
-    let base = Params::default();
+    let base = SamplingParams::default();
     for params in [
         base,
-        Params { temperature: 0.6, ..base },
-        Params { temperature: 1.7, ..base },
-        Params { top_k: 3, ..base },
-        Params { top_p: 0.8, ..base },
-        Params { min_p: 0.2, ..base },
-        Params { temperature: 1.3, top_k: 7, top_p: 0.9, min_p: 0.05 },
+        SamplingParams { temperature: 0.6, ..base },
+        SamplingParams { temperature: 1.7, ..base },
+        SamplingParams { top_k: 3, ..base },
+        SamplingParams { top_p: 0.8, ..base },
+        SamplingParams { min_p: 0.2, ..base },
+        SamplingParams { temperature: 1.3, top_k: 7, top_p: 0.9, min_p: 0.05 },
     ] {
         let p = probabilities(&logits, &params);
         assert_close("sum", &[p.iter().sum::<f64>()], &[1.0], 1e-14, 0.0);
@@ -242,7 +245,9 @@ fn large_vocabularies_are_drawn_exactly() {
     for vocab in [50_257, 200_003] {
         let logits: Vec<f32> = randn("large", vocab);
         let at: Vec<Address> = (0..40).map(|i| (i, 7)).collect();
-        for params in [Params::default(), Params { top_p: 0.95, ..Params::default() }] {
+        for params in
+            [SamplingParams::default(), SamplingParams { top_p: 0.95, ..SamplingParams::default() }]
+        {
             let tokens = next(&Device::cpu(), &logits.repeat(at.len()), &params, (3, 1), &at);
             let p = probabilities(&wide(&logits), &params);
             let stream = Stream { seed: 3, step: 1, purpose: Purpose::Sample };
@@ -260,7 +265,7 @@ fn large_vocabularies_are_drawn_exactly() {
         &Device::cpu(),
         (&mut vec![0; 1]).into(),
         View::from(&vec![0.0f32; (1 << 19) + 1]),
-        &Params::default(),
+        &SamplingParams::default(),
         Stream { seed: 0, step: 0, purpose: Purpose::Sample },
         (&vec![0]).into(),
         (&vec![0]).into(),
@@ -276,7 +281,7 @@ fn neighbouring_draws_are_independent() {
     let logits = p.map(f64::ln);
     let at: Vec<Address> = (0..20_000).map(|i| (i / 100, (i % 100) as u32)).collect();
     let draw = |key, at: &[Address]| {
-        next(&Device::cpu(), &logits.repeat(at.len()), &Params::default(), key, at)
+        next(&Device::cpu(), &logits.repeat(at.len()), &SamplingParams::default(), key, at)
     };
     let base = draw((7, 3), &at);
     let moved = |f: fn(Address) -> Address| at.iter().map(|a| f(*a)).collect::<Vec<Address>>();
@@ -304,9 +309,9 @@ fn rows_do_not_see_their_batch() {
     let at: Vec<Address> = (0..rows as u64).map(|r| (r * r, (r * 5 % 7) as u32)).collect();
     let order = shuffled("order", rows);
     for params in [
-        Params::greedy(),
-        Params::default(),
-        Params { temperature: 0.8, top_k: 9, top_p: 0.9, min_p: 0.05 },
+        SamplingParams::greedy(),
+        SamplingParams::default(),
+        SamplingParams { temperature: 0.8, top_k: 9, top_p: 0.9, min_p: 0.05 },
     ] {
         let alone = |r: usize| {
             next(&devices()[0], &logits[r * vocab..][..vocab], &params, (1, 2), &at[r..=r])[0]
@@ -322,12 +327,13 @@ fn rows_do_not_see_their_batch() {
             assert_eq!(next(&dev, &logits, &params, (1, 2), &at), gather(&want, 1, &order));
         }
     }
-    assert!(next::<f32>(&Device::cpu(), &[], &Params::default(), (1, 2), &[]).is_empty());
+    assert!(next::<f32>(&Device::cpu(), &[], &SamplingParams::default(), (1, 2), &[]).is_empty());
 }
 
 #[test]
 fn a_nan_stays_in_its_row() {
-    let (dev, params) = (Device::cpu(), Params { top_k: 3, top_p: 0.9, ..Params::default() });
+    let (dev, params) =
+        (Device::cpu(), SamplingParams { top_k: 3, top_p: 0.9, ..SamplingParams::default() });
     let mut logits: Vec<f32> = randn("logits", 50);
     let at = [(0, 0), (1, 0), (2, 0), (3, 0), (4, 0)];
     let clean = next(&dev, &logits, &params, (1, 2), &at);
@@ -338,7 +344,7 @@ fn a_nan_stays_in_its_row() {
         assert_eq!((&got[..2], &got[3..]), (&clean[..2], &clean[3..]));
         assert!(got[2] < 10, "some token, whose log-prob is NaN and stops the step");
     }
-    for params in [params, Params::default()] {
+    for params in [params, SamplingParams::default()] {
         logits[25] = f32::NAN;
         let p = probabilities(&logits[20..30], &params);
         assert!(p.iter().all(|p| p.is_nan()), "{p:?}");
@@ -347,22 +353,28 @@ fn a_nan_stays_in_its_row() {
 
 #[test]
 fn parameters_out_of_range_and_wrong_shapes_are_refused() {
-    let base = Params::default();
+    let base = SamplingParams::default();
     for (params, says) in [
-        (Params { temperature: -1.0, ..base }, "temperature: got -1, wanted 0 or more"),
-        (Params { temperature: f32::NAN, ..base }, "temperature: got NaN, wanted 0 or more"),
-        (Params { temperature: f32::INFINITY, ..base }, "temperature: got inf, wanted 0 or more"),
-        (Params { top_p: 0.0, ..base }, "top_p: got 0, wanted in (0, 1]"),
-        (Params { top_p: 1.5, ..base }, "top_p: got 1.5, wanted in (0, 1]"),
-        (Params { top_p: f32::NAN, ..base }, "top_p: got NaN, wanted in (0, 1]"),
-        (Params { min_p: -0.5, ..base }, "min_p: got -0.5, wanted in [0, 1]"),
-        (Params { min_p: 1.5, ..base }, "min_p: got 1.5, wanted in [0, 1]"),
-        (Params { min_p: f32::NAN, ..base }, "min_p: got NaN, wanted in [0, 1]"),
+        (SamplingParams { temperature: -1.0, ..base }, "temperature: got -1, wanted 0 or more"),
+        (
+            SamplingParams { temperature: f32::NAN, ..base },
+            "temperature: got NaN, wanted 0 or more",
+        ),
+        (
+            SamplingParams { temperature: f32::INFINITY, ..base },
+            "temperature: got inf, wanted 0 or more",
+        ),
+        (SamplingParams { top_p: 0.0, ..base }, "top_p: got 0, wanted in (0, 1]"),
+        (SamplingParams { top_p: 1.5, ..base }, "top_p: got 1.5, wanted in (0, 1]"),
+        (SamplingParams { top_p: f32::NAN, ..base }, "top_p: got NaN, wanted in (0, 1]"),
+        (SamplingParams { min_p: -0.5, ..base }, "min_p: got -0.5, wanted in [0, 1]"),
+        (SamplingParams { min_p: 1.5, ..base }, "min_p: got 1.5, wanted in [0, 1]"),
+        (SamplingParams { min_p: f32::NAN, ..base }, "min_p: got NaN, wanted in [0, 1]"),
     ] {
         assert_eq!(refusal(params.validate()), says);
         assert_eq!(refusal(next_of([1, 2, 1, 1, 4], &params)), says);
     }
-    assert!(Params::greedy().validate().is_ok() && base.validate().is_ok());
+    assert!(SamplingParams::greedy().validate().is_ok() && base.validate().is_ok());
     assert_refuses(
         "sample",
         "logits [2, 2] samples [2] positions [2] scratch [8]",
@@ -376,7 +388,7 @@ fn parameters_out_of_range_and_wrong_shapes_are_refused() {
 fn on_device<T: Element>(
     dev: &Device,
     logits: &[f32],
-    params: &Params,
+    params: &SamplingParams,
     at: &[Address],
 ) -> Vec<u32> {
     let logits: Vec<T> = logits.iter().map(|z| T::of(f64::from(*z))).collect();
@@ -406,14 +418,14 @@ fn on_device<T: Element>(
 /// bf16, by every filter and all together; and rows that have no distribution.
 #[test]
 fn kernels_draw_the_tokens_of_the_cpu() {
-    let base = Params::default();
+    let base = SamplingParams::default();
     let all = [
-        Params::greedy(),
+        SamplingParams::greedy(),
         base,
-        Params { temperature: 0.7, top_k: 5, ..base },
-        Params { temperature: 1.3, top_p: 0.8, ..base },
-        Params { min_p: 0.1, ..base },
-        Params { temperature: 0.8, top_k: 40, top_p: 0.9, min_p: 0.02 },
+        SamplingParams { temperature: 0.7, top_k: 5, ..base },
+        SamplingParams { temperature: 1.3, top_p: 0.8, ..base },
+        SamplingParams { min_p: 0.1, ..base },
+        SamplingParams { temperature: 0.8, top_k: 40, top_p: 0.9, min_p: 0.02 },
     ];
     sim::check(|sim| {
         // The largest by the greedy one and by all filters together only: simulated threads are
@@ -441,7 +453,7 @@ fn kernels_draw_the_tokens_of_the_cpu() {
 }
 
 /// With these lengths of tokens, logits, samples, positions and scratch.
-fn next_of(n: [usize; 5], params: &Params) -> warpo::Result<()> {
+fn next_of(n: [usize; 5], params: &SamplingParams) -> warpo::Result<()> {
     let ([logits, mut scratch], mut tokens) = (zeros([n[1], n[4]]), vec![0; n[0]]);
     let (samples, positions) = (vec![0; n[2]], vec![0; n[3]]);
     sample::next(

@@ -32,7 +32,7 @@ fn prompts(n: u64, vocab: usize) -> Vec<Prompt> {
     (0..n).map(|i| Prompt { sample: 100 + i, ids: ids(i) }).collect()
 }
 
-fn settings(sampling: sample::Params, max_new_tokens: usize) -> GenerationConfig {
+fn settings(sampling: sample::SamplingParams, max_new_tokens: usize) -> GenerationConfig {
     GenerationConfig { sampling, max_new_tokens, stop_ids: Vec::new(), stream: STREAM }
 }
 
@@ -87,11 +87,11 @@ fn logprobs<F: Float>(completions: &[Completion<F>]) -> Vec<F> {
     completions.iter().flat_map(|c| c.logprobs.clone()).collect()
 }
 
-const FILTERS: [sample::Params; 4] = [
-    sample::Params { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 },
-    sample::Params { temperature: 1.0, top_k: 5, top_p: 1.0, min_p: 0.0 },
-    sample::Params { temperature: 1.0, top_k: 0, top_p: 0.8, min_p: 0.0 },
-    sample::Params { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.1 },
+const FILTERS: [sample::SamplingParams; 4] = [
+    sample::SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 },
+    sample::SamplingParams { temperature: 1.0, top_k: 5, top_p: 1.0, min_p: 0.0 },
+    sample::SamplingParams { temperature: 1.0, top_k: 0, top_p: 0.8, min_p: 0.0 },
+    sample::SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.1 },
 ];
 
 /// In bf16 on every device: equal bits drawn as logits are made or from whole rows of them,
@@ -102,13 +102,14 @@ fn rollout_equals_training_on_a_device() {
         for name in ["gpt2", "llama"] {
             let model = Model::<bf16>::load(dev, &golden::path(name), Head::Lm, None).unwrap();
             let prompts = prompts(5, model.spec().vocab);
-            let all = sample::Params { temperature: 0.7, top_k: 40, top_p: 0.9, min_p: 0.01 };
+            let all =
+                sample::SamplingParams { temperature: 0.7, top_k: 40, top_p: 0.9, min_p: 0.01 };
             let mut drawn = Vec::new();
             for (sampling, slots, rows, per) in [
                 (FILTERS[0], 2, 41, 5),
                 (FILTERS[0], 5, 512, 1),
                 (all, 3, 64, 2),
-                (sample::Params::greedy(), 5, 37, 5),
+                (sample::SamplingParams::greedy(), 5, 37, 5),
             ] {
                 let settings = settings(sampling, 6);
                 let done = generate(dev, &model, &prompts, &settings, (slots, rows));
@@ -135,7 +136,8 @@ fn rows_in_vain_leave_no_trace_on_a_device() {
         let Device::Cuda(cuda) = dev else { unreachable!() };
         let model = Model::<bf16>::load(dev, &golden::path("llama"), Head::Lm, None).unwrap();
         let (prompts, most) = (prompts(9, model.spec().vocab), 6);
-        for filter in [FILTERS[0], sample::Params { top_k: 40, top_p: 0.95, ..FILTERS[0] }] {
+        for filter in [FILTERS[0], sample::SamplingParams { top_k: 40, top_p: 0.95, ..FILTERS[0] }]
+        {
             let free = generate(dev, &model, &prompts, &settings(filter, most), (5, 64));
             let mut settings = settings(filter, most);
             settings.stop_ids = (0..model.spec().vocab as u32).step_by(7).collect();
@@ -324,7 +326,7 @@ fn rollout_equals_training() {
         let prompts = prompts(12, model.spec().vocab);
         for temperature in [0.3, 0.6, 1.0, 1.7] {
             for filter in FILTERS {
-                let sampling = sample::Params { temperature, ..filter };
+                let sampling = sample::SamplingParams { temperature, ..filter };
                 let slots = [1, 2, 3, 7, 64][run % 5];
                 let rows = [1, 41, 64, 100, 512, 37][run % 6];
                 let settings = settings(sampling, 28);
@@ -375,7 +377,7 @@ fn samples_do_not_see_their_batch() {
     for name in ["gpt2", "llama_tied"] {
         let model = load::<f32>(name, Head::Lm);
         let prompts = prompts(9, model.spec().vocab);
-        let settings = settings(sample::Params { top_p: 0.9, ..FILTERS[0] }, 8);
+        let settings = settings(sample::SamplingParams { top_p: 0.9, ..FILTERS[0] }, 8);
         let want = generate(&Device::cpu(), &model, &prompts, &settings, (64, 4096));
         let sizes = [(1, 1), (2, 41), (3, 64), (7, 100), (64, 37)];
         let own = (1..=3).flat_map(|t| sizes.map(|s| (Device::Cpu(Cpu::new(t)), s)));
@@ -431,7 +433,7 @@ fn randomness_is_addressed_not_consumed() {
 fn greedy_tokens_are_the_likeliest() {
     let (dev, model) = (Device::cpu(), load::<f32>("gpt2", Head::Lm));
     let (prompts, vocab) = (prompts(8, model.spec().vocab), model.spec().vocab);
-    let greedy = sample::Params::greedy();
+    let greedy = sample::SamplingParams::greedy();
     let done = generate(&dev, &model, &prompts, &settings(greedy, 9), (3, 64));
     let train = trained(&dev, &model, &prompts, &done, 1.0, 8);
     assert_bits("log-probs", &logprobs(&done), &train);
@@ -475,7 +477,7 @@ fn what_a_slot_held_does_not_matter() {
     embedding[3 * h..4 * h].fill(f32::NAN); // token 3; the head is not tied
     let bad = |sample| Prompt { sample, ids: [vec![3; 20], vec![9; 20]].concat() };
     let good = |sample: u64| Prompt { sample, ids: (4..14 + sample as u32).collect() };
-    let greedy = settings(sample::Params::greedy(), 6);
+    let greedy = settings(sample::SamplingParams::greedy(), 6);
     let alone = generate(&dev, &model, &[good(1), good(2)], &greedy, (2, 64));
     assert!(logprobs(&alone).iter().all(|x| x.is_finite()));
     for slots in [1, 2, 3] {
@@ -533,7 +535,7 @@ fn what_does_not_fit_is_named() {
     );
     let none = Generator { slots: 0, ..generator };
     assert_eq!(fail(vec![1], none, &five), "slots of a generation: got 0, wanted at least one");
-    let cold = settings(sample::Params { temperature: -1.0, ..FILTERS[0] }, 5);
+    let cold = settings(sample::SamplingParams { temperature: -1.0, ..FILTERS[0] }, 5);
     assert_eq!(fail(vec![1], generator, &cold), "temperature: got -1, wanted 0 or more");
 }
 

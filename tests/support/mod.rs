@@ -76,8 +76,8 @@ pub fn room_on(dev: &Device, bytes: usize) -> Arena {
 }
 
 /// How tests draw, where a plan asks: on the CPU it needs the same room for all.
-pub const PARAMS: sample::Params =
-    sample::Params { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
+pub const PARAMS: sample::SamplingParams =
+    sample::SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 };
 
 /// A training pass that keeps all blocks.
 pub fn keep_all(entropy: bool) -> PassOptions {

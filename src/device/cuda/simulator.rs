@@ -46,7 +46,7 @@ static ALLOCATIONS: Mutex<()> = Mutex::new(());
 /// made to be missed: a copy to the device takes its bytes as late as a GPU may, and one to the
 /// host brings them as late.
 #[derive(Default)]
-struct Stream {
+struct SimulatedStream {
     /// Copies to the device since anything else was asked for: where to, where from, how many
     /// bytes.
     to_device: Vec<(NonNull<u8>, NonNull<u8>, usize)>,
@@ -62,9 +62,9 @@ struct Stream {
 
 // SAFETY: who asks for a copy promises that its memory stays until the copy is done, on whatever
 // thread.
-unsafe impl Send for Stream {}
+unsafe impl Send for SimulatedStream {}
 
-impl Stream {
+impl SimulatedStream {
     /// Does all but what the host waits for.
     fn advance(&mut self) {
         self.advance_by(self.to_device.len());
@@ -96,7 +96,7 @@ pub(super) struct Simulator {
     library: Library,
     order: Order,
     arch: Arch,
-    stream: Mutex<Stream>,
+    stream: Mutex<SimulatedStream>,
     /// Marks are nanoseconds since then.
     opened: Instant,
 }
@@ -115,7 +115,7 @@ impl Simulator {
         Ok(Self { library, order, arch, stream: Mutex::default(), opened: Instant::now() })
     }
 
-    fn under_way(&self) -> MutexGuard<'_, Stream> {
+    fn under_way(&self) -> MutexGuard<'_, SimulatedStream> {
         self.stream.lock().unwrap_or_else(PoisonError::into_inner)
     }
 

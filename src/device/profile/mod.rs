@@ -24,7 +24,7 @@ use super::clock::{Clock, Mark};
 use crate::error::Result;
 
 pub use report::{KernelRow, OpRow, Peaks, PhaseRow, Report};
-use trace::{Event, Track};
+use trace::{TraceEvent, Track};
 
 /// Kernels whose events are kept before they are read: then the host waits for the device once.
 const BATCH: usize = 8192;
@@ -111,11 +111,11 @@ struct Inner {
     /// Whether a tool of NVIDIA's may want the names.
     nvtx: bool,
     start: Instant,
-    state: Mutex<State>,
+    state: Mutex<Recorded>,
 }
 
 #[derive(Default)]
-struct State {
+struct Recorded {
     threads: HashMap<ThreadId, Thread>,
     spans: BTreeMap<(Kind, &'static str), Total>,
     /// By op and kernel.
@@ -126,7 +126,7 @@ struct State {
     /// Spans that ended since the batch began, for the device's track.
     closed: Vec<Open>,
     launched: usize,
-    trace: Vec<Event>,
+    trace: Vec<TraceEvent>,
     dropped: u64,
 }
 
@@ -212,7 +212,7 @@ impl Profile {
         self.0.start.elapsed().as_secs_f64()
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
+    fn state(&self) -> MutexGuard<'_, Recorded> {
         self.0.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
@@ -270,7 +270,7 @@ impl Profile {
             state.spans.entry((Kind::Phase, phase)).or_default().busy += seconds;
         }
         let Open { kind, name, work, began, .. } = open;
-        state.keep(Event::new(kind, name, Track::Host(number), (began, now), work));
+        state.keep(TraceEvent::new(kind, name, Track::Host(number), (began, now), work));
         if last > open.first {
             state.closed.push(Open { last, ..open });
         }
@@ -333,7 +333,7 @@ impl Profile {
     }
 
     /// With the times of all kernels.
-    fn resolved(&self) -> Result<MutexGuard<'_, State>> {
+    fn resolved(&self) -> Result<MutexGuard<'_, Recorded>> {
         let mut state = self.state();
         if let Some(clock) = &self.0.clock {
             state.resolve(&**clock)?;
@@ -351,7 +351,7 @@ impl Drop for Inner {
     }
 }
 
-impl State {
+impl Recorded {
     /// What this thread has begun.
     fn thread(&mut self) -> &mut Thread {
         let number = self.threads.len() + 1;
@@ -362,7 +362,7 @@ impl State {
         thread
     }
 
-    fn keep(&mut self, event: Event) {
+    fn keep(&mut self, event: TraceEvent) {
         if self.trace.len() < EVENTS {
             self.trace.push(event);
         } else {
@@ -398,9 +398,11 @@ impl State {
             open.on_device = on_device(open);
         }
         let closed = std::mem::take(&mut self.closed);
-        let spans: Vec<Event> = closed
+        let spans: Vec<TraceEvent> = closed
             .iter()
-            .filter_map(|o| Some(Event::new(o.kind, o.name, Track::Device, on_device(o)?, o.work)))
+            .filter_map(|o| {
+                Some(TraceEvent::new(o.kind, o.name, Track::Device, on_device(o)?, o.work))
+            })
             .collect();
         spans.into_iter().for_each(|event| self.keep(event));
         let batch = std::mem::take(&mut self.batch);
@@ -414,7 +416,7 @@ impl State {
                     self.spans.entry((kind, name)).or_default().busy += seconds;
                 }
             }
-            self.keep(Event::new(Kind::Kernel, k.name, Track::Device, time, Work::default()));
+            self.keep(TraceEvent::new(Kind::Kernel, k.name, Track::Device, time, Work::default()));
         }
         self.batch = batch;
         self.forget(clock);

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use super::{Kind, State, Total, Work};
+use super::{Kind, Recorded, Total, Work};
 
 /// What a device can do at most: a GPU by its data sheet, a CPU as measured.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -99,7 +99,7 @@ pub(super) fn report(
     peaks: Option<Peaks>,
     seconds: f64,
     cuda: bool,
-    state: &State,
+    state: &Recorded,
 ) -> Report {
     let mut ops: Vec<OpRow> = Vec::new();
     let mut phases = Vec::new();

@@ -30,7 +30,7 @@ impl Track {
 }
 
 /// Whole nanoseconds, so that what is inside of something is so in the file, too.
-pub(super) struct Event {
+pub(super) struct TraceEvent {
     kind: Kind,
     name: &'static str,
     track: Track,
@@ -39,7 +39,7 @@ pub(super) struct Event {
     work: Work,
 }
 
-impl Event {
+impl TraceEvent {
     pub(super) fn new(
         kind: Kind,
         name: &'static str,
@@ -69,7 +69,12 @@ impl Event {
 }
 
 /// Writes all events, in order of their tracks and times.
-pub(super) fn write(path: &Path, device: &str, events: &mut [Event], dropped: u64) -> Result<()> {
+pub(super) fn write(
+    path: &Path,
+    device: &str,
+    events: &mut [TraceEvent],
+    dropped: u64,
+) -> Result<()> {
     // What contains another event comes before it, where both begin at once.
     events.sort_by_key(|e| (e.track, e.start, Reverse(e.end), e.kind));
     let mut tracks: Vec<Track> = events.iter().map(|e| e.track).collect();
@@ -88,7 +93,7 @@ pub(super) fn write(path: &Path, device: &str, events: &mut [Event], dropped: u6
         let about = json!({ "device": device, "dropped": dropped });
         write!(file, "{{\"otherData\":{about},\"traceEvents\":[")?;
         let mut comma = "";
-        for event in names.chain(events.iter().map(Event::json)) {
+        for event in names.chain(events.iter().map(TraceEvent::json)) {
             write!(file, "{comma}\n{event}")?;
             comma = ",";
         }

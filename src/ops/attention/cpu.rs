@@ -81,7 +81,7 @@ pub(super) fn forward<F: Float>(
             let ids = &list[s.pages.start as usize..s.pages.end as usize];
             while r < end {
                 let n = (end - r).min(TILE);
-                let tile = Tile {
+                let tile = RowTile {
                     qkv: &qkv[r * shape.qkv_cols()..],
                     rows: n,
                     first: s.first as usize + r - own.start,
@@ -97,14 +97,14 @@ pub(super) fn forward<F: Float>(
 }
 
 /// Up to [`TILE`] rows of one sequence.
-struct Tile<'a, F> {
+struct RowTile<'a, F> {
     qkv: &'a [F],
     rows: usize,
     /// Position of the first row.
     first: usize,
 }
 
-impl<F: Float> Tile<'_, F> {
+impl<F: Float> RowTile<'_, F> {
     #[allow(clippy::too_many_arguments)]
     fn run(
         &self,

@@ -1,6 +1,6 @@
 //! The LM head on the CPU: tiles of rows visit the vocabulary chunk by chunk.
 
-use super::{CHUNK, Forward, OutputRows, Settings, Slopes, width};
+use super::{CHUNK, Forward, LogitSettings, OutputRows, Slopes, width};
 use crate::{
     device::{
         Element, Float, View, ViewMut,
@@ -25,7 +25,7 @@ pub(super) fn forward<F: Float>(
     panels: &[F],
     (vocab, d): (usize, usize),
     targets: &[u32],
-    settings: Settings<F>,
+    settings: LogitSettings<F>,
     scratch: ViewMut<'_, F>,
 ) {
     let (rows, width, scale) = (targets.len(), width(vocab), settings.scale());
@@ -57,7 +57,7 @@ pub(super) fn from_logits<F: Float>(
     out: OutputRows<'_, F>,
     logits: &[F],
     targets: &[u32],
-    settings: Settings<F>,
+    settings: LogitSettings<F>,
 ) {
     let (rows, scale) = (targets.len(), settings.scale());
     let vocab = logits.len().checked_div(rows).unwrap_or(0);
@@ -126,7 +126,7 @@ pub(super) fn backward<T: Element>(
 }
 
 /// The parts of [`OutputRows`] that a task gets.
-type Parts<'a, F> = (&'a mut [F], &'a mut [F], Option<&'a mut [F]>);
+type ChunkSlices<'a, F> = (&'a mut [F], &'a mut [F], Option<&'a mut [F]>);
 
 /// Running log-sum-exp of a row.
 #[derive(Clone, Copy)]
@@ -155,7 +155,7 @@ impl<F: Float> Online<F> {
         self.top + self.sum.ln()
     }
 
-    pub(super) fn finish(&self, (logp, lse, entropy): &mut Parts<'_, F>, row: usize) {
+    pub(super) fn finish(&self, (logp, lse, entropy): &mut ChunkSlices<'_, F>, row: usize) {
         lse[row] = self.lse();
         logp[row] = self.target - lse[row];
         if let Some(entropy) = entropy {
@@ -165,7 +165,7 @@ impl<F: Float> Online<F> {
 }
 
 /// `cap tanh(x / cap)`, if there is a cap.
-pub(super) fn bend<F: Float>(isa: Isa, x: &mut [F], settings: Settings<F>) {
+pub(super) fn bend<F: Float>(isa: Isa, x: &mut [F], settings: LogitSettings<F>) {
     if let Some(cap) = settings.softcap {
         bend_by(isa, x, cap, settings.inverse());
     }

@@ -1,7 +1,7 @@
 //! The LM head on a CUDA device: chunks of the vocabulary by tiles of rows, then the chunks of each
 //! row.
 
-use super::{CHUNK, Forward, Outputs, PARTIAL, SLICE, Settings, Slopes, slice, sm80, sm90};
+use super::{CHUNK, Forward, LogitSettings, Outputs, PARTIAL, SLICE, Slopes, slice, sm80, sm90};
 use crate::{
     device::{
         Arch, Cuda, Device, Element, View, ViewMut,
@@ -17,7 +17,7 @@ pub(super) fn forward<T: Element>(
     h: View<'_, T>,
     w: Weight<'_, T>,
     targets: View<'_, u32>,
-    (settings, scratch): (Settings<T::Acc>, ViewMut<'_, T::Acc>),
+    (settings, scratch): (LogitSettings<T::Acc>, ViewMut<'_, T::Acc>),
 ) -> Result<()> {
     let (rows, vocab, d) = (targets.len(), w.n(), w.k());
     let mut partial = scratch.range(0..rows * vocab.div_ceil(CHUNK) * PARTIAL);

@@ -37,19 +37,19 @@ const WAVE: usize = 16_384;
 
 /// How logits are made of the products `h Wᵀ`.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub struct Settings<F> {
+pub struct LogitSettings<F> {
     pub temperature: F,
     /// Bounds them before: `cap tanh(x / cap)`.
     pub softcap: Option<F>,
 }
 
-impl<F: Float> Default for Settings<F> {
+impl<F: Float> Default for LogitSettings<F> {
     fn default() -> Self {
         Self::at(F::ONE)
     }
 }
 
-impl<F: Float> Settings<F> {
+impl<F: Float> LogitSettings<F> {
     pub fn at(temperature: F) -> Self {
         Self { temperature, softcap: None }
     }
@@ -128,7 +128,7 @@ pub fn forward<'a, T: Element>(
     h: View<'_, T>,
     w: impl Into<Weight<'a, T>>,
     targets: View<'_, u32>,
-    settings: Settings<T::Acc>,
+    settings: LogitSettings<T::Acc>,
     scratch: ViewMut<'_, T::Acc>,
 ) -> Result<()> {
     const OP: &str = "logprob";
@@ -170,7 +170,7 @@ pub fn from_logits<T: Element>(
     entropy: Option<ViewMut<'_, T::Acc>>,
     logits: View<'_, T>,
     targets: View<'_, u32>,
-    settings: Settings<T::Acc>,
+    settings: LogitSettings<T::Acc>,
 ) -> Result<()> {
     const OP: &str = "logprob::from_logits";
     let rows = targets.len();
@@ -213,7 +213,7 @@ pub struct Forward<'a, T: Element> {
     /// As [`forward`] wrote it, `[rows]`; read with `dentropy`.
     pub entropy: Option<View<'a, T::Acc>>,
     /// As given to [`forward`].
-    pub settings: Settings<T::Acc>,
+    pub settings: LogitSettings<T::Acc>,
 }
 
 impl<T: Element> Forward<'_, T> {

@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::{
-    CHUNK, PARTIAL, Settings, WAVE,
+    CHUNK, LogitSettings, PARTIAL, WAVE,
     cpu::{Online, TILE, bend},
     sm80, sm90, width,
 };
@@ -101,7 +101,7 @@ pub fn sample<'a, T: Element>(
     mut out: Sampled<'_, T::Acc>,
     h: View<'_, T>,
     w: impl Into<Weight<'a, T>>,
-    settings: Settings<T::Acc>,
+    settings: LogitSettings<T::Acc>,
     draws: Draws<'_>,
     scratch: ViewMut<'_, T::Acc>,
 ) -> Result<()> {
@@ -158,7 +158,7 @@ fn on_cpu<F: Float>(
     h: &[F],
     panels: &[F],
     (vocab, d): (usize, usize),
-    settings: Settings<F>,
+    settings: LogitSettings<F>,
     draws: Draws<'_>,
     scratch: ViewMut<'_, F>,
 ) {
@@ -211,7 +211,7 @@ fn on_cuda<T: Element>(
     out: Sampled<'_, T::Acc>,
     h: View<'_, T>,
     w: Weight<'_, T>,
-    settings: Settings<T::Acc>,
+    settings: LogitSettings<T::Acc>,
     draws: Draws<'_>,
     scratch: ViewMut<'_, T::Acc>,
 ) -> Result<()> {

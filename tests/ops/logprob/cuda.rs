@@ -4,7 +4,7 @@ use warpo::{
     Result,
     device::{Buffer, Device, Element, Float, cuda::Order},
     ops::{
-        logprob::{self, Settings},
+        logprob::{self, LogitSettings},
         matmul::Packed,
     },
 };
@@ -25,8 +25,8 @@ struct Gathered {
 }
 
 impl Gathered {
-    fn settings<F: Float>(&self) -> Settings<F> {
-        Settings { temperature: F::of(0.75), softcap: self.softcap.map(F::of) }
+    fn settings<F: Float>(&self) -> LogitSettings<F> {
+        LogitSettings { temperature: F::of(0.75), softcap: self.softcap.map(F::of) }
     }
 }
 
@@ -115,7 +115,7 @@ impl Case for Given {
         let (z, targets) = (lab.rows::<T>("z", rows, vocab), lab.ids("targets", rows, vocab));
         let [mut logp, mut lse, mut entropy] = [(); 3].map(|()| lab.room::<T::Acc>(rows));
         let softcap = self.softcap.map(Element::of);
-        let settings = Settings { temperature: Element::of(0.75), softcap };
+        let settings = LogitSettings { temperature: Element::of(0.75), softcap };
         let (logp_, lse_, entropy_) = (logp.view_mut(), lse.view_mut(), Some(entropy.view_mut()));
         let (z, targets) = (z.view(), targets.view());
         logprob::from_logits(lab.dev(), logp_, lse_, entropy_, z, targets, settings)?;
@@ -154,7 +154,7 @@ fn on_kernels(dev: &Device, h: &[f64], w: &[f64], targets: &[u32]) -> [Vec<f32>;
     let [mut logp, mut lse, mut entropy] = [(); 3].map(|()| room(rows));
     let mut scratch =
         room(logprob::scratch_len(rows, vocab).max(logprob::backward_scratch_len(rows, vocab, d)));
-    let settings = Settings::default();
+    let settings = LogitSettings::default();
     let (a, b, c) = (logp.view_mut(), lse.view_mut(), Some(entropy.view_mut()));
     let (x, t, s) = (h.view(), targets.view(), scratch.view_mut());
     logprob::forward(dev, a, b, c, x, &packed, t, settings, s).unwrap();

@@ -4,7 +4,7 @@ use warpo::{
     Error, Result,
     device::{Buffer, Device, Element, Float, cuda::Order},
     ops::{
-        logprob::{self, CHUNK, Draws, Sampled, Settings, Top},
+        logprob::{self, CHUNK, Draws, LogitSettings, Sampled, Top},
         matmul::Packed,
     },
     rng::{Purpose, Stream},
@@ -21,7 +21,7 @@ fn sample<F: Float>(
     dev: &Device,
     h: &[F],
     head: &Head<F>,
-    settings: Settings<F>,
+    settings: LogitSettings<F>,
     stream: Option<Stream>,
     samples: &[u64],
 ) -> (Vec<u32>, Vec<F>) {
@@ -36,7 +36,7 @@ fn sample_top<F: Float>(
     dev: &Device,
     h: &[F],
     head: &Head<F>,
-    settings: Settings<F>,
+    settings: LogitSettings<F>,
     stream: Option<Stream>,
     samples: &[u64],
     k: usize,
@@ -66,7 +66,7 @@ const STREAM: Stream = Stream { seed: 11, step: 3, purpose: Purpose::Sample };
 fn tokens_are_drawn_from_the_distribution() {
     let (dev, vocab, n) = (Device::cpu(), 17, 20_000);
     let z: Vec<f64> = randn("z", vocab);
-    let settings = Settings { temperature: 0.8, softcap: Some(2.0) };
+    let settings = LogitSettings { temperature: 0.8, softcap: Some(2.0) };
     let ids: Vec<u64> = (0..n as u64).collect();
     let (h, head) = (z.repeat(n), Head::identity(vocab));
     let (tokens, logp) = sample(&dev, &h, &head, settings, Some(STREAM), &ids);
@@ -85,7 +85,7 @@ fn tokens_are_drawn_from_the_distribution() {
 fn sampled_tokens_do_not_see_their_batch() {
     let (rows, vocab, d) = (50, 2500, 7);
     let (h, w): (Vec<f32>, Vec<f32>) = (randn("h", rows * d), randn("w", vocab * d));
-    let settings = Settings { temperature: 0.8, softcap: Some(3.0) };
+    let settings = LogitSettings { temperature: 0.8, softcap: Some(3.0) };
     let ids: Vec<u64> = (0..rows as u64).map(|r| r << 33 | 7).collect();
     for stream in [None, Some(STREAM)] {
         for dev in devices() {
@@ -101,7 +101,8 @@ fn sampled_tokens_do_not_see_their_batch() {
     }
     // Of equals the lowest id.
     let flat = Head::new(&Device::cpu(), &[0.0f32; 9], 9);
-    let (tokens, logp) = sample(&Device::cpu(), &[1.0], &flat, Settings::default(), None, &[1]);
+    let (tokens, logp) =
+        sample(&Device::cpu(), &[1.0], &flat, LogitSettings::default(), None, &[1]);
     assert_eq!((tokens, logp), (vec![0], vec![-(9f32.ln())]));
 }
 
@@ -129,7 +130,7 @@ fn sorted(h: &[f64], w: &[f64], d: usize, k: usize) -> Vec<u32> {
 
 #[test]
 fn the_top_is_that_of_a_sorted_row() {
-    let (rows, d, settings) = (50, 2, Settings::at(0.5f32));
+    let (rows, d, settings) = (50, 2, LogitSettings::at(0.5f32));
     let ids: Vec<u64> = (0..rows as u64).collect();
     for vocab in [1, 5, 33, CHUNK - 1, CHUNK, CHUNK + 1, 2 * CHUNK + 40] {
         let (h, mut w) = (quarters("h", rows * d), quarters("w", vocab * d));
@@ -160,11 +161,12 @@ fn the_top_is_that_of_a_sorted_row() {
     // Of the next wave too.
     let (h, w, ids) = (quarters("h", 4099), quarters("w", 5), vec![7; 4099]);
     let head = Head::new(&devices()[1], &w, 5);
-    let (_, (tokens, _)) = sample_top(&devices()[1], &h, &head, Settings::at(1.0), None, &ids, 2);
+    let (_, (tokens, _)) =
+        sample_top(&devices()[1], &h, &head, LogitSettings::at(1.0), None, &ids, 2);
     assert_eq!(tokens, sorted(&h, &w, 1, 2));
     // 2/4, 1/4, 1/4
     let head = Head::<f64>::identity(3);
-    let (z, of_all) = ([0.0, 2f64.ln(), 0.0], Settings::default());
+    let (z, of_all) = ([0.0, 2f64.ln(), 0.0], LogitSettings::default());
     let (_, (tokens, logp)) = sample_top(&Device::cpu(), &z, &head, of_all, None, &[1], 3);
     assert_eq!(tokens, [1, 0, 2]);
     assert_close("logp", &logp, &[0.5f64.ln(), 0.25f64.ln(), 0.25f64.ln()], 1e-15, 0.0);
@@ -189,24 +191,24 @@ fn bad_input_of_a_draw_is_refused() {
         logprob::sample(&dev, out, h, &head.packed, settings, draws, scratch)
     };
     let run = |n, settings| run_top(n, settings, 2);
-    run(good, Settings::default()).unwrap();
+    run(good, LogitSettings::default()).unwrap();
     let names =
         ["h", "logp", "lse", "h", "samples", "positions", "scratch", "top tokens", "top logp"];
     for (i, name) in names.iter().enumerate() {
         let mut n = good;
         n[i] -= 1;
-        let e = refusal(run(n, Settings::default()));
+        let e = refusal(run(n, LogitSettings::default()));
         assert!(e.starts_with(&format!("logprob::sample: `{name}` has shape [")), "{i}: {e}");
     }
     for (temperature, softcap, name) in
         [(0.0, None, "temperature"), (1.0, Some(-1.0), "soft-cap of logits")]
     {
-        let e = refusal(run(good, Settings { temperature, softcap }));
+        let e = refusal(run(good, LogitSettings { temperature, softcap }));
         assert!(e.starts_with(&format!("logprob::sample: {name}: got ")), "{e}");
         assert!(e.ends_with("wanted a positive number"), "{e}");
     }
     for k in [0, 4] {
-        let e = refusal(run_top(good, Settings::default(), k));
+        let e = refusal(run_top(good, LogitSettings::default(), k));
         assert_eq!(e, format!("logprob::sample: top k: got {k}, wanted 1 to 3"));
     }
     let head = Head::new(&dev, &[1.0f32; 40], 40);
@@ -216,14 +218,14 @@ fn bad_input_of_a_draw_is_refused() {
     let top = Some(Top { k: 33, tokens: ids[..].as_mut().into(), logp: best });
     let out = Sampled { tokens: tokens[..].as_mut().into(), logp, lse, top };
     let draws = Draws { stream: None, samples: [0][..].into(), positions: [0][..].into() };
-    let (h, settings) = ([1.0][..].into(), Settings::default());
+    let (h, settings) = ([1.0][..].into(), LogitSettings::default());
     let e = refusal(logprob::sample(&dev, out, h, &head.packed, settings, draws, scratch));
     assert_eq!(e, "logprob::sample: top k: got 33, wanted 1 to 32");
 }
 
 #[test]
 fn a_nan_has_a_token_but_no_log_prob() {
-    let (dev, settings) = (Device::cpu(), Settings::at(0.9));
+    let (dev, settings) = (Device::cpu(), LogitSettings::at(0.9));
     let (mut h, w): (Vec<f32>, Vec<f32>) = (randn("h", 20), randn("w", 33 * 4));
     let (head, ids) = (Head::new(&dev, &w, 33), [1, 2, 3, 4, 5]);
     let (tokens, clean) = sample(&dev, &h, &head, settings, Some(STREAM), &ids);
@@ -262,7 +264,7 @@ fn drawn_on<T: Element>(
     let out = Sampled { tokens: tokens_, logp: logp_, lse: lse_, top };
     let (samples, positions) = (samples.view(), positions.view());
     let draws = Draws { stream: Some(STREAM), samples, positions };
-    let (settings, h, room) = (Settings::at(Element::of(4.0)), h.view(), scratch.view_mut());
+    let (settings, h, room) = (LogitSettings::at(Element::of(4.0)), h.view(), scratch.view_mut());
     logprob::sample(dev, out, h, &packed, settings, draws, room).unwrap();
     let both = |ids: &Buffer<'_, u32>, x: &Buffer<'_, T::Acc>| {
         (dev.read(ids.view()).unwrap(), dev.read(x.view()).unwrap())
@@ -333,7 +335,7 @@ impl Case for Drawn {
         let Self { rows, vocab, d, softcap, greedy, k } = *self;
         let (dev, number) = (lab.dev(), <T::Acc as Element>::of);
         let (h, w) = (lab.rows::<T>("h", rows, d), lab.input::<T>("w", vocab * d));
-        let settings = Settings { temperature: number(0.75), softcap: softcap.map(number) };
+        let settings = LogitSettings { temperature: number(0.75), softcap: softcap.map(number) };
         let mut packed = Packed::new(dev, vocab, d)?;
         packed.pack(dev, w.view())?;
         let samples: Vec<u64> = dev
