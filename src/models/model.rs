@@ -37,7 +37,7 @@ pub struct Master<'a, F> {
 
 /// A transformer with its head, which computes in `T`: f32 or f64 on the CPU, bf16 on a CUDA
 /// device. Only this file knows how the weights are kept; all else asks for a [`Linear`], a
-/// [`NormLayer`] or a tensor.
+/// `NormLayer` or a tensor.
 #[derive(Debug)]
 pub struct Model<T: Element> {
     family: &'static Family,

@@ -4,7 +4,7 @@ use warpo::device::{
     Cpu, Float,
     cpu::{
         Isa,
-        gemm::{self, Lhs, Rhs},
+        gemm::{self, Lhs, Product, Rhs},
     },
 };
 
@@ -49,10 +49,20 @@ fn all_forms<F: Float>(sizes: &[(usize, usize, usize)]) {
                     ] {
                         let what = format!("{m}x{n}x{k} {name} add={add} at={at} {dev:?}");
                         let mut c = c0.clone();
-                        gemm::product(cpu, &mut c, n, (m, n, k), lhs, rhs, add, None);
+                        gemm::product(
+                            cpu,
+                            &mut c,
+                            n,
+                            Product::new((m, n, k), lhs, rhs).continuing(add),
+                        );
                         assert_bits(&what, &c, want);
                         let mut c = c0.clone();
-                        gemm::serial(cpu.isa(), &mut c, n, (m, n, k), lhs, rhs, add);
+                        gemm::serial(
+                            cpu.isa(),
+                            &mut c,
+                            n,
+                            Product::new((m, n, k), lhs, rhs).continuing(add),
+                        );
                         assert_bits(&what, &c, want);
                     }
                 }
@@ -83,14 +93,14 @@ fn rows_do_not_see_their_batch() {
     let mut want = vec![0.0; 200 * n];
     let b = Rhs::Columns { data: &w, ld: k };
     let cpu = Cpu::with_isa(1, Isa::portable());
-    gemm::product(&cpu, &mut want, n, (200, n, k), Lhs::rows(&x, k), b, false, None);
+    gemm::product(&cpu, &mut want, n, Product::new((200, n, k), Lhs::rows(&x, k), b));
     for dev in devices() {
         let cpu = dev.on_cpu("gemm").unwrap();
         for m in [1, 2, 3, 5, 8, 11, 12, 13, 31, 48, 49, 100] {
             let from = 200 - m; // rows at the end, so that tiles start elsewhere
             let mut c = vec![0.0; m * n];
             let a = Lhs::rows(&x[from * k..], k);
-            gemm::product(cpu, &mut c, n, (m, n, k), a, b, false, None);
+            gemm::product(cpu, &mut c, n, Product::new((m, n, k), a, b));
             assert_bits(&format!("m={m} {dev:?}"), &c, &want[from * n..]);
         }
     }

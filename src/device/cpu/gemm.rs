@@ -195,23 +195,36 @@ fn pack_columns<F: Float>(panel: &mut [F], w: &[F], ld: usize, k: usize, nc: usi
     }
 }
 
-/// `C(i, j) (+)= sum_k A(i, k) B(k, j)`, `C(i, j) = c[i * ldc + j]`, on all threads. `add`
-/// continues the chain from C, else it starts at 0. Then `bias` `[n]` is added, if any.
+/// `C(i, j) (+)= sum_k A(i, k) B(k, j)`, where C is `[m, n]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Product<'a, F> {
+    /// m, n, k
+    pub sizes: (usize, usize, usize),
+    pub a: Lhs<'a, F>,
+    pub b: Rhs<'a, F>,
+    /// Continues the chain from C; without, it starts at 0.
+    pub add: bool,
+    /// `[n]`, added to the sums.
+    pub bias: Option<&'a [F]>,
+}
+
+impl<'a, F> Product<'a, F> {
+    pub fn new(sizes: (usize, usize, usize), a: Lhs<'a, F>, b: Rhs<'a, F>) -> Self {
+        Self { sizes, a, b, add: false, bias: None }
+    }
+
+    pub fn continuing(self, add: bool) -> Self {
+        Self { add, ..self }
+    }
+}
+
+/// `C(i, j) = c[i * ldc + j]` on all threads.
 ///
 /// # Panics
 /// If a slice is too short for the sizes.
-#[allow(clippy::too_many_arguments)]
-pub fn product<F: Float>(
-    cpu: &Cpu,
-    c: &mut [F],
-    ldc: usize,
-    (m, n, k): (usize, usize, usize),
-    a: Lhs<'_, F>,
-    b: Rhs<'_, F>,
-    add: bool,
-    bias: Option<&[F]>,
-) {
-    check(c, ldc, (m, n, k), a, b, bias);
+pub fn product<F: Float>(cpu: &Cpu, c: &mut [F], ldc: usize, product: Product<'_, F>) {
+    check(c, ldc, &product);
+    let Product { sizes: (m, n, k), a, b, .. } = product;
     let out = Out { c: c.as_mut_ptr(), ldc };
     let panels = n.div_ceil(NR);
     // A task below about 10^5 multiply-adds costs more to hand over than to run.
@@ -224,7 +237,7 @@ pub fn product<F: Float>(
         let (i0, i1) = (tm * rows, ((tm + 1) * rows).min(m));
         let (p0, p1) = (tn * per, ((tn + 1) * per).min(panels));
         // SAFETY: `check` bounds C, A and B; tasks own disjoint rectangles of C.
-        unsafe { block(cpu.isa(), &out, (i0, i1), (p0, p1), (n, k), a, b, add, bias) };
+        unsafe { block(cpu.isa(), &out, (i0, i1), (p0, p1), &product) };
     });
 }
 
@@ -261,29 +274,16 @@ fn block_rows<F>(a: Lhs<'_, F>, b: Rhs<'_, F>) -> usize {
 ///
 /// # Panics
 /// If a slice is too short for the sizes.
-pub fn serial<F: Float>(
-    isa: Isa,
-    c: &mut [F],
-    ldc: usize,
-    (m, n, k): (usize, usize, usize),
-    a: Lhs<'_, F>,
-    b: Rhs<'_, F>,
-    add: bool,
-) {
-    check(c, ldc, (m, n, k), a, b, None);
+pub fn serial<F: Float>(isa: Isa, c: &mut [F], ldc: usize, product: Product<'_, F>) {
+    check(c, ldc, &product);
+    let (m, n, _) = product.sizes;
     let out = Out { c: c.as_mut_ptr(), ldc };
     // SAFETY: `check` bounds C, A and B, and `c` is borrowed exclusively.
-    unsafe { block(isa, &out, (0, m), (0, n.div_ceil(NR)), (n, k), a, b, add, None) };
+    unsafe { block(isa, &out, (0, m), (0, n.div_ceil(NR)), &product) };
 }
 
-fn check<F: Float>(
-    c: &[F],
-    ldc: usize,
-    (m, n, k): (usize, usize, usize),
-    a: Lhs<'_, F>,
-    b: Rhs<'_, F>,
-    bias: Option<&[F]>,
-) {
+fn check<F: Float>(c: &[F], ldc: usize, product: &Product<'_, F>) {
+    let Product { sizes: (m, n, k), a, b, bias, .. } = *product;
     if m == 0 || n == 0 {
         return;
     }
@@ -311,18 +311,14 @@ unsafe impl<F: Send> Sync for Out<F> {}
 ///
 /// # Safety
 /// [`check`] passed, and nobody else touches that rectangle.
-#[allow(clippy::too_many_arguments)]
 unsafe fn block<F: Float>(
     isa: Isa,
     out: &Out<F>,
     (i0, i1): (usize, usize),
     (p0, p1): (usize, usize),
-    (n, k): (usize, usize),
-    a: Lhs<'_, F>,
-    b: Rhs<'_, F>,
-    add: bool,
-    bias: Option<&[F]>,
+    product: &Product<'_, F>,
 ) {
+    let Product { sizes: (_, n, k), a, b, add, bias } = *product;
     let m = i1 - i0;
     if m == 0 || n == 0 {
         return;

@@ -8,7 +8,7 @@ use crate::{
         Float,
         cpu::{
             Cpu, Isa,
-            gemm::{self, Lhs, NR, Rhs},
+            gemm::{self, Lhs, NR, Product, Rhs},
             math,
         },
     },
@@ -85,11 +85,12 @@ pub(super) fn forward<F: Float>(
                     qkv: &qkv[r * shape.qkv_cols()..],
                     rows: n,
                     first: s.first as usize + r - own.start,
+                    shape,
                 };
                 let at = r - range.start;
                 let out = &mut out[at * cols..(at + n) * cols];
                 let lse = &mut lse[at * shape.q_heads..(at + n) * shape.q_heads];
-                tile.run(cpu.isa(), out, lse, k, v, ids, shape);
+                tile.run(cpu.isa(), out, lse, k, v, ids);
                 r += n;
             }
         }
@@ -102,20 +103,12 @@ struct RowTile<'a, F> {
     rows: usize,
     /// Position of the first row.
     first: usize,
+    shape: &'a Shape,
 }
 
 impl<F: Float> RowTile<'_, F> {
-    #[allow(clippy::too_many_arguments)]
-    fn run(
-        &self,
-        isa: Isa,
-        out: &mut [F],
-        lse: &mut [F],
-        k: &[F],
-        v: &[F],
-        ids: &[u32],
-        shape: &Shape,
-    ) {
+    fn run(&self, isa: Isa, out: &mut [F], lse: &mut [F], k: &[F], v: &[F], ids: &[u32]) {
+        let shape = self.shape;
         let (d, cols, panels) = (shape.head_dim, shape.q_heads * shape.head_dim, shape.v_panels());
         let (end, begin) = (self.first + self.rows, shape.sees_from(self.first) / PAGE);
         let bend = Bend::of(shape);
@@ -129,7 +122,7 @@ impl<F: Float> RowTile<'_, F> {
                 let mut s = [F::ZERO; TILE * PAGE];
                 let keys = &k[id * shape.k_page() + g * d * PAGE..][..d * PAGE];
                 let sizes = (self.rows, PAGE, d);
-                gemm::serial(isa, &mut s, PAGE, sizes, q, Rhs::Packed(keys), false);
+                gemm::serial(isa, &mut s, PAGE, Product::new(sizes, q, Rhs::Packed(keys)));
                 for r in 0..self.rows {
                     let (at, position) = (p * PAGE, self.first + r);
                     let from = shape.sees_from(position).saturating_sub(at);
@@ -146,7 +139,12 @@ impl<F: Float> RowTile<'_, F> {
                     let values = Rhs::Packed(&v[at..at + seen * NR]);
                     let c = &mut out[h * d + panel * NR..];
                     let sizes = (self.rows, nc, seen);
-                    gemm::serial(isa, c, cols, sizes, Lhs::rows(&s, PAGE), values, p > begin);
+                    gemm::serial(
+                        isa,
+                        c,
+                        cols,
+                        Product::new(sizes, Lhs::rows(&s, PAGE), values).continuing(p > begin),
+                    );
                 }
             }
             for r in 0..self.rows {
@@ -307,10 +305,15 @@ impl<F: Float> BackwardSlices<'_, F> {
                     let out = &self.out[row * out_cols + head * d..];
                     let (mut p, mut ds) = ([F::ZERO; BACK * NR], [F::ZERO; BACK * NR]);
                     let panel = Rhs::Packed(&k_panel[..d * NR]);
-                    gemm::serial(isa, &mut p, NR, (m, NR, d), Lhs::rows(q, cols), panel, false);
+                    gemm::serial(
+                        isa,
+                        &mut p,
+                        NR,
+                        Product::new((m, NR, d), Lhs::rows(q, cols), panel),
+                    );
                     let panel = Rhs::Packed(&v_panel[..d * NR]);
                     let lhs = Lhs::rows(dout, out_cols);
-                    gemm::serial(isa, &mut ds, NR, (m, NR, d), lhs, panel, false);
+                    gemm::serial(isa, &mut ds, NR, Product::new((m, NR, d), lhs, panel));
                     for r in 0..m {
                         let lse = self.lse[(row + r) * shape.q_heads + head];
                         let position = first + i0 + r;
@@ -326,13 +329,28 @@ impl<F: Float> BackwardSlices<'_, F> {
                     let (sizes, p, ds) = ((n, d, m), &p[..], &ds[..]);
                     let rhs = Rhs::Rows { data: dout, ld: out_cols };
                     let dv = &mut at_key[(group + 1) * d..];
-                    gemm::serial(isa, dv, width, sizes, Lhs::columns(p, NR), rhs, true);
+                    gemm::serial(
+                        isa,
+                        dv,
+                        width,
+                        Product::new(sizes, Lhs::columns(p, NR), rhs).continuing(true),
+                    );
                     let rhs = Rhs::Rows { data: q, ld: cols };
                     let dk = &mut at_key[group * d..];
-                    gemm::serial(isa, dk, width, sizes, Lhs::columns(ds, NR), rhs, true);
+                    gemm::serial(
+                        isa,
+                        dk,
+                        width,
+                        Product::new(sizes, Lhs::columns(ds, NR), rhs).continuing(true),
+                    );
                     let rhs = Rhs::Rows { data: &base[k_at..], ld: cols };
                     let dq = &mut part[row * width + h * d..];
-                    gemm::serial(isa, dq, width, (m, d, n), Lhs::rows(ds, NR), rhs, true);
+                    gemm::serial(
+                        isa,
+                        dq,
+                        width,
+                        Product::new((m, d, n), Lhs::rows(ds, NR), rhs).continuing(true),
+                    );
                 }
             }
         }

@@ -6,7 +6,7 @@ use crate::{
         Element, Float, View, ViewMut,
         cpu::{
             Cpu, Isa,
-            gemm::{self, Lhs, Rhs},
+            gemm::{self, Lhs, Product, Rhs},
             math::{self, LANES},
         },
     },
@@ -39,7 +39,7 @@ pub(super) fn forward<F: Float>(
                 let z = &mut z[t0 * width..(t0 + m) * width];
                 let a = Lhs::rows(&h[first * d..], d);
                 let b = Rhs::Packed(&panels[v0 * d..][..gemm::packed_len(d, n)]);
-                gemm::serial(cpu.isa(), z, width, (m, n, d), a, b, false);
+                gemm::serial(cpu.isa(), z, width, Product::new((m, n, d), a, b));
                 for (r, state) in state.iter_mut().enumerate().take(m) {
                     let target = (targets[first + r] as usize).checked_sub(v0);
                     let z = &mut z[r * width..][..n];
@@ -101,7 +101,7 @@ pub(super) fn backward<T: Element>(
     for v0 in (0..vocab).step_by(CHUNK) {
         let n = CHUNK.min(vocab - v0);
         let b = Rhs::Packed(&panels[v0 * d..][..gemm::packed_len(d, n)]);
-        gemm::product(cpu, dz, width, (rows, n, d), Lhs::rows(h, d), b, false, None);
+        gemm::product(cpu, dz, width, Product::new((rows, n, d), Lhs::rows(h, d), b));
         cpu.rows(rows, 4, (&mut *dz, width), |range, dz| {
             for (dz, r) in dz.chunks_exact_mut(width).zip(range) {
                 let dz = &mut dz[..n];
@@ -116,10 +116,20 @@ pub(super) fn backward<T: Element>(
             }
         });
         let rhs = Rhs::Rows { data: &w[v0 * d..], ld: d };
-        gemm::product(cpu, dh, d, (rows, d, n), Lhs::rows(dz, width), rhs, v0 > 0, None);
+        gemm::product(
+            cpu,
+            dh,
+            d,
+            Product::new((rows, d, n), Lhs::rows(dz, width), rhs).continuing(v0 > 0),
+        );
         if let Some(dw) = &mut dw {
             let (a, b) = (Lhs::columns(dz, width), Rhs::Rows { data: h, ld: d });
-            gemm::product(cpu, &mut dw[v0 * d..(v0 + n) * d], d, (n, d, rows), a, b, true, None);
+            gemm::product(
+                cpu,
+                &mut dw[v0 * d..(v0 + n) * d],
+                d,
+                Product::new((n, d, rows), a, b).continuing(true),
+            );
         }
     }
     Ok(())

@@ -10,7 +10,7 @@ use super::{
 use crate::{
     device::{
         Arch, Cpu, Cuda, Device, Element, Float, View, ViewMut, Work,
-        cpu::gemm::{self, Lhs, Rhs},
+        cpu::gemm::{self, Lhs, Product, Rhs},
         cuda::{Launch, kernels::logprob as kernel},
     },
     error::{Error, Result},
@@ -180,7 +180,7 @@ fn on_cpu<F: Float>(
                 let z = &mut z[t0 * width..(t0 + m) * width];
                 let a = Lhs::rows(&h[first * d..], d);
                 let b = Rhs::Packed(&panels[v0 * d..][..gemm::packed_len(d, n)]);
-                gemm::serial(cpu.isa(), z, width, (m, n, d), a, b, false);
+                gemm::serial(cpu.isa(), z, width, Product::new((m, n, d), a, b));
                 for r in 0..m {
                     let z = &mut z[r * width..][..n];
                     bend(cpu.isa(), z, settings);

@@ -16,7 +16,7 @@ pub use schedule::TileShape;
 use crate::{
     device::{
         Buffer, Device, Element, Float, View, ViewMut, Work,
-        cpu::gemm::{self, Lhs, Rhs},
+        cpu::gemm::{self, Lhs, Product, Rhs},
     },
     error::{Error, Result},
     ops::{
@@ -179,7 +179,12 @@ pub fn forward<'a, T: Element>(
             let (a, b) = (x.float()?.host(), w.view().float()?.host());
             let bias = bias.map(View::float).transpose()?.map(View::host);
             let (a, b) = (Lhs::rows(a, k), Rhs::Packed(b));
-            gemm::product(cpu, y.reborrow().float()?.host(), n, (m, n, k), a, b, false, bias);
+            gemm::product(
+                cpu,
+                y.reborrow().float()?.host(),
+                n,
+                Product { bias, ..Product::new((m, n, k), a, b) },
+            );
             residual.map_or(Ok(()), |r| residual::add(dev, y, r))
         }
         Device::Cuda(_) if m == 0 => Ok(()),
@@ -256,7 +261,7 @@ pub fn backward_input<T: Element>(
         Device::Cpu(cpu) => {
             let (dx, dy, w) = (dx.float()?.host(), dy.float()?.host(), w.float()?.host());
             let (a, b) = (Lhs::rows(dy, n), Rhs::Rows { data: w, ld: k });
-            gemm::product(cpu, dx, k, (m, k, n), a, b, false, None);
+            gemm::product(cpu, dx, k, Product::new((m, k, n), a, b));
             Ok(())
         }
         Device::Cuda(_) if m == 0 => Ok(()),
@@ -294,7 +299,7 @@ pub fn backward_weight<T: Element>(
         Device::Cpu(cpu) => {
             let (dw, dy, x) = (dw.host(), dy.float()?.host(), x.float()?.host());
             let (a, b) = (Lhs::columns(dy, n), Rhs::Rows { data: x, ld: k });
-            gemm::product(cpu, dw, k, (n, k, m), a, b, true, None);
+            gemm::product(cpu, dw, k, Product::new((n, k, m), a, b).continuing(true));
             if let Some(dbias) = dbias {
                 cpu.rows(n, 64, (dbias.host(), 1), |range, dbias| {
                     for r in 0..m {
