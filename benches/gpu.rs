@@ -231,7 +231,8 @@ fn elementwise(b: &mut Bench) {
     let positions = Buffer::of(&b.dev, "positions", &Vec::from_iter(0..rows as u32)).unwrap();
     b.run("rope", 4 * n, |dev, i| {
         let (x, at) = (y[i].view_mut().range(0..n), positions.view());
-        rope::forward(dev, x, hidden, hidden / head_dim, head_dim, at, &table).unwrap();
+        let heads = rope::Heads { row_len: hidden, heads: hidden / head_dim, head_dim };
+        rope::forward(dev, x, heads, at, &table).unwrap();
     });
     drop((x, dx));
     // Words of a text: few ids are most of it.
@@ -286,7 +287,14 @@ fn losses(b: &mut Bench) {
     let offsets = Buffer::of(&b.dev, "offsets", &offsets).unwrap();
     b.run("gae", 16 * n, |dev, i| {
         let (a, ret, r, v) = (d[i].view_mut(), e[i].view_mut(), x[i].view(), y[i].view());
-        gae::forward(dev, a, ret, r, v, offsets.view(), 1.0, 0.95).unwrap();
+        let of = gae::RewardColumns {
+            rewards: r,
+            values: v,
+            offsets: offsets.view(),
+            gamma: 1.0,
+            lambda: 0.95,
+        };
+        gae::forward(dev, a, ret, of).unwrap();
     });
     b.run("whiten", 12 * n, |dev, i| {
         let moments = Moments::of(dev, d[i].view()).unwrap();
@@ -342,8 +350,8 @@ fn optimizer(b: &mut Bench) {
     };
     b.run("adamw", 30 * n, |dev, _| {
         let (p, m, v) = (p.view_mut(), m.view_mut(), v.view_mut());
-        let state = adamw::State { p, m, v, copy: Some(copy.view_mut()) };
-        adamw::step(dev, state, g.view(), starts.view(), 0.5, 3, &hyper).unwrap();
+        let state = adamw::State { p, m, v, copy: Some(copy.view_mut()), t: 3 };
+        adamw::step(dev, state, g.view(), starts.view(), 0.5, &hyper).unwrap();
     });
     b.run("grad_norm", 4 * n, |dev, _| {
         drop(grad_norm::norm(dev, g.view()).unwrap());

@@ -266,7 +266,8 @@ fn elementwise(c: &mut Criterion) {
     let positions: Vec<u32> = (0..ROWS as u32).collect();
     bench(&mut g, "rope/forward/cpu/f32/2048x12x64", moves(2 * ROWS * HIDDEN), || {
         let x = (&mut rows).into();
-        rope::forward(dev, x, HIDDEN, 12, 64, (&positions).into(), &turn).unwrap();
+        let heads = rope::Heads { row_len: HIDDEN, heads: 12, head_dim: 64 };
+        rope::forward(dev, x, heads, (&positions).into(), &turn).unwrap();
     });
     bench(&mut g, "scalar_head/forward/cpu/f32/2048x768", moves(ROWS * HIDDEN), || {
         let (y, h) = ((&mut y[..ROWS]).into(), (&rows).into());
@@ -323,8 +324,14 @@ fn losses(c: &mut Criterion) {
     let offsets: Vec<u32> = (0..=n as u32).step_by(256).collect();
     bench(&mut g, "gae/cpu/f32/65536", moves(4 * n), || {
         let (a, r) = ((&mut d).into(), (&mut e).into());
-        gae::forward(dev, a, r, (&logp).into(), (&old).into(), (&offsets).into(), 1.0, 0.95)
-            .unwrap();
+        let of = gae::RewardColumns {
+            rewards: (&logp).into(),
+            values: (&old).into(),
+            offsets: (&offsets).into(),
+            gamma: 1.0,
+            lambda: 0.95,
+        };
+        gae::forward(dev, a, r, of).unwrap();
     });
     bench(&mut g, "whiten/cpu/f32/65536", moves(4 * n), || {
         let moments = Moments::of(dev, View::from(&d)).unwrap();
@@ -379,8 +386,8 @@ fn optimizer(c: &mut Criterion) {
     };
     bench(&mut g, "adamw/cpu/f32/16M", moves(7 * n), || {
         let (p, m, v) = (p.view_mut(), m.view_mut(), v.view_mut());
-        let state = adamw::State { p, m, v, copy: None };
-        adamw::step(dev, state, grad.view(), [0][..].into(), 0.5, 3, &hyper).unwrap();
+        let state = adamw::State { p, m, v, copy: None, t: 3 };
+        adamw::step(dev, state, grad.view(), [0][..].into(), 0.5, &hyper).unwrap();
     });
     bench(&mut g, "grad_norm/cpu/f32/16M", moves(n), || {
         std::hint::black_box(grad_norm::norm(dev, grad.view()).unwrap().get().unwrap());

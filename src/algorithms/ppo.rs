@@ -134,16 +134,14 @@ impl Algorithm for Ppo {
         }
         c.advantages.resize(c.tokens(), 0.0);
         c.returns.resize(c.tokens(), 0.0);
-        gae::forward(
-            dev,
-            (&mut c.advantages).into(),
-            (&mut c.returns).into(),
-            (&c.rewards).into(),
-            (&c.old_values).into(),
-            (&c.offsets).into(),
-            s.gamma as f32,
-            s.lambda as f32,
-        )?;
+        let of = gae::RewardColumns {
+            rewards: (&c.rewards).into(),
+            values: (&c.old_values).into(),
+            offsets: (&c.offsets).into(),
+            gamma: s.gamma as f32,
+            lambda: s.lambda as f32,
+        };
+        gae::forward(dev, (&mut c.advantages).into(), (&mut c.returns).into(), of)?;
         let explained = explained_variance(&c.old_values, &c.returns);
         if s.whiten_advantages {
             let moments = Moments::of(dev, View::from(&c.advantages))?;

@@ -405,7 +405,8 @@ impl<'a, T: Element> BlockPass<'a, T> {
         if let Some(table) = self.rope() {
             let (heads, cols) = (shape.q_heads + shape.kv_heads, self.model.spec().qkv_cols());
             let (d, positions) = (shape.head_dim, self.rows.positions);
-            rope::backward(dev, g.dqkv.view_mut(), cols, heads, d, positions, table)?;
+            let heads = rope::Heads { row_len: cols, heads, head_dim: d };
+            rope::backward(dev, g.dqkv.view_mut(), heads, positions, table)?;
         }
         let qkv = self.linear(ParamKind::Qkv)?;
         qkv.backward(dev, grads, g.dnorm.view_mut(), g.dqkv.view(), b.norm1.y.view())?;

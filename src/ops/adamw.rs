@@ -38,22 +38,22 @@ pub struct State<'a, F> {
     pub v: ViewMut<'a, F>,
     /// The new weights, rounded: what the model computes with.
     pub copy: Option<ViewMut<'a, bf16>>,
+    /// Number of this update, from 1.
+    pub t: u64,
 }
 
-/// Update number `t`, counted from 1, with gradient `g * scale` (`scale` clips).
+/// Update number `state.t` with gradient `g * scale` (`scale` clips).
 ///
 /// * `starts` `[groups]`: where each group of weights begins, in units of [`LINE`] elements,
 ///   ascending from 0; groups 0, 2, 4, ... decay, the others do not
 ///
 /// Reads 4, writes 3 numbers a weight, and the copy.
-#[allow(clippy::too_many_arguments)]
 pub fn step<F: Float>(
     dev: &Device,
     state: State<'_, F>,
     g: View<'_, F>,
     starts: View<'_, u32>,
     scale: f64,
-    t: u64,
     hyper: &Hyper,
 ) -> Result<()> {
     const OP: &str = "adamw";
@@ -64,13 +64,13 @@ pub fn step<F: Float>(
     if let Some(copy) = &state.copy {
         shape::check(OP, "copy", &[n], copy.len())?;
     }
-    if t == 0 {
-        return Err(Error::value("adamw: update number", "1 or more", t));
+    if state.t == 0 {
+        return Err(Error::value("adamw: update number", "1 or more", state.t));
     }
     if starts.is_empty() {
         return Err(Error::value("adamw: groups", "1 or more", 0));
     }
-    let (lr, t) = (hyper.learning_rate, t as f64);
+    let (lr, t) = (hyper.learning_rate, state.t as f64);
     // All corrections are folded into constants in f64, then rounded once.
     let k = Constants {
         keep: F::of(1.0 - lr * hyper.weight_decay),
@@ -86,7 +86,7 @@ pub fn step<F: Float>(
     let _op = dev.op(OP, || {
         Work::moves::<F>(7 * n).and(Work::moves::<bf16>(state.copy.as_ref().map_or(0, |c| c.len())))
     });
-    let State { p, m, v, copy } = state;
+    let State { p, m, v, copy, .. } = state;
     match dev {
         Device::Cpu(cpu) => {
             let (p, m, v) = (p.host(), m.host(), v.host());

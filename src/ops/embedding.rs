@@ -90,7 +90,8 @@ pub fn backward<T: Element>(
         let AddRows { dtable, sorted, dy, sizes: [rows, entries, cols, width] } = of;
         kernel::Backward { dtable, sorted, dy, rows, entries, cols, width }.launch(cuda, launch)
     };
-    add_rows("embedding::backward", dev, dtable, scratch, ids, dy, cols, add)
+    let rows = TableGradient { dtable, scratch, ids, dy, cols };
+    add_rows("embedding::backward", dev, rows, add)
 }
 
 /// As [`backward`] where the table was rows of activations, whose gradient is stored as theirs:
@@ -110,7 +111,8 @@ pub fn scatter<T: Element>(
         let AddRows { dtable, sorted, dy, sizes: [rows, entries, cols, width] } = of;
         kernel::Scatter { dtable, sorted, dy, rows, entries, cols, width }.launch(cuda, launch)
     };
-    add_rows("embedding::scatter", dev, dtable, scratch, ids, dy, cols, add)
+    let rows = TableGradient { dtable, scratch, ids, dy, cols };
+    add_rows("embedding::scatter", dev, rows, add)
 }
 
 /// What a kernel adds rows with.
@@ -122,17 +124,22 @@ struct AddRows<'a, D, T> {
     sizes: [usize; 4],
 }
 
-#[allow(clippy::too_many_arguments)]
+/// The arguments of [`backward`] and [`scatter`].
+struct TableGradient<'a, D, T> {
+    dtable: ViewMut<'a, D>,
+    scratch: ViewMut<'a, u64>,
+    ids: View<'a, u32>,
+    dy: View<'a, T>,
+    cols: usize,
+}
+
 fn add_rows<D: Element<Acc = T::Acc>, T: Element>(
     op: &'static str,
     dev: &Device,
-    dtable: ViewMut<'_, D>,
-    scratch: ViewMut<'_, u64>,
-    ids: View<'_, u32>,
-    dy: View<'_, T>,
-    cols: usize,
+    of: TableGradient<'_, D, T>,
     add: impl FnOnce(&Cuda, Launch, AddRows<'_, D, T>) -> Result<()>,
 ) -> Result<()> {
+    let TableGradient { dtable, scratch, ids, dy, cols } = of;
     let rows = ids.len();
     shape::check(op, "dy", &[rows, cols], dy.len())?;
     let entries = shape::rows(op, "dtable", dtable.len(), cols)?;

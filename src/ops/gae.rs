@@ -23,26 +23,32 @@ fn check_offsets(op: &str, offsets: &[u32], len: usize) -> Result<()> {
     Err(Error::value(format!("{op}: offsets"), format!("0 to {len}"), got))
 }
 
+/// What advantages are estimated from.
+#[derive(Clone, Copy, Debug)]
+pub struct RewardColumns<'a, F> {
+    /// Reward of each token `[tokens]`.
+    pub rewards: View<'a, F>,
+    /// Value *before* each token `[tokens]`.
+    pub values: View<'a, F>,
+    /// Where each sequence begins `[sequences + 1]`.
+    pub offsets: View<'a, u32>,
+    pub gamma: F,
+    pub lambda: F,
+}
+
 /// Writes `advantages` and `returns` `[tokens]`, in reward units:
 ///
 /// `delta_t = r_t + gamma V_{t+1} - V_t`, `A_t = delta_t + gamma lambda A_{t+1}`,
 /// `return_t = A_t + V_t`; V and A after a sequence's last token are 0.
 ///
-/// * `rewards`, `values` `[tokens]`: reward of each token, value *before* each token
-/// * `offsets` `[sequences + 1]`: where each sequence begins
-///
 /// Reads 2, writes 2 numbers a token. On a CUDA device it waits for the offsets, to check them.
-#[allow(clippy::too_many_arguments)]
 pub fn forward<F: Float>(
     dev: &Device,
     advantages: ViewMut<'_, F>,
     returns: ViewMut<'_, F>,
-    rewards: View<'_, F>,
-    values: View<'_, F>,
-    offsets: View<'_, u32>,
-    gamma: F,
-    lambda: F,
+    of: RewardColumns<'_, F>,
 ) -> Result<()> {
+    let RewardColumns { rewards, values, offsets, gamma, lambda } = of;
     let n = rewards.len();
     shape::check("gae", "values", &[n], values.len())?;
     shape::check("gae", "advantages", &[n], advantages.len())?;
@@ -71,17 +77,8 @@ pub fn forward<F: Float>(
             check_offsets("gae", &dev.read(offsets)?, n)?;
             let sequences = offsets.len().saturating_sub(1);
             let launch = Launch::row(sequences, kernel::THREADS / 32 * 8)?;
-            let (a, ret, r, v) = (advantages, returns, rewards, values);
-            kernel::Forward {
-                advantages: a,
-                returns: ret,
-                rewards: r,
-                values: v,
-                offsets,
-                gamma,
-                lambda,
-            }
-            .launch(cuda, launch)
+            kernel::Forward { advantages, returns, rewards, values, offsets, gamma, lambda }
+                .launch(cuda, launch)
         }
     }
 }

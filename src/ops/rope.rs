@@ -113,6 +113,14 @@ impl<F: Float> Table<F> {
     }
 }
 
+/// The heads that rotate: the first `heads` of each row of `row_len` elements.
+#[derive(Clone, Copy, Debug)]
+pub struct Heads {
+    pub row_len: usize,
+    pub heads: usize,
+    pub head_dim: usize,
+}
+
 /// Rotates the first `heads` heads of each row of `x` `[rows, row_len]` in place, by the angle of
 /// `positions[row]`; in f32 with the same bits on every device. 3 FLOPs an element, which is read
 /// and written.
@@ -123,39 +131,35 @@ impl<F: Float> Table<F> {
 pub fn forward<T: Element>(
     dev: &Device,
     x: ViewMut<'_, T>,
-    row_len: usize,
-    heads: usize,
-    head_dim: usize,
+    heads: Heads,
     positions: View<'_, u32>,
     table: &Table<T::Acc>,
 ) -> Result<()> {
-    let _op = dev.op("rope", || work::<T>(positions.len(), heads, head_dim));
-    rotate(dev, x, (row_len, heads, head_dim), positions, table, T::Acc::ONE)
+    let _op = dev.op("rope", || work::<T>(positions.len(), heads));
+    rotate(dev, x, heads, positions, table, T::Acc::ONE)
 }
 
 /// The gradient of [`forward`], in place: the rotation back.
 pub fn backward<T: Element>(
     dev: &Device,
     dx: ViewMut<'_, T>,
-    row_len: usize,
-    heads: usize,
-    head_dim: usize,
+    heads: Heads,
     positions: View<'_, u32>,
     table: &Table<T::Acc>,
 ) -> Result<()> {
-    let _op = dev.op("rope::backward", || work::<T>(positions.len(), heads, head_dim));
-    rotate(dev, dx, (row_len, heads, head_dim), positions, table, -T::Acc::ONE)
+    let _op = dev.op("rope::backward", || work::<T>(positions.len(), heads));
+    rotate(dev, dx, heads, positions, table, -T::Acc::ONE)
 }
 
-fn work<T>(rows: usize, heads: usize, head_dim: usize) -> Work {
-    let elements = rows * heads * head_dim;
+fn work<T>(rows: usize, of: Heads) -> Work {
+    let elements = rows * of.heads * of.head_dim;
     Work::moves::<T>(2 * elements).flops(3.0 * elements as f64)
 }
 
 fn rotate<T: Element>(
     dev: &Device,
     x: ViewMut<'_, T>,
-    (row_len, heads, head_dim): (usize, usize, usize),
+    Heads { row_len, heads, head_dim }: Heads,
     positions: View<'_, u32>,
     table: &Table<T::Acc>,
     sign: T::Acc,

@@ -328,11 +328,12 @@ impl<T: Element> TrainState<T> {
             weight_decay: s.weight_decay,
         };
         let Master { weights, copy } = self.model.master_mut()?;
-        let state = adamw::State { p: weights, m: self.m.flat_mut(), v: self.v.flat_mut(), copy };
+        let (m, v) = (self.m.flat_mut(), self.v.flat_mut());
+        let state = adamw::State { p: weights, m, v, copy, t: self.updates };
         // Group 0, which decays, reaches to the end if there is no other.
         let groups = self.groups.view();
         let groups = if s.decay_all { groups.range(0..1) } else { groups };
-        adamw::step(dev, state, self.grads.flat(), groups, scale, self.updates, &hyper)?;
+        adamw::step(dev, state, self.grads.flat(), groups, scale, &hyper)?;
         self.model.repack(dev)?;
         grad_norm::first_bad(dev, self.model.master()?)
     }

@@ -462,17 +462,15 @@ impl Minibatch {
 
         let values = self.packed(g.get(&key("values")), 1);
         let (mut advantages, mut returns) = (vec![0.0; values.len()], vec![0.0; values.len()]);
-        gae::forward(
-            &dev,
-            (&mut advantages).into(),
-            (&mut returns).into(),
-            (&rewards).into(),
-            (&values).into(),
-            (&self.offsets(1)).into(),
-            1.0,
-            0.95,
-        )
-        .unwrap();
+        let offsets = self.offsets(1);
+        let of = gae::RewardColumns {
+            rewards: (&rewards).into(),
+            values: (&values).into(),
+            offsets: (&offsets).into(),
+            gamma: 1.0,
+            lambda: 0.95,
+        };
+        gae::forward(&dev, (&mut advantages).into(), (&mut returns).into(), of).unwrap();
         same("raw_advantages", &advantages, 1);
         same("returns", &returns, 1);
 

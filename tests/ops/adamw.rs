@@ -37,8 +37,8 @@ impl<F: Float> Weights<F> {
 
     fn step(&mut self, dev: &Device, g: &[F], scale: f64, t: u64, hyper: &Hyper) {
         let (p, m, v) = ((&mut self.p).into(), (&mut self.m).into(), (&mut self.v).into());
-        let state = State { p, m, v, copy: None };
-        adamw::step(dev, state, g.into(), [0][..].into(), scale, t, hyper).unwrap();
+        let state = State { p, m, v, copy: None, t };
+        adamw::step(dev, state, g.into(), [0][..].into(), scale, hyper).unwrap();
     }
 }
 
@@ -188,9 +188,9 @@ fn groups_decay_or_not() {
     let mut w = Weights::fresh(&vec![1.0; n]);
     let (p, m, v) = ((&mut w.p).into(), (&mut w.m).into(), (&mut w.v).into());
     let mut copy = vec![bf16::NAN; n];
-    let state = State { p, m, v, copy: Some((&mut copy).into()) };
+    let state = State { p, m, v, copy: Some((&mut copy).into()), t: 1 };
     let g = vec![0.0; n];
-    adamw::step(host(), state, (&g).into(), starts[..].into(), 1.0, 1, &hyper).unwrap();
+    adamw::step(host(), state, (&g).into(), starts[..].into(), 1.0, &hyper).unwrap();
     for (i, p) in w.p.iter().enumerate() {
         let decays = !(2 * line..4 * line).contains(&i);
         assert_eq!(*p, if decays { 0.875 } else { 1.0 }, "{i}");
@@ -222,8 +222,9 @@ fn the_kernel_has_the_bits_of_the_cpu() {
                 let starts = Buffer::of(dev, "starts", starts).unwrap();
                 let mut copy = Buffer::<bf16>::new(dev, "copy", n).unwrap();
                 let (p_, m_, v_) = (p.view_mut(), m.view_mut(), v.view_mut());
-                let state = State { p: p_, m: m_, v: v_, copy: copied.then(|| copy.view_mut()) };
-                adamw::step(dev, state, g.view(), starts.view(), 0.7, 3, &HYPER).unwrap();
+                let copy_ = copied.then(|| copy.view_mut());
+                let state = State { p: p_, m: m_, v: v_, copy: copy_, t: 3 };
+                adamw::step(dev, state, g.view(), starts.view(), 0.7, &HYPER).unwrap();
                 let read = |x: &Buffer<'_, f32>| dev.read(x.view()).unwrap();
                 let w = Weights { p: read(&p), m: read(&m), v: read(&v) };
                 (w, copied.then(|| dev.read(copy.view()).unwrap()))
@@ -245,8 +246,8 @@ fn wrong_shapes_and_update_0_are_refused() {
     let step = |n: [usize; 3], t: u64| {
         let [mut p, mut m, mut v] = zeros(n);
         let (p, m, v) = ((&mut p).into(), (&mut m).into(), (&mut v).into());
-        let (state, g, starts) = (State { p, m, v, copy: None }, [0.0; 3], [0]);
-        adamw::step(host(), state, g[..].into(), starts[..].into(), 1.0, t, &HYPER)
+        let (state, g, starts) = (State { p, m, v, copy: None, t }, [0.0; 3], [0]);
+        adamw::step(host(), state, g[..].into(), starts[..].into(), 1.0, &HYPER)
     };
     assert_refuses("adamw", "p [3] m [3] v [3]", |n| step(n, 1));
     assert_eq!(refusal(step([3; 3], 0)), "adamw: update number: got 0, wanted 1 or more");

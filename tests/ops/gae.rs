@@ -40,7 +40,8 @@ fn forward_on<F: Float>(
     let (rewards, values) = (rewards.view(), values.view());
     let offsets = Buffer::of(dev, "offsets", offsets)?;
     let (gamma, lambda) = (F::of(gamma), F::of(lambda));
-    gae::forward(dev, a, ret, rewards, values, offsets.view(), gamma, lambda)?;
+    let offsets = offsets.view();
+    gae::forward(dev, a, ret, gae::RewardColumns { rewards, values, offsets, gamma, lambda })?;
     Ok((advantages.read(), returns.read()))
 }
 
@@ -238,7 +239,14 @@ fn wrong_columns_and_offsets_are_refused() {
     let forward = |n: [usize; 3], offsets: &[u32]| {
         let ([mut a, mut b, v], [r]) = (zeros(n), zeros([5]));
         let (a, b, r, v) = ((&mut a).into(), (&mut b).into(), (&r).into(), (&v).into());
-        gae::forward(&Device::cpu(), a, b, r, v, offsets.into(), 1.0, 1.0)
+        let of = gae::RewardColumns {
+            rewards: r,
+            values: v,
+            offsets: offsets.into(),
+            gamma: 1.0,
+            lambda: 1.0,
+        };
+        gae::forward(&Device::cpu(), a, b, of)
     };
     assert_refuses("gae", "advantages [5] returns [5] values [5]", |n| forward(n, &[0, 5]));
     for (offsets, says) in [

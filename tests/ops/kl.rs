@@ -213,7 +213,14 @@ fn in_the_reward_k1_gives_the_gradient_of_the_sequence_kl() {
         let (a, r, values) = ((&mut advantages).into(), (&mut returns).into(), vec![0.0; n]);
         let (values, offsets) = ((&values).into(), (&offsets).into());
         let dev = Device::cpu();
-        gae::forward(&dev, a, r, (&rewards).into(), values, offsets, 1.0, 1.0).unwrap();
+        let of = gae::RewardColumns {
+            rewards: (&rewards).into(),
+            values,
+            offsets,
+            gamma: 1.0,
+            lambda: 1.0,
+        };
+        gae::forward(&dev, a, r, of).unwrap();
         expected(&logp, &loss_gradient(&logp, &reference, &advantages, None))
     };
     gradcheck("k1", &theta, &mean(K1), crate::support::OP, objective);

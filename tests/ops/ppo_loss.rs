@@ -444,7 +444,14 @@ fn chain(g: &Golden, tag: &str, estimator: KlEstimator, whitened: bool, gamma: f
     let nan = vec![f64::NAN; rewards.len()];
     let (mut raw, mut returns) = (nan.clone(), nan);
     let (a, r, v) = ((&mut raw).into(), (&mut returns).into(), (&old_values).into());
-    gae::forward(&dev, a, r, (&rewards).into(), v, (&offsets).into(), gamma, 0.95).unwrap();
+    let of = gae::RewardColumns {
+        rewards: (&rewards).into(),
+        values: v,
+        offsets: (&offsets).into(),
+        gamma,
+        lambda: 0.95,
+    };
+    gae::forward(&dev, a, r, of).unwrap();
     close("raw_advantages", &raw, &longer);
     close("returns", &returns, &longer);
     let both = longer.iter().zip(&valid).filter(|m| *m.0).map(|m| *m.1);

@@ -2,7 +2,7 @@
 
 use warpo::{
     device::{Buffer, Device, Element, Float},
-    ops::rope::{self, Rope, Table},
+    ops::rope::{self, Heads, Rope, Table},
 };
 
 use crate::support::{
@@ -32,7 +32,8 @@ fn turn<F: Float>(
 ) -> Vec<F> {
     let mut x = x.to_vec();
     let op = if back { rope::backward } else { rope::forward };
-    op(dev, (&mut x).into(), row_len, heads, head_dim, positions.into(), table).unwrap();
+    let heads = Heads { row_len, heads, head_dim };
+    op(dev, (&mut x).into(), heads, positions.into(), table).unwrap();
     x
 }
 
@@ -200,8 +201,9 @@ impl Case for Turn {
         let (mut x, mut dx) =
             (lab.rows::<T>("x", rows, row_len), lab.rows::<T>("dx", rows, row_len));
         let positions = positions.view();
-        rope::forward(dev, x.view_mut(), row_len, heads, head_dim, positions, &table)?;
-        rope::backward(dev, dx.view_mut(), row_len, heads, head_dim, positions, &table)?;
+        let heads = Heads { row_len, heads, head_dim };
+        rope::forward(dev, x.view_mut(), heads, positions, &table)?;
+        rope::backward(dev, dx.view_mut(), heads, positions, &table)?;
         lab.by_row("x", &x);
         lab.by_row("dx", &dx);
         Ok(())
@@ -247,7 +249,8 @@ fn kernels_take_rows_from_anywhere_and_mark_positions_beyond_the_table() {
             let mut all = Buffer::of(&dev, "x", &all).unwrap();
             let positions = Buffer::of(&dev, "positions", positions).unwrap();
             let x = all.view_mut().range(at..at + x.len());
-            rope::forward(&dev, x, 24, 2, 8, positions.view(), &table).unwrap();
+            let heads = Heads { row_len: 24, heads: 2, head_dim: 8 };
+            rope::forward(&dev, x, heads, positions.view(), &table).unwrap();
             dev.read(all.view()).unwrap()[at..].to_vec()
         };
         let clean = run(0, &[3, 9, 4]);
@@ -265,15 +268,8 @@ fn positions_beyond_the_table_and_wrong_shapes_are_refused() {
     let (dev, table) = (Device::cpu(), Table::<f32>::new(host(), &PLAIN, 4, 10).unwrap());
     let refused = |len: usize, row_len: usize, heads: usize, head_dim: usize, positions: &[u32]| {
         let mut x = vec![1.0f32; len];
-        let e = rope::forward(
-            &dev,
-            (&mut x).into(),
-            row_len,
-            heads,
-            head_dim,
-            positions.into(),
-            &table,
-        );
+        let heads = Heads { row_len, heads, head_dim };
+        let e = rope::forward(&dev, (&mut x).into(), heads, positions.into(), &table);
         assert!(x.iter().all(|x| *x == 1.0), "nothing was written");
         refusal(e)
     };
@@ -286,6 +282,7 @@ fn positions_beyond_the_table_and_wrong_shapes_are_refused() {
     assert_eq!(refused(8, 8, 1, 5, &[0]), "rope: `heads` has shape [1, 5], wanted [8, 4]");
     let none = Table::<f32>::new(host(), &PLAIN, 0, 10).unwrap();
     let mut x = vec![1.0f32; 8];
-    let e = rope::forward(&dev, (&mut x).into(), 8, 1, 0, [0][..].into(), &none);
+    let heads = Heads { row_len: 8, heads: 1, head_dim: 0 };
+    let e = rope::forward(&dev, (&mut x).into(), heads, [0][..].into(), &none);
     assert_eq!(refusal(e), "rope: `heads` has shape [1, 0], wanted [8, 0]");
 }

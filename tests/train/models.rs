@@ -48,9 +48,9 @@ fn ten_steps_of_adamw_are_those_of_torch() {
                     };
                     let p = model.params_mut().tensor_mut(t);
                     let (m, v) = (m.tensor_mut(t), v.tensor_mut(t));
-                    let state = adamw::State { p, m, v, copy: None };
+                    let state = adamw::State { p, m, v, copy: None, t: step as u64 };
                     let (g, groups) = (grads.tensor(t), [0][..].into());
-                    adamw::step(&dev, state, g, groups, scale, step as u64, &hyper).unwrap();
+                    adamw::step(&dev, state, g, groups, scale, &hyper).unwrap();
                 }
                 model.repack(&dev).unwrap();
                 if step == 1 || step == 10 {

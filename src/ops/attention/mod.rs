@@ -293,7 +293,8 @@ pub fn append<T: Element>(
             if let Some((positions, table)) = rotation {
                 let (cols, heads) = (shape.qkv_cols(), shape.q_heads + shape.kv_heads);
                 let (qkv, d) = (qkv.reborrow(), shape.head_dim);
-                rope::forward(dev, qkv, cols, heads, d, positions, table)?;
+                let heads = rope::Heads { row_len: cols, heads, head_dim: d };
+                rope::forward(dev, qkv, heads, positions, table)?;
             }
             let (k, v) = (kv.k.view_mut().float()?.host(), kv.v.view_mut().float()?.host());
             cpu::append(cpu, k, v, qkv.view().float()?.host(), batch, shape);

@@ -208,7 +208,8 @@ pub(super) fn turns_as_rope<T: Element>(dev: &Device) {
         let mut qkv = Buffer::of(dev, "test", &case.qkv.concat()).unwrap();
         if before {
             let (x, heads) = (qkv.view_mut(), s.q_heads + s.kv_heads);
-            rope::forward(dev, x, cols, heads, d, positions.view(), &table).unwrap();
+            let heads = rope::Heads { row_len: cols, heads, head_dim: d };
+            rope::forward(dev, x, heads, positions.view(), &table).unwrap();
         }
         let layer = |l: &Scope<'_>| KvLayer::<T>::new(l, &s, case.page, pages).map(drop);
         let mut arena = Arena::new(dev, Arena::plan(layer).unwrap()).unwrap();
