@@ -54,7 +54,7 @@ static __device__ void forward(bf16* out, float* lse, const bf16* qkv, const bf1
         Softmax soft;
         float o[D / 2] = {};
         bool merged = false;
-        // Of the lane's rows.
+        // Positions of the lane's two rows.
         int position[2];
         for (int r = 0; r < 2; ++r) position[r] = tile.first + (top + 8 * r + lane / 4) / group;
         const int first = tile.first + top / group, last = tile.first + (top + 15) / group;
@@ -189,7 +189,7 @@ static __device__ void append(bf16* k, bf16* v, bf16* qkv, const float* table, c
     const int group = q_heads / kv_heads, packets = d / 8, half = packets / 2;
     const uint32_t* ids = pages + run[3];
     const int64_t cols = int64_t(q_heads + 2 * kv_heads) * d;
-    // Of a row, in packets.
+    // First packet of a row in its page.
     auto slot = [&](int row) {
         const int position = first + row;
         return ((int64_t(ids[position / page]) * kv_heads + g) * page + position % page) * packets;

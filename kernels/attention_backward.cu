@@ -18,7 +18,7 @@
 
 constexpr int THREADS = 256;
 constexpr int TILE = 64;
-// Of heads wider than 128, where more would not fit shared memory.
+// Heads wider than 128 take smaller tiles: larger ones do not fit shared memory.
 constexpr int THREADS_256 = 128;
 constexpr int TILE_256 = 32;
 
@@ -108,8 +108,8 @@ static __device__ __forceinline__ void multiply(float (&x)[P::KEYS * 8], const b
     }
 }
 
-// Of a lane's two rows of queries: row r sees columns [from[r], to[r]) of the warp's, all if
-// `clear`; and what forward left.
+// What a lane's two rows of queries see: row r sees columns [from[r], to[r]) of the warp's, all
+// columns if `clear`. `base` and `delta` come from the forward pass.
 struct Sight {
     int from[2], to[2];
     float base[2], delta[2];

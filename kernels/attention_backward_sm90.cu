@@ -31,7 +31,7 @@ struct Plan {
     // Whether warpgroups have queries and columns, not keys.
     static constexpr bool WIDE = D > 128;
     static constexpr int COUNT = WIDE ? KEYS_256 : KEYS;
-    // Of a warpgroup: queries of scores, and columns of gradients.
+    // A warpgroup computes the scores of QUERIES queries and COLS columns of the gradients.
     static constexpr int QUERIES = WIDE ? 32 : 64, COLS = WIDE ? D / 2 : D;
     // Bytes of 64 columns of queries and of keys, of all columns, and of p or ds.
     static constexpr int BOXES = (D + 63) / 64, BOX = ROWS * 128, KEY_BOX = COUNT * 128;
@@ -163,8 +163,7 @@ static __device__ __forceinline__ void produce(const Block<P>& block, const Inpu
     }
 }
 
-// Of a lane's scores: its first key after the tile's first, and its first column, a row of queries;
-// what they see.
+// What a lane's scores see. `key` counts from the tile's first key; `column` is a row of queries.
 struct Sight {
     int key, column, keys, position;
     const Rows<ROWS>& rows;
@@ -376,7 +375,7 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
                 ptx::wgmma_keep(p);
                 if (D > 96) ptx::wgmma_keep(dk), ptx::wgmma_keep(ds);
             }
-            // Of 16 columns a lane's four are neighbours in the sums, as they are in its registers.
+            // A lane's four of 16 columns are neighbours in the sums, as they are in its registers.
             const int before = same(facts.step.before);
             owed = P::WIDE ? 2 * same(facts.step.turn) + w : same(facts.step.turn), added = before + 1;
             float dq[COLS / 2];

@@ -231,7 +231,7 @@ static __device__ __forceinline__ void consume(bf16* out, float* lse, float* blo
         float x[N / 2], o[D / 2] = {}, keep[2];
         uint32_t weights[N / 16][4] = {};
         Softmax soft;
-        // Of the lane's rows.
+        // Positions of the lane's two rows.
         int position[2];
         for (int r = 0; r < 2; ++r) position[r] = first + (top + 8 * r + lane / 4) / group;
         const int least = first + top / group, last = first + (top + 15) / group;

@@ -46,7 +46,7 @@ using T16 = Tile<16, COLUMNS, 16, 64, 64, 4>;
 // Where there are lists beside them.
 using Top64 = Tile<64, COLUMNS, 16, COLUMNS, 32, 4>;
 using Top16 = T16;
-// Of the gradients, as in matmul.cu.
+// Tiles of the gradients, as in matmul.cu.
 using T128x128 = Tile<128, 128, 64, 64, 32, 4>;
 using T64x64 = Tile<64, 64, 32, 32, 32, 4>;
 
@@ -115,9 +115,9 @@ struct Part {
         const RasterTile at = raster(blockIdx.x, (rows + T::BM - 1) / T::BM, chunks);
         chunk = at.across, first = chunk * CHUNK, end = first + CHUNK < vocab ? first + CHUNK : vocab, top = at.down * T::BM;
     }
-    // Of the warp's.
+    // First row of the warp.
     __device__ __forceinline__ int first_row() const { return top + (SHARE ? int(threadIdx.x) / 32 * 8 : T::row()); }
-    // Of number r of the lane's.
+    // Row of the lane's number r.
     __device__ __forceinline__ int row(int r) const {
         return first_row() + 8 * r + ptx::lane() / 4;
     }

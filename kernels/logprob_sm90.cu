@@ -30,7 +30,7 @@ struct WithTop : Tile<128, CONSUMERS, STAGES, 1, false> {
 };
 using Top128x128 = WithTop<2, 5>;
 using Top64x128 = WithTop<1, 8>;
-// Of the gradients, as in matmul_sm90.cu.
+// Tiles of the gradients, as in matmul_sm90.cu.
 using Hidden128x256 = Tile<256, 2, 4, 2>;
 using Hidden128x128 = Tile<128, 2, 6, 2>;
 
@@ -138,8 +138,8 @@ static __device__ void gradient(const ptx::TensorMap* dz, const ptx::TensorMap* 
     int sent = 0;
     each_tile<T, false, false>(Operands{h, w, T::BN / 2, d}, down, across, T::BN,
                                [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
-        // Of z: p = e^(z - all), and its gradient -p (dlogp + dentropy (z - all + entropy)) = p
-        // (slope + bend (z - all)).
+        // A logit z has p = e^(z - all) and the gradient -p (dlogp + dentropy (z - all + entropy))
+        // = p (slope + bend (z - all)).
         float all[2] = {}, slope[2] = {}, bend[2] = {};
         bool plain = cap == 0.0f && j0 + T::BN <= n;
         for (int i = 0; i < 2; ++i) {

@@ -130,7 +130,7 @@ static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, 
         if (AHEAD<T>) next = fetch(after);
         if (LAYER) next_m = after < end ? mean[after] : 0.0f;
         next_r = after < end ? rstd[after] : 0.0f;
-        // Of g n, or of g x for RMSNorm, and of g.
+        // Row sums of g n (RMSNorm: g x) and of g.
         float dots[SUMS] = {};
         for (int i = 0; i < PACKETS<T>; ++i) {
             const int p = lane + i * group;

@@ -67,8 +67,8 @@ static __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
     return x;
 }
 
-// Of the warp's WAYS sums, lane l gets number l / 4. Each step halves what a lane carries: it gives
-// one half to the lane across and takes the other.
+// Sums over the warp, WAYS of them: lane l gets number l / 4. Each step halves what a lane carries:
+// it gives one half to the lane across and takes the other.
 static __device__ __forceinline__ uint64_t warp_sums(uint64_t (&x)[WAYS]) {
 #pragma unroll
     for (int half = WAYS / 2; half > 0; half /= 2) {
@@ -82,7 +82,7 @@ static __device__ __forceinline__ uint64_t warp_sums(uint64_t (&x)[WAYS]) {
     return x[0];
 }
 
-// Of a weight, in units.
+// A weight in units.
 static __device__ __forceinline__ uint64_t mass(uint32_t bits) { return uint64_t(ptx::bits_float(bits) * UNIT); }
 
 // A row's logits and what makes weights of them.
@@ -213,8 +213,8 @@ static __device__ void next(uint32_t* tokens, const T* z, const uint64_t* sample
         auto allowed = [&](uint64_t all) { return uint64_t((1.0 - double(top_p)) * double(all)); };
         const Cut c = cut(row, least, mass, [&](uint64_t all) { return all - allowed(all); }, list, room);
         least = c.bits;
-        // Of tokens that tie with the last kept one, as many stay as the mass says, lowest ids
-        // first.
+        // Tokens that tie with the last kept one stay in the order of their ids, as many as the
+        // mass allows.
         const uint64_t ties = (c.from - c.above) / mass(least);
         if (ties > 1) {
             const uint64_t can = (allowed(c.all) - (c.all - c.from)) / mass(least), stay = can < ties ? ties - can : 1;

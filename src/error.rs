@@ -103,7 +103,7 @@ pub enum Error {
     },
 }
 
-/// Whose number it is, where one knows.
+/// Names the samples and their lines of data, where they are known.
 fn of(samples: &[u64], places: &[String]) -> String {
     match (samples, places) {
         ([], _) => String::new(),

@@ -48,7 +48,7 @@ template <int SIZE>
 struct Rows {
     int at, first, skip, count;
     Groups group;
-    // Of whole positions: first and count are yet to come.
+    // Rows of whole positions; the caller sets first and count.
     __device__ __forceinline__ explicit Rows(const Groups& group) : at(0), first(0), skip(0), count(0), group(group) {}
     __device__ __forceinline__ Rows(const Visit& v, int t, const Groups& group, int size = SIZE) : group(group) {
         const int begin = t * size, p = begin / group.size, left = v.rows * group.size - begin;
@@ -86,8 +86,8 @@ struct Steps {
     }
 };
 
-// Of the tiles of keys, `size` positions each, that rows see: how many come before this one, of
-// which the first begins the sums of dq; and whether it is the last, which ends them.
+// Place of this tile of keys among those that the rows see, `size` positions each: how many come
+// before it, and whether it is the last. The first begins the sums of dq, the last ends them.
 struct Among {
     int before;
     bool last;

@@ -29,12 +29,12 @@
 #define KERNEL_CLUSTER_1
 #define KERNEL_CLUSTER_2 __cluster_dims__(2, 1, 1)
 
-// Of a pointer parameter: it may be null, and is an Option in Rust.
+// Marks a pointer parameter that may be null, an Option in Rust.
 #define OPTIONAL
-// Of a pointer parameter: it is read or written in packets; the launch checks that it begins at
-// one.
+// Marks a pointer parameter that is read or written in packets: the launch checks that it is
+// 16-byte aligned.
 #define PACKED
-// A parameter: a matrix that TMA copies boxes of. Its address is the map's.
+// Type of a parameter: the map of a matrix from which TMA copies boxes.
 #ifdef WARPO_SIM
 #define TENSOR_MAP const ptx::TensorMap
 #else

@@ -68,7 +68,7 @@ static __device__ __forceinline__ State load_partial(const float* partial, int64
 // One lane's columns of a tile of COLUMNS.
 struct Lane {
     static constexpr int COUNT = COLUMNS / 4;
-    // Of number q, of lane c.
+    // Column of a lane's number q.
     static __device__ __forceinline__ int column(int q) { return q / 2 * 8 + threadIdx.x % 4 * 2 + q % 2; }
 };
 

@@ -145,7 +145,7 @@ __device__ __forceinline__ void fence_async() {
 #endif
 }
 
-// Of this block in its cluster.
+// Rank of this block in its cluster.
 __device__ __forceinline__ int cluster_rank() {
 #ifdef WARPO_SIM
     return ::sim::cluster_rank();

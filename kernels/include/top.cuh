@@ -34,7 +34,7 @@ static __device__ __forceinline__ void insert(uint64_t& mine, uint64_t candidate
 // A warp's lists of ROWS rows of a chunk, in shared memory.
 template <int ROWS>
 class Top {
-    // Of a tile's row: 8 more than it has, and no bank is asked twice.
+    // Stride of a tile's row: 8 elements of padding, so that no bank is asked twice.
     static constexpr int LINE = COLUMNS + 8, TILE = 8 * LINE * 4;
     char* room_;
     int warp_, k_;
@@ -46,7 +46,7 @@ class Top {
     }
 
   public:
-    // Of shared memory. The launcher computes the same.
+    // Bytes of shared memory for a warp. The launcher computes the same.
     static constexpr int BYTES = TILE + ROWS * MOST * 8;
 
     // `room` holds BYTES for each warp.

@@ -24,7 +24,7 @@ impl Profiling {
     /// Runs `work` on the device. What it did is told also if it fails or is stopped.
     pub(super) fn on<R>(&self, dev: Device, work: impl FnOnce(&Device) -> Result<R>) -> Result<R> {
         let Some(file) = &self.file else { return work(&dev) };
-        // That a file cannot be written is known before hours of work, not after.
+        // A file that cannot be written is refused before hours of work, not after.
         File::create(file).map_err(Error::io("create", file))?;
         let (dev, profile) = dev.profiled();
         let done = work(&dev);

@@ -44,7 +44,7 @@ pub(super) struct Block {
     bytes: usize,
     /// As [`allocated`] counts them.
     asked: usize,
-    /// Whose memory it is; none for the host's.
+    /// The device that owns the memory; none for the host's.
     cuda: Option<Cuda>,
 }
 
@@ -219,8 +219,7 @@ impl<T: Pod> Buffer<'static, T> {
     /// `len` elements of 0.
     pub fn zeros(dev: &Device, what: &'static str, len: usize) -> Result<Self> {
         let mut buffer = Self::new(dev, what, len)?;
-        // Of the host, a block that is not poisoned is zeroed already, and its pages are not there
-        // yet.
+        // A host block that is not poisoned is zeroed already, and its pages are not there yet.
         if POISON || buffer.place == Place::Device {
             dev.zero(buffer.view_mut())?;
         }

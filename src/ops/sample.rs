@@ -213,8 +213,8 @@ fn filter<F: Float>(p: &mut [F], sorted: &mut [F], params: &SamplingParams) {
             dropped += units(&sorted[cut]);
         }
         let least = sorted[cut - 1];
-        // Of tokens that tie with the last kept one, as many stay as the count says, lowest ids
-        // first.
+        // Tokens that tie with the last kept one stay in the order of their ids, as many as the
+        // count allows.
         let above = sorted.partition_point(|x| *x > least);
         let mut ties = cut - above;
         keep(p, |x| {

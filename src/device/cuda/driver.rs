@@ -384,7 +384,7 @@ impl Driver for Gpu {
 
     fn event(&self) -> Result<Event> {
         self.enter()?;
-        // Of one that takes no time stamp, recording and waiting are cheapest.
+        // Recording and waiting are cheapest without a time stamp.
         let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
         let event = result::event::create(flags).map_err(failed("event"))?;
         Ok(Event(event.cast()))

@@ -21,9 +21,9 @@ use crate::error::Result;
 /// Seeds of the order in which threads and blocks run; 0 is the natural one.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Order {
-    /// Of the threads of a block.
+    /// Seed of the order of a block's threads.
     pub threads: u64,
-    /// Of the blocks of a grid.
+    /// Seed of the order of a grid's blocks.
     pub blocks: u64,
 }
 

@@ -24,7 +24,7 @@ pub struct Calls {
     pub launches: u64,
     /// Copies from the host.
     pub writes: u64,
-    /// Copies to the host, those that nobody waited for included.
+    /// Copies to the host, those not awaited included.
     pub reads: u64,
     /// Copies on the device.
     pub copies: u64,
@@ -65,9 +65,9 @@ pub struct Ring {
 }
 
 impl Ring {
-    /// Of a GPU: 4 MiB are 0.1 ms of a bus of 40 GB/s, beside which an event costs nothing.
+    /// A GPU's: 4 MiB are 0.1 ms of a bus of 40 GB/s, beside which an event costs nothing.
     pub(super) const GPU: Self = Self { slots: 4, bytes: 4 << 20 };
-    /// Of the simulator: small, so that every test that writes goes round.
+    /// The simulator's: small, so that every test that writes goes round.
     pub(super) const SIMULATOR: Self = Self { slots: 2, bytes: 4 << 10 };
 }
 
@@ -170,7 +170,7 @@ impl Slots {
 #[derive(Debug, Default)]
 struct Blocks {
     free: BTreeMap<usize, Vec<Pinned>>,
-    /// Of all, in use or free.
+    /// Bytes of all slots, in use or free.
     bytes: usize,
 }
 
@@ -178,7 +178,7 @@ struct Blocks {
 /// wait for more.
 #[derive(Debug, Default)]
 struct Milestones {
-    /// Those that no wait has passed, in order.
+    /// Events that no wait has passed, in order.
     ahead: VecDeque<(u64, Event)>,
     free: Vec<Event>,
 }

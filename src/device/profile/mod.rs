@@ -106,7 +106,7 @@ struct Inner {
     peaks: OnceLock<Option<Peaks>>,
     /// Asked for the peaks once.
     find_peaks: Box<dyn Fn() -> Option<Peaks> + Send + Sync>,
-    /// Of a device that works on while the host does; none for the CPU.
+    /// Clock of a device that runs beside the host; none for the CPU.
     clock: Option<Arc<dyn Clock>>,
     /// Whether a tool of NVIDIA's may want the names.
     nvtx: bool,
@@ -175,7 +175,7 @@ struct Total {
 }
 
 impl Span {
-    /// Of a device with this profile, if it has one; `work` is asked for then.
+    /// Opens a span in `profile`, if there is one; only then `work` is called.
     pub(super) fn begin(
         profile: Option<&Profile>,
         kind: Kind,
@@ -190,7 +190,7 @@ impl Span {
 }
 
 impl Profile {
-    /// Of a device with this description.
+    /// A profile of the device with this description.
     pub(super) fn new(
         device: String,
         clock: Option<Arc<dyn Clock>>,

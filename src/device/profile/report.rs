@@ -24,7 +24,7 @@ const PEAKS: [(&str, f64, f64); 5] = [
 ];
 
 impl Peaks {
-    /// Those of a GPU with this name, if they are known. A CPU's depend on its clock, memory and
+    /// Peaks of the GPU with this name, if they are known. A CPU's depend on its clock, memory and
     /// neighbours, and are measured.
     pub fn of(name: &str) -> Option<Self> {
         let (_, flops, bytes) = PEAKS.into_iter().find(|(of, ..)| *of == name)?;
@@ -47,7 +47,7 @@ pub struct PhaseRow {
     pub whole: f64,
     /// Without them, so that shares add up.
     pub seconds: f64,
-    /// Of those, in which an op computes, on a CUDA device a kernel.
+    /// Seconds of those in which an op (on a CUDA device a kernel) computes.
     pub busy: f64,
 }
 
@@ -80,7 +80,7 @@ pub struct Report {
     pub device: String,
     /// Since the profile began.
     pub seconds: f64,
-    /// Of the device, where they are known.
+    /// The device's peaks, where they are known.
     pub peaks: Option<Peaks>,
     pub phases: Vec<PhaseRow>,
     pub ops: Vec<OpRow>,

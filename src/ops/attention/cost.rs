@@ -5,7 +5,7 @@ use crate::device::Work;
 
 /// Pairs of a query and a position that it sees.
 fn pairs(shape: &Shape, segments: &[Segment]) -> f64 {
-    // Of the queries before a position.
+    // Positions that the queries before `end` see, in sum.
     let before = |end: f64| {
         let window = shape.window.map_or(end, |w| end.min(f64::from(w)));
         window * (window + 1.0) / 2.0 + (end - window) * window

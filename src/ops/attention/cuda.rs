@@ -30,7 +30,8 @@ fn partials_len(shape: &Shape, rows: usize, partials: usize) -> usize {
     rows * shape.q_heads * (shape.head_dim + 8) * partials
 }
 
-/// Of both, for `singles` rows that are alone in their segments, in sequences of `positions`.
+/// Elements of scratch for block and split-KV partials, for `singles` rows that are alone in their
+/// segments, in sequences of `positions`.
 pub(super) fn scratch_len(cuda: &Cuda, shape: &Shape, singles: usize, positions: usize) -> usize {
     let partials = if shape.window.is_some() { 0 } else { positions.div_ceil(SPLIT) };
     block_partials_len(cuda, shape) + partials_len(shape, singles, partials)

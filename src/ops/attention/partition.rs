@@ -20,7 +20,8 @@ pub struct SegmentBatch<'a> {
     pub segments: &'a [Segment],
     /// Ids of the pages of all segments.
     pub pages: View<'a, u32>,
-    /// Of these segments, with its [`Partition::words`] on the device; none on the CPU.
+    /// The partition of these segments, and its [`Partition::words`] on the device; none on the
+    /// CPU.
     pub partition: Option<(&'a Partition, View<'a, u32>)>,
 }
 

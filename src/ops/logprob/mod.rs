@@ -217,7 +217,7 @@ pub struct Forward<'a, T: Element> {
 }
 
 impl<T: Element> Forward<'_, T> {
-    /// Of [`backward`], with a gradient of the head or without.
+    /// Work of [`backward`], with the gradient of the head or without.
     fn work(&self, weight: bool) -> Work {
         let (rows, vocab, d) = (self.targets.len(), self.packed.n(), self.packed.k());
         let dw = Work::moves::<T::Acc>(if weight { 2 * vocab * d } else { 0 });
