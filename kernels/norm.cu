@@ -176,49 +176,20 @@ static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, 
     if constexpr (LAYER) write_partial(partial + (blocks + blockIdx.x) * int64_t(cols), db, sums, cols, group);
 }
 
-KERNEL(THREADS, norm_forward_0_bf16)(PACKED bf16* y, OPTIONAL float* mean, float* rstd, PACKED const bf16* x, PACKED const bf16* w,
-    OPTIONAL PACKED const bf16* b, int rows, int cols, int heads, int x_stride, int y_stride, int one_plus, float eps, int group) {
-    forward<false>(y, mean, rstd, x, w, b, {rows, cols, heads, x_stride}, y_stride, one_plus, eps, group);
-}
-
-KERNEL(THREADS, norm_forward_0_f32)(PACKED float* y, OPTIONAL float* mean, float* rstd, PACKED const float* x, PACKED const float* w,
-    OPTIONAL PACKED const float* b, int rows, int cols, int heads, int x_stride, int y_stride, int one_plus, float eps, int group) {
-    forward<false>(y, mean, rstd, x, w, b, {rows, cols, heads, x_stride}, y_stride, one_plus, eps, group);
-}
-
-KERNEL(THREADS, norm_forward_1_bf16)(PACKED bf16* y, OPTIONAL float* mean, float* rstd, PACKED const bf16* x, PACKED const bf16* w,
-    OPTIONAL PACKED const bf16* b, int rows, int cols, int heads, int x_stride, int y_stride, int one_plus, float eps, int group) {
-    forward<true>(y, mean, rstd, x, w, b, {rows, cols, heads, x_stride}, y_stride, one_plus, eps, group);
-}
-
-KERNEL(THREADS, norm_forward_1_f32)(PACKED float* y, OPTIONAL float* mean, float* rstd, PACKED const float* x, PACKED const float* w,
-    OPTIONAL PACKED const float* b, int rows, int cols, int heads, int x_stride, int y_stride, int one_plus, float eps, int group) {
-    forward<true>(y, mean, rstd, x, w, b, {rows, cols, heads, x_stride}, y_stride, one_plus, eps, group);
-}
-
-KERNEL(THREADS, norm_backward_0_bf16)(PACKED bf16* dx, float* partial, PACKED const bf16* dy, PACKED const bf16* x, PACKED const bf16* w,
-    OPTIONAL const float* mean, const float* rstd, int rows, int cols, int heads, int x_stride, int y_stride, int one_plus, int group,
-    int add) {
-    backward<false>(dx, partial, dy, x, w, mean, rstd, {rows, cols, heads, x_stride}, y_stride, one_plus, group, add);
-}
-
-KERNEL(THREADS, norm_backward_0_f32)(PACKED float* dx, float* partial, PACKED const float* dy, PACKED const float* x, PACKED const float* w,
-    OPTIONAL const float* mean, const float* rstd, int rows, int cols, int heads, int x_stride, int y_stride, int one_plus, int group,
-    int add) {
-    backward<false>(dx, partial, dy, x, w, mean, rstd, {rows, cols, heads, x_stride}, y_stride, one_plus, group, add);
-}
-
-KERNEL(THREADS, norm_backward_1_bf16)(PACKED bf16* dx, float* partial, PACKED const bf16* dy, PACKED const bf16* x, PACKED const bf16* w,
-    OPTIONAL const float* mean, const float* rstd, int rows, int cols, int heads, int x_stride, int y_stride, int one_plus, int group,
-    int add) {
-    backward<true>(dx, partial, dy, x, w, mean, rstd, {rows, cols, heads, x_stride}, y_stride, one_plus, group, add);
-}
-
-KERNEL(THREADS, norm_backward_1_f32)(PACKED float* dx, float* partial, PACKED const float* dy, PACKED const float* x, PACKED const float* w,
-    OPTIONAL const float* mean, const float* rstd, int rows, int cols, int heads, int x_stride, int y_stride, int one_plus, int group,
-    int add) {
-    backward<true>(dx, partial, dy, x, w, mean, rstd, {rows, cols, heads, x_stride}, y_stride, one_plus, group, add);
-}
+// RMSNorm is number 0, LayerNorm 1.
+#define EACH_NORM(X) X(0, bf16) X(0, f32) X(1, bf16) X(1, f32)
+#define KERNELS(NORM, T) \
+    KERNEL(THREADS, norm_forward_##NORM##_##T)(PACKED T* y, OPTIONAL float* mean, float* rstd, PACKED const T* x, \
+        PACKED const T* w, OPTIONAL PACKED const T* b, int rows, int cols, int heads, int x_stride, int y_stride, \
+        int one_plus, float eps, int group) { \
+        forward<NORM == 1>(y, mean, rstd, x, w, b, {rows, cols, heads, x_stride}, y_stride, one_plus, eps, group); \
+    } \
+    KERNEL(THREADS, norm_backward_##NORM##_##T)(PACKED T* dx, float* partial, PACKED const T* dy, PACKED const T* x, \
+        PACKED const T* w, OPTIONAL const float* mean, const float* rstd, int rows, int cols, int heads, int x_stride, \
+        int y_stride, int one_plus, int group, int add) { \
+        backward<NORM == 1>(dx, partial, dy, x, w, mean, rstd, {rows, cols, heads, x_stride}, y_stride, one_plus, group, add); \
+    }
+EACH_NORM(KERNELS)
 
 // `count` is ceil(rows / SHARE); blocks of y = 1 add up db, which is there then.
 KERNEL(THREADS, norm_add_partials)(float* dw, OPTIONAL float* db, const float* partial, int count, int cols) {

@@ -12,7 +12,9 @@ use crate::error::{Error, Result};
 /// One setting, for help and templates.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Key {
+    /// Its name, in a file and in `--set`.
     pub name: &'static str,
+    /// The values that it takes, in words.
     pub kind: String,
     /// Its value now, in TOML.
     pub value: String,

@@ -113,10 +113,12 @@ fn of(samples: &[u64], places: &[String]) -> String {
 }
 
 impl Error {
+    /// An argument of `op` that has another shape than it needs.
     pub fn shape(op: &'static str, arg: &'static str, want: &[usize], got: &[usize]) -> Self {
         Self::Shape { op, arg, want: want.to_vec(), got: got.to_vec() }
     }
 
+    /// A value that was not what was wanted.
     pub fn value(
         what: impl Into<String>,
         want: impl Into<String>,
@@ -135,6 +137,7 @@ impl Error {
         Self::Config { key: key.into(), message, hint: None }
     }
 
+    /// A file whose content is wrong.
     pub fn file(path: impl Into<PathBuf>, message: impl Into<String>) -> Self {
         Self::File { path: path.into(), message: message.into() }
     }

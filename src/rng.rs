@@ -25,7 +25,9 @@ pub enum Purpose {
 /// What a batch of draws shares; each of them adds its sample and its position.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Stream {
+    /// The run's seed.
     pub seed: u64,
+    /// The optimizer step, from 0.
     pub step: u64,
     /// What the draws are for.
     pub purpose: Purpose,

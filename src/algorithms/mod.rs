@@ -144,7 +144,7 @@ pub trait Algorithm: Send {
         _dlogp: ViewMut<'_, f32>,
         _dentropy: Option<ViewMut<'_, f32>>,
     ) -> Result<()> {
-        Ok(())
+        Err(Error::value("an algorithm that trains a policy", "a policy_loss of its own", "none"))
     }
 
     /// Writes d loss / d scalar of a micro-batch: one scalar a token (value) or a sequence
@@ -156,7 +156,7 @@ pub trait Algorithm: Send {
         _y: View<'_, f32>,
         _dy: ViewMut<'_, f32>,
     ) -> Result<()> {
-        Ok(())
+        Err(Error::value("an algorithm that trains a scalar", "a scalar_loss of its own", "none"))
     }
 
     /// The metrics of held-out data, all of it in one micro-batch, of which `y` is what the trained

@@ -42,6 +42,7 @@ use crate::{
 /// The most threads that can be asked for.
 const MAX_THREADS: usize = 1024;
 
+/// A place that has memory and computes. Cloning shares it.
 #[derive(Clone, Debug)]
 pub enum Device {
     /// All cores of this machine.

@@ -72,14 +72,17 @@ impl<T: Element> Model<T> {
         Ok(Self { family, config, head, params, master, offloaded: None, packed, ropes, spec })
     }
 
+    /// The sizes and parts of its transformer, as the device computes it.
     pub fn spec(&self) -> &Spec {
         &self.spec
     }
 
+    /// The head on its backbone.
     pub fn head(&self) -> Head {
         self.head
     }
 
+    /// The family that `model_type` in its `config.json` names.
     pub fn family(&self) -> &'static Family {
         self.family
     }

@@ -19,6 +19,7 @@ use crate::{
     shape, simd,
 };
 
+/// How a token is chosen from its distribution.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SamplingParams {
     /// Divides the logits; 0 takes the largest (the lowest id among equals).
@@ -39,10 +40,12 @@ impl Default for SamplingParams {
 }
 
 impl SamplingParams {
+    /// Takes the likeliest token.
     pub fn greedy() -> Self {
         Self { temperature: 0.0, ..Self::default() }
     }
 
+    /// Refuses a parameter out of its range by name.
     pub fn validate(&self) -> Result<()> {
         for (what, ok, want, got) in [
             (

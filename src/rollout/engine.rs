@@ -20,6 +20,7 @@ use crate::{
     rng::Stream,
 };
 
+/// Tokens to continue.
 #[derive(Clone, Debug)]
 pub struct Prompt {
     /// Names the sample in the random stream; two samples of one prompt differ here.
@@ -28,8 +29,10 @@ pub struct Prompt {
     pub ids: Vec<u32>,
 }
 
+/// How prompts are continued, and when a sample ends.
 #[derive(Clone, Debug)]
 pub struct GenerationConfig {
+    /// Temperature and filters.
     pub sampling: sample::SamplingParams,
     /// The most tokens that are added.
     pub max_new_tokens: usize,
@@ -39,6 +42,7 @@ pub struct GenerationConfig {
     pub stream: Stream,
 }
 
+/// A sample: the continuation of a prompt.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Completion<F> {
     /// The sample of its prompt.

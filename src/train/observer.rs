@@ -10,9 +10,11 @@ pub trait Observer {
     fn begin(&mut self, _step: u64, _steps: u64) {}
     /// `done` of `total` units of a phase of the present step.
     fn phase(&mut self, _name: &str, _done: usize, _total: usize) {}
+    /// `step` of `steps` is done, in `seconds`.
     fn step(&mut self, _step: u64, _steps: u64, _metrics: &Metrics, _seconds: f64) {}
 }
 
+/// An observer that hears nothing.
 #[derive(Debug, Default)]
 pub struct Silent;
 

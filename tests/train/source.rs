@@ -235,6 +235,32 @@ fn a_policy_on_pairs_has_the_log_probs_of_itself_and_its_reference() {
     }
 }
 
+/// A policy without a loss would train on nothing, step after step.
+#[test]
+fn a_policy_without_a_loss_is_refused_by_name() {
+    struct NoLoss;
+    impl Algorithm for NoLoss {
+        fn needs(&self) -> Needs {
+            policy(TEXTS)
+        }
+
+        fn finish(&mut self, _: &mut Metrics) -> Result<()> {
+            Ok(())
+        }
+    }
+    let dir = temp_dir("source_no_loss");
+    let mut settings = Settings::default();
+    for pair in small(&dir, "sft", &dir.join("run")) {
+        config::set_pair(&mut [&mut settings], &pair).unwrap();
+    }
+    let mut trainer = Trainer::<f32>::new(host(), settings, Box::new(NoLoss)).unwrap();
+    let error = trainer.step(&mut Silent).unwrap_err().to_string();
+    assert_eq!(
+        error,
+        "an algorithm that trains a policy: got none, wanted a policy_loss of its own"
+    );
+}
+
 fn bits(x: &[f32]) -> Vec<u32> {
     x.iter().map(|x| x.to_bits()).collect()
 }
