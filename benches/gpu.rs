@@ -322,8 +322,9 @@ fn sampling(b: &mut Bench) {
     ] {
         b.run(name, 2 * n, |dev, i| {
             let (t, room) = (tokens.view_mut(), scratch.view_mut());
-            let (z, s, p) = (z[i].view(), samples.view(), positions.view());
-            sample::next(dev, t, z, &params, stream, s, p, room).unwrap();
+            let (samples, positions) = (samples.view(), positions.view());
+            let draws = sample::Draws { stream: Some(stream), samples, positions };
+            sample::next(dev, t, z[i].view(), &params, draws, room).unwrap();
         });
     }
     let mut ids = Buffer::new(&b.dev, "ids", batch).unwrap();

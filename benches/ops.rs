@@ -18,14 +18,15 @@ use warpo::{
         bradley_terry::{self, Pairs},
         embedding, gae, grad_norm,
         kl::KlEstimator,
-        logprob,
+        logprob::{self, LmHead, LogitSettings, Outputs, Slopes},
         matmul::{self, Packed},
         nll,
         norm::{self, Norm, NormGrads, NormKept, NormOut, NormSpec},
         ppo_loss::{self, KlTerm, PpoLoss, PpoTokens},
         residual,
         rope::{self, Rope, Table},
-        sample, scalar_head,
+        sample::{self, Draws},
+        scalar_head,
         value_loss::{self, ValueLoss, ValueTokens},
         whiten::{self, Moments, Variance},
     },
@@ -163,35 +164,27 @@ fn lm_head(c: &mut Criterion) {
         let targets: Vec<u32> = (0..rows as u32).map(|r| r * 7 % vocab as u32).collect();
         let (mut logp, mut lse, mut entropy) = (vec![0.0; rows], vec![0.0; rows], vec![0.0; rows]);
         let mut scratch = vec![0.0; logprob::backward_scratch_len(rows, vocab, d)];
+        let head = LmHead { w: (&packed).into(), settings: LogitSettings::at(0.7) };
         let name = |what: &str| format!("{what}/cpu/f32/{rows}x{vocab}x{d}");
         bench(&mut g, &name("forward"), fma(rows * vocab * d), || {
-            logprob::forward(
-                dev,
-                (&mut logp).into(),
-                (&mut lse).into(),
-                Some((&mut entropy).into()),
-                (&h).into(),
-                &packed,
-                (&targets).into(),
-                logprob::LogitSettings::at(0.7),
-                (&mut scratch).into(),
-            )
-            .unwrap();
+            let entropy = Some((&mut entropy).into());
+            let out = Outputs { logp: (&mut logp).into(), lse: (&mut lse).into(), entropy };
+            let (h, targets, room) = ((&h).into(), (&targets).into(), (&mut scratch).into());
+            logprob::forward(dev, out, h, head, targets, room).unwrap();
         });
         let (dlogp, mut dh, mut dw) = (randn(3, rows), vec![0.0; rows * d], vec![0.0; vocab * d]);
         bench(&mut g, &name("backward"), fma(3 * rows * vocab * d), || {
             let f = logprob::Forward {
                 h: (&h).into(),
-                packed: (&packed).into(),
+                head,
                 w: (&w).into(),
                 targets: (&targets).into(),
                 lse: (&lse).into(),
                 entropy: None,
-                settings: logprob::LogitSettings::at(0.7),
             };
             let (dh, dw) = ((&mut dh).into(), Some((&mut dw).into()));
-            logprob::backward(dev, dh, dw, (&dlogp).into(), None, f, (&mut scratch).into())
-                .unwrap();
+            let slopes = Slopes { dlogp: (&dlogp).into(), dentropy: None };
+            logprob::backward(dev, dh, dw, slopes, f, (&mut scratch).into()).unwrap();
         });
     }
 }
@@ -362,9 +355,10 @@ fn sampling(c: &mut Criterion) {
         ("min_p", sample::SamplingParams { min_p: 0.1, ..all }),
     ] {
         bench(&mut g, &format!("{name}/cpu/f32/32x50257"), moves(rows * VOCAB), || {
-            let (t, s, p) = ((&mut tokens).into(), (&samples).into(), (&positions).into());
-            let (z, room) = (View::from(&logits), (&mut scratch).into());
-            sample::next(dev, t, z, &params, stream, s, p, room).unwrap();
+            let (samples, positions) = ((&samples).into(), (&positions).into());
+            let draws = Draws { stream: Some(stream), samples, positions };
+            let (t, z, room) = ((&mut tokens).into(), View::from(&logits), (&mut scratch).into());
+            sample::next(dev, t, z, &params, draws, room).unwrap();
         });
     }
 }

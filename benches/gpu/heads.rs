@@ -5,8 +5,9 @@ use half::bf16;
 use warpo::{
     device::Buffer,
     ops::{
-        logprob::{self, Draws, Forward, LogitSettings, Sampled, Top},
+        logprob::{self, Forward, LmHead, LogitSettings, Outputs, Sampled, Slopes, Top},
         matmul::Packed,
+        sample::Draws,
         scalar_head,
     },
     rng::{Philox, Purpose, Stream},
@@ -70,7 +71,7 @@ fn head(
     let mut packed = Packed::new(&b.dev, vocab, hidden).unwrap();
     packed.pack(&b.dev, w.view()).unwrap();
     let mut dw = Buffer::<f32>::zeros(&b.dev, "bench", vocab * hidden).unwrap();
-    let settings = LogitSettings::default();
+    let head = LmHead { w: (&packed).into(), settings: LogitSettings::default() };
     for &n in tokens.iter().chain(decoded) {
         let h = b.input::<bf16>(1, n * hidden);
         let ids: Vec<u32> = (0..n as u32).map(|i| draw.below(i, vocab as u32)).collect();
@@ -79,9 +80,9 @@ fn head(
         let mut scratch = b.input::<f32>(5, logprob::scratch_len(n, vocab));
         let (flops, bytes) = (2.0 * (n * vocab * hidden) as f64, 2 * (n + vocab) * hidden);
         b.compute(&format!("logprob/forward/{model}/{n}"), flops, bytes, |dev, _| {
-            let (logp, lse, room) = (logp.view_mut(), lse.view_mut(), scratch.view_mut());
-            let (h, t) = (h.view(), targets.view());
-            logprob::forward(dev, logp, lse, None, h, &packed, t, settings, room).unwrap();
+            let out = Outputs { logp: logp.view_mut(), lse: lse.view_mut(), entropy: None };
+            let (h, t, room) = (h.view(), targets.view(), scratch.view_mut());
+            logprob::forward(dev, out, h, head, t, room).unwrap();
         });
         if decoded.contains(&n) {
             draws(b, model, n, &h, &packed);
@@ -96,16 +97,9 @@ fn head(
         b.compute(&format!("logprob/backward/{model}/{n}"), 3.0 * flops, bytes, |dev, _| {
             let (dh, dw, room) = (dh.view_mut(), dw.view_mut(), scratch.view_mut());
             let (h, w, t, lse) = (h.view(), w.view(), targets.view(), lse.view());
-            let forward = Forward {
-                h,
-                packed: (&packed).into(),
-                w,
-                targets: t,
-                lse,
-                entropy: None,
-                settings,
-            };
-            logprob::backward(dev, dh, Some(dw), dlogp.view(), None, forward, room).unwrap();
+            let forward = Forward { h, head, w, targets: t, lse, entropy: None };
+            let slopes = Slopes { dlogp: dlogp.view(), dentropy: None };
+            logprob::backward(dev, dh, Some(dw), slopes, forward, room).unwrap();
         });
     }
 }
@@ -131,7 +125,8 @@ fn draws(b: &mut Bench, model: &str, n: usize, h: &Buffer<'_, bf16>, packed: &Pa
             let (samples, positions) = (samples.view(), positions.view());
             let draws = Draws { stream, samples, positions };
             let (h, room) = (h.view(), scratch.view_mut());
-            logprob::sample(dev, out, h, packed, LogitSettings::default(), draws, room).unwrap();
+            let head = LmHead { w: packed.into(), settings: LogitSettings::default() };
+            logprob::sample(dev, out, h, head, draws, room).unwrap();
         });
     }
 }

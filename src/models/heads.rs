@@ -3,12 +3,12 @@
 
 use super::{Head, Keep, Linear, Model, ParamKind, Params, PassOptions, Spec};
 use crate::{
-    device::{Buffer, Device, Element, Scope, View, ViewMut},
+    device::{Buffer, Device, Element, Float, Scope, View, ViewMut},
     error::Result,
     ops::{
-        logprob::{self, Draws, LogitSettings, Sampled},
+        logprob::{self, LmHead, LogitSettings, Sampled, Slopes},
         matmul,
-        sample::{self, Logits},
+        sample::{self, Draws, Logits},
         scalar_head,
     },
     rng::Stream,
@@ -92,18 +92,13 @@ impl<'s, T: Element> HeadOutputs<'s, T> {
         if model.head() == Head::Scalar && temperature.is_none() {
             return scalar_head::forward(dev, self.y.view_mut(), h, model.score_head()?);
         }
-        let packed = model.lm_head(dev)?.packed;
-        logprob::forward(
-            dev,
-            self.y.view_mut(),
-            self.lse.view_mut(),
-            self.entropy.as_mut().map(Buffer::view_mut),
-            h,
-            packed,
-            targets,
-            temperature.map_or(LogitSettings::default(), LogitSettings::at),
-            self.scratch.view_mut(),
-        )
+        let out = logprob::Outputs {
+            logp: self.y.view_mut(),
+            lse: self.lse.view_mut(),
+            entropy: self.entropy.as_mut().map(Buffer::view_mut),
+        };
+        let head = LmHead { w: model.lm_head(dev)?.packed, settings: settings(temperature) };
+        logprob::forward(dev, out, h, head, targets, self.scratch.view_mut())
     }
 
     /// Adds the gradient of the head's weight to `grads` and writes that of the hidden states,
@@ -123,14 +118,18 @@ impl<'s, T: Element> HeadOutputs<'s, T> {
             return scalar_head::backward(dev, dh, dw, self.dy.view(), h, model.score_head()?);
         }
         let Linear { at, weight: w, packed, .. } = model.lm_head(dev)?;
+        let head = LmHead { w: packed, settings: settings(temperature) };
         let (lse, entropy) = (self.lse.view(), self.entropy.as_ref().map(Buffer::view));
-        let settings = temperature.map_or(LogitSettings::default(), LogitSettings::at);
-        let forward = logprob::Forward { h, packed, w, targets, lse, entropy, settings };
+        let forward = logprob::Forward { h, head, w, targets, lse, entropy };
         let dw = grads.get_mut(at.kind, at.layer);
         let dentropy = self.dentropy.as_ref().map(Buffer::view);
-        let scratch = self.scratch.view_mut();
-        logprob::backward(dev, dh, dw, self.dy.view(), dentropy, forward, scratch)
+        let slopes = Slopes { dlogp: self.dy.view(), dentropy };
+        logprob::backward(dev, dh, dw, slopes, forward, self.scratch.view_mut())
     }
+}
+
+fn settings<F: Float>(temperature: Option<F>) -> LogitSettings<F> {
+    temperature.map_or(LogitSettings::default(), LogitSettings::at)
 }
 
 /// Draws the next token of each row that an LM head reads.
@@ -198,40 +197,44 @@ impl<'s, T: Element> Sampler<'s, T> {
         mut tokens: ViewMut<'_, u32>,
         stream: Stream,
     ) -> Result<()> {
-        let head = model.lm_head(dev)?.packed;
         let params = &self.sampling;
         let greedy = params.temperature == 0.0;
         // Greedy decoding reports log-probs at temperature 1.
         let t = if greedy { 1.0 } else { f64::from(params.temperature) };
-        let at = LogitSettings::at(<T::Acc as Element>::of(t));
+        let settings = LogitSettings::at(<T::Acc as Element>::of(t));
+        let head = LmHead { w: model.lm_head(dev)?.packed, settings };
         let (samples, positions) = (self.samples.view(), self.positions.view());
+        let draws = Draws { stream: (!greedy).then_some(stream), samples, positions };
         let (mut logp, mut lse) = (self.logp.view_mut(), self.lse.view_mut());
         let mut scratch = self.scratch.view_mut();
         let Some(logits) = &mut self.logits else {
-            let draws = Draws { stream: (!greedy).then_some(stream), samples, positions };
             let out = Sampled { tokens, logp, lse, top: None };
-            return logprob::sample(dev, out, h, head, at, draws, scratch);
+            return logprob::sample(dev, out, h, head, draws, scratch);
         };
         let (n, all) = (tokens.len(), model.logit_head(dev)?);
-        let (vocab, stride, d) = (head.n(), all.n(), head.k());
+        let (vocab, stride, d) = (head.w.n(), all.n(), all.k());
         for first in (0..n).step_by(WAVE) {
             let rows = first..n.min(first + WAVE);
             let h = h.range(rows.start * d..rows.end * d);
-            let (logp, lse) =
-                (logp.reborrow().range(rows.clone()), lse.reborrow().range(rows.clone()));
+            let out = logprob::Outputs {
+                logp: logp.reborrow().range(rows.clone()),
+                lse: lse.reborrow().range(rows.clone()),
+                entropy: None,
+            };
             let mut tokens = tokens.reborrow().range(rows.clone());
             let mut logits = logits.view_mut().range(0..rows.len() * stride);
             matmul::forward(dev, logits.reborrow(), h, all, None, None)?;
-            let (to, logits, room) = (tokens.reborrow(), logits.view(), scratch.reborrow());
-            let (samples, positions) = (samples.range(rows.clone()), positions.range(rows));
-            let z = Logits { z: logits, vocab: Some(vocab) };
-            sample::next(dev, to, z, params, stream, samples, positions, room)?;
-            let (tokens, room) = (tokens.view(), scratch.reborrow());
+            let z = Logits { z: logits.view(), vocab: Some(vocab) };
+            let (draws, room) = (draws.range(rows), scratch.reborrow());
+            sample::next(dev, tokens.reborrow(), z, params, draws, room)?;
+            let tokens = tokens.view();
             match dev {
-                Device::Cpu(_) => logprob::from_logits(dev, logp, lse, None, logits, tokens, at)?,
+                Device::Cpu(_) => {
+                    logprob::from_logits(dev, out, logits.view(), tokens, settings)?;
+                }
                 // Stored logits are rounded, those of the fused head are not.
                 Device::Cuda(_) => {
-                    logprob::forward(dev, logp, lse, None, h, head, tokens, at, room)?;
+                    logprob::forward(dev, out, h, head, tokens, scratch.reborrow())?;
                 }
             }
         }

@@ -8,6 +8,8 @@
 //! exactly 1 under any filter, and the ratio compares full distributions, of which a filter only
 //! chose the sample.
 
+use std::ops::Range;
+
 use crate::{
     device::{
         Device, Element, Float, View, ViewMut, Work,
@@ -70,6 +72,35 @@ impl SamplingParams {
     }
 }
 
+/// Where random numbers are: row r has those of `samples[r]` at `positions[r]`.
+#[derive(Clone, Copy, Debug)]
+pub struct Draws<'a> {
+    /// None takes the likeliest token.
+    pub stream: Option<Stream>,
+    /// `[rows]`
+    pub samples: View<'a, u64>,
+    /// `[rows]`
+    pub positions: View<'a, u32>,
+}
+
+impl Draws<'_> {
+    /// Refuses addresses that are not those of `rows` rows.
+    pub(super) fn check(&self, op: &'static str, rows: usize) -> Result<()> {
+        shape::check(op, "samples", &[rows], self.samples.len())?;
+        shape::check(op, "positions", &[rows], self.positions.len())
+    }
+
+    pub(crate) fn range(self, rows: Range<usize>) -> Self {
+        let samples = self.samples.range(rows.clone());
+        Self { samples, positions: self.positions.range(rows), ..self }
+    }
+
+    /// As kernels take them: seed, step, purpose, and whether there are none.
+    pub(super) fn words(&self) -> (u64, u64, u32, usize) {
+        self.stream.map_or((0, 0, 0, 1), |s| (s.seed, s.step, s.purpose as u32, 0))
+    }
+}
+
 /// A weight of 1, the largest, as an integer.
 const UNIT: f64 = (1u64 << 44) as f64;
 
@@ -95,20 +126,17 @@ pub fn scratch_len(rows: usize, vocab: usize) -> usize {
     2 * rows * vocab
 }
 
-/// Writes `tokens` `[rows]`, drawn from `logits` `[rows, vocab]`. Row r uses the random number of
-/// `samples[r]` at `positions[r]`. In f32 the tokens are the same on every device.
+/// Writes `tokens` `[rows]`, drawn from `logits` `[rows, vocab]`. In f32 the tokens are the same on
+/// every device.
 ///
 /// Reads logits; `scratch` stays in the cache. Unless greedy, the CPU leaves the weights of a row,
 /// filters applied, in the first `vocab` numbers of its `2 vocab`.
-#[allow(clippy::too_many_arguments)]
 pub fn next<'a, T: Element>(
     dev: &Device,
     tokens: ViewMut<'_, u32>,
     logits: impl Into<Logits<'a, T>>,
     params: &SamplingParams,
-    stream: Stream,
-    samples: View<'_, u64>,
-    positions: View<'_, u32>,
+    draws: Draws<'_>,
     scratch: ViewMut<'_, T::Acc>,
 ) -> Result<()> {
     const OP: &str = "sample";
@@ -123,14 +151,14 @@ pub fn next<'a, T: Element>(
     if vocab > stride {
         return Err(Error::shape(OP, "logits", &[rows, vocab], &[rows, stride]));
     }
-    shape::check(OP, "samples", &[rows], samples.len())?;
-    shape::check(OP, "positions", &[rows], positions.len())?;
+    draws.check(OP, rows)?;
     if !(1..=MAX_VOCAB).contains(&vocab) {
         return Err(Error::value("sample: vocabulary", format!("1 to {MAX_VOCAB}"), vocab));
     }
     let scratch = scratch.scratch(OP, scratch_len(rows, vocab))?;
     let _op = dev.op(OP, || Work::moves::<T>(rows * vocab));
-    let greedy = params.temperature == 0.0;
+    let stream = draws.stream.filter(|_| params.temperature > 0.0);
+    let Draws { samples, positions, .. } = draws;
     let scale = <T::Acc as Element>::of(1.0 / f64::from(params.temperature));
     match dev {
         Device::Cpu(cpu) => {
@@ -141,28 +169,27 @@ pub fn next<'a, T: Element>(
                 for (i, r) in range.enumerate() {
                     let z = &logits[r * stride..][..vocab];
                     let (p, order) = scratch[i * 2 * vocab..][..2 * vocab].split_at_mut(vocab);
-                    tokens[i] = if greedy {
-                        argmax(z)
-                    } else {
-                        weights(cpu.isa(), p, z, scale);
-                        if params.filters() {
-                            filter(p, order, params);
-                        }
-                        pick(p, stream.sample(samples[r]).uniform(positions[r]))
+                    let Some(stream) = stream else {
+                        tokens[i] = argmax(z);
+                        continue;
                     };
+                    weights(cpu.isa(), p, z, scale);
+                    if params.filters() {
+                        filter(p, order, params);
+                    }
+                    tokens[i] = pick(p, stream.sample(samples[r]).uniform(positions[r]));
                 }
             });
             Ok(())
         }
-        Device::Cuda(cuda) if greedy => {
-            let launch = Launch::row(rows, kernel::WARPS * 8)?;
-            kernel::Greedy { tokens, z: logits, vocab, stride }.launch(cuda, launch)
-        }
         Device::Cuda(cuda) => {
+            let Some(Stream { seed, step, purpose }) = stream else {
+                let launch = Launch::row(rows, kernel::WARPS * 8)?;
+                return kernel::Greedy { tokens, z: logits, vocab, stride }.launch(cuda, launch);
+            };
             let shared = kernel::WARPS * 4 + (kernel::WARPS + 1) * kernel::WAYS * 8;
             let number = |x: f32| <T::Acc as Element>::of(f64::from(x));
             let (top_p, min_p) = (number(params.top_p), number(params.min_p));
-            let Stream { seed, step, purpose } = stream;
             kernel::Next {
                 tokens,
                 z: logits,

@@ -7,7 +7,7 @@ mod sample;
 use warpo::{
     device::{Device, Float},
     ops::{
-        logprob::{self, CHUNK, LogitSettings},
+        logprob::{self, CHUNK, LmHead, LogitSettings, Outputs, Slopes},
         matmul::{self, Packed},
     },
 };
@@ -38,6 +38,10 @@ impl<F: Float> Head<F> {
             .collect();
         Self::new(&Device::cpu(), &w, vocab)
     }
+
+    fn with(&self, settings: LogitSettings<F>) -> LmHead<'_, F> {
+        LmHead { w: (&self.packed).into(), settings }
+    }
 }
 
 /// What forward writes.
@@ -52,6 +56,11 @@ impl<F: Float> Out<F> {
     fn nan(rows: usize) -> Self {
         let nan = vec![F::of(f64::NAN); rows];
         Self { logp: nan.clone(), lse: nan.clone(), entropy: nan }
+    }
+
+    fn views(&mut self) -> Outputs<'_, F> {
+        let entropy = Some((&mut self.entropy).into());
+        Outputs { logp: (&mut self.logp).into(), lse: (&mut self.lse).into(), entropy }
     }
 }
 
@@ -69,27 +78,15 @@ fn forward_by<F: Float>(
     let mut out = Out::nan(targets.len());
     let need = logprob::scratch_len(targets.len(), head.packed.n());
     let mut scratch = vec![F::of(f64::NAN); need];
-    let (logp, lse) = ((&mut out.logp).into(), (&mut out.lse).into());
-    let (entropy, targets) = (Some((&mut out.entropy).into()), targets.into());
-    let (h, w, scratch) = (h.into(), &head.packed, (&mut scratch).into());
-    logprob::forward(dev, logp, lse, entropy, h, w, targets, settings, scratch).unwrap();
+    let (h, targets, scratch) = (h.into(), targets.into(), (&mut scratch).into());
+    logprob::forward(dev, out.views(), h, head.with(settings), targets, scratch).unwrap();
     out
 }
 
 fn from_logits<F: Float>(dev: &Device, logits: &[F], targets: &[u32], t: f64) -> Out<F> {
     let mut out = Out::nan(targets.len());
-    let (logp, lse) = ((&mut out.logp).into(), (&mut out.lse).into());
-    let (entropy, targets) = (Some((&mut out.entropy).into()), targets.into());
-    logprob::from_logits(
-        dev,
-        logp,
-        lse,
-        entropy,
-        logits.into(),
-        targets,
-        LogitSettings::at(F::of(t)),
-    )
-    .unwrap();
+    let settings = LogitSettings::at(F::of(t));
+    logprob::from_logits(dev, out.views(), logits.into(), targets.into(), settings).unwrap();
     out
 }
 
@@ -110,16 +107,15 @@ fn backward<F: Float>(
     let mut scratch = vec![F::of(f64::NAN); need];
     let f = logprob::Forward {
         h: h.into(),
-        packed: (&head.packed).into(),
+        head: head.with(LogitSettings::at(F::of(t))),
         w: (&head.w).into(),
         targets: targets.into(),
         lse: (&out.lse).into(),
         entropy: Some((&out.entropy).into()),
-        settings: LogitSettings::at(F::of(t)),
     };
     let (dh_, dw) = ((&mut dh).into(), Some(dw.into()));
-    let dentropy = dentropy.map(Into::into);
-    logprob::backward(dev, dh_, dw, dlogp.into(), dentropy, f, (&mut scratch).into()).unwrap();
+    let slopes = Slopes { dlogp: dlogp.into(), dentropy: dentropy.map(Into::into) };
+    logprob::backward(dev, dh_, dw, slopes, f, (&mut scratch).into()).unwrap();
     dh
 }
 
@@ -375,31 +371,21 @@ fn entropy_and_the_weight_gradient_are_optional() {
     let (h, w): (Vec<f32>, Vec<f32>) = (randn("h", rows * d), randn("w", vocab * d));
     let (head, targets) = (Head::new(&dev, &w, vocab), targets(rows, vocab));
     let want = forward(&dev, &h, &head, &targets, 0.8);
-    let (mut logp, mut lse) = (vec![f32::NAN; rows], vec![f32::NAN; rows]);
+    let mut out = Out::nan(rows);
     let mut scratch = vec![f32::NAN; logprob::scratch_len(rows, vocab)];
-    let (x, t) = ((&h).into(), (&targets).into());
-    let (logp_, lse_) = ((&mut logp).into(), (&mut lse).into());
-    let scratch_ = (&mut scratch).into();
-    logprob::forward(&dev, logp_, lse_, None, x, &head.packed, t, LogitSettings::at(0.8), scratch_)
-        .unwrap();
-    assert_bits("logp", &logp, &want.logp);
-    assert_bits("lse", &lse, &want.lse);
-    let (w, lse) = ((&head.w).into(), (&lse).into());
-    let packed = &head.packed;
-    let f = logprob::Forward {
-        h: x,
-        packed: packed.into(),
-        w,
-        targets: t,
-        lse,
-        entropy: None,
-        settings: LogitSettings::at(0.8),
-    };
+    let (x, t, of) = ((&h).into(), (&targets).into(), head.with(LogitSettings::at(0.8)));
+    let some = Outputs { entropy: None, ..out.views() };
+    logprob::forward(&dev, some, x, of, t, (&mut scratch).into()).unwrap();
+    assert_bits("logp", &out.logp, &want.logp);
+    assert_bits("lse", &out.lse, &want.lse);
+    let (w, logp, lse) = ((&head.w).into(), &out.logp, (&out.lse).into());
+    let f = logprob::Forward { h: x, head: of, w, targets: t, lse, entropy: None };
     let mut dh = vec![f32::NAN; h.len()];
-    let (dh_, dlogp) = ((&mut dh).into(), (&logp).into());
-    logprob::backward(&dev, dh_, None, dlogp, None, f, (&mut scratch).into()).unwrap();
+    let slopes = Slopes { dlogp: logp.into(), dentropy: None };
+    let room = (&mut scratch).into();
+    logprob::backward(&dev, (&mut dh).into(), None, slopes, f, room).unwrap();
     let mut dw = vec![0.0; vocab * d];
-    let want = backward(&dev, &mut dw, (&logp, None), &h, &head, &targets, 0.8);
+    let want = backward(&dev, &mut dw, (logp, None), &h, &head, &targets, 0.8);
     assert_bits("dh", &dh, &want);
 }
 
@@ -436,10 +422,10 @@ fn forward_of(n: [usize; 5], targets: &[u32], t: f32) -> warpo::Result<()> {
     let dev = Device::cpu();
     let head = Head::new(&dev, &[0.0f32; 10], 5);
     let [mut logp, mut lse, mut entropy, h, mut scratch] = zeros(n);
-    let (logp, lse) = ((&mut logp).into(), (&mut lse).into());
-    let (entropy, scratch) = (Some((&mut entropy).into()), (&mut scratch).into());
-    let (h, w, targets) = ((&h).into(), &head.packed, targets.into());
-    logprob::forward(&dev, logp, lse, entropy, h, w, targets, LogitSettings::at(t), scratch)
+    let entropy = Some((&mut entropy).into());
+    let out = Outputs { logp: (&mut logp).into(), lse: (&mut lse).into(), entropy };
+    let (head, scratch) = (head.with(LogitSettings::at(t)), (&mut scratch).into());
+    logprob::forward(&dev, out, (&h).into(), head, targets.into(), scratch)
 }
 
 #[test]
@@ -454,16 +440,15 @@ fn bad_targets_temperatures_and_shapes_are_refused() {
     for (t, got) in [(0.0, "0"), (-1.0, "-1"), (f32::NAN, "NaN"), (f32::INFINITY, "inf")] {
         let says = format!("temperature: got {got}, wanted a positive number");
         assert_eq!(refused(&[0, 1, 2], t), format!("logprob: {says}"));
-        let (dev, mut a, mut b) = (Device::cpu(), [0.0f32], [0.0f32]);
-        let (a, b, z) = ((&mut a[..]).into(), (&mut b[..]).into(), [0.0f32; 3][..].into());
-        let e = logprob::from_logits(&dev, a, b, None, z, [0][..].into(), LogitSettings::at(t));
+        let (mut out, z, settings) = (Out::nan(1), [0.0f32; 3], LogitSettings::at(t));
+        let z = z[..].into();
+        let e = logprob::from_logits(&Device::cpu(), out.views(), z, [0][..].into(), settings);
         assert_eq!(refusal(e), format!("logprob::from_logits: {says}"));
     }
-    let (dev, mut a, mut b) = (Device::cpu(), [0.0f32; 2], [0.0f32; 2]);
-    let mut refused = |logits: usize, targets: &[u32]| {
-        let (a, b, z) = ((&mut a[..]).into(), (&mut b[..]).into(), vec![0.0f32; logits]);
-        let z = (&z).into();
-        refusal(logprob::from_logits(&dev, a, b, None, z, targets.into(), LogitSettings::default()))
+    let refused = |logits: usize, targets: &[u32]| {
+        let (mut out, z, settings) = (Out::nan(2), vec![0.0f32; logits], LogitSettings::default());
+        let (out, z) = (out.views(), (&z).into());
+        refusal(logprob::from_logits(&Device::cpu(), out, z, targets.into(), settings))
     };
     let op = "logprob::from_logits";
     assert_eq!(refused(7, &[0, 0]), format!("{op}: `logits` has shape [7], wanted [2, 3]"));
@@ -479,15 +464,15 @@ fn bad_input_of_backward_is_refused() {
         let [mut dh, mut dw, dlogp, dentropy, mut scratch, h, w, lse] = zeros(n);
         let f = logprob::Forward {
             h: (&h).into(),
-            packed: (&head.packed).into(),
+            head: head.with(LogitSettings::at(t)),
             w: (&w).into(),
             targets: targets[..].into(),
             lse: (&lse).into(),
             entropy: entropy.map(|n| x[..n].into()),
-            settings: LogitSettings::at(t),
         };
         let (dh, dw, scratch) = ((&mut dh).into(), Some((&mut dw).into()), (&mut scratch).into());
-        logprob::backward(&dev, dh, dw, (&dlogp).into(), Some((&dentropy).into()), f, scratch)
+        let slopes = Slopes { dlogp: (&dlogp).into(), dentropy: Some((&dentropy).into()) };
+        logprob::backward(&dev, dh, dw, slopes, f, scratch)
     };
     let op = "logprob::backward";
     assert_refuses(
@@ -516,11 +501,8 @@ fn a_cap_bends_logits() {
     let run = |h: &[f64], w: &[f64]| {
         let (head, mut out) = (Head::new(&dev, w, vocab), Out::nan(rows));
         let mut scratch = vec![f64::NAN; logprob::scratch_len(rows, vocab)];
-        let (logp, lse) = ((&mut out.logp).into(), (&mut out.lse).into());
-        let (entropy, targets) = (Some((&mut out.entropy).into()), (&targets).into());
-        let (x, room) = (h.into(), (&mut scratch).into());
-        logprob::forward(&dev, logp, lse, entropy, x, &head.packed, targets, settings, room)
-            .unwrap();
+        let (of, t, room) = (head.with(settings), (&targets).into(), (&mut scratch).into());
+        logprob::forward(&dev, out.views(), h.into(), of, t, room).unwrap();
         out
     };
     let head = Head::new(&dev, &w, vocab);
@@ -534,9 +516,8 @@ fn a_cap_bends_logits() {
         assert_close("entropy", &out.entropy[r..=r], &[entropy], 1e-12, 1e-12);
     }
     let mut same = Out::nan(rows);
-    let (logp, lse) = ((&mut same.logp).into(), (&mut same.lse).into());
-    let (entropy, z) = (Some((&mut same.entropy).into()), (&logits).into());
-    logprob::from_logits(&dev, logp, lse, entropy, z, (&targets).into(), settings).unwrap();
+    let (z, t) = ((&logits).into(), (&targets).into());
+    logprob::from_logits(&dev, same.views(), z, t, settings).unwrap();
     assert_bits("logp", &same.logp, &out.logp);
     assert_bits("entropy", &same.entropy, &out.entropy);
 
@@ -544,15 +525,15 @@ fn a_cap_bends_logits() {
     let mut scratch = vec![f64::NAN; logprob::backward_scratch_len(rows, vocab, d)];
     let f = logprob::Forward {
         h: (&h).into(),
-        packed: (&head.packed).into(),
+        head: head.with(settings),
         w: (&w).into(),
         targets: (&targets).into(),
         lse: (&out.lse).into(),
         entropy: Some((&out.entropy).into()),
-        settings,
     };
     let (dh_, dw_, room) = ((&mut dh).into(), Some((&mut dw).into()), (&mut scratch).into());
-    logprob::backward(&dev, dh_, dw_, (&a).into(), Some((&b).into()), f, room).unwrap();
+    let slopes = Slopes { dlogp: (&a).into(), dentropy: Some((&b).into()) };
+    logprob::backward(&dev, dh_, dw_, slopes, f, room).unwrap();
     let value = |h: &[f64], w: &[f64]| {
         let out = run(h, w);
         inner(&out.logp, &a) + inner(&out.entropy, &b)

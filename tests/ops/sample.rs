@@ -3,7 +3,7 @@
 
 use warpo::{
     device::{Buffer, Device, Element, Float, View},
-    ops::sample::{self, SamplingParams},
+    ops::sample::{self, Draws, SamplingParams},
     rng::{Purpose, Stream},
 };
 
@@ -17,6 +17,15 @@ use crate::support::{
 /// An address: sample and position.
 type Address = (u64, u32);
 
+fn draws<'a>(
+    (seed, step): (u64, u64),
+    samples: View<'a, u64>,
+    positions: View<'a, u32>,
+) -> Draws<'a> {
+    let stream = Some(Stream { seed, step, purpose: Purpose::Sample });
+    Draws { stream, samples, positions }
+}
+
 fn next<F: Float>(
     dev: &Device,
     logits: &[F],
@@ -28,17 +37,9 @@ fn next<F: Float>(
     let positions: Vec<u32> = at.iter().map(|a| a.1).collect();
     let mut tokens = vec![u32::MAX; rows];
     let mut scratch = vec![F::of(f64::NAN); sample::scratch_len(rows, logits.len() / rows.max(1))];
-    sample::next(
-        dev,
-        (&mut tokens).into(),
-        View::from(logits),
-        params,
-        Stream { seed, step, purpose: Purpose::Sample },
-        (&samples).into(),
-        (&positions).into(),
-        (&mut scratch).into(),
-    )
-    .unwrap();
+    let draws = draws((seed, step), (&samples).into(), (&positions).into());
+    let (to, z, room) = ((&mut tokens).into(), View::from(logits), (&mut scratch).into());
+    sample::next(dev, to, z, params, draws, room).unwrap();
     tokens
 }
 
@@ -46,17 +47,9 @@ fn next<F: Float>(
 fn probabilities<F: Float>(logits: &[F], params: &SamplingParams) -> Vec<F> {
     let vocab = logits.len();
     let (mut token, mut weights) = ([u32::MAX], vec![F::of(f64::NAN); 2 * vocab]);
-    sample::next(
-        &Device::cpu(),
-        (&mut token[..]).into(),
-        View::from(logits),
-        params,
-        Stream { seed: 1, step: 0, purpose: Purpose::Sample },
-        (&[0][..]).into(),
-        (&[0][..]).into(),
-        (&mut weights).into(),
-    )
-    .unwrap();
+    let draws = draws((1, 0), (&[0][..]).into(), (&[0][..]).into());
+    let (to, z, room) = ((&mut token[..]).into(), View::from(logits), (&mut weights).into());
+    sample::next(&Device::cpu(), to, z, params, draws, room).unwrap();
     weights.truncate(vocab);
     if params.temperature == 0.0 {
         weights.fill(F::ZERO);
@@ -261,16 +254,7 @@ fn large_vocabularies_are_drawn_exactly() {
             }
         }
     }
-    let e = refusal(sample::next(
-        &Device::cpu(),
-        (&mut vec![0; 1]).into(),
-        View::from(&vec![0.0f32; (1 << 19) + 1]),
-        &SamplingParams::default(),
-        Stream { seed: 0, step: 0, purpose: Purpose::Sample },
-        (&vec![0]).into(),
-        (&vec![0]).into(),
-        (&mut vec![0.0; (1 << 20) + 2]).into(),
-    ));
+    let e = refusal(next_of([1, (1 << 19) + 1, 1, 1, (1 << 20) + 2], &SamplingParams::default()));
     assert_eq!(e, "sample: vocabulary: got 524289, wanted 1 to 524288");
 }
 
@@ -400,17 +384,9 @@ fn on_device<T: Element>(
     let logits = Buffer::of(dev, "logits", &logits).unwrap();
     let mut tokens = Buffer::new(dev, "tokens", at.len()).unwrap();
     let mut scratch = Buffer::new(dev, "scratch", 2 * logits.len()).unwrap();
-    sample::next(
-        dev,
-        tokens.view_mut(),
-        logits.view(),
-        params,
-        Stream { seed: 1, step: 2, purpose: Purpose::Sample },
-        samples.view(),
-        positions.view(),
-        scratch.view_mut(),
-    )
-    .unwrap();
+    let draws = draws((1, 2), samples.view(), positions.view());
+    let (to, z, room) = (tokens.view_mut(), logits.view(), scratch.view_mut());
+    sample::next(dev, to, z, params, draws, room).unwrap();
     dev.read(tokens.view()).unwrap()
 }
 
@@ -456,14 +432,7 @@ fn kernels_draw_the_tokens_of_the_cpu() {
 fn next_of(n: [usize; 5], params: &SamplingParams) -> warpo::Result<()> {
     let ([logits, mut scratch], mut tokens) = (zeros([n[1], n[4]]), vec![0; n[0]]);
     let (samples, positions) = (vec![0; n[2]], vec![0; n[3]]);
-    sample::next(
-        &Device::cpu(),
-        (&mut tokens).into(),
-        View::from(&logits),
-        params,
-        Stream { seed: 0, step: 0, purpose: Purpose::Sample },
-        (&samples).into(),
-        (&positions).into(),
-        (&mut scratch).into(),
-    )
+    let draws = draws((0, 0), (&samples).into(), (&positions).into());
+    let (to, z, room) = ((&mut tokens).into(), View::from(&logits), (&mut scratch).into());
+    sample::next(&Device::cpu(), to, z, params, draws, room)
 }

@@ -1,6 +1,6 @@
 //! The LM head on the CPU: tiles of rows visit the vocabulary chunk by chunk.
 
-use super::{CHUNK, Forward, LogitSettings, OutputRows, Slopes, width};
+use super::{CHUNK, Forward, LmHead, LogitSettings, OutputRows, Outputs, Slopes, width};
 use crate::{
     device::{
         Element, Float, View, ViewMut,
@@ -17,39 +17,68 @@ use crate::{
 /// Rows of a forward tile: its logits of one chunk stay in the cache.
 pub(super) const TILE: usize = 48;
 
-#[allow(clippy::too_many_arguments)]
-pub(super) fn forward<F: Float>(
-    cpu: &Cpu,
-    out: OutputRows<'_, F>,
-    h: &[F],
-    panels: &[F],
-    (vocab, d): (usize, usize),
-    targets: &[u32],
+/// The head as tiles of rows read it.
+pub(super) struct LogitTiles<'a, F> {
+    isa: Isa,
+    panels: &'a [F],
+    vocab: usize,
+    d: usize,
     settings: LogitSettings<F>,
-    scratch: ViewMut<'_, F>,
-) {
-    let (rows, width, scale) = (targets.len(), width(vocab), settings.scale());
+}
+
+impl<'a, F: Float> LogitTiles<'a, F> {
+    pub(super) fn new<T: Element<Acc = F>>(cpu: &Cpu, head: LmHead<'a, T>) -> Result<Self> {
+        let (isa, panels) = (cpu.isa(), head.w.view().float()?.host());
+        Ok(Self { isa, panels, vocab: head.w.n(), d: head.w.k(), settings: head.settings })
+    }
+
+    /// Makes the logits of `m` rows of `h`, at most [`TILE`], in `z`, a chunk at a time, and shows
+    /// each row's with its first column.
+    pub(super) fn visit(
+        &self,
+        h: &[F],
+        m: usize,
+        z: &mut [F],
+        mut each: impl FnMut(usize, usize, &[F]),
+    ) {
+        let width = width(self.vocab);
+        for v0 in (0..self.vocab).step_by(CHUNK) {
+            let n = CHUNK.min(self.vocab - v0);
+            let a = Lhs::rows(h, self.d);
+            let b = Rhs::Packed(&self.panels[v0 * self.d..][..gemm::packed_len(self.d, n)]);
+            gemm::serial(self.isa, z, width, Product::new((m, n, self.d), a, b));
+            for (r, z) in z.chunks_exact_mut(width).take(m).enumerate() {
+                bend(self.isa, &mut z[..n], self.settings);
+                each(r, v0, &z[..n]);
+            }
+        }
+    }
+}
+
+pub(super) fn forward<T: Element>(
+    cpu: &Cpu,
+    out: Outputs<'_, T::Acc>,
+    h: View<'_, T>,
+    head: LmHead<'_, T>,
+    targets: View<'_, u32>,
+    scratch: ViewMut<'_, T::Acc>,
+) -> Result<()> {
+    let (h, targets) = (h.float()?.host(), targets.host());
+    let (tiles, d, scale) = (LogitTiles::new(cpu, head)?, head.w.k(), head.settings.scale());
+    let (rows, width) = (targets.len(), width(head.w.n()));
     let scratch = &mut scratch.host()[..rows * width];
-    cpu.rows(rows, 12, (out, (scratch, width)), |range, (mut out, z)| {
+    cpu.rows(rows, 12, (out.host(), (scratch, width)), |range, (mut out, z)| {
         for t0 in (0..range.len()).step_by(TILE) {
             let (m, first) = (TILE.min(range.len() - t0), range.start + t0);
             let mut state = [Online::EMPTY; TILE];
-            for v0 in (0..vocab).step_by(CHUNK) {
-                let n = CHUNK.min(vocab - v0);
-                let z = &mut z[t0 * width..(t0 + m) * width];
-                let a = Lhs::rows(&h[first * d..], d);
-                let b = Rhs::Packed(&panels[v0 * d..][..gemm::packed_len(d, n)]);
-                gemm::serial(cpu.isa(), z, width, Product::new((m, n, d), a, b));
-                for (r, state) in state.iter_mut().enumerate().take(m) {
-                    let target = (targets[first + r] as usize).checked_sub(v0);
-                    let z = &mut z[r * width..][..n];
-                    bend(cpu.isa(), z, settings);
-                    state.visit(cpu.isa(), z, scale, target);
-                }
-            }
+            tiles.visit(&h[first * d..], m, &mut z[t0 * width..], |r, v0, z| {
+                let target = (targets[first + r] as usize).checked_sub(v0);
+                state[r].visit(cpu.isa(), z, scale, target);
+            });
             state[..m].iter().enumerate().for_each(|(r, s)| s.finish(&mut out, t0 + r));
         }
     });
+    Ok(())
 }
 
 pub(super) fn from_logits<F: Float>(
@@ -89,14 +118,14 @@ pub(super) fn backward<T: Element>(
     f: Forward<'_, T>,
     scratch: ViewMut<'_, T::Acc>,
 ) -> Result<()> {
-    let (rows, vocab, d) = (f.targets.len(), f.packed.n(), f.packed.k());
+    let (rows, vocab, d) = (f.targets.len(), f.head.w.n(), f.head.w.k());
     let (dh, mut dw, dlogp) = (dh.float()?.host(), dw.map(ViewMut::host), slopes.dlogp.host());
     let dentropy = slopes.dentropy.map(View::host).zip(f.entropy.map(View::host));
     let (h, w) = (f.h.float()?.host(), f.w.float()?.host());
     let (targets, lse) = (f.targets.host(), f.lse.host());
-    let (panels, width) = (f.packed.view().float()?.host(), width(vocab));
+    let (panels, width) = (f.head.w.view().float()?.host(), width(vocab));
     let dz = &mut scratch.host()[..rows * width];
-    let (scale, inverse) = (f.settings.scale(), f.settings.inverse());
+    let (scale, inverse) = (f.head.settings.scale(), f.head.settings.inverse());
     let zero = T::Acc::ZERO;
     for v0 in (0..vocab).step_by(CHUNK) {
         let n = CHUNK.min(vocab - v0);
@@ -105,11 +134,12 @@ pub(super) fn backward<T: Element>(
         cpu.rows(rows, 4, (&mut *dz, width), |range, dz| {
             for (dz, r) in dz.chunks_exact_mut(width).zip(range) {
                 let dz = &mut dz[..n];
-                bend(cpu.isa(), dz, f.settings);
-                let (dent, ent) = dentropy.map_or((zero, zero), |(d, e)| (d[r], e[r]));
+                bend(cpu.isa(), dz, f.head.settings);
+                let (dentropy, entropy) = dentropy.map_or((zero, zero), |(d, e)| (d[r], e[r]));
+                let row = RowSlopes { lse: lse[r], entropy, dlogp: dlogp[r], dentropy };
                 let target = (targets[r] as usize).checked_sub(v0).filter(|t| *t < n);
                 let own = target.map(|t| dlogp[r] * scale * slope(dz[t] * inverse));
-                logit_gradient(cpu.isa(), dz, scale, inverse, lse[r], dlogp[r], dent, ent);
+                logit_gradient(cpu.isa(), dz, scale, inverse, &row);
                 if let Some((t, own)) = target.zip(own) {
                     dz[t] += own;
                 }
@@ -133,6 +163,14 @@ pub(super) fn backward<T: Element>(
         }
     }
     Ok(())
+}
+
+/// What the gradient of a row's logits is made of.
+struct RowSlopes<F> {
+    lse: F,
+    entropy: F,
+    dlogp: F,
+    dentropy: F,
 }
 
 /// The parts of [`OutputRows`] that a task gets.
@@ -217,9 +255,8 @@ simd! {
     }
 
     /// All of dx but the target's own `dlogp`, from what a cap made of x.
-    fn logit_gradient[F: Float](
-        x: &mut [F], scale: F, inverse: F, lse: F, dlogp: F, dentropy: F, entropy: F,
-    ) {
+    fn logit_gradient[F: Float](x: &mut [F], scale: F, inverse: F, row: &RowSlopes<F>) {
+        let RowSlopes { lse, entropy, dlogp, dentropy } = *row;
         for x in x.iter_mut() {
             let z = *x * scale - lse;
             let p = z.exp();

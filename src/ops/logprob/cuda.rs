@@ -1,28 +1,27 @@
 //! The LM head on a CUDA device: chunks of the vocabulary by tiles of rows, then the chunks of each
 //! row.
 
-use super::{CHUNK, Forward, LogitSettings, Outputs, PARTIAL, SLICE, Slopes, slice, sm80, sm90};
+use super::{CHUNK, Forward, LmHead, Outputs, PARTIAL, SLICE, Slopes, slice, sm80, sm90};
 use crate::{
     device::{
         Arch, Cuda, Device, Element, View, ViewMut,
         cuda::{Launch, kernels::logprob as kernel},
     },
     error::Result,
-    ops::matmul::Weight,
 };
 
 pub(super) fn forward<T: Element>(
     cuda: &Cuda,
     out: Outputs<'_, T::Acc>,
     h: View<'_, T>,
-    w: Weight<'_, T>,
+    head: LmHead<'_, T>,
     targets: View<'_, u32>,
-    (settings, scratch): (LogitSettings<T::Acc>, ViewMut<'_, T::Acc>),
+    scratch: ViewMut<'_, T::Acc>,
 ) -> Result<()> {
-    let (rows, vocab, d) = (targets.len(), w.n(), w.k());
+    let (rows, vocab, d) = (targets.len(), head.w.n(), head.w.k());
     let mut partial = scratch.range(0..rows * vocab.div_ceil(CHUNK) * PARTIAL);
-    let (to, w) = (partial.reborrow(), w.view());
-    let (scale, cap) = (settings.scale(), settings.cap());
+    let (to, w) = (partial.reborrow(), head.w.view());
+    let (scale, cap) = (head.settings.scale(), head.settings.cap());
     let chunks = kernel::Forward { partial: to, h, w, targets, rows, vocab, d, scale, cap };
     match cuda.arch() {
         Arch::Sm80 => sm80::forward(cuda, chunks)?,
@@ -43,7 +42,7 @@ pub(super) fn backward<T: Element>(
     f: Forward<'_, T>,
     scratch: ViewMut<'_, T::Acc>,
 ) -> Result<()> {
-    let (rows, vocab, d) = (f.targets.len(), f.packed.n(), f.packed.k());
+    let (rows, vocab, d) = (f.targets.len(), f.head.w.n(), f.head.w.k());
     let (dz, sums) = scratch.split_at(rows * slice(vocab) / 2);
     let (mut dz, mut sums) = (dz.cast::<T>(), sums.range(0..rows * d));
     for first in (0..vocab).step_by(SLICE) {
@@ -65,8 +64,8 @@ pub(super) fn backward<T: Element>(
             width,
             first,
             d,
-            scale: f.settings.scale(),
-            cap: f.settings.cap(),
+            scale: f.head.settings.scale(),
+            cap: f.head.settings.cap(),
         };
         match cuda.arch() {
             Arch::Sm80 => sm80::gradient(cuda, gradient)?,

@@ -14,7 +14,7 @@ mod sample;
 mod sm80;
 mod sm90;
 
-pub use sample::{Draws, Sampled, Top, sample, sample_scratch_len};
+pub use sample::{Sampled, Top, sample, sample_scratch_len};
 
 use std::ops::Range;
 
@@ -80,6 +80,13 @@ impl<F: Float> LogitSettings<F> {
     }
 }
 
+/// The head's weight `[vocab, d]`, and what is made of its products.
+#[derive(Clone, Copy, Debug)]
+pub struct LmHead<'a, T: Element> {
+    pub w: Weight<'a, T>,
+    pub settings: LogitSettings<T::Acc>,
+}
+
 /// Elements of scratch that [`forward`] needs: on the CPU a chunk of logits a row, on a CUDA device
 /// four numbers a row and chunk.
 pub fn scratch_len(rows: usize, vocab: usize) -> usize {
@@ -109,9 +116,8 @@ fn check_targets(op: &str, targets: &[u32], vocab: usize) -> Result<()> {
     }
 }
 
-/// Writes `logp` and `lse` `[rows]`, and `entropy` `[rows]` in nats if given, from hidden states
-/// `h` `[rows, d]`, the packed head `w` `[vocab, d]` and `targets` `[rows]`. `2 rows vocab d`
-/// FLOPs.
+/// Writes `out` from hidden states `h` `[rows, d]`, the head and `targets` `[rows]`.
+/// `2 rows vocab d` FLOPs.
 ///
 /// Reads h and the head.
 ///
@@ -119,25 +125,20 @@ fn check_targets(op: &str, targets: &[u32], vocab: usize) -> Result<()> {
 /// [`Error::Shape`] if a buffer does not fit, [`Error::Value`] for a temperature or a cap that is
 /// not positive, or a target beyond the vocabulary; on a CUDA device its log-prob becomes NaN
 /// instead. There [`Error::Device`] as [`super::matmul::forward`].
-#[allow(clippy::too_many_arguments)]
-pub fn forward<'a, T: Element>(
+pub fn forward<T: Element>(
     dev: &Device,
-    logp: ViewMut<'_, T::Acc>,
-    lse: ViewMut<'_, T::Acc>,
-    entropy: Option<ViewMut<'_, T::Acc>>,
+    mut out: Outputs<'_, T::Acc>,
     h: View<'_, T>,
-    w: impl Into<Weight<'a, T>>,
+    head: LmHead<'_, T>,
     targets: View<'_, u32>,
-    settings: LogitSettings<T::Acc>,
     scratch: ViewMut<'_, T::Acc>,
 ) -> Result<()> {
     const OP: &str = "logprob";
-    let w = w.into();
-    let (rows, vocab, d) = (targets.len(), w.n(), w.k());
+    let (rows, vocab, d) = (targets.len(), head.w.n(), head.w.k());
     shape::check(OP, "h", &[rows, d], h.len())?;
-    settings.validate(OP)?;
+    head.settings.validate(OP)?;
+    out.check(OP, rows)?;
     let _op = dev.op(OP, || Work::moves::<T>((rows + vocab) * d).product(rows, vocab, d));
-    let mut out = Outputs::new(OP, logp, lse, entropy, rows)?;
     let mut scratch = scratch.scratch(OP, scratch_len(rows, vocab))?;
     if let Device::Cpu(_) = dev {
         check_targets(OP, targets.host(), vocab)?;
@@ -148,12 +149,8 @@ pub fn forward<'a, T: Element>(
         let h = h.range(wave.start * d..wave.end * d);
         let (targets, scratch) = (targets.range(wave), scratch.reborrow());
         match dev {
-            Device::Cpu(cpu) => {
-                let (h, panels) = (h.float()?.host(), w.view().float()?.host());
-                let targets = targets.host();
-                cpu::forward(cpu, out.host(), h, panels, (vocab, d), targets, settings, scratch);
-            }
-            Device::Cuda(cuda) => cuda::forward(cuda, out, h, w, targets, (settings, scratch))?,
+            Device::Cpu(cpu) => cpu::forward(cpu, out, h, head, targets, scratch)?,
+            Device::Cuda(cuda) => cuda::forward(cuda, out, h, head, targets, scratch)?,
         }
     }
     Ok(())
@@ -165,9 +162,7 @@ pub fn forward<'a, T: Element>(
 /// Reads the logits.
 pub fn from_logits<T: Element>(
     dev: &Device,
-    logp: ViewMut<'_, T::Acc>,
-    lse: ViewMut<'_, T::Acc>,
-    entropy: Option<ViewMut<'_, T::Acc>>,
+    out: Outputs<'_, T::Acc>,
     logits: View<'_, T>,
     targets: View<'_, u32>,
     settings: LogitSettings<T::Acc>,
@@ -177,8 +172,8 @@ pub fn from_logits<T: Element>(
     let vocab = logits.len().checked_div(rows).unwrap_or(0);
     shape::check(OP, "logits", &[rows, vocab], logits.len())?;
     settings.validate(OP)?;
+    out.check(OP, rows)?;
     let _op = dev.op(OP, || Work::moves::<T>(rows * vocab));
-    let out = Outputs::new(OP, logp, lse, entropy, rows)?;
     let scale = settings.scale();
     match dev {
         Device::Cpu(cpu) => {
@@ -202,9 +197,9 @@ pub fn from_logits<T: Element>(
 pub struct Forward<'a, T: Element> {
     /// Hidden states `[rows, d]`.
     pub h: View<'a, T>,
-    /// The head as [`forward`] reads it.
-    pub packed: Weight<'a, T>,
-    /// The head `[vocab, d]`.
+    /// As [`forward`] reads it.
+    pub head: LmHead<'a, T>,
+    /// The head's weight by rows `[vocab, d]`.
     pub w: View<'a, T>,
     /// `[rows]`
     pub targets: View<'a, u32>,
@@ -212,14 +207,12 @@ pub struct Forward<'a, T: Element> {
     pub lse: View<'a, T::Acc>,
     /// As [`forward`] wrote it, `[rows]`; read with `dentropy`.
     pub entropy: Option<View<'a, T::Acc>>,
-    /// As given to [`forward`].
-    pub settings: LogitSettings<T::Acc>,
 }
 
 impl<T: Element> Forward<'_, T> {
     /// Work of [`backward`], with the gradient of the head or without.
     fn work(&self, weight: bool) -> Work {
-        let (rows, vocab, d) = (self.targets.len(), self.packed.n(), self.packed.k());
+        let (rows, vocab, d) = (self.targets.len(), self.head.w.n(), self.head.w.k());
         let dw = Work::moves::<T::Acc>(if weight { 2 * vocab * d } else { 0 });
         Work::moves::<T>((2 * rows + vocab) * d).and(dw).product(3 * rows, vocab, d)
     }
@@ -241,8 +234,8 @@ fn slice(vocab: usize) -> usize {
     SLICE.min(vocab.next_multiple_of(8))
 }
 
-/// Writes `dh` `[rows, d]` and adds to `dw` `[vocab, d]`, if given, from `dlogp` and `dentropy`
-/// `[rows]`. Logits are recomputed a part at a time: `6 rows vocab d` FLOPs.
+/// Writes `dh` `[rows, d]` and adds to `dw` `[vocab, d]`, if given, from the slopes. Logits are
+/// recomputed a part at a time: `6 rows vocab d` FLOPs.
 ///
 /// `dx_v = (dlogp (1{v = target} - p_v) - dentropy p_v (z_v - lse + entropy)) s_v / temperature`,
 /// `s_v = 1 - tanh^2(x_v / cap)`, 1 without a cap.
@@ -261,22 +254,21 @@ pub fn backward<T: Element>(
     dev: &Device,
     mut dh: ViewMut<'_, T>,
     mut dw: Option<ViewMut<'_, T::Acc>>,
-    dlogp: View<'_, T::Acc>,
-    dentropy: Option<View<'_, T::Acc>>,
+    slopes: Slopes<'_, T::Acc>,
     f: Forward<'_, T>,
     scratch: ViewMut<'_, T::Acc>,
 ) -> Result<()> {
     const OP: &str = "logprob::backward";
-    let (rows, vocab, d) = (f.targets.len(), f.packed.n(), f.packed.k());
+    let (rows, vocab, d) = (f.targets.len(), f.head.w.n(), f.head.w.k());
     shape::check(OP, "h", &[rows, d], f.h.len())?;
     shape::check(OP, "dh", &[rows, d], dh.len())?;
     shape::check(OP, "w", &[vocab, d], f.w.len())?;
-    shape::check(OP, "dlogp", &[rows], dlogp.len())?;
+    shape::check(OP, "dlogp", &[rows], slopes.dlogp.len())?;
     shape::check(OP, "lse", &[rows], f.lse.len())?;
     if let Some(dw) = &dw {
         shape::check(OP, "dw", &[vocab, d], dw.len())?;
     }
-    let entropy = match (dentropy, f.entropy) {
+    let entropy = match (slopes.dentropy, f.entropy) {
         (None, _) => None,
         (Some(_), None) => return Err(Error::value(OP, "entropy with dentropy", "none")),
         (Some(dentropy), Some(entropy)) => {
@@ -285,7 +277,7 @@ pub fn backward<T: Element>(
             Some(entropy)
         }
     };
-    f.settings.validate(OP)?;
+    f.head.settings.validate(OP)?;
     if let Device::Cpu(_) = dev {
         check_targets(OP, f.targets.host(), vocab)?;
     }
@@ -295,8 +287,8 @@ pub fn backward<T: Element>(
         let wave = first..rows.min(first + BACKWARD_WAVE);
         let hidden = wave.start * d..wave.end * d;
         let slopes = Slopes {
-            dlogp: dlogp.range(wave.clone()),
-            dentropy: dentropy.map(|x| x.range(wave.clone())),
+            dlogp: slopes.dlogp.range(wave.clone()),
+            dentropy: slopes.dentropy.map(|x| x.range(wave.clone())),
         };
         let f = Forward {
             h: f.h.range(hidden.clone()),
@@ -315,35 +307,34 @@ pub fn backward<T: Element>(
     Ok(())
 }
 
-/// What came back to the outputs of [`forward`].
-struct Slopes<'a, F> {
-    dlogp: View<'a, F>,
-    dentropy: Option<View<'a, F>>,
+/// The gradients of [`Outputs`].
+#[derive(Clone, Copy, Debug)]
+pub struct Slopes<'a, F> {
+    /// `[rows]`
+    pub dlogp: View<'a, F>,
+    /// `[rows]`
+    pub dentropy: Option<View<'a, F>>,
 }
 
-struct Outputs<'a, F> {
-    logp: ViewMut<'a, F>,
-    lse: ViewMut<'a, F>,
-    entropy: Option<ViewMut<'a, F>>,
+/// What [`forward`] writes of each row.
+#[derive(Debug)]
+pub struct Outputs<'a, F> {
+    /// Log-prob of the target, `[rows]`.
+    pub logp: ViewMut<'a, F>,
+    /// `[rows]`
+    pub lse: ViewMut<'a, F>,
+    /// In nats, `[rows]`.
+    pub entropy: Option<ViewMut<'a, F>>,
 }
 
 /// [`Outputs`] in host memory, as rows of one element.
 type OutputRows<'a, F> = ((&'a mut [F], usize), (&'a mut [F], usize), Option<(&'a mut [F], usize)>);
 
 impl<'a, F: Float> Outputs<'a, F> {
-    fn new(
-        op: &'static str,
-        logp: ViewMut<'a, F>,
-        lse: ViewMut<'a, F>,
-        entropy: Option<ViewMut<'a, F>>,
-        rows: usize,
-    ) -> Result<Self> {
-        shape::check(op, "logp", &[rows], logp.len())?;
-        shape::check(op, "lse", &[rows], lse.len())?;
-        if let Some(entropy) = &entropy {
-            shape::check(op, "entropy", &[rows], entropy.len())?;
-        }
-        Ok(Self { logp, lse, entropy })
+    fn check(&self, op: &'static str, rows: usize) -> Result<()> {
+        shape::check(op, "logp", &[rows], self.logp.len())?;
+        shape::check(op, "lse", &[rows], self.lse.len())?;
+        self.entropy.as_ref().map_or(Ok(()), |x| shape::check(op, "entropy", &[rows], x.len()))
     }
 
     fn range(&mut self, rows: Range<usize>) -> Outputs<'_, F> {

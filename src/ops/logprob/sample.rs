@@ -3,18 +3,17 @@
 use std::ops::Range;
 
 use super::{
-    CHUNK, LogitSettings, PARTIAL, WAVE,
-    cpu::{Online, TILE, bend},
+    CHUNK, LmHead, PARTIAL, WAVE,
+    cpu::{LogitTiles, Online, TILE},
     sm80, sm90, width,
 };
 use crate::{
     device::{
         Arch, Cpu, Cuda, Device, Element, Float, View, ViewMut, Work,
-        cpu::gemm::{self, Lhs, Product, Rhs},
         cuda::{Launch, kernels::logprob as kernel},
     },
     error::{Error, Result},
-    ops::matmul::Weight,
+    ops::sample::Draws,
     rng::{Philox, Stream, philox4x32},
     shape,
 };
@@ -53,24 +52,6 @@ impl<F> Top<'_, F> {
     }
 }
 
-/// Where the random numbers are: row r has those of `samples[r]` at `positions[r]`.
-#[derive(Clone, Copy, Debug)]
-pub struct Draws<'a> {
-    /// None takes the likeliest token.
-    pub stream: Option<Stream>,
-    /// `[rows]`
-    pub samples: View<'a, u64>,
-    /// `[rows]`
-    pub positions: View<'a, u32>,
-}
-
-impl Draws<'_> {
-    /// As kernels take them: seed, step, purpose, and whether there are none.
-    pub(super) fn words(&self) -> (u64, u64, u32, usize) {
-        self.stream.map_or((0, 0, 0, 1), |s| (s.seed, s.step, s.purpose as u32, 0))
-    }
-}
-
 /// The most tokens of a [`Top`]: a warp's lanes.
 const MOST: usize = kernel::MOST;
 
@@ -96,24 +77,21 @@ pub fn sample_scratch_len(rows: usize, vocab: usize, k: usize) -> usize {
 ///
 /// The [`Top`] is kept as logits come along (Milakov and Gimelshein 2018, algorithm 4), and its
 /// log-probs are those of [`super::forward`] too.
-pub fn sample<'a, T: Element>(
+pub fn sample<T: Element>(
     dev: &Device,
     mut out: Sampled<'_, T::Acc>,
     h: View<'_, T>,
-    w: impl Into<Weight<'a, T>>,
-    settings: LogitSettings<T::Acc>,
+    head: LmHead<'_, T>,
     draws: Draws<'_>,
     scratch: ViewMut<'_, T::Acc>,
 ) -> Result<()> {
     const OP: &str = "logprob::sample";
-    let w = w.into();
-    let (rows, vocab, d) = (out.tokens.len(), w.n(), w.k());
+    let (rows, vocab, d) = (out.tokens.len(), head.w.n(), head.w.k());
     shape::check(OP, "h", &[rows, d], h.len())?;
     shape::check(OP, "logp", &[rows], out.logp.len())?;
     shape::check(OP, "lse", &[rows], out.lse.len())?;
-    shape::check(OP, "samples", &[rows], draws.samples.len())?;
-    shape::check(OP, "positions", &[rows], draws.positions.len())?;
-    settings.validate(OP)?;
+    draws.check(OP, rows)?;
+    head.settings.validate(OP)?;
     if let Some(Top { k, tokens, logp }) = &out.top {
         if !(1..=MOST.min(vocab)).contains(k) {
             let wanted = format!("1 to {}", MOST.min(vocab));
@@ -134,36 +112,26 @@ pub fn sample<'a, T: Element>(
             lse: out.lse.reborrow().range(wave.clone()),
             top: out.top.as_mut().map(|top| top.range(wave.clone())),
         };
-        let draws = Draws {
-            samples: draws.samples.range(wave.clone()),
-            positions: draws.positions.range(wave),
-            ..draws
-        };
-        let scratch = scratch.reborrow();
+        let (draws, scratch) = (draws.range(wave), scratch.reborrow());
         match dev {
-            Device::Cpu(cpu) => {
-                let (h, panels) = (h.float()?.host(), w.view().float()?.host());
-                on_cpu(cpu, out, h, panels, (vocab, d), settings, draws, scratch);
-            }
-            Device::Cuda(cuda) => on_cuda(cuda, out, h, w, settings, draws, scratch)?,
+            Device::Cpu(cpu) => on_cpu(cpu, out, h, head, draws, scratch)?,
+            Device::Cuda(cuda) => on_cuda(cuda, out, h, head, draws, scratch)?,
         }
     }
     Ok(())
 }
 
-#[allow(clippy::too_many_arguments)]
-fn on_cpu<F: Float>(
+fn on_cpu<T: Element>(
     cpu: &Cpu,
-    out: Sampled<'_, F>,
-    h: &[F],
-    panels: &[F],
-    (vocab, d): (usize, usize),
-    settings: LogitSettings<F>,
+    out: Sampled<'_, T::Acc>,
+    h: View<'_, T>,
+    head: LmHead<'_, T>,
     draws: Draws<'_>,
-    scratch: ViewMut<'_, F>,
-) {
-    let (rows, width, scale) = (out.tokens.len(), width(vocab), settings.scale());
-    let (samples, positions) = (draws.samples.host(), draws.positions.host());
+    scratch: ViewMut<'_, T::Acc>,
+) -> Result<()> {
+    let (h, samples, positions) = (h.float()?.host(), draws.samples.host(), draws.positions.host());
+    let (tiles, d, scale) = (LogitTiles::new(cpu, head)?, head.w.k(), head.settings.scale());
+    let (rows, width) = (out.tokens.len(), width(head.w.n()));
     let scratch = &mut scratch.host()[..rows * width];
     let Sampled { tokens, logp, lse, top } = out;
     let k = top.as_ref().map_or(0, |top| top.k);
@@ -174,26 +142,17 @@ fn on_cpu<F: Float>(
         for t0 in (0..range.len()).step_by(TILE) {
             let (m, first) = (TILE.min(range.len() - t0), range.start + t0);
             let mut state = [Online::EMPTY; TILE];
-            let mut best = [Choice::<F>::NONE; TILE];
-            for v0 in (0..vocab).step_by(CHUNK) {
-                let n = CHUNK.min(vocab - v0);
-                let z = &mut z[t0 * width..(t0 + m) * width];
-                let a = Lhs::rows(&h[first * d..], d);
-                let b = Rhs::Packed(&panels[v0 * d..][..gemm::packed_len(d, n)]);
-                gemm::serial(cpu.isa(), z, width, Product::new((m, n, d), a, b));
-                for r in 0..m {
-                    let z = &mut z[r * width..][..n];
-                    bend(cpu.isa(), z, settings);
-                    state[r].visit(cpu.isa(), z, scale, None);
-                    let at = |s: Stream| s.sample(samples[first + r]);
-                    let noise = draws.stream.map(|s| Noise::at(&at(s), positions[first + r]));
-                    best[r].visit(z, scale, v0 as u32, noise.as_ref());
-                    if let Some((tokens, best)) = &mut top {
-                        let own = (t0 + r) * k..(t0 + r + 1) * k;
-                        insert(&mut tokens[own.clone()], &mut best[own], z, scale, v0 as u32);
-                    }
+            let mut best = [Choice::NONE; TILE];
+            tiles.visit(&h[first * d..], m, &mut z[t0 * width..], |r, v0, z| {
+                state[r].visit(cpu.isa(), z, scale, None);
+                let at = |s: Stream| s.sample(samples[first + r]);
+                let noise = draws.stream.map(|s| Noise::at(&at(s), positions[first + r]));
+                best[r].visit(z, scale, v0 as u32, noise.as_ref());
+                if let Some((tokens, best)) = &mut top {
+                    let own = (t0 + r) * k..(t0 + r + 1) * k;
+                    insert(&mut tokens[own.clone()], &mut best[own], z, scale, v0 as u32);
                 }
-            }
+            });
             for r in 0..m {
                 tokens[t0 + r] = best[r].token;
                 lse[t0 + r] = state[r].lse();
@@ -204,23 +163,24 @@ fn on_cpu<F: Float>(
             }
         }
     });
+    Ok(())
 }
 
 fn on_cuda<T: Element>(
     cuda: &Cuda,
     out: Sampled<'_, T::Acc>,
     h: View<'_, T>,
-    w: Weight<'_, T>,
-    settings: LogitSettings<T::Acc>,
+    head: LmHead<'_, T>,
     draws: Draws<'_>,
     scratch: ViewMut<'_, T::Acc>,
 ) -> Result<()> {
     let Sampled { tokens, logp, mut lse, top } = out;
-    let (rows, vocab, d) = (tokens.len(), w.n(), w.k());
+    let (rows, vocab, d) = (tokens.len(), head.w.n(), head.w.k());
     let parts = rows * vocab.div_ceil(CHUNK);
     let (mut partial, lists) = scratch.split_at(parts * 2 * PARTIAL);
     let mut lists = lists.range(0..parts * 2 * top.as_ref().map_or(0, |top| top.k)).cast::<u64>();
-    let (to, w, scale, cap) = (partial.reborrow(), w.view(), settings.scale(), settings.cap());
+    let (scale, cap) = (head.settings.scale(), head.settings.cap());
+    let (to, w) = (partial.reborrow(), head.w.view());
     let Draws { samples, positions, .. } = draws;
     let (seed, step, purpose, greedy) = draws.words();
     match &top {

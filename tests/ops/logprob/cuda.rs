@@ -4,7 +4,7 @@ use warpo::{
     Result,
     device::{Buffer, Device, Element, Float, cuda::Order},
     ops::{
-        logprob::{self, LogitSettings},
+        logprob::{self, LmHead, LogitSettings, Outputs, Slopes},
         matmul::Packed,
     },
 };
@@ -42,9 +42,10 @@ impl Case for Gathered {
         for name in [None, Some("entropy")] {
             let [mut logp, mut lse, mut entropy] = [(); 3].map(|()| lab.room::<T::Acc>(rows));
             let wanted = name.map(|_| entropy.view_mut());
-            let (logp_, lse_, room) = (logp.view_mut(), lse.view_mut(), scratch.view_mut());
-            let (h, targets, settings) = (h.view(), targets.view(), self.settings());
-            logprob::forward(dev, logp_, lse_, wanted, h, &packed, targets, settings, room)?;
+            let out = Outputs { logp: logp.view_mut(), lse: lse.view_mut(), entropy: wanted };
+            let head = LmHead { w: (&packed).into(), settings: self.settings() };
+            let (h, targets) = (h.view(), targets.view());
+            logprob::forward(dev, out, h, head, targets, scratch.view_mut())?;
             lab.by_row("logp", &logp);
             lab.by_row("lse", &lse);
             let Some(name) = name else { continue };
@@ -54,18 +55,18 @@ impl Case for Gathered {
             for with in [false, true] {
                 let f = logprob::Forward {
                     h,
-                    packed: (&packed).into(),
+                    head,
                     w: w.view(),
                     targets,
                     lse: lse.view(),
                     entropy: with.then(|| entropy.view()),
-                    settings,
                 };
                 let mut dh = lab.room::<T>(rows * d);
                 let mut dw = lab.input::<T::Acc>("dw", vocab * d);
                 let (to, add, room) = (dh.view_mut(), Some(dw.view_mut()), scratch.view_mut());
                 let dentropy = with.then(|| dentropy.view());
-                logprob::backward(dev, to, add, dlogp.view(), dentropy, f, room)?;
+                let slopes = Slopes { dlogp: dlogp.view(), dentropy };
+                logprob::backward(dev, to, add, slopes, f, room)?;
                 lab.by_row("dh", &dh);
                 lab.sum_of::<T>("dw", &dw);
             }
@@ -116,9 +117,9 @@ impl Case for Given {
         let [mut logp, mut lse, mut entropy] = [(); 3].map(|()| lab.room::<T::Acc>(rows));
         let softcap = self.softcap.map(Element::of);
         let settings = LogitSettings { temperature: Element::of(0.75), softcap };
-        let (logp_, lse_, entropy_) = (logp.view_mut(), lse.view_mut(), Some(entropy.view_mut()));
-        let (z, targets) = (z.view(), targets.view());
-        logprob::from_logits(lab.dev(), logp_, lse_, entropy_, z, targets, settings)?;
+        let entropy_ = Some(entropy.view_mut());
+        let out = Outputs { logp: logp.view_mut(), lse: lse.view_mut(), entropy: entropy_ };
+        logprob::from_logits(lab.dev(), out, z.view(), targets.view(), settings)?;
         lab.by_row("logp", &logp);
         lab.by_row("lse", &lse);
         lab.by_row("entropy", &entropy);
@@ -154,23 +155,23 @@ fn on_kernels(dev: &Device, h: &[f64], w: &[f64], targets: &[u32]) -> [Vec<f32>;
     let [mut logp, mut lse, mut entropy] = [(); 3].map(|()| room(rows));
     let mut scratch =
         room(logprob::scratch_len(rows, vocab).max(logprob::backward_scratch_len(rows, vocab, d)));
-    let settings = LogitSettings::default();
-    let (a, b, c) = (logp.view_mut(), lse.view_mut(), Some(entropy.view_mut()));
-    let (x, t, s) = (h.view(), targets.view(), scratch.view_mut());
-    logprob::forward(dev, a, b, c, x, &packed, t, settings, s).unwrap();
+    let head = LmHead { w: (&packed).into(), settings: LogitSettings::default() };
+    let entropy_ = Some(entropy.view_mut());
+    let out = Outputs { logp: logp.view_mut(), lse: lse.view_mut(), entropy: entropy_ };
+    let (x, t) = (h.view(), targets.view());
+    logprob::forward(dev, out, x, head, t, scratch.view_mut()).unwrap();
     let ones = Buffer::of(dev, "test", &vec![1.0f32; rows]).unwrap();
     let f = logprob::Forward {
         h: x,
-        packed: (&packed).into(),
+        head,
         w: w.view(),
         targets: t,
         lse: lse.view(),
         entropy: Some(entropy.view()),
-        settings,
     };
     let mut dh = Buffer::<B>::new(dev, "test", rows * d).unwrap();
-    let (one, s) = (ones.view(), scratch.view_mut());
-    logprob::backward(dev, dh.view_mut(), None, one, Some(one), f, s).unwrap();
+    let slopes = Slopes { dlogp: ones.view(), dentropy: Some(ones.view()) };
+    logprob::backward(dev, dh.view_mut(), None, slopes, f, scratch.view_mut()).unwrap();
     let dh = dev.read(dh.view()).unwrap().iter().map(|x| x.to_f32()).collect();
     [dev.read(logp.view()).unwrap(), dev.read(entropy.view()).unwrap(), dh]
 }

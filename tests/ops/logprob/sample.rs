@@ -4,8 +4,9 @@ use warpo::{
     Error, Result,
     device::{Buffer, Device, Element, Float, cuda::Order},
     ops::{
-        logprob::{self, CHUNK, Draws, LogitSettings, Sampled, Top},
+        logprob::{self, CHUNK, LmHead, LogitSettings, Outputs, Sampled, Top},
         matmul::Packed,
+        sample::Draws,
     },
     rng::{Purpose, Stream},
 };
@@ -54,8 +55,8 @@ fn sample_top<F: Float>(
         top: (k > 0).then(|| Top { k, tokens: (&mut top.0).into(), logp: (&mut top.1).into() }),
     };
     let draws = Draws { stream, samples: samples.into(), positions: (&positions).into() };
-    let (packed, scratch) = (&head.packed, (&mut scratch).into());
-    logprob::sample(dev, out, h.into(), packed, settings, draws, scratch).unwrap();
+    let (head, scratch) = (head.with(settings), (&mut scratch).into());
+    logprob::sample(dev, out, h.into(), head, draws, scratch).unwrap();
     (drawn, top)
 }
 
@@ -188,7 +189,7 @@ fn bad_input_of_a_draw_is_refused() {
         let (samples, positions) = ((&samples).into(), (&positions).into());
         let draws = Draws { stream: Some(STREAM), samples, positions };
         let (h, scratch) = ((&h).into(), (&mut scratch).into());
-        logprob::sample(&dev, out, h, &head.packed, settings, draws, scratch)
+        logprob::sample(&dev, out, h, head.with(settings), draws, scratch)
     };
     let run = |n, settings| run_top(n, settings, 2);
     run(good, LogitSettings::default()).unwrap();
@@ -218,8 +219,8 @@ fn bad_input_of_a_draw_is_refused() {
     let top = Some(Top { k: 33, tokens: ids[..].as_mut().into(), logp: best });
     let out = Sampled { tokens: tokens[..].as_mut().into(), logp, lse, top };
     let draws = Draws { stream: None, samples: [0][..].into(), positions: [0][..].into() };
-    let (h, settings) = ([1.0][..].into(), LogitSettings::default());
-    let e = refusal(logprob::sample(&dev, out, h, &head.packed, settings, draws, scratch));
+    let (h, head) = ([1.0][..].into(), head.with(LogitSettings::default()));
+    let e = refusal(logprob::sample(&dev, out, h, head, draws, scratch));
     assert_eq!(e, "logprob::sample: top k: got 33, wanted 1 to 32");
 }
 
@@ -264,8 +265,8 @@ fn drawn_on<T: Element>(
     let out = Sampled { tokens: tokens_, logp: logp_, lse: lse_, top };
     let (samples, positions) = (samples.view(), positions.view());
     let draws = Draws { stream: Some(STREAM), samples, positions };
-    let (settings, h, room) = (LogitSettings::at(Element::of(4.0)), h.view(), scratch.view_mut());
-    logprob::sample(dev, out, h, &packed, settings, draws, room).unwrap();
+    let head = LmHead { w: (&packed).into(), settings: LogitSettings::at(Element::of(4.0)) };
+    logprob::sample(dev, out, h.view(), head, draws, scratch.view_mut()).unwrap();
     let both = |ids: &Buffer<'_, u32>, x: &Buffer<'_, T::Acc>| {
         (dev.read(ids.view()).unwrap(), dev.read(x.view()).unwrap())
     };
@@ -354,12 +355,12 @@ impl Case for Drawn {
         let out = Sampled { tokens: tokens_, logp: logp_, lse: lse_, top };
         let stream = (!greedy).then_some(STREAM);
         let draws = Draws { stream, samples: samples.view(), positions: positions.view() };
-        logprob::sample(dev, out, h.view(), &packed, settings, draws, scratch.view_mut())?;
+        let head = LmHead { w: (&packed).into(), settings };
+        logprob::sample(dev, out, h.view(), head, draws, scratch.view_mut())?;
         let mut hold = |tokens: &[u32], logp: &[T::Acc]| {
             let targets = Buffer::of(dev, "test", tokens)?;
-            let (again_, lse_, room) = (again.view_mut(), lse.view_mut(), scratch.view_mut());
-            let (h, targets) = (h.view(), targets.view());
-            logprob::forward(dev, again_, lse_, None, h, &packed, targets, settings, room)?;
+            let out = Outputs { logp: again.view_mut(), lse: lse.view_mut(), entropy: None };
+            logprob::forward(dev, out, h.view(), head, targets.view(), scratch.view_mut())?;
             let same = bytes(logp) == bytes(&dev.read(again.view())?);
             assert!(same, "forward says something else");
             Ok::<_, Error>(())
