@@ -11,8 +11,8 @@ use crate::{
     device::{Arena, Device, Element},
     error::{Error, Result},
     eval,
-    models::{Batch, Head, Model, Pass},
-    rollout::Scorer,
+    models::{Batch, Head, Model},
+    rollout::{Scorer, ScoringPass},
 };
 
 /// Log-probs, perplexity and rewards of texts, one line for each line of data: of a `text` or
@@ -119,15 +119,15 @@ fn logprobs<T: Element<Acc = f32>>(
 ) -> Result<Vec<Vec<f32>>> {
     let scorer = Scorer::for_lengths(texts.iter().map(|t| t.ids.len()));
     let mut arena = Arena::new(dev, scorer.plan::<T>(dev, model.spec(), model.head())?)?;
-    let mut batch = Batch::default();
-    let mut out = Vec::with_capacity(texts.len());
-    for group in scorer.groups(texts.iter().map(|t| t.ids.len())) {
-        batch.clear();
-        texts[group].iter().for_each(|t| batch.push_masked(&t.ids, &t.predicted));
-        let mut flat = Vec::new();
-        Pass::new(dev, model, &arena.scope(), &batch).at(t).score(&mut flat, None)?;
-        let parts = batch.offsets().windows(2);
-        out.extend(parts.map(|w| flat[w[0] as usize..w[1] as usize].to_vec()));
-    }
-    Ok(out)
+    let (mut all, batch) = (Vec::new(), &mut Batch::default());
+    let push = |batch: &mut Batch, t: &Sequence| batch.push_masked(&t.ids, &t.predicted);
+    ScoringPass { dev, scorer, arena: &mut arena, batch }.run(
+        (model, t),
+        texts,
+        push,
+        &mut all,
+        None,
+    )?;
+    let mut rest = &all[..];
+    Ok(texts.iter().map(|t| rest.split_off(..t.tokens()).unwrap_or_default().to_vec()).collect())
 }

@@ -27,6 +27,12 @@ impl Sequence {
     }
 }
 
+impl AsRef<[u32]> for Sequence {
+    fn as_ref(&self) -> &[u32] {
+        &self.ids
+    }
+}
+
 /// The examples of a data set: a text or a prompt is one sequence, a pair is two, side by side, the
 /// chosen one first.
 #[derive(Clone, Debug, Default, PartialEq)]

@@ -5,8 +5,8 @@ use crate::{
     data::{Sequence, Tokenizer},
     device::{Arena, Device, Element},
     error::Result,
-    models::{Batch, Model, Pass},
-    rollout::{Completion, GenerationConfig, Generator, Prompt, Scorer, last_scores},
+    models::{Batch, Model},
+    rollout::{Completion, GenerationConfig, Generator, Prompt, Scorer, ScoringPass, last_scores},
 };
 
 /// A comparison of policies on the same prompts, with the same draws and the same scorers.
@@ -73,10 +73,14 @@ impl<T: Element<Acc = f32>> Evaluator<'_, T> {
         let scope = arena.scope();
         let done = generator.run(self.dev, policy, &scope, &all, self.settings, |_| Ok(()))?;
         drop(scope);
-        let whole: Vec<Vec<u32>> =
-            all.iter().zip(&done).map(|(p, c)| [&p.ids[..], &c.ids].concat()).collect();
-        let (ours, entropy) = self.logprobs(policy, &all, &whole)?;
-        let (theirs, _) = self.logprobs(self.reference, &all, &whole)?;
+        let sequence = |(p, c): (&Sequence, &Completion<f32>)| {
+            let ids = [&p.ids[..], &c.ids].concat();
+            let new = p.ids.len()..ids.len();
+            Sequence { ids, predicted: vec![new], place: p.place.clone() }
+        };
+        let whole: Vec<Sequence> = self.prompts.iter().zip(&done).map(sequence).collect();
+        let (ours, entropy) = self.logprobs(policy, &whole)?;
+        let (theirs, _) = self.logprobs(self.reference, &whole)?;
         let scores =
             self.scorers.iter().map(|j| rate(self.dev, j, &whole)).collect::<Result<Vec<_>>>()?;
         let mut samples = Vec::with_capacity(all.len());
@@ -100,27 +104,15 @@ impl<T: Element<Acc = f32>> Evaluator<'_, T> {
     }
 
     /// Log-probs and entropies of all completions, one after another.
-    fn logprobs(
-        &self,
-        model: &Model<T>,
-        prompts: &[Prompt],
-        whole: &[Vec<u32>],
-    ) -> Result<(Vec<f32>, Vec<f32>)> {
-        let scorer = Scorer::for_lengths(whole.iter().map(Vec::len));
-        let bytes = scorer.plan::<T>(self.dev, model.spec(), model.head())?;
-        let mut arena = Arena::new(self.dev, bytes)?;
-        let (mut logp, mut entropy, mut batch) = (Vec::new(), Vec::new(), Batch::default());
+    fn logprobs(&self, model: &Model<T>, whole: &[Sequence]) -> Result<(Vec<f32>, Vec<f32>)> {
+        let (dev, scorer) = (self.dev, Scorer::for_lengths(whole.iter().map(|s| s.ids.len())));
+        let mut arena = Arena::new(dev, scorer.plan::<T>(dev, model.spec(), model.head())?)?;
+        let (mut logp, mut entropy, batch) = (Vec::new(), Vec::new(), &mut Batch::default());
         let temperature = self.settings.sampling.temperature;
-        let temperature = if temperature == 0.0 { 1.0 } else { temperature };
-        for group in scorer.groups(whole.iter().map(Vec::len)) {
-            batch.clear();
-            for (ids, p) in whole[group.clone()].iter().zip(&prompts[group]) {
-                batch.push_predicted(ids, p.ids.len());
-            }
-            let (scope, entropy) = (arena.scope(), Some(&mut entropy));
-            let pass = Pass::new(self.dev, model, &scope, &batch).at(temperature);
-            pass.score(&mut logp, entropy)?;
-        }
+        let model = (model, if temperature == 0.0 { 1.0 } else { temperature });
+        let push = |batch: &mut Batch, s: &Sequence| batch.push_masked(&s.ids, &s.predicted);
+        let mut pass = ScoringPass { dev, scorer, arena: &mut arena, batch };
+        pass.run(model, whole, push, &mut logp, Some(&mut entropy))?;
         Ok((logp, entropy))
     }
 }

@@ -184,38 +184,6 @@ impl<T: Element> Model<T> {
         self.packed.pack(dev, &self.params)
     }
 
-    /// A copy with its own weights and perhaps another head: a reference or a value model from a
-    /// policy. A head of the same kind is copied; a new scalar head is drawn as [`super::load`]
-    /// does.
-    pub fn copy_as(
-        &self,
-        dev: &Device,
-        head: Head,
-        seed: u64,
-        residency: Residency,
-    ) -> Result<Self> {
-        let mut copy = Self::zeros(dev, self.config.clone(), head, residency)?;
-        for t in copy.params.layout().clone().tensors() {
-            if let Some(from) = self.params.get(t.kind, t.layer) {
-                dev.copy(copy.params.tensor_mut(t), from)?;
-                let Some(to) = copy.master.as_mut().map(|m| m.tensor_mut(t)) else { continue };
-                if let Some(from) = self.master.as_ref().and_then(|m| m.get(t.kind, t.layer)) {
-                    dev.copy(to, from)?;
-                } else {
-                    let wide = |x: &T| <T::Acc as Element>::of(x.f64());
-                    dev.write(to, &dev.read(from)?.iter().map(wide).collect::<Vec<_>>())?;
-                }
-            } else if t.kind == ParamKind::Score {
-                copy.write(dev, t, &new_score(t.cols, seed))?;
-            } else {
-                let got = format!("a model without {}", t.name());
-                return Err(Error::value("model", "one with an LM head", got));
-            }
-        }
-        copy.repack(dev)?;
-        Ok(copy)
-    }
-
     /// Writes one tensor, in f32 too where the model has f32 weights.
     pub(super) fn write(
         &mut self,

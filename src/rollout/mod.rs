@@ -6,4 +6,4 @@ mod engine;
 mod score;
 
 pub use engine::{Completion, GenerationConfig, Generator, Prompt};
-pub use score::{Scorer, last_scores};
+pub use score::{Scorer, ScoringPass, last_scores};

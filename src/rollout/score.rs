@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::{
-    device::{Arena, Device, Element},
+    device::{Arena, Device, Element, Float},
     error::Result,
     models::{Batch, Head, Keep, Model, Pass, PassOptions, PassShape, Spec},
 };
@@ -50,6 +50,38 @@ impl Scorer {
     }
 }
 
+/// A device, and the memory of forward passes on it.
+pub struct ScoringPass<'a> {
+    pub dev: &'a Device,
+    pub scorer: Scorer,
+    pub arena: &'a mut Arena,
+    pub batch: &'a mut Batch,
+}
+
+impl ScoringPass<'_> {
+    /// Appends the outputs of the model's head on the sequences, each of which `push` adds to a
+    /// batch, and to `entropy` the entropy of each prediction. An LM head divides its logits by
+    /// `temperature`.
+    pub fn run<T: Element, S: AsRef<[u32]>>(
+        &mut self,
+        (model, temperature): (&Model<T>, T::Acc),
+        sequences: &[S],
+        push: impl Fn(&mut Batch, &S),
+        out: &mut Vec<T::Acc>,
+        mut entropy: Option<&mut Vec<T::Acc>>,
+    ) -> Result<()> {
+        for group in self.scorer.groups(sequences.iter().map(|s| s.as_ref().len())) {
+            self.batch.clear();
+            sequences[group].iter().for_each(|s| push(self.batch, s));
+            let scope = self.arena.scope();
+            let pass = Pass::new(self.dev, model, &scope, self.batch);
+            let pass = if model.head() == Head::Lm { pass.at(temperature) } else { pass };
+            pass.score(out, entropy.as_deref_mut())?;
+        }
+        Ok(())
+    }
+}
+
 /// The score of each sequence at its last token.
 pub fn last_scores<T: Element>(
     dev: &Device,
@@ -58,12 +90,9 @@ pub fn last_scores<T: Element>(
     scorer: Scorer,
     sequences: &[&[u32]],
 ) -> Result<Vec<T::Acc>> {
-    let mut batch = Batch::default();
-    let mut out = Vec::with_capacity(sequences.len());
-    for group in scorer.groups(sequences.iter().map(|s| s.len())) {
-        batch.clear();
-        sequences[group].iter().for_each(|s| batch.push_last(s));
-        Pass::new(dev, model, &arena.scope(), &batch).score(&mut out, None)?;
-    }
+    let (mut out, batch) = (Vec::with_capacity(sequences.len()), &mut Batch::default());
+    let mut pass = ScoringPass { dev, scorer, arena, batch };
+    let scalar = (model, Float::ONE);
+    pass.run(scalar, sequences, |batch, ids| batch.push_last(ids), &mut out, None)?;
     Ok(out)
 }

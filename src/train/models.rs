@@ -9,14 +9,14 @@ use super::settings::Settings;
 use crate::{
     algorithms::{Columns, Needs, Origin},
     data::Sequence,
-    device::{Arena, Buffer, Device, Element, Pending},
+    device::{Buffer, Device, Element, Pending},
     error::{Error, Result},
-    models::{self, Batch, Config, Head, Layout, Master, Model, Params, Pass, Residency, Spec},
+    models::{self, Batch, Config, Head, Layout, Master, Model, Params, Residency, Spec},
     ops::{
         adamw::{self, Hyper},
         grad_norm,
     },
-    rollout::Scorer,
+    rollout::ScoringPass,
 };
 
 type ColumnOf = fn(&mut Columns<f32>) -> &mut Vec<f32>;
@@ -218,7 +218,8 @@ impl<T: Element<Acc = f32>> Models<T> {
                 && column(c).is_empty()
             {
                 let _phase = dev.span("score");
-                pass.score(state.role, &state.model, sequences, column(c))?;
+                let (role, model) = (state.role, (&state.model, needs.temperature()));
+                pass.run(model, sequences, |batch, s| role.push(batch, s), column(c), None)?;
             }
         }
         // Offloaded weights come into the memory of gradients, which are of the last step.
@@ -227,40 +228,9 @@ impl<T: Element<Acc = f32>> Models<T> {
             let Some(column) = role.column else { continue };
             let _phase = dev.span("score");
             model.with_loaded(dev, &mut first.grads, |model| {
-                pass.score(role, model, sequences, column(c))
+                let model = (model, needs.temperature());
+                pass.run(model, sequences, |batch, s| role.push(batch, s), column(c), None)
             })?;
-        }
-        Ok(())
-    }
-}
-
-/// A device, and the memory of forward passes on it.
-pub struct ScoringPass<'a> {
-    pub dev: &'a Device,
-    pub scorer: Scorer,
-    pub arena: &'a mut Arena,
-    pub batch: &'a mut Batch,
-    /// Divides the logits.
-    pub temperature: f32,
-}
-
-impl ScoringPass<'_> {
-    /// Appends the outputs of the model's head on the sequences.
-    pub fn score<T: Element<Acc = f32>>(
-        &mut self,
-        role: &Role,
-        model: &Model<T>,
-        sequences: &[Sequence],
-        out: &mut Vec<f32>,
-    ) -> Result<()> {
-        let Self { dev, scorer, arena, batch, temperature: t } = self;
-        for group in scorer.groups(sequences.iter().map(|s| s.ids.len())) {
-            batch.clear();
-            sequences[group].iter().for_each(|s| role.push(batch, s));
-            let scope = arena.scope();
-            let pass = Pass::new(dev, model, &scope, batch);
-            let pass = if role.head == Head::Lm { pass.at(*t) } else { pass };
-            pass.score(out, None)?;
         }
         Ok(())
     }

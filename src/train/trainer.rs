@@ -4,7 +4,7 @@ use std::{ops::Range, time::Instant};
 
 use super::{
     inputs::RunInputs,
-    models::{Models, ScoringPass},
+    models::Models,
     observer::Observer,
     plan::{self, MemoryPlan},
     schedule,
@@ -19,7 +19,7 @@ use crate::{
     models::{Batch, Head, Model, Pass},
     ops::grad_norm,
     rng::{Philox, Purpose, Stream},
-    rollout::GenerationConfig,
+    rollout::{GenerationConfig, ScoringPass},
 };
 
 /// A run in memory: models, which compute in `T`, data and the step it is at.
@@ -200,8 +200,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     /// The models, and what they score sequences in.
     fn scoring(&mut self) -> (&mut Models<T>, ScoringPass<'_>, &RunInputs) {
         let Self { dev, inputs, models, arena, batch, .. } = self;
-        let (scorer, temperature) = (inputs.sizes.scorer(), inputs.needs.temperature());
-        (models, ScoringPass { dev, scorer, arena, batch, temperature }, inputs)
+        (models, ScoringPass { dev, scorer: inputs.sizes.scorer(), arena, batch }, inputs)
     }
 
     /// Fills the columns that the algorithm asks for with what the run's models say.
@@ -217,9 +216,10 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         let dev = self.dev.clone();
         let _phase = dev.span("evaluate");
         self.fill(&mut data)?;
-        let (models, mut pass, _) = self.scoring();
+        let (models, mut pass, inputs) = self.scoring();
         let (mut y, state) = (Vec::new(), &models.trained[0]);
-        pass.score(state.role, &state.model, &data.sequences, &mut y)?;
+        let (role, model) = (state.role, (&state.model, inputs.needs.temperature()));
+        pass.run(model, &data.sequences, |batch, s| role.push(batch, s), &mut y, None)?;
         let all = MicroBatch::new(&data.columns, 0..data.sequences.len());
         self.inputs.algorithm.evaluate(&self.host, &all, (&y).into())
     }
