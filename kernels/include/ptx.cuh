@@ -2,7 +2,8 @@
 // intrinsic) and a simulator body. Inline PTX stands here and in ptx_sm90.cuh only; a test looks
 // for strays.
 //
-// In the simulator each function also takes the place it is called from, for reports.
+// In the simulator each function also takes the place it is called from, for reports. PTX_EITHER
+// has the simulator's body first, then the device's.
 #pragma once
 
 #include <stdint.h>
@@ -11,10 +12,12 @@
 #define PTX_AT ::sim::Site at = {}
 #define PTX_AND_AT , PTX_AT
 #define PTX_PASS , at
+#define PTX_EITHER(simulator, device) simulator
 #else
 #define PTX_AT
 #define PTX_AND_AT
 #define PTX_PASS
+#define PTX_EITHER(simulator, device) device
 #endif
 
 namespace ptx {
@@ -44,41 +47,27 @@ Lanes<T> exchange(::sim::Warp kind, const T& v, ::sim::Site at) {
 // The value of lane `lane() ^ lanes`.
 template <class T>
 __device__ __forceinline__ T shuffle_xor(T v, int lanes PTX_AND_AT) {
-#ifdef WARPO_SIM
-    return host::exchange(::sim::Warp::Shuffle, v, at)[lane() ^ lanes];
-#else
-    return __shfl_xor_sync(WARP, v, lanes);
-#endif
+    return PTX_EITHER(host::exchange(::sim::Warp::Shuffle, v, at)[lane() ^ lanes], __shfl_xor_sync(WARP, v, lanes));
 }
 
 // The value of lane `from`.
 template <class T>
 __device__ __forceinline__ T shuffle(T v, int from PTX_AND_AT) {
-#ifdef WARPO_SIM
-    return host::exchange(::sim::Warp::Shuffle, v, at)[from & 31];
-#else
-    return __shfl_sync(WARP, v, from);
-#endif
+    return PTX_EITHER(host::exchange(::sim::Warp::Shuffle, v, at)[from & 31], __shfl_sync(WARP, v, from));
 }
 
 // The value of lane `lane() - by`; the first `by` lanes keep their own.
 template <class T>
 __device__ __forceinline__ T shuffle_up(T v, int by PTX_AND_AT) {
-#ifdef WARPO_SIM
-    return host::exchange(::sim::Warp::Shuffle, v, at)[lane() < by ? lane() : lane() - by];
-#else
-    return __shfl_up_sync(WARP, v, by);
-#endif
+    return PTX_EITHER(host::exchange(::sim::Warp::Shuffle, v, at)[lane() < by ? lane() : lane() - by],
+                      __shfl_up_sync(WARP, v, by));
 }
 
 // The value of lane `lane() + by`; the last `by` lanes keep their own.
 template <class T>
 __device__ __forceinline__ T shuffle_down(T v, int by PTX_AND_AT) {
-#ifdef WARPO_SIM
-    return host::exchange(::sim::Warp::Shuffle, v, at)[lane() + by > 31 ? lane() : lane() + by];
-#else
-    return __shfl_down_sync(WARP, v, by);
-#endif
+    return PTX_EITHER(host::exchange(::sim::Warp::Shuffle, v, at)[lane() + by > 31 ? lane() : lane() + by],
+                      __shfl_down_sync(WARP, v, by));
 }
 
 // Bit i: lane i said yes.
@@ -95,93 +84,56 @@ __device__ __forceinline__ unsigned ballot(bool yes PTX_AND_AT) {
 
 // Lanes wait for each other and see each other's writes.
 __device__ __forceinline__ void sync_warp(PTX_AT) {
-#ifdef WARPO_SIM
-    ::sim::exchange(::sim::Warp::Sync, WARP, nullptr, 0, nullptr, at);
-#else
-    __syncwarp();
-#endif
+    PTX_EITHER(::sim::exchange(::sim::Warp::Sync, WARP, nullptr, 0, nullptr, at), __syncwarp());
 }
 
 // `threads` threads of the block, whole warps, wait for each other at barrier `id`, 1 to 15.
 __device__ __forceinline__ void barrier(int id, int threads PTX_AND_AT) {
-#ifdef WARPO_SIM
-    ::sim::barrier(at, id, threads);
-#else
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#endif
+    PTX_EITHER(::sim::barrier(at, id, threads), asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory"));
 }
 
 // Counts among the `threads` threads of barrier `id`, without waiting for the others: they see what
 // was written before.
 __device__ __forceinline__ void barrier_arrive(int id, int threads PTX_AND_AT) {
-#ifdef WARPO_SIM
-    ::sim::barrier_arrive(at, id, threads);
-#else
-    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
-#endif
+    PTX_EITHER(::sim::barrier_arrive(at, id, threads), asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory"));
 }
 
 // -- numbers ----
 
 // The number of the lowest bit that is 1; one is.
 __device__ __forceinline__ int lowest(unsigned bits) {
-#ifdef WARPO_SIM
-    return __builtin_ctz(bits);
-#else
-    return __ffs(int(bits)) - 1;
-#endif
+    return PTX_EITHER(__builtin_ctz(bits), __ffs(int(bits)) - 1);
 }
 
 // High half of a 32 x 32 bit product.
 __device__ __forceinline__ uint32_t multiply_high(uint32_t a, uint32_t b) {
-#ifdef WARPO_SIM
-    return uint32_t(uint64_t(a) * b >> 32);
-#else
-    return __umulhi(a, b);
-#endif
+    return PTX_EITHER(uint32_t(uint64_t(a) * b >> 32), __umulhi(a, b));
 }
 
 __device__ __forceinline__ uint32_t float_bits(float x) {
-#ifdef WARPO_SIM
     uint32_t u;
-    memcpy(&u, &x, 4);
+    PTX_EITHER(memcpy(&u, &x, 4), u = __float_as_uint(x));
     return u;
-#else
-    return __float_as_uint(x);
-#endif
 }
 
 __device__ __forceinline__ float bits_float(uint32_t u) {
-#ifdef WARPO_SIM
     float x;
-    memcpy(&x, &u, 4);
+    PTX_EITHER(memcpy(&x, &u, 4), x = __uint_as_float(u));
     return x;
-#else
-    return __uint_as_float(u);
-#endif
 }
 
 // 1 / x, to the last bit but one.
 __device__ __forceinline__ float reciprocal(float x) {
-#ifdef WARPO_SIM
-    return 1.0f / x;
-#else
     float y;
-    asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x));
+    PTX_EITHER(y = 1.0f / x, asm("rcp.approx.f32 %0, %1;" : "=f"(y) : "f"(x)));
     return y;
-#endif
 }
 
 // 2^x: one instruction, within 2^-22 of the true value, 0 below the normal numbers.
 __device__ __forceinline__ float exp2(float x) {
-#ifdef WARPO_SIM
-    const float y = ::exp2f(x);
-    return y < 1.17549435e-38f ? 0.0f : y;
-#else
     float y;
-    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x));
-    return y;
-#endif
+    PTX_EITHER(y = ::exp2f(x), asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(y) : "f"(x)));
+    return PTX_EITHER(y < 1.17549435e-38f ? 0.0f : y, y);
 }
 
 // Two bf16, the first in the low half, rounded to nearest even; NaN becomes the quiet NaN 0x7FFF.
@@ -241,62 +193,46 @@ __device__ __forceinline__ void turn_wait(const uint32_t* turn, uint32_t mine PT
 // The turn is `next` from here on: one thread says so, behind a barrier after what its block has
 // written.
 __device__ __forceinline__ void turn_pass(uint32_t* turn, uint32_t next PTX_AND_AT) {
-#ifdef WARPO_SIM
-    ::sim::turn_pass(turn, next, at);
-#else
-    asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(turn), "r"(next) : "memory");
-#endif
+    PTX_EITHER(::sim::turn_pass(turn, next, at),
+               asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(turn), "r"(next) : "memory"));
+}
+
+// A place in shared memory, as instructions name it.
+__device__ __forceinline__ uint32_t address(const void* shared PTX_AND_AT) {
+    return PTX_EITHER(::sim::shared_address(shared, at), uint32_t(__cvta_generic_to_shared(shared)));
 }
 
 // -- asynchronous copies to shared memory ----
 
 // 16 bytes; the last `zeros` of them are 0 instead of read.
 __device__ __forceinline__ void copy_async(void* to, const void* from, int zeros PTX_AND_AT) {
-#ifdef WARPO_SIM
-    ::sim::copy_async(to, from, 16, zeros, at);
-#else
-    const uint32_t address = uint32_t(__cvta_generic_to_shared(to));
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(address), "l"(from), "r"(16 - zeros) : "memory");
-#endif
+    PTX_EITHER(::sim::copy_async(to, from, 16, zeros, at),
+               asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;"
+                            ::"r"(address(to)), "l"(from), "r"(16 - zeros) : "memory"));
 }
 
 __device__ __forceinline__ void copy_commit() {
-#ifdef WARPO_SIM
-    ::sim::copy_commit();
-#else
-    asm volatile("cp.async.commit_group;" ::: "memory");
-#endif
+    PTX_EITHER(::sim::copy_commit(), asm volatile("cp.async.commit_group;" ::: "memory"));
 }
 
 // Until at most `PENDING` of this thread's groups are under way.
 template <int PENDING>
 __device__ __forceinline__ void copy_wait(PTX_AT) {
-#ifdef WARPO_SIM
-    ::sim::copy_wait(PENDING, at);
-#else
-    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
-#endif
+    PTX_EITHER(::sim::copy_wait(PENDING, at), asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory"));
 }
 
 // -- barriers that count arrivals in shared memory ----
 
 // One thread initialises; then a block barrier.
 __device__ __forceinline__ void mbarrier_init(uint64_t* bar, int arrivals PTX_AND_AT) {
-#ifdef WARPO_SIM
-    ::sim::mbarrier_init(bar, arrivals, at);
-#else
-    const uint32_t address = uint32_t(__cvta_generic_to_shared(bar));
-    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address), "r"(arrivals) : "memory");
-#endif
+    PTX_EITHER(::sim::mbarrier_init(bar, arrivals, at),
+               asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(address(bar)), "r"(arrivals) : "memory"));
 }
 
 __device__ __forceinline__ void mbarrier_arrive(uint64_t* bar PTX_AND_AT) {
-#ifdef WARPO_SIM
-    ::sim::mbarrier_arrive(bar, at);
-#else
-    const uint32_t address = uint32_t(__cvta_generic_to_shared(bar));
-    asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}" ::"r"(address) : "memory");
-#endif
+    PTX_EITHER(::sim::mbarrier_arrive(bar, at),
+               asm volatile("{\n.reg .b64 state;\nmbarrier.arrive.shared::cta.b64 state, [%0];\n}"
+                            ::"r"(address(bar)) : "memory"));
 }
 
 // Until the phase of this parity (0 first) is complete.
@@ -309,14 +245,10 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* bar, int parity PTX_AND_
 #else
 #define PTX_WAIT "mbarrier.test_wait"
 #endif
-    const uint32_t address = uint32_t(__cvta_generic_to_shared(bar));
     uint32_t done = 0;
     while (!done) {
-        asm volatile(
-            "{\n.reg .pred p;\n" PTX_WAIT ".parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
-            : "=r"(done)
-            : "r"(address), "r"(parity)
-            : "memory");
+        asm volatile("{\n.reg .pred p;\n" PTX_WAIT ".parity.shared::cta.b64 p, [%1], %2;\nselp.u32 %0, 1, 0, p;\n}"
+                     : "=r"(done) : "r"(address(bar)), "r"(parity) : "memory");
     }
 #endif
 }
@@ -332,11 +264,8 @@ __device__ __forceinline__ void load_matrix(uint32_t (&out)[4], const void* row 
     const auto rows = host::exchange(::sim::Warp::Matrix, row, at);
     for (int i = 0; i < 4; ++i) memcpy(&out[i], static_cast<const char*>(rows[8 * i + lane() / 4]) + lane() % 4 * 4, 4);
 #else
-    const uint32_t address = uint32_t(__cvta_generic_to_shared(row));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(address)
-                 : "memory");
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(address(row)) : "memory");
 #endif
 }
 
@@ -353,11 +282,8 @@ __device__ __forceinline__ void load_matrix_transposed(uint32_t (&out)[4], const
         out[i] = two[0] | uint32_t(two[1]) << 16;
     }
 #else
-    const uint32_t address = uint32_t(__cvta_generic_to_shared(row));
     asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
-                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3])
-                 : "r"(address)
-                 : "memory");
+                 : "=r"(out[0]), "=r"(out[1]), "=r"(out[2]), "=r"(out[3]) : "r"(address(row)) : "memory");
 #endif
 }
 

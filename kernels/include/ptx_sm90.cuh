@@ -11,158 +11,86 @@ namespace ptx {
 // The thread that initialised mbarriers makes them known to the TMA unit and to the cluster; then a
 // barrier.
 __device__ __forceinline__ void fence_barrier_init() {
-#ifdef WARPO_SIM
-    ::sim::fence_barrier_init();
-#else
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-#endif
+    PTX_EITHER(::sim::fence_barrier_init(), asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory"));
 }
 
 // One arrival, and `bytes` more that asynchronous copies must bring before the phase is complete.
 __device__ __forceinline__ void mbarrier_expect(uint64_t* bar, int bytes PTX_AND_AT) {
-#ifdef WARPO_SIM
-    ::sim::mbarrier_expect(bar, bytes, at);
-#else
-    const uint32_t address = uint32_t(__cvta_generic_to_shared(bar));
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(address), "r"(bytes) : "memory");
-#endif
+    PTX_EITHER(::sim::mbarrier_expect(bar, bytes, at),
+               asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
+                            ::"r"(address(bar)), "r"(bytes) : "memory"));
 }
 
 // An arrival at the same mbarrier of block `rank` of the cluster: that a slot was read, not what
 // was written here.
 __device__ __forceinline__ void mbarrier_arrive_at(uint64_t* bar, int rank PTX_AND_AT) {
-#ifdef WARPO_SIM
-    ::sim::mbarrier_arrive_at(bar, rank, at);
-#else
-    const uint32_t address = uint32_t(__cvta_generic_to_shared(bar));
-    asm volatile(
-        "{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
-        "mbarrier.arrive.shared::cluster.b64 _, [there];\n}" ::"r"(address),
-        "r"(rank)
-        : "memory");
-#endif
+    PTX_EITHER(::sim::mbarrier_arrive_at(bar, rank, at),
+               asm volatile("{\n.reg .b32 there;\nmapa.shared::cluster.u32 there, %0, %1;\n"
+                            "mbarrier.arrive.shared::cluster.b64 _, [there];\n}"
+                            ::"r"(address(bar)), "r"(rank) : "memory"));
 }
 
 // Copies the box of a matrix that begins at column x and row y to shared memory; its bytes complete
 // at `bar`.
 __device__ __forceinline__ void tma_load(void* to, const TensorMap* map, int x, int y, uint64_t* bar PTX_AND_AT) {
-#ifdef WARPO_SIM
-    ::sim::tma_load(to, map, {2, {x, y, 0}}, bar, 0, at);
-#else
-    const uint32_t address = uint32_t(__cvta_generic_to_shared(to)), barrier = uint32_t(__cvta_generic_to_shared(bar));
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3}], [%4];" ::"r"(
-            address),
-        "l"(map), "r"(x), "r"(y), "r"(barrier)
-        : "memory");
-#endif
+    PTX_EITHER(::sim::tma_load(to, map, {2, {x, y, 0}}, bar, 0, at),
+               asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                            "[%0], [%1, {%2, %3}], [%4];"
+                            ::"r"(address(to)), "l"(map), "r"(x), "r"(y), "r"(address(bar)) : "memory"));
 }
 
 // The same of a tensor of three dimensions, x the innermost.
 __device__ __forceinline__ void tma_load(void* to, const TensorMap* map, int x, int y, int z, uint64_t* bar PTX_AND_AT) {
-#ifdef WARPO_SIM
-    ::sim::tma_load(to, map, {3, {x, y, z}}, bar, 0, at);
-#else
-    const uint32_t address = uint32_t(__cvta_generic_to_shared(to)), barrier = uint32_t(__cvta_generic_to_shared(bar));
-    asm volatile(
-        "cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes [%0], [%1, {%2, %3, %4}], [%5];" ::"r"(
-            address),
-        "l"(map), "r"(x), "r"(y), "r"(z), "r"(barrier)
-        : "memory");
-#endif
+    PTX_EITHER(::sim::tma_load(to, map, {3, {x, y, z}}, bar, 0, at),
+               asm volatile("cp.async.bulk.tensor.3d.shared::cluster.global.tile.mbarrier::complete_tx::bytes "
+                            "[%0], [%1, {%2, %3, %4}], [%5];"
+                            ::"r"(address(to)), "l"(map), "r"(x), "r"(y), "r"(z), "r"(address(bar)) : "memory"));
 }
 
 // The same, to the same place in every block of the cluster whose bit is in `blocks`, each with its
 // own mbarrier.
 __device__ __forceinline__ void tma_load_multicast(void* to, const TensorMap* map, int x, int y, uint64_t* bar,
                                                    uint16_t blocks PTX_AND_AT) {
-#ifdef WARPO_SIM
-    ::sim::tma_load(to, map, {2, {x, y, 0}}, bar, blocks, at);
-#else
-    const uint32_t address = uint32_t(__cvta_generic_to_shared(to)), barrier = uint32_t(__cvta_generic_to_shared(bar));
-    asm volatile(
-        "cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
-        "[%0], [%1, {%2, %3}], [%4], %5;" ::"r"(address),
-        "l"(map), "r"(x), "r"(y), "r"(barrier), "h"(blocks)
-        : "memory");
-#endif
+    PTX_EITHER(::sim::tma_load(to, map, {2, {x, y, 0}}, bar, blocks, at),
+               asm volatile("cp.async.bulk.tensor.2d.shared::cluster.global.tile.mbarrier::complete_tx::bytes.multicast::cluster "
+                            "[%0], [%1, {%2, %3}], [%4], %5;"
+                            ::"r"(address(to)), "l"(map), "r"(x), "r"(y), "r"(address(bar)), "h"(blocks) : "memory"));
 }
 
 // Copies a box from shared memory, but for what lies outside the matrix.
 __device__ __forceinline__ void tma_store(const TensorMap* map, int x, int y, const void* from PTX_AND_AT) {
-#ifdef WARPO_SIM
-    ::sim::tma_store(map, x, y, from, at);
-#else
-    const uint32_t address = uint32_t(__cvta_generic_to_shared(from));
-    asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];" ::"l"(map), "r"(x), "r"(y),
-                 "r"(address)
-                 : "memory");
-#endif
+    PTX_EITHER(::sim::tma_store(map, x, y, from, at),
+               asm volatile("cp.async.bulk.tensor.2d.global.shared::cta.tile.bulk_group [%0, {%1, %2}], [%3];"
+                            ::"l"(map), "r"(x), "r"(y), "r"(address(from)) : "memory"));
 }
 
 __device__ __forceinline__ void tma_store_commit() {
-#ifdef WARPO_SIM
-    ::sim::tma_store_commit();
-#else
-    asm volatile("cp.async.bulk.commit_group;" ::: "memory");
-#endif
+    PTX_EITHER(::sim::tma_store_commit(), asm volatile("cp.async.bulk.commit_group;" ::: "memory"));
 }
 
 // Until at most `PENDING` of this thread's groups still read shared memory.
 template <int PENDING>
 __device__ __forceinline__ void tma_store_wait_read(PTX_AT) {
-#ifdef WARPO_SIM
-    ::sim::tma_store_wait(PENDING, false, at);
-#else
-    asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory");
-#endif
-}
-
-// Until at most `PENDING` of this thread's groups are under way.
-template <int PENDING>
-__device__ __forceinline__ void tma_store_wait(PTX_AT) {
-#ifdef WARPO_SIM
-    ::sim::tma_store_wait(PENDING, true, at);
-#else
-    asm volatile("cp.async.bulk.wait_group %0;" ::"n"(PENDING) : "memory");
-#endif
-}
-
-__device__ __forceinline__ void tma_prefetch(const TensorMap* map) {
-#ifdef WARPO_SIM
-    (void)map;
-#else
-    asm volatile("prefetch.tensormap [%0];" ::"l"(map) : "memory");
-#endif
+    PTX_EITHER(::sim::tma_store_wait(PENDING, false, at),
+               asm volatile("cp.async.bulk.wait_group.read %0;" ::"n"(PENDING) : "memory"));
 }
 
 // What this thread wrote to shared memory is seen by TMA stores and by wgmma.
 __device__ __forceinline__ void fence_async() {
-#ifdef WARPO_SIM
-    ::sim::fence_async();
-#else
-    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
-#endif
+    PTX_EITHER(::sim::fence_async(), asm volatile("fence.proxy.async.shared::cta;" ::: "memory"));
 }
 
 // Rank of this block in its cluster.
 __device__ __forceinline__ int cluster_rank() {
-#ifdef WARPO_SIM
-    return ::sim::cluster_rank();
-#else
     uint32_t rank;
-    asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank));
+    PTX_EITHER(rank = ::sim::cluster_rank(), asm volatile("mov.u32 %0, %%cluster_ctarank;" : "=r"(rank)));
     return int(rank);
-#endif
 }
 
 // All threads of all blocks of the cluster wait for each other.
 __device__ __forceinline__ void cluster_sync(PTX_AT) {
-#ifdef WARPO_SIM
-    ::sim::cluster_sync(at);
-#else
-    asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory");
-#endif
+    PTX_EITHER(::sim::cluster_sync(at),
+               asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory"));
 }
 
 // Every warp of a warpgroup takes more registers a thread, or gives some back: a multiple of 8 from
@@ -170,31 +98,20 @@ __device__ __forceinline__ void cluster_sync(PTX_AT) {
 template <int REGISTERS>
 __device__ __forceinline__ void registers_up(PTX_AT) {
     static_assert(REGISTERS % 8 == 0 && REGISTERS >= 24 && REGISTERS <= 256, "what setmaxnreg takes");
-#ifdef WARPO_SIM
-    ::sim::registers(REGISTERS, true, at);
-#else
-    asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-#endif
+    PTX_EITHER(::sim::registers(REGISTERS, true, at), asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(REGISTERS)));
 }
 template <int REGISTERS>
 __device__ __forceinline__ void registers_down(PTX_AT) {
     static_assert(REGISTERS % 8 == 0 && REGISTERS >= 24 && REGISTERS <= 256, "what setmaxnreg takes");
-#ifdef WARPO_SIM
-    ::sim::registers(REGISTERS, false, at);
-#else
-    asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS));
-#endif
+    PTX_EITHER(::sim::registers(REGISTERS, false, at), asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(REGISTERS)));
 }
 
 // True in one lane of a warp, always the same.
 __device__ __forceinline__ bool elect(PTX_AT) {
-#ifdef WARPO_SIM
-    return ::sim::elect(at);
-#else
     uint32_t one;
-    asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(one));
+    PTX_EITHER(one = ::sim::elect(at),
+               asm volatile("{\n.reg .pred p;\nelect.sync _|p, 0xffffffff;\nselp.u32 %0, 1, 0, p;\n}" : "=r"(one)));
     return one != 0;
-#endif
 }
 
 // -- products of a warpgroup: its 128 threads call these together ----
@@ -202,19 +119,12 @@ __device__ __forceinline__ bool elect(PTX_AT) {
 // An operand in shared memory is a descriptor. With its swizzle of 128 bytes, bits 4 to 6 of every
 // address are xored with bits 7 to 9, as TMA does; a tile begins on a multiple of 1024 bytes.
 //   Rows of k ("K-major"): 64 numbers of k, 128 bytes, for each m (or n); groups of 8 are
-//   `stride_bytes` apart.
-//     `leading_bytes` is not used. The next 16 of k are 32 bytes on.
+//     `stride_bytes` apart, `leading_bytes` is not used. The next 16 of k are 32 bytes on.
 //   Columns ("MN-major"): 64 numbers of m, 128 bytes, for each k; groups of 8 k are `stride_bytes`
-//   apart, the next
-//     64 of m `leading_bytes`. The next 16 of k are 2 `stride_bytes` on.
+//     apart, the next 64 of m `leading_bytes`. The next 16 of k are 2 `stride_bytes` on.
 __device__ __forceinline__ uint64_t operand(const void* shared, int leading_bytes, int stride_bytes PTX_AND_AT) {
-#ifdef WARPO_SIM
-    const uint32_t address = ::sim::shared_address(shared, at);
-#else
-    const uint32_t address = uint32_t(__cvta_generic_to_shared(shared));
-#endif
-    return (address >> 4 & 0x3FFF) | uint64_t(leading_bytes >> 4 & 0x3FFF) << 16 | uint64_t(stride_bytes >> 4 & 0x3FFF) << 32 |
-           uint64_t(1) << 62;
+    const uint64_t start = address(shared PTX_PASS) >> 4 & 0x3FFF, leading = leading_bytes >> 4 & 0x3FFF;
+    return start | leading << 16 | uint64_t(stride_bytes >> 4 & 0x3FFF) << 32 | uint64_t(1) << 62;
 }
 
 // The operand that begins `bytes` further on.
@@ -223,29 +133,17 @@ __device__ __forceinline__ uint64_t operand_advance(uint64_t operand, int bytes)
 // Before the first product, and wherever anything else has used accumulators or written A's
 // registers.
 __device__ __forceinline__ void wgmma_fence(PTX_AT) {
-#ifdef WARPO_SIM
-    ::sim::wgmma_fence(at);
-#else
-    asm volatile("wgmma.fence.sync.aligned;" ::: "memory");
-#endif
+    PTX_EITHER(::sim::wgmma_fence(at), asm volatile("wgmma.fence.sync.aligned;" ::: "memory"));
 }
 
 __device__ __forceinline__ void wgmma_commit(PTX_AT) {
-#ifdef WARPO_SIM
-    ::sim::wgmma_commit(at);
-#else
-    asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory");
-#endif
+    PTX_EITHER(::sim::wgmma_commit(at), asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"));
 }
 
 // Until at most `PENDING` groups are under way; then wgmma_keep what they have computed.
 template <int PENDING>
 __device__ __forceinline__ void wgmma_wait(PTX_AT) {
-#ifdef WARPO_SIM
-    ::sim::wgmma_wait(PENDING, at);
-#else
-    asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory");
-#endif
+    PTX_EITHER(::sim::wgmma_wait(PENDING, at), asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"));
 }
 
 // Keeps the compiler from moving what reads or writes d across this point: it does not know that a
