@@ -42,41 +42,37 @@ static __device__ void backward(T* dx, const T* dy, const T* x, uint64_t count, 
 
 template <class T>
 static __device__ void gated_forward(T* y, const T* gate_up, int rows, int cols, int act, int width) {
-    with_width<T>(width, [&](auto known) {
+    each_of_rows<T>(rows, cols, width, [&](auto known, int row, int i) {
         constexpr int N = decltype(known)::N;
-        const int each = cols / N;
-        each_of_rows(rows, each, [&](int row, int i) {
-            const T* x = gate_up + int64_t(row) * 2 * cols;
-            Elements<N> gate = take<N>(x, i);
-            const Elements<N> up = take<N>(x, each + i);
-            with_activation(act, [&](auto curve) {
-                for (int j = 0; j < N; ++j) gate.x[j] = curve.at(gate.x[j]).y * up.x[j];
-            });
-            put<N>(y + int64_t(row) * cols, i, gate);
+        const int partner = cols / N + i;
+        const T* x = gate_up + int64_t(row) * 2 * cols;
+        Elements<N> gate = take<N>(x, i);
+        const Elements<N> up = take<N>(x, partner);
+        with_activation(act, [&](auto curve) {
+            for (int j = 0; j < N; ++j) gate.x[j] = curve.at(gate.x[j]).y * up.x[j];
         });
+        put<N>(y + int64_t(row) * cols, i, gate);
     });
 }
 
 // dgate = dy up act'(gate), dup = dy act(gate).
 template <class T>
 static __device__ void gated_backward(T* dgate_up, const T* dy, const T* gate_up, int rows, int cols, int act, int width) {
-    with_width<T>(width, [&](auto known) {
+    each_of_rows<T>(rows, cols, width, [&](auto known, int row, int i) {
         constexpr int N = decltype(known)::N;
-        const int each = cols / N;
-        each_of_rows(rows, each, [&](int row, int i) {
-            const int64_t base = int64_t(row) * 2 * cols;
-            const Elements<N> g = take<N>(dy + int64_t(row) * cols, i);
-            Elements<N> gate = take<N>(gate_up + base, i), up = take<N>(gate_up + base, each + i);
-            with_activation(act, [&](auto curve) {
-                for (int j = 0; j < N; ++j) {
-                    const Point at = curve.at(gate.x[j]);
-                    gate.x[j] = g.x[j] * up.x[j] * at.slope;
-                    up.x[j] = g.x[j] * at.y;
-                }
-            });
-            put<N>(dgate_up + base, i, gate);
-            put<N>(dgate_up + base, each + i, up);
+        const int partner = cols / N + i;
+        const int64_t base = int64_t(row) * 2 * cols;
+        const Elements<N> g = take<N>(dy + int64_t(row) * cols, i);
+        Elements<N> gate = take<N>(gate_up + base, i), up = take<N>(gate_up + base, partner);
+        with_activation(act, [&](auto curve) {
+            for (int j = 0; j < N; ++j) {
+                const Point at = curve.at(gate.x[j]);
+                gate.x[j] = g.x[j] * up.x[j] * at.slope;
+                up.x[j] = g.x[j] * at.y;
+            }
         });
+        put<N>(dgate_up + base, i, gate);
+        put<N>(dgate_up + base, partner, up);
     });
 }
 

@@ -23,23 +23,21 @@ constexpr int WARPS = THREADS / 32;
 
 template <class T>
 static __device__ void forward(T* y, const uint32_t* ids, const T* table, int rows, int entries, int cols, int add, int width) {
-    with_width<T>(width, [&](auto known) {
+    each_of_rows<T>(rows, cols, width, [&](auto known, int row, int i) {
         constexpr int N = decltype(known)::N;
-        each_of_rows(rows, cols / N, [&](int row, int i) {
-            const uint32_t id = ids[row];
-            T* out = y + int64_t(row) * cols;
-            Elements<N> v;
-            if (id < uint32_t(entries)) {
-                v = take<N>(table + int64_t(id) * cols, i);
-            } else {
-                for (int j = 0; j < N; ++j) v.x[j] = NAN;
-            }
-            if (add != 0) {
-                const Elements<N> old = take<N>(out, i);
-                for (int j = 0; j < N; ++j) v.x[j] += old.x[j];
-            }
-            put<N>(out, i, v);
-        });
+        const uint32_t id = ids[row];
+        T* out = y + int64_t(row) * cols;
+        Elements<N> v;
+        if (id < uint32_t(entries)) {
+            v = take<N>(table + int64_t(id) * cols, i);
+        } else {
+            for (int j = 0; j < N; ++j) v.x[j] = NAN;
+        }
+        if (add != 0) {
+            const Elements<N> old = take<N>(out, i);
+            for (int j = 0; j < N; ++j) v.x[j] += old.x[j];
+        }
+        put<N>(out, i, v);
     });
 }
 
@@ -68,31 +66,29 @@ template <class D, class T>
 static __device__ void backward(D* dtable, const uint64_t* sorted, const T* dy, int rows, int entries, int cols, int width) {
     // Rows that are loaded together: their order in the sum stays.
     constexpr int AHEAD = 4;
-    with_width<T>(width, [&](auto known) {
+    each_of_rows<T>(rows, cols, width, [&](auto known, int place, int i) {
         constexpr int N = decltype(known)::N;
-        each_of_rows(rows, cols / N, [&](int place, int i) {
-            const uint32_t id = sorted[place] >> 32;
-            const bool owner = place == 0 || uint32_t(sorted[place - 1] >> 32) != id;
-            if (!owner || id >= uint32_t(entries)) return;
-            D* out = dtable + int64_t(id) * cols;
-            Elements<N> sum = take<N>(out, i);
-            bool more = true;
-            for (int next = place; more; next += AHEAD) {
-                Elements<N> v[AHEAD];
-                bool mine[AHEAD];
-                for (int k = 0; k < AHEAD; ++k) {
-                    const uint64_t key = next + k < rows ? sorted[next + k] : ~0ull;
-                    mine[k] = uint32_t(key >> 32) == id;
-                    if (mine[k]) v[k] = take<N>(dy + int64_t(uint32_t(key)) * cols, i);
-                }
-                for (int k = 0; k < AHEAD; ++k) {
-                    if (!mine[k]) continue;
-                    for (int j = 0; j < N; ++j) sum.x[j] += v[k].x[j];
-                }
-                more = mine[AHEAD - 1];
+        const uint32_t id = sorted[place] >> 32;
+        const bool owner = place == 0 || uint32_t(sorted[place - 1] >> 32) != id;
+        if (!owner || id >= uint32_t(entries)) return;
+        D* out = dtable + int64_t(id) * cols;
+        Elements<N> sum = take<N>(out, i);
+        bool more = true;
+        for (int next = place; more; next += AHEAD) {
+            Elements<N> v[AHEAD];
+            bool mine[AHEAD];
+            for (int k = 0; k < AHEAD; ++k) {
+                const uint64_t key = next + k < rows ? sorted[next + k] : ~0ull;
+                mine[k] = uint32_t(key >> 32) == id;
+                if (mine[k]) v[k] = take<N>(dy + int64_t(uint32_t(key)) * cols, i);
             }
-            put<N>(out, i, sum);
-        });
+            for (int k = 0; k < AHEAD; ++k) {
+                if (!mine[k]) continue;
+                for (int j = 0; j < N; ++j) sum.x[j] += v[k].x[j];
+            }
+            more = mine[AHEAD - 1];
+        }
+        put<N>(out, i, sum);
     });
 }
 

@@ -20,24 +20,21 @@ constexpr int THREADS = 256;
 template <class T>
 static __device__ void rotate(T* x, const uint32_t* positions, const float* table, int rows, int row_len, int heads, int half,
                             int entries, float sign, int width) {
-    with_width<T>(width, [&](auto known) {
+    each_of_rows<T>(rows, heads * half, width, [&](auto known, int row, int i) {
         constexpr int N = decltype(known)::N;
-        const int each = half / N;
-        each_of_rows(rows, heads * each, [&](int row, int i) {
-            T* head = x + int64_t(row) * row_len + i / each * 2 * half;
-            const int p = i % each;
-            const uint32_t position = positions[row];
-            Elements<N> a = take<N>(head, p), b = take<N>(head, each + p);
-            if (position < uint32_t(entries)) {
-                const float* angles = table + int64_t(position) * 2 * half;
-                const Elements<N> cos = take<N>(angles, p), sin = take<N>(angles, each + p);
-                for (int j = 0; j < N; ++j) rotate_pair(a.x[j], b.x[j], cos.x[j], sin.x[j] * sign);
-            } else {
-                for (int j = 0; j < N; ++j) a.x[j] = b.x[j] = NAN;
-            }
-            put<N>(head, p, a);
-            put<N>(head, each + p, b);
-        });
+        const int each = half / N, p = i % each;
+        T* head = x + int64_t(row) * row_len + i / each * 2 * half;
+        const uint32_t position = positions[row];
+        Elements<N> a = take<N>(head, p), b = take<N>(head, each + p);
+        if (position < uint32_t(entries)) {
+            const float* angles = table + int64_t(position) * 2 * half;
+            const Elements<N> cos = take<N>(angles, p), sin = take<N>(angles, each + p);
+            for (int j = 0; j < N; ++j) rotate_pair(a.x[j], b.x[j], cos.x[j], sin.x[j] * sign);
+        } else {
+            for (int j = 0; j < N; ++j) a.x[j] = b.x[j] = NAN;
+        }
+        put<N>(head, p, a);
+        put<N>(head, each + p, b);
     });
 }
 

@@ -4,12 +4,6 @@
 
 #include "kernel.cuh"
 
-// N neighbours as floats.
-template <int N>
-struct Elements {
-    float x[N];
-};
-
 // Elements N i, N i + 1, ... of p: one element, or as many loads or stores of 128 bits as N
 // elements fill.
 template <int N, class T>
@@ -60,13 +54,6 @@ __device__ __forceinline__ void each_packet(uint64_t count, F f) {
     }
 }
 
-// f(row, i) for the `each` things of each row, a thread for each; fewer than 2^31 in all.
-template <class F>
-__device__ __forceinline__ void each_of_rows(int rows, int each, F f) {
-    const unsigned i = blockIdx.x * blockDim.x + threadIdx.x, row = i / unsigned(each);
-    if (row < unsigned(rows)) f(int(row), int(i % unsigned(each)));
-}
-
 // f(Width<N>): N a packet of T if `width` says so, else 1.
 template <class T, class F>
 __device__ __forceinline__ void with_width(int width, F f) {
@@ -75,4 +62,14 @@ __device__ __forceinline__ void with_width(int width, F f) {
     } else {
         f(Width<1>());
     }
+}
+
+// f(Width<N>, row, i) for the i-th N of `cols` elements of each row, N as of with_width: a thread
+// for each, fewer than 2^31 in all.
+template <class T, class F>
+__device__ __forceinline__ void each_of_rows(int rows, int cols, int width, F f) {
+    with_width<T>(width, [&](auto known) {
+        const unsigned each = cols / decltype(known)::N, i = blockIdx.x * blockDim.x + threadIdx.x, row = i / each;
+        if (row < unsigned(rows)) f(known, int(row), int(i % each));
+    });
 }

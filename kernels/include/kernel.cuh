@@ -89,12 +89,15 @@ __device__ __forceinline__ float narrow<float>(float x) {
     return x;
 }
 
-// 16 bytes of T as floats: 8 of bf16, 4 of f32.
-template <class T>
-struct Packet {
-    static constexpr int WIDTH = 16 / sizeof(T);
-    float x[WIDTH];
+// N neighbours as floats.
+template <int N>
+struct Elements {
+    static constexpr int WIDTH = N;
+    float x[N];
 };
+// 16 bytes of T: 8 of bf16, 4 of f32.
+template <class T>
+using Packet = Elements<16 / sizeof(T)>;
 
 __device__ __forceinline__ void unpack(float (&x)[8], uint4 v) {
     const uint32_t w[4] = {v.x, v.y, v.z, v.w};
