@@ -62,11 +62,6 @@ static __device__ __forceinline__ void each(const T* z, int begin, int end, int 
     if (last + own < end) f(last + own, widen(z[last + own]));
 }
 
-static __device__ __forceinline__ uint64_t warp_sum(uint64_t x) {
-    for (int d = 16; d > 0; d /= 2) x += ptx::shuffle_xor(x, d);
-    return x;
-}
-
 // Sums over the warp, WAYS of them: lane l gets number l / 4. Each step halves what a lane carries:
 // it gives one half to the lane across and takes the other.
 static __device__ __forceinline__ uint64_t warp_sums(uint64_t (&x)[WAYS]) {
@@ -109,7 +104,7 @@ static __device__ int find(const Row<T>& row, F f, At at, uint64_t* room) {
         const int from = begin + warp * part, to = from + part < end ? from + part : end;
         uint64_t sum = 0;
         if (from < to) each(row.z, from, to, ptx::lane(), 32, [&](int i, float x) { sum += f(i, row.bits(x)); });
-        sum = warp_sum(sum);
+        sum = warp_reduce<Sum>(sum);
         if (ptx::lane() == 0) room[warp] = sum;
         __syncthreads();
         if (first) {
@@ -245,16 +240,10 @@ static __device__ void greedy(uint32_t* tokens, const T* z, int vocab, int strid
         const uint32_t bits = ptx::float_bits(x != x ? -INFINITY : x + 0.0f);
         const uint32_t order = bits >> 31 ? ~bits : bits | 0x80000000u;
         const uint64_t key = uint64_t(order) << 32 | uint32_t(~i);
-        best = key > best ? key : best;
+        best = Max::of(best, key);
     });
-    for (int d = 16; d > 0; d /= 2) {
-        const uint64_t other = ptx::shuffle_xor(best, d);
-        best = other > best ? other : best;
-    }
-    if (ptx::lane() == 0) room[threadIdx.x / 32] = best;
-    __syncthreads();
+    best = block_reduce<Max>(best, room);
     if (threadIdx.x != 0) return;
-    for (int w = 1; w < WARPS; ++w) best = room[w] > best ? room[w] : best;
     const float first = widen(row[0]);
     // As on the CPU: nothing is larger than a NaN that comes first.
     tokens[blockIdx.x] = first != first ? 0 : ~uint32_t(best);
