@@ -19,6 +19,7 @@
 //   needs    D a multiple of 16, groups up to 64, buffers at 16 bytes, scale > 0; values of a page
 //            that were not written are 0: append sees to it
 #include "include/attention.cuh"
+#include "include/elements.cuh"
 #include "include/rope.cuh"
 
 constexpr int THREADS = 128;
@@ -171,19 +172,12 @@ static __device__ void forward(bf16* out, float* lse, const bf16* qkv, const bf1
     }
 }
 
-// Turns packets p of both halves of a head, f32 angles [2, D / 2] in packets of four.
-static __device__ __forceinline__ void rotate(Packet<bf16>& a, Packet<bf16>& b, const float* angles, int p, int half) {
-    for (int i = 0; i < 2; ++i) {
-        const Packet<float> cos = load(angles, 2 * p + i), sin = load(angles, half / 4 + 2 * p + i);
-        for (int j = 0; j < 4; ++j) rotate_pair(a.x[4 * i + j], b.x[4 * i + j], cos.x[j], sin.x[j]);
-    }
-}
-
 // A block a run of rows and a group of heads: queries and keys are rotated in place, keys and
 // values go to their pages, and zeros for the values after them. Without a table nothing is
 // rotated.
-static __device__ void append(bf16* k, bf16* v, bf16* qkv, const float* table, const uint32_t* runs, const uint32_t* pages, int q_heads,
-                              int kv_heads, int d, int page, int entries) {
+KERNEL(THREADS, attention_append_bf16, 1, 4)(PACKED bf16* k, PACKED bf16* v, PACKED bf16* qkv, PACKED OPTIONAL const float* table,
+                                             const uint32_t* runs, const uint32_t* pages, int q_heads, int kv_heads, int d, int page,
+                                             int entries) {
     const uint32_t* run = runs + 5 * int64_t(blockIdx.x / kv_heads);
     const int at = run[0], rows = run[1], first = run[2], zeros = run[4], g = blockIdx.x % kv_heads;
     const int group = q_heads / kv_heads, packets = d / 8, half = packets / 2;
@@ -197,8 +191,13 @@ static __device__ void append(bf16* k, bf16* v, bf16* qkv, const float* table, c
     // Turns packets p of a head, or makes it NaN at a position that the table does not have.
     auto rotated = [&](Packet<bf16>& a, Packet<bf16>& b, int row, int p) {
         const int position = first + row;
-        if (position < entries) return rotate(a, b, table + int64_t(position) * d, p, d / 2);
-        for (int j = 0; j < 8; ++j) a.x[j] = b.x[j] = NAN;
+        if (position < entries) {
+            const float* angles = table + int64_t(position) * d;
+            const Elements<8> cos = take<8>(angles, p), sin = take<8>(angles, half + p);
+            for (int j = 0; j < 8; ++j) rotate_pair(a.x[j], b.x[j], cos.x[j], sin.x[j]);
+        } else {
+            for (int j = 0; j < 8; ++j) a.x[j] = b.x[j] = NAN;
+        }
     };
     if (table != nullptr) {
         for (int i = threadIdx.x; i < rows * group * half; i += THREADS) {
@@ -228,12 +227,6 @@ static __device__ void append(bf16* k, bf16* v, bf16* qkv, const float* table, c
         if (row < rows) x = load(qkv + (at + row) * cols + (q_heads + kv_heads + g) * d, p);
         store(v, slot(row) + p, x);
     }
-}
-
-KERNEL(THREADS, attention_append_bf16, 1, 4)(PACKED bf16* k, PACKED bf16* v, PACKED bf16* qkv, PACKED OPTIONAL const float* table,
-                                             const uint32_t* runs, const uint32_t* pages, int q_heads, int kv_heads, int d, int page,
-                                             int entries) {
-    append(k, v, qkv, table, runs, pages, q_heads, kv_heads, d, page, entries);
 }
 
 #define FORWARD(D) \

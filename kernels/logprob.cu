@@ -145,6 +145,12 @@ struct Part {
             }
         });
     }
+    // Writes what the lanes have of their rows.
+    template <class S>
+    __device__ __forceinline__ void write(float* partial, S (&parts)[ROWS], int rows) const {
+#pragma unroll
+        for (int r = 0; r < ROWS; ++r) write_part(partial, int64_t(row(r)) * chunks + chunk, parts[r], row(r) < rows);
+    }
 };
 
 template <class T>
@@ -160,12 +166,7 @@ static __device__ void forward(float* partial, const bf16* h, const bf16* w, con
     part.each(h, w, rows, d, [&](int r, int v, float (&x)[Lane::COUNT]) {
         reduce(states[r], x, part.end - v, target[r] - v, by);
     });
-#pragma unroll
-    for (int r = 0; r < P::ROWS; ++r) {
-        for (int lanes = 1; lanes < 4; lanes *= 2) states[r].add(shuffle_xor(states[r], lanes));
-        const int row = part.row(r);
-        if (threadIdx.x % 4 == 0 && row < rows) store_partial(partial, int64_t(row) * part.chunks + part.chunk, states[r]);
-    }
+    part.write(partial, states, rows);
 }
 
 // With a TOP also the lists of the k best.
@@ -175,34 +176,22 @@ static __device__ void sample(float* partial, const bf16* h, const bf16* w, int 
     using P = Part<T, TOP>;
     const P part(rows, vocab);
     const Scaling by(scale, cap);
-    State states[P::ROWS];
-    Choice best[P::ROWS];
+    Sampled parts[P::ROWS];
     const typename P::Lists top(part.lists, threadIdx.x / 32, k);
     part.each(h, w, rows, d, [&](int r, int v, float (&x)[Lane::COUNT]) {
-        reduce(states[r], x, part.end - v, ~0u, by);
+        reduce(parts[r].state, x, part.end - v, ~0u, by);
         const int row = part.row(r);
-        if (row < rows) choose(best[r], x, v, part.end, by.scale, draws, row);
+        if (row < rows) choose(parts[r].best, x, v, part.end, by.scale, draws, row);
         if constexpr (TOP) top.add(x, 8 * r, rows - part.first_row() - 8 * r, v, part.end, by.scale);
     });
     if constexpr (TOP) top.store(lists, part.first_row(), rows, part.chunk, part.chunks);
-#pragma unroll
-    for (int r = 0; r < P::ROWS; ++r) {
-        for (int lanes = 1; lanes < 4; lanes *= 2) {
-            states[r].add(shuffle_xor(states[r], lanes));
-            best[r].add(shuffle_xor(best[r], lanes));
-        }
-        const int row = part.row(r);
-        if (threadIdx.x % 4 != 0 || row >= rows) continue;
-        store_choice(partial, int64_t(row) * part.chunks + part.chunk, states[r], best[r]);
-    }
+    part.write(partial, parts, rows);
 }
 
 // A warp writes what the chunks of its row say.
 template <class F>
 static __device__ __forceinline__ void finish(float* logp, float* lse, float* entropy, const uint32_t* targets, int row, int vocab, F part) {
-    State s;
-    for (int c = ptx::lane(); c < (vocab + CHUNK - 1) / CHUNK; c += 32) s.add(part(c));
-    for (int lanes = 16; lanes > 0; lanes /= 2) s.add(shuffle_xor(s, lanes));
+    const State s = merge_parts<State>(vocab, part);
     if (ptx::lane() != 0) return;
     const float log_sum = logf(s.sum), all = s.top + log_sum;
     lse[row] = all;
@@ -219,19 +208,10 @@ KERNEL(128, logprob_merge)(float* logp, float* lse, OPTIONAL float* entropy, PAC
 }
 
 KERNEL(128, logprob_pick)(uint32_t* tokens, float* logp, float* lse, PACKED const float* partial, int rows, int vocab) {
-    const int row = blockIdx.x * WARPS + threadIdx.x / 32, chunks = (vocab + CHUNK - 1) / CHUNK;
+    const int row = blockIdx.x * WARPS + threadIdx.x / 32;
     if (row >= rows) return;
-    State s;
-    Choice best;
-    for (int c = ptx::lane(); c < chunks; c += 32) {
-        const int64_t at = int64_t(row) * chunks + c;
-        s.add(load_partial(partial, 2 * at));
-        best.add(load_choice(partial, at));
-    }
-    for (int lanes = 16; lanes > 0; lanes /= 2) {
-        s.add(shuffle_xor(s, lanes));
-        best.add(shuffle_xor(best, lanes));
-    }
+    const int64_t first = int64_t(row) * ((vocab + CHUNK - 1) / CHUNK);
+    const auto [s, best] = merge_parts<Sampled>(vocab, [&](int c) { return load_sampled(partial, first + c); });
     if (ptx::lane() != 0) return;
     const float all = s.top + logf(s.sum);
     tokens[row] = best.token, lse[row] = all, logp[row] = best.z - all;
@@ -281,86 +261,24 @@ static __device__ void from_logits(float* logp, float* lse, float* entropy, cons
             for (int q = 0; q < Lane::COUNT; ++q) mine[q] = v + Lane::column(q) < end ? widen(x[v + Lane::column(q)]) : 0.0f;
             reduce(s, mine, end - v, target - v, by);
         }
-        for (int lanes = 1; lanes < 4; lanes *= 2) s.add(shuffle_xor(s, lanes));
-        if (threadIdx.x % 4 == 0 && c < chunks) store_partial(partial, c, s);
+        write_part(partial, c, s, c < chunks);
     }
     __syncthreads();
     if (threadIdx.x >= 32) return;
     finish(logp, lse, entropy, targets, row, vocab, [&](int c) { return load_partial(partial, c); });
 }
 
-// The gradient of the products with `n` columns of the vocabulary, of which the first is number
-// `first`; zeros up to `width`.
-static __device__ void gradient(bf16* dz, const bf16* h, const bf16* w, const uint32_t* targets, const float* lse, const float* dlogp,
-                                const float* entropy, const float* dentropy, int rows, int n, int width, int first, int d,
-                                const Scaling& by) {
-    using T = T128x128;
-    Shared shared;
-    char* room = shared.take<char>(T::SHARED, 128);
-    const RasterTile at = raster(blockIdx.x, (rows + T::BM - 1) / T::BM, (n + T::BN - 1) / T::BN);
-    const int i0 = at.down * T::BM, j0 = at.across * T::BN;
-    Sums<T> sums;
-    const Operand l = {h, rows, d, i0, T::BM / 2}, r = {w, n, d, j0, T::BN / 2};
-    product<T, false, false>(sums, nullptr, l, r, d, reinterpret_cast<bf16*>(room));
-    give<T, false>(sums, reinterpret_cast<float*>(room), [&](int row, int col, Packet<bf16> x) {
-        row += i0, col += j0;
-        if (row >= rows || col >= width) return;
-        const float all = lse[row], dl = dlogp[row];
-        const float de = dentropy != nullptr ? dentropy[row] : 0.0f, ent = dentropy != nullptr ? entropy[row] : 0.0f;
-        const uint32_t target = targets[row] - first - col;
-        for (int i = 0; i < 8; ++i) {
-            const float y = by.cap > 0.0f ? by.bend(x.x[i]) : x.x[i], bent = y * by.inverse;
-            const float z = y * by.scale - all, p = power(z);
-            const float g = (uint32_t(i) == target ? dl : 0.0f) - p * (dl + de * (z + ent));
-            x.x[i] = col + i < n ? g * by.scale * ((1.0f - bent) * (1.0f + bent)) : 0.0f;
-        }
-        store(dz, (int64_t(row) * width + col) / 8, x);
-    });
-}
-
 // Adds the product of dz and `n` rows of w to the sums, or, where they are the first, writes it;
 // the last are rounded to dh.
 template <class T>
 static __device__ void hidden(bf16* dh, float* sums, const bf16* dz, const bf16* w, int rows, int n, int width, int d, int first, int last) {
-    Shared shared;
-    char* room = shared.take<char>(T::SHARED, 128);
-    const RasterTile at = raster(blockIdx.x, (rows + T::BM - 1) / T::BM, (d + T::BN - 1) / T::BN);
-    const int i0 = at.down * T::BM, j0 = at.across * T::BN;
-    Sums<T> own;
-    const Operand l = {dz, rows, width, i0, T::BM / 2}, r = {w, d, d, j0, T::BN / 2};
-    product<T, false, true>(own, nullptr, l, r, n, reinterpret_cast<bf16*>(room));
-    give<T, false>(own, reinterpret_cast<float*>(room), [&](int row, int col, Packet<bf16> x) {
-        if (i0 + row >= rows || j0 + col >= d) return;
-        const int64_t i = (int64_t(i0 + row) * d + j0 + col) / 4;
-        for (int half = 0; half < 2; ++half) {
-            Packet<float> sum = {};
-            if (first == 0) sum = load(sums, i + half);
-            for (int k = 0; k < 4; ++k) x.x[4 * half + k] += sum.x[k];
-        }
-        if (last != 0) return store(dh, i / 2, x);
-        for (int half = 0; half < 2; ++half) {
-            store(sums, i + half, Packet<float>{{x.x[4 * half], x.x[4 * half + 1], x.x[4 * half + 2], x.x[4 * half + 3]}});
-        }
-    });
-}
-
-// dw += dzᵀ h for `n` columns of dz, whose rows are `width` long.
-static __device__ void weight(float* dw, const bf16* dz, const bf16* h, int rows, int n, int width, int d) {
-    using T = T128x128;
-    Shared shared;
-    char* room = shared.take<char>(T::SHARED, 128);
-    const RasterTile at = raster(blockIdx.x, (n + T::BM - 1) / T::BM, (d + T::BN - 1) / T::BN);
-    const int i0 = at.down * T::BM, j0 = at.across * T::BN;
-    Sums<T> own;
-    const Operand l = {dz, n, width, i0, T::BM / 2}, r = {h, d, d, j0, T::BN / 2};
-    product<T, true, true>(own, nullptr, l, r, rows, reinterpret_cast<bf16*>(room));
-    give<T, false>(own, reinterpret_cast<float*>(room), [&](int row, int col, Packet<bf16> x) {
-        if (i0 + row >= n || j0 + col >= d) return;
-        const int64_t i = (int64_t(i0 + row) * d + j0 + col) / 4;
-        for (int half = 0; half < 2; ++half) {
-            Packet<float> sum = load(dw, i + half);
-            for (int k = 0; k < 4; ++k) sum.x[k] += x.x[4 * half + k];
-            store(dw, i + half, sum);
+    each_eight<T, false, true>(Operand{dz, rows, width}, Operand{w, d, d}, n, [&](int row, int col, Elements<8> x) {
+        const int64_t i = (int64_t(row) * d + col) / 8;
+        add(x, first == 0 ? take<8>(sums, i) : Elements<8>{});
+        if (last != 0) {
+            store(dh, i, x);
+        } else {
+            put<8>(sums, i, x);
         }
     });
 }
@@ -397,11 +315,25 @@ EACH_TOP_TILE(SAMPLE_TOP)
     }
 EACH_DTYPE(FROM_LOGITS)
 
+// The gradient of the products with `n` columns of the vocabulary, of which the first is number
+// `first`; zeros up to `width`, the next multiple of 8.
 KERNEL(128, logprob_gradient_bf16)(PACKED bf16* dz, PACKED const bf16* h, PACKED const bf16* w, const uint32_t* targets,
                                    const float* lse, const float* dlogp, OPTIONAL const float* entropy,
                                    OPTIONAL const float* dentropy, int rows, int n, int width, int first, int d, float scale,
                                    float cap) {
-    gradient(dz, h, w, targets, lse, dlogp, entropy, dentropy, rows, n, width, first, d, Scaling(scale, cap));
+    const Scaling by(scale, cap);
+    each_eight<T128x128, false, false>(Operand{h, rows, d}, Operand{w, n, d}, d, [&](int row, int col, Elements<8> x) {
+        const float all = lse[row], dl = dlogp[row];
+        const float de = dentropy != nullptr ? dentropy[row] : 0.0f, ent = dentropy != nullptr ? entropy[row] : 0.0f;
+        const uint32_t target = targets[row] - first - col;
+        for (int i = 0; i < 8; ++i) {
+            const float y = by.cap > 0.0f ? by.bend(x.x[i]) : x.x[i], bent = y * by.inverse;
+            const float z = y * by.scale - all, p = power(z);
+            const float g = (uint32_t(i) == target ? dl : 0.0f) - p * (dl + de * (z + ent));
+            x.x[i] = col + i < n ? g * by.scale * ((1.0f - bent) * (1.0f + bent)) : 0.0f;
+        }
+        store(dz, (int64_t(row) * width + col) / 8, x);
+    });
 }
 
 #define EACH_HIDDEN_TILE(X) X(128x128) X(64x64)
@@ -412,6 +344,9 @@ KERNEL(128, logprob_gradient_bf16)(PACKED bf16* dz, PACKED const bf16* h, PACKED
     }
 EACH_HIDDEN_TILE(HIDDEN)
 
+// dw += dzᵀ h for `n` columns of dz, whose rows are `width` long.
 KERNEL(128, logprob_weight_bf16)(PACKED float* dw, PACKED const bf16* dz, PACKED const bf16* h, int rows, int n, int width, int d) {
-    weight(dw, dz, h, rows, n, width, d);
+    each_eight<T128x128, true, true>(Operand{dz, n, width}, Operand{h, d, d}, rows, [&](int row, int col, const Elements<8>& x) {
+        add_at(dw, (int64_t(row) * d + col) / 8, x);
+    });
 }

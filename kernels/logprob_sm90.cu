@@ -34,23 +34,32 @@ using Top64x128 = WithTop<1, 8>;
 using Hidden128x256 = Tile<256, 2, 4, 2>;
 using Hidden128x128 = Tile<128, 2, 6, 2>;
 
-// With a TOP also the lists of the k best.
-template <class T, bool TOP = false>
-static __device__ void sample(float* partial, const ptx::TensorMap* h, const ptx::TensorMap* w, int rows, int vocab, int d, float scale,
-                              float cap, const Draws& draws, uint64_t* lists = nullptr, int k = 0) {
-    const int down = (rows + T::BM - 1) / T::BM, chunks = (vocab + CHUNK - 1) / CHUNK;
-    const Scaling by(scale, cap);
-    State states[2];
-    Choice best[2];
-    each_tile<T, false, false, CHUNK / T::BN>(Operands{h, w, T::BN / 2, d}, down, chunks, CHUNK,
+// The products whose parts are asked for, and where these go: lists of the k best, too, where tiles
+// have memory for them.
+struct Parts {
+    const ptx::TensorMap *h, *w;
+    int rows, vocab, d;
+    float* partial;
+    uint64_t* lists;
+    int k;
+};
+
+// A chunk's part, S, of each of a lane's two rows: begin(i, row) of row i, then add(part, x, i,
+// row, v) the lane's share x of each tile, whose first column is v.
+template <class T, class S, class Begin, class Add>
+static __device__ __forceinline__ void each_part(const Parts& to, const Scaling& by, Begin begin, Add add) {
+    constexpr bool TOP = T::OUT_BYTES > 0;
+    const int rows = to.rows, vocab = to.vocab, down = (rows + T::BM - 1) / T::BM, chunks = (vocab + CHUNK - 1) / CHUNK;
+    S parts[2];
+    each_tile<T, false, false, CHUNK / T::BN>(Operands{to.h, to.w, T::BN / 2, to.d}, down, chunks, CHUNK,
                                              [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
-        if (j0 % CHUNK == 0) {
-            for (int i = 0; i < 2; ++i) states[i] = State(), best[i] = Choice();
-        }
         const int warp = threadIdx.x / 32 - 4, first = i0 + threadIdx.x % 128 / 32 * 16;
-        const Lists top(ring.out, warp, k);
+        if (j0 % CHUNK == 0) {
+            for (int i = 0; i < 2; ++i) parts[i] = S(), begin(i, i0 + own_row() + 8 * i);
+        }
+        const Lists top(ring.out, warp, to.k);
         float sums[T::BN / 2], none[4];
-        multiply<T, false, false>(sums, none, ring, phase, d, group);
+        multiply<T, false, false>(sums, none, ring, phase, to.d, group);
 #pragma unroll
         for (int v = 0; v < T::BN; v += COLUMNS) {
             if (j0 + v >= vocab) break;
@@ -59,84 +68,107 @@ static __device__ void sample(float* partial, const ptx::TensorMap* h, const ptx
                 float x[Lane::COUNT];
 #pragma unroll
                 for (int q = 0; q < Lane::COUNT; ++q) x[q] = sums[v / 2 + q / 2 * 4 + 2 * i + q % 2];
-                reduce(states[i], x, vocab - j0 - v, ~0u, by);
-                const int row = i0 + own_row() + 8 * i;
-                if (row < rows) choose(best[i], x, j0 + v, vocab, by.scale, draws, row);
+                add(parts[i], x, i, i0 + own_row() + 8 * i, j0 + v);
                 if constexpr (TOP) top.add(x, 8 * i, rows - first - 8 * i, j0 + v, vocab, by.scale);
             }
         }
         if (j0 % CHUNK != CHUNK - T::BN) return;
-        if constexpr (TOP) top.store(lists, first, rows, j0 / CHUNK, chunks);
+        if constexpr (TOP) top.store(to.lists, first, rows, j0 / CHUNK, chunks);
         for (int i = 0; i < 2; ++i) {
             const int row = i0 + own_row() + 8 * i;
-            for (int lanes = 1; lanes < 4; lanes *= 2) {
-                states[i].add(shuffle_xor(states[i], lanes));
-                best[i].add(shuffle_xor(best[i], lanes));
-            }
-            if (own_col() == 0 && row < rows) store_choice(partial, int64_t(row) * chunks + j0 / CHUNK, states[i], best[i]);
+            write_part(to.partial, int64_t(row) * chunks + j0 / CHUNK, parts[i], row < rows);
         }
     });
 }
 
 template <class T>
-static __device__ void forward(float* partial, const ptx::TensorMap* h, const ptx::TensorMap* w, const uint32_t* targets, int rows,
-                               int vocab, int d, float scale, float cap) {
-    const int down = (rows + T::BM - 1) / T::BM, chunks = (vocab + CHUNK - 1) / CHUNK;
+static __device__ void sample(const Parts& to, float scale, float cap, const Draws& draws) {
     const Scaling by(scale, cap);
-    State states[2];
+    each_part<T, Sampled>(to, by, [](int, int) {}, [&](Sampled& part, float (&x)[Lane::COUNT], int, int row, int v) {
+        reduce(part.state, x, to.vocab - v, ~0u, by);
+        if (row < to.rows) choose(part.best, x, v, to.vocab, by.scale, draws, row);
+    });
+}
+
+template <class T>
+static __device__ void forward(const Parts& to, float scale, float cap, const uint32_t* targets) {
+    const Scaling by(scale, cap);
     uint32_t target[2];
-    each_tile<T, false, false, CHUNK / T::BN>(Operands{h, w, T::BN / 2, d}, down, chunks, CHUNK,
-                                             [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
-        if (j0 % CHUNK == 0) {
+    auto begin = [&](int i, int row) { target[i] = row < to.rows ? targets[row] : ~0u; };
+    each_part<T, State>(to, by, begin, [&](State& part, float (&x)[Lane::COUNT], int i, int, int v) {
+        reduce(part, x, to.vocab - v, target[i] - v, by);
+    });
+}
+
+// Adds the product of dz and `n` rows of w to the sums, or, where they are the first, writes it;
+// the last are rounded to dh.
+template <class T>
+static __device__ void hidden(const ptx::TensorMap* dh, float* sums, const ptx::TensorMap* dz, const ptx::TensorMap* w, int rows, int n,
+                              int d, int first, int last) {
+    const int down = (rows + T::BM - 1) / T::BM, across = (d + T::BN - 1) / T::BN;
+    int sent = 0;
+    each_tile<T, false, true>(Operands{dz, w, 0, n}, down, across, T::BN,
+                              [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
+        float own[T::BN / 2], none[4];
+        multiply<T, false, true>(own, none, ring, phase, n, group);
+        uint32_t made[T::BN / 4];
+#pragma unroll
+        for (int j = 0; j < T::BN / 8; ++j) {
+#pragma unroll
             for (int i = 0; i < 2; ++i) {
-                const int row = i0 + own_row() + 8 * i;
-                states[i] = State();
-                target[i] = row < rows ? targets[row] : ~0u;
+                const int row = i0 + own_row() + 8 * i, col = j0 + 8 * j + own_col();
+                float2 v = {own[4 * j + 2 * i], own[4 * j + 2 * i + 1]};
+                if (row < rows && col < d) {
+                    float2* at = reinterpret_cast<float2*>(sums + int64_t(row) * d + col);
+                    if (first == 0) v = float2{at->x + v.x, at->y + v.y};
+                    if (last == 0) *at = v;
+                }
+                made[2 * j + i] = ptx::pack_bf16(v.x, v.y);
             }
         }
-        float sums[T::BN / 2], none[4];
-        multiply<T, false, false>(sums, none, ring, phase, d, group);
+        if (last == 0) return;
 #pragma unroll
-        for (int v = 0; v < T::BN; v += COLUMNS) {
-            if (j0 + v >= vocab) break;
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                float x[Lane::COUNT];
-#pragma unroll
-                for (int q = 0; q < Lane::COUNT; ++q) x[q] = sums[v / 2 + q / 2 * 4 + 2 * i + q % 2];
-                reduce(states[i], x, vocab - j0 - v, target[i] - j0 - v, by);
-            }
-        }
-        if (j0 % CHUNK != CHUNK - T::BN) return;
-        for (int i = 0; i < 2; ++i) {
-            const int row = i0 + own_row() + 8 * i;
-            for (int lanes = 1; lanes < 4; lanes *= 2) states[i].add(shuffle_xor(states[i], lanes));
-            if (own_col() == 0 && row < rows) store_partial(partial, int64_t(row) * chunks + j0 / CHUNK, states[i]);
+        for (int v = 0; v < T::BN; v += 64) {
+            if (j0 + v >= d) break;
+            send(ring, group, sent, dh, j0 + v, i0, [&](int j, int h) { return made[v / 4 + 2 * j + h]; });
         }
     });
 }
 
-// Sends the warpgroup's results from row i0 and column j0 on, those of row r + 8 h and columns 8 j
-// + c in made[2 j + h].
-template <class T>
-static __device__ __forceinline__ void send_all(const Ring<T>& ring, int group, int& sent, const ptx::TensorMap* map, int i0, int j0,
-                                                int width, const uint32_t (&made)[T::BN / 4]) {
-#pragma unroll
-    for (int j = 0; j < T::BN / 8; j += 8) {
-        if (j0 + 8 * j >= width) break;
-        send(ring, group, sent, map, j0 + 8 * j, i0, [&](int i, int h) { return made[2 * (j + i) + h]; });
+// Tile, threads, blocks of a cluster, blocks that share the registers.
+#define EACH_TILE(X) X(128x256, 384, 2, 1) X(128x128, 384, 1, 1) X(64x128, 256, 1, 0)
+#define KERNELS(TILE, THREADS, CLUSTER, BESIDE) \
+    KERNEL(THREADS, logprob_sm90_forward_##TILE##_bf16, CLUSTER, BESIDE)(PACKED float* partial, TENSOR_MAP h, TENSOR_MAP w, \
+        const uint32_t* targets, int rows, int vocab, int d, float scale, float cap) { \
+        forward<T##TILE>(Parts{&h, &w, rows, vocab, d, partial}, scale, cap, targets); \
+    } \
+    KERNEL(THREADS, logprob_sm90_sample_##TILE##_bf16, CLUSTER, BESIDE)(PACKED float* partial, TENSOR_MAP h, TENSOR_MAP w, \
+        const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d, float scale, float cap, uint64_t seed, \
+        uint64_t step, uint32_t purpose, int greedy) { \
+        const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0}; \
+        sample<T##TILE>(Parts{&h, &w, rows, vocab, d, partial}, scale, cap, draws); \
     }
-}
+EACH_TILE(KERNELS)
+
+#define EACH_TOP_TILE(X) X(128x128, 384, 1) X(64x128, 256, 0)
+#define SAMPLE_TOP(TILE, THREADS, BESIDE) \
+    KERNEL(THREADS, logprob_sm90_sample_top_##TILE##_bf16, 1, BESIDE)(PACKED float* partial, uint64_t* lists, TENSOR_MAP h, \
+        TENSOR_MAP w, const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d, float scale, float cap, \
+        uint64_t seed, uint64_t step, uint32_t purpose, int greedy, int k) { \
+        const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0}; \
+        sample<Top##TILE>(Parts{&h, &w, rows, vocab, d, partial, lists, k}, scale, cap, draws); \
+    }
+EACH_TOP_TILE(SAMPLE_TOP)
 
 // The gradient of the products with `n` columns of the vocabulary, of which the first is number
 // `first`; zeros up to `width`.
-template <class T>
-static __device__ void gradient(const ptx::TensorMap* dz, const ptx::TensorMap* h, const ptx::TensorMap* w, const uint32_t* targets,
-                                const float* lse, const float* dlogp, const float* entropy, const float* dentropy, int rows, int n,
-                                int width, int first, int d, float scale, float cap) {
+KERNEL(384, logprob_sm90_gradient_bf16, 2)(TENSOR_MAP dz, TENSOR_MAP h, TENSOR_MAP w, const uint32_t* targets, const float* lse,
+                                      const float* dlogp, OPTIONAL const float* entropy, OPTIONAL const float* dentropy, int rows,
+                                      int n, int width, int first, int d, float scale, float cap) {
+    using T = Hidden128x256;
     const int down = (rows + T::BM - 1) / T::BM, across = (n + T::BN - 1) / T::BN;
     int sent = 0;
-    each_tile<T, false, false>(Operands{h, w, T::BN / 2, d}, down, across, T::BN,
+    each_tile<T, false, false>(Operands{&h, &w, T::BN / 2, d}, down, across, T::BN,
                                [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
         // A logit z has p = e^(z - all) and the gradient -p (dlogp + dentropy (z - all + entropy))
         // = p (slope + bend (z - all)).
@@ -192,70 +224,9 @@ static __device__ void gradient(const ptx::TensorMap* dz, const ptx::TensorMap* 
                     }
                 }
             }
-            send(ring, group, sent, dz, j0 + v, i0, [&](int j, int h) { return made[2 * j + h]; });
+            send(ring, group, sent, &dz, j0 + v, i0, [&](int j, int h) { return made[2 * j + h]; });
         }
     });
-}
-
-// Adds the product of dz and `n` rows of w to the sums, or, where they are the first, writes it;
-// the last are rounded to dh.
-template <class T>
-static __device__ void hidden(const ptx::TensorMap* dh, float* sums, const ptx::TensorMap* dz, const ptx::TensorMap* w, int rows, int n,
-                              int d, int first, int last) {
-    const int down = (rows + T::BM - 1) / T::BM, across = (d + T::BN - 1) / T::BN;
-    int sent = 0;
-    each_tile<T, false, true>(Operands{dz, w, 0, n}, down, across, T::BN,
-                              [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
-        float own[T::BN / 2], none[4];
-        multiply<T, false, true>(own, none, ring, phase, n, group);
-        uint32_t made[T::BN / 4];
-#pragma unroll
-        for (int j = 0; j < T::BN / 8; ++j) {
-#pragma unroll
-            for (int i = 0; i < 2; ++i) {
-                const int row = i0 + own_row() + 8 * i, col = j0 + 8 * j + own_col();
-                float2 v = {own[4 * j + 2 * i], own[4 * j + 2 * i + 1]};
-                if (row < rows && col < d) {
-                    float2* at = reinterpret_cast<float2*>(sums + int64_t(row) * d + col);
-                    if (first == 0) v = float2{at->x + v.x, at->y + v.y};
-                    if (last == 0) *at = v;
-                }
-                made[2 * j + i] = ptx::pack_bf16(v.x, v.y);
-            }
-        }
-        if (last != 0) send_all(ring, group, sent, dh, i0, j0, d, made);
-    });
-}
-
-// Tile, threads, blocks of a cluster, blocks that share the registers.
-#define EACH_TILE(X) X(128x256, 384, 2, 1) X(128x128, 384, 1, 1) X(64x128, 256, 1, 0)
-#define KERNELS(TILE, THREADS, CLUSTER, BESIDE) \
-    KERNEL(THREADS, logprob_sm90_forward_##TILE##_bf16, CLUSTER, BESIDE)(PACKED float* partial, TENSOR_MAP h, TENSOR_MAP w, \
-        const uint32_t* targets, int rows, int vocab, int d, float scale, float cap) { \
-        forward<T##TILE>(partial, &h, &w, targets, rows, vocab, d, scale, cap); \
-    } \
-    KERNEL(THREADS, logprob_sm90_sample_##TILE##_bf16, CLUSTER, BESIDE)(PACKED float* partial, TENSOR_MAP h, TENSOR_MAP w, \
-        const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d, float scale, float cap, uint64_t seed, \
-        uint64_t step, uint32_t purpose, int greedy) { \
-        const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0}; \
-        sample<T##TILE>(partial, &h, &w, rows, vocab, d, scale, cap, draws); \
-    }
-EACH_TILE(KERNELS)
-
-#define EACH_TOP_TILE(X) X(128x128, 384, 1) X(64x128, 256, 0)
-#define SAMPLE_TOP(TILE, THREADS, BESIDE) \
-    KERNEL(THREADS, logprob_sm90_sample_top_##TILE##_bf16, 1, BESIDE)(PACKED float* partial, uint64_t* lists, TENSOR_MAP h, \
-        TENSOR_MAP w, const uint64_t* samples, const uint32_t* positions, int rows, int vocab, int d, float scale, float cap, \
-        uint64_t seed, uint64_t step, uint32_t purpose, int greedy, int k) { \
-        const Draws draws = {Stream{seed, step, purpose}, samples, positions, greedy != 0}; \
-        sample<Top##TILE, true>(partial, &h, &w, rows, vocab, d, scale, cap, draws, lists, k); \
-    }
-EACH_TOP_TILE(SAMPLE_TOP)
-
-KERNEL(384, logprob_sm90_gradient_bf16, 2)(TENSOR_MAP dz, TENSOR_MAP h, TENSOR_MAP w, const uint32_t* targets, const float* lse,
-                                      const float* dlogp, OPTIONAL const float* entropy, OPTIONAL const float* dentropy, int rows,
-                                      int n, int width, int first, int d, float scale, float cap) {
-    gradient<Hidden128x256>(&dz, &h, &w, targets, lse, dlogp, entropy, dentropy, rows, n, width, first, d, scale, cap);
 }
 
 #define EACH_HIDDEN_TILE(X) X(128x256) X(128x128)

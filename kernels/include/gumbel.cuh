@@ -16,12 +16,34 @@ struct Choice {
     }
 };
 
-static __device__ __forceinline__ Choice shuffle_xor(const Choice& c, int lanes) {
-    Choice out;
-    out.score = ptx::shuffle_xor(c.score, lanes);
-    out.z = ptx::shuffle_xor(c.z, lanes);
-    out.token = ptx::shuffle_xor(c.token, lanes);
+// What sampling keeps of a part of a row: two packets of a partial.
+struct Sampled {
+    State state;
+    Choice best;
+
+    __device__ __forceinline__ void add(const Sampled& other) {
+        state.add(other.state);
+        best.add(other.best);
+    }
+};
+
+static __device__ __forceinline__ Sampled shuffle_xor(const Sampled& s, int lanes) {
+    Sampled out;
+    out.state = shuffle_xor(s.state, lanes);
+    out.best.score = ptx::shuffle_xor(s.best.score, lanes);
+    out.best.z = ptx::shuffle_xor(s.best.z, lanes);
+    out.best.token = ptx::shuffle_xor(s.best.token, lanes);
     return out;
+}
+
+static __device__ __forceinline__ void store_partial(float* partial, int64_t at, const Sampled& s) {
+    store_partial(partial, 2 * at, s.state);
+    store(partial, 2 * at + 1, Packet<float>{{s.best.score, s.best.z, ptx::bits_float(s.best.token), 0.0f}});
+}
+
+static __device__ __forceinline__ Sampled load_sampled(const float* partial, int64_t at) {
+    const Packet<float> p = load(partial, 2 * at + 1);
+    return {load_partial(partial, 2 * at), {p.x[0], p.x[1], ptx::float_bits(p.x[2])}};
 }
 
 // The words of four tokens of a row: `token`, which is even and whose bit 3 is 0, the next, and
@@ -63,16 +85,4 @@ static __device__ __forceinline__ void choose(Choice& best, const float (&x)[Lan
             if (int(c.token) < end && c.score > best.score) best = c;
         }
     }
-}
-
-// A part's log-sum-exp and choice: two packets each.
-static __device__ __forceinline__ void store_choice(float* partial, int64_t at, const State& s, const Choice& c) {
-    store_partial(partial, 2 * at, s);
-    store(partial, 2 * at + 1, Packet<float>{{c.score, c.z, ptx::bits_float(c.token), 0.0f}});
-}
-static __device__ __forceinline__ Choice load_choice(const float* partial, int64_t at) {
-    const Packet<float> p = load(partial, 2 * at + 1);
-    Choice c;
-    c.score = p.x[0], c.z = p.x[1], c.token = ptx::float_bits(p.x[2]);
-    return c;
 }

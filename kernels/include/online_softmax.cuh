@@ -65,6 +65,22 @@ static __device__ __forceinline__ State load_partial(const float* partial, int64
     return s;
 }
 
+// Writes number `at` of the parts, of which each of four lanes has a share.
+template <class S>
+static __device__ __forceinline__ void write_part(float* partial, int64_t at, S& s, bool there) {
+    for (int lanes = 1; lanes < 4; lanes *= 2) s.add(shuffle_xor(s, lanes));
+    if (threadIdx.x % 4 == 0 && there) store_partial(partial, at, s);
+}
+
+// The whole of a row, in all lanes of a warp, from its chunks' parts.
+template <class S, class F>
+static __device__ __forceinline__ S merge_parts(int vocab, F part) {
+    S s;
+    for (int c = ptx::lane(); c < (vocab + CHUNK - 1) / CHUNK; c += 32) s.add(part(c));
+    for (int lanes = 16; lanes > 0; lanes /= 2) s.add(shuffle_xor(s, lanes));
+    return s;
+}
+
 // One lane's columns of a tile of COLUMNS.
 struct Lane {
     static constexpr int COUNT = COLUMNS / 4;

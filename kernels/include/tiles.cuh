@@ -4,7 +4,7 @@
 // place in it, and with any number of rows.
 #pragma once
 
-#include "kernel.cuh"
+#include "elements.cuh"
 #include "raster.cuh"
 
 // A tile of BM x BN, of which a warp has WM x WN; DEPTH of k are a stage, STAGES of them under way.
@@ -186,7 +186,7 @@ static __device__ __forceinline__ void give(const Sums<T>& sums, float* room, F 
     for (int p = threadIdx.x; p < T::BM * EIGHTS; p += T::THREADS) {
         const int row = p / EIGHTS, e = p % EIGHTS;
         auto take = [&](int e) {
-            Packet<bf16> v; // eight floats
+            Elements<8> v;
             const float4* from = reinterpret_cast<const float4*>(eight<T>(room, row, e));
             for (int h = 0; h < 2; ++h) {
                 const float4 four = from[h];
@@ -200,4 +200,48 @@ static __device__ __forceinline__ void give(const Sums<T>& sums, float* room, F 
             f(row, 8 * e, take(e));
         }
     }
+}
+
+// C = L Rᵀ, a tile a block, where callers say of the operands all but `first` and `apart`: f(row,
+// col, x) gets eight neighbours of a row of C. Of a PAIR C is two halves, R's second beginning
+// `apart` rows after the first, and f(row, col, x, y) gets y from the second. Where ONES and
+// `l_sums` is not null, it adds the sums of L's rows to that.
+template <class T, bool L_COLUMNS, bool R_COLUMNS, bool PAIR = false, bool ONES = false, class F>
+static __device__ __forceinline__ void each_eight(Operand l, Operand r, int depth, F f, float* l_sums = nullptr) {
+    constexpr int WIDTH = PAIR ? T::BN / 2 : T::BN;
+    Shared shared;
+    char* memory = shared.take<char>(T::SHARED, 128);
+    bf16* room = reinterpret_cast<bf16*>(memory);
+    const int rows = l.count, cols = PAIR ? r.apart : r.count;
+    const RasterTile at = raster(blockIdx.x, (rows + T::BM - 1) / T::BM, (cols + WIDTH - 1) / WIDTH);
+    l.first = at.down * T::BM, l.apart = T::BM / 2, r.first = at.across * WIDTH;
+    if (!PAIR) r.apart = T::BN / 2;
+    Sums<T> sums;
+    if (ONES && l_sums != nullptr && at.across == 0) {
+        float ones[T::WM / 16][4] = {};
+        product<T, L_COLUMNS, R_COLUMNS, ONES>(sums, ones, l, r, depth, room);
+        // Each column of the product with ones is the sum; the first warp of each row of warps has
+        // the first.
+        for (int i = 0; i < T::WM / 16 && T::col() == 0 && ptx::lane() % 4 == 0; ++i) {
+            const int row = l.first + T::row() + 16 * i + ptx::lane() / 4;
+            if (row < rows) l_sums[row] += ones[i][0];
+            if (row + 8 < rows) l_sums[row + 8] += ones[i][2];
+        }
+    } else {
+        product<T, L_COLUMNS, R_COLUMNS>(sums, nullptr, l, r, depth, room);
+    }
+    give<T, PAIR>(sums, reinterpret_cast<float*>(memory), [&](int row, int col, auto... x) {
+        row += l.first, col += r.first;
+        if (row < rows && col < cols) f(row, col, x...);
+    });
+}
+
+static __device__ __forceinline__ void add(Elements<8>& x, const Elements<8>& y) {
+    for (int i = 0; i < 8; ++i) x.x[i] += y.x[i];
+}
+// sum += x, at its eight number i.
+static __device__ __forceinline__ void add_at(float* sum, int64_t i, const Elements<8>& x) {
+    Elements<8> all = take<8>(sum, i);
+    add(all, x);
+    put<8>(sum, i, all);
 }
