@@ -17,18 +17,49 @@
 //            blocks in order, then added to what is there
 //   needs    cols and strides multiples of the packet, cols at most 512 * 16; rows, w and b 16-byte
 //            aligned: the launcher checks
-#include "include/partials.cuh"
+#include "include/elements.cuh"
 #include "include/reduce.cuh"
 
 constexpr int THREADS = 512;
 constexpr int ELEMENTS = 16;
-// Rows of a block in backward. Half as many make twice the blocks, but partial sums of 8 % of
-// RMSNorm's traffic.
+// Rows of a block in backward. Half as many make twice the blocks, but 8 % more traffic (RMSNorm).
 constexpr int SHARE = 32;
 
 // Packets that a thread holds of a row.
 template <class T>
 constexpr int PACKETS = ELEMENTS / Packet<T>::WIDTH;
+
+// Whether a row is fetched while the one before it is summed, so that loads are always under way,
+// though only one block fits a multiprocessor. In f32 there are not the registers for it.
+template <class T>
+constexpr bool AHEAD = sizeof(T) == 2;
+
+// A thread's share of a row of x and of the gradient dy that came to it, packed.
+template <int PACKETS>
+struct Fetched {
+    uint4 x[PACKETS], dy[PACKETS];
+};
+
+// out[c] = the sum over the block's groups, in their order, of what they hold: thread `lane` of a
+// group of `group` has packets lane, lane + group, ... of its row of sums. `room` holds blockDim /
+// group rows of `cols`. All threads of the block call it.
+template <int PACKETS, int N>
+__device__ __forceinline__ void write_partial(float* out, const Elements<N> (&mine)[PACKETS], float* room, int cols, int group) {
+    const int groups = blockDim.x / group, lane = threadIdx.x % group;
+    float* own = room + threadIdx.x / group * cols;
+    for (int i = 0; i < PACKETS; ++i) {
+        const int p = lane + i * group;
+        if (p < cols / N) put<N>(own, p, mine[i]);
+    }
+    __syncthreads();
+    for (int c = threadIdx.x; c < cols; c += blockDim.x) {
+        float sum = 0.0f;
+        for (int g = 0; g < groups; ++g) sum += room[g * cols + c];
+        out[c] = sum;
+    }
+    // Nobody may write the room again before all have read it.
+    __syncthreads();
+}
 
 // Where rows are, in packets.
 struct Rows {
@@ -116,10 +147,18 @@ static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, 
     const int first = blockIdx.x * SHARE, end = rows - first < SHARE ? rows : first + SHARE;
     const int own = threadIdx.x / group;
     Elements<N> dw[PACKETS<T>] = {}, db[LAYER ? PACKETS<T> : 1] = {};
-    const auto fetch = [&](int row) {
-        return fetch_row<PACKETS<T>>(x, in.begin<T>(row), dy, out.begin<T>(row), row < end ? packets : 0, group);
+    const auto fetch_row = [&](int row) {
+        Fetched<PACKETS<T>> fetched;
+        const int64_t x_at = in.begin<T>(row), dy_at = out.begin<T>(row);
+        for (int i = 0; i < PACKETS<T>; ++i) {
+            const int p = lane + i * group;
+            if (p >= (row < end ? packets : 0)) continue;
+            fetched.x[i] = fetch(x, x_at + p);
+            fetched.dy[i] = fetch(dy, dy_at + p);
+        }
+        return fetched;
     };
-    auto next = fetch(first + own);
+    auto next = fetch_row(first + own);
     float next_m = LAYER && first + own < end ? mean[first + own] : 0.0f, next_r = first + own < end ? rstd[first + own] : 0.0f;
     for (int at = first; at < end; at += groups) {
         const int row = at + own, after = row + groups;
@@ -127,7 +166,7 @@ static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, 
         const int64_t base = in.begin<T>(row);
         const auto now = next;
         const float m = next_m, r = next_r;
-        if (AHEAD<T>) next = fetch(after);
+        if (AHEAD<T>) next = fetch_row(after);
         if (LAYER) next_m = after < end ? mean[after] : 0.0f;
         next_r = after < end ? rstd[after] : 0.0f;
         // Row sums of g n (RMSNorm: g x) and of g.
@@ -169,7 +208,7 @@ static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, 
             }
             put<N>(dx, base + p, sum);
         }
-        if (!AHEAD<T>) next = fetch(after);
+        if (!AHEAD<T>) next = fetch_row(after);
     }
     const int blocks = (rows + SHARE - 1) / SHARE;
     write_partial(partial + blockIdx.x * int64_t(cols), dw, sums, cols, group);
@@ -191,9 +230,23 @@ static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, 
     }
 EACH_NORM(KERNELS)
 
-// `count` is ceil(rows / SHARE); blocks of y = 1 add up db, which is there then.
+// out[c] += the sum over b of partial[b, c], b < `count` = ceil(rows / SHARE), out being dw and, of
+// blocks of y = 1, db. A block owns 32 columns, one a lane, so that a warp reads whole lines of 128
+// bytes; warp w adds rows w, w + warps, ..., then warps are added in order.
 KERNEL(THREADS, norm_add_partials)(float* dw, OPTIONAL float* db, const float* partial, int count, int cols) {
     Shared shared;
+    float* room = shared.take<float>(THREADS);
     float* out = blockIdx.y == 0 ? dw : db;
-    add_partials(out, partial + int64_t(blockIdx.y) * count * cols, count, cols, shared.take<float>(THREADS));
+    partial += int64_t(blockIdx.y) * count * cols;
+    const int warps = blockDim.x / 32, warp = threadIdx.x / 32, c = blockIdx.x * 32 + ptx::lane();
+    float sum = 0.0f;
+    if (c < cols) {
+#pragma unroll 8
+        for (int b = warp; b < count; b += warps) sum += partial[int64_t(b) * cols + c];
+    }
+    room[threadIdx.x] = sum;
+    __syncthreads();
+    if (warp != 0 || c >= cols) return;
+    for (int w = 1; w < warps; ++w) sum += room[w * 32 + ptx::lane()];
+    out[c] += sum;
 }

@@ -194,7 +194,7 @@ fn a_kernel_that_writes_past_a_buffer_of_the_arena_is_caught() {
     let Some(sim) = Sim::build(Variant::Address) else { return };
     let (ok, text) = sim.child("device::cuda::writes_past_a_buffer");
     assert!(!ok && text.contains("use-after-poison"), "{text}");
-    assert!(text.contains("partials.cuh:"), "{text}");
+    assert!(text.contains("norm.cu:"), "{text}");
 }
 
 #[test]
