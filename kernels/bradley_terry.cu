@@ -3,8 +3,6 @@
 // two scores side by side; scale = 1 / denominator.
 #include "include/token_loss.cuh"
 
-constexpr int THREADS = 256;
-
 struct BradleyTerry : TokenLoss<1, 2, 5, 0, 2, 2> {
     double centre, scale;
 

@@ -2,8 +2,6 @@
 // all losses over tokens, see include/token_loss.cuh; scale = 1 / denominator.
 #include "include/token_loss.cuh"
 
-constexpr int THREADS = 256;
-
 struct Nll : TokenLoss<1, 1, 2> {
     double scale;
     __device__ Result operator()(const double* x) const { return {{-scale}, {1.0, -x[0]}}; }

@@ -2,10 +2,23 @@
 // - old); plus kl_coef k(logp, ref), times rho if unbiased, minus entropy_coef entropy; d/dlogp and
 // d/dentropy. As all losses over tokens, see include/token_loss.cuh; scale = 1 / denominator; dual
 // is infinite where it is off, the estimator is 0 and ref_logp null without a KL term.
-#include "include/kl.cuh"
 #include "include/token_loss.cuh"
 
-constexpr int THREADS = 256;
+// The estimators of src/ops/kl.rs; k3 is the last.
+constexpr int K1 = 1, K2 = 2;
+
+struct Kl {
+    double value, slope;
+};
+
+// The estimate of one token from d = log-prob less that of the reference, in nats, and its
+// derivative in the log-prob, the token held fixed.
+__device__ __forceinline__ Kl kl(int estimator, double d) {
+    if (estimator == K1) return {d, 1.0};
+    if (estimator == K2) return {0.5 * d * d, d};
+    const double e = exp(-d);
+    return {e - 1.0 + d, 1.0 - e};
+}
 
 struct PpoLoss : TokenLoss<5, 2, 9, 1> {
     double low, high, dual;

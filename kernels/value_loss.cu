@@ -3,8 +3,6 @@
 // a clip `old` is null and the clip infinite.
 #include "include/token_loss.cuh"
 
-constexpr int THREADS = 256;
-
 struct ValueLoss : TokenLoss<3, 1, 5> {
     double clip, scale;
 

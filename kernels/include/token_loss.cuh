@@ -14,6 +14,8 @@
 
 #include "columns.cuh"
 
+constexpr int THREADS = 256;
+
 // What a functor returns: gradients, then sums in the order of the struct in Rust, of which the
 // first is 1, so that over all tokens it is their weight; then maxima, of numbers of at least 0.
 template <int GRADS, int SUMS, int MAXIMA = 0>
