@@ -43,33 +43,24 @@ static __device__ void forward(bf16* out, float* lse, const bf16* qkv, const bf1
         auto load = [&](bf16* to, const bf16* from, int b) {
             if (b < tile.end) {
                 const bf16* page = from + (int64_t(pages[tile.pages + b]) * kv_heads + g) * (PAGE * D);
-                L::template copy<THREADS>(to, page, [&](int row) { return page + row * D; });
+                L::template copy<THREADS>(to, page, [](int row) { return row * D; });
             }
             ptx::copy_commit();
         };
-        L::template copy<THREADS>(query, qkv, [&](int row) {
-            return row < rows ? qkv + (tile.at + row / group) * cols + (g * group + row % group) * D : nullptr;
+        L::template copy<THREADS>(query, qkv + tile.at * cols + g * group * D, [&](int row) {
+            return row < rows ? row / group * int(cols) + row % group * D : -1;
         });
         load(key, k, tile.begin);
         load(value, v, tile.begin);
         Softmax soft;
         float o[D / 2] = {};
         bool merged = false;
-        // Positions of the lane's two rows.
-        int position[2];
-        for (int r = 0; r < 2; ++r) position[r] = tile.first + (top + 8 * r + lane / 4) / group;
-        const int first = tile.first + top / group, last = tile.first + (top + 15) / group;
-        // f(r, row, head) of each of the lane's rows that is there: its place in the tile, its
-        // head.
-        auto each_row = [&](auto f) {
-            for (int r = 0; r < 2; ++r) {
-                const int row = top + 8 * r + lane / 4;
-                if (row < rows) f(r, row / group, g * group + row % group);
-            }
-        };
+        const WarpRows own(top, rows, tile.first, group);
+        // Partial i of the lane's row, at `row` and `head` of the tile.
+        auto partial = [&](int i, int row, int head) { return carried.at(i, tile.slot + row, g * group + head); };
         for (int i = 0; i < tile.reads; ++i) {
             if (i > 0) running.put(soft, o), soft = Softmax();
-            each_row([&](int r, int row, int head) { carried.get(carried.at(tile.first_read + i, tile.slot + row, head), soft, o, r); });
+            own.each([&](int r, int row, int head) { carried.get(partial(tile.first_read + i, row, head), soft, o, r); });
             if (i > 0) running.fold(soft, o, by);
         }
         for (int b = tile.begin; b < tile.end; ++b) {
@@ -88,8 +79,7 @@ static __device__ void forward(bf16* out, float* lse, const bf16* qkv, const bf1
                     for (int j = 0; j < PAGE / 16; ++j) {
                         uint32_t two[4];
                         ptx::load_matrix(two, key + L::at(16 * j + lane / 16 * 8 + lane % 8, 2 * i + lane / 8 % 2));
-                        add_product(x, 2 * j, q, two[0], two[1]);
-                        add_product(x, 2 * j + 1, q, two[2], two[3]);
+                        add_product(x, j, q, two);
                     }
                 }
             }
@@ -104,16 +94,9 @@ static __device__ void forward(bf16* out, float* lse, const bf16* qkv, const bf1
 #pragma unroll
                     for (int i = 0; i < D / 2; ++i) o[i] = 0.0f;
                 }
-                int from[2], to[2];
-                for (int r = 0; r < 2; ++r) from[r] = by.from(position[r]) - b * PAGE, to[r] = position[r] + 1 - b * PAGE;
-                if (by.from(last) <= b * PAGE && (b + 1) * PAGE <= first + 1) {
-                    soft.weigh<PAGE, false>(x, keep, by, from, to);
-                } else {
-                    soft.weigh<PAGE, true>(x, keep, by, from, to);
-                }
+                own.weigh<PAGE>(soft, x, keep, b, by);
                 rescale<D>(o, keep);
-#pragma unroll
-                for (int i = 0; i < PAGE / 16; ++i) pack_weights(weights[i], x, i);
+                pack_weights(weights, x);
             }
             // Values are here.
             ptx::copy_wait<1>();
@@ -125,8 +108,7 @@ static __device__ void forward(bf16* out, float* lse, const bf16* qkv, const bf1
                     for (int j = 0; j < D / 16; ++j) {
                         uint32_t two[4];
                         ptx::load_matrix_transposed(two, value + L::at(16 * i + lane % 16, 2 * j + lane / 16));
-                        add_product(o, 2 * j, weights[i], two[0], two[1]);
-                        add_product(o, 2 * j + 1, weights[i], two[2], two[3]);
+                        add_product(o, j, weights[i], two);
                     }
                 }
             }
@@ -138,34 +120,18 @@ static __device__ void forward(bf16* out, float* lse, const bf16* qkv, const bf1
         __syncthreads();
         if (top < rows) {
             if (merged) running.fold(soft, o, by);
-            if (tile.writes >= 0) {
-                each_row([&](int r, int row, int head) { carried.put(carried.at(tile.writes, tile.slot + row, head), soft, o, r); });
-            }
         }
-        if (top < rows && tile.writes < 0) {
+        if (top < rows && tile.writes >= 0) {
+            own.each([&](int r, int row, int head) { carried.put(partial(tile.writes, row, head), soft, o, r); });
+        } else if (top < rows) {
             float inverse[2], all[2];
             soft.finish(inverse, all, by);
-            each_row([&](int r, int row, int head) {
-                if (lane % 4 == 0) lse[int64_t(tile.at + row) * q_heads + head] = all[r];
+            const int64_t begin = int64_t(tile.at) * q_heads + g * group;
+            own.each([&](int r, int row, int head) {
+                if (lane % 4 == 0) lse[begin + int64_t(row) * q_heads + head] = all[r];
             });
-            for (int r = 0; r < 2; ++r) {
-                const int row = top + 8 * r + lane / 4;
-                // The warp's queries were read. 0 is added so that a zero has one sign whatever was
-                // masked.
-#pragma unroll
-                for (int j = 0; j < D / 8; ++j) {
-                    const float* two = o + 4 * j + 2 * r;
-                    *reinterpret_cast<uint32_t*>(query + L::at(row, j) + lane % 4 * 2) =
-                        ptx::pack_bf16(fmaf(two[0], inverse[r], 0.0f), fmaf(two[1], inverse[r], 0.0f));
-                }
-            }
-            ptx::sync_warp();
-            for (int i = lane; i < 16 * L::CHUNKS; i += 32) {
-                const int row = top + i / L::CHUNKS, c = i % L::CHUNKS;
-                if (row >= rows) continue;
-                bf16* to = out + (tile.at + row / group) * int64_t(q_heads) * D + (g * group + row % group) * D;
-                reinterpret_cast<uint4*>(to)[c] = *reinterpret_cast<const uint4*>(query + L::at(row, c));
-            }
+            // The warp's queries were read.
+            own.write<D>(out + begin * D, o, inverse, q_heads, [&](int row, int c) { return query + L::at(row, c); });
         }
         // Before the next tile's queries come.
         __syncthreads();
@@ -173,8 +139,7 @@ static __device__ void forward(bf16* out, float* lse, const bf16* qkv, const bf1
 }
 
 // A block a run of rows and a group of heads: queries and keys are rotated in place, keys and
-// values go to their pages, and zeros for the values after them. Without a table nothing is
-// rotated.
+// values go to their pages, and zeros for values after them. Without a table none is rotated.
 KERNEL(THREADS, attention_append_bf16, 1, 4)(PACKED bf16* k, PACKED bf16* v, PACKED bf16* qkv, PACKED OPTIONAL const float* table,
                                              const uint32_t* runs, const uint32_t* pages, int q_heads, int kv_heads, int d, int page,
                                              int entries) {
@@ -188,8 +153,10 @@ KERNEL(THREADS, attention_append_bf16, 1, 4)(PACKED bf16* k, PACKED bf16* v, PAC
         const int position = first + row;
         return ((int64_t(ids[position / page]) * kv_heads + g) * page + position % page) * packets;
     };
-    // Turns packets p of a head, or makes it NaN at a position that the table does not have.
-    auto rotated = [&](Packet<bf16>& a, Packet<bf16>& b, int row, int p) {
+    // Packets p of both halves of a row's head, turned in place; NaN at positions not in the table.
+    auto turn = [&](bf16* head, int row, int p, Packet<bf16>& a, Packet<bf16>& b) {
+        a = load(head, p), b = load(head, half + p);
+        if (table == nullptr) return;
         const int position = first + row;
         if (position < entries) {
             const float* angles = table + int64_t(position) * d;
@@ -198,26 +165,17 @@ KERNEL(THREADS, attention_append_bf16, 1, 4)(PACKED bf16* k, PACKED bf16* v, PAC
         } else {
             for (int j = 0; j < 8; ++j) a.x[j] = b.x[j] = NAN;
         }
+        store(head, p, a);
+        store(head, half + p, b);
     };
-    if (table != nullptr) {
-        for (int i = threadIdx.x; i < rows * group * half; i += THREADS) {
-            const int row = i / (group * half), p = i % half;
-            bf16* head = qkv + (at + row) * cols + (g * group + i / half % group) * d;
-            Packet<bf16> a = load(head, p), b = load(head, half + p);
-            rotated(a, b, row, p);
-            store(head, p, a);
-            store(head, half + p, b);
-        }
+    Packet<bf16> a, b;
+    for (int i = threadIdx.x; table != nullptr && i < rows * group * half; i += THREADS) {
+        const int row = i / (group * half);
+        turn(qkv + (at + row) * cols + (g * group + i / half % group) * d, row, i % half, a, b);
     }
     for (int i = threadIdx.x; i < rows * half; i += THREADS) {
         const int row = i / half, p = i % half;
-        bf16* head = qkv + (at + row) * cols + (q_heads + g) * d;
-        Packet<bf16> a = load(head, p), b = load(head, half + p);
-        if (table != nullptr) {
-            rotated(a, b, row, p);
-            store(head, p, a);
-            store(head, half + p, b);
-        }
+        turn(qkv + (at + row) * cols + (q_heads + g) * d, row, p, a, b);
         store(k, slot(row) + p, a);
         store(k, slot(row) + half + p, b);
     }

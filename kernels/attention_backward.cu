@@ -69,21 +69,6 @@ struct Warp {
     __device__ __forceinline__ bool has(int j) const { return P::D / 16 % P::STEP == 0 || j * P::STEP + across < P::D / 16; }
 };
 
-// The block copies SIZE rows, which begin `offset(i)` elements after `from`; below 0 where there is
-// none.
-template <class P, class F>
-static __device__ __forceinline__ void copy(bf16* to, const bf16* from, F offset) {
-    using L = typename P::Heads;
-    constexpr int ALL = P::SIZE * L::CHUNKS;
-#pragma unroll 4
-    for (int k = 0; k < ALL; k += P::COUNT) {
-        const int i = k + threadIdx.x;
-        if (ALL % P::COUNT != 0 && i >= ALL) break;
-        const int row = i / L::CHUNKS, c = i % L::CHUNKS, first = offset(row);
-        ptx::copy_async(to + L::at(row, c), first < 0 ? from : from + (first + 8 * c), first < 0 ? 16 : 0);
-    }
-}
-
 // x[8 j..] = products of a warp's 16 rows of queries with 16 rows of keys from 16 j on.
 template <class P>
 static __device__ __forceinline__ void multiply(float (&x)[P::KEYS * 8], const bf16* queries, const bf16* keys, const Warp<P>& w) {
@@ -101,8 +86,7 @@ static __device__ __forceinline__ void multiply(float (&x)[P::KEYS * 8], const b
             for (int j = 0; j < P::KEYS; ++j) {
                 uint32_t b[4];
                 ptx::load_matrix(b, w.key.of(keys + from, 16 * j, 2 * i));
-                add_product(x, 2 * j, a, b[0], b[1]);
-                add_product(x, 2 * j + 1, a, b[2], b[3]);
+                add_product(x, j, a, b);
             }
         }
     }
@@ -183,8 +167,7 @@ static __device__ __forceinline__ void add_transposed(typename P::Sums& sums, co
             ptx::load_matrix_transposed(b, w.column.of(x, k, 2 * P::STEP * j));
 #pragma unroll
             for (int m = 0; m < P::ROWS; ++m) {
-                add_product(sums[m][j], 0, a[m], b[0], b[1]);
-                add_product(sums[m][j], 1, a[m], b[2], b[3]);
+                add_product(sums[m][j], 0, a[m], b);
             }
         }
     }
@@ -262,8 +245,7 @@ struct Share {
                 ptx::load_matrix_transposed(b, w.column.of(key, 16 * k, 2 * P::STEP * j));
 #pragma unroll
                 for (int m = 0; m < P::ROWS; ++m) {
-                    add_product(x[m], 0, a[k][m], b[0], b[1]);
-                    add_product(x[m], 1, a[k][m], b[2], b[3]);
+                    add_product(x[m], 0, a[k][m], b);
                 }
             }
             add(x, j, rows, w);
@@ -304,24 +286,21 @@ static __device__ void backward(bf16* dqkv, float* sums, uint32_t* turns, const 
     bf16 *weights = shared.take<bf16>(P::Weights::SIZE, 128), *slopes = shared.take<bf16>(P::Weights::SIZE, 128);
     const Warp<P> w(ptx::lane(), threadIdx.x / 32);
     const Groups group(q_heads / kv_heads);
-    const int cols = (q_heads + 2 * kv_heads) * D, blocks = gridDim.x, all = count * kv_heads;
-    for (int round = 0; round * blocks < all; ++round) {
-        // There and back: who had the longest of a round has the shortest of the next.
-        const int item = round * blocks + (round % 2 == 0 ? int(blockIdx.x) : blocks - 1 - int(blockIdx.x));
-        if (item >= all) break;
+    const int cols = (q_heads + 2 * kv_heads) * D;
+    each_item(count * kv_heads, [&](int item) {
         const Keys keys(tiles, item / kv_heads);
         const int g = item % kv_heads, head = g * group.size;
         Steps<SIZE> next(visits, keys, group);
         // Queries, and dout, of a step are each a group of copies.
         auto load = [&](bf16* to, const bf16* from, int width) {
             if (next.there()) {
-                copy<P>(to, from + next.rows.at * int64_t(width) + head * D,
+                P::Heads::template copy<P::COUNT>(to, from + next.rows.at * int64_t(width) + head * D,
                         [&](int i) { return i < next.rows.count ? next.rows.offset(i, width, D) : -1; });
             }
             ptx::copy_commit();
         };
         auto load_keys = [&](bf16* to, int column) {
-            copy<P>(to, qkv + keys.at * int64_t(cols) + column, [&](int i) { return i < keys.count ? i * cols : -1; });
+            P::Heads::template copy<P::COUNT>(to, qkv + keys.at * int64_t(cols) + column, [&](int i) { return i < keys.count ? i * cols : -1; });
         };
         load_keys(key, (q_heads + g) * D);
         load(query, qkv, cols);
@@ -382,7 +361,7 @@ static __device__ void backward(bf16* dqkv, float* sums, uint32_t* turns, const 
         bf16* out = dqkv + keys.at * int64_t(cols) + (q_heads + g) * D;
         write(out, dk, cols, keys.count, w);
         write(out + kv_heads * D, dv, cols, keys.count, w);
-    }
+    });
 }
 
 // Eight lanes a row of a head; and no turn was taken yet.

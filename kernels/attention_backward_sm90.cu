@@ -105,12 +105,9 @@ template <class P>
 static __device__ __forceinline__ void produce(const Block<P>& block, const Input& in, const Scoring& by) {
     Phase<P> phase;
     const Groups group(in.q_heads / in.kv_heads);
-    const int lane = ptx::lane(), used = in.most * group.size, blocks = gridDim.x, all = in.count * in.kv_heads;
+    const int lane = ptx::lane(), used = in.most * group.size;
     int parity = 1;
-    for (int round = 0; round * blocks < all; ++round) {
-        // There and back: who had the longest of a round has the shortest of the next.
-        const int item = round * blocks + (round % 2 == 0 ? int(blockIdx.x) : blocks - 1 - int(blockIdx.x));
-        if (item >= all) break;
+    each_item(in.count * in.kv_heads, [&](int item) {
         const Keys keys(in.tiles, item / in.kv_heads);
         const int g = item % in.kv_heads, head = g * group.size;
         Steps<ROWS> next(in.visits, keys, group, used);
@@ -155,7 +152,7 @@ static __device__ __forceinline__ void produce(const Block<P>& block, const Inpu
                 }
             }
         }
-    }
+    });
     ptx::mbarrier_wait(block.empty + phase.stage, phase.parity ^ 1);
     if (lane == 0) {
         block.facts[phase.stage].step.count = 0;
@@ -196,8 +193,7 @@ static __device__ __forceinline__ void weigh(float (&x)[N / 2], const float* bas
     });
 }
 
-// The barriers of a block: of ds in either half of its buffer; of a warpgroup's own; and of all
-// that multiply.
+// The barriers of a block: of ds in either half of its buffer; of a warpgroup; of both.
 constexpr int SLOPES = 1, OWN = 3, BOTH = 5;
 
 // Warp number `warp` of those that multiply.
@@ -213,8 +209,7 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
     const int used = in.most * group.size;
     float dk[COLS / 2], dv[COLS / 2];
     Phase<P> phase;
-    // The turn that is to be passed on once all have written, and the tiles of keys that are added
-    // by then.
+    // The turn to pass on once all have written, and the tiles of keys that are added by then.
     int owed = -1, added = 0;
     auto pass = [&] {
         ptx::barrier(OWN + w, 128);
@@ -222,9 +217,6 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
         owed = -1;
     };
     int parity = 0;
-    auto arrive = [&](uint64_t* bar) {
-        if (lane == 0) ptx::mbarrier_arrive(bar);
-    };
     const uint64_t key_rows = ptx::operand(block.keys + key0 * 128, 0, 1024), value_rows = ptx::operand(block.values + key0 * 128, 0, 1024);
     const uint64_t key_columns = ptx::operand(block.keys + box0 * P::KEY_BOX, P::KEY_BOX, 1024);
     for (int count = 0;; ++count, phase.next()) {
@@ -245,8 +237,7 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
 #pragma unroll
             for (int i = 0; i < COLS / 2; ++i) dk[i] = dv[i] = 0.0f;
         }
-        // What follows rows and keys in memory belongs to others, and must not be multiplied, not
-        // even by zeros.
+        // What follows rows and keys in memory belongs to others: not even zeros may multiply it.
         if (rows.count < used || (begins && keys < P::COUNT)) {
             for (int c = 0; c < 2 * P::BOXES; ++c) block.clear(query + c * P::BOX, rows.count, used, threadIdx.x, 256);
             for (int c = 0; begins && c < P::BOXES; ++c) block.clear(block.keys + c * P::KEY_BOX, keys, P::COUNT, threadIdx.x, 256);
@@ -307,8 +298,8 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
             for (int i = 0; i < N / 2; ++i) dp[i] = sight.sees(i, by) ? dp[i] : 0.0f;
         }
         uint32_t p[N / 16][4], ds[N / 16][4];
-#pragma unroll
-        for (int i = 0; i < N / 16; ++i) pack_weights(p[i], x, i), pack_weights(ds[i], dp, i);
+        pack_weights(p, x);
+        pack_weights(ds, dp);
 
         const uint64_t query_columns = ptx::operand(query + box0 * P::BOX, P::BOX, 1024);
         const uint64_t grad_columns = ptx::operand(grad + box0 * P::BOX, P::BOX, 1024);

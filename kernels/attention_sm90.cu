@@ -97,12 +97,7 @@ static __device__ __forceinline__ void produce(const Block<P>& block, const Inpu
         ptx::mbarrier_wait(block.query_empty + query_phase.stage, query_phase.parity ^ 1);
         block.tasks[query_phase.stage] = task;
     };
-    // Tiles come longest first. Rounds go forth and back: who has the longest of one has the
-    // shortest of the next.
-    const int blocks = gridDim.x, all = in.count * in.kv_heads;
-    for (int round = 0; round * blocks < all; ++round) {
-        const int item = round * blocks + (round % 2 == 0 ? int(blockIdx.x) : blocks - 1 - int(blockIdx.x));
-        if (item >= all) break;
+    each_item(in.count * in.kv_heads, [&](int item) {
         const WorkTile tile(in.tiles, item / in.kv_heads);
         const int g = item % in.kv_heads;
         auto page = [&](const ptx::TensorMap* map, uint32_t id) {
@@ -139,42 +134,10 @@ static __device__ __forceinline__ void produce(const Block<P>& block, const Inpu
             // not wait for that.
             if (P::QUERY_STAGES == 1 && b == tile.begin) queries();
         }
-    }
+    });
     ask(Task{WorkTile{}, 0});
     ptx::mbarrier_arrive(block.query_full + query_phase.stage);
 }
-
-// Rows of a tile: row i is position i / group from row `at` of the batch on, and head `head` + i %
-// group. A warp has 16 of the `rows` rows, from `top` on.
-struct Rows {
-    int at, head, group, top, rows, q_heads;
-
-    // Writes what the warp has computed of its rows, which goes through their place in `buffer`.
-    template <int D>
-    __device__ __forceinline__ void put(bf16* out, float* lse, char* buffer, const float (&o)[D / 2], const float (&inverse)[2],
-                                        const float (&sum)[2]) const {
-        constexpr int PACKETS = D / 8;
-        const int lane = ptx::lane();
-        for (int r = 0; r < 2; ++r) {
-            const int row = top + 8 * r + lane / 4;
-            if (lane % 4 == 0 && row < rows) lse[(at + row / group) * int64_t(q_heads) + head + row % group] = sum[r];
-            // 0 is added so that a zero has one sign whatever was masked.
-#pragma unroll
-            for (int j = 0; j < PACKETS; ++j) {
-                const float* two = o + 4 * j + 2 * r;
-                *reinterpret_cast<uint32_t*>(buffer + j / 8 * 8192 + row * 128 + (j % 8 ^ lane / 4) * 16 + lane % 4 * 4) =
-                    ptx::pack_bf16(fmaf(two[0], inverse[r], 0.0f), fmaf(two[1], inverse[r], 0.0f));
-            }
-        }
-        ptx::sync_warp();
-        for (int i = lane; i < 16 * PACKETS; i += 32) {
-            const int row = top + i / PACKETS, c = i % PACKETS;
-            if (row >= rows) break;
-            bf16* to = out + ((at + row / group) * int64_t(q_heads) + head + row % group) * D;
-            reinterpret_cast<uint4*>(to)[c] = *reinterpret_cast<const uint4*>(buffer + c / 8 * 8192 + row * 128 + (c % 8 ^ row % 8) * 16);
-        }
-    }
-};
 
 // The barriers of a block: whose turn it is to multiply, and those of a warpgroup's own.
 constexpr int TURNS = 1, OWN = 3;
@@ -189,9 +152,6 @@ static __device__ __forceinline__ void consume(bf16* out, float* lse, float* blo
     const Partials<D> carried = {partials, in.slots, in.q_heads};
     Phase<P> phase;
     Phase<QueryStages<P>> query_phase;
-    auto arrive = [&](uint64_t* bar) {
-        if (lane == 0) ptx::mbarrier_arrive(bar);
-    };
     // Takes the next stage once it is full.
     auto take = [&] {
         const int stage = phase.stage;
@@ -231,10 +191,7 @@ static __device__ __forceinline__ void consume(bf16* out, float* lse, float* blo
         float x[N / 2], o[D / 2] = {}, keep[2];
         uint32_t weights[N / 16][4] = {};
         Softmax soft;
-        // Positions of the lane's two rows.
-        int position[2];
-        for (int r = 0; r < 2; ++r) position[r] = first + (top + 8 * r + lane / 4) / group;
-        const int least = first + top / group, last = first + (top + 15) / group;
+        const WarpRows own(top, rows, first, group);
         char* query = block.queries + (query_phase.stage * P::CONSUMERS + w) * P::QUERY;
         const uint64_t q = ptx::operand(query, 0, 1024);
         auto multiply_keys = [&](int stage) {
@@ -253,37 +210,15 @@ static __device__ __forceinline__ void consume(bf16* out, float* lse, float* blo
             for (int i = 0; i < N / 16; ++i) ptx::wgmma_bf16<D, true>(o, weights[i], ptx::operand_advance(v, i * 2048), true);
             ptx::wgmma_commit();
         };
-        auto weigh = [&](int b) {
-            int from[2], to[2];
-            for (int r = 0; r < 2; ++r) from[r] = by.from(position[r]) - b * N, to[r] = position[r] + 1 - b * N;
-            if (by.from(last) <= b * N && (b + 1) * N <= least + 1) {
-                soft.weigh<N, false>(x, keep, by, from, to);
-            } else {
-                soft.weigh<N, true>(x, keep, by, from, to);
-            }
-        };
-        auto pack = [&] {
-#pragma unroll
-            for (int i = 0; i < N / 16; ++i) pack_weights(weights[i], x, i);
-        };
         // A warp whose rows are all beyond the tile has nothing to weigh.
         const bool busy = top < rows;
         bool merged = false;
-        // f(r, row, head) of each of the lane's rows that is there: its place in the tile, its
-        // head.
-        auto each_row = [&](auto f) {
-            for (int r = 0; r < 2; ++r) {
-                const int row = top + 8 * r + lane / 4;
-                if (row < rows) f(r, row / group, task->g * group + row % group);
-            }
-        };
+        // Partial i of the lane's row, at `row` and `head` of the tile.
+        auto partial = [&](int i, int row, int head) { return carried.at(i, tile.slot + row, task->g * group + head); };
         // Ends a part of the softmax.
         auto restart = [&] {
-            if (merged) {
-                running.add(soft, o, by);
-            } else {
-                running.put(soft, o);
-            }
+            if (merged) running.fold(soft, o, by);
+            running.put(soft, o);
             merged = true;
             soft = Softmax();
 #pragma unroll
@@ -292,7 +227,7 @@ static __device__ __forceinline__ void consume(bf16* out, float* lse, float* blo
         const int reads = P::KEEPS ? ptx::shuffle(tile.reads, 0) : 0;
         for (int i = 0; i < reads; ++i) {
             if (i > 0) restart();
-            each_row([&](int r, int row, int head) { carried.get(carried.at(tile.first_read + i, tile.slot + row, head), soft, o, r); });
+            own.each([&](int r, int row, int head) { carried.get(partial(tile.first_read + i, row, head), soft, o, r); });
         }
 
         // Tiles that only merge see no keys.
@@ -309,9 +244,9 @@ static __device__ __forceinline__ void consume(bf16* out, float* lse, float* blo
             arrive(block.empty + keys);
             if (reads > 0 && begin * N % SPLIT == 0) restart();
             if (busy) {
-                weigh(begin);
+                own.weigh<N>(soft, x, keep, begin, by);
                 if (reads > 0) rescale<D>(o, keep);
-                pack();
+                pack_weights(weights, x);
             }
         }
         for (int b = begin + 1; b < end; ++b) {
@@ -335,14 +270,14 @@ static __device__ __forceinline__ void consume(bf16* out, float* lse, float* blo
                 ptx::wgmma_keep(o);
                 restart();
             }
-            if (busy) weigh(b);
+            if (busy) own.weigh<N>(soft, x, keep, b, by);
             ptx::wgmma_wait<0>();
             ptx::wgmma_keep(o);
             ptx::wgmma_keep(weights);
             arrive(block.empty + values);
             if (!busy) continue;
             rescale<D>(o, keep);
-            pack();
+            pack_weights(weights, x);
         }
         if (attends) {
             values = take();
@@ -359,13 +294,18 @@ static __device__ __forceinline__ void consume(bf16* out, float* lse, float* blo
         // All warps' products have read the queries, whose memory reads what goes out.
         ptx::barrier(OWN + w, 128);
         if (P::KEEPS && tile.writes >= 0) {
-            each_row([&](int r, int row, int head) { carried.put(carried.at(tile.writes, tile.slot + row, head), soft, o, r); });
+            own.each([&](int r, int row, int head) { carried.put(partial(tile.writes, row, head), soft, o, r); });
         } else if (busy) {
             float inverse[2], sum[2];
             soft.finish(inverse, sum, by);
             // Read now: registers.
-            const Rows own = {tile.at + w * in.most, task->g * group, group, top, rows, in.q_heads};
-            own.put<D>(out, lse, query, o, inverse, sum);
+            const int64_t begin = (tile.at + w * in.most) * int64_t(in.q_heads) + task->g * group;
+            own.each([&](int r, int row, int head) {
+                if (lane % 4 == 0) lse[begin + row * int64_t(in.q_heads) + head] = sum[r];
+            });
+            own.write<D>(out + begin * D, o, inverse, in.q_heads, [&](int row, int c) {
+                return query + c / 8 * 8192 + row * 128 + (c % 8 ^ row % 8) * 16;
+            });
         }
         // TMA may load other queries there.
         ptx::fence_async();

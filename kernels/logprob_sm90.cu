@@ -1,5 +1,4 @@
-// The LM head and the log-probs of its targets on Hopper: that of logprob.cu by wgmma and TMA
-// (include/tiles_sm90.cuh).
+// The LM head and the log-probs of its targets on Hopper: logprob.cu by wgmma and TMA.
 //   shapes   as in logprob.cu, with the same partials and lists, which its merge, pick and top
 //            take. Tensor maps have a swizzle of 128 bytes; those of operands have boxes of 64 of
 //            the reduced axis by a tile's rows (half of w's), w of hidden and results 64 by 64
@@ -49,9 +48,9 @@ struct Parts {
 template <class T, class S, class Begin, class Add>
 static __device__ __forceinline__ void each_part(const Parts& to, const Scaling& by, Begin begin, Add add) {
     constexpr bool TOP = T::OUT_BYTES > 0;
-    const int rows = to.rows, vocab = to.vocab, down = (rows + T::BM - 1) / T::BM, chunks = (vocab + CHUNK - 1) / CHUNK;
+    const int rows = to.rows, vocab = to.vocab, chunks = (vocab + CHUNK - 1) / CHUNK;
     S parts[2];
-    each_tile<T, false, false, CHUNK / T::BN>(Operands{to.h, to.w, T::BN / 2, to.d}, down, chunks, CHUNK,
+    each_tile<T, false, false, CHUNK / T::BN>(Operands{to.h, to.w, T::BN / 2, to.d}, rows, vocab, CHUNK,
                                              [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
         const int warp = threadIdx.x / 32 - 4, first = i0 + threadIdx.x % 128 / 32 * 16;
         if (j0 % CHUNK == 0) {
@@ -105,9 +104,8 @@ static __device__ void forward(const Parts& to, float scale, float cap, const ui
 template <class T>
 static __device__ void hidden(const ptx::TensorMap* dh, float* sums, const ptx::TensorMap* dz, const ptx::TensorMap* w, int rows, int n,
                               int d, int first, int last) {
-    const int down = (rows + T::BM - 1) / T::BM, across = (d + T::BN - 1) / T::BN;
     int sent = 0;
-    each_tile<T, false, true>(Operands{dz, w, 0, n}, down, across, T::BN,
+    each_tile<T, false, true>(Operands{dz, w, 0, n}, rows, d, T::BN,
                               [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
         float own[T::BN / 2], none[4];
         multiply<T, false, true>(own, none, ring, phase, n, group);
@@ -166,9 +164,8 @@ KERNEL(384, logprob_sm90_gradient_bf16, 2)(TENSOR_MAP dz, TENSOR_MAP h, TENSOR_M
                                       const float* dlogp, OPTIONAL const float* entropy, OPTIONAL const float* dentropy, int rows,
                                       int n, int width, int first, int d, float scale, float cap) {
     using T = Hidden128x256;
-    const int down = (rows + T::BM - 1) / T::BM, across = (n + T::BN - 1) / T::BN;
     int sent = 0;
-    each_tile<T, false, false>(Operands{&h, &w, T::BN / 2, d}, down, across, T::BN,
+    each_tile<T, false, false>(Operands{&h, &w, T::BN / 2, d}, rows, n, T::BN,
                                [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
         // A logit z has p = e^(z - all) and the gradient -p (dlogp + dentropy (z - all + entropy))
         // = p (slope + bend (z - all)).

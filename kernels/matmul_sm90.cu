@@ -1,5 +1,4 @@
-// Matrix products of a linear layer on Hopper: those of matmul.cu by wgmma and TMA
-// (include/tiles_sm90.cuh).
+// Matrix products of a linear layer on Hopper: those of matmul.cu by wgmma and TMA.
 //   shapes   as in matmul.cu. Tensor maps have a swizzle of 128 bytes; those of operands have boxes
 //            of 64 k by a tile's rows (half of R's), or by columns of 64 by 64; those of results
 //            boxes of 64 rows by 64 columns
@@ -8,10 +7,8 @@
 //            that loads the shared operand once
 //   memory   as in matmul.cu; results in bf16 go out by TMA from shared memory, 64 x 64 at a time,
 //            under the next tile
-//   numerics as in matmul.cu, with the sums of wgmma: rows do not see their batch in any of these
-//            tiles
-//   needs    n and k multiples of 8, all bf16 buffers at 16 bytes, at least one row of the reduced
-//            axis
+//   numerics as in matmul.cu, with the sums of wgmma: rows do not see their batch in any tile
+//   needs    n and k multiples of 8, bf16 buffers at 16 bytes, a row or more of the reduced axis
 #include "include/activation.cuh"
 #include "include/tiles_sm90.cuh"
 
@@ -45,8 +42,7 @@ struct Results {
 template <int COLUMNS>
 constexpr int TURN = COLUMNS < 64 ? COLUMNS / 8 : 8;
 
-// Puts EIGHTS eights from row i0 and column j0 on, f(j, h) packed, to rows below m and columns
-// below n.
+// Puts EIGHTS eights from row i0 and column j0 on, f(j, h) packed, where row < m and column < n.
 template <class T, int EIGHTS, class F>
 static __device__ __forceinline__ void put(const Results& out, const Ring<T>& ring, int group, int& sent, int i0, int j0, int m, int n, F f) {
     if constexpr (T::SENDS) {
@@ -76,9 +72,8 @@ static __device__ __forceinline__ void load_bias(uint32_t (&out)[EIGHTS], const 
 template <class T, bool COLUMNS>
 static __device__ void forward(const Results& y, const ptx::TensorMap* x, const ptx::TensorMap* w, const bf16* bias, const bf16* residual,
                                int m, int n, int k) {
-    const int down = (m + T::BM - 1) / T::BM, across = (n + T::BN - 1) / T::BN;
     int sent = 0;
-    each_tile<T, false, COLUMNS>(Operands{x, w, T::BN / 2, k}, down, across, T::BN, [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
+    each_tile<T, false, COLUMNS>(Operands{x, w, T::BN / 2, k}, m, n, T::BN, [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
         constexpr int EIGHTS = TURN<T::BN>;
         float sums[T::BN / 2], none[4];
         multiply<T, false, COLUMNS>(sums, none, ring, phase, k, group);
@@ -107,10 +102,9 @@ template <class T, bool GATED>
 static __device__ void activated(const Results& y, const Results& gate, const Results& partner, const ptx::TensorMap* x,
                                  const ptx::TensorMap* w, const bf16* bias, int m, int n, int k, int act) {
     constexpr int WIDTH = GATED ? T::BN / 2 : T::BN, PARTNER = T::BN / 16, EIGHTS = TURN<WIDTH>;
-    const int down = (m + T::BM - 1) / T::BM, across = (n + WIDTH - 1) / WIDTH;
     int sent = 0;
     const Operands o = {x, w, GATED ? n : T::BN / 2, k};
-    each_tile<T, false, false>(o, down, across, WIDTH, [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
+    each_tile<T, false, false>(o, m, n, WIDTH, [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
         float sums[T::BN / 2], none[4];
         multiply<T, false, false>(sums, none, ring, phase, k, group);
 #pragma unroll
@@ -155,9 +149,8 @@ static __device__ void activated(const Results& y, const Results& gate, const Re
 // dw += dyᵀ x, and dbias += the sums of dy's columns.
 template <class T>
 static __device__ void backward_weight(float* dw, float* dbias, const ptx::TensorMap* dy, const ptx::TensorMap* x, int m, int n, int k) {
-    const int down = (n + T::BM - 1) / T::BM, across = (k + T::BN - 1) / T::BN;
     bool filled = false;
-    each_tile<T, true, true>(Operands{dy, x, 0, m}, down, across, T::BN, [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
+    each_tile<T, true, true>(Operands{dy, x, 0, m}, n, k, T::BN, [&](const Ring<T>& ring, Phase<T>& phase, int group, int i0, int j0) {
         float sums[T::BN / 2], ones[4];
         if (dbias != nullptr && j0 == 0) {
             // 8 rows of 64 ones, where other kernels have their results.

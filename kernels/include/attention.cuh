@@ -11,8 +11,7 @@
 
 constexpr float LOG2E = 1.4426950408889634f;
 // Positions after which a row's softmax starts anew; the parts are merged in ascending order. So
-// parts of a long sequence can be computed side by side, with the bits that one block computes
-// after the other.
+// parts of a long sequence can be computed side by side, with the bits of one after the other.
 constexpr int SPLIT = 1024;
 
 // Rows of queries that attend together: `rows` rows of the batch from row `at` on, all heads of a
@@ -53,8 +52,7 @@ struct Scoring {
     __device__ __forceinline__ int from(int p) const { return window > 0 && p >= window ? p - window + 1 : 0; }
 };
 
-// The softmax of a lane's two rows so far: the largest y, and this lane's share of sum e^(s -
-// largest).
+// The softmax of a lane's two rows so far: largest y, and the lane's share of sum e^(s - largest).
 struct Softmax {
     float top[2] = {-INFINITY, -INFINITY}, sum[2] = {0.0f, 0.0f};
 
@@ -132,6 +130,72 @@ static __device__ __forceinline__ void rescale(float (&o)[D / 2], const float (&
     for (int i = 0; i < D / 2; ++i) o[i] *= by[i / 2 % 2];
 }
 
+// The items of a block, of `all` that come longest first. Rounds go there and back: who has the
+// longest of one has the shortest of the next.
+template <class F>
+static __device__ __forceinline__ void each_item(int all, F f) {
+    const int blocks = gridDim.x;
+    for (int round = 0; round * blocks < all; ++round) {
+        const int item = round * blocks + (round % 2 == 0 ? int(blockIdx.x) : blocks - 1 - int(blockIdx.x));
+        if (item < all) f(item);
+    }
+}
+
+// A warp's 16 rows, from `top` on, of a tile of `rows`: positions, and for each a group's heads.
+struct WarpRows {
+    int top, rows, group, first, last, position[2];  // `first` and `last` are the warp's own
+
+    __device__ __forceinline__ WarpRows(int top, int rows, int first, int group)
+        : top(top), rows(rows), group(group), first(first + top / group), last(first + (top + 15) / group) {
+        for (int r = 0; r < 2; ++r) position[r] = first + own(r) / group;
+    }
+    // The lane's row number r.
+    __device__ __forceinline__ int own(int r) const { return top + 8 * r + ptx::lane() / 4; }
+
+    // f(r, position, head) of each of the lane's rows that is there, counted from the tile's first.
+    template <class F>
+    __device__ __forceinline__ void each(F f) const {
+        for (int r = 0; r < 2; ++r) {
+            if (own(r) < rows) f(r, own(r) / group, own(r) % group);
+        }
+    }
+
+    // Softmax::weigh of the products with block b of N keys.
+    template <int N>
+    __device__ __forceinline__ void weigh(Softmax& soft, float (&x)[N / 2], float (&keep)[2], int b, const Scoring& by) const {
+        int from[2], to[2];
+        for (int r = 0; r < 2; ++r) from[r] = by.from(position[r]) - b * N, to[r] = position[r] + 1 - b * N;
+        if (by.from(last) <= b * N && (b + 1) * N <= first + 1) {
+            soft.weigh<N, false>(x, keep, by, from, to);
+        } else {
+            soft.weigh<N, true>(x, keep, by, from, to);
+        }
+    }
+
+    // Writes accumulators of D columns, times their row's `inverse`, to rows and heads that begin at
+    // `out`. `chunk(row, c)` is where a row's 16 bytes lie in shared memory until all are there.
+    template <int D, class At>
+    __device__ __forceinline__ void write(bf16* out, const float (&o)[D / 2], const float (&inverse)[2], int q_heads, At chunk) const {
+        const int lane = ptx::lane();
+        for (int r = 0; r < 2; ++r) {
+            // 0 is added so that a zero has one sign whatever was masked.
+#pragma unroll
+            for (int j = 0; j < D / 8; ++j) {
+                const float* two = o + 4 * j + 2 * r;
+                reinterpret_cast<uint32_t*>(chunk(own(r), j))[lane % 4] =
+                    ptx::pack_bf16(fmaf(two[0], inverse[r], 0.0f), fmaf(two[1], inverse[r], 0.0f));
+            }
+        }
+        ptx::sync_warp();
+        for (int i = lane; i < 16 * (D / 8); i += 32) {
+            const int row = top + i / (D / 8), c = i % (D / 8);
+            if (row >= rows) break;
+            bf16* to = out + (row / group * int64_t(q_heads) + row % group) * D;
+            reinterpret_cast<uint4*>(to)[c] = *reinterpret_cast<const uint4*>(chunk(row, c));
+        }
+    }
+};
+
 // Where thread `own` of `threads` keeps merged partials of its rows: maxima, sums, accumulators.
 template <int D>
 struct BlockPartials {
@@ -147,28 +211,15 @@ struct BlockPartials {
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) at(4 + i) = o[i];
     }
-    // Merges what is kept with the partial that follows it: the whole is kept.
-    __device__ __forceinline__ void add(const Softmax& s, const float (&o)[D / 2], const Scoring& by) const {
-        float keep[2], take[2];
-        const Softmax all = merged(s, keep, take, by);
-        for (int r = 0; r < 2; ++r) at(r) = all.top[r], at(2 + r) = all.sum[r];
-#pragma unroll
-        for (int i = 0; i < D / 2; ++i) at(4 + i) = fmaf(at(4 + i), keep[i / 2 % 2], o[i] * take[i / 2 % 2]);
-    }
-    // The same, and the whole comes back.
+    // What is kept, merged with the partial that follows it.
     __device__ __forceinline__ void fold(Softmax& s, float (&o)[D / 2], const Scoring& by) const {
         float keep[2], take[2];
-        s = merged(s, keep, take, by);
-#pragma unroll
-        for (int i = 0; i < D / 2; ++i) o[i] = fmaf(at(4 + i), keep[i / 2 % 2], o[i] * take[i / 2 % 2]);
-    }
-
-  private:
-    __device__ __forceinline__ Softmax merged(const Softmax& next, float (&keep)[2], float (&take)[2], const Scoring& by) const {
         Softmax all;
         for (int r = 0; r < 2; ++r) all.top[r] = at(r), all.sum[r] = at(2 + r);
-        all.merge(next, keep, take, by);
-        return all;
+        all.merge(s, keep, take, by);
+        s = all;
+#pragma unroll
+        for (int i = 0; i < D / 2; ++i) o[i] = fmaf(at(4 + i), keep[i / 2 % 2], o[i] * take[i / 2 % 2]);
     }
 };
 
@@ -204,11 +255,11 @@ struct Partials {
     }
 };
 
-// Weights of 16 columns from column 16 k on, rounded: a[] of ptx::mma_bf16, and A of
-// ptx::wgmma_bf16.
-template <int COUNT>
-static __device__ __forceinline__ void pack_weights(uint32_t (&a)[4], const float (&x)[COUNT], int k) {
-    for (int i = 0; i < 4; ++i) a[i] = ptx::pack_bf16(x[8 * k + 2 * i], x[8 * k + 2 * i + 1]);
+// Weights of 16 columns each, rounded: a[] of ptx::mma_bf16, and A of ptx::wgmma_bf16.
+template <int STEPS>
+static __device__ __forceinline__ void pack_weights(uint32_t (&a)[STEPS][4], const float (&x)[8 * STEPS]) {
+#pragma unroll
+    for (int i = 0; i < 4 * STEPS; ++i) a[i / 4][i % 4] = ptx::pack_bf16(x[2 * i], x[2 * i + 1]);
 }
 
 // Where a row's 16-byte chunks lie in shared memory: rows of whole 128 bytes, so that 8 rows that
@@ -218,23 +269,28 @@ struct Lines {
     static constexpr int CHUNKS = D / 8, LINE = (D + 63) / 64 * 8, SIZE = ROWS * LINE * 8;
     static __device__ __forceinline__ int at(int row, int c) { return (row * LINE + (c ^ row % 8)) * 8; }
 
-    // THREADS threads copy ROWS rows, of which `from(row)` is null where there is none.
+    // THREADS threads copy ROWS rows, each `offset(row)` elements after `from`, or none if below 0.
     template <int THREADS, class F>
-    static __device__ __forceinline__ void copy(bf16* to, const bf16* any, F from) {
+    static __device__ __forceinline__ void copy(bf16* to, const bf16* from, F offset) {
+        constexpr int ALL = ROWS * CHUNKS;
 #pragma unroll 4
-        for (int i = threadIdx.x; i < ROWS * CHUNKS; i += THREADS) {
-            const int row = i / CHUNKS, c = i % CHUNKS;
-            const bf16* p = from(row);
-            ptx::copy_async(to + at(row, c), p != nullptr ? p + 8 * c : any, p != nullptr ? 0 : 16);
+        for (int k = 0; k < ALL; k += THREADS) {
+            const int i = k + threadIdx.x;
+            if (ALL % THREADS != 0 && i >= ALL) break;
+            const int row = i / CHUNKS, c = i % CHUNKS, first = offset(row);
+            ptx::copy_async(to + at(row, c), first < 0 ? from : from + (first + 8 * c), first < 0 ? 16 : 0);
         }
     }
 };
 
-// x[4 j..] += a b: columns 8 j to 8 j + 7.
+// x[8 j..] += a b: columns 16 j to 16 j + 15, of b as ptx::load_matrix has it.
 template <int COUNT>
-static __device__ __forceinline__ void add_product(float (&x)[COUNT], int j, const uint32_t (&a)[4], uint32_t b0, uint32_t b1) {
-    float d[4] = {x[4 * j], x[4 * j + 1], x[4 * j + 2], x[4 * j + 3]};
-    const uint32_t b[2] = {b0, b1};
-    ptx::mma_bf16(d, a, b);
-    for (int e = 0; e < 4; ++e) x[4 * j + e] = d[e];
+static __device__ __forceinline__ void add_product(float (&x)[COUNT], int j, const uint32_t (&a)[4], const uint32_t (&b)[4]) {
+    for (int h = 0; h < 2; ++h) {
+        float* to = x + 8 * j + 4 * h;
+        float d[4] = {to[0], to[1], to[2], to[3]};
+        const uint32_t eight[2] = {b[2 * h], b[2 * h + 1]};
+        ptx::mma_bf16(d, a, eight);
+        for (int e = 0; e < 4; ++e) to[e] = d[e];
+    }
 }

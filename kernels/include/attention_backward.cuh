@@ -1,5 +1,4 @@
-// What the backward passes of attention share: tiles of keys, the tiles of queries that see them,
-// and their order.
+// What the backward passes of attention share: tiles of keys, their tiles of queries, the order.
 //
 // The sums of dq go from block to block: for every tile of queries a turn counts the tiles of keys
 // that were added. Items stand so that one waits for earlier ones only, and a block takes its own
@@ -65,8 +64,7 @@ struct Rows {
     }
 };
 
-// The tiles of queries that see a tile of keys, one after the other, those of a visit from the last
-// on.
+// The tiles of queries that see a tile of keys in turn, those of a visit from the last on.
 template <int SIZE>
 struct Steps {
     const uint32_t* words;

@@ -19,8 +19,7 @@ struct Tile {
     // Bytes of a warpgroup's 64 rows of 64 results in bf16; two are under way.
     static constexpr int OUT = 64 * 64 * 2;
     static constexpr bool SENDS = SENDS_;
-    // Bytes of shared memory beside the stages: for these results, or what a tile that is made of
-    // this one says.
+    // Bytes of shared memory beside the stages: for these, or what a tile made of this one says.
     static constexpr int OUT_BYTES = SENDS ? 2 * CONSUMERS * OUT : 0;
 };
 
@@ -65,6 +64,11 @@ struct Phase {
         if (++stage == T::STAGES) stage = 0, parity ^= 1;
     }
 };
+
+// A warp's arrival.
+static __device__ __forceinline__ void arrive(uint64_t* bar) {
+    if (ptx::lane() == 0) ptx::mbarrier_arrive(bar);
+}
 
 // What the producer needs to know of a product; the second half of R's rows begins `apart` rows
 // after the first.
@@ -120,7 +124,7 @@ static __device__ __forceinline__ void multiply(float (&sums)[T::BN / 2], float 
         if constexpr (T::CLUSTER > 1) {
             if (ptx::lane() < T::CLUSTER) ptx::mbarrier_arrive_at(ring.empty + stage, ptx::lane());
         } else {
-            if (ptx::lane() == 0) ptx::mbarrier_arrive(ring.empty + stage);
+            arrive(ring.empty + stage);
         }
     };
     int before = -1;
@@ -153,14 +157,16 @@ static __device__ __forceinline__ void multiply(float (&sums)[T::BN / 2], float 
 static __device__ __forceinline__ int own_row() { return threadIdx.x % 128 / 32 * 16 + ptx::lane() / 4; }
 static __device__ __forceinline__ int own_col() { return ptx::lane() % 4 * 2; }
 
-// Runs a product's tiles, `down` by `across`, over all blocks: each takes one, then the one a grid
-// further on. consume(ring, phase, group, i0, j0) computes what a consumer has of a tile, 64 rows
-// from i0 on. A block takes BESIDE tiles that stand beside each other in turn.
+// Runs the tiles of a product of `rows` by `cols` over all blocks, `width` columns a tile: each
+// block takes one, then the one a grid further on. consume(ring, phase, group, i0, j0) computes
+// what a consumer has of a tile, 64 rows from i0 on. A block takes BESIDE tiles that stand beside
+// each other in turn.
 template <class T, bool L_COLUMNS, bool R_COLUMNS, int BESIDE = 1, class Consume>
-static __device__ __forceinline__ void each_tile(const Operands& o, int down, int across, int width, Consume consume) {
+static __device__ __forceinline__ void each_tile(const Operands& o, int rows, int cols, int width, Consume consume) {
     const Ring<T> ring;
     // The same in a warp, and known to be.
     const int group = ptx::shuffle(int(threadIdx.x) / 128, 0), rank = T::CLUSTER > 1 ? ptx::cluster_rank() : 0;
+    const int down = (rows + T::BM - 1) / T::BM, across = (cols + width - 1) / width;
     const int groups = (down + T::CLUSTER - 1) / T::CLUSTER, step = int(gridDim.x) / T::CLUSTER;
     Phase<T> phase;
     auto tiles = [&](auto f) {
