@@ -1,10 +1,8 @@
 // Activations y = act(x), plain and gated (y = act(gate) * up), and their gradients.
 //   shapes   plain: x, y, dx, dy [count]; gated: gate_up, dgate_up [rows, 2 cols] with gate and up
-//            side by side, y, dy [rows, cols]; bf16 or f32. `act` is the place in the Rust enum
-//            Activation
+//            side by side, y, dy [rows, cols]; bf16 or f32. `act`: place in the enum Activation
 //   tiling   a thread a packet of 16 bytes; plain: a thread an element for the count % packet at
-//            the end; gated: a thread an element throughout where a row is no whole number of
-//            packets (`width` 1)
+//            the end; gated: a thread an element where a row is not whole packets (`width` 1)
 //   memory   reads inputs once and writes outputs once; bytes an element of y in bf16: forward 4,
 //            backward 6, gated forward 6, gated backward 10; twice that in f32
 //   numerics all in f32, one rounding on the way out (include/activation.cuh)

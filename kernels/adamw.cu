@@ -6,8 +6,7 @@
 //            decay; starts[0] is 0
 //   tiling   256 threads a block; thread t owns packets t and t + 256 of the block's 512 packets of
 //            4. A block looks its first group up once and walks on from there
-//   memory   reads p, m, v and g and writes p, m and v once: 16 + 12 bytes an element, 14 with the
-//            copy
+//   memory   reads p, m, v and g, writes p, m and v: 16 + 12 bytes an element, 14 with the copy
 //   numerics f32; each element by itself, in the operations and the order of the CPU: the same bits
 //   needs    buffers 16-byte aligned, starts ascending; n may be any number
 #include "include/kernel.cuh"

@@ -4,8 +4,7 @@
 //            sorted [rows], scratch
 //   tiling   forward: a thread a packet of 16 bytes, or an element where a row is no whole number
 //            of packets (`width` 1). backward: a lane a row finds the row's place in the order of
-//            (id, row); then a thread a packet of the first row of each id adds all the rows of
-//            that id
+//            (id, row); then a thread a packet of the first row of each id adds all rows of that id
 //   memory   forward reads a row of the table and writes one of y: 4 bytes an element in bf16 (6
 //            with `add`); backward reads dy once, 2 bytes an element in bf16, and reads and writes
 //            the touched rows of dtable, 8 bytes an element. The order takes rows^2 comparisons of

@@ -7,8 +7,7 @@
 //   memory   reads rewards and values once, writes both outputs once: 16 bytes a token; values are
 //            read again one token on, which is meant to hit L1
 //   numerics f64, one rounding on the way out; the order of additions is that of the tokens'
-//            distance from their sequence's end, so a sequence's bits do not depend on where it
-//            lies
+//            distance from their sequence's end: bits do not depend on where a sequence lies
 //   needs    offsets that ascend and stay inside the columns: the op checks. Sequences begin at any
 //            token, so a lane takes one token: a warp's access is 128 bytes in a row, but not 16 a
 //            thread

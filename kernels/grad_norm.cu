@@ -1,13 +1,11 @@
-// The norm of the gradients and the first bad number: sum_i x[i]^2, and the least i whose x[i] is
-// NaN or infinite.
+// The norm of the gradients: sum_i x[i]^2; and the least i whose x[i] is NaN or infinite.
 //   shapes   x [n] f32; partial [parts], total [1] f64; index [1] u64, 2^64 - 1 if all are finite
 //   tiling   squares: a block a part of `groups` groups of 256 chunks, 4 threads a chunk; thread t
 //            of a chunk owns packets t, t + 4, ... bad: a warp a chunk, 8 chunks a block
 //   memory   reads x once, 4 bytes an element
 //   numerics as the CPU adds, so the same bits: element i in lane i % 16 of its chunk, fused; the
 //            lanes as a tree, in f32; the chunks of a group in order, the groups of a part, then
-//            the parts, in f64. Parts depend on n alone. The least index of all is the same in any
-//            order
+//            the parts, in f64. Parts depend on n alone. The least index is the same in any order
 //   needs    x 16-byte aligned; n may be any number
 #include "include/kernel.cuh"
 
@@ -25,8 +23,7 @@ static __device__ int length(uint64_t i, uint64_t n) {
     return int(first >= n ? 0 : n - first < CHUNK ? n - first : CHUNK);
 }
 
-// The sum of the squares of a chunk of `count` elements, in the thread that is the first of its
-// OWNERS.
+// The sum of the squares of a chunk of `count` elements, in the first thread of its OWNERS.
 static __device__ float squares(const float* from, int count) {
     constexpr int OWNERS = LANES / P::WIDTH;
     const int own = threadIdx.x % OWNERS, packets = count / P::WIDTH;

@@ -46,9 +46,6 @@ using T16 = Tile<16, COLUMNS, 16, 64, 64, 4>;
 // Where there are lists beside them.
 using Top64 = Tile<64, COLUMNS, 16, COLUMNS, 32, 4>;
 using Top16 = T16;
-// Tiles of the gradients, as in matmul.cu.
-using T128x128 = Tile<128, 128, 64, 64, 32, 4>;
-using T64x64 = Tile<64, 64, 32, 32, 32, 4>;
 
 // The sums of each tile of columns [first, end) in turn, for f(first column, sums).
 template <class T, class F>

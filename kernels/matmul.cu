@@ -1,5 +1,4 @@
-// Matrix products of a linear layer on tensor cores: y = x Wᵀ + b + r, act(x Wᵀ + b), and both
-// gradients.
+// Matrix products of a linear layer: y = x Wᵀ + b + r, act(x Wᵀ + b), and both gradients.
 //   shapes   x [m, k], w [n, k], y, dy and residual [m, n], bias [n] bf16; dx [m, k] bf16; dw [n,
 //            k], dbias [n] f32. activated: up [m, n] = x Wᵀ + b, act [m, n], or, gated, act [m, n /
 //            2] = f(up's first half) * its second
@@ -17,9 +16,7 @@
 #include "include/activation.cuh"
 #include "include/tiles.cuh"
 
-//                       BM   BN  WM  WN  DEPTH STAGES
-using T128x128 = Tile<128, 128, 64, 64, 32, 4>;
-using T64x64 = Tile<64, 64, 32, 32, 32, 4>;
+//                   BM  BN  WM  WN  DEPTH STAGES
 using T64x32 = Tile<64, 32, 16, 32, 64, 6>;
 using T16x32 = Tile<16, 32, 16, 16, 128, 4>;
 

@@ -1,7 +1,6 @@
 // Residual connection: y[i] += x[i].
 //   shapes   y, x [count] bf16 or f32
-//   tiling   a thread a packet of 16 bytes, and a thread an element for the count % packet at the
-//            end
+//   tiling   a thread a packet of 16 bytes, and one for each of the count % packet at the end
 //   memory   reads both and writes y: 6 bytes an element in bf16, 12 in f32
 //   numerics the sum in f32, rounded once: in f32 the bits of the CPU
 //   needs    y and x 16-byte aligned, fewer than 2^31 threads: the launcher checks

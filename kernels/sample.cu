@@ -44,8 +44,7 @@ static __device__ __forceinline__ float exponential(float x) {
     return p * ptx::bits_float(uint32_t(half + 127) << 23) * ptx::bits_float(uint32_t(whole - half + 127) << 23);
 }
 
-// f(i, z[i]) for the share of [begin, end) that the one of `owners` threads that is number `own`
-// takes.
+// f(i, z[i]) for the share of [begin, end) that number `own` of `owners` threads takes.
 template <class T, class F>
 static __device__ __forceinline__ void each(const T* z, int begin, int end, int own, int owners, F f) {
     using P = Packet<T>;
@@ -232,8 +231,7 @@ static __device__ void greedy(uint32_t* tokens, const T* z, int vocab, int strid
     Shared shared;
     uint64_t* room = shared.take<uint64_t>(WARPS);
     const T* row = z + int64_t(blockIdx.x) * stride;
-    // The logit's bits as an ordered integer, then the id, the lower the better: one maximum of
-    // both.
+    // The logit's bits as an ordered integer, then the id, the lower the better: one maximum.
     uint64_t best = 0;
     each(row, 0, vocab, threadIdx.x, THREADS, [&](int i, float x) {
         // -0 is 0, and a NaN is less than all others.

@@ -1,8 +1,7 @@
 // Whitening over all tokens: moments (count, mean, sum of squared deviations), then
 // x = (x - mean) * rstd + back
 //   shapes   x [tokens] f32; partial [blocks, 3], moments [3] f64: count, mean, squares
-//   tiling   4 tokens a thread at a time, `share` tokens a block; a second launch of one block
-//            merges the blocks
+//   tiling   4 tokens a thread at a time, `share` tokens a block; a second launch merges the blocks
 //   memory   moments read x once, 4 bytes a token; apply reads and writes it once, 8 bytes
 //   numerics f64; a thread merges its tokens one by one, threads and blocks are added about the
 //            mean of all: as exact as two passes over x; sums in an order of the number of tokens

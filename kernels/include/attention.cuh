@@ -172,8 +172,8 @@ struct WarpRows {
         }
     }
 
-    // Writes accumulators of D columns, times their row's `inverse`, to rows and heads that begin at
-    // `out`. `chunk(row, c)` is where a row's 16 bytes lie in shared memory until all are there.
+    // Writes accumulators of D columns, times the row's `inverse`, to rows and heads from `out` on.
+    // `chunk(row, c)` is where a row's 16 bytes lie in shared memory until all are there.
     template <int D, class At>
     __device__ __forceinline__ void write(bf16* out, const float (&o)[D / 2], const float (&inverse)[2], int q_heads, At chunk) const {
         const int lane = ptx::lane();

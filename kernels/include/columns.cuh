@@ -9,16 +9,14 @@
 // Tokens that a thread takes at once.
 constexpr int EACH = Packet<float>::WIDTH;
 
-// f(i) for tokens i to i + 3 of the block's share, which is whole packets; there may be fewer in
-// the last.
+// f(i) for tokens i to i + 3 of the block's share, which is whole packets but for the last.
 template <class F>
 __device__ __forceinline__ void each_four(int tokens, int share, F f) {
     const int64_t start = int64_t(blockIdx.x) * share, end = start + share < tokens ? start + share : tokens;
     for (int64_t i = start + int64_t(threadIdx.x) * EACH; i < end; i += blockDim.x * EACH) f(i);
 }
 
-// Whether the 4 tokens from i can be accessed at once: a micro-batch's column may begin at any
-// token of a step's.
+// Whether the 4 tokens from i can be accessed at once: a micro-batch may begin at any token.
 __device__ __forceinline__ bool whole(const float* x, int64_t i, int tokens) {
     return i + EACH <= tokens && reinterpret_cast<uintptr_t>(x) % 16 == 0;
 }

@@ -4,19 +4,13 @@
 #include "ptx.cuh"
 
 // An entry point: KERNEL(threads, name)(parameters) { ... }. build.rs reads this line and writes
-// the Rust struct of its arguments, so the number of threads is written once and a wrong or
-// forgotten argument does not compile. Kernels whose names differ in _bf16 or _f32 and in a size
-// before that (_64, _128x256) share a struct. Parameters are pointers to bf16, float, double,
-// uint32_t, uint64_t or int, or such a number by value, where an int is a count.
+// the Rust struct of its arguments; README.md tells of parameters and of lists of instances.
 //
 // KERNEL(threads, name, blocks): blocks that follow each other in x are a cluster; a block has a
 // multiprocessor's registers to itself, which ptxas must know to heed setmaxnreg, so a kernel that
 // moves registers between its warpgroups is of this form, be it with 1. KERNEL(threads, name, 1,
-// beside): so many blocks share the registers, 0: as many as fit.
-//
-// The instances of a kernel come from a list: #define EACH_TILE(X) X(64x64, 128) X(16x32, 64), then
-// the kernel as a #define whose parameters are the words of an X, then the line EACH_TILE(NAME). A
-// word may be a part of the kernel's name. A number may be a constant, or a <= b ? c : d of such.
+// beside): so many blocks share the registers, 0: as many as fit. A number may be a constant, or a
+// <= b ? c : d of such.
 #define KERNEL(...) KERNEL_PICK(__VA_ARGS__, KERNEL_BESIDE, KERNEL_OF_CLUSTER, KERNEL_OF_BLOCK, )(__VA_ARGS__)
 #define KERNEL_PICK(threads, name, blocks, beside, pick, ...) pick
 #define KERNEL_OF_BLOCK(threads, name)                                      \
@@ -31,8 +25,7 @@
 
 // Marks a pointer parameter that may be null, an Option in Rust.
 #define OPTIONAL
-// Marks a pointer parameter that is read or written in packets: the launch checks that it is
-// 16-byte aligned.
+// Marks a pointer parameter read or written in packets: the launch checks its alignment.
 #define PACKED
 // Type of a parameter: the map of a matrix from which TMA copies boxes.
 #ifdef WARPO_SIM
@@ -45,8 +38,7 @@
 extern __shared__ __align__(1024) char launch_shared[];
 #endif
 
-// Carves arrays out of the launch's shared memory; every thread carves the same ones in the same
-// order.
+// Carves arrays out of the launch's shared memory; every thread carves the same in the same order.
 class Shared {
     int offset_ = 0;
     int index_ = 0;
@@ -123,9 +115,7 @@ __device__ __forceinline__ uint4 pack(const float (&x)[4]) {
 // Packet `i` of p as it lies there: one load of 128 bits.
 template <class T>
 __device__ __forceinline__ uint4 fetch(const T* p, int64_t i PTX_AND_AT) {
-#ifdef WARPO_SIM
-    ::sim::aligned(p, 16, at);
-#endif
+    PTX_EITHER(::sim::aligned(p, 16, at), );
     return reinterpret_cast<const uint4*>(p)[i];
 }
 // Packet `i` of p: one load or store of 128 bits.
@@ -137,8 +127,6 @@ __device__ __forceinline__ Packet<T> load(const T* p, int64_t i PTX_AND_AT) {
 }
 template <class T>
 __device__ __forceinline__ void store(T* p, int64_t i, const Packet<T>& v PTX_AND_AT) {
-#ifdef WARPO_SIM
-    ::sim::aligned(p, 16, at);
-#endif
+    PTX_EITHER(::sim::aligned(p, 16, at), );
     reinterpret_cast<uint4*>(p)[i] = pack(v.x);
 }

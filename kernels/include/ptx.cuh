@@ -190,8 +190,7 @@ __device__ __forceinline__ void turn_wait(const uint32_t* turn, uint32_t mine PT
 #endif
 }
 
-// The turn is `next` from here on: one thread says so, behind a barrier after what its block has
-// written.
+// The turn is `next` from here on: one thread says so, behind a barrier after its block's writes.
 __device__ __forceinline__ void turn_pass(uint32_t* turn, uint32_t next PTX_AND_AT) {
     PTX_EITHER(::sim::turn_pass(turn, next, at),
                asm volatile("st.release.gpu.global.u32 [%0], %1;" ::"l"(turn), "r"(next) : "memory"));
@@ -301,8 +300,7 @@ __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], 
     auto half = [](uint32_t two, int i) { return bits_float(i == 0 ? two << 16 : two & 0xFFFF0000u); };
     const int row = lane() / 4, col = lane() % 4 * 2;
     for (int i = 0; i < 4; ++i) {
-        // The sum of the products is rounded once here; the hardware's order of additions is not
-        // told.
+        // The sum of the products is rounded once; the hardware's order of additions is not told.
         double sum = d[i];
         for (int k = 0; k < 16; ++k) {
             const int r = row + i / 2 * 8, c = col + i % 2;

@@ -47,8 +47,7 @@ __device__ __forceinline__ void tma_load(void* to, const TensorMap* map, int x, 
                             ::"r"(address(to)), "l"(map), "r"(x), "r"(y), "r"(z), "r"(address(bar)) : "memory"));
 }
 
-// The same, to the same place in every block of the cluster whose bit is in `blocks`, each with its
-// own mbarrier.
+// The same, to that place in each block of the cluster with a bit in `blocks`, and its mbarrier.
 __device__ __forceinline__ void tma_load_multicast(void* to, const TensorMap* map, int x, int y, uint64_t* bar,
                                                    uint16_t blocks PTX_AND_AT) {
     PTX_EITHER(::sim::tma_load(to, map, {2, {x, y, 0}}, bar, blocks, at),
@@ -93,8 +92,7 @@ __device__ __forceinline__ void cluster_sync(PTX_AT) {
                asm volatile("barrier.cluster.arrive.release.aligned;\nbarrier.cluster.wait.acquire.aligned;" ::: "memory"));
 }
 
-// Every warp of a warpgroup takes more registers a thread, or gives some back: a multiple of 8 from
-// 24 to 256.
+// Every warp of a warpgroup takes more registers a thread, or gives some back: a multiple of 8.
 template <int REGISTERS>
 __device__ __forceinline__ void registers_up(PTX_AT) {
     static_assert(REGISTERS % 8 == 0 && REGISTERS >= 24 && REGISTERS <= 256, "what setmaxnreg takes");
@@ -146,8 +144,7 @@ __device__ __forceinline__ void wgmma_wait(PTX_AT) {
     PTX_EITHER(::sim::wgmma_wait(PENDING, at), asm volatile("wgmma.wait_group.sync.aligned %0;" ::"n"(PENDING) : "memory"));
 }
 
-// Keeps the compiler from moving what reads or writes d across this point: it does not know that a
-// product is under way.
+// Keeps the compiler from moving reads or writes of d across: a product may be under way.
 template <int COUNT>
 __device__ __forceinline__ void wgmma_keep(float (&d)[COUNT]) {
 #ifdef WARPO_SIM

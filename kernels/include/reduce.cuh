@@ -1,5 +1,4 @@
-// Sums and maxima of a warp and of a block, each in one fixed order, so that two runs give equal
-// bits.
+// Sums and maxima of a warp and of a block, each in one fixed order: two runs give equal bits.
 #pragma once
 
 #include "kernel.cuh"

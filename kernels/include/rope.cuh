@@ -3,8 +3,7 @@
 
 #include "kernel.cuh"
 
-// (a, b) becomes (a cos - b sin, b cos + a sin): products and sum rounded one by one, as on the
-// CPU.
+// (a, b) becomes (a cos - b sin, b cos + a sin), each product and sum rounded, as on the CPU.
 static __device__ __forceinline__ void rotate_pair(float& a, float& b, float cos, float sin) {
     const float u = a, v = b;
     a = u * cos - v * sin;

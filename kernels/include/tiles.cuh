@@ -22,6 +22,10 @@ struct Tile {
     static __device__ __forceinline__ int col() { return threadIdx.x / 32 % ACROSS * WN; }
 };
 
+// Those of the layers' and of the LM head's gradients.
+using T128x128 = Tile<128, 128, 64, 64, 32, 4>;
+using T64x64 = Tile<64, 64, 32, 32, 32, 4>;
+
 // The warp's part of C: element e of [i][j] is that of ptx::mma_bf16 in fragment (i, j).
 template <class T>
 struct Sums {
@@ -126,8 +130,7 @@ static __device__ __forceinline__ void multiply(Sums<T>& sums, float (*ones)[4],
     }
 }
 
-// Adds all of k to the sums. `room` holds T::SHARED bytes, free again when this returns. All
-// threads call it.
+// Adds all of k to the sums. `room` holds T::SHARED bytes, free again then. All threads call it.
 template <class T, bool L_COLUMNS, bool R_COLUMNS, bool ONES = false>
 static __device__ __forceinline__ void product(Sums<T>& sums, float (*ones)[4], const Operand& l, const Operand& r, int depth, bf16* room) {
     constexpr int STAGE = T::DEPTH * (T::BM + T::BN), LEFT = T::DEPTH * T::BM;
@@ -154,8 +157,7 @@ static __device__ __forceinline__ void product(Sums<T>& sums, float (*ones)[4], 
     __syncthreads();
 }
 
-// Eight neighbours of a row of sums lie together, the eights of a row so that no bank is asked
-// twice.
+// Eight neighbours of a row of sums lie together, the eights so that no bank is asked twice.
 template <class T>
 static __device__ __forceinline__ float* eight(float* room, int row, int e) {
     return room + row * T::BN + (e ^ row % 4) * 8;
@@ -220,8 +222,7 @@ static __device__ __forceinline__ void each_eight(Operand l, Operand r, int dept
     if (ONES && l_sums != nullptr && at.across == 0) {
         float ones[T::WM / 16][4] = {};
         product<T, L_COLUMNS, R_COLUMNS, ONES>(sums, ones, l, r, depth, room);
-        // Each column of the product with ones is the sum; the first warp of each row of warps has
-        // the first.
+        // Each column of the product with ones is the sum; the first of each row of warps is taken.
         for (int i = 0; i < T::WM / 16 && T::col() == 0 && ptx::lane() % 4 == 0; ++i) {
             const int row = l.first + T::row() + 16 * i + ptx::lane() / 4;
             if (row < rows) l_sums[row] += ones[i][0];
