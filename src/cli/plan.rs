@@ -100,6 +100,8 @@ struct PlannedRun<'a> {
     models: Vec<PlannedModel>,
     /// Tokens of the longest text or prompt.
     longest: usize,
+    /// Tokens of the longest held-out text.
+    held_out: usize,
     /// Source of `longest`, for people.
     source: &'static str,
 }
@@ -111,20 +113,21 @@ impl<'a> PlannedRun<'a> {
             let models = models::planned(&settings, &needs)?;
             let longest = inputs::max_length(&settings, &needs, &models[0].spec)?;
             let source = "max_length, as there is no data";
-            return Ok(Self { dev, settings, algorithm, models, longest, source });
+            return Ok(Self { dev, settings, algorithm, models, longest, held_out: 0, source });
         }
         let new = needs.sampling().map_or(0, |s| s.max_new_tokens);
         let RunInputs { settings, algorithm, models, sizes, .. } =
             RunInputs::new(settings, algorithm)?;
-        let (longest, source) = (sizes.longest - new, "the data");
-        Ok(Self { dev, settings, algorithm, models, longest, source })
+        let PassSizes { longest, held_out, .. } = sizes;
+        let (longest, source) = (longest - new, "the data");
+        Ok(Self { dev, settings, algorithm, models, longest, held_out, source })
     }
 
     /// With other sizes of a micro-batch.
     fn plan<T: Element>(&self, rows: usize) -> Result<(PassSizes, MemoryPlan)> {
         let settings = Settings { micro_batch_tokens: rows, ..self.settings.clone() };
         let needs = self.algorithm.needs();
-        let sizes = PassSizes::new(&settings, &needs, self.longest);
+        let sizes = PassSizes::new(&settings, &needs, self.longest, self.held_out);
         let plan = MemoryPlan::new::<T>(self.dev, &settings, &needs, &sizes, &self.models)?;
         Ok((sizes, plan))
     }
@@ -136,7 +139,11 @@ impl<'a> PlannedRun<'a> {
         if !fits(least)? {
             return Ok(None);
         }
-        let (mut low, mut high) = (least, least.max(1 << 26));
+        // A micro-batch of more rows than a step has is no larger.
+        let (mut low, mut high) = (least, self.plan::<T>(usize::MAX)?.0.micro_batch.rows);
+        if fits(high)? {
+            return Ok(Some(high));
+        }
         while low + 1 < high {
             let middle = low + (high - low) / 2;
             if fits(middle)? { low = middle } else { high = middle }

@@ -7,7 +7,7 @@ use super::{Head, Norm, Position, Spec, Widths};
 use crate::{
     device::{Buffer, Device, Element, View, ViewMut},
     error::{Error, Result},
-    ops::adamw,
+    ops::{adamw, residual},
 };
 
 /// Which weight of a block or of the model it is, in every family. [`WEIGHTS`] has the facts.
@@ -283,6 +283,11 @@ impl Layout {
         self.lm_head.map(|i| &self.tensors[i])
     }
 
+    /// Elements of the embedding, if it is the LM head too.
+    pub fn tied_len(&self) -> usize {
+        self.lm_head().filter(|t| t.kind == ParamKind::Embedding).map_or(0, ParamTensor::len)
+    }
+
     /// The weights that linear layers multiply by: those of the blocks and the LM head.
     pub fn linears(&self) -> impl Iterator<Item = &ParamTensor> {
         self.tensors.iter().filter(|t| t.is_block_linear()).chain(self.lm_head())
@@ -310,17 +315,48 @@ impl Layout {
 pub struct Params<T: 'static> {
     layout: Arc<Layout>,
     pub(super) data: Buffer<'static, T>,
+    /// See [`Params::gradients`].
+    tokens: Option<Buffer<'static, T>>,
 }
 
 impl<T: Element> Params<T> {
     /// All 0. `what` names them in messages.
     pub fn zeros(dev: &Device, what: &'static str, layout: &Arc<Layout>) -> Result<Self> {
-        Ok(Self { layout: layout.clone(), data: Buffer::zeros(dev, what, layout.len())? })
+        let data = Buffer::zeros(dev, what, layout.len())?;
+        Ok(Self { layout: layout.clone(), data, tokens: None })
+    }
+
+    /// Gradients, all 0. A tied embedding has two: that of the LM head, and that of the tokens that
+    /// it embeds, which comes to memory of its own until [`Params::add_tokens`]. Were both added to
+    /// one buffer, in turn by micro-batch, the order of the sum would be the split's.
+    pub fn gradients(dev: &Device, layout: &Arc<Layout>) -> Result<Self> {
+        let tokens = (layout.tied_len() > 0)
+            .then(|| Buffer::zeros(dev, "gradients of tokens", layout.tied_len()))
+            .transpose()?;
+        Ok(Self { tokens, ..Self::zeros(dev, "gradients", layout)? })
     }
 
     /// Sets all to 0.
     pub fn zero(&mut self, dev: &Device) -> Result<()> {
+        self.tokens.as_mut().map_or(Ok(()), |tokens| dev.zero(tokens.view_mut()))?;
         dev.zero(self.data.view_mut())
+    }
+
+    /// The gradient of the embedding as a table of tokens, to add to.
+    pub(super) fn tokens_mut(&mut self) -> Option<ViewMut<'_, T>> {
+        if self.tokens.is_none() {
+            return self.get_mut(ParamKind::Embedding, None);
+        }
+        self.tokens.as_mut().map(Buffer::view_mut)
+    }
+
+    /// Adds the gradient of tokens to that of the LM head, after the last micro-batch of an update.
+    pub fn add_tokens(&mut self, dev: &Device) -> Result<()> {
+        let Some(tokens) = self.tokens.take() else { return Ok(()) };
+        let head = self.get_mut(ParamKind::Embedding, None);
+        head.map_or(Ok(()), |head| residual::add(dev, head, tokens.view()))?;
+        self.tokens = Some(tokens);
+        Ok(())
     }
 
     pub fn layout(&self) -> &Arc<Layout> {

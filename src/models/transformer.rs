@@ -298,12 +298,12 @@ impl<T: Element> Model<T> {
             block.mlp_backward(grads, b, g)?;
             block.attention_backward(grads, b, x, g, scratch.view_mut())?;
         }
-        for (kind, ids) in
-            [(ParamKind::Embedding, rows.ids), (ParamKind::Positions, rows.positions)]
-        {
-            if let Some(d) = grads.get_mut(kind, None) {
-                embedding::backward(dev, d, g.order.view_mut(), ids, g.dx.view(), hidden)?;
-            }
+        let (dx, order) = (g.dx.view(), &mut g.order);
+        if let Some(d) = grads.tokens_mut() {
+            embedding::backward(dev, d, order.view_mut(), rows.ids, dx, hidden)?;
+        }
+        if let Some(d) = grads.get_mut(ParamKind::Positions, None) {
+            embedding::backward(dev, d, order.view_mut(), rows.positions, dx, hidden)?;
         }
         Ok(())
     }

@@ -84,8 +84,8 @@ impl RunInputs {
             false => Some(load(&settings.eval_data)?),
             true => None,
         };
-        let longest = held_out.iter().chain([&source]).map(|s| s.data.longest()).max();
-        let sizes = PassSizes::new(&settings, &needs, longest.unwrap_or(0));
+        let longest = held_out.as_ref().map_or(0, |s| s.data.longest());
+        let sizes = PassSizes::new(&settings, &needs, source.data.longest(), longest);
         for m in models.iter().filter(|m| m.dir != models[0].dir) {
             let tokenizer = tokenizer.as_ref();
             eval::check_reward_model(&m.dir, &m.spec, spec, tokenizer, sizes.longest)?;

@@ -255,8 +255,8 @@ impl<T: Element> TrainState<T> {
     /// A model at the start of its training.
     pub fn new(dev: &Device, role: &'static Role, model: Model<T>) -> Result<Self> {
         let layout = model.trained().clone();
-        let zeros = |what| Params::zeros(dev, what, &layout);
-        let (grads, m, v) = (zeros("gradients")?, zeros("moments")?, zeros("moments")?);
+        let zeros = || Params::zeros(dev, "moments", &layout);
+        let (grads, m, v) = (Params::gradients(dev, &layout)?, zeros()?, zeros()?);
         let groups = Buffer::of(dev, "groups of weights", &groups(&layout))?;
         Ok(Self { role, grads, m, v, model, updates: 0, groups })
     }
@@ -344,7 +344,8 @@ pub fn bytes<T: Element>(spec: &Spec, head: Head) -> [(&'static str, usize); 3] 
     let layout = Layout::new(spec, head);
     let each = layout.len() * size_of::<T::Acc>();
     let groups = groups(&layout).len() * size_of::<u32>();
-    [("gradients", each), ("moments", 2 * each), ("groups of weights", groups)]
+    let tokens = layout.tied_len() * size_of::<T::Acc>();
+    [("gradients", each + tokens), ("moments", 2 * each), ("groups of weights", groups)]
 }
 
 /// Starts of the groups of tensors that decay, do not decay, and so on in turn, in lines of the

@@ -2,6 +2,8 @@
 //! whole run, and one arena that its phases share in time. [`Trainer`](super::Trainer) takes what
 //! is written here.
 
+use std::ops::Range;
+
 use super::{
     models::{self, PlannedModel},
     settings::Settings,
@@ -21,27 +23,39 @@ pub struct PassSizes {
     pub unit: usize,
     /// Tokens of the longest sequence, prompt and sample together.
     pub longest: usize,
-    /// The largest micro-batch.
+    /// The largest micro-batch: a matter of the training data alone.
     pub micro_batch: PassShape,
+    /// Tokens of the longest held-out text.
+    pub held_out: usize,
     /// Sequences that are sampled at once.
     slots: usize,
 }
 
 impl PassSizes {
-    /// `longest` counts the tokens of the longest text or prompt, without its sample.
-    pub fn new(s: &Settings, needs: &Needs, longest: usize) -> Self {
+    /// `longest` counts the tokens of the longest text or prompt, without its sample, `held_out`
+    /// those of the longest held-out text.
+    pub fn new(s: &Settings, needs: &Needs, longest: usize, held_out: usize) -> Self {
         let (unit, sampling) = (needs.inputs.unit(), needs.sampling());
         let longest = longest + sampling.map_or(0, |s| s.max_new_tokens);
-        let rows = s.micro_batch_tokens.max(unit * longest);
+        // A step has no more rows than its longest sequences together.
+        let whole = unit.saturating_mul(s.batch_size).saturating_mul(longest);
+        let rows = s.micro_batch_tokens.min(whole).max(unit * longest);
         // A sequence has at least one row.
         let micro_batch = PassShape::whole(rows, (unit * s.batch_size).min(rows));
         let slots = sampling.map_or(0, |p| p.rollout_slots.min(s.batch_size));
-        Self { unit, longest, micro_batch, slots }
+        Self { unit, longest, micro_batch, held_out, slots }
     }
 
-    /// A scoring pass is as long as a micro-batch.
+    /// Scoring passes, whose numbers are the same however sequences are grouped.
     pub fn scorer(&self) -> Scorer {
-        Scorer { rows: self.micro_batch.rows, sequences: self.micro_batch.sequences }
+        let PassShape { rows, sequences, .. } = self.micro_batch;
+        Scorer { rows: rows.max(self.held_out), sequences }
+    }
+
+    /// Micro-batches of an update, in units of these lengths.
+    pub fn micro_batches(&self, lens: impl Iterator<Item = usize>) -> Vec<Range<usize>> {
+        let PassShape { rows, sequences, .. } = self.micro_batch;
+        Scorer { rows, sequences }.groups(lens)
     }
 
     pub fn generator(&self) -> Generator {

@@ -61,7 +61,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             models: Models::load(dev, &inputs.settings, &inputs.models)?,
             step: 0,
             arena: Arena::new(dev, memory.shared())?,
-            batch: Batch::with_capacity(inputs.sizes.micro_batch.rows),
+            batch: Batch::with_capacity(inputs.sizes.scorer().rows),
             memory,
             sampled: None,
             updated: Vec::new(),
@@ -277,7 +277,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         state.zero_grads(dev)?;
         let options = plan::options(&inputs.settings, &inputs.needs, role.head);
         let lens = data.sequences.chunks(unit).map(|u| u.iter().map(|s| s.ids.len()).sum());
-        for group in inputs.sizes.scorer().groups(lens) {
+        for group in inputs.sizes.micro_batches(lens) {
             let sequences = group.start * unit..group.end * unit;
             batch.clear();
             data.sequences[sequences.clone()].iter().for_each(|s| role.push(batch, s));
@@ -299,7 +299,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
                 watch.on(what, c.dy.view())
             })?;
         }
-        Ok(())
+        state.grads.add_tokens(dev)
     }
 }
 
