@@ -78,6 +78,7 @@ mod train {
     mod checkpoint;
     mod device;
     mod events;
+    mod export;
     mod lock;
     mod metrics;
     mod models;

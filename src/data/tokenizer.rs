@@ -4,6 +4,7 @@
 //! is made of.
 
 use std::{
+    collections::BTreeSet,
     panic::{AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
 };
@@ -35,8 +36,8 @@ pub struct Tokenizer {
 const ANCHOR: &str = "\n";
 
 impl Tokenizer {
-    /// Opens the tokenizer of a model folder. BOS and EOS come from `tokenizer_config.json`, else
-    /// from `generation_config.json` and `config.json`.
+    /// Opens the tokenizer of a model folder. BOS comes from `tokenizer_config.json`, else from
+    /// `generation_config.json` and `config.json`; the first EOS likewise, and more from these.
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
         let text = file::read_text(&path, 256 << 20)?;
@@ -72,7 +73,11 @@ impl Tokenizer {
             ids.iter().filter_map(|id| u32::try_from(*id).ok()).collect()
         };
         let bos = named("bos_token").or_else(|| numbered("bos_token_id").first().copied());
-        let eos = named("eos_token").map_or_else(|| numbered("eos_token_id"), |id| vec![id]);
+        // What ends a text, then all else that ends a sample: Llama 3 has three, Qwen 3 two.
+        let mut eos: Vec<u32> = named("eos_token").into_iter().collect();
+        eos.extend(numbered("eos_token_id"));
+        let mut seen = BTreeSet::new();
+        eos.retain(|id| seen.insert(*id));
         let digest = Sha256::digest(&text).iter().map(|b| format!("{b:02x}")).collect();
         let mut this = Self { path, digest, inner, bos, eos, adds_bos: false, anchor: None };
         let (with, without) = (this.raw("a", true)?, this.raw("a", false)?);
@@ -89,6 +94,11 @@ impl Tokenizer {
     /// The tokenizer of a model folder that may have none.
     pub fn open_if_there(dir: &Path) -> Result<Option<Self>> {
         dir.join("tokenizer.json").exists().then(|| Self::open(dir)).transpose()
+    }
+
+    /// The text of a token.
+    pub fn token(&self, id: u32) -> Option<String> {
+        self.inner.id_to_token(id)
     }
 
     fn raw(&self, text: &str, special: bool) -> Result<Vec<u32>> {

@@ -157,7 +157,7 @@ pub fn save<'a>(
         }
     };
     load(storage, &path)?;
-    let problems = match prune(storage, dir, step, keep.max(2), &nonce) {
+    let problems = match prune(storage, dir, step, keep) {
         Ok(()) => Vec::new(),
         Err(error) => vec![error],
     };
@@ -214,10 +214,10 @@ fn commit(storage: &dyn Storage, dir: &Path, tmp: &Path, path: &Path, nonce: &st
     run("sync", dir, || storage.sync_dir(dir))
 }
 
-/// Deletes what is older than the newest `keep` good checkpoints. That of `step` is known to be
-/// good; the others are read, since one that rotted must not count.
-fn prune(storage: &dyn Storage, dir: &Path, step: u64, keep: usize, nonce: &str) -> Result<()> {
-    let mut good = 1;
+/// Deletes what is older than the newest `keep` good checkpoints, at least 2. That of `step` is
+/// known to be good; the others are read, since one that rotted must not count.
+pub fn prune(storage: &dyn Storage, dir: &Path, step: u64, keep: usize) -> Result<()> {
+    let (mut good, keep, nonce) = (1, keep.max(2), nonce());
     for entry in list(storage, dir)?.iter().filter(|e| e.step < step || e.replaced) {
         if entry.step > step {
             continue;

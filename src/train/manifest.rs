@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, path::Path};
 
 use serde::{Deserialize, Serialize};
 use serde_json::Value;
+use sha2::{Digest, Sha256};
 
 use super::{Settings, inputs::RunInputs};
 use crate::{
@@ -65,6 +66,12 @@ impl Manifest {
             models: models.iter().map(|(role, hash)| ((*role).into(), hash.clone())).collect(),
             settings: keys.map(|k| (k.name.into(), k.value)).collect(),
         }
+    }
+
+    /// SHA-256 of all that is compared.
+    pub fn digest(&self) -> String {
+        let text = format!("{:?}", self.fields());
+        Sha256::digest(text).iter().map(|b| format!("{b:02x}")).collect()
     }
 
     /// All that is compared, by the key that a user knows, in the order in which a difference is

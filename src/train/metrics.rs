@@ -13,32 +13,57 @@ use serde_json::{Map, Value};
 use super::events::Events;
 use crate::error::{Error, Result};
 
+/// A file with one JSON object a line, each of which names its step.
+#[derive(Debug)]
+pub struct StepLines {
+    pub path: PathBuf,
+    file: File,
+    /// Step of the last line, 0 without one.
+    pub last: u64,
+}
+
+impl StepLines {
+    /// Opens the file for the lines after `step`; what else it has, torn lines too, is cut.
+    pub fn open(path: PathBuf, step: u64) -> Result<Self> {
+        let (keep, last) = whole_lines(&path, step)?;
+        let open = OpenOptions::new().append(true).create(true).open(&path);
+        let file = open.map_err(Error::io("create", &path))?;
+        file.set_len(keep).map_err(Error::io("cut", &path))?;
+        Ok(Self { path, file, last })
+    }
+
+    /// Appends a line, all of it at once; it is in the file when this returns.
+    pub fn write(&mut self, step: u64, line: &Value) -> Result<()> {
+        self.last = step;
+        let text = format!("{line}\n");
+        self.file.write_all(text.as_bytes()).map_err(Error::io("write", &self.path))
+    }
+
+    /// Waits until the lines are on the disk. Call it before a checkpoint is saved: then a crash
+    /// cannot lose a line of a step that the checkpoint contains.
+    pub fn sync(&mut self) -> Result<()> {
+        self.file.sync_data().map_err(Error::io("sync", &self.path))
+    }
+}
+
 /// The metrics files of a run.
 #[derive(Debug)]
 pub struct MetricsLog {
-    path: PathBuf,
-    lines: File,
+    pub lines: StepLines,
     events_path: PathBuf,
     events: Events<File>,
 }
 
 impl MetricsLog {
-    /// Opens the files of the run in `dir`, which exists.
-    ///
-    /// `resumed` is the step of the checkpoint that was loaded: later lines are cut, so that the
-    /// file becomes that of a run without interruption. `None` starts a new file.
-    pub fn open(dir: &Path, resumed: Option<u64>) -> Result<Self> {
-        let path = dir.join("metrics.jsonl");
-        let keep = match resumed {
-            Some(step) => bytes_until(&path, step)?,
-            None => 0,
-        };
-        let open = OpenOptions::new().append(true).create(true).open(&path);
-        let lines = open.map_err(Error::io("create", &path))?;
-        lines.set_len(keep).map_err(Error::io("cut", &path))?;
+    /// Opens the files of the run in `dir`, which exists, to go on after `step`: later lines are
+    /// cut, so that the file becomes that of a run without interruption.
+    pub fn open(dir: &Path, step: u64) -> Result<Self> {
+        let lines = StepLines::open(dir.join("metrics.jsonl"), step)?;
         let (events_path, file) = new_events(dir)?;
-        let events = Events::new(file, now(), resumed).map_err(Error::io("write", &events_path))?;
-        Ok(Self { path, lines, events_path, events })
+        // TensorBoard forgets later steps of earlier files, those of another run from 0 too.
+        let events =
+            Events::new(file, now(), Some(step)).map_err(Error::io("write", &events_path))?;
+        Ok(Self { lines, events_path, events })
     }
 
     /// Writes the metrics of a step, in the order given; they are in the file when it returns.
@@ -58,37 +83,32 @@ impl MetricsLog {
         if !bad.is_empty() {
             line.insert("not_finite".into(), bad.into());
         }
-        let text = format!("{}\n", Value::from(line));
-        self.lines.write_all(text.as_bytes()).map_err(Error::io("write", &self.path))?;
+        self.lines.write(step, &line.into())?;
         let scalars = self.events.scalars(now(), step, values);
         scalars.map_err(Error::io("write", &self.events_path))
     }
-
-    /// Waits until the lines are on the disk. Call it before a checkpoint is saved: then a crash
-    /// cannot lose a line of a step that the checkpoint contains.
-    pub fn sync(&mut self) -> Result<()> {
-        self.lines.sync_data().map_err(Error::io("sync", &self.path))
-    }
 }
 
-/// Length of the whole lines whose step is at most `step`; what follows the first other line, or
-/// one that is torn, is not counted.
-fn bytes_until(path: &Path, step: u64) -> Result<u64> {
-    let file = match File::open(path) {
-        Ok(file) => file,
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok(0),
-        Err(e) => return Err(Error::io("open", path)(e)),
-    };
-    let (mut reader, mut line, mut keep) = (BufReader::new(file), Vec::new(), 0);
+/// Length of the whole lines whose step is at most `step`, and the step of the last; what follows
+/// the first other line, or one that is torn, is not counted.
+fn whole_lines(path: &Path, step: u64) -> Result<(u64, u64)> {
+    // A FIFO would wait for ever, a device has no end.
+    match std::fs::metadata(path) {
+        Ok(about) if about.is_file() => {}
+        Ok(_) => return Err(Error::file(path, "is no regular file")),
+        Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok((0, 0)),
+        Err(e) => return Err(Error::io("read", path)(e)),
+    }
+    let file = File::open(path).map_err(Error::io("open", path))?;
+    let (mut reader, mut line, mut keep, mut last) = (BufReader::new(file), Vec::new(), 0, 0);
     loop {
         line.clear();
         let n = reader.read_until(b'\n', &mut line).map_err(Error::io("read", path))?;
         let value: Option<Value> = serde_json::from_slice(&line).ok();
         let at = value.and_then(|v| v.get("step")?.as_u64());
-        if line.last() != Some(&b'\n') || at.is_none_or(|at| at > step) {
-            return Ok(keep);
-        }
-        keep += n as u64;
+        let at = at.filter(|at| *at <= step && line.last() == Some(&b'\n'));
+        let Some(at) = at else { return Ok((keep, last)) };
+        (keep, last) = (keep + n as u64, at);
     }
 }
 

@@ -25,6 +25,7 @@
 
 pub mod checkpoint;
 pub mod events;
+mod export;
 pub mod inputs;
 pub mod lock;
 pub mod manifest;

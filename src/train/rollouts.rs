@@ -1,14 +1,13 @@
 //! Records of every sample of a step: `rollouts/step-N.jsonl`.
 
-use std::{
-    fs::File,
-    io::{BufWriter, Write},
-    path::Path,
-};
+use std::{fs, path::Path};
 
 use serde_json::{Value, json};
 
-use super::source::StepData;
+use super::{
+    source::StepData,
+    storage::{Disk, Storage, write_file},
+};
 use crate::{
     data::Tokenizer,
     error::{Error, Result},
@@ -16,14 +15,25 @@ use crate::{
 
 /// Writes the samples of a step to `dir/step-N.jsonl`, over what an abandoned attempt left.
 pub fn write(dir: &Path, step: u64, data: &StepData, tokenizer: Option<&Tokenizer>) -> Result<()> {
-    std::fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
-    let path = dir.join(format!("step-{step}.jsonl"));
-    let file = File::create(&path).map_err(Error::io("create", &path))?;
-    let mut out = BufWriter::new(file);
-    for s in 0..data.sequences.len() {
-        writeln!(out, "{}", record(step, data, s, tokenizer)).map_err(Error::io("write", &path))?;
+    fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
+    let lines = (0..data.sequences.len()).map(|s| record(step, data, s, tokenizer));
+    let text: String = lines.map(|line| format!("{line}\n")).collect();
+    write_file(&dir.join(format!("step-{step}.jsonl")), text.as_bytes())
+}
+
+/// Removes the samples of later steps, which are of an attempt that was given up or of another run.
+pub fn cut(dir: &Path, step: u64) -> Result<()> {
+    if !dir.is_dir() {
+        return Ok(());
     }
-    out.flush().map_err(Error::io("write", &path))
+    for name in Disk.list(dir).map_err(Error::io("list", dir))? {
+        let at = name.strip_prefix("step-").and_then(|n| n.strip_suffix(".jsonl"));
+        if at.and_then(|n| n.parse::<u64>().ok()).is_some_and(|at| at > step) {
+            let path = dir.join(name);
+            fs::remove_file(&path).map_err(Error::io("remove", &path))?;
+        }
+    }
+    Ok(())
 }
 
 /// The record of sequence `s`. Text is for people: a piece that is no whole character shows as a

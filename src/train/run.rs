@@ -2,7 +2,6 @@
 
 use std::{
     fs,
-    io::Write,
     path::{Path, PathBuf},
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
@@ -13,30 +12,21 @@ use serde_json::{Map, Value, json};
 use super::{
     Observer, Settings, StepReport, Trainer,
     checkpoint::{self, SavedTensor},
+    export::{self, ExportedFrom},
     lock::Lock,
     manifest::{Manifest, RunState},
-    metrics::MetricsLog,
+    metrics::{MetricsLog, StepLines},
     models::TrainState,
     rollouts, signals,
-    storage::{Disk, check_room},
+    storage::{Disk, check_room, write_file},
 };
 use crate::{
     algorithms::{Algorithm, AlgorithmEntry},
     config::{self, Section},
     device::{Device, Element},
     error::{Error, Result},
-    models::{self, Model},
+    models,
 };
-
-/// Files of a model folder that a trained model takes along.
-const COMPANIONS: &[&str] = &[
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "generation_config.json",
-    "vocab.json",
-    "merges.txt",
-];
 
 /// Trains, or goes on with the run that is in `settings.out`; returns the folder of the final
 /// model.
@@ -100,6 +90,7 @@ fn run_in<T: Element<Acc = f32>>(
     let about = run.about(entry);
     about.iter().for_each(|(name, text)| seen.note(&format!("{name}: {text}")));
     run.resume(seen)?;
+    run.keeps_its_models()?;
     if run.is_finished() {
         seen.note("the run is finished");
         return Ok(run.out.join("final"));
@@ -108,7 +99,14 @@ fn run_in<T: Element<Acc = f32>>(
     run.write_about(about)?;
     run.write_config(entry, section)?;
     seen.begin(run.trainer.step, run.trainer.inputs.steps);
-    let mut metrics = MetricsLog::open(&run.out, Some(run.trainer.step).filter(|s| *s > 0))?;
+    let (step, out) = (run.trainer.step, &run.out);
+    let mut metrics = MetricsLog::open(out, step)?;
+    let mut timing = StepLines::open(out.join("timing.jsonl"), step)?;
+    rollouts::cut(&out.join("rollouts"), step)?;
+    for lines in [&metrics.lines, &timing].into_iter().filter(|lines| lines.last < step) {
+        let (path, last) = (lines.path.display(), lines.last);
+        seen.note(&format!("{path} ends at step {last}: what it had of later steps is lost"));
+    }
     while run.trainer.step < run.trainer.inputs.steps {
         let start = Instant::now();
         let stepped = match run.trainer.step(seen) {
@@ -126,7 +124,7 @@ fn run_in<T: Element<Acc = f32>>(
                 rollouts::write(&run.out.join("rollouts"), at, data, tokenizer)?;
             }
             metrics.log(at, &report.metrics)?;
-            run.time(at, seconds, &report)?;
+            timing.write(at, &time(at, seconds, &report))?;
             seen.step(run.trainer.step, run.trainer.inputs.steps, &report.metrics, seconds);
         }
         let signal = signals::requested();
@@ -134,7 +132,8 @@ fn run_in<T: Element<Acc = f32>>(
         let due = every > 0 && run.trainer.step.is_multiple_of(every);
         let last = run.trainer.step == run.trainer.inputs.steps;
         if signal.is_some() || due || last {
-            metrics.sync()?;
+            metrics.lines.sync()?;
+            timing.sync()?;
             run.save(seen)?;
         }
         if let Some(signal) = signal.filter(|_| !last) {
@@ -142,6 +141,18 @@ fn run_in<T: Element<Acc = f32>>(
         }
     }
     run.finish()
+}
+
+/// The line of a step in timing.jsonl. Wall time stands in a file of its own: metrics.jsonl is the
+/// same for every machine.
+fn time(step: u64, seconds: f64, report: &StepReport) -> Value {
+    let tokens = report.metrics.iter().find(|m| m.0 == "tokens").map_or(0.0, |m| m.1);
+    let phases: Map<String, Value> =
+        report.seconds.iter().map(|(name, s)| ((*name).to_owned(), json!(s))).collect();
+    json!({
+        "step": step, "seconds": seconds, "tokens_per_second": tokens / seconds,
+        "phases": phases,
+    })
 }
 
 struct RunFolder<T: Element> {
@@ -191,14 +202,31 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         all.insert("steps".into(), self.trainer.inputs.steps.into());
         all.insert("version".into(), env!("CARGO_PKG_VERSION").into());
         all.insert("started".into(), before["started"].as_f64().unwrap_or(now).into());
-        let text = format!("{:#}\n", Value::from(all));
-        fs::write(&path, text).map_err(Error::io("write", &path))
+        write_file(&path, format!("{:#}\n", Value::from(all)).as_bytes())
     }
 
-    /// All steps are done and all models exported.
+    /// All steps are done and all models exported, with every byte as it was written.
     fn is_finished(&self) -> bool {
-        let t = &self.trainer;
-        t.step == t.inputs.steps && self.exports().all(|(_, dir)| dir.is_dir())
+        let (t, of) = (&self.trainer, self.exported_from());
+        t.step == t.inputs.steps && self.exports().all(|(_, dir)| export::is_whole(&dir, &of))
+    }
+
+    fn exported_from(&self) -> ExportedFrom {
+        ExportedFrom { step: self.trainer.inputs.steps, run: self.manifest.digest() }
+    }
+
+    /// Refuses to train from a model that the export would replace.
+    fn keeps_its_models(&self) -> Result<()> {
+        let real = |path: &Path| fs::canonicalize(path).ok();
+        for m in &self.trainer.inputs.models {
+            let replaced = |dir: &PathBuf| real(dir).is_some_and(|d| real(&m.dir) == Some(d));
+            if self.exports().any(|(_, dir)| replaced(&dir)) {
+                let want =
+                    format!("another folder than that of {}, which it reads", m.dir.display());
+                return Err(Error::config("out", want, self.out.display()));
+            }
+        }
+        Ok(())
     }
 
     /// Checks that the disk has room for the checkpoints and models that the run will leave, so
@@ -253,6 +281,8 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         t.inputs.algorithm.restore(&state.algorithm)?;
         t.step = loaded.step;
         self.saved = Some(loaded.step);
+        let keep = t.inputs.settings.keep_checkpoints;
+        checkpoint::prune(&Disk, &self.checkpoints, loaded.step, keep)?;
         seen.note(&format!("resumed at step {} from {}", loaded.step, loaded.path.display()));
         Ok(())
     }
@@ -305,30 +335,19 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
             path.display(),
             config::template(&[&self.trainer.inputs.settings, section])
         );
-        fs::write(&path, text).map_err(Error::io("write", &path))
-    }
-
-    /// Wall time stands in a file of its own: metrics.jsonl is the same for every machine.
-    fn time(&self, step: u64, seconds: f64, report: &StepReport) -> Result<()> {
-        let path = self.out.join("timing.jsonl");
-        let open = fs::OpenOptions::new().create(true).append(true).open(&path);
-        let mut file = open.map_err(Error::io("open", &path))?;
-        let tokens = report.metrics.iter().find(|m| m.0 == "tokens").map_or(0.0, |m| m.1);
-        let phases: Map<String, Value> =
-            report.seconds.iter().map(|(name, s)| ((*name).to_owned(), json!(s))).collect();
-        let line = json!({
-            "step": step, "seconds": seconds, "tokens_per_second": tokens / seconds,
-            "phases": phases,
-        });
-        writeln!(file, "{line}").map_err(Error::io("write", &path))
+        write_file(&path, text.as_bytes())
     }
 
     /// Exports the trained models: `final/`, and `final-value/` beside a policy.
     fn finish(self) -> Result<PathBuf> {
-        let from = Path::new(&self.trainer.inputs.settings.model);
-        let dev = &self.trainer.dev;
+        let (dev, inputs, of) = (&self.trainer.dev, &self.trainer.inputs, self.exported_from());
         let _phase = dev.span("export");
-        self.exports().try_for_each(|(state, dir)| export(dev, &state.model, from, &dir))?;
+        let text = |id| inputs.tokenizer.as_ref().and_then(|t| t.token(id));
+        let eos = inputs.settings.eos_id.map(|id| (id, text(id)));
+        for (state, dir) in self.exports() {
+            let folders = (Path::new(&inputs.settings.model), &*dir);
+            export::export(dev, &state.model, folders, &of, eos.clone())?;
+        }
         Ok(self.out.join("final"))
     }
 
@@ -337,24 +356,4 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         let named = self.trainer.models.trained.iter();
         named.filter_map(|s| Some((s, self.out.join(s.role.trained.as_ref()?.folder))))
     }
-}
-
-/// Writes a model folder aside and renames it into place.
-fn export<T: Element>(dev: &Device, model: &Model<T>, from: &Path, dir: &Path) -> Result<()> {
-    let aside = dir.with_extension("tmp");
-    if aside.exists() {
-        fs::remove_dir_all(&aside).map_err(Error::io("remove", &aside))?;
-    }
-    fs::create_dir_all(&aside).map_err(Error::io("create", &aside))?;
-    models::save(dev, model, &aside)?;
-    for name in COMPANIONS {
-        let file = from.join(name);
-        if file.exists() {
-            fs::copy(&file, aside.join(name)).map_err(Error::io("copy", &file))?;
-        }
-    }
-    if dir.exists() {
-        fs::remove_dir_all(dir).map_err(Error::io("replace", dir))?;
-    }
-    fs::rename(&aside, dir).map_err(Error::io("rename", &aside))
 }

@@ -105,6 +105,10 @@ impl Storage for Disk {
     }
 
     fn open(&self, path: &Path) -> io::Result<Box<dyn ReadSeek>> {
+        // Opening a FIFO would wait for ever.
+        if !fs::metadata(path)?.is_file() {
+            return Err(io::Error::new(io::ErrorKind::InvalidInput, "it is no regular file"));
+        }
         Ok(Box::new(File::open(path)?))
     }
 
@@ -146,6 +150,25 @@ pub fn append_all(file: &mut dyn StorageFile, mut bytes: &[u8]) -> io::Result<()
         bytes = bytes.get(n..).unwrap_or_default();
     }
     Ok(())
+}
+
+/// Replaces a file in one event: whoever reads it, at any time, after a loss of power too, finds
+/// the old content or the new.
+pub fn write_file(path: &Path, content: &[u8]) -> Result<()> {
+    let mut aside = path.as_os_str().to_owned();
+    aside.push(".tmp");
+    let aside = Path::new(&aside);
+    let written = File::create(aside).and_then(|mut file| {
+        append_all(&mut file, content)?;
+        file.sync_all()?;
+        fs::rename(aside, path)?;
+        Disk.sync_dir(path.parent().unwrap_or(Path::new(".")))
+    });
+    if written.is_err() {
+        // Best effort: the file that has the name is as it was.
+        let _ = fs::remove_file(aside);
+    }
+    written.map_err(Error::io("write", path))
 }
 
 /// Reads a whole small file.

@@ -105,12 +105,12 @@ fn a_run_that_fails_says_it_too() {
     }
     let dir = temp_dir("cli_profile_fails");
     let (file, out) = (dir.join("trace.json"), dir.join("run"));
-    std::fs::create_dir_all(&out).unwrap();
-    std::os::unix::fs::symlink("/dev/full", out.join("timing.jsonl")).unwrap();
-    let (code, text) = refused(&train("sft", &file, &small(&dir, "sft", &out), &[]));
+    std::fs::create_dir_all(out.join("rollouts")).unwrap();
+    std::os::unix::fs::symlink("/dev/full", out.join("rollouts/step-1.jsonl.tmp")).unwrap();
+    let (code, text) = refused(&train("ppo", &file, &small(&dir, "ppo", &out), &[]));
     assert_eq!(code, 1, "{text}");
     let (tables, error) = text.split_once("error: ").unwrap();
-    assert!(tables.contains("\nmatmul ") && error.contains("timing.jsonl"), "{text}");
+    assert!(tables.contains("\nmatmul ") && error.contains("step-1.jsonl"), "{text}");
     Names::of(&file, "phase").have(&["step", "update"]);
 }
 

@@ -280,7 +280,7 @@ fn bos_and_eos_are_found_where_folders_keep_them() {
     assert_eq!(open(json!({}), &[]), (None, vec![], false));
     let named = json!({ "bos_token": "<s>", "eos_token": { "content": "</s>" } });
     let ids = json!({ "bos_token_id": 1, "eos_token_id": [2, 9] });
-    assert_eq!(open(named.clone(), &[(config, ids.clone())]), (Some(1), vec![2], true));
+    assert_eq!(open(named.clone(), &[(config, ids.clone())]), (Some(1), vec![2, 9], true));
     assert_eq!(open(json!({}), &[(config, ids.clone())]), (Some(1), vec![2, 9], true));
     let other = json!({ "eos_token_id": 7 });
     let both = [(config, ids), (generation, other)];

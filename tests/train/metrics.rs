@@ -18,7 +18,7 @@ fn lines(dir: &Path) -> String {
 
 fn straight(name: &str, steps: u64) -> String {
     let dir = temp_dir(name);
-    let mut m = MetricsLog::open(&dir, None).unwrap();
+    let mut m = MetricsLog::open(&dir, 0).unwrap();
     (1..=steps).for_each(|s| log(&mut m, s));
     lines(&dir)
 }
@@ -29,14 +29,15 @@ fn a_resumed_file_equals_that_of_a_straight_run() {
     let dir = temp_dir("metrics_resumed");
     for saved in 0..=6 {
         // crash after step 5 or later, half a line written, resume from `saved`
-        let mut m = MetricsLog::open(&dir, None).unwrap();
+        let mut m = MetricsLog::open(&dir, 0).unwrap();
         (1..=saved.max(5)).for_each(|s| log(&mut m, s));
         drop(m);
         let torn = format!("{}{{\"step\":1", lines(&dir));
         fs::write(dir.join("metrics.jsonl"), torn).unwrap();
-        let mut m = MetricsLog::open(&dir, Some(saved)).unwrap();
+        let mut m = MetricsLog::open(&dir, saved).unwrap();
+        assert_eq!(m.lines.last, saved);
         (saved + 1..=6).for_each(|s| log(&mut m, s));
-        m.sync().unwrap();
+        m.lines.sync().unwrap();
         assert_eq!(lines(&dir), want, "resumed from {saved}");
     }
 }
@@ -44,7 +45,7 @@ fn a_resumed_file_equals_that_of_a_straight_run() {
 #[test]
 fn lines_are_exact_and_bad_numbers_are_named() {
     let dir = temp_dir("metrics_lines");
-    let mut m = MetricsLog::open(&dir, None).unwrap();
+    let mut m = MetricsLog::open(&dir, 0).unwrap();
     m.log(0, &[]).unwrap();
     m.log(3, &[("b", 0.1), ("a", f64::NAN), ("c\"", f64::NEG_INFINITY), ("d", 1e300)]).unwrap();
     // in the file at once, without `sync` or drop
@@ -66,8 +67,8 @@ fn a_file_of_junk_is_cut_where_the_junk_begins() {
     let dir = temp_dir("metrics_junk");
     let path = dir.join("metrics.jsonl");
     fs::write(&path, b"{\"step\":1}\n\xff\xfe\n{\"step\":2}\n").unwrap();
-    drop(MetricsLog::open(&dir, Some(5)).unwrap());
+    drop(MetricsLog::open(&dir, 5).unwrap());
     assert_eq!(lines(&dir), "{\"step\":1}\n");
-    let error = MetricsLog::open(&dir.join("none"), None).unwrap_err().to_string();
+    let error = MetricsLog::open(&dir.join("none"), 0).unwrap_err().to_string();
     assert!(error.contains("none/metrics.jsonl"), "{error}");
 }

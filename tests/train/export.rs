@@ -1,0 +1,82 @@
+//! What a run leaves at its end: a model that is this run's, whole, and nobody else's.
+
+use std::{fs, path::Path};
+
+use serde_json::Value;
+
+use crate::support::{
+    runs::{assert_same, copy, metrics, outcome, small, train},
+    temp_dir,
+};
+
+fn run(dir: &Path, algorithm: &str, name: &str, more: &[&str]) -> warpo::Result<()> {
+    let mut pairs = small(dir, algorithm, &dir.join(name));
+    pairs.extend(["steps=3", "checkpoint_every=1"].iter().chain(more).map(|s| s.to_string()));
+    train(algorithm, &pairs).map(drop)
+}
+
+/// Two fixed faults: a folder `final` was taken for the run's model because it was there.
+#[test]
+fn a_model_that_is_stale_or_damaged_is_exported_again() {
+    let dir = temp_dir("export_again");
+    run(&dir, "sft", "a", &[]).unwrap();
+    run(&dir, "sft", "b", &["learning_rate=0.001"]).unwrap();
+    let (model, want) = (dir.join("a/final"), outcome(&dir.join("a")));
+    let weights = model.join("model.safetensors");
+    let spoilt: [&dyn Fn(); 4] = [
+        // another run's, as a kill between the last checkpoint and the export leaves it
+        &|| copy(&dir.join("b/final"), &model),
+        // what a power cut may leave of a file that nobody synced
+        &|| fs::write(&weights, b"").unwrap(),
+        &|| {
+            let mut bytes = fs::read(&weights).unwrap();
+            *bytes.last_mut().unwrap() ^= 1;
+            fs::write(&weights, bytes).unwrap();
+        },
+        &|| fs::remove_file(model.join("warpo.json")).unwrap(),
+    ];
+    for spoil in spoilt {
+        spoil();
+        run(&dir, "sft", "a", &[]).unwrap();
+        assert_same("exported again", &outcome(&dir.join("a")), &want);
+    }
+}
+
+#[test]
+fn a_model_that_the_run_reads_is_not_replaced() {
+    let dir = temp_dir("export_over");
+    run(&dir, "sft", "a", &[]).unwrap();
+    fs::remove_dir_all(dir.join("a/checkpoints")).unwrap();
+    let want = outcome(&dir.join("a"));
+    let model = format!("model={}", dir.join("a/final").display());
+    let error = run(&dir, "sft", "a", &[&model]).unwrap_err();
+    assert_eq!(error.exit_code(), 2);
+    let error = error.to_string();
+    assert!(error.starts_with("config key `out`: got "), "{error}");
+    assert!(error.ends_with("a/final, which it reads"), "{error}");
+    let have = outcome(&dir.join("a"));
+    assert_eq!(have["final/model.safetensors"], want["final/model.safetensors"]);
+}
+
+/// A fixed fault: a model that was trained to end with `eos_id` did not say so.
+#[test]
+fn the_model_says_what_ends_a_text() {
+    let dir = temp_dir("export_eos");
+    run(&dir, "sft", "a", &["eos_id=77"]).unwrap();
+    let config = fs::read_to_string(dir.join("a/final/config.json")).unwrap();
+    let config: Value = serde_json::from_str(&config).unwrap();
+    assert_eq!(config["eos_token_id"], 77);
+}
+
+/// A run that begins again from nothing, as no checkpoint is there, has only its own lines.
+#[test]
+fn a_folder_started_anew_has_nothing_of_the_run_before() {
+    let dir = temp_dir("export_anew");
+    run(&dir, "ppo", "a", &[]).unwrap();
+    fs::remove_dir_all(dir.join("a/checkpoints")).unwrap();
+    run(&dir, "ppo", "a", &["temperature=0.5", "steps=1"]).unwrap();
+    let timing = fs::read_to_string(dir.join("a/timing.jsonl")).unwrap();
+    assert_eq!((metrics(&dir.join("a")).len(), timing.lines().count()), (1, 1));
+    let rollouts = fs::read_dir(dir.join("a/rollouts")).unwrap().count();
+    assert_eq!(rollouts, 1);
+}
