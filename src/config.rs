@@ -61,7 +61,8 @@ macro_rules! fields {
     )*};
 }
 
-const WHOLE: &str = "a whole number, 0 or more";
+// TOML has 64 bits with a sign.
+const WHOLE: &str = "a whole number, 0 or more, below 2^63";
 
 fields! {
     bool: "true or false", Value::as_bool, Self::to_string;

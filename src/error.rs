@@ -84,6 +84,9 @@ pub enum Error {
         /// Data lines that they come from.
         places: Vec<String>,
     },
+    /// NaN or infinity where no step is: a model's output.
+    #[error("{what} is {value}")]
+    NotFinite { what: String, value: f64 },
     /// Another process holds the run's folder.
     #[error("{} is in use by process {pid}", path.display())]
     Locked { path: PathBuf, pid: u32 },
@@ -166,18 +169,21 @@ impl Error {
                 let look = if samples.is_empty() { "" } else { ", or look at the named samples" };
                 Some(format!("the last checkpoint is untouched; lower `learning_rate`{look}"))
             }
+            Self::NotFinite { .. } => {
+                Some("the weights are finite: what the model computes of them is not".into())
+            }
             Self::Interrupted { .. } => Some("run the same command again to go on".into()),
             _ => None,
         }
     }
 
     /// The process exit code: 2 bad usage or configuration, 3 no device, 4 a bad number stopped
-    /// the step, 5 the folder is locked, 130 SIGINT, 143 SIGTERM, 1 all else.
+    /// it, 5 the folder is locked, 130 SIGINT, 143 SIGTERM, 1 all else.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Config { .. } => 2,
             Self::Device { .. } => 3,
-            Self::BadNumber { .. } => 4,
+            Self::BadNumber { .. } | Self::NotFinite { .. } => 4,
             Self::Locked { .. } => 5,
             Self::Interrupted { signal: "SIGTERM", .. } => 143,
             Self::Interrupted { .. } => 130,

@@ -35,7 +35,7 @@ crate::settings! {
         pub max_new_tokens: usize = 53 => "1 or more" if |n| *n > 0,
         /// Divides the logits, in sampling, in training and for the reference (TRL and N+: 0.7).
         pub temperature: f64 = 0.7
-            => "above 0, up to 100: PPO needs a distribution" if |t| *t > 0.0 && *t <= 100.0,
+            => "0.001 to 100: PPO needs a distribution" if |t| (0.001..=100.0).contains(t),
         /// Keeps the k most likely tokens; 0 is off (TRL: off). Filters choose samples only:
         /// log-probs and the ratio are those of the whole distribution at this temperature, so the
         /// first ratio is exactly 1 under any filter.
@@ -104,7 +104,8 @@ crate::settings! {
         /// Adapts kl_coef to reach this KL of a sequence, in nats (Ziegler et al. 2019; off in
         /// TRL).
         pub kl_target: Option<f64> = None => "above 0" if |k| k.is_none_or(|k| k > 0.0),
-        /// Samples over which the adaptation works (lm-human-preferences: 10000).
+        /// Samples over which the adaptation works (lm-human-preferences: 10000). With more samples
+        /// a step than that, a step adapts as if it had so many.
         pub kl_horizon: f64 = 10_000.0 => "above 0" if |h| *h > 0.0,
     }
 }
@@ -290,7 +291,9 @@ impl PolicyGradient {
         }
         if let Some(target) = self.settings.kl.kl_target {
             let error = (self.kl / self.sequences / target - 1.0).clamp(-0.2, 0.2);
-            self.kl_coef *= 1.0 + error * self.sequences / self.settings.kl.kl_horizon;
+            // Above 1 the coefficient could become negative: a reward for drifting.
+            let share = (self.sequences / self.settings.kl.kl_horizon).min(1.0);
+            self.kl_coef *= 1.0 + error * share;
         }
         Ok((p.loss, updates))
     }

@@ -6,7 +6,7 @@ use half::bf16;
 use indicatif::ProgressBar;
 use serde_json::json;
 
-use super::{DeviceArgs, note, warn};
+use super::{DeviceArgs, finite, note, warn};
 use crate::{
     data::{self, Limits, Tokenizer},
     device::{Arena, Device, Element},
@@ -136,6 +136,11 @@ fn run_in<T: Element<Acc = f32>>(
             None => Vec::new(),
         };
         for (i, (p, c)) in part.iter().zip(&done).enumerate() {
+            let sample = |i| format!("the log-prob of token {i} of sample {}", p.sample);
+            finite(&c.logprobs, sample)?;
+            finite(rewards.get(i..=i).unwrap_or(&[]), |_| {
+                format!("the reward of sample {}", p.sample)
+            })?;
             let text = tokenizer.as_ref().map(|t| t.decode_continuation(&p.ids, &c.ids));
             let mut line = json!({
                 "input_ids": p.ids,

@@ -125,3 +125,11 @@ fn print(text: &str) -> crate::Result<()> {
         .and_then(|()| out.flush())
         .map_err(Error::io("write to", "<stdout>"))
 }
+
+/// Refuses numbers of a model's that are none; `what` says which the i-th is.
+fn finite(numbers: &[f32], what: impl Fn(usize) -> String) -> crate::Result<()> {
+    match numbers.iter().position(|x| !x.is_finite()) {
+        None => Ok(()),
+        Some(i) => Err(Error::NotFinite { what: what(i), value: numbers[i].into() }),
+    }
+}

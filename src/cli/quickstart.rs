@@ -100,7 +100,10 @@ pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
     let warpo = std::env::args().next().unwrap_or_else(|| "warpo".into());
     let model = args.out.join("ppo/final");
     text += &format!("{minutes:.1} minutes. Next: echo '{{\"prompt\": \"Easy to\"}}' | {warpo} ");
-    text += &format!("generate --model {}\n", model.display());
+    let model = model.display().to_string();
+    let plain = model.chars().all(|c| c.is_alphanumeric() || "/._-".contains(c));
+    let model = if plain { model } else { format!("'{}'", model.replace('\'', "'\\''")) };
+    text += &format!("generate --model {model}\n");
     super::print(&text)
 }
 

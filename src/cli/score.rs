@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use half::bf16;
 use serde_json::{Value, json};
 
-use super::{DeviceArgs, warn};
+use super::{DeviceArgs, finite, warn};
 use crate::{
     data::{self, Limits, Record, Sequence, Tokenizer},
     device::{Arena, Device, Element},
@@ -40,8 +40,8 @@ pub(super) struct ScoreArgs {
 }
 
 pub(super) fn run(args: &ScoreArgs) -> Result<()> {
-    if !(args.temperature > 0.0 && args.temperature.is_finite()) {
-        return Err(Error::config("--temperature", "above 0", args.temperature));
+    if !(args.temperature >= 1e-3 && args.temperature.is_finite()) {
+        return Err(Error::config("--temperature", "0.001 or more", args.temperature));
     }
     args.place.run(|dev| match dev {
         Device::Cpu(_) => run_in::<f32>(args, dev),
@@ -85,13 +85,18 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
     let line = |i: usize| -> Result<Value> {
         let text = tokenizer.as_ref().map(|t| t.decode(&texts[i].ids)).transpose()?;
         let mut line = json!({ "input_ids": texts[i].ids, "text": text });
+        let place = &texts[i].place;
         if let Some(all) = &logprobs {
-            let sum: f64 = all[i].iter().map(|x| f64::from(*x)).sum();
+            finite(&all[i], |t| format!("{place}: the log-prob of scored token {t}"))?;
+            let sum = all[i].iter().fold(0.0, |sum, x| sum + f64::from(*x));
             line["logprobs"] = json!(all[i]);
             line["sum_logprob"] = json!(sum);
-            line["perplexity"] = json!(libm::exp(-sum / all[i].len().max(1) as f64));
+            // Of nothing there is none.
+            let scored = Some(all[i].len() as f64).filter(|n| *n > 0.0);
+            line["perplexity"] = json!(scored.map(|n| libm::exp(-sum / n)));
         }
         if let Some(all) = &rewards {
+            finite(&all[i..=i], |_| format!("{place}: the reward"))?;
             line["reward"] = json!(all[i]);
         }
         Ok(line)

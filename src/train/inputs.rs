@@ -99,7 +99,11 @@ impl RunInputs {
         }
         let draws = (settings.batch_size / per_prompt) as f64;
         let steps = match settings.steps {
-            0 => (settings.epochs * source.data.len() as f64 / draws).ceil().max(1.0) as u64,
+            0 => {
+                let exact = settings.epochs * source.data.len() as f64 / draws;
+                // 0.07 * 100 is above 7 by a rounding.
+                (exact * (1.0 - 1e-12)).ceil().max(1.0) as u64
+            }
             n => n,
         };
         Ok(Self {

@@ -58,7 +58,7 @@ crate::settings! {
         /// AdamW's second decay (torch: 0.999; OpenRLHF: 0.95).
         pub beta2: f64 = 0.999 => "from 0 to below 1" if |b| (0.0..1.0).contains(b),
         /// AdamW's epsilon (torch: 1e-8; N+: 1e-5).
-        pub epsilon: f64 = 1e-8 => "above 0" if |e| *e > 0.0 && e.is_finite(),
+        pub epsilon: f64 = 1e-8 => "1e-37 or more" if |e| *e >= 1e-37 && e.is_finite(),
         /// Gradients are scaled down to this norm; 0 is off (Hugging Face Trainer: 1).
         pub max_grad_norm: f64 = 1.0 => "0 or more" if |n| *n >= 0.0 && n.is_finite(),
         /// Tokens of a micro-batch: bounds memory, changes no mean (our own; enough rows to fill a

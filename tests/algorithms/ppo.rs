@@ -159,6 +159,13 @@ fn the_kl_coefficient_adapts_as_the_formula() {
             1e-12,
         );
     }
+    // A fixed fault: with more samples a step than the horizon, the penalty became a reward.
+    let mut fast = ppo(&["kl_target=1e6", "kl_horizon=1", "kl_coef=0.4"]);
+    for want in [0.4, 0.4 * 0.8, 0.4 * 0.8 * 0.8] {
+        let coef = prepare(&mut *fast, &mut columns())["kl_coef"];
+        assert_close("kl_coef", &[coef], &[want], 0.0, 1e-12);
+        finish(&mut *fast);
+    }
     let error = ppo(&[]).restore(&serde_json::json!({})).unwrap_err().to_string();
     assert_eq!(error, "state of ppo: got {}, wanted a number `kl_coef`");
 }
@@ -329,7 +336,7 @@ fn a_wrong_setting_is_a_wrong_configuration() {
         ("samples_per_prompt=0", "from 1 to 1000000"),
         ("max_new_tokens=0", "1 or more"),
         ("rollout_slots=0", "1 or more"),
-        ("temperature=0", "above 0, up to 100: PPO needs a distribution"),
+        ("temperature=0", "0.001 to 100: PPO needs a distribution"),
         ("top_p=0", "above 0, up to 1"),
         ("top_p=1.5", "above 0, up to 1"),
         ("min_p=-0.1", "from 0 to 1"),

@@ -8,12 +8,17 @@ use std::{
     process::{Output, Stdio},
 };
 
+use serde_json::Value;
+use warpo::{
+    device::Device,
+    models::{self, Head, Model, ParamKind},
+};
+
 use crate::support::{
-    golden,
+    golden, host,
     runs::{small, warpo},
     temp_dir,
 };
-use serde_json::Value;
 
 fn model() -> String {
     golden::path("../../examples/quickstart/model").display().to_string()
@@ -272,16 +277,22 @@ fn a_full_disk_is_named() {
     }
     let dir = temp_dir("cli_full");
     let run = dir.join("run");
-    std::fs::create_dir_all(&run).unwrap();
-    std::os::unix::fs::symlink("/dev/full", run.join("timing.jsonl")).unwrap();
-    let mut args = vec!["train".to_owned(), "sft".to_owned()];
-    for pair in small(&dir, "sft", &run) {
+    std::fs::create_dir_all(run.join("rollouts")).unwrap();
+    std::os::unix::fs::symlink("/dev/full", run.join("rollouts/step-3.jsonl.tmp")).unwrap();
+    let mut args = vec!["train".to_owned(), "ppo".to_owned()];
+    for pair in small(&dir, "ppo", &run).into_iter().chain(["checkpoint_every=1".into()]) {
         args.extend(["--set".into(), pair]);
     }
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let (code, text) = refused(&warpo(&args).output().unwrap());
     assert_eq!(code, 1);
-    assert!(text.contains("timing.jsonl") && text.contains("No space left"), "{text}");
+    assert!(text.contains("step-3.jsonl") && text.contains("No space left"), "{text}");
+    assert!(run.join("checkpoints/step-2").is_dir());
+    // What is no file is not read: it may have no end.
+    std::fs::remove_file(run.join("timing.jsonl")).unwrap();
+    std::os::unix::fs::symlink("/dev/zero", run.join("timing.jsonl")).unwrap();
+    let (code, text) = refused(&warpo(&args).output().unwrap());
+    assert!(code == 1 && text.contains("timing.jsonl: is no regular file"), "{text}");
 }
 
 #[test]
@@ -361,5 +372,35 @@ fn plan_says_what_fits() {
     ] {
         let (code, _, text) = plan(more);
         assert!(code == Some(2) && text.contains(says), "{text}");
+    }
+}
+
+/// Property 9 where no step is: finite weights whose products overflow. A fixed fault: NaN was
+/// printed, with exit code 0.
+#[test]
+fn a_bad_number_of_a_model_is_an_error() {
+    let (dir, dev) = (temp_dir("cli_not_finite"), Device::cpu());
+    for (from, head, to) in [("llama_tied", Head::Lm, "lm"), ("llama_tied/rm", Head::Scalar, "rm")]
+    {
+        let mut model = Model::<f32>::load(&dev, &golden::path(from), head, None).unwrap();
+        let last = model.params_mut().get_mut(ParamKind::FinalNorm, None).unwrap().host();
+        last.fill(1e38);
+        if head == Head::Scalar {
+            model.params_mut().get_mut(ParamKind::Score, None).unwrap().host().fill(1e38);
+        }
+        std::fs::create_dir_all(dir.join(to)).unwrap();
+        models::save(host(), &model, &dir.join(to)).unwrap();
+    }
+    let (lm, rm) = (dir.join("lm").display().to_string(), dir.join("rm").display().to_string());
+    let good = golden::path("llama_tied").display().to_string();
+    let input = "{\"input_ids\": [5, 6, 7]}\n";
+    for (args, what) in [
+        (&["score", "--model", &lm][..], "<stdin>:1: the log-prob of scored token 0 is "),
+        (&["score", "--reward-model", &rm], "<stdin>:1: the reward is "),
+        (&["generate", "--model", &lm], "the log-prob of token 0 of sample 0 is "),
+        (&["generate", "--model", &good, "--reward-model", &rm], "the reward of sample 0 is "),
+    ] {
+        let (code, text) = refused(&feed(args, input));
+        assert!(code == 4 && text.contains(what), "{args:?}: {code} {text}");
     }
 }
