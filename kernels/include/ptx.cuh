@@ -32,14 +32,16 @@ __device__ __forceinline__ int lane() { return threadIdx.x % 32; }
 namespace host {
 template <class T>
 struct Lanes {
-    T values[32];
-    T operator[](int lane) const { return values[lane]; }
+    const ::sim::Values& values;
+    T operator[](int lane) const {
+        T v;
+        memcpy(&v, values[lane], sizeof v);
+        return v;
+    }
 };
 template <class T>
 Lanes<T> exchange(::sim::Warp kind, const T& v, ::sim::Site at) {
-    Lanes<T> all;
-    ::sim::exchange(kind, WARP, &v, sizeof v, all.values, at);
-    return all;
+    return {::sim::exchange(kind, WARP, &v, sizeof v, at)};
 }
 }  // namespace host
 #endif
@@ -84,7 +86,7 @@ __device__ __forceinline__ unsigned ballot(bool yes PTX_AND_AT) {
 
 // Lanes wait for each other and see each other's writes.
 __device__ __forceinline__ void sync_warp(PTX_AT) {
-    PTX_EITHER(::sim::exchange(::sim::Warp::Sync, WARP, nullptr, 0, nullptr, at), __syncwarp());
+    PTX_EITHER(::sim::exchange(::sim::Warp::Sync, WARP, nullptr, 0, at), __syncwarp());
 }
 
 // `threads` threads of the block, whole warps, wait for each other at barrier `id`, 1 to 15.
@@ -291,24 +293,8 @@ __device__ __forceinline__ void load_matrix_transposed(uint32_t (&out)[4], const
 // b[0] = B[c.., r], b[1] = B[c + 8.., r]; d = D[r, c..] and D[r + 8, c..], two each.
 __device__ __forceinline__ void mma_bf16(float (&d)[4], const uint32_t (&a)[4], const uint32_t (&b)[2] PTX_AND_AT) {
 #ifdef WARPO_SIM
-    struct Fragments {
-        uint32_t a[4], b[2];
-    } mine;
-    memcpy(mine.a, a, sizeof a);
-    memcpy(mine.b, b, sizeof b);
-    const auto all = host::exchange(::sim::Warp::Mma, mine, at);
-    auto half = [](uint32_t two, int i) { return bits_float(i == 0 ? two << 16 : two & 0xFFFF0000u); };
-    const int row = lane() / 4, col = lane() % 4 * 2;
-    for (int i = 0; i < 4; ++i) {
-        // The sum of the products is rounded once; the hardware's order of additions is not told.
-        double sum = d[i];
-        for (int k = 0; k < 16; ++k) {
-            const int r = row + i / 2 * 8, c = col + i % 2;
-            const Fragments fa = all[r % 8 * 4 + k % 8 / 2], fb = all[c * 4 + k % 8 / 2];
-            sum += double(half(fa.a[r / 8 + k / 8 * 2], k % 2)) * half(fb.b[k / 8], k % 2);
-        }
-        d[i] = float(sum);
-    }
+    const ::sim::Fragments mine{{d[0], d[1], d[2], d[3]}, {a[0], a[1], a[2], a[3]}, {b[0], b[1]}};
+    memcpy(d, host::exchange(::sim::Warp::Mma, mine, at)[lane()].d, sizeof d);
 #else
     asm volatile(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%0, %1, %2, %3};"

@@ -7,11 +7,6 @@ namespace sim {
 
 void enter(const char* name, int threads, Call call, int cluster, int beside) { kernels()[name] = {threads, call, cluster, beside}; }
 
-uint3 thread_index() { return current->index; }
-uint3 block_index() { return current->block->index; }
-dim3 block_size() { return launch->size; }
-dim3 grid_size() { return launch->grid; }
-
 void fail(const char* what, Site site) {
     Unseen unseen;
     if (launch->report.empty()) {
@@ -20,7 +15,7 @@ void fail(const char* what, Site site) {
     }
     // Not done: its fibre stays in the middle of the kernel, unseen, and is not used again.
     current->state = Thread::Waiting;
-    to_host(true);
+    switch_to(nullptr, true);
     std::abort();
 }
 
@@ -57,7 +52,48 @@ void barrier_arrive(Site site, int id, int threads) {
     wake(bar.waiting);
 }
 
-void exchange(Warp kind, unsigned mask, const void* value, size_t bytes, void* all, Site site) {
+// Four numbers side by side.
+using Halves = uint16_t __attribute__((vector_size(8), may_alias));
+using Words = uint32_t __attribute__((vector_size(16), may_alias));
+using Floats = float __attribute__((vector_size(16), may_alias));
+using Doubles = double __attribute__((vector_size(32), may_alias));
+
+// D += A B of a warp: the lanes' fragments lie as ptx::mma_bf16 says. The sum of the products is
+// rounded once here; the hardware's order of additions is not told.
+__attribute__((target_clones("avx2", "default"), optimize("O3")))
+void multiply(Values& values) {
+    alignas(32) uint16_t a[16][16], b[16][8];
+    alignas(32) float d[16][8];
+    alignas(32) double left[16][16], right[16][8];
+    for (int l = 0; l < 32; ++l) {
+        const Fragments& f = reinterpret_cast<const Fragments&>(values[l]);
+        const int r = l / 4, c = l % 4 * 2;
+        for (int i = 0; i < 4; ++i) std::memcpy(&a[r + i % 2 * 8][c + i / 2 * 8], &f.a[i], 4);
+        for (int i = 0; i < 4; ++i) b[c + i / 2 * 8 + i % 2][r] = f.b[i / 2] >> i % 2 * 16;
+        for (int i = 0; i < 2; ++i) std::memcpy(&d[r + 8 * i][c], &f.d[2 * i], 8);
+    }
+    auto widen = [](double* to, const uint16_t* from, int n) __attribute__((always_inline)) {
+        for (int i = 0; i < n; i += 4) {
+            const Words bits = __builtin_convertvector(*reinterpret_cast<const Halves*>(from + i), Words) << 16;
+            *reinterpret_cast<Doubles*>(to + i) = __builtin_convertvector(reinterpret_cast<const Floats&>(bits), Doubles);
+        }
+    };
+    widen(left[0], a[0], 16 * 16);
+    widen(right[0], b[0], 16 * 8);
+    for (int r = 0; r < 16; ++r) {
+        for (int c = 0; c < 8; c += 4) {
+            Floats& four = reinterpret_cast<Floats&>(d[r][c]);
+            Doubles sum = __builtin_convertvector(four, Doubles);
+            for (int k = 0; k < 16; ++k) sum += left[r][k] * reinterpret_cast<const Doubles&>(right[k][c]);
+            four = __builtin_convertvector(sum, Floats);
+        }
+    }
+    for (int l = 0; l < 32; ++l) {
+        for (int i = 0; i < 2; ++i) std::memcpy(values[l] + 8 * i, &d[l / 4 + 8 * i][l % 4 * 2], 8);
+    }
+}
+
+const Values& exchange(Warp kind, unsigned mask, const void* value, size_t bytes, Site site) {
     Unseen unseen;
     Thread* t = current;
     const unsigned lane = t->id % 32;
@@ -81,7 +117,7 @@ void exchange(Warp kind, unsigned mask, const void* value, size_t bytes, void* a
     } else if (m->kind != kind || m->site.line != site.line) {
         fail(("divergent warp: other lanes wait at " + at(m->site)).c_str(), site);
     }
-    char(&values)[32][MAX_VALUE] = m->values[m->round & 1];
+    Values& values = m->values[m->round & 1];
     if (bytes > 0) std::memcpy(values[lane], value, bytes);
     // Only __syncwarp promises that memory is seen.
     if (kind == Warp::Sync) release(m);
@@ -90,12 +126,13 @@ void exchange(Warp kind, unsigned mask, const void* value, size_t bytes, void* a
         m->waiting.push_back(t);
         wait(site, "warp exchange");
     } else {
+        if (kind == Warp::Mma) multiply(values);
         m->arrived = 0;
         ++m->round;
         wake(m->waiting);
     }
     if (kind == Warp::Sync) acquire(m);
-    for (int i = 0; bytes > 0 && i < 32; ++i) std::memcpy(static_cast<char*>(all) + i * bytes, values[i], bytes);
+    return values;
 }
 
 void mbarrier_init(uint64_t* bar, int arrivals, Site site) {
@@ -319,7 +356,7 @@ void registers(int count, bool up, Site site) {
 }
 
 bool elect(Site site) {
-    exchange(Warp::Elect, 0xFFFFFFFF, nullptr, 0, nullptr, site);
+    exchange(Warp::Elect, 0xFFFFFFFF, nullptr, 0, site);
     return current->id % 32 == launch->elected;
 }
 

@@ -4,6 +4,9 @@
 #include "sanitizers.h"
 
 namespace sim {
+
+__thread const Place* here = nullptr;
+
 namespace {
 
 #if !defined(__x86_64__)
@@ -38,17 +41,23 @@ struct Context {
     void* sp = nullptr;
     void* tsan = nullptr;
     void* fake = nullptr;
+    // Of the host, known once it was left.
+    const void* stack = nullptr;
+    size_t bytes = 0;
 };
 
 struct Fibre : Context {
-    char* stack = nullptr;
+    // Where it begins: not at the same place in each, or the fibres of a warp would share a few
+    // lines of the processor's cache.
+    char* top = nullptr;
 
     Fibre() {
         void* p = mmap(nullptr, STACK, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
         if (p == MAP_FAILED) std::abort();
-        stack = static_cast<char*>(p);
+        stack = p, bytes = STACK;
+        top = static_cast<char*>(p) + STACK - reinterpret_cast<uintptr_t>(p) / STACK % 32 * 1088;
         // An overflow hits this page, not another fibre.
-        mprotect(stack, 4096, PROT_NONE);
+        mprotect(p, 4096, PROT_NONE);
 #ifdef SIM_TSAN
         tsan = __tsan_create_fiber(0);
 #endif
@@ -82,12 +91,11 @@ struct Known {
 struct Block;
 struct Counter;
 
-struct Thread {
+struct Thread : Place {
     Fibre* fibre;
     Block* block;
     unsigned id;    // in its block
     unsigned warp;  // among those of all blocks that run together
-    uint3 index;
     enum { Ready, Waiting, Done } state = Ready;
     Site site{"", 0};
     const char* what = "";
@@ -119,7 +127,7 @@ struct Meeting {
     uint64_t round = 0;
     std::vector<Thread*> waiting;
     // Two, since a fast lane may bring its next value before a slow one has read the last.
-    alignas(16) char values[2][32][MAX_VALUE];
+    alignas(16) Values values[2];
 };
 
 struct Counter {
@@ -211,12 +219,14 @@ struct Launch {
     std::vector<std::deque<Thread*>> ready;  // by warp
     std::vector<unsigned> awake;             // warps that have a ready thread
     size_t alive = 0;
+    unsigned last = 0;                       // warp that ran
     std::string report;
     Context host;                             // of the caller's own stack
 };
 
-thread_local Launch* launch = nullptr;
-thread_local Thread* current = nullptr;
+// Both are read at every switch.
+__thread Launch* launch __attribute__((tls_model("initial-exec"))) = nullptr;
+__thread Thread* current __attribute__((tls_model("initial-exec"))) = nullptr;
 
 // Fibres that are free. A host thread that ends leaves its own to the others: the system allows so
 // many stacks.
@@ -259,47 +269,34 @@ uint64_t draw() {
     return x * 0x2545F4914F6CDD1Dull;
 }
 
-void to_fibre(Thread* t) {
-    current = t;
+// Goes from the running stack to that of `t`, or of the host if null; `ends`: for good.
+void switch_to(Thread* t, bool ends = false) {
+    Context& from = current != nullptr ? *current->fibre : launch->host;
+    Context& to = t != nullptr ? *t->fibre : launch->host;
+    here = current = t;
+    (void)ends;
 #ifdef SIM_ASAN
-    __sanitizer_start_switch_fiber(&launch->host.fake, t->fibre->stack, STACK);
+    __sanitizer_start_switch_fiber(ends ? nullptr : &from.fake, to.stack, to.bytes);
 #endif
 #ifdef SIM_TSAN
     // 1: no happens-before edge
-    __tsan_switch_to_fiber(t->fibre->tsan, 1);
+    __tsan_switch_to_fiber(to.tsan, 1);
 #endif
-    sim_switch(&launch->host.sp, t->fibre->sp);
+    sim_switch(&from.sp, to.sp);
 #ifdef SIM_ASAN
-    __sanitizer_finish_switch_fiber(launch->host.fake, nullptr, nullptr);
+    __sanitizer_finish_switch_fiber(from.fake, nullptr, nullptr);
 #endif
-    current = nullptr;
 }
 
-#ifdef SIM_ASAN
-thread_local const void* host_stack = nullptr;
-thread_local size_t host_size = 0;
-#endif
-
-void to_host(bool ends) {
-    Thread* t = current;
-#ifdef SIM_ASAN
-    __sanitizer_start_switch_fiber(ends ? nullptr : &t->fibre->fake, host_stack, host_size);
-#endif
-#ifdef SIM_TSAN
-    __tsan_switch_to_fiber(launch->host.tsan, 1);
-#endif
-    (void)ends;
-    sim_switch(&t->fibre->sp, launch->host.sp);
-#ifdef SIM_ASAN
-    __sanitizer_finish_switch_fiber(t->fibre->fake, nullptr, nullptr);
-#endif
-}
+// Who runs next; null if none can. In scheduler.h.
+Thread* next();
 
 void wait(Site site, const char* what) {
     current->state = Thread::Waiting;
     current->site = site;
     current->what = what;
-    to_host(false);
+    Thread* t = next();
+    if (t != current) switch_to(t);
 }
 
 void make_ready(Thread* t) {

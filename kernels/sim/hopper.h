@@ -230,9 +230,9 @@ float wide(uint16_t bits) {
     return x;
 }
 
-// d[64, n] += a[64, 16] b[16, n]: as mma_bf16, one rounding of the sum of the products and the old
-// value.
-__attribute__((target_clones("arch=haswell", "default"), optimize("O3")))
+// d[64, n] += a[64, 16] b[16, n]: as in a warp's product, one rounding of the sum of the products
+// and the old value.
+__attribute__((target_clones("avx2", "default"), optimize("O3")))
 void multiply(float* d, const double* a, const double* b, int n, bool add) {
     double sum[256];
     for (int m = 0; m < 64; ++m) {
@@ -246,7 +246,7 @@ void multiply(float* d, const double* a, const double* b, int n, bool add) {
 }
 
 void compute(Block& b, Warpgroup& g) {
-    static thread_local double left[64 * 16], right[16 * 256];
+    double left[64 * 16], right[16 * 256];
     Step& s = g.steps.front();
     const Product& p = s.product;
     const int n = 2 * p.count;
@@ -261,7 +261,7 @@ void compute(Block& b, Warpgroup& g) {
         });
     };
     if (p.regs == nullptr) {
-        unpack(p.a, p.a_columns, 64, [](int k, int m) -> double& { return left[m * 16 + k]; });
+        unpack(p.a, p.a_columns, 64, [&](int k, int m) -> double& { return left[m * 16 + k]; });
     } else {
         for (int t = 0; t < GROUP; ++t) {
             for (int i = 0; i < 4; ++i) {
@@ -272,7 +272,7 @@ void compute(Block& b, Warpgroup& g) {
             }
         }
     }
-    unpack(p.b, p.b_columns, n, [n](int k, int i) -> double& { return right[k * n + i]; });
+    unpack(p.b, p.b_columns, n, [&](int k, int i) -> double& { return right[k * n + i]; });
     if (written) launch->report = "shared memory was written while a wgmma reads it, at " + at(s.site);
     multiply(g.chains[s.chain].tile.data(), left, right, n, p.add);
     g.steps.pop_front();

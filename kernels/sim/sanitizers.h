@@ -43,14 +43,14 @@ constexpr int GROUP = 128;       // threads of a warpgroup
 constexpr int NAN_BYTE = 0xFF;   // four of them are a NaN, two are a bf16 NaN
 constexpr size_t STACK = 256 << 10;
 
-void poison(void* p, size_t n) {
+void poison(const void* p, size_t n) {
 #ifdef SIM_ASAN
     __asan_poison_memory_region(p, n);
 #else
     (void)p, (void)n;
 #endif
 }
-void unpoison(void* p, size_t n) {
+void unpoison(const void* p, size_t n) {
 #ifdef SIM_ASAN
     __asan_unpoison_memory_region(p, n);
 #else
@@ -93,13 +93,23 @@ void seen_write(void* p, size_t n) {
 #endif
 }
 
-// A write of the copy engine, which is a thread of its own: it comes after what was released at p,
-// and is seen by those who acquire `to`.
+// The copy engine, which is a thread of its own. The host makes it: what a fibre did before it made
+// a thread would come before all that the thread does.
+void* engine() {
+#ifdef SIM_TSAN
+    static thread_local void* fiber = __tsan_create_fiber(0);
+    return fiber;
+#else
+    return nullptr;
+#endif
+}
+
+// A write of the engine: it comes after what was released at p, and is seen by those who acquire
+// `to`.
 void engine_write(void* p, size_t n, void* to) {
 #ifdef SIM_TSAN
-    static thread_local void* engine = __tsan_create_fiber(0);
     void* from = __tsan_get_current_fiber();
-    __tsan_switch_to_fiber(engine, 1);
+    __tsan_switch_to_fiber(engine(), 1);
     __tsan_acquire(p);
     __tsan_write_range(p, n);
     __tsan_release(to);

@@ -77,10 +77,14 @@ void finish(Thread& t) {
 // The first frame of every fibre.
 void body() {
 #ifdef SIM_ASAN
-    __sanitizer_finish_switch_fiber(nullptr, &host_stack, &host_size);
+    // The first fibre of a launch comes from the host.
+    Context& host = launch->host;
+    const bool first = host.stack == nullptr;
+    __sanitizer_finish_switch_fiber(nullptr, first ? &host.stack : nullptr, first ? &host.bytes : nullptr);
 #endif
     acquire(&launch->begin);
     launch->call(launch->args);
+    Thread* after = nullptr;
     {
         // It must end here: a fibre that leaves unseen would be unseen in all launches that take it
         // over.
@@ -92,18 +96,23 @@ void body() {
         finish(*t);
         release(&launch->end);
         t->state = Thread::Done;
+        --launch->alive;
+        leave(*t->block);
+        // Nobody takes it over before the host starts other blocks.
+        pool.give(t->fibre);
+        after = next();
     }
-    to_host(true);
+    switch_to(after, true);
     std::abort();
 }
 
 void prepare(Thread& t) {
     t.fibre = pool.take();
     t.fibre->fake = nullptr;
-    unpoison(t.fibre->stack + 4096, STACK - 4096);
+    unpoison(static_cast<const char*>(t.fibre->stack) + 4096, STACK - 4096);
     // A frame as sim_switch leaves it: six registers, the return address, and a slot that keeps the
     // stack aligned as after a call.
-    void** top = reinterpret_cast<void**>(t.fibre->stack + STACK);
+    void** top = reinterpret_cast<void**>(t.fibre->top);
     top[-2] = reinterpret_cast<void*>(&body);
     for (int i = 3; i <= 8; ++i) top[-i] = nullptr;
     t.fibre->sp = &top[-8];
@@ -171,7 +180,8 @@ void start(Block& b, uint3 index) {
         t.id = i;
         t.warp = first + i / 32;
         t.registers = registers;
-        t.index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
+        t.thread_index = {i % size.x, i / size.x % size.y, i / (size.x * size.y)};
+        t.block_index = index, t.block_size = size, t.grid_size = launch->grid;
         prepare(t);
         make_ready(&t);
     }
@@ -182,8 +192,9 @@ void start(Block& b, uint3 index) {
 // through warps, as they came. Another draws both, but lets the warp `last` go on most times if it
 // can: a fair draw keeps warps abreast, and what a warp that is a round of a loop ahead writes too
 // early would not show.
-Thread* next(unsigned last) {
+Thread* pick() {
     auto& awake = launch->awake;
+    unsigned& last = launch->last;
     const bool drawn = launch->random != 0, stays = !launch->ready[last].empty() && !(drawn && draw() % 8 == 0);
     if (!stays) last = awake[drawn ? draw() % awake.size() : 0];
     auto& warp = launch->ready[last];
@@ -192,6 +203,16 @@ Thread* next(unsigned last) {
     warp.pop_front();
     if (warp.empty()) awake.erase(std::find(awake.begin(), awake.end(), last));
     return t;
+}
+
+Thread* next() {
+    while (launch->alive > 0 && launch->report.empty()) {
+        // What is under way is done at a random time, at the latest when nothing else can happen.
+        if (launch->async && launch->random != 0 && draw() % 16 == 0) advance();
+        if (!launch->awake.empty()) return pick();
+        if (!advance()) launch->report = stuck();
+    }
+    return nullptr;
 }
 
 void run_blocks(const std::vector<uint3>& indices) {
@@ -208,24 +229,8 @@ void run_blocks(const std::vector<uint3>& indices) {
         if (b.rank == 0) launch->clusters.emplace_back();
         b.cluster = &launch->clusters.back();
     }
-    unsigned last = 0;
-    while (launch->alive > 0 && launch->report.empty()) {
-        // What is under way is done at a random time, at the latest when nothing else can happen.
-        if (launch->async && launch->random != 0 && draw() % 16 == 0) advance();
-        if (launch->awake.empty()) {
-            if (advance()) continue;
-            launch->report = stuck();
-            break;
-        }
-        Thread* t = next(last);
-        last = t->warp;
-        to_fibre(t);
-        if (t->state == Thread::Done) {
-            --launch->alive;
-            leave(*t->block);
-            pool.give(t->fibre);
-        }
-    }
+    launch->last = 0;
+    while (Thread* t = next()) switch_to(t);
     launch->loads.clear();
     launch->late.clear();
     for (Block& b : launch->blocks) {

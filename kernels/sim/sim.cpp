@@ -11,6 +11,7 @@
 
 using namespace sim;
 
+#pragma GCC visibility push(default)
 extern "C" {
 
 // Device memory: NaN to begin with, redzones on both sides.
@@ -84,6 +85,7 @@ int sim_launch(const char* name, const unsigned* grid, const unsigned* size, siz
         return 1;
     }
     launch = &l;
+    engine();
     release(&launch->begin);
     Unseen unseen;
     // Clusters, each by its first block.
@@ -112,3 +114,4 @@ int sim_launch(const char* name, const unsigned* grid, const unsigned* size, siz
 }
 
 }  // extern "C"
+#pragma GCC visibility pop

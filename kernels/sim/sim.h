@@ -55,20 +55,31 @@ struct Site {
 };
 #define SIM_SITE (::sim::Site{__FILE__, __LINE__})
 
-uint3 thread_index();
-uint3 block_index();
-dim3 block_size();
-dim3 grid_size();
+// Where the running thread stands.
+struct Place {
+    uint3 thread_index, block_index;
+    dim3 block_size, grid_size;
+};
+// One of each host thread, at an address that is known when the library is loaded.
+extern __thread const Place* here __attribute__((tls_model("initial-exec")));
 
 // All threads of the block, or `threads` of them at a numbered barrier.
 void barrier(Site site, int id = 0, int threads = 0);
 void barrier_arrive(Site site, int id, int threads);
 
 // What the lanes of a warp do together. All lanes of `mask` call it with the same kind; each brings
-// a value of `bytes` and gets the 32 of them.
+// a value of `bytes` and gets the 32 of them, which stay until it calls again.
 constexpr size_t MAX_VALUE = 64;
+using Values = char[32][MAX_VALUE];
 enum class Warp { Sync, Shuffle, Vote, Mma, Matrix, Elect };
-void exchange(Warp kind, unsigned mask, const void* value, size_t bytes, void* all, Site site);
+const Values& exchange(Warp kind, unsigned mask, const void* value, size_t bytes, Site site);
+
+// What a lane brings to Warp::Mma: ptx::mma_bf16's operands. The last lane that comes computes the
+// product of all.
+struct Fragments {
+    float d[4];
+    uint32_t a[4], b[2];
+};
 
 // An mbarrier: `arrivals` arrivals complete a phase.
 void mbarrier_init(uint64_t* bar, int arrivals, Site site);
@@ -186,8 +197,8 @@ struct Entry {
 
 }  // namespace sim
 
-#define threadIdx (::sim::thread_index())
-#define blockIdx (::sim::block_index())
-#define blockDim (::sim::block_size())
-#define gridDim (::sim::grid_size())
+#define threadIdx (::sim::here->thread_index)
+#define blockIdx (::sim::here->block_index)
+#define blockDim (::sim::here->block_size)
+#define gridDim (::sim::here->grid_size)
 #define __syncthreads() ::sim::barrier(SIM_SITE)
