@@ -101,7 +101,7 @@ fn rollout_equals_training_on_a_device() {
     sim::on_devices(|dev| {
         for name in ["gpt2", "llama"] {
             let model = Model::<bf16>::load(dev, &golden::path(name), Head::Lm, None).unwrap();
-            let prompts = prompts(5, model.spec().vocab);
+            let prompts = prompts(if sim::full() { 5 } else { 3 }, model.spec().vocab);
             let all =
                 sample::SamplingParams { temperature: 0.7, top_k: 40, top_p: 0.9, min_p: 0.01 };
             let mut drawn = Vec::new();
@@ -150,7 +150,7 @@ fn rows_in_vain_leave_no_trace_on_a_device() {
             let want: Vec<Completion<f32>> = cut.collect();
             let lens: BTreeSet<usize> = want.iter().map(|c| c.ids.len()).collect();
             assert!(lens.len() > 2 && want.iter().any(|c| !c.stopped), "{lens:?}");
-            for (slots, rows) in [(1, 1), (3, 64), (9, 512)] {
+            for (slots, rows) in sim::cases(2, [(1, 1), (9, 512), (3, 64)]) {
                 let what = format!("{slots} slots, {rows} rows, {filter:?}");
                 let generator = Generator::for_prompts(&prompts, most, slots, rows);
                 let bytes = generator.plan::<bf16>(dev, model.spec(), &filter).unwrap();
@@ -296,7 +296,7 @@ fn samples_of_one_prompt_share_its_pages_on_a_device() {
         let mut settings = settings(FILTERS[0], 5);
         settings.stop_ids = (0..75).collect();
         let alone = generate(dev, &model, &prompts, &settings, (1, 130));
-        for (slots, rows) in [(2, 512), (3, 140), (6, 512)] {
+        for (slots, rows) in sim::cases(2, [(3, 140), (6, 512), (2, 512)]) {
             let together = generate(dev, &model, &prompts, &settings, (slots, rows));
             assert!(together == alone, "{slots} slots, {rows} rows on {}", dev.describe());
         }

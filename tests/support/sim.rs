@@ -67,7 +67,7 @@ pub struct Sim {
     library: PathBuf,
 }
 
-/// `all` runs kernels under the sanitizers, too, and in many orders of threads and blocks. A test
+/// `all` runs tests at their full size, and kernels under the sanitizers and in many orders. A test
 /// sets it to a variant and its library in the processes that it starts.
 const SIM: &str = "WARPO_SIM";
 
@@ -111,6 +111,16 @@ pub fn on_devices(mut test: impl FnMut(&Device)) {
 /// Whether the sanitizers and all orders are asked for.
 fn all() -> bool {
     std::env::var(SIM).is_ok_and(|value| value == "all")
+}
+
+/// Whether tests run at their full size, as CI and a GPU ask for.
+pub fn full() -> bool {
+    [SIM, GPU].iter().any(|name| std::env::var_os(name).is_some())
+}
+
+/// The first cases, the most telling ones, or all of them where tests run at their full size.
+pub fn cases<T, const N: usize>(few: usize, all: [T; N]) -> impl Iterator<Item = T> {
+    all.into_iter().take(if full() { N } else { few })
 }
 
 /// Eight orders of threads and blocks, the natural one first.

@@ -17,11 +17,12 @@ use crate::support::{
     runs::{
         assert_same, copy, data, entry, metrics, outcome, small, train, train_command, trainer,
     },
-    temp_dir,
+    sim, temp_dir,
 };
 
 /// G1: a run that is resumed from the checkpoint of any of its 40 steps ends with the bytes of the
 /// straight run: weights, moments, metrics, rollouts. Resumed runs use another number of threads.
+/// By default the steps are the first, those around an epoch's end and the last.
 fn resumes_at_every_step(algorithm: &str) {
     let dir = temp_dir(&format!("resume_{algorithm}"));
     let (straight, resumed) = (dir.join("straight"), dir.join("resumed"));
@@ -32,7 +33,7 @@ fn resumes_at_every_step(algorithm: &str) {
     train(algorithm, &with(&["checkpoint_every=1", "keep_checkpoints=50", "threads=1"])).unwrap();
     let wanted = outcome(&straight);
     assert_eq!(metrics(&straight).len(), 40);
-    for step in 1..=40 {
+    for step in (1..=40).filter(|s| sim::full() || [1, 19, 20, 21, 40].contains(s)) {
         let _ = std::fs::remove_dir_all(&resumed);
         let name = format!("checkpoints/step-{step}");
         copy(&straight.join(&name), &resumed.join(&name));

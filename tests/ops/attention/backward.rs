@@ -56,21 +56,22 @@ impl sim::Case for Differentiate {
 }
 
 /// All widths of heads, groups that do not divide a tile, lengths around one, windows and caps.
-fn backward_cases() -> Vec<(Shape, Vec<usize>)> {
-    vec![
-        (shape(1, 1, 64), vec![1, 63, 64, 65, 130]),
+fn backward_cases() -> impl Iterator<Item = (Shape, Vec<usize>)> {
+    let all = [
         (shape(7, 1, 64), vec![9, 10, 0, 30]),
-        // A warp's first row sees all of its columns but the last.
-        (shape(8, 1, 64), vec![40]),
         (shape(4, 2, 80), vec![33, 70]),
         (shape(2, 1, 96), vec![66]),
         (shape(6, 2, 128), vec![21, 65]),
         (shape(3, 1, 256), vec![33, 40]),
-        (Shape { window: Some(1), ..shape(2, 1, 64) }, vec![70]),
         // A warp's last row sees all of its columns but the first.
         (Shape { window: Some(63), ..shape(1, 1, 64) }, vec![130]),
+        // A warp's first row sees all of its columns but the last.
+        (shape(8, 1, 64), vec![40]),
+        (Shape { window: Some(1), ..shape(2, 1, 64) }, vec![70]),
+        (shape(1, 1, 64), vec![1, 63, 64, 65, 130]),
         (Shape { window: Some(65), softcap: Some(2.0), ..shape(3, 1, 64) }, vec![200]),
-    ]
+    ];
+    sim::cases(8, all)
 }
 
 #[test]
@@ -82,18 +83,17 @@ fn kernels_go_backward_as_the_cpu() {
     });
 }
 
-/// In the last case a prompt's first keys have less to do than the next, which wait for them.
-fn shared_backward_cases() -> Vec<Group> {
-    [
-        (shape(2, 1, 64), 64, [1, 65, 3]),
-        (shape(3, 1, 64), 70, [3, 0, 31]),
-        (Shape { window: Some(21), ..shape(4, 2, 64) }, 37, [5, 1, 60]),
-        (Shape { softcap: Some(2.0), ..shape(3, 1, 80) }, 65, [30, 1, 0]),
-        (Shape { window: Some(40), ..shape(3, 1, 256) }, 45, [3, 20, 0]),
+/// In the first case a prompt's first keys have less to do than the next, which wait for them.
+fn shared_backward_cases() -> impl Iterator<Item = Group> {
+    let all = [
         (Shape { window: Some(21), ..shape(6, 3, 64) }, 130, [64, 3, 0]),
-    ]
-    .map(|(shape, prompt, rest)| Group { shape, prompt, rest })
-    .into()
+        (shape(3, 1, 64), 70, [3, 0, 31]),
+        (Shape { softcap: Some(2.0), ..shape(3, 1, 80) }, 65, [30, 1, 0]),
+        (shape(2, 1, 64), 64, [1, 65, 3]),
+        (Shape { window: Some(21), ..shape(4, 2, 64) }, 37, [5, 1, 60]),
+        (Shape { window: Some(40), ..shape(3, 1, 256) }, 45, [3, 20, 0]),
+    ];
+    sim::cases(4, all).map(|(shape, prompt, rest)| Group { shape, prompt, rest })
 }
 
 #[test]
@@ -245,19 +245,19 @@ fn kernels_on_hopper_go_backward_as_the_cpu() {
     sim::check(|sim| {
         let sim = sim.hopper();
         let more = [
-            (shape(1, 1, 64), vec![127, 128, 129, 300]),
             (shape(7, 1, 64), vec![150, 20]),
             (shape(2, 1, 80), vec![140]),
             (shape(3, 1, 96), vec![131]),
             (shape(5, 1, 128), vec![140, 13]),
-            (shape(2, 1, 256), vec![65, 130]),
             (Shape { window: Some(70), softcap: Some(2.0), ..shape(3, 1, 256) }, vec![150]),
-            (Shape { window: Some(1), ..shape(3, 1, 128) }, vec![140]),
-            (Shape { window: Some(64), ..shape(1, 1, 128) }, vec![290]),
             // The last query of a tile sees all of a warp's keys but the first.
             (Shape { window: Some(79), ..shape(1, 1, 64) }, vec![130]),
+            (shape(1, 1, 64), vec![127, 128, 129, 300]),
+            (shape(2, 1, 256), vec![65, 130]),
+            (Shape { window: Some(1), ..shape(3, 1, 128) }, vec![140]),
+            (Shape { window: Some(64), ..shape(1, 1, 128) }, vec![290]),
         ];
-        for (s, lens) in backward_cases().into_iter().chain(more) {
+        for (s, lens) in backward_cases().chain(sim::cases(6, more)) {
             sim.hold_bf16(&Differentiate::Whole(s, lens));
         }
     });
@@ -269,11 +269,11 @@ fn kernels_on_hopper_go_backward_through_shared_prompts_as_the_cpu() {
         let sim = sim.hopper();
         let window = Some(150);
         let more = [
-            Group { shape: shape(2, 1, 64), prompt: 128, rest: [1, 130, 3] },
             Group { shape: shape(3, 1, 256), prompt: 70, rest: [3, 0, 65] },
+            Group { shape: shape(2, 1, 64), prompt: 128, rest: [1, 130, 3] },
             Group { shape: Shape { window, ..shape(3, 1, 64) }, prompt: 260, rest: [160, 4, 2] },
         ];
-        for group in shared_backward_cases().into_iter().chain(more) {
+        for group in shared_backward_cases().chain(sim::cases(2, more)) {
             sim.hold_bf16(&Differentiate::Shared(group));
         }
     });
