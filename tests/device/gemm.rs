@@ -32,39 +32,28 @@ fn all_forms<F: Float>(sizes: &[(usize, usize, usize)]) {
         let x: Vec<F> = randn("x", m * k);
         let w: Vec<F> = randn("w", n * k);
         let c0: Vec<F> = randn("c", m * n);
-        for dev in devices() {
-            let cpu = dev.on_cpu("gemm").unwrap();
-            let mut panels = vec![F::ZERO; gemm::packed_len(k, n)];
-            gemm::pack(cpu, &mut panels, &w, n, k);
-            for add in [false, true] {
-                for at in [false, true] {
-                    let a = |i: usize, p: usize| if at { x[p * m + i] } else { x[i * k + p] };
-                    let lhs = if at { Lhs::columns(&x, m) } else { Lhs::rows(&x, k) };
-                    let nt = chain(&c0, (m, n, k), a, |p, j| w[j * k + p], add);
-                    let nn = chain(&c0, (m, n, k), a, |p, j| w[p * n + j], add);
-                    for (name, rhs, want) in [
-                        ("packed", Rhs::Packed(&panels), &nt),
-                        ("columns", Rhs::Columns { data: &w, ld: k }, &nt),
-                        ("rows", Rhs::Rows { data: &w, ld: n }, &nn),
-                    ] {
-                        let what = format!("{m}x{n}x{k} {name} add={add} at={at} {dev:?}");
-                        let mut c = c0.clone();
-                        gemm::product(
-                            cpu,
-                            &mut c,
-                            n,
-                            Product::new((m, n, k), lhs, rhs).continuing(add),
-                        );
-                        assert_bits(&what, &c, want);
-                        let mut c = c0.clone();
-                        gemm::serial(
-                            cpu.isa(),
-                            &mut c,
-                            n,
-                            Product::new((m, n, k), lhs, rhs).continuing(add),
-                        );
-                        assert_bits(&what, &c, want);
-                    }
+        for (add, at) in [(false, false), (false, true), (true, false), (true, true)] {
+            let a = |i: usize, p: usize| if at { x[p * m + i] } else { x[i * k + p] };
+            let lhs = if at { Lhs::columns(&x, m) } else { Lhs::rows(&x, k) };
+            let nt = chain(&c0, (m, n, k), a, |p, j| w[j * k + p], add);
+            let nn = chain(&c0, (m, n, k), a, |p, j| w[p * n + j], add);
+            for dev in devices() {
+                let cpu = dev.on_cpu("gemm").unwrap();
+                let mut panels = vec![F::ZERO; gemm::packed_len(k, n)];
+                gemm::pack(cpu, &mut panels, &w, n, k);
+                for (name, rhs, want) in [
+                    ("packed", Rhs::Packed(&panels), &nt),
+                    ("columns", Rhs::Columns { data: &w, ld: k }, &nt),
+                    ("rows", Rhs::Rows { data: &w, ld: n }, &nn),
+                ] {
+                    let what = format!("{m}x{n}x{k} {name} add={add} at={at} {dev:?}");
+                    let product = Product::new((m, n, k), lhs, rhs).continuing(add);
+                    let mut c = c0.clone();
+                    gemm::product(cpu, &mut c, n, product);
+                    assert_bits(&what, &c, want);
+                    let mut c = c0.clone();
+                    gemm::serial(cpu.isa(), &mut c, n, product);
+                    assert_bits(&what, &c, want);
                 }
             }
         }
