@@ -202,7 +202,7 @@ impl Sim {
         let mut orders = orders();
         orders.truncate(match self.variant {
             Variant::Address | Variant::Thread => 2,
-            Variant::Plain if !all() => 3,
+            Variant::Plain if !all() => 2,
             Variant::Plain | Variant::Gpu => 8,
         });
         orders
@@ -331,7 +331,7 @@ impl Sim {
         let dev = self.device(Order::default());
         let at = |x: f64| T::of(x).f64();
         let whole = Lab::run(&dev, 0, at, |lab| case(all).run::<T>(lab));
-        for first in [1, 2, all / 2, all - 1] {
+        for first in cases(2, [1, all / 2, 2, all - 1]) {
             let part = Lab::run(&dev, first, at, |lab| case(all - first).run::<T>(lab));
             for (part, whole) in part.iter().zip(&whole).filter(|(p, _)| p.rows) {
                 let at = whole.bits.len() - part.bits.len();

@@ -172,8 +172,7 @@ fn a_step_waits_for_its_device_twice() {
     sim::on_devices(|dev| {
         let Device::Cuda(cuda) = dev else { unreachable!() };
         let calls = |algorithm: &str, more: &[&str]| {
-            let more = [&["batch_size=4"], more].concat();
-            let mut t = trainer::<bf16>(dev, algorithm, &on_device(&dir, algorithm, &more));
+            let mut t = trainer::<bf16>(dev, algorithm, &on_device(&dir, algorithm, more));
             drop(step(&mut t));
             let before = cuda.calls();
             drop(step(&mut t));
@@ -181,8 +180,8 @@ fn a_step_waits_for_its_device_twice() {
             (after.waits - before.waits, after.launches - before.launches)
         };
         for algorithm in ["sft", "reward"] {
-            let (waits, launches) = calls(algorithm, &["micro_batch_tokens=10000"]);
-            let (again, more) = calls(algorithm, &["micro_batch_tokens=1"]);
+            let (waits, launches) = calls(algorithm, &["batch_size=4", "micro_batch_tokens=10000"]);
+            let (again, more) = calls(algorithm, &["batch_size=4", "micro_batch_tokens=1"]);
             // The gradient's norm decides whether there is an update; whether its weights are
             // numbers ends the step.
             assert_eq!((waits, again), (2, 2), "{algorithm}");
