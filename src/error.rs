@@ -177,8 +177,8 @@ impl Error {
         }
     }
 
-    /// The process exit code: 2 bad usage or configuration, 3 no device, 4 a bad number stopped
-    /// it, 5 the folder is locked, 130 SIGINT, 143 SIGTERM, 1 all else.
+    /// The process exit code: 2 bad usage or configuration, 3 no device, 4 a bad number, 5 the
+    /// folder is locked, 130 SIGINT, 143 SIGTERM, 1 all else.
     pub fn exit_code(&self) -> u8 {
         match self {
             Self::Config { .. } => 2,

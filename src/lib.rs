@@ -61,6 +61,7 @@ pub mod config;
 pub mod data;
 #[doc(hidden)]
 pub mod device;
+mod digest;
 #[doc(hidden)]
 pub mod error;
 #[doc(hidden)]

@@ -7,6 +7,7 @@ use std::{
 
 const LAYERS: &[(&str, u32)] = &[
     ("error", 0),
+    ("digest", 0),
     ("shape", 1),
     ("rng", 1),
     ("config", 1),

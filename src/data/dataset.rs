@@ -6,6 +6,7 @@ use sha2::{Digest, Sha256};
 
 use super::{DataPlace, Located, Record, Tokenizer};
 use crate::{
+    digest::hex,
     error::{Error, Result},
     rng::{Philox, Purpose},
 };
@@ -92,7 +93,7 @@ impl Dataset {
         }
         // NaN stands for no margin: data has none.
         part(&mut self.margins.iter().map(|m| m.unwrap_or(f64::NAN).to_bits()));
-        hash.finalize().iter().map(|b| format!("{b:02x}")).collect()
+        hex(hash.finalize())
     }
 
     /// Adds an example, cut at the end, unless it then teaches nothing.

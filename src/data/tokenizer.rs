@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 
 use crate::{
     device::file,
+    digest::hex,
     error::{Error, Result},
 };
 
@@ -78,7 +79,7 @@ impl Tokenizer {
         eos.extend(numbered("eos_token_id"));
         let mut seen = BTreeSet::new();
         eos.retain(|id| seen.insert(*id));
-        let digest = Sha256::digest(&text).iter().map(|b| format!("{b:02x}")).collect();
+        let digest = hex(Sha256::digest(&text));
         let mut this = Self { path, digest, inner, bos, eos, adds_bos: false, anchor: None };
         let (with, without) = (this.raw("a", true)?, this.raw("a", false)?);
         this.adds_bos = bos.is_some()

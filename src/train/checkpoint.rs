@@ -22,7 +22,7 @@ use serde_json::Value;
 use super::storage::{Storage, check_room, uninterrupted};
 use crate::error::{Error, Result};
 pub use format::{Dtype, SavedNumber, SavedTensor};
-pub use verify::{LoadedCheckpoint, TensorInfo, load};
+pub use verify::{LoadedCheckpoint, TensorInfo, digest, load};
 
 /// What [`save`] did.
 #[derive(Debug)]
@@ -218,10 +218,12 @@ fn commit(storage: &dyn Storage, dir: &Path, tmp: &Path, path: &Path, nonce: &st
 /// known to be good; the others are read, since one that rotted must not count.
 pub fn prune(storage: &dyn Storage, dir: &Path, step: u64, keep: usize) -> Result<()> {
     let (mut good, keep, nonce) = (1, keep.max(2), nonce());
-    for entry in list(storage, dir)?.iter().filter(|e| e.step < step || e.replaced) {
-        if entry.step > step {
-            continue;
-        }
+    let mut older = list(storage, dir)?;
+    older.retain(|e| e.step < step || e.step == step && e.replaced);
+    if older.len() < keep && older.iter().all(|e| e.step < step) {
+        return Ok(());
+    }
+    for entry in &older {
         if entry.step < step && good < keep {
             good += usize::from(load(storage, &entry.path).is_ok());
             continue;

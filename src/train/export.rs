@@ -4,15 +4,16 @@
 use std::{
     collections::BTreeMap,
     fs::{self, File},
-    io,
     path::Path,
 };
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
-use sha2::{Digest, Sha256};
 
-use super::storage::{Disk, Storage, write_file};
+use super::{
+    checkpoint,
+    storage::{Disk, Storage, write_file},
+};
 use crate::{
     device::{Device, Element, file},
     error::{Error, Result},
@@ -124,8 +125,5 @@ fn set(path: &Path, key: &str, value: Value) -> Result<()> {
 
 /// SHA-256 of a file.
 fn digest(path: &Path) -> Result<String> {
-    let mut hash = Sha256::new();
-    let mut file = File::open(path).map_err(Error::io("open", path))?;
-    io::copy(&mut file, &mut hash).map_err(Error::io("read", path))?;
-    Ok(hash.finalize().iter().map(|b| format!("{b:02x}")).collect())
+    Ok(checkpoint::digest(&Disk, path, 0, u64::MAX, &mut vec![0; 1 << 20])?.0)
 }

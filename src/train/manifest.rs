@@ -10,6 +10,7 @@ use super::{Settings, inputs::RunInputs};
 use crate::{
     config::Section,
     data::Tokenizer,
+    digest::hex,
     error::{Error, Result},
 };
 
@@ -70,8 +71,7 @@ impl Manifest {
 
     /// SHA-256 of all that is compared.
     pub fn digest(&self) -> String {
-        let text = format!("{:?}", self.fields());
-        Sha256::digest(text).iter().map(|b| format!("{b:02x}")).collect()
+        hex(Sha256::digest(format!("{:?}", self.fields())))
     }
 
     /// All that is compared, by the key that a user knows, in the order in which a difference is

@@ -10,6 +10,7 @@ use crate::{
     algorithms::{Columns, Needs, Origin},
     data::Sequence,
     device::{Buffer, Device, Element, Pending},
+    digest::hex,
     error::{Error, Result},
     models::{self, Batch, Config, Head, Layout, Master, Model, Params, Residency, Spec},
     ops::{
@@ -198,7 +199,7 @@ impl<T: Element<Acc = f32>> Models<T> {
             }
             // Weights alone do not tell how far a rotation turns.
             digest.update(format!("{:?}", m.spec()));
-            Ok((role.name, digest.finalize().iter().map(|b| format!("{b:02x}")).collect()))
+            Ok((role.name, hex(digest.finalize())))
         };
         self.all().map(hash).collect()
     }

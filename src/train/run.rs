@@ -282,7 +282,9 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         t.step = loaded.step;
         self.saved = Some(loaded.step);
         let keep = t.inputs.settings.keep_checkpoints;
-        checkpoint::prune(&Disk, &self.checkpoints, loaded.step, keep)?;
+        if let Err(problem) = checkpoint::prune(&Disk, &self.checkpoints, loaded.step, keep) {
+            seen.note(&format!("a surplus checkpoint stays: {problem}"));
+        }
         seen.note(&format!("resumed at step {} from {}", loaded.step, loaded.path.display()));
         Ok(())
     }

@@ -1,6 +1,6 @@
 //! What a run leaves at its end: a model that is this run's, whole, and nobody else's.
 
-use std::{fs, path::Path};
+use std::{fs, path::Path, process::Command};
 
 use serde_json::Value;
 
@@ -23,7 +23,7 @@ fn a_model_that_is_stale_or_damaged_is_exported_again() {
     run(&dir, "sft", "b", &["learning_rate=0.001"]).unwrap();
     let (model, want) = (dir.join("a/final"), outcome(&dir.join("a")));
     let weights = model.join("model.safetensors");
-    let spoilt: [&dyn Fn(); 4] = [
+    let spoilt: [&dyn Fn(); 5] = [
         // another run's, as a kill between the last checkpoint and the export leaves it
         &|| copy(&dir.join("b/final"), &model),
         // what a power cut may leave of a file that nobody synced
@@ -34,6 +34,11 @@ fn a_model_that_is_stale_or_damaged_is_exported_again() {
             fs::write(&weights, bytes).unwrap();
         },
         &|| fs::remove_file(model.join("warpo.json")).unwrap(),
+        // opening it would wait for ever
+        &|| {
+            fs::remove_file(&weights).unwrap();
+            assert!(Command::new("mkfifo").arg(&weights).status().unwrap().success());
+        },
     ];
     for spoil in spoilt {
         spoil();

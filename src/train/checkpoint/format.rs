@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::run;
 use crate::{
+    digest::hex,
     error::{Error, Result},
     shape,
     train::storage::{Storage, StorageFile, append_all},
@@ -188,7 +189,7 @@ const CLOSE: &str = "}\n";
 /// Frames the manifest with its own hash. Every byte of the frame is fixed or hashed.
 fn seal(manifest: &FileManifest) -> Result<String, serde_json::Error> {
     let body = serde_json::to_string(manifest)?;
-    Ok(format!("{OPEN}{}{MIDDLE}{body}{CLOSE}", hex(&Sha256::digest(&body))))
+    Ok(format!("{OPEN}{}{MIDDLE}{body}{CLOSE}", hex(Sha256::digest(&body))))
 }
 
 /// The inverse of [`seal`]; the error says what is wrong with the text.
@@ -200,7 +201,7 @@ pub(super) fn unseal(bytes: &[u8]) -> Result<FileManifest, String> {
         Some((hash, rest.strip_prefix(MIDDLE)?))
     };
     let (hash, body) = frame().ok_or("is torn: its frame is not that of a manifest")?;
-    let got = hex(&Sha256::digest(body));
+    let got = hex(Sha256::digest(body));
     if got != hash {
         return Err(format!("is corrupt: its SHA-256 is {got}, wanted {hash}"));
     }
@@ -209,14 +210,6 @@ pub(super) fn unseal(bytes: &[u8]) -> Result<FileManifest, String> {
         return Err(format!("has format {}, wanted {FORMAT}", manifest.format));
     }
     Ok(manifest)
-}
-
-pub(super) fn hex(bytes: &[u8]) -> String {
-    use std::fmt::Write;
-    bytes.iter().fold(String::new(), |mut s, b| {
-        let _ = write!(s, "{b:02x}");
-        s
-    })
 }
 
 /// A file being written and hashed.
@@ -247,7 +240,7 @@ fn file(
     let mut writer = Writer { file, hash: Sha256::new(), bytes: 0 };
     fill(&mut writer, path)?;
     run("sync", path, || writer.file.sync())?;
-    let sha256 = hex(&writer.hash.finalize());
+    let sha256 = hex(writer.hash.finalize());
     Ok(FileEntry { name: name.into(), bytes: writer.bytes, sha256 })
 }
 
@@ -322,7 +315,7 @@ fn safetensors(
             dtype: t.dtype,
             shape: t.shape.clone(),
             offset,
-            sha256: hex(&hash.finalize()),
+            sha256: hex(hash.finalize()),
         });
     }
     Ok(())

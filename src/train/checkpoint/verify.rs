@@ -8,8 +8,9 @@ use std::{
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::format::{Dtype, FileEntry, SavedNumber, TensorEntry, elements, hex, is_stem, unseal};
+use super::format::{Dtype, FileEntry, SavedNumber, TensorEntry, elements, is_stem, unseal};
 use crate::{
+    digest::hex,
     error::{Error, Result},
     train::storage::{Storage, open_at, read_small},
 };
@@ -72,7 +73,7 @@ impl LoadedCheckpoint {
         let bytes: &mut [u8] = bytemuck::cast_slice_mut(out);
         let mut source = open_at(storage, &path, entry.offset)?;
         source.read_exact(bytes).map_err(Error::io("read", &path))?;
-        let got = hex(&Sha256::digest(&*bytes));
+        let got = hex(Sha256::digest(&*bytes));
         if got != entry.sha256 { Err(corrupt(path, entry, &got)) } else { Ok(()) }
     }
 }
@@ -164,7 +165,7 @@ fn whole(
 }
 
 /// SHA-256 of up to `limit` bytes from `offset`, and how many there were.
-fn digest(
+pub fn digest(
     storage: &dyn Storage,
     path: &Path,
     offset: u64,
@@ -175,7 +176,7 @@ fn digest(
     let (mut hash, mut len) = (Sha256::new(), 0);
     loop {
         match source.read(buffer) {
-            Ok(0) => return Ok((hex(&hash.finalize()), len)),
+            Ok(0) => return Ok((hex(hash.finalize()), len)),
             Ok(n) => {
                 hash.update(&buffer[..n]);
                 len += n as u64;
