@@ -117,7 +117,9 @@ static __device__ void forward(T* y, float* mean, float* rstd, const T* x, const
     }
     group_sum(squares, group, room);
     if (row >= rows) return;
-    const float r = 1.0f / sqrtf(squares[0] / cols + eps);
+    const float root = 1.0f / sqrtf(squares[0] / cols + eps);
+    // NaN where squares overflowed: zeros would hide it.
+    const float r = root + 0.0f / root;
     if (lane == 0) {
         if (LAYER) mean[row] = m;
         rstd[row] = r;

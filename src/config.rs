@@ -3,6 +3,8 @@
 //! Keys are flat and have the field's names, the same in a file and in `--set key=value`. An
 //! unknown key is refused with the nearest known one.
 
+pub mod elsewhere;
+
 use std::{any::Any, fmt::Debug, path::PathBuf};
 
 use toml::Value;
@@ -263,64 +265,11 @@ pub fn set(sections: &mut [&mut dyn Section], key: &str, value: &Value) -> Resul
 /// The known key that a user most likely meant.
 fn nearest(sections: &[&mut dyn Section], key: &str) -> Option<&'static str> {
     let names: Vec<&'static str> = sections.iter().flat_map(|s| s.keys()).map(|k| k.name).collect();
-    let other = ELSEWHERE.iter().find(|(theirs, ours)| *theirs == key && names.contains(ours));
+    let other = elsewhere::ours(key, |name| names.contains(&name));
     let near = names.into_iter().map(|n| (distance(key, n), n)).min();
     let near = near.filter(|(d, n)| *d <= 2.max(n.len() / 3)).map(|(_, n)| n);
-    other.map(|o| o.1).or(near)
+    other.or(near)
 }
-
-/// Names of settings elsewhere (TRL, Hugging Face Trainer, OpenRLHF, verl), and here.
-const ELSEWHERE: &[(&str, &str)] = &[
-    ("lr", "learning_rate"),
-    ("actor_learning_rate", "learning_rate"),
-    ("critic_learning_rate", "value_learning_rate"),
-    ("lr_scheduler_type", "schedule"),
-    ("lr_scheduler", "schedule"),
-    ("warmup_ratio", "warmup_steps"),
-    ("min_lr_rate", "min_learning_rate_ratio"),
-    ("adam_beta1", "beta1"),
-    ("adam_beta2", "beta2"),
-    ("adam_epsilon", "epsilon"),
-    ("per_device_train_batch_size", "batch_size"),
-    ("train_batch_size", "batch_size"),
-    ("rollout_batch_size", "batch_size"),
-    ("gradient_accumulation_steps", "micro_batch_tokens"),
-    ("num_train_epochs", "epochs"),
-    ("max_steps", "steps"),
-    ("eval_steps", "eval_every"),
-    ("save_steps", "checkpoint_every"),
-    ("save_total_limit", "keep_checkpoints"),
-    ("output_dir", "out"),
-    ("model_name_or_path", "model"),
-    ("sft_model_path", "model"),
-    ("pretrain", "model"),
-    ("train_file", "data"),
-    ("dataset_name", "data"),
-    ("reward_model_path", "reward_model"),
-    ("reward_pretrain", "reward_model"),
-    ("max_seq_length", "max_length"),
-    ("max_len", "max_length"),
-    ("response_length", "max_new_tokens"),
-    ("max_tokens", "max_new_tokens"),
-    ("generate_max_len", "max_new_tokens"),
-    ("num_generations", "samples_per_prompt"),
-    ("n_samples_per_prompt", "samples_per_prompt"),
-    ("num_ppo_epochs", "ppo_epochs"),
-    ("num_mini_batches", "minibatches"),
-    ("init_kl_coef", "kl_coef"),
-    ("beta", "kl_coef"),
-    ("target_kl", "kl_target"),
-    ("cliprange", "clip_range"),
-    ("eps_clip", "clip_range"),
-    ("clip_ratio", "clip_range"),
-    ("cliprange_value", "value_clip"),
-    ("vf_coef", "value_coef"),
-    ("lam", "lambda"),
-    ("gae_lambda", "lambda"),
-    ("ent_coef", "entropy_coef"),
-    ("center_rewards_coefficient", "center_coef"),
-    ("completion_only_loss", "completion_only"),
-];
 
 /// Sets all keys of a TOML text; `name` is the file, for messages.
 pub fn set_all(sections: &mut [&mut dyn Section], text: &str, name: &str) -> Result<()> {

@@ -38,7 +38,7 @@ pub(super) struct GenerateArgs {
     samples: u32,
     /// Divides the logits; 0 takes the likeliest token
     #[arg(long, default_value_t = 1.0)]
-    temperature: f32,
+    temperature: f64,
     /// Keep the k likeliest tokens; 0 is off
     #[arg(long, default_value_t = 0)]
     top_k: usize,
@@ -169,6 +169,9 @@ fn run_in<T: Element<Acc = f32>>(
 impl GenerateArgs {
     fn sampling(&self) -> Result<sample::SamplingParams> {
         let Self { temperature, top_k, top_p, min_p, .. } = *self;
+        // A temperature that f32 rounds to 0 is not the greedy choice that 0 stands for.
+        let rounded = temperature as f32;
+        let temperature = if temperature > 0.0 { rounded.max(f32::MIN_POSITIVE) } else { rounded };
         let params = sample::SamplingParams { temperature, top_k, top_p, min_p };
         params.validate().map_err(|e| match e {
             Error::Value { what, want, got } => {

@@ -72,12 +72,10 @@ fn fail(error: &Error) -> ExitCode {
     {
         return ExitCode::SUCCESS;
     }
-    let mut text = format!("error: {error}\n");
+    note(&format!("error: {error}"));
     if let Some(hint) = error.hint() {
-        text += &format!("hint: {hint}\n");
+        note(&format!("hint: {hint}"));
     }
-    // If stderr is gone, there is nobody to tell.
-    let _ = std::io::stderr().write_all(text.as_bytes());
     ExitCode::from(error.exit_code())
 }
 
@@ -112,10 +110,29 @@ fn warn(message: &str) {
     note(&format!("warning: {message}"));
 }
 
-/// A line on standard error.
+/// A line on standard error, which may hold anything.
 fn note(line: &str) {
+    say(&format!("{}\n", plain(line)));
+}
+
+/// Writes our own text to standard error.
+fn say(text: &str) {
     // If stderr is gone, there is nobody to tell.
-    let _ = std::io::stderr().write_all(format!("{line}\n").as_bytes());
+    let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
+/// A message as a terminal may have it, whatever a file put into it: control characters become
+/// escapes, and a long one loses its middle.
+fn plain(text: &str) -> String {
+    let count = text.chars().count();
+    let shown = |(i, c): (usize, char)| match c {
+        _ if count > 1500 && i == 1000 => " [...] ".into(),
+        _ if count > 1500 && (1000..count - 400).contains(&i) => String::new(),
+        '\n' => c.into(),
+        c if c.is_control() => c.escape_default().to_string(),
+        c => c.into(),
+    };
+    text.chars().enumerate().map(shown).collect()
 }
 
 /// Writes to standard output.

@@ -54,11 +54,12 @@ pub(super) fn run(args: &PlanArgs) -> Result<()> {
     };
     let memory = args.memory.as_deref().map(size).transpose()?.or(own);
     let algorithm = (entry.build)(&*section)?;
-    let text = match dev {
+    let (text, short) = match dev {
         Device::Cpu(_) => describe::<f32>(&dev, settings, algorithm, memory),
         Device::Cuda(_) => describe::<bf16>(&dev, settings, algorithm, memory),
-    };
-    super::print(&text?)
+    }?;
+    super::print(&text)?;
+    short.map_or(Ok(()), Err)
 }
 
 fn find(name: &str) -> Result<GpuSpec> {
@@ -152,12 +153,13 @@ impl<'a> PlannedRun<'a> {
     }
 }
 
+/// The plan in words, and the error of a run that does not fit.
 fn describe<T: Element>(
     dev: &Device,
     settings: Settings,
     algorithm: Box<dyn Algorithm>,
     memory: Option<usize>,
-) -> Result<String> {
+) -> Result<(String, Option<Error>)> {
     let run = PlannedRun::new(dev, settings, algorithm)?;
     let (work, plan) = run.plan::<T>(run.settings.micro_batch_tokens)?;
     let mut text = format!("device: {}\n", dev.describe());
@@ -172,7 +174,9 @@ fn describe<T: Element>(
     row("all phases share", "", plan.shared());
     row("total", "", plan.total());
     text += "\nThe driver's own memory is not counted; of a --gpu 1 GiB is left to it.\n";
-    let Some(memory) = memory else { return Ok(text) };
+    let Some(memory) = memory else { return Ok((text, None)) };
+    let want = plan.total();
+    let short = (want > memory).then_some(Error::Memory { what: "the run", want, have: memory });
     text += &match run.largest::<T>(memory)? {
         Some(rows) => format!(
             "In {} fit micro_batch_tokens of up to {rows}: {} of {}.\n",
@@ -191,7 +195,7 @@ fn describe<T: Element>(
             )
         }
     };
-    Ok(text)
+    Ok((text, short))
 }
 
 /// Models by what they hold, then phases.

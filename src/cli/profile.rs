@@ -5,7 +5,7 @@ use std::{
     path::{Path, PathBuf},
 };
 
-use super::{note, warn};
+use super::{say, warn};
 use crate::{
     device::{Device, Profile},
     error::{Error, Result},
@@ -42,7 +42,7 @@ fn tell(profile: &Profile, file: &Path) -> Result<()> {
     let report = profile.report()?;
     // What was refused before it began has no tables.
     if !report.ops.is_empty() {
-        note(&format!("\n{report}"));
+        say(&format!("\n{report}\n"));
     }
     profile.write_chrome(file)
 }

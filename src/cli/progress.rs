@@ -41,12 +41,8 @@ impl Progress {
 
     pub(super) fn line(&self, text: &str) {
         match &self.bar {
-            Some(bar) => bar.println(text),
-            // If stderr is gone, there is nobody to tell.
-            None => drop(std::io::Write::write_all(
-                &mut std::io::stderr(),
-                format!("{text}\n").as_bytes(),
-            )),
+            Some(bar) => bar.println(super::plain(text)),
+            None => super::note(text),
         }
     }
 }

@@ -17,7 +17,7 @@ use crate::{
     ops::sample,
     rng::{Purpose, Stream},
     rollout,
-    train::{self, Settings},
+    train::{self, Settings, signals},
 };
 
 /// Train a small model from real human labels: SFT, reward model, PPO; then compare
@@ -75,6 +75,7 @@ const STAGES: [Stage; 4] = [
 ];
 
 pub(super) fn run(args: &QuickstartArgs) -> Result<()> {
+    signals::install()?;
     let start = Instant::now();
     let ppo = args.settings(&STAGES[3])?;
     let [before, after] = args.place.run(|dev| {

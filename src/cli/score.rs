@@ -13,7 +13,11 @@ use crate::{
     eval,
     models::{Batch, Head, Model},
     rollout::{Scorer, ScoringPass},
+    train,
 };
+
+/// Tokens between two writes: a few passes.
+const PART: usize = 8192;
 
 /// Log-probs, perplexity and rewards of texts, one line for each line of data: of a `text` or
 /// `input_ids` all tokens but the first count, of `prompt, completion` (or `input_ids, output_ids`)
@@ -32,7 +36,7 @@ pub(super) struct ScoreArgs {
     /// Divides the logits
     #[arg(long, default_value_t = 1.0)]
     temperature: f32,
-    /// Append the end-of-text token to texts, as reward models are trained
+    /// Append the end-of-text token to texts; a reward model that Warpo trained has it anyway
     #[arg(long)]
     eos: bool,
     #[command(flatten)]
@@ -72,47 +76,79 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
         let want = format!("a tokenizer in {} that names an end of text", dir.display());
         return Err(Error::config("--eos", want, "none"));
     }
-    let limits = Limits { max_length, vocab, eos: eos.filter(|_| args.eos) };
+    // As the reward model was trained, else as asked.
+    let trained = args.reward_model.as_deref().and_then(train::appended_eos);
+    let eos = trained.or(eos.filter(|_| args.eos));
+    let limits = Limits { max_length, vocab, eos };
     let records = data::read(&args.data)?;
     let data = data::scored(&records, tokenizer.as_ref(), limits)?;
-    let (texts, n) = (&data.sequences, data.stats.truncated);
+    let n = data.stats.truncated;
     if n > 0 {
         warn(&format!("{n} texts lost their end: longer than {max_length} tokens"));
     }
-    let ids: Vec<&[u32]> = texts.iter().map(|t| &t.ids[..]).collect();
-    let rewards = reward_model.map(|m| eval::rate(dev, &m, &ids)).transpose()?;
-    let logprobs = model.map(|m| logprobs(dev, &m, texts, args.temperature)).transpose()?;
-    let line = |i: usize| -> Result<Value> {
-        let text = tokenizer.as_ref().map(|t| t.decode(&texts[i].ids)).transpose()?;
-        let mut line = json!({ "input_ids": texts[i].ids, "text": text });
-        let place = &texts[i].place;
-        if let Some(all) = &logprobs {
-            finite(&all[i], |t| format!("{place}: the log-prob of scored token {t}"))?;
-            let sum = all[i].iter().fold(0.0, |sum, x| sum + f64::from(*x));
-            line["logprobs"] = json!(all[i]);
-            line["sum_logprob"] = json!(sum);
-            // Of nothing there is none.
-            let scored = Some(all[i].len() as f64).filter(|n| *n > 0.0);
-            line["perplexity"] = json!(scored.map(|n| libm::exp(-sum / n)));
-        }
-        if let Some(all) = &rewards {
-            finite(&all[i..=i], |_| format!("{place}: the reward"))?;
-            line["reward"] = json!(all[i]);
-        }
-        Ok(line)
-    };
-    let mut next = 0..texts.len();
-    let mut next = || next.next().map_or(Ok(Value::Null), line);
-    for at in &records {
-        let line = match at.record {
-            Record::Preference { .. } | Record::PreferenceIds { .. } => {
-                json!({ "chosen": next()?, "rejected": next()? })
-            }
-            _ => next()?,
+    let score = Score { dev, tokenizer, model, reward_model, temperature: args.temperature };
+    let mut rest = &data.sequences[..];
+    // All lines have the format of the first.
+    let pairs =
+        matches!(records[0].record, Record::Preference { .. } | Record::PreferenceIds { .. });
+    let unit = if pairs { 2 } else { 1 };
+    while !rest.is_empty() {
+        let mut tokens = 0;
+        let full = |example: &[Sequence]| {
+            tokens += example.iter().map(|s| s.ids.len()).sum::<usize>();
+            tokens > PART
         };
-        super::print(&format!("{line}\n"))?;
+        let n = rest.chunks(unit).position(full).map_or(rest.len(), |i| (i + 1) * unit);
+        let (part, next) = rest.split_at(n);
+        rest = next;
+        for line in score.lines(part)?.chunks(unit) {
+            let line = match line {
+                [chosen, rejected] => json!({ "chosen": chosen, "rejected": rejected }),
+                [line, ..] => line.clone(),
+                [] => Value::Null,
+            };
+            super::print(&format!("{line}\n"))?;
+        }
     }
     Ok(())
+}
+
+/// What texts are scored with.
+struct Score<'a, T: Element> {
+    dev: &'a Device,
+    tokenizer: Option<Tokenizer>,
+    model: Option<Model<T>>,
+    reward_model: Option<Model<T>>,
+    temperature: f32,
+}
+
+impl<T: Element<Acc = f32>> Score<'_, T> {
+    /// One object a text.
+    fn lines(&self, texts: &[Sequence]) -> Result<Vec<Value>> {
+        let (dev, mut lines) = (self.dev, Vec::with_capacity(texts.len()));
+        let rewards = self.reward_model.as_ref().map(|m| eval::rate(dev, m, texts)).transpose()?;
+        let score = |m: &Model<T>| logprobs(dev, m, texts, self.temperature);
+        let logprobs = self.model.as_ref().map(score).transpose()?;
+        for (i, Sequence { ids, place, .. }) in texts.iter().enumerate() {
+            let text = self.tokenizer.as_ref().map(|t| t.decode(ids)).transpose()?;
+            let mut line = json!({ "input_ids": ids, "text": text });
+            if let Some(all) = &logprobs {
+                finite(&all[i], |t| format!("{place}: the log-prob of scored token {t}"))?;
+                let sum = all[i].iter().fold(0.0, |sum, x| sum + f64::from(*x));
+                line["logprobs"] = json!(all[i]);
+                line["sum_logprob"] = json!(sum);
+                // Of nothing there is none.
+                let scored = Some(all[i].len() as f64).filter(|n| *n > 0.0);
+                line["perplexity"] = json!(scored.map(|n| libm::exp(-sum / n)));
+            }
+            if let Some(all) = &rewards {
+                finite(&all[i..=i], |_| format!("{place}: the reward"))?;
+                line["reward"] = json!(all[i]);
+            }
+            lines.push(line);
+        }
+        Ok(lines)
+    }
 }
 
 /// Log-probs of the tokens that count in each text.

@@ -6,9 +6,9 @@ use super::{profile::Profiling, progress::Progress};
 use crate::{
     algorithms::{ALGORITHMS, AlgorithmEntry, algorithm},
     config::{self, Section},
-    device::Device,
+    device::{Device, file},
     error::{Error, Result},
-    train::{self, Settings},
+    train::{self, Settings, signals},
 };
 
 /// Train a model; the same command again goes on with an interrupted run
@@ -65,9 +65,9 @@ pub(super) fn settings(
     let entry = algorithm(&args.algorithm)?;
     let (mut settings, mut section) = Settings::defaults(entry)?;
     if let Some(path) = &args.config {
-        let text = std::fs::read_to_string(path).map_err(|e| Error::Config {
+        let text = file::read_bounded(path, 1 << 20).map_err(|e| Error::Config {
             key: "--config".into(),
-            message: Error::io("read", path)(e).to_string(),
+            message: e.to_string(),
             hint: Some(format!("warpo config {} prints one", entry.name)),
         })?;
         let name = path.display().to_string();
@@ -94,6 +94,7 @@ pub(super) fn settings(
 }
 
 pub(super) fn run(args: &TrainArgs) -> Result<()> {
+    signals::install()?;
     let (entry, settings, section) = settings(&args.run)?;
     let dev = Device::from_name(&settings.device, settings.threads)?;
     let dir = args.profiling.on(dev, |dev| {

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use sha2::{Digest, Sha256};
 
-use super::{DataPlace, Located, Record, Tokenizer};
+use super::{DataPlace, Kept, Located, Record, Tokenizer};
 use crate::{
     digest::hex,
     error::{Error, Result},
@@ -141,12 +141,12 @@ struct Maker<'a> {
 }
 
 impl Maker<'_> {
-    /// The ids of a text as a model expects its beginning.
-    fn start(&self, at: &Located, text: &str) -> Result<Vec<u32>> {
+    /// The ids of a text as a model expects its beginning, and not many more than are kept.
+    fn start(&self, at: &Located, text: &str, kept: Kept) -> Result<Vec<u32>> {
         let tokenizer = self.tokenizer;
         tokenizer
             .ok_or_else(|| at.error("is text, but the model folder has no tokenizer.json"))?
-            .encode_start(text)
+            .encode_start_within(text, self.limits.max_length, kept)
     }
 
     /// A sequence of these ids, checked.
@@ -165,7 +165,7 @@ impl Maker<'_> {
 
     /// A text with EOS, all of it predicted.
     fn whole(&self, at: &Located, text: &str) -> Result<Sequence> {
-        let mut ids = self.start(at, text)?;
+        let mut ids = self.start(at, text, Kept::First)?;
         ids.extend(self.limits.eos);
         let all = 1..ids.len();
         self.sequence(at, ids, vec![all])
@@ -173,9 +173,11 @@ impl Maker<'_> {
 
     /// A prompt and its completion with EOS, which is predicted.
     fn completed(&self, at: &Located, prompt: &str, completion: &str) -> Result<Sequence> {
-        let mut ids = self.start(at, prompt)?;
+        let mut ids = self.start(at, prompt, Kept::First)?;
         let from = ids.len();
-        ids.extend(self.tokenizer.map_or(Ok(Vec::new()), |t| t.encode_continuation(completion))?);
+        let room = self.limits.max_length.saturating_sub(from);
+        let rest = |t: &Tokenizer| t.encode_continuation_within(completion, room);
+        ids.extend(self.tokenizer.map_or(Ok(Vec::new()), rest)?);
         ids.extend(self.limits.eos);
         let end = from.max(1)..ids.len();
         self.sequence(at, ids, vec![end])
@@ -263,7 +265,7 @@ pub fn scored(
         let texts = match (&at.record, maker.pair(at)?) {
             (_, Some((pair, _))) => pair.to_vec(),
             (Record::Prompt { prompt }, _) => {
-                let ids = maker.start(at, prompt)?;
+                let ids = maker.start(at, prompt, Kept::First)?;
                 vec![maker.completed_ids(at, &[], &ids)?]
             }
             _ => vec![maker.text(at, true)?],
@@ -299,7 +301,7 @@ pub fn pairs(
         }
     }
     let labels = || labelled.iter().map(|l| l.0);
-    if let (Some(low), Some(high)) = (labels().min(), labels().max()) {
+    if let (Some(low), Some(high)) = (labels().reduce(f64::min), labels().reduce(f64::max)) {
         if low == high {
             return Err(Error::value("labels of all texts", "two or more", format!("only {low}")));
         }
@@ -319,11 +321,11 @@ pub fn pairs(
 
 /// Pairs of the highest label against the lowest, both shuffled; the shorter list repeats.
 fn drawn(
-    labelled: &[(i64, Sequence)],
-    (low, high): (i64, i64),
+    labelled: &[(f64, Sequence)],
+    (low, high): (f64, f64),
     seed: u64,
 ) -> impl Iterator<Item = [Sequence; 2]> {
-    let of = |label: i64, stream: u64| {
+    let of = |label: f64, stream: u64| {
         let all: Vec<&Sequence> =
             labelled.iter().filter(|l| l.0 == label).map(|(_, s)| s).collect();
         let order = Philox::new(seed, 0, stream, Purpose::Pairs).permutation(all.len());
@@ -331,12 +333,12 @@ fn drawn(
     };
     let (good, bad) = (of(high, 0), of(low, 1));
     let pair = move |i: usize| [good[i % good.len()].clone(), bad[i % bad.len()].clone()];
-    let count = |label: i64| labelled.iter().filter(|l| l.0 == label).count();
+    let count = |label: f64| labelled.iter().filter(|l| l.0 == label).count();
     (0..count(high).max(count(low))).map(pair)
 }
 
-/// Prompts: `prompt` of any record that has one, as it is; ids or texts, of which the first
-/// `tokens` tokens are the prompt.
+/// Prompts: `prompt` of any record that has one, as it is; ids before the first that is learned;
+/// other ids or texts, of which the first `tokens` tokens are the prompt (all: `usize::MAX`).
 pub fn prompts(
     records: &[Located],
     tokenizer: Option<&Tokenizer>,
@@ -348,20 +350,31 @@ pub fn prompts(
         let ids = match &at.record {
             Record::Prompt { prompt }
             | Record::Completion { prompt, .. }
-            | Record::Preference { prompt, .. } => maker.start(at, prompt)?,
+            | Record::Preference { prompt, .. } => maker.start(at, prompt, Kept::Last)?,
             Record::PreferenceIds { prompt, .. } | Record::CompletionIds { prompt, .. } => {
                 prompt.clone()
             }
             Record::Ids { input_ids } => cut(input_ids.clone(), tokens),
+            // The prompt ends where learning begins.
+            Record::LabelledIds { input_ids, learn } => {
+                cut(input_ids.clone(), learn.iter().position(|l| *l))
+            }
             Record::Text { text } | Record::Labelled { text, .. } if tokens.is_some() => {
-                cut(maker.start(at, text)?, tokens)
+                let first = tokens.filter(|n| *n < usize::MAX);
+                let kept = if first.is_some() { Kept::First } else { Kept::Last };
+                let limits = Limits { max_length: first.unwrap_or(limits.max_length), ..limits };
+                cut(Maker { limits, ..maker }.start(at, text, kept)?, tokens)
             }
             _ => return Err(unfit(at, "prompts (or `prompt_tokens` to cut them from texts)")),
         };
         let mut prompt = maker.sequence(at, ids, Vec::new())?;
         let surplus = prompt.ids.len().saturating_sub(limits.max_length);
         out.stats.truncated += usize::from(surplus > 0);
-        prompt.ids.drain(..surplus);
+        // A model that expects BOS has it at the beginning of a prompt that was cut, too.
+        let bos = tokenizer.and_then(|t| t.bos().filter(|_| t.adds_bos()));
+        let begins = bos.is_some() && prompt.ids.first().copied() == bos;
+        let begins = usize::from(begins).min(limits.max_length);
+        prompt.ids.drain(begins..begins + surplus);
         out.push([prompt], limits.max_length, |[s]| !s.ids.is_empty());
     }
     Ok(out)

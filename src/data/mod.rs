@@ -8,4 +8,4 @@ pub use dataset::{
     Dataset, DatasetStats, DrawOrder, Limits, Sequence, pairs, prompts, scored, texts,
 };
 pub use records::{DataPlace, Located, Record, read};
-pub use tokenizer::Tokenizer;
+pub use tokenizer::{Kept, Tokenizer};

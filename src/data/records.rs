@@ -1,13 +1,18 @@
 //! JSONL files: one object a line, the format told by its columns.
 
 use std::{
+    collections::BTreeMap,
     fs::File,
     io::{BufRead, BufReader, Read, stdin},
     path::Path,
     sync::Arc,
 };
 
-use serde_json::{Map, Value};
+use serde::{
+    Deserialize, Deserializer,
+    de::{MapAccess, Visitor},
+};
+use serde_json::value::RawValue;
 
 use crate::error::{Error, Result};
 
@@ -20,9 +25,9 @@ const MAX_LINE: u64 = 64 << 20;
 pub enum Record {
     /// `text`
     Text { text: String },
-    /// `text`, `label`: people's judgement of it
-    Labelled { text: String, label: i64 },
-    /// `prompt`, `completion`
+    /// `text`, `label`: people's judgement of it, the higher the better
+    Labelled { text: String, label: f64 },
+    /// `prompt` (or `question`), `completion` (or `response`, `answer`)
     Completion { prompt: String, completion: String },
     /// `prompt`, `chosen`, `rejected`, and `margin` if there is one
     Preference { prompt: String, chosen: String, rejected: String, margin: Option<f64> },
@@ -39,6 +44,18 @@ pub enum Record {
 }
 
 impl Record {
+    /// Its texts.
+    pub fn texts(&self) -> impl Iterator<Item = &str> {
+        let texts: [&str; 3] = match self {
+            Self::Text { text } | Self::Labelled { text, .. } => [text, "", ""],
+            Self::Completion { prompt, completion } => [prompt, completion, ""],
+            Self::Preference { prompt, chosen, rejected, .. } => [prompt, chosen, rejected],
+            Self::Prompt { prompt } => [prompt, "", ""],
+            _ => [""; 3],
+        };
+        texts.into_iter().filter(|text| !text.is_empty())
+    }
+
     /// Its format, for messages.
     pub fn format(&self) -> &'static str {
         match self {
@@ -113,11 +130,12 @@ pub fn read(path: &Path) -> Result<Vec<Located>> {
         if text.is_empty() {
             continue;
         }
-        let json: Value = serde_json::from_str(text).map_err(|e| bad(not_json(&e)))?;
-        let Value::Object(columns) = json else {
-            return Err(bad(format!("wanted a JSON object, got {}", brief(&json))));
-        };
-        let record = parse(&columns).map_err(bad)?;
+        if !text.starts_with('{') {
+            let other: &RawValue = serde_json::from_str(text).map_err(|e| bad(not_json(&e)))?;
+            return Err(bad(format!("wanted a JSON object, got {}", brief(other))));
+        }
+        let row: RawRecord<'_> = serde_json::from_str(text).map_err(|e| bad(not_json(&e)))?;
+        let record = row.record().map_err(bad)?;
         if let Some(first) = out.first() {
             let (want, got) = (first.record.format(), record.format());
             if want != got {
@@ -141,105 +159,190 @@ fn not_json(e: &serde_json::Error) -> String {
     format!("not JSON: {what} at column {column}")
 }
 
-fn brief(v: &Value) -> String {
-    let text = v.to_string();
-    if text.chars().count() <= 60 {
-        text
-    } else {
-        text.chars().take(57).chain("...".chars()).collect()
+fn brief(v: &RawValue) -> String {
+    match v.get().char_indices().nth(60) {
+        None => v.get().to_owned(),
+        Some(_) => v.get().chars().take(57).chain("...".chars()).collect(),
     }
 }
 
-fn parse(c: &Map<String, Value>) -> Result<Record, String> {
-    let has = |key: &str| c.get(key).is_some_and(|v| !v.is_null());
-    let text = |key: &str| match &c[key] {
-        Value::String(s) => Ok(s.clone()),
-        other => Err(format!("`{key}` is {}, wanted a text", brief(other))),
-    };
-    let ids = |key: &str| numbers(key, &c[key]);
-    let margin = || match c.get("margin") {
-        None | Some(Value::Null) => Ok(None),
-        Some(v) => {
-            let m = v.as_f64().filter(|m| m.is_finite());
-            m.map(Some).ok_or_else(|| format!("`margin` is {}, wanted a number", brief(v)))
+/// The columns of a line, each as its JSON text: what no record is made of takes no memory.
+#[derive(Default)]
+struct RawRecord<'a> {
+    columns: BTreeMap<String, &'a RawValue>,
+    /// A column that stands more than once.
+    twice: Option<String>,
+}
+
+impl<'de> Deserialize<'de> for RawRecord<'de> {
+    fn deserialize<D: Deserializer<'de>>(from: D) -> Result<Self, D::Error> {
+        struct RawVisitor;
+        impl<'de> Visitor<'de> for RawVisitor {
+            type Value = RawRecord<'de>;
+
+            fn expecting(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+                f.write_str("an object")
+            }
+
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawRecord<'de>, A::Error> {
+                let mut row = RawRecord::default();
+                while let Some((name, value)) = map.next_entry::<String, _>()? {
+                    if row.columns.insert(name.clone(), value).is_some() {
+                        row.twice.get_or_insert(name);
+                    }
+                }
+                Ok(row)
+            }
         }
-    };
-    if has("prompt_ids") && has("chosen_ids") && has("rejected_ids") {
-        let (prompt, chosen, rejected) =
-            (ids("prompt_ids")?, ids("chosen_ids")?, ids("rejected_ids")?);
-        return Ok(Record::PreferenceIds { prompt, chosen, rejected, margin: margin()? });
+        from.deserialize_map(RawVisitor)
     }
-    if has("input_ids") {
-        let input_ids = ids("input_ids")?;
-        if has("output_ids") {
-            return Ok(Record::CompletionIds { prompt: input_ids, completion: ids("output_ids")? });
-        }
-        if !has("labels") {
-            return Ok(Record::Ids { input_ids });
-        }
-        let learn = labels(&c["labels"], &input_ids)?;
-        return Ok(Record::LabelledIds { input_ids, learn });
+}
+
+/// Other names of a completion.
+const COMPLETIONS: [&str; 3] = ["completion", "response", "answer"];
+
+impl RawRecord<'_> {
+    fn has(&self, key: &str) -> bool {
+        self.columns.get(key).is_some_and(|v| v.get() != "null")
     }
-    if has("chosen") && has("rejected") {
-        let (chosen, rejected) = (text("chosen")?, text("rejected")?);
-        if has("prompt") {
-            return Ok(Record::Preference {
-                prompt: text("prompt")?,
-                chosen,
-                rejected,
-                margin: margin()?,
+
+    fn text(&self, key: &str) -> Result<String, String> {
+        let v = self.columns[key];
+        let wrong = |e| match v.get().starts_with('"') {
+            true => format!("`{key}` is {}: {}", brief(v), not_json(&e)),
+            false => format!("`{key}` is {}, wanted a text", brief(v)),
+        };
+        serde_json::from_str(v.get()).map_err(wrong)
+    }
+
+    /// The elements of a list, `None` of another value.
+    fn list(&self, key: &str) -> Option<Vec<&RawValue>> {
+        serde_json::from_str(self.columns[key].get()).ok()
+    }
+
+    fn ids(&self, key: &str) -> Result<Vec<u32>, String> {
+        let v = self.columns[key];
+        serde_json::from_str(v.get()).map_err(|_| {
+            let bad = |v: &&RawValue| v.get().parse::<u32>().is_err();
+            let bad = self.list(key).and_then(|all| all.into_iter().find(bad)).unwrap_or(v);
+            format!("`{key}` has {}, wanted token ids", brief(bad))
+        })
+    }
+
+    /// Which tokens are learned: those whose label is not -100.
+    fn learned(&self, ids: &[u32]) -> Result<Vec<bool>, String> {
+        let Some(all) = self.list("labels") else {
+            return Err(format!("`labels` is {}, wanted a list", brief(self.columns["labels"])));
+        };
+        if all.len() != ids.len() {
+            return Err(format!("`labels` has {} numbers, `input_ids` {}", all.len(), ids.len()));
+        }
+        let one = |(i, (label, id)): (usize, (&&RawValue, &u32))| match label.get().parse() {
+            Ok(-100) => Ok(false),
+            Ok(n) if n == i64::from(*id) => Ok(true),
+            _ => {
+                let got = brief(label);
+                Err(format!("`labels`[{i}] is {got}, wanted -100 or the token's id {id}"))
+            }
+        };
+        all.iter().zip(ids).enumerate().map(one).collect()
+    }
+
+    fn margin(&self) -> Result<Option<f64>, String> {
+        if !self.has("margin") {
+            return Ok(None);
+        }
+        let v = self.columns["margin"];
+        // As f32, in which it is computed with.
+        let m = serde_json::from_str(v.get()).ok().filter(|m: &f64| (*m as f32).is_finite());
+        m.map(Some).ok_or_else(|| format!("`margin` is {}, wanted a number", brief(v)))
+    }
+
+    /// A judgement: a number, true or false, or one of the words that data sets have.
+    fn label(&self) -> Result<f64, String> {
+        let v = self.columns["label"];
+        let word = serde_json::from_str::<String>(v.get()).unwrap_or_else(|_| v.get().to_owned());
+        let of = match &*word.trim().to_lowercase() {
+            "true" | "pos" | "positive" | "good" | "yes" | "chosen" => Some(1.0),
+            "false" | "neg" | "negative" | "bad" | "no" | "rejected" => Some(0.0),
+            number => number.parse().ok().filter(|x: &f64| x.is_finite()),
+        };
+        of.ok_or_else(|| {
+            let want = "a number, true or false, positive or negative, good or bad";
+            format!("`label` is {}, wanted {want}", brief(v))
+        })
+    }
+
+    fn record(&self) -> Result<Record, String> {
+        if let Some(name) = &self.twice {
+            return Err(format!("has column {name:?} twice"));
+        }
+        let has = |key| self.has(key);
+        if has("prompt_ids") && has("chosen_ids") && has("rejected_ids") {
+            return Ok(Record::PreferenceIds {
+                prompt: self.ids("prompt_ids")?,
+                chosen: self.ids("chosen_ids")?,
+                rejected: self.ids("rejected_ids")?,
+                margin: self.margin()?,
             });
         }
-        return transcripts(&chosen, &rejected, margin()?);
+        if has("input_ids") {
+            let input_ids = self.ids("input_ids")?;
+            if has("output_ids") {
+                let completion = self.ids("output_ids")?;
+                return Ok(Record::CompletionIds { prompt: input_ids, completion });
+            }
+            if !has("labels") {
+                return Ok(Record::Ids { input_ids });
+            }
+            let learn = self.learned(&input_ids)?;
+            return Ok(Record::LabelledIds { input_ids, learn });
+        }
+        if has("chosen") && has("rejected") {
+            let (chosen, rejected) = (self.text("chosen")?, self.text("rejected")?);
+            let margin = self.margin()?;
+            if has("prompt") {
+                let prompt = self.text("prompt")?;
+                return Ok(Record::Preference { prompt, chosen, rejected, margin });
+            }
+            return transcripts(&chosen, &rejected, margin);
+        }
+        let question = has("question") && !has("text");
+        if let Some(prompt) = has("prompt").then_some("prompt").or(question.then_some("question")) {
+            let prompt = self.text(prompt)?;
+            return match COMPLETIONS.iter().find(|key| self.has(key)) {
+                Some(key) => Ok(Record::Completion { prompt, completion: self.text(key)? }),
+                None => Ok(Record::Prompt { prompt }),
+            };
+        }
+        if has("text") {
+            let text = self.text("text")?;
+            return match has("label") {
+                true => Ok(Record::Labelled { text, label: self.label()? }),
+                false => Ok(Record::Text { text }),
+            };
+        }
+        let found = self.found();
+        if has("messages") {
+            return Err(format!("has columns {found}: chat messages are not supported yet"));
+        }
+        Err(format!(
+            "has columns {found}, wanted text | text, label | prompt | prompt, completion | \
+             [prompt,] chosen, rejected | input_ids[, labels | output_ids] | \
+             prompt_ids, chosen_ids, rejected_ids"
+        ))
     }
-    if has("prompt") && has("completion") {
-        return Ok(Record::Completion { prompt: text("prompt")?, completion: text("completion")? });
-    }
-    if has("prompt") {
-        return Ok(Record::Prompt { prompt: text("prompt")? });
-    }
-    if has("text") && has("label") {
-        let label = match &c["label"] {
-            Value::Bool(b) => i64::from(*b),
-            v => v
-                .as_i64()
-                .ok_or_else(|| format!("`label` is {}, wanted a whole number", brief(v)))?,
+
+    /// The names of the first columns, for messages.
+    fn found(&self) -> String {
+        let name = |(name, v): (&String, &&RawValue)| {
+            let name: String = name.chars().take(60).collect();
+            format!("{name:?}{}", if v.get() == "null" { " (null)" } else { "" })
         };
-        return Ok(Record::Labelled { text: text("text")?, label });
+        let mut names: Vec<String> = self.columns.iter().take(20).map(name).collect();
+        names.extend((self.columns.len() > names.len()).then(|| "...".to_owned()));
+        format!("[{}]", names.join(", "))
     }
-    if has("text") {
-        return Ok(Record::Text { text: text("text")? });
-    }
-    let found: Vec<&String> = c.keys().collect();
-    if has("messages") {
-        return Err(format!("has columns {found:?}: chat messages are not supported yet"));
-    }
-    Err(format!(
-        "has columns {found:?}, wanted text | text, label | prompt | prompt, completion | \
-         [prompt,] chosen, rejected | input_ids[, labels | output_ids] | prompt_ids, chosen_ids, rejected_ids"
-    ))
-}
-
-fn numbers(key: &str, v: &Value) -> Result<Vec<u32>, String> {
-    let wrong = |v: &Value| format!("`{key}` has {}, wanted token ids", brief(v));
-    let Value::Array(all) = v else { return Err(wrong(v)) };
-    let id = |v: &Value| v.as_u64().and_then(|n| u32::try_from(n).ok()).ok_or_else(|| wrong(v));
-    all.iter().map(id).collect()
-}
-
-fn labels(v: &Value, ids: &[u32]) -> Result<Vec<bool>, String> {
-    let Value::Array(all) = v else {
-        return Err(format!("`labels` is {}, wanted a list", brief(v)));
-    };
-    if all.len() != ids.len() {
-        return Err(format!("`labels` has {} numbers, `input_ids` {}", all.len(), ids.len()));
-    }
-    let one = |(i, (label, id)): (usize, (&Value, &u32))| match label.as_i64() {
-        Some(-100) => Ok(false),
-        Some(n) if n == i64::from(*id) => Ok(true),
-        _ => Err(format!("`labels`[{i}] is {}, wanted -100 or the token's id {id}", brief(label))),
-    };
-    all.iter().zip(ids).enumerate().map(one).collect()
 }
 
 /// Two transcripts without a prompt (the HH format): the prompt is what they share, up to and with

@@ -3,10 +3,14 @@
 //! Text never becomes control: a text that spells a special token is encoded as the characters it
 //! is made of.
 
+mod validate;
+
 use std::{
+    cell::Cell,
     collections::BTreeSet,
-    panic::{AssertUnwindSafe, catch_unwind},
+    panic::{self, AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
+    sync::Once,
 };
 
 use serde_json::Value;
@@ -31,10 +35,46 @@ pub struct Tokenizer {
     /// Ids of the anchor that [`Tokenizer::encode_continuation`] strips, for tokenizers that put a
     /// space before every text.
     anchor: Option<Vec<u32>>,
+    /// The special tokens, as texts spell them.
+    special: Vec<String>,
 }
+
+/// Tokens next to a cut of a text, whose own tokens may be others.
+const SEAM: usize = 256;
+
+/// Bytes that are encoded first for each token that is wanted.
+const BYTES_PER_TOKEN: usize = 8;
 
 /// A line break has a token of its own in every tokenizer that needs an anchor.
 const ANCHOR: &str = "\n";
+
+/// The side of a text that is kept where it is too long.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Kept {
+    /// Its beginning.
+    First,
+    /// Its end.
+    Last,
+}
+
+/// Runs code of the library, which panics on some malformed files: then there is no result, and
+/// nothing is printed.
+fn caught<R>(run: impl FnOnce() -> R) -> Option<R> {
+    thread_local!(static QUIET: Cell<bool> = const { Cell::new(false) });
+    static HOOK: Once = Once::new();
+    HOOK.call_once(|| {
+        let before = panic::take_hook();
+        panic::set_hook(Box::new(move |about| {
+            if !QUIET.get() {
+                before(about);
+            }
+        }));
+    });
+    QUIET.set(true);
+    let result = catch_unwind(AssertUnwindSafe(run));
+    QUIET.set(false);
+    result.ok()
+}
 
 impl Tokenizer {
     /// Opens the tokenizer of a model folder. BOS comes from `tokenizer_config.json`, else from
@@ -42,12 +82,11 @@ impl Tokenizer {
     pub fn open(dir: &Path) -> Result<Self> {
         let path = dir.join("tokenizer.json");
         let text = file::read_text(&path, 256 << 20)?;
-        // The library panics on some malformed files.
-        let parsed = catch_unwind(|| tokenizers::Tokenizer::from_bytes(text.as_bytes()));
-        let mut inner = match parsed {
-            Ok(Ok(t)) => t,
-            Ok(Err(e)) => return Err(Error::file(path, format!("not a tokenizer: {e}"))),
-            Err(_) => return Err(Error::file(path, "not a tokenizer: it cannot be parsed")),
+        validate::validate(&text).map_err(|message| Error::file(&path, message))?;
+        let mut inner = match caught(|| tokenizers::Tokenizer::from_bytes(text.as_bytes())) {
+            Some(Ok(t)) => t,
+            Some(Err(e)) => return Err(Error::file(path, format!("not a tokenizer: {e}"))),
+            None => return Err(Error::file(path, "not a tokenizer: it cannot be parsed")),
         };
         let _ = inner.with_truncation(None);
         inner.with_padding(None);
@@ -80,11 +119,14 @@ impl Tokenizer {
         let mut seen = BTreeSet::new();
         eos.retain(|id| seen.insert(*id));
         let digest = hex(Sha256::digest(&text));
-        let mut this = Self { path, digest, inner, bos, eos, adds_bos: false, anchor: None };
+        let added = inner.get_added_tokens_decoder().into_values();
+        let special = added.filter(|t| t.special && !t.content.trim().is_empty());
+        let special = special.map(|t| t.content).collect();
+        let mut this =
+            Self { path, digest, inner, bos, eos, adds_bos: false, anchor: None, special };
         let (with, without) = (this.raw("a", true)?, this.raw("a", false)?);
-        this.adds_bos = bos.is_some()
-            && (with.first().copied() == bos && with.len() > without.len()
-                || settings["add_bos_token"].as_bool() == Some(true));
+        this.adds_bos =
+            bos.is_some_and(|id| with.first() == Some(&id) && with.len() > without.len());
         let first = without.first().and_then(|id| this.inner.id_to_token(*id));
         if first.is_some_and(|t| t.starts_with('\u{2581}')) {
             this.anchor = Some(this.raw(ANCHOR, false)?);
@@ -97,17 +139,25 @@ impl Tokenizer {
         dir.join("tokenizer.json").exists().then(|| Self::open(dir)).transpose()
     }
 
+    /// A special token that a text spells. It stays text, which may not be what was meant.
+    pub fn special_in(&self, text: &str) -> Option<&str> {
+        let firsts: BTreeSet<char> = self.special.iter().filter_map(|s| s.chars().next()).collect();
+        let mut places = text.match_indices(|c| firsts.contains(&c));
+        places
+            .find_map(|(i, _)| self.special.iter().find(|s| text[i..].starts_with(&***s)))
+            .map(String::as_str)
+    }
+
     /// The text of a token.
     pub fn token(&self, id: u32) -> Option<String> {
         self.inner.id_to_token(id)
     }
 
     fn raw(&self, text: &str, special: bool) -> Result<Vec<u32>> {
-        let run = || self.inner.encode_fast(text, special);
-        match catch_unwind(AssertUnwindSafe(run)) {
-            Ok(Ok(encoding)) => Ok(encoding.get_ids().to_vec()),
-            Ok(Err(e)) => Err(Error::file(&self.path, format!("cannot encode a text: {e}"))),
-            Err(_) => Err(Error::file(&self.path, "cannot encode a text: the tokenizer failed")),
+        match caught(|| self.inner.encode_fast(text, special)) {
+            Some(Ok(encoding)) => Ok(encoding.get_ids().to_vec()),
+            Some(Err(e)) => Err(Error::file(&self.path, format!("cannot encode a text: {e}"))),
+            None => Err(Error::file(&self.path, "cannot encode a text: the tokenizer failed")),
         }
     }
 
@@ -116,11 +166,46 @@ impl Tokenizer {
         self.raw(text, false)
     }
 
+    /// The ids of a text of which at most `room` are kept: all of them, or more than `room`, of
+    /// which the kept ones are those of the whole text. No more of a long text is encoded than that
+    /// takes, so that its memory is bounded by what is kept. (The end of a text without a space in
+    /// thousands of characters may be split otherwise.)
+    fn encode_part(&self, text: &str, room: usize, kept: Kept) -> Result<Vec<u32>> {
+        let enough = room.saturating_add(SEAM);
+        let mut bytes = enough.saturating_mul(BYTES_PER_TOKEN);
+        while bytes < text.len() {
+            let at = if kept == Kept::First { bytes } else { text.len() - bytes };
+            let at = (at..).find(|i| text.is_char_boundary(*i)).unwrap_or(text.len());
+            // What comes before a space decides nothing after it; a run of letters is split from its
+            // beginning.
+            let space = text[at..].find(char::is_whitespace).filter(|_| kept == Kept::Last);
+            let at = space.filter(|n| *n < bytes / 2).map_or(at, |n| at + n);
+            let part = if kept == Kept::First { &text[..at] } else { &text[at..] };
+            let mut ids = self.encode(part)?;
+            if ids.len() > enough {
+                match kept {
+                    Kept::First => ids.truncate(room + 1),
+                    Kept::Last => drop(ids.drain(..ids.len() - room - 1)),
+                }
+                return Ok(ids);
+            }
+            bytes = bytes.saturating_mul(4);
+        }
+        self.encode(text)
+    }
+
     /// The ids of a whole text as the model expects its beginning: BOS first, once, if the model
     /// uses one.
     pub fn encode_start(&self, text: &str) -> Result<Vec<u32>> {
-        let mut ids = if self.adds_bos { Vec::from_iter(self.bos) } else { Vec::new() };
-        ids.extend(self.encode(text)?);
+        self.encode_start_within(text, usize::MAX, Kept::First)
+    }
+
+    /// [`Tokenizer::encode_start`] of which `room` ids are kept: all, or more than `room`.
+    pub fn encode_start_within(&self, text: &str, room: usize, kept: Kept) -> Result<Vec<u32>> {
+        let mut ids = self.encode_part(text, room, kept)?;
+        if let Some(bos) = self.bos.filter(|_| self.adds_bos) {
+            ids.insert(0, bos);
+        }
         Ok(ids)
     }
 
@@ -128,21 +213,29 @@ impl Tokenizer {
     /// the boundary is exact and the prompt's ids are a prefix. Tokenizers that put a space before
     /// every text (Llama 2) do not put one here.
     pub fn encode_continuation(&self, text: &str) -> Result<Vec<u32>> {
-        let Some(anchor) = &self.anchor else { return self.encode(text) };
-        let ids = self.encode(&format!("{ANCHOR}{text}"))?;
+        self.encode_continuation_within(text, usize::MAX)
+    }
+
+    /// [`Tokenizer::encode_continuation`] of which the first `room` ids are kept: all, or more than
+    /// `room`.
+    pub fn encode_continuation_within(&self, text: &str, room: usize) -> Result<Vec<u32>> {
+        let whole = || self.encode_part(text, room, Kept::First);
+        let Some(anchor) = &self.anchor else { return whole() };
+        let (text, room) = (format!("{ANCHOR}{text}"), room.saturating_add(anchor.len()));
+        let ids = self.encode_part(&text, room, Kept::First)?;
         match ids.strip_prefix(&anchor[..]) {
             Some(rest) => Ok(rest.to_vec()),
             // The anchor merged with the text: rather a space too many than a lost character.
-            None => self.encode(text),
+            None => whole(),
         }
     }
 
     /// Text of ids; special tokens are left out.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        match catch_unwind(AssertUnwindSafe(|| self.inner.decode(ids, true))) {
-            Ok(Ok(text)) => Ok(text),
-            Ok(Err(e)) => Err(Error::file(&self.path, format!("cannot decode ids: {e}"))),
-            Err(_) => Err(Error::file(&self.path, "cannot decode ids: the tokenizer failed")),
+        match caught(|| self.inner.decode(ids, true)) {
+            Some(Ok(text)) => Ok(text),
+            Some(Err(e)) => Err(Error::file(&self.path, format!("cannot decode ids: {e}"))),
+            None => Err(Error::file(&self.path, "cannot decode ids: the tokenizer failed")),
         }
     }
 

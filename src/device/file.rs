@@ -2,7 +2,7 @@
 
 #![allow(unsafe_code)]
 
-use std::{fs::File, path::Path};
+use std::{fs::File, io::Read, path::Path};
 
 use memmap2::Mmap;
 
@@ -21,6 +21,17 @@ pub fn read_text(path: &Path, limit: u64) -> Result<String> {
         return Err(Error::file(path, format!("{bytes} bytes long, wanted at most {limit}")));
     }
     std::fs::read_to_string(path).map_err(Error::io("read", path))
+}
+
+/// Reads a text file of the user's, a pipe too, if it has at most `limit` bytes.
+pub fn read_bounded(path: &Path, limit: u64) -> Result<String> {
+    let mut text = String::new();
+    let file = File::open(path).map_err(Error::io("read", path))?;
+    let bytes = file.take(limit + 1).read_to_string(&mut text).map_err(Error::io("read", path))?;
+    if bytes as u64 > limit {
+        return Err(Error::file(path, format!("is longer than {limit} bytes")));
+    }
+    Ok(text)
 }
 
 /// Maps a file for reading.

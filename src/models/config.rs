@@ -119,6 +119,44 @@ impl Config {
             .ok_or_else(|| self.unsupported(key, "gelu_new, gelu, silu, relu or quick_gelu"))
     }
 
+    /// Refuses keys of other models that change what is computed, unless they have the value that
+    /// changes nothing: a key is computed or named.
+    pub fn check_computed(&self) -> Result<()> {
+        let all = |v: &Value, good: &dyn Fn(&Value) -> bool| {
+            v.as_array().is_some_and(|all| all.iter().all(good))
+        };
+        for (key, v) in self.json.iter().filter(|(_, v)| !v.is_null()) {
+            let (want, fine) = match &**key {
+                "partial_rotary_factor"
+                | "rotary_pct"
+                | "logits_scaling"
+                | "logit_scale"
+                | "residual_multiplier"
+                | "embedding_multiplier" => ("1", v.as_f64() == Some(1.0)),
+                "no_rope_layers" => ("1 for each layer", all(v, &|x| x.as_f64() == Some(1.0))),
+                "layer_types" => {
+                    ("full_attention for each layer", all(v, &|x| x == "full_attention"))
+                }
+                "alibi" | "qk_norm" | "use_qk_norm" | "use_sliding_window" => ("false", v == false),
+                // Without its use it says nothing.
+                "sliding_window" => ("null", self.get("use_sliding_window").is_some()),
+                "num_experts" | "num_local_experts" => ("0", v.as_u64() == Some(0)),
+                "final_logit_softcapping"
+                | "attn_logit_softcapping"
+                | "attention_multiplier"
+                | "query_pre_attn_scalar"
+                | "clip_qkv"
+                | "rope_local_base_freq"
+                | "quantization_config" => ("null", false),
+                _ => continue,
+            };
+            if !fine {
+                return Err(self.unsupported(key, want));
+            }
+        }
+        Ok(())
+    }
+
     /// Rotary positions: `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling`
     /// of version 4 and before.
     pub fn rope(&self) -> Result<Rope> {
@@ -130,9 +168,10 @@ impl Config {
             Some(Value::Object(map)) => map,
             Some(other) => return Err(self.wrong(key, "an object", other)),
         };
+        // Outside, frequencies or their reciprocals leave f32.
         let positive = |name: &str, v: &Value| {
-            let x = v.as_f64().filter(|x| *x > 0.0);
-            x.ok_or_else(|| self.wrong(name, "a number above 0", v))
+            let x = v.as_f64().filter(|x| (1e-3..=1e15).contains(x));
+            x.ok_or_else(|| self.wrong(name, "a number from 0.001 to 1e15", v))
         };
         let number = |name: &str| {
             let full = format!("{key}.{name}");
@@ -146,7 +185,23 @@ impl Config {
         // "type" is the oldest spelling
         let kind = scaling.get("rope_type").or_else(|| scaling.get("type"));
         let kind = kind.filter(|v| !v.is_null()).map_or(Some("default"), Value::as_str);
-        match kind.unwrap_or("no string") {
+        let kind = kind.unwrap_or("no string");
+        for (name, v) in scaling.iter().filter(|(_, v)| !v.is_null()) {
+            let known = match &**name {
+                "rope_theta" | "rope_type" | "type" => true,
+                "partial_rotary_factor" => v.as_f64() == Some(1.0),
+                "factor"
+                | "low_freq_factor"
+                | "high_freq_factor"
+                | "original_max_position_embeddings" => kind == "llama3",
+                _ => false,
+            };
+            if !known && ["default", "llama3"].contains(&kind) {
+                let want = format!("no such key for rope_type {kind}");
+                return Err(self.wrong(&format!("{key}.{name}"), &want, v));
+            }
+        }
+        match kind {
             "default" => Ok(Rope::Plain { theta }),
             "llama3" => {
                 let (low, high) = (number("low_freq_factor")?, number("high_freq_factor")?);

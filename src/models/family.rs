@@ -48,6 +48,7 @@ impl Config {
             let known: Vec<_> = FAMILIES.iter().map(|f| f.model_type).collect();
             return Err(self.wrong("model_type", &format!("one of {known:?}"), &kind));
         };
+        self.check_computed()?;
         let spec = (family.spec)(self)?;
         // The bounds keep the bytes of all weights inside 64 bits.
         for (key, n, most) in [

@@ -14,6 +14,7 @@ mod model;
 mod norm;
 mod params;
 mod pass;
+mod save;
 mod spec;
 mod transformer;
 mod weights;
@@ -26,9 +27,10 @@ pub use linear::Linear;
 pub use model::{Master, Model, Residency, bytes};
 pub use params::{Layout, ParamKind, ParamTensor, Params, WEIGHTS};
 pub use pass::Pass;
+pub use save::{Named, count, named, save, tensor_at};
 pub use spec::{Head, LayerSpec, Mlp, Norm, Position, Spec, Widths};
 pub use transformer::{Activations, BatchRows, Cache, Keep, PassOptions, PassShape};
-pub use weights::{Named, count, load, named, save, tensor_at};
+pub use weights::load;
 
 /// All model families, found by `model_type` in `config.json`.
 pub const FAMILIES: &[&Family] = &[&gpt2::FAMILY, &llama::FAMILY];

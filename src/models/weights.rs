@@ -1,8 +1,7 @@
-//! Hugging Face folders: `config.json`, `model.safetensors` or its shards with an index.
+//! Loads Hugging Face folders: `config.json`, `model.safetensors` or its shards with an index.
 
 use std::{
-    borrow::Cow,
-    collections::{BTreeMap, HashMap},
+    collections::{BTreeSet, HashMap},
     ops::Range,
     path::{Path, PathBuf},
 };
@@ -10,41 +9,42 @@ use std::{
 use bytemuck::Pod;
 use half::{bf16, f16};
 use memmap2::Mmap;
-use safetensors::{Dtype, SafeTensors, tensor::TensorView};
-use serde_json::{Value, json};
+use safetensors::{Dtype, SafeTensorError, SafeTensors, tensor::TensorView};
+use serde_json::Value;
 
 use super::{
-    Config, Family, Head, Layout, Model, ParamKind, ParamTensor, Params, Residency, Spec,
-    StoredWeight, family::by_rows, model::new_score,
+    Config, Family, Head, Layout, Model, ParamKind, ParamTensor, Residency, Spec, StoredWeight,
+    family::by_rows, model::new_score,
 };
 use crate::{
     device::{Device, Element, Float, file},
     error::{Error, Result},
 };
 
-const SINGLE: &str = "model.safetensors";
+pub(super) const SINGLE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
 /// The heads' names, which most families share.
 const HEADS: [StoredWeight; 2] =
-    [by_rows(ParamKind::LmHead, &["lm_head.weight"]), by_rows(ParamKind::Score, &[SCORE])];
+    [by_rows(ParamKind::LmHead, &[LM_HEAD]), by_rows(ParamKind::Score, &[SCORE])];
+const LM_HEAD: &str = "lm_head.weight";
 const SCORE: &str = "score.weight";
 
 /// A stored tensor: one of our weights, or some of its rows.
-struct StoredRows {
-    name: String,
-    rows: Range<usize>,
+pub(super) struct StoredRows {
+    pub name: String,
+    pub rows: Range<usize>,
 }
 
 fn stored_as(family: &Family, kind: ParamKind) -> Option<&StoredWeight> {
     family.weights.iter().chain(&HEADS).find(|w| w.kind == kind)
 }
 
-fn is_transposed(family: &Family, t: &ParamTensor) -> bool {
+pub(super) fn is_transposed(family: &Family, t: &ParamTensor) -> bool {
     stored_as(family, t.kind).is_some_and(|w| w.transposed)
 }
 
-fn sources(family: &Family, t: &ParamTensor, spec: &Spec) -> Vec<StoredRows> {
+pub(super) fn sources(family: &Family, t: &ParamTensor, spec: &Spec) -> Vec<StoredRows> {
     let layer = t.layer.map(|l| l.to_string()).unwrap_or_default();
     let names = stored_as(family, t.kind).map_or(&[][..], |w| w.names);
     let prefix = if HEADS.iter().any(|w| w.kind == t.kind) { "" } else { family.prefix };
@@ -60,15 +60,15 @@ fn sources(family: &Family, t: &ParamTensor, spec: &Spec) -> Vec<StoredRows> {
 
 /// Where the rows and columns of a stored weight are in ours, which a device may pad. A vector is a
 /// column.
-struct Places {
-    rows: Vec<usize>,
-    cols: Vec<usize>,
+pub(super) struct Places {
+    pub rows: Vec<usize>,
+    pub cols: Vec<usize>,
     /// From one of our rows to the next.
-    stride: usize,
+    pub stride: usize,
 }
 
 impl Places {
-    fn of(t: &ParamTensor, spec: &Spec) -> Self {
+    pub fn of(t: &ParamTensor, spec: &Spec) -> Self {
         let (rows, cols) = (t.facts.rows, t.facts.cols.places(spec));
         if t.is_vector() {
             return Self { rows: cols, cols: vec![0], stride: 1 };
@@ -77,7 +77,7 @@ impl Places {
     }
 
     /// Ours has no padding.
-    fn plain(&self) -> bool {
+    pub fn plain(&self) -> bool {
         let in_place = |x: &[usize]| x.last().is_none_or(|last| last + 1 == x.len());
         self.cols.len() == self.stride && in_place(&self.rows)
     }
@@ -89,17 +89,28 @@ type Tensors<'a> = HashMap<String, (TensorView<'a>, &'a Path)>;
 /// The files of a folder, mapped, and the tensors in them.
 struct Folder {
     files: Vec<(PathBuf, Mmap)>,
+    index: Option<ShardIndex>,
+}
+
+/// Which shard each tensor is in.
+struct ShardIndex {
+    path: PathBuf,
+    shards: serde_json::Map<String, Value>,
 }
 
 impl Folder {
+    /// A single file is taken before shards, as transformers does.
     fn open(dir: &Path) -> Result<Self> {
         let index = dir.join(INDEX);
-        let names = if index.exists() { shards(&index)? } else { vec![SINGLE.to_owned()] };
-        let open = |name: &String| {
+        let sharded = !dir.join(SINGLE).exists() && index.exists();
+        let index = sharded.then(|| ShardIndex::read(index)).transpose()?;
+        let names = index.as_ref().map_or(Ok(vec![SINGLE]), ShardIndex::files)?;
+        let open = |name: &str| {
             let path = dir.join(name);
             file::map(&path).map(|map| (path, map))
         };
-        Ok(Self { files: names.iter().map(open).collect::<Result<_>>()? })
+        let files = names.into_iter().map(open).collect::<Result<_>>()?;
+        Ok(Self { files, index })
     }
 
     /// All tensors by name.
@@ -107,37 +118,76 @@ impl Folder {
         let mut all = HashMap::new();
         for (path, map) in &self.files {
             let file = SafeTensors::deserialize(map)
-                .map_err(|e| Error::file(path, format!("no safetensors file: {e}")))?;
+                .map_err(|e| Error::file(path, no_safetensors(map, &e)))?;
             for (name, view) in file.tensors() {
                 if all.insert(name.clone(), (view, path.as_path())).is_some() {
                     return Err(Error::file(path, format!("`{name}` is in two shards")));
                 }
             }
         }
+        for (name, shard) in self.index.iter().flat_map(|index| &index.shards) {
+            let shard = shard.as_str().map(Path::new);
+            let found = all.get(name).and_then(|(_, path)| path.file_name());
+            if found != shard.and_then(Path::file_name) {
+                let path =
+                    self.index.as_ref().map(|index| &*index.path).unwrap_or(Path::new(INDEX));
+                let shard = shard.unwrap_or(Path::new("")).display();
+                return Err(Error::file(path, format!("`{name}` is not in {shard}")));
+            }
+        }
         Ok(all)
     }
 }
 
-/// The shard names of an index, each once, in order of first use.
-fn shards(index: &Path) -> Result<Vec<String>> {
-    let text = file::read_text(index, 64 << 20)?;
-    let json: Value =
-        serde_json::from_str(&text).map_err(|e| Error::file(index, format!("not JSON: {e}")))?;
-    let map = json.get("weight_map").and_then(Value::as_object);
-    let map = map.ok_or_else(|| Error::file(index, "`weight_map` is missing"))?;
-    let mut names: Vec<String> = Vec::new();
-    for (tensor, name) in map {
-        let name = name.as_str().unwrap_or_default();
-        // A shard is a file of this folder: no path may lead out of it.
-        if name.is_empty() || Path::new(name).file_name() != Some(name.as_ref()) {
-            let message = format!("shard of `{tensor}` is {name:?}, wanted a file name");
-            return Err(Error::file(index, message));
-        }
-        if !names.iter().any(|n| n == name) {
-            names.push(name.to_owned());
+impl ShardIndex {
+    fn read(path: PathBuf) -> Result<Self> {
+        let text = file::read_text(&path, 64 << 20)?;
+        let mut json: Value = serde_json::from_str(&text)
+            .map_err(|e| Error::file(&path, format!("not JSON: {e}")))?;
+        match json.get_mut("weight_map").map(Value::take) {
+            Some(Value::Object(shards)) => Ok(Self { path, shards }),
+            _ => Err(Error::file(&path, "`weight_map` is missing")),
         }
     }
-    Ok(names)
+
+    /// The shard names, each once.
+    fn files(&self) -> Result<Vec<&str>> {
+        let mut names = BTreeSet::new();
+        for (tensor, name) in &self.shards {
+            let name = name.as_str().unwrap_or_default();
+            // A shard is a file of this folder: no path may lead out of it.
+            if name.is_empty() || Path::new(name).file_name() != Some(name.as_ref()) {
+                let message = format!("shard of `{tensor}` is {name:?}, wanted a file name");
+                return Err(Error::file(&self.path, message));
+            }
+            names.insert(name);
+        }
+        Ok(names.into_iter().collect())
+    }
+}
+
+/// Says of a file that is no safetensors file what it is, or which tensor is wrong.
+fn no_safetensors(bytes: &[u8], e: &SafeTensorError) -> String {
+    if bytes.starts_with(b"version https://git-lfs") {
+        return "is a Git LFS pointer, wanted the weights: `git lfs pull` gets them".into();
+    }
+    let header = || {
+        let (size, rest) = bytes.split_at_checked(8)?;
+        let size = usize::try_from(u64::from_le_bytes(size.try_into().ok()?)).ok()?;
+        serde_json::from_slice::<HashMap<String, Value>>(rest.get(..size)?).ok()
+    };
+    let wrong = |(_, t): &(String, Value)| {
+        let number = |v: &Value| v.as_u64().map(u128::from);
+        let shape = t["shape"].as_array().into_iter().flatten();
+        let len = shape.map(number).try_fold(1u128, |n, d| n.checked_mul(d?));
+        let bits = t["dtype"].as_str().map_or("", |d| d.trim_start_matches(char::is_alphabetic));
+        let bytes = bits.parse::<u128>().ok().and_then(|bits| Some(len?.checked_mul(bits)? / 8));
+        let span = number(&t["data_offsets"][1]).zip(number(&t["data_offsets"][0]));
+        bytes.is_some() && span.and_then(|(end, start)| end.checked_sub(start)) != bytes
+    };
+    let mut tensors = header().into_iter().flatten().filter(|(name, _)| name != "__metadata__");
+    let of = tensors.find(wrong).map(|(name, _)| format!(" (`{name}`)")).unwrap_or_default();
+    format!("no safetensors file: {e}{of}")
 }
 
 impl<T: Element> Model<T> {
@@ -175,8 +225,19 @@ pub fn load<T: Element>(
 ) -> Result<Model<T>> {
     let config = Config::read(dir)?;
     let (family, spec) = config.spec()?;
+    let classifier = config
+        .json()
+        .get("architectures")
+        .and_then(|v| v[0].as_str())
+        .filter(|name| name.ends_with("Classification"));
+    if let (Head::Lm, Some(name)) = (head, classifier) {
+        return Err(config.wrong("architectures", "a language model: it is a reward model", &name));
+    }
     let folder = Folder::open(dir)?;
     let mut stored = folder.tensors()?;
+    if spec.tied && head == Head::Lm {
+        check_tied(family, &spec, &stored)?;
+    }
     if head == Head::Scalar && new_head.is_none() && !stored.contains_key(SCORE) {
         let message = format!("`{SCORE}` is missing: it is no reward model");
         return Err(Error::file(dir, message));
@@ -220,6 +281,21 @@ pub fn load<T: Element>(
 fn stored_name<'a>(stored: &Tensors<'_>, family: &Family, name: &'a str) -> &'a str {
     let bare = name.strip_prefix(family.prefix).unwrap_or(name);
     if !stored.contains_key(name) && stored.contains_key(bare) { bare } else { name }
+}
+
+/// Refuses a head of its own in the files of a model whose head is the token embedding: it would be
+/// ignored. A copy of the embedding is none.
+fn check_tied(family: &Family, spec: &Spec, stored: &Tensors<'_>) -> Result<()> {
+    let Some((view, path)) = stored.get(LM_HEAD) else { return Ok(()) };
+    let layout = Layout::new(&Spec { layers: 0, ..spec.clone() }, Head::Lm);
+    let tokens = layout.tensors().iter().find(|t| t.kind == ParamKind::Embedding);
+    let tokens = tokens.and_then(|t| sources(family, t, spec).pop());
+    let embedding = tokens.and_then(|t| stored.get(stored_name(stored, family, &t.name)));
+    if embedding.is_none_or(|(e, _)| (e.dtype(), e.data()) == (view.dtype(), view.data())) {
+        return Ok(());
+    }
+    let want = "a copy of the token embedding: `tie_word_embeddings` is true";
+    Err(Error::file(*path, format!("`{LM_HEAD}` has other weights, wanted {want}")))
 }
 
 /// Refuses a config whose sizes are not those of the stored tensors, before any memory is taken for
@@ -316,135 +392,4 @@ fn copy<T: Element>(
 fn widen<S: Pod>(data: &[u8], wide: impl Fn(S) -> f64, mut put: impl FnMut(usize, f64)) {
     let numbers = data.chunks_exact(size_of::<S>()).map(bytemuck::pod_read_unaligned);
     numbers.enumerate().for_each(|(i, x)| put(i, wide(x)));
-}
-
-/// A tensor to store, transposed when the writer asks for it.
-struct Stored<'a, F: Clone> {
-    data: Cow<'a, [F]>,
-    shape: Vec<usize>,
-    transposed: bool,
-}
-
-impl<F: Float> safetensors::View for Stored<'_, F> {
-    fn dtype(&self) -> Dtype {
-        if size_of::<F>() == 4 { Dtype::F32 } else { Dtype::F64 }
-    }
-    fn shape(&self) -> &[usize] {
-        &self.shape
-    }
-    fn data(&self) -> Cow<'_, [u8]> {
-        if !self.transposed {
-            return Cow::Borrowed(bytemuck::cast_slice(&self.data));
-        }
-        let (k, n) = (self.shape[0], self.shape[1]);
-        let turned: Vec<F> = (0..k * n).map(|i| self.data[i % n * k + i / n]).collect();
-        Cow::Owned(bytemuck::cast_slice(&turned).to_vec())
-    }
-    fn data_len(&self) -> usize {
-        size_of_val(&*self.data)
-    }
-}
-
-/// The tensors of a model as Hugging Face names and shapes them, from the flat numbers of all.
-fn stored<'a, T: Element, F: Float>(
-    model: &'a Model<T>,
-    flat: &'a [F],
-) -> impl Iterator<Item = (String, Stored<'a, F>)> {
-    model.params().layout().tensors().iter().flat_map(move |t| {
-        let all = &flat[t.offset..t.offset + t.len()];
-        let transposed = is_transposed(model.family(), t);
-        let places = Places::of(t, model.spec());
-        let cols = places.cols.len();
-        sources(model.family(), t, model.spec()).into_iter().map(move |source| {
-            let rows = source.rows;
-            let shape = match (t.kind, t.is_vector(), transposed) {
-                (ParamKind::Score, ..) => vec![1, t.cols],
-                (_, true, _) => vec![rows.len()],
-                (_, _, true) => vec![cols, rows.len()],
-                _ => vec![rows.len(), cols],
-            };
-            let data = if places.plain() {
-                Cow::Borrowed(&all[rows.start * cols..rows.end * cols])
-            } else {
-                let mut part = Vec::with_capacity(rows.len() * cols);
-                for r in &places.rows[rows] {
-                    part.extend(places.cols.iter().map(|c| all[r * places.stride + c]));
-                }
-                Cow::Owned(part)
-            };
-            (source.name, Stored { data, shape, transposed })
-        })
-    })
-}
-
-/// A tensor as Hugging Face has it: name, shape, numbers in the stored order.
-pub type Named<F> = (String, Vec<usize>, Vec<F>);
-
-/// Weights, gradients or moments under their Hugging Face names.
-pub fn named<T: Element, F: Float>(
-    dev: &Device,
-    model: &Model<T>,
-    params: &Params<F>,
-) -> Result<Vec<Named<F>>> {
-    use safetensors::View;
-    let numbers = |s: &Stored<'_, F>| bytemuck::allocation::pod_collect_to_vec::<u8, F>(&s.data());
-    let flat = dev.on_host(params.flat())?;
-    Ok(stored(model, &flat).map(|(name, s)| (name, s.shape.clone(), numbers(&s))).collect())
-}
-
-/// Weights of a model in files.
-pub fn count<T: Element>(model: &Model<T>) -> usize {
-    let size = |t: &ParamTensor| {
-        let p = Places::of(t, model.spec());
-        p.rows.len() * p.cols.len()
-    };
-    model.params().layout().tensors().iter().map(size).sum()
-}
-
-/// The Hugging Face name of the tensor that holds element `i` of the flat weights or gradients.
-pub fn tensor_at<T: Element>(model: &Model<T>, i: usize) -> Option<String> {
-    let t = model.params().layout().at(i)?;
-    let places = Places::of(t, model.spec());
-    let own = (i - t.offset) / places.stride;
-    // An entry of the padding counts as the row before it.
-    let row = places.rows.partition_point(|r| *r <= own).saturating_sub(1);
-    let holds = |s: &StoredRows| s.rows.contains(&row);
-    sources(model.family(), t, model.spec()).into_iter().find(holds).map(|s| s.name)
-}
-
-/// Writes `config.json` and `model.safetensors` into an existing folder, in the layout that
-/// `transformers` loads: a value or reward model as `AutoModelForSequenceClassification` with
-/// `score.weight`. Weights are stored as f32, whatever they were loaded from.
-pub fn save<T: Element>(dev: &Device, model: &Model<T>, dir: &Path) -> Result<()> {
-    let path = dir.join("config.json");
-    let mut text = serde_json::to_string_pretty(&Value::Object(config(model)))
-        .map_err(|e| Error::file(&path, e.to_string()))?;
-    text.push('\n');
-    std::fs::write(&path, text).map_err(Error::io("write", &path))?;
-
-    let flat = dev.on_host(model.master()?)?;
-    let stored: BTreeMap<String, Stored<'_, T::Acc>> = stored(model, &flat).collect();
-    let path = dir.join(SINGLE);
-    let metadata = HashMap::from([("format".to_owned(), "pt".to_owned())]);
-    safetensors::serialize_to_file(stored, Some(metadata), &path)
-        .map_err(|e| Error::file(&path, format!("cannot be written: {e}")))
-}
-
-/// The loaded `config.json` with head and dtype as they are now.
-fn config<T: Element>(model: &Model<T>) -> serde_json::Map<String, Value> {
-    let mut json = model.config().json().clone();
-    let architecture = match model.head() {
-        Head::Lm => model.family().causal_lm,
-        Head::Scalar => model.family().sequence_classification,
-    };
-    json.insert("architectures".into(), json!([architecture]));
-    // "torch_dtype" up to transformers 4, "dtype" from 5
-    let key = if json.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-    json.insert(key.into(), json!(if size_of::<T::Acc>() == 4 { "float32" } else { "float64" }));
-    if model.head() == Head::Scalar {
-        json.insert("num_labels".into(), json!(1));
-        json.insert("id2label".into(), json!({"0": "LABEL_0"}));
-        json.insert("label2id".into(), json!({"LABEL_0": 0}));
-    }
-    json
 }

@@ -342,9 +342,17 @@ fn weight<F: Float>(spec: NormSpec, w: &[F]) -> Cow<'_, [F]> {
     if spec.one_plus { w.iter().map(|w| F::ONE + *w).collect() } else { w.into() }
 }
 
+/// `1 / sqrt(x)`; NaN where squares overflowed, which would give 0: a row of zeros is a good number
+/// that says nothing.
+#[inline(always)]
+fn reciprocal_root<F: Float>(x: F) -> F {
+    let r = F::ONE / x.sqrt();
+    r + F::ZERO / r
+}
+
 simd! {
     fn rms_row[F: Float](y: &mut [F], x: &[F], w: &[F], eps: F) -> F {
-        let rstd = F::ONE / (math::dot(x, x) / F::of(x.len() as f64) + eps).sqrt();
+        let rstd = reciprocal_root(math::dot(x, x) / F::of(x.len() as f64) + eps);
         for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
             *y = *x * rstd * *w;
         }
@@ -355,7 +363,7 @@ simd! {
         let n = F::of(x.len() as f64);
         let mean = math::sum_by(x.len(), |i| x[i]) / n;
         let var = math::sum_by(x.len(), |i| (x[i] - mean) * (x[i] - mean)) / n;
-        let rstd = F::ONE / (var + eps).sqrt();
+        let rstd = reciprocal_root(var + eps);
         for i in 0..y.len() {
             y[i] = ((x[i] - mean) * rstd).mul_add(w[i], b[i]);
         }

@@ -52,8 +52,8 @@ impl SamplingParams {
         for (what, ok, want, got) in [
             (
                 "temperature",
-                self.temperature >= 0.0 && self.temperature.is_finite(),
-                "0 or more",
+                self.temperature == 0.0 || self.temperature >= 1e-6 && self.temperature.is_finite(),
+                "0, or 1e-6 or more",
                 self.temperature,
             ),
             ("top_p", self.top_p > 0.0 && self.top_p <= 1.0, "in (0, 1]", self.top_p),

@@ -28,6 +28,10 @@ const COMPANIONS: &[&str] = &[
     "generation_config.json",
     "vocab.json",
     "merges.txt",
+    "chat_template.jinja",
+    "LICENSE",
+    "LICENSE.txt",
+    "NOTICE",
 ];
 
 /// The file that says what the folder is.
@@ -39,6 +43,8 @@ pub struct ExportedFrom {
     pub step: u64,
     /// SHA-256 of all that resumed runs have in common.
     pub run: String,
+    /// The id that was appended to every text.
+    pub eos: Option<u32>,
 }
 
 /// Content of [`RECORD`].
@@ -49,11 +55,19 @@ struct ExportRecord {
     files: BTreeMap<String, String>,
 }
 
+/// What the folder of a trained model says of itself.
+fn record(dir: &Path) -> Option<ExportRecord> {
+    serde_json::from_str(&file::read_text(&dir.join(RECORD), 1 << 20).ok()?).ok()
+}
+
+/// The id that the training of the model in this folder appended to every text, if that is known.
+pub fn appended_eos(dir: &Path) -> Option<u32> {
+    record(dir)?.of.eos
+}
+
 /// Whether the folder holds a model of this step of this run, with every byte as it was written.
 pub fn is_whole(dir: &Path, of: &ExportedFrom) -> bool {
-    let record = file::read_text(&dir.join(RECORD), 1 << 20).ok();
-    let record: Option<ExportRecord> = record.and_then(|text| serde_json::from_str(&text).ok());
-    record.is_some_and(|record| {
+    record(dir).is_some_and(|record| {
         let same = |(name, hash): (&String, &String)| {
             digest(&dir.join(name)).is_ok_and(|found| found == *hash)
         };
@@ -81,7 +95,10 @@ pub fn export<T: Element>(
     for name in COMPANIONS {
         let file = from.join(name);
         if file.exists() {
-            fs::copy(&file, aside.join(name)).map_err(Error::io("copy", &file))?;
+            // Bytes alone: a model is not read-only where its base was.
+            let bytes = fs::read(&file).map_err(Error::io("read", &file))?;
+            let to = aside.join(name);
+            fs::write(&to, bytes).map_err(Error::io("write", &to))?;
         }
     }
     if let Some((id, token)) = eos {

@@ -54,7 +54,7 @@ pub fn max_length(s: &Settings, needs: &Needs, spec: &Spec) -> Result<usize> {
 
 impl RunInputs {
     /// Reads config, tokenizer and data.
-    pub fn new(settings: Settings, algorithm: Box<dyn Algorithm>) -> Result<Self> {
+    pub fn new(mut settings: Settings, algorithm: Box<dyn Algorithm>) -> Result<Self> {
         settings.validate()?;
         let needs = algorithm.needs();
         let models = models::planned(&settings, &needs)?;
@@ -97,10 +97,11 @@ impl RunInputs {
                 format!("a multiple of samples_per_prompt {per_prompt} x minibatches {parts}");
             return Err(Error::config("batch_size", want, settings.batch_size));
         }
-        let draws = (settings.batch_size / per_prompt) as f64;
+        // As many as there are; the weights of a step's mean follow from what is drawn.
+        settings.batch_size = source.draws() * per_prompt;
         let steps = match settings.steps {
             0 => {
-                let exact = settings.epochs * source.data.len() as f64 / draws;
+                let exact = settings.epochs * source.data.len() as f64 / source.draws() as f64;
                 // 0.07 * 100 is above 7 by a rounding.
                 (exact * (1.0 - 1e-12)).ceil().max(1.0) as u64
             }

@@ -42,6 +42,7 @@ pub mod source;
 pub mod storage;
 mod trainer;
 
+pub use export::appended_eos;
 pub use observer::{Observer, Silent};
 pub use run::{run, run_on};
 pub use settings::Settings;

@@ -35,7 +35,8 @@ use crate::{
 /// files, `rollouts/step-N.jsonl`, `checkpoints/step-N/` and at the end `final/`.
 ///
 /// # Errors
-/// [`Error::Interrupted`] after SIGINT or SIGTERM, with the state committed; [`Error::Locked`] if
+/// [`Error::Interrupted`] after SIGINT or SIGTERM, with the state committed, if
+/// [`signals::install`] was called; [`Error::Locked`] if
 /// another process trains there; [`Error::Config`] if the folder holds a run with other settings;
 /// all others of the parts.
 pub fn run(
@@ -77,7 +78,6 @@ fn run_in<T: Element<Acc = f32>>(
     // A folder that is there may be another trainer's, which is asked before models take memory;
     // one that is not there is made once the run is known to be possible.
     let early = out.is_dir().then(|| Lock::acquire(&out)).transpose()?;
-    signals::install()?;
     let loading = dev.span("load");
     let trainer = Trainer::<T>::new(dev, settings.clone(), algorithm)?;
     fs::create_dir_all(&out).map_err(Error::io("create", &out))?;
@@ -89,6 +89,7 @@ fn run_in<T: Element<Acc = f32>>(
     let mut run = RunFolder { checkpoints, out, trainer, manifest, saved: None };
     let about = run.about(entry);
     about.iter().for_each(|(name, text)| seen.note(&format!("{name}: {text}")));
+    run.warnings().iter().for_each(|text| seen.note(&format!("warning: {text}")));
     run.resume(seen)?;
     run.keeps_its_models()?;
     if run.is_finished() {
@@ -107,6 +108,7 @@ fn run_in<T: Element<Acc = f32>>(
         let (path, last) = (lines.path.display(), lines.last);
         seen.note(&format!("{path} ends at step {last}: what it had of later steps is lost"));
     }
+    let held = signals::Hold::new();
     while run.trainer.step < run.trainer.inputs.steps {
         let start = Instant::now();
         let stepped = match run.trainer.step(seen) {
@@ -140,6 +142,8 @@ fn run_in<T: Element<Acc = f32>>(
             return Err(Error::Interrupted { signal, step: run.trainer.step });
         }
     }
+    // What is left is done again if it is cut off.
+    drop(held);
     run.finish()
 }
 
@@ -192,6 +196,17 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         about
     }
 
+    /// What a user may not have meant.
+    fn warnings(&self) -> Vec<String> {
+        let inputs = &self.trainer.inputs;
+        let mut all = inputs.source.warnings.clone();
+        let (warmup, steps) = (inputs.settings.warmup_steps, inputs.steps);
+        if warmup >= steps {
+            all.push(format!("warmup_steps is {warmup}, the run has {steps} steps: the learning rate never reaches its peak"));
+        }
+        all
+    }
+
     fn write_about(&self, about: Vec<(&'static str, String)>) -> Result<()> {
         let path = self.out.join("run.json");
         let before = fs::read_to_string(&path).ok().and_then(|t| serde_json::from_str(&t).ok());
@@ -212,7 +227,9 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
     }
 
     fn exported_from(&self) -> ExportedFrom {
-        ExportedFrom { step: self.trainer.inputs.steps, run: self.manifest.digest() }
+        let inputs = &self.trainer.inputs;
+        let eos = inputs.eos.first().copied();
+        ExportedFrom { step: inputs.steps, run: self.manifest.digest(), eos }
     }
 
     /// Refuses to train from a model that the export would replace.

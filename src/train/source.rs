@@ -22,6 +22,8 @@ pub struct Source {
     copies: usize,
     /// Heads read every predicted token, not the last one of a sequence.
     by_token: bool,
+    /// What a user should know of the data.
+    pub warnings: Vec<String>,
 }
 
 /// The sequences of a step, and the columns of their tokens.
@@ -56,13 +58,29 @@ impl Source {
             return Err(Error::value(files.join(", "), "at least one example", got));
         }
         let copies = needs.sampling().map_or(1, |s| s.samples_per_prompt);
+        let mut warnings = Vec::from_iter(tokenizer.and_then(|t| spelled(t, &records)));
+        let mut draws = s.batch_size / copies;
+        // A text twice in a step counts twice; a prompt has other samples each time.
+        if needs.sampling().is_none() && draws > data.len() {
+            let n = data.len();
+            warnings.push(format!(
+                "batch_size is {draws}, the data has {n} examples: a step takes each once"
+            ));
+            draws = n;
+        }
         Ok(Self {
             order: DrawOrder::new(data.len(), s.seed, s.shuffle),
-            draws: s.batch_size / copies,
+            draws,
             copies,
+            warnings,
             by_token: needs.policy,
             data,
         })
+    }
+
+    /// Examples of a step.
+    pub fn draws(&self) -> usize {
+        self.draws
     }
 
     /// The sequences of a step, counted from 0. Those of prompts are to be continued.
@@ -92,6 +110,18 @@ impl Source {
         data.lay_out(self.by_token);
         data
     }
+}
+
+/// Says how many texts spell a special token, as texts to which a template was applied do.
+fn spelled(tokenizer: &Tokenizer, records: &[data::Located]) -> Option<String> {
+    let token = |at: &data::Located| {
+        let token = at.record.texts().find_map(|text| tokenizer.special_in(text))?;
+        Some((token.to_owned(), at.place.clone()))
+    };
+    let mut all = records.iter().filter_map(token);
+    let (token, place) = all.next()?;
+    let n = 1 + all.count();
+    Some(format!("{n} texts spell special tokens ({place}: {token}), which are read as characters"))
 }
 
 impl StepData {

@@ -113,7 +113,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     /// One optimizer step.
     ///
     /// # Errors
-    /// [`Error::Interrupted`] if a signal came while it was sampling: nothing has changed then.
+    /// [`Error::Interrupted`] if a signal came before the first update: nothing has changed then.
     /// [`Error::BadNumber`] naming the quantity and its samples. The models may then be in the
     /// middle of the step: resume from a checkpoint.
     pub fn step(&mut self, seen: &mut dyn Observer) -> Result<StepReport> {
@@ -121,6 +121,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         let mut data = self.inputs.source.draw(self.step);
         let done = self.step_on(&mut data, seen).map_err(|e| data.locate(e))?;
         self.sampled = self.inputs.needs.sampling().map(|_| data);
+        check_metrics(&done.metrics, self.step)?;
         Ok(done)
     }
 
@@ -136,6 +137,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         }
         let start = Instant::now();
         self.fill(data)?;
+        stop(self.step)?;
         check_columns(&self.host, &data.columns, self.step + 1)?;
         if samples {
             seconds.push(("score", start.elapsed().as_secs_f64()));
@@ -190,8 +192,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         let done = generator.run(dev, policy, &scope, &prompts, &config, |n| {
             made += n;
             seen.phase("sample", made, total);
-            let interrupted = |signal| Err(Error::Interrupted { signal, step: *step });
-            signals::requested().map_or(Ok(()), interrupted)
+            stop(*step)
         })?;
         data.continue_with(done);
         Ok(())
@@ -221,7 +222,9 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         let (role, model) = (state.role, (&state.model, inputs.needs.temperature()));
         pass.run(model, &data.sequences, |batch, s| role.push(batch, s), &mut y, None)?;
         let all = MicroBatch::new(&data.columns, 0..data.sequences.len());
-        self.inputs.algorithm.evaluate(&self.host, &all, (&y).into())
+        let metrics = self.inputs.algorithm.evaluate(&self.host, &all, (&y).into())?;
+        check_metrics(&metrics, self.step)?;
+        Ok(metrics)
     }
 
     /// This step's fraction of the peak learning rate.
@@ -236,7 +239,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         // All gradients are there and known to be good before a model changes.
         let mut watched = Vec::new();
         for i in 0..self.models.trained.len() {
-            self.gradient(i, data, &mut watched)?;
+            self.gradient(i, data, first, &mut watched)?;
         }
         let dev = self.dev.clone();
         let (_phase, step) = (dev.span("update"), self.step + 1);
@@ -268,9 +271,16 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         updated.try_for_each(|(i, bad)| self.models.trained[i].healthy(dev, bad, step))
     }
 
-    /// The gradient of a trained model over the micro-batches of a minibatch.
-    fn gradient(&mut self, i: usize, data: &StepData, watched: &mut Vec<Watched>) -> Result<()> {
-        let Self { dev, inputs, models, arena, batch, .. } = self;
+    /// The gradient of a trained model over the micro-batches of a minibatch, the `first` of its
+    /// step or a later one.
+    fn gradient(
+        &mut self,
+        i: usize,
+        data: &StepData,
+        first: bool,
+        watched: &mut Vec<Watched>,
+    ) -> Result<()> {
+        let Self { dev, inputs, models, arena, batch, step, .. } = self;
         let (dev, state, unit) = (&*dev, &mut models.trained[i], inputs.sizes.unit);
         let role = state.role;
         let _phase = role.trained.as_ref().map(|role| dev.span(role.phase));
@@ -278,6 +288,9 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         let options = plan::options(&inputs.settings, &inputs.needs, role.head);
         let lens = data.sequences.chunks(unit).map(|u| u.iter().map(|s| s.ids.len()).sum());
         for group in inputs.sizes.micro_batches(lens) {
+            if first {
+                stop(*step)?;
+            }
             let sequences = group.start * unit..group.end * unit;
             batch.clear();
             data.sequences[sequences.clone()].iter().for_each(|s| role.push(batch, s));
@@ -301,6 +314,21 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         }
         state.grads.add_tokens(dev)
     }
+}
+
+/// Property 9 for what is reported: a loss beyond f32 is none that can be trained on.
+fn check_metrics(metrics: &Metrics, step: u64) -> Result<()> {
+    let bad = metrics.iter().find(|(_, x)| !(*x as f32).is_finite());
+    bad.map_or(Ok(()), |(name, value)| {
+        let (what, value) = (format!("the metric `{name}`"), *value);
+        Err(Error::BadNumber { step, what, value, samples: Vec::new(), places: Vec::new() })
+    })
+}
+
+/// Ends a step that has changed nothing yet, if a signal came.
+fn stop(step: u64) -> Result<()> {
+    let interrupted = |signal| Err(Error::Interrupted { signal, step });
+    signals::requested().map_or(Ok(()), interrupted)
 }
 
 /// Property 9 for what a step is made of, before clipping hides a bad number or whitening spreads

@@ -108,3 +108,28 @@ fn every_metric_is_explained() {
         }
     }
 }
+
+/// Names of other projects lead to settings that are there, each to one of an algorithm's.
+#[test]
+fn names_elsewhere_lead_to_settings() {
+    let all = config::elsewhere::NAMES
+        .iter()
+        .flat_map(|(ours, theirs)| theirs.iter().map(move |theirs| (*ours, *theirs)));
+    let all: Vec<(&str, &str)> = all.collect();
+    assert!(all.len() >= 120, "{}", all.len());
+    let mut seen = BTreeSet::new();
+    for e in ALGORITHMS {
+        let (settings, section) = Settings::defaults(e).unwrap();
+        let keys = [settings.keys(), section.keys()].concat();
+        let known = |name: &str| keys.iter().any(|k| k.name == name);
+        for (ours, theirs) in all.iter().filter(|(ours, _)| known(ours)) {
+            seen.insert(*ours);
+            assert!(!known(theirs), "{}: `{theirs}` is a setting here", e.name);
+            let longer = config::elsewhere::ours(&format!("some.{theirs}"), known);
+            assert_eq!(longer, Some(*ours), "{}: {theirs}", e.name);
+        }
+        assert_eq!(config::elsewhere::ours("nothing_like_it", known), None);
+    }
+    let unknown: Vec<_> = all.iter().filter(|(ours, _)| !seen.contains(ours)).collect();
+    assert!(unknown.is_empty(), "no algorithm has {unknown:?}");
+}

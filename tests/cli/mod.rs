@@ -109,6 +109,12 @@ fn a_wrong_setting_is_named_with_the_nearest_known_one() {
     }
     let (code, text) = refused(&run(&["train", "sft", "--set", "steps"]));
     assert_eq!((code, text.contains("wanted key=value")), (2, true), "{text}");
+    let (code, text) = refused(&run(&["train", "sft", "--config", "/dev/zero"]));
+    assert_eq!(
+        (code, text.contains("/dev/zero: is longer than 1048576 bytes")),
+        (2, true),
+        "{text}"
+    );
     let (code, text) = refused(&run(&["train", "sft", "--config", "no/such.toml"]));
     assert_eq!((code, text.contains("cannot read no/such.toml")), (2, true), "{text}");
     let missing =
@@ -206,6 +212,64 @@ fn every_format_is_scored() {
         let input = "{\"input_ids\": [5]}\n{\"input_ids\": []}\n";
         let (code, text) = refused(&feed(&[command, "--model", &m], input));
         assert!(code == 1 && text.contains("<stdin>:2: ") && text.contains(what), "{text}");
+    }
+}
+
+/// Rows come in parts, as they are done; what a text is scored with does not depend on its part.
+#[test]
+fn a_row_does_not_see_its_part() {
+    let text = |i: usize| {
+        let ids: Vec<usize> = (0..100 + i % 7).map(|k| 3 + (i * 31 + k * 17) % 100).collect();
+        serde_json::json!({ "input_ids": ids }).to_string() + "\n"
+    };
+    let (m, rm) = (golden::path("llama_tied"), golden::path("llama_tied/rm"));
+    let args = ["score", "--model", m.to_str().unwrap(), "--reward-model", rm.to_str().unwrap()];
+    let texts: Vec<String> = (0..90).map(text).collect();
+    let all = lines(&feed(&args, &texts.concat()));
+    assert_eq!(all.len(), texts.len());
+    for i in [0, 40, 81, 82, 89] {
+        assert_eq!(lines(&feed(&args, &texts[i])), all[i..=i], "{i}");
+    }
+    let ids =
+        |i: usize| texts[i].replace("input_ids", "chosen_ids").replace('}', "").trim().to_owned();
+    let pair = |i: usize| format!("{}, \"rejected_ids\": [5], \"prompt_ids\": [7, 8]}}\n", ids(i));
+    let pairs = lines(&feed(&args, &(0..90).map(pair).collect::<String>()));
+    assert_eq!(pairs.len(), 90);
+    assert_eq!(lines(&feed(&args, &pair(85))), pairs[85..86]);
+}
+
+/// A hostile file's control characters reach no terminal, and megabytes of it no log.
+#[test]
+fn messages_are_plain_and_short() {
+    let dir = temp_dir("cli_plain");
+    for (kind, want) in [
+        (
+            "\u{1b}]0;x\u{7}\u{1b}[2J".to_owned(),
+            "`model_type` is \\u{1b}]0;x\\u{7}\\u{1b}[2J, wanted",
+        ),
+        ("x".repeat(1 << 19), "xxx [...] xxx"),
+    ] {
+        let config = serde_json::json!({ "model_type": kind }).to_string();
+        std::fs::write(dir.join("config.json"), config).unwrap();
+        let (code, text) = refused(&run(&["score", "--model", dir.to_str().unwrap()]));
+        assert!(code == 1 && text.contains(want) && text.len() < 2000, "{text}");
+        assert!(!text.contains('\u{1b}'), "{text:?}");
+    }
+}
+
+/// Keys of other projects are answered with ours.
+#[test]
+fn names_elsewhere_are_answered() {
+    for (key, want) in [
+        ("rollout.n", "samples_per_prompt"),
+        ("actor_rollout_ref.rollout.n", "samples_per_prompt"),
+        ("critic.optim.lr", "value_learning_rate"),
+        ("actor_rollout_ref.actor.optim.lr", "learning_rate"),
+        ("gradient-checkpointing", "recompute"),
+        ("cutoff_len", "max_length"),
+    ] {
+        let (code, text) = refused(&run(&["train", "ppo", "--set", &format!("{key}=1")]));
+        assert!(code == 2 && text.contains(&format!("did you mean `{want}`?")), "{key}: {text}");
     }
 }
 
@@ -353,8 +417,9 @@ fn plan_says_what_fits() {
     assert!(number(&saved, "train the policy") < number(&text, "train the policy"), "{saved}");
     let (_, text, _) = plan(&["--gpu", "rtx4090", "--memory", "20GiB"]);
     assert!(text.contains("In 20.00 GiB fit micro_batch_tokens of up to "), "{text}");
-    let (_, text, _) = plan(&["--gpu", "rtx4090", "--memory", "8GB"]);
+    let (code, text, error) = plan(&["--gpu", "rtx4090", "--memory", "8GB"]);
     assert!(text.contains("It does not fit 7.45 GiB: micro-batches of "), "{text}");
+    assert!(code == Some(1) && error.contains("the run needs "), "{error}");
     let (code, _, text) = plan(&["--gpu", "h100", "--set", "reward_model=nowhere"]);
     assert!(code == Some(1) && text.contains("nowhere/config.json"), "{text}");
     std::fs::write(dir.join("config.json"), config.replace("896", "900")).unwrap();

@@ -39,8 +39,8 @@ fn text(s: &str) -> Record {
     Record::Text { text: s.into() }
 }
 
-fn labelled(s: &str, label: i64) -> Record {
-    Record::Labelled { text: s.into(), label }
+fn labelled(s: &str, label: i32) -> Record {
+    Record::Labelled { text: s.into(), label: label.into() }
 }
 
 fn completion(prompt: &str, completion: &str) -> Record {
@@ -297,10 +297,9 @@ fn a_record_that_does_not_fit_is_named() {
     assert_eq!(fail(prompt(), "texts", with), "has columns prompt, wanted texts to learn");
     let want = "has columns text, wanted preferences, or texts with labels";
     assert_eq!(fail(text("a"), "pairs", with), want);
-    let learned = Record::LabelledIds { input_ids: vec![1], learn: vec![true] };
-    let want = "has columns input_ids, labels, wanted prompts (or `prompt_tokens` to cut them from \
-                texts)";
-    assert_eq!(fail(learned, "prompts", with), want);
+    let want = "has columns text, wanted prompts (or `prompt_tokens` to cut them from texts)";
+    let error = data::prompts(&located([text("a")]), with, LIMITS, None).unwrap_err().to_string();
+    assert_eq!(error, format!("data.jsonl:1: {want}"));
     // ids beyond the vocabulary, on any side
     let want = "has token id 512, wanted less than 512";
     assert_eq!(fail(ids(510..513), "texts", None), want);

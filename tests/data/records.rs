@@ -48,13 +48,34 @@ fn the_format_is_told_by_the_columns() {
         (
             r#"{"text": "a", "label": -3}"#,
             "text, label",
-            Record::Labelled { text: text("a"), label: -3 },
+            Record::Labelled { text: text("a"), label: -3.0 },
         ),
         (
             r#"{"label": true, "text": "a"}"#,
             "text, label",
-            Record::Labelled { text: text("a"), label: 1 },
+            Record::Labelled { text: text("a"), label: 1.0 },
         ),
+        (
+            r#"{"text": "a", "label": " Negative"}"#,
+            "text, label",
+            Record::Labelled { text: text("a"), label: 0.0 },
+        ),
+        (
+            r#"{"text": "a", "label": "4.5"}"#,
+            "text, label",
+            Record::Labelled { text: text("a"), label: 4.5 },
+        ),
+        (
+            r#"{"response": "c", "prompt": "p"}"#,
+            "prompt, completion",
+            Record::Completion { prompt: text("p"), completion: text("c") },
+        ),
+        (
+            r#"{"question": "p", "answer": "c\ud83d\ude42"}"#,
+            "prompt, completion",
+            Record::Completion { prompt: text("p"), completion: text("c🙂") },
+        ),
+        (r#"{"question": "p"}"#, "prompt", Record::Prompt { prompt: text("p") }),
         (r#"{"prompt": "p"}"#, "prompt", Record::Prompt { prompt: text("p") }),
         (
             r#"{"completion": "c", "prompt": "p"}"#,
@@ -140,20 +161,38 @@ fn a_bad_line_is_named() {
         ("nope", "not JSON: expected ident at column 2"),
         (r#"{"text": "a""#, "not JSON: EOF while parsing an object at column 12"),
         (r#"{"text": "a"} {"#, "not JSON: trailing characters at column 15"),
-        ("[1, 2]", "wanted a JSON object, got [1,2]"),
+        ("[1, 2]", "wanted a JSON object, got [1, 2]"),
         (r#""text""#, r#"wanted a JSON object, got "text""#),
         (r#"{"text": 5}"#, "`text` is 5, wanted a text"),
         (r#"{"prompt": ["p"]}"#, r#"`prompt` is ["p"], wanted a text"#),
         (
             &long,
-            "`text` is [1234567,1234567,1234567,1234567,1234567,1234567,1234567,..., wanted a text",
+            "`text` is [1234567, 1234567, 1234567, 1234567, 1234567, 1234567, 12..., wanted a text",
         ),
         (r#"{"prompt": "p", "completion": {}}"#, "`completion` is {}, wanted a text"),
-        (r#"{"text": "a", "label": 0.5}"#, "`label` is 0.5, wanted a whole number"),
-        (r#"{"text": "a", "label": "good"}"#, "`label` is \"good\", wanted a whole number"),
+        (
+            r#"{"text": "a", "label": "soso"}"#,
+            "`label` is \"soso\", wanted a number, true or false, positive or negative, good or bad",
+        ),
+        (r#"{"text": "a", "text": "b"}"#, "has column \"text\" twice"),
+        (
+            r#"{"text": "\ud800"}"#,
+            "`text` is \"\\ud800\": not JSON: unexpected end of hex escape at column 8",
+        ),
         (
             r#"{"prompt": "p", "chosen": "c", "rejected": "r", "margin": "2"}"#,
             "`margin` is \"2\", wanted a number",
+        ),
+        // a number that f32, in which it is computed with, has not
+        (
+            r#"{"prompt": "p", "chosen": "c", "rejected": "r", "margin": 1e39}"#,
+            "`margin` is 1e39, wanted a number",
+        ),
+        (
+            r#"{"text": null}"#,
+            "has columns [\"text\" (null)], wanted text | text, label | prompt | \
+             prompt, completion | [prompt,] chosen, rejected | input_ids[, labels | output_ids] | \
+             prompt_ids, chosen_ids, rejected_ids",
         ),
         (r#"{"input_ids": 7}"#, "`input_ids` has 7, wanted token ids"),
         (r#"{"input_ids": [1, -2]}"#, "`input_ids` has -2, wanted token ids"),

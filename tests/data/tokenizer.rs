@@ -3,9 +3,12 @@
 use std::path::{Path, PathBuf};
 
 use serde_json::{Value, json};
-use warpo::{Error, data::Tokenizer};
+use warpo::{
+    Error,
+    data::{Kept, Tokenizer},
+};
 
-use crate::support::{golden, temp_dir};
+use crate::support::{golden, runs::warpo, temp_dir};
 
 /// A model folder with a tokenizer only.
 fn folder(test: &str, tokenizer: impl AsRef<[u8]>, config: &Value) -> PathBuf {
@@ -288,13 +291,123 @@ fn bos_and_eos_are_found_where_folders_keep_them() {
     // names that the tokenizer does not have, and files that are no JSON, are as if absent
     let unknown = json!({ "bos_token": "<nope>", "eos_token": 5 });
     assert_eq!(open(unknown, &[(config, json!("x"))]), (None, vec![], false));
-    // a BOS that the post-processor does not add: only on request
+    // a BOS that the post-processor does not add is not added, whatever the config says: a server
+    // that reads the folder adds none
     let plain = read(&golden::path("tokenizers/gpt2_style.json")).to_string();
-    for (flag, adds) in [(json!(null), false), (json!(false), false), (json!(true), true)] {
+    for flag in [json!(null), json!(false), json!(true)] {
         let config = json!({ "bos_token": "<|endoftext|>", "add_bos_token": flag });
         let t = Tokenizer::open(&folder("bos_eos", &plain, &config)).unwrap();
-        assert_eq!((t.adds_bos(), t.encode_start("a").unwrap().len()), (adds, 1 + adds as usize));
+        assert_eq!((t.adds_bos(), t.encode_start("a").unwrap().len()), (false, 1));
     }
+}
+
+/// Ids that are kept of a long text are those of the whole text; few more are made.
+#[test]
+fn a_part_of_a_long_text_has_the_ids_of_the_whole() {
+    let words =
+        "The printer jams. 🙂 naïve 12345 你好\n\n  double  spaces aaaaaaaaaaaaa ".repeat(80);
+    let texts = [words.clone(), "a".repeat(9001), words.replace([' ', '\n'], "")];
+    for g in goldens("part") {
+        for (text, room) in texts.iter().flat_map(|t| [1, 7, 64, 500].map(|room| (t, room))) {
+            let t = &g.tokenizer;
+            let what = format!("{} {room} of {}", g.name, text.len());
+            let whole = t.encode_start(text).unwrap();
+            let rest = t.encode_continuation(text).unwrap();
+            if rest.len().min(whole.len()) <= room + 1 {
+                continue;
+            }
+            let first = t.encode_start_within(text, room, Kept::First).unwrap();
+            assert_eq!(first[..room], whole[..room], "{what}");
+            let last = t.encode_start_within(text, room, Kept::Last).unwrap();
+            // the end of a run of letters depends on where the run begins
+            if text.contains(' ') {
+                assert_eq!(last[last.len() - room..], whole[whole.len() - room..], "{what}");
+            }
+            let next = t.encode_continuation_within(text, room).unwrap();
+            assert_eq!(next[..room], rest[..room], "{what}");
+            for part in [first, last, next] {
+                // few more where the text is much longer
+                assert!(part.len() > room && (room > 64 || part.len() < room + 4), "{what}");
+            }
+        }
+        // what fits is whole
+        let short = g.tokenizer.encode_start_within("a b", 64, Kept::Last).unwrap();
+        assert_eq!(short, g.tokenizer.encode_start("a b").unwrap());
+    }
+}
+
+/// A text has one encoding, whose size is bounded by the text's.
+#[test]
+fn a_tokenizer_that_draws_or_grows_is_refused() {
+    let good = read(&golden::path("tokenizers/llama2_style.json"));
+    let refused = |pointer: &str, value: Value| {
+        let mut json = good.clone();
+        *json.pointer_mut(pointer).unwrap() = value;
+        let dir = folder("grows", json.to_string(), &json!({}));
+        Tokenizer::open(&dir)
+            .map(drop)
+            .map_err(|e| e.to_string().split(": ").nth(1).unwrap().to_owned())
+    };
+    let replace = |pattern: &str, content: &str| json!({ "type": "Replace", "pattern": { "String": pattern }, "content": content });
+    let sequence = |all: Vec<Value>| json!({ "type": "Sequence", "normalizers": all });
+    let any = json!({ "type": "Replace", "pattern": { "Regex": "" }, "content": "x".repeat(300) });
+    // a map of one entry, 300 bytes long, after a trie of none
+    let map = [&[0, 0, 0, 0][..], &[b'x'; 300], &[0]].concat();
+    let map = json!({ "type": "Precompiled", "precompiled_charsmap": base64(&map) });
+    for (value, steps) in [
+        (replace("a", &"a".repeat(257)), "257 bytes of one in 1 steps"),
+        (replace("", &"a".repeat(257)), "258 bytes of one in 1 steps"),
+        (sequence(vec![replace("a", "aa"); 9]), "512 bytes of one in 9 steps"),
+        (sequence(vec![sequence(vec![replace("a", "b"); 33]); 2]), "1 bytes of one in 66 steps"),
+        (any, "301 bytes of one in 1 steps"),
+        (map, "300 bytes of one in 1 steps"),
+    ] {
+        let want = format!("`normalizer` makes up to {steps}, wanted at most 256 in 64");
+        assert_eq!(refused("/normalizer", value), Err(want));
+    }
+    let prefix = json!({ "type": "Prepend", "prepend": "x".repeat(65) });
+    let want = "`normalizer` prepends 65 bytes, wanted at most 64";
+    assert_eq!(refused("/normalizer", sequence(vec![prefix])), Err(want.into()));
+    let want = "`model.dropout` is 0.3, wanted none";
+    assert_eq!(refused("/model/dropout", json!(0.3)), Err(want.into()));
+    let grown = json!({ "type": "Sequence", "decoders": vec![replace("a", "aa"); 9] });
+    let want = "`decoder` makes up to 512 bytes of one in 9 steps, wanted at most 256 in 64";
+    assert_eq!(refused("/decoder", grown), Err(want.into()));
+    // what published tokenizers do
+    for fine in [json!(null), replace(" ", "\u{2581}"), sequence(vec![replace("a", "aa"); 8])] {
+        assert_eq!(refused("/normalizer", fine), Ok(()));
+    }
+    for fine in [json!(null), json!(0.0)] {
+        assert_eq!(refused("/model/dropout", fine), Ok(()));
+    }
+}
+
+fn base64(bytes: &[u8]) -> String {
+    const LETTERS: &[u8; 64] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let group = |chunk: &[u8]| {
+        let bits = (0..3).fold(0u32, |n, i| n << 8 | u32::from(*chunk.get(i).unwrap_or(&0)));
+        let letter = |i: u32| char::from(LETTERS[(bits >> (18 - 6 * i) & 63) as usize]);
+        (0..4).map(|i| if i as usize <= chunk.len() { letter(i) } else { '=' }).collect::<String>()
+    };
+    bytes.chunks(3).map(group).collect()
+}
+
+/// The library panics on this one: an error says so, and nothing else is printed.
+#[test]
+fn a_panic_of_the_library_is_silent() {
+    let mut json = read(&golden::path("tokenizers/llama2_style.json"));
+    json["pre_tokenizer"] = json!({ "type": "FixedLength", "length": 0 });
+    let model = temp_dir("silent_panic");
+    for file in ["config.json", "model.safetensors"] {
+        std::fs::copy(golden::path("llama_tied").join(file), model.join(file)).unwrap();
+    }
+    std::fs::write(model.join("tokenizer.json"), json.to_string()).unwrap();
+    let data = model.join("data.jsonl");
+    std::fs::write(&data, "{\"text\": \"a\"}").unwrap();
+    let [dir, data] = [&model, &data].map(|p| p.to_str().unwrap());
+    let out = warpo(&["score", "--model", dir, "--data", data]).output().unwrap();
+    let want = format!("error: {dir}/tokenizer.json: cannot encode a text: the tokenizer failed\n");
+    assert_eq!((out.status.code(), String::from_utf8(out.stderr).unwrap()), (Some(1), want));
 }
 
 /// G12: a `tokenizer.json` that lies is an error that names it; the library panics on some.

@@ -52,10 +52,45 @@ llama attention_bias true -> DIR: `model.layers.0.self_attn.q_proj.bias` is miss
 llama rope_parameters [] -> `rope_parameters` is [], wanted an object
 llama rope_parameters {"rope_type": "yarn"} -> `rope_parameters.rope_type` is yarn, wanted default or llama3
 llama rope_parameters {"rope_type": 3} -> `rope_parameters.rope_type` is no string, wanted default or llama3
-llama rope_parameters {"rope_theta": 0} -> `rope_parameters.rope_theta` is 0, wanted a number above 0
+llama rope_parameters {"rope_theta": 0} -> `rope_parameters.rope_theta` is 0, wanted a number from 0.001 to 1e15
 llama rope_parameters {"rope_type": "llama3", "low_freq_factor": 1} -> `rope_parameters.high_freq_factor` is missing
 llama rope_parameters {"rope_type": "llama3", "low_freq_factor": 4, "high_freq_factor": 4} -> `rope_parameters.high_freq_factor` is 4, wanted above low_freq_factor = 4
+llama rope_parameters {"partial_rotary_factor": 0.5} -> `rope_parameters.partial_rotary_factor` is 0.5, wanted no such key for rope_type default
+llama rope_parameters {"full_attention": {"rope_theta": 1e6}} -> `rope_parameters.full_attention` is {"rope_theta":1000000.0}, wanted no such key for rope_type default
+llama rope_parameters {"factor": 8} -> `rope_parameters.factor` is 8, wanted no such key for rope_type default
+llama rope_parameters {"rope_theta": 1e16} -> `rope_parameters.rope_theta` is 1e+16, wanted a number from 0.001 to 1e15
+llama partial_rotary_factor 0.5 -> `partial_rotary_factor` = 0.5 is not supported, wanted 1
+llama no_rope_layers [1, 0] -> `no_rope_layers` = [1,0] is not supported, wanted 1 for each layer
+llama layer_types ["full_attention", "sliding_attention"] -> `layer_types` = ["full_attention","sliding_attention"] is not supported, wanted full_attention for each layer
+llama sliding_window 4 -> `sliding_window` = 4 is not supported, wanted null
+llama logits_scaling 8.0 -> `logits_scaling` = 8.0 is not supported, wanted 1
+llama final_logit_softcapping 30.0 -> `final_logit_softcapping` = 30.0 is not supported, wanted null
+llama quantization_config {"bits": 4} -> `quantization_config` = {"bits":4} is not supported, wanted null
+llama num_experts 8 -> `num_experts` = 8 is not supported, wanted 0
+gpt2 qk_norm true -> `qk_norm` = true is not supported, wanted false
+llama architectures ["LlamaForSequenceClassification"] -> `architectures` is LlamaForSequenceClassification, wanted a language model: it is a reward model
 "#;
+
+/// Keys that other models compute with, at values that change nothing.
+#[test]
+fn a_key_that_changes_nothing_is_read() {
+    let plain = Folder::copy("neutral", "llama").write().load::<f32>(Head::Lm).unwrap();
+    for (key, value) in [
+        ("partial_rotary_factor", json!(1.0)),
+        ("no_rope_layers", json!([1, 1])),
+        ("layer_types", json!(["full_attention", "full_attention"])),
+        ("sliding_window", json!(null)),
+        ("logits_scaling", json!(1)),
+        ("use_sliding_window", json!(false)),
+        ("quantization_config", json!(null)),
+        ("num_local_experts", json!(0)),
+    ] {
+        let mut folder = Folder::copy("neutral", "llama");
+        folder.config[key] = value;
+        let model = folder.write().load::<f32>(Head::Lm).unwrap();
+        assert_eq!(model.spec(), plain.spec(), "{key}");
+    }
+}
 
 #[test]
 fn a_hostile_config_is_refused_before_memory_is_taken() {

@@ -12,7 +12,7 @@ use serde_json::{Value, json};
 use warpo::{
     Error,
     device::{Cpu, Device, Float},
-    models::{self, Head, Model, ParamKind, WEIGHTS},
+    models::{self, Config, Head, Model, ParamKind, WEIGHTS},
     rng::{Philox, Purpose},
 };
 
@@ -177,6 +177,14 @@ fn a_new_head_and_a_new_dtype_stand_in_the_saved_config() {
         let architecture = format!("{architecture}ForSequenceClassification");
         assert_eq!(config["architectures"], json!([architecture]));
         assert_eq!((&config["num_labels"], &config["dtype"]), (&json!(1), &json!("float64")));
+        // what a batch of several texts is padded with
+        let stored = Config::read(&from).unwrap();
+        let eos = stored
+            .json()
+            .get("pad_token_id")
+            .filter(|v| !v.is_null())
+            .unwrap_or(&stored.json()["eos_token_id"]);
+        assert_eq!(&config["pad_token_id"], eos);
         let score = &read(&dir.join("model.safetensors"))["score.weight"];
         assert_eq!((score.dtype, &score.shape[..]), (Dtype::F64, &[1, value.spec().hidden][..]));
         let again = Model::<f64>::load(&Device::cpu(), &dir, Head::Scalar, None).unwrap();
@@ -184,11 +192,40 @@ fn a_new_head_and_a_new_dtype_stand_in_the_saved_config() {
     }
 }
 
+/// A single file is the model, whatever an index beside it names; so transformers has it.
+#[test]
+fn a_single_file_is_taken_before_shards() {
+    let mut folder = Folder::copy("single_first", "llama");
+    folder.write();
+    folder.tensors.values_mut().for_each(|t| t.data.fill(0));
+    folder.write_shards(2);
+    let model = folder.load::<f32>(Head::Lm).unwrap();
+    assert_bits("the single file's", flat(&model), flat(&load::<f32>("llama", Head::Lm)));
+    folder.write_index("{");
+    folder.load::<f32>(Head::Lm).unwrap();
+}
+
+/// A head of its own is not dropped where the config says that there is none.
+#[test]
+fn a_head_beside_a_tied_embedding_is_a_copy_or_refused() {
+    let mut folder = Folder::copy("tied_head", "llama_tied");
+    let mut head = folder.tensors["model.embed_tokens.weight"].clone();
+    folder.tensors.insert("lm_head.weight".into(), head.clone());
+    let model = folder.write().load::<f32>(Head::Lm).unwrap();
+    assert_bits("a copy", flat(&model), flat(&load::<f32>("llama_tied", Head::Lm)));
+    *head.data.last_mut().unwrap() ^= 1;
+    folder.tensors.insert("lm_head.weight".into(), head);
+    let want = "DIR/model.safetensors: `lm_head.weight` has other weights, wanted a copy of the \
+                token embedding: `tie_word_embeddings` is true";
+    assert_eq!(folder.write().refused(Head::Lm), want);
+}
+
 #[test]
 fn shards_are_one_model() {
     for n in [1, 3, 40] {
         let folder = Folder::copy("shards", "llama");
         folder.write_shards(n);
+        assert!(!folder.file().exists());
         let model = folder.load::<f32>(Head::Lm).unwrap();
         assert_bits(&n.to_string(), flat(&model), flat(&load::<f32>("llama", Head::Lm)));
     }
@@ -297,18 +334,16 @@ fn the_prefix_may_be_missing() {
     );
 }
 
-/// Where the head is tied, the embedding is the head, whatever else the file holds; where it is
-/// not, its own weight is.
+/// Where the head is tied, the embedding is the head; where it is not, its own weight is.
 #[test]
 fn a_tied_head_is_the_embedding() {
     let mut folder = Folder::copy("tied", "llama_tied");
     let embedding = folder.tensors["model.embed_tokens.weight"].clone();
-    let other = Tensor::f32(&embedding.shape, &vec![7.0; embedding.numbers().len()]);
-    folder.tensors.insert("lm_head.weight".into(), other);
     let tied = folder.write().load::<f32>(Head::Lm).unwrap();
-    assert_bits("tied", flat(&tied), flat(&load::<f32>("llama_tied", Head::Lm)));
     assert_bits("head", tied.lm_head(host()).unwrap().weight.host(), &embedding.numbers());
 
+    let other = Tensor::f32(&embedding.shape, &vec![7.0; embedding.numbers().len()]);
+    folder.tensors.insert("lm_head.weight".into(), other);
     folder.config["tie_word_embeddings"] = json!(false);
     let untied = folder.write().load::<f32>(Head::Lm).unwrap();
     assert!(untied.lm_head(host()).unwrap().weight.host().iter().all(|x| *x == 7.0));
@@ -414,7 +449,9 @@ fn a_wrong_tensor_is_named() {
     assert_eq!(with(&turned), want);
     // a language model wanted of a reward model
     let folder = Folder::copy("wrong_tensor", "llama/rm");
-    assert_eq!(folder.write().refused(Head::Lm), "DIR: `lm_head.weight` is missing");
+    let want = "DIR/config.json: `architectures` is LlamaForSequenceClassification, wanted a \
+                language model: it is a reward model";
+    assert_eq!(folder.write().refused(Head::Lm), want);
     // two labels are no score
     let mut folder = Folder::copy("wrong_tensor", "llama_tied/rm");
     let two = Tensor::f32(&[2, 36], &[0.5; 72]);
@@ -442,6 +479,19 @@ fn a_wrong_file_is_named() {
         };
         assert!(message.starts_with(want), "{junk:?}: {message}");
     }
+    put(&folder.file(), "version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 1\n");
+    let want =
+        "DIR/model.safetensors: is a Git LFS pointer, wanted the weights: `git lfs pull` gets them";
+    assert_eq!(folder.refused(Head::Lm), want);
+    // a shape that does not fill its bytes is named
+    folder.write();
+    let file = std::fs::read(folder.file()).unwrap();
+    let end = 8 + u64::from_le_bytes(file[..8].try_into().unwrap()) as usize;
+    let header =
+        String::from_utf8(file[8..end].to_vec()).unwrap().replacen("[113,36]", "[112,36]", 1);
+    put(&folder.file(), [&file[..8], header.as_bytes(), &file[end..]].concat());
+    let message = folder.refused(Head::Lm);
+    assert!(message.ends_with(" (`model.embed_tokens.weight`)"), "{message}");
     for text in ["", "{", "[]", "7", "{\"model_type\": 7}"] {
         put(&folder.dir.join("config.json"), text);
         let message = folder.refused(Head::Lm);
@@ -509,7 +559,8 @@ fn a_wrong_index_is_named() {
     let mut part = read(&second);
     let (name, tensor) = part.pop_last().unwrap();
     write(&second, &part);
-    assert_eq!(folder.refused(Head::Lm), format!("DIR: `{name}` is missing"));
+    let shard = "model-00002-of-00002.safetensors";
+    assert_eq!(folder.refused(Head::Lm), format!("{index}: `{name}` is not in {shard}"));
     part.insert(name, tensor);
     let twice = "model.embed_tokens.weight";
     part.insert(twice.into(), folder.tensors[twice].clone());

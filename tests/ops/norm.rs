@@ -228,6 +228,21 @@ fn a_nan_stays_in_its_row() {
     }
 }
 
+/// A row whose squares overflow is no row of zeros, which would be a good number that says nothing.
+#[test]
+fn an_overflow_is_a_nan() {
+    let w = randn::<f32>("w", 24);
+    for (dev, spec) in devices().iter().flat_map(|dev| [(dev, RMS), (dev, LAYER)]) {
+        let mut x: Vec<f32> = randn("x", 72);
+        let b = if spec.norm == Layer { &w[..] } else { &[] };
+        let clean = forward(dev, spec, &x, &w, b);
+        x[30] = 1e30;
+        let got = forward(dev, spec, &x, &w, b);
+        assert_nan_only("y", &got.y, &clean.y, 24..48);
+        assert_nan_only("rstd", &got.rstd, &clean.rstd, 1..2);
+    }
+}
+
 /// A norm of rows `[tokens, heads, cols]`, inside wider ones if they have a stride.
 #[derive(Clone, Copy)]
 struct Normed {

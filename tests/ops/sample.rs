@@ -339,14 +339,17 @@ fn a_nan_stays_in_its_row() {
 fn parameters_out_of_range_and_wrong_shapes_are_refused() {
     let base = SamplingParams::default();
     for (params, says) in [
-        (SamplingParams { temperature: -1.0, ..base }, "temperature: got -1, wanted 0 or more"),
+        (
+            SamplingParams { temperature: -1.0, ..base },
+            "temperature: got -1, wanted 0, or 1e-6 or more",
+        ),
         (
             SamplingParams { temperature: f32::NAN, ..base },
-            "temperature: got NaN, wanted 0 or more",
+            "temperature: got NaN, wanted 0, or 1e-6 or more",
         ),
         (
             SamplingParams { temperature: f32::INFINITY, ..base },
-            "temperature: got inf, wanted 0 or more",
+            "temperature: got inf, wanted 0, or 1e-6 or more",
         ),
         (SamplingParams { top_p: 0.0, ..base }, "top_p: got 0, wanted in (0, 1]"),
         (SamplingParams { top_p: 1.5, ..base }, "top_p: got 1.5, wanted in (0, 1]"),

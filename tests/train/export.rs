@@ -5,6 +5,7 @@ use std::{fs, path::Path, process::Command};
 use serde_json::Value;
 
 use crate::support::{
+    golden,
     runs::{assert_same, copy, metrics, outcome, small, train},
     temp_dir,
 };
@@ -45,6 +46,34 @@ fn a_model_that_is_stale_or_damaged_is_exported_again() {
         run(&dir, "sft", "a", &[]).unwrap();
         assert_same("exported again", &outcome(&dir.join("a")), &want);
     }
+}
+
+/// What a server needs goes along, readable for all whom the umask allows.
+#[test]
+fn a_model_takes_along_what_a_server_needs() {
+    use std::os::unix::fs::PermissionsExt;
+    let dir = temp_dir("export_whole");
+    let base = dir.join("base");
+    copy(&golden::path("llama_tied"), &base);
+    for (name, text) in [("chat_template.jinja", "{{ messages }}"), ("LICENSE", "MIT")] {
+        fs::write(base.join(name), text).unwrap();
+        fs::set_permissions(base.join(name), fs::Permissions::from_mode(0o444)).unwrap();
+    }
+    run(&dir, "sft", "a", &[&format!("model={}", base.display())]).unwrap();
+    let model = dir.join("a/final");
+    let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
+    for name in ["chat_template.jinja", "LICENSE", "model.safetensors", "config.json"] {
+        assert_eq!(mode(&model.join(name)), mode(&dir.join("a/metrics.jsonl")), "{name}");
+    }
+}
+
+/// A reward model is scored with the EOS that it was trained with.
+#[test]
+fn a_reward_model_says_which_eos_its_texts_had() {
+    let dir = temp_dir("export_eos");
+    run(&dir, "reward", "a", &["eos_id=7"]).unwrap();
+    assert_eq!(warpo::train::appended_eos(&dir.join("a/final")), Some(7));
+    assert_eq!(warpo::train::appended_eos(&golden::path("llama_tied/rm")), None);
 }
 
 #[test]

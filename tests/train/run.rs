@@ -76,10 +76,17 @@ fn nothing_is_lost_when_a_run_is_killed() {
     let mut pairs = small(&dir, "ppo", &killed);
     pairs.push("checkpoint_every=2".into());
     let draw = Philox::new(1, 0, 0, Purpose::Pairs);
-    let (mut codes, mut kills) = (Vec::new(), 0);
+    let (mut codes, mut kills, mut resumed) = (Vec::new(), 0, 0);
+    let saved =
+        || std::fs::read_dir(killed.join("checkpoints")).is_ok_and(|mut d| d.next().is_some());
     let finished = (0..200).any(|attempt| {
+        resumed += usize::from(saved());
         let mut child = train_command("ppo", &pairs).spawn().unwrap();
-        let wait = Duration::from_millis(15 + u64::from(draw.below(attempt, 120)));
+        if attempt == 0 {
+            // One kill at least falls between two checkpoints.
+            crate::support::wait_for(&killed.join("checkpoints/step-2/manifest.json"));
+        }
+        let wait = Duration::from_millis(u64::from(draw.below(attempt, 120)));
         std::thread::sleep(wait);
         let signal = ["KILL", "TERM", "INT"][attempt as usize % 3];
         kills += 1;
@@ -101,6 +108,7 @@ fn nothing_is_lost_when_a_run_is_killed() {
     if !finished {
         assert!(train_command("ppo", &pairs).status().unwrap().success());
     }
+    assert!(resumed > 0, "no run was resumed: {codes:?}");
     assert_same(
         &format!("after {kills} signals {codes:?}"),
         &outcome(&straight),
@@ -378,8 +386,8 @@ fn a_bad_number_stops_the_step() {
     pairs.extend(["learning_rate=1e30", "warmup_steps=0", "checkpoint_every=1"].map(String::from));
     let error = train("sft", &pairs).unwrap_err();
     let Error::BadNumber { step, what, .. } = &error else { panic!("{error}") };
-    let gradient = "the gradient of model.embed_tokens.weight of the policy model";
-    assert_eq!((*step, what.as_str()), (2, gradient));
+    // weights of 1e30 overflow in the first norm
+    assert_eq!((*step, what.as_str()), (2, "log-prob"));
     assert_eq!(error.exit_code(), 4);
     assert_eq!(metrics(&run).len(), 1);
     assert!(run.join("checkpoints/step-1/manifest.json").exists());

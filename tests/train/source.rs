@@ -114,6 +114,22 @@ fn data_that_teaches_nothing_is_named() {
     assert!(error.ends_with("1.jsonl:2: has token id 100, wanted less than 100"), "{error}");
 }
 
+/// A text that a step had twice would count twice; a prompt has other samples each time.
+#[test]
+fn a_step_has_each_text_once() {
+    let files = ["{\"input_ids\": [1, 2]}\n{\"input_ids\": [3, 4]}\n"];
+    let mut texts = load("once", &policy(TEXTS), &files, 8).unwrap();
+    assert_eq!(texts.draws(), 2);
+    assert_eq!(ids(&texts.draw(0)), [[1, 2], [3, 4]]);
+    assert_eq!(
+        texts.warnings,
+        ["batch_size is 8, the data has 2 examples: a step takes each once"]
+    );
+    let mut prompts =
+        load("once", &policy(Inputs::Prompts(Sampling::default())), &files, 8).unwrap();
+    assert_eq!((prompts.draw(0).sequences.len(), prompts.warnings.len()), (8, 0));
+}
+
 /// What a checkpoint remembers of the data: every token, and where each sequence ends.
 #[test]
 fn the_digest_is_of_all_tokens() {

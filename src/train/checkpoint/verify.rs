@@ -141,7 +141,12 @@ fn whole(
     tensors: &[&TensorEntry],
     buffer: &mut [u8],
 ) -> Result<()> {
-    let (got, len) = digest(storage, path, 0, u64::MAX, buffer)?;
+    // One byte more tells that a file goes on; how long is not asked.
+    let (got, len) = digest(storage, path, 0, file.bytes.saturating_add(1), buffer)?;
+    if len > file.bytes {
+        let message = format!("is torn: more than the {} bytes that were written", file.bytes);
+        return Err(Error::file(path, message));
+    }
     if len == file.bytes && got == file.sha256 {
         return Ok(());
     }

@@ -1,0 +1,175 @@
+//! Writes Hugging Face folders, and gives weights and gradients their names there.
+
+use std::{
+    borrow::Cow,
+    fs::File,
+    io::{BufWriter, Write},
+    path::Path,
+};
+
+use serde_json::{Map, Value, json};
+
+use super::{
+    Head, Model, ParamKind, ParamTensor, Params,
+    weights::{Places, SINGLE, StoredRows, is_transposed, sources},
+};
+use crate::{
+    device::{Device, Element, Float, View},
+    error::{Error, Result},
+};
+
+/// A stored tensor: its name, its shape there, and the weight that it is some rows of.
+struct StoredTensor<'a> {
+    name: String,
+    shape: Vec<usize>,
+    of: &'a ParamTensor,
+    places: Places,
+    rows: std::ops::Range<usize>,
+    transposed: bool,
+}
+
+/// The tensors of a model as Hugging Face names and shapes them.
+fn stored<T: Element>(model: &Model<T>) -> impl Iterator<Item = StoredTensor<'_>> {
+    model.params().layout().tensors().iter().flat_map(move |of| {
+        let transposed = is_transposed(model.family(), of);
+        sources(model.family(), of, model.spec()).into_iter().map(move |source| {
+            let (StoredRows { name, rows }, places) = (source, Places::of(of, model.spec()));
+            let cols = places.cols.len();
+            let shape = match (of.kind, of.is_vector(), transposed) {
+                (ParamKind::Score, ..) => vec![1, of.cols],
+                (_, true, _) => vec![rows.len()],
+                (_, _, true) => vec![cols, rows.len()],
+                _ => vec![rows.len(), cols],
+            };
+            StoredTensor { name, shape, of, places, rows, transposed }
+        })
+    })
+}
+
+impl StoredTensor<'_> {
+    fn len(&self) -> usize {
+        self.shape.iter().product()
+    }
+
+    /// Its numbers in the stored order, from those of all weights.
+    fn numbers<'a, F: Float>(&self, dev: &Device, flat: View<'a, F>) -> Result<Cow<'a, [F]>> {
+        let Self { of, places, rows, .. } = self;
+        let cols = places.cols.len();
+        let all = dev.on_host(flat.range(of.offset..of.offset + of.len()))?;
+        if places.plain() && !self.transposed {
+            let span = rows.start * cols..rows.end * cols;
+            return Ok(match all {
+                Cow::Borrowed(all) => all[span].into(),
+                Cow::Owned(all) => all[span].to_vec().into(),
+            });
+        }
+        let at = |r: usize, c: usize| all[places.rows[r] * places.stride + places.cols[c]];
+        let mut out = Vec::new();
+        // Out of memory at the end of a run is an error: the run's checkpoint is there.
+        out.try_reserve_exact(self.len()).map_err(|_| Error::Memory {
+            what: "a tensor to store",
+            want: self.len() * size_of::<F>(),
+            have: dev.host(1).free_memory().ok().flatten().unwrap_or(0),
+        })?;
+        if self.transposed {
+            out.extend(
+                (0..cols).flat_map(|c| rows.clone().map(move |r| (r, c))).map(|(r, c)| at(r, c)),
+            );
+        } else {
+            out.extend(
+                rows.clone().flat_map(|r| (0..cols).map(move |c| (r, c))).map(|(r, c)| at(r, c)),
+            );
+        }
+        Ok(out.into())
+    }
+}
+
+/// A tensor as Hugging Face has it: name, shape, numbers in the stored order.
+pub type Named<F> = (String, Vec<usize>, Vec<F>);
+
+/// Weights, gradients or moments under their Hugging Face names.
+pub fn named<T: Element, F: Float>(
+    dev: &Device,
+    model: &Model<T>,
+    params: &Params<F>,
+) -> Result<Vec<Named<F>>> {
+    let one = |s: StoredTensor<'_>| {
+        let numbers = s.numbers(dev, params.flat())?.into_owned();
+        Ok((s.name, s.shape, numbers))
+    };
+    stored(model).map(one).collect()
+}
+
+/// Weights of a model in files.
+pub fn count<T: Element>(model: &Model<T>) -> usize {
+    stored(model).map(|s| s.len()).sum()
+}
+
+/// The Hugging Face name of the tensor that holds element `i` of the flat weights or gradients.
+pub fn tensor_at<T: Element>(model: &Model<T>, i: usize) -> Option<String> {
+    let t = model.params().layout().at(i)?;
+    let places = Places::of(t, model.spec());
+    let own = (i - t.offset) / places.stride;
+    // An entry of the padding counts as the row before it.
+    let row = places.rows.partition_point(|r| *r <= own).saturating_sub(1);
+    let holds = |s: &StoredRows| s.rows.contains(&row);
+    sources(model.family(), t, model.spec()).into_iter().find(holds).map(|s| s.name)
+}
+
+/// Writes `config.json` and `model.safetensors` into an existing folder, in the layout that
+/// `transformers` loads: a value or reward model as `AutoModelForSequenceClassification` with
+/// `score.weight`. Weights are stored as f32, whatever they were loaded from. One tensor at a time
+/// is in host memory.
+pub fn save<T: Element>(dev: &Device, model: &Model<T>, dir: &Path) -> Result<()> {
+    let path = dir.join("config.json");
+    let text = format!("{:#}\n", Value::Object(config(model)));
+    std::fs::write(&path, text).map_err(Error::io("write", &path))?;
+
+    let mut tensors: Vec<_> = stored(model).collect();
+    tensors.sort_by(|a, b| a.name.cmp(&b.name));
+    let (bytes, mut end) = (size_of::<T::Acc>(), 0);
+    let mut header = Map::from_iter([("__metadata__".to_owned(), json!({"format": "pt"}))]);
+    for t in &tensors {
+        let start = end;
+        end += t.len() * bytes;
+        let dtype = if bytes == 4 { "F32" } else { "F64" };
+        let entry = json!({"dtype": dtype, "shape": t.shape, "data_offsets": [start, end]});
+        header.insert(t.name.clone(), entry);
+    }
+    let mut header = Value::Object(header).to_string().into_bytes();
+    header.resize(header.len().next_multiple_of(8), b' ');
+    let path = &dir.join(SINGLE);
+    let mut file = BufWriter::new(File::create(path).map_err(Error::io("create", path))?);
+    let mut write = |bytes: &[u8]| file.write_all(bytes).map_err(Error::io("write", path));
+    write(&(header.len() as u64).to_le_bytes())?;
+    write(&header)?;
+    for t in &tensors {
+        write(bytemuck::cast_slice(&t.numbers(dev, model.master()?)?))?;
+    }
+    file.flush().map_err(Error::io("write", path))
+}
+
+/// The loaded `config.json` with head and dtype as they are now.
+fn config<T: Element>(model: &Model<T>) -> Map<String, Value> {
+    let mut json = model.config().json().clone();
+    let architecture = match model.head() {
+        Head::Lm => model.family().causal_lm,
+        Head::Scalar => model.family().sequence_classification,
+    };
+    json.insert("architectures".into(), json!([architecture]));
+    // "torch_dtype" up to transformers 4, "dtype" from 5
+    let key = if json.contains_key("dtype") { "dtype" } else { "torch_dtype" };
+    json.insert(key.into(), json!(if size_of::<T::Acc>() == 4 { "float32" } else { "float64" }));
+    if model.head() == Head::Scalar {
+        json.insert("num_labels".into(), json!(1));
+        json.insert("id2label".into(), json!({"0": "LABEL_0"}));
+        json.insert("label2id".into(), json!({"LABEL_0": 0}));
+        // Without one, transformers scores no batch of several texts.
+        if json.get("pad_token_id").is_none_or(Value::is_null) {
+            let eos = json.get("eos_token_id").cloned().unwrap_or(Value::Null);
+            let first = if eos.is_array() { eos[0].clone() } else { eos };
+            json.insert("pad_token_id".into(), first);
+        }
+    }
+    json
+}
