@@ -87,6 +87,13 @@ pub enum Error {
     /// NaN or infinity where no step is: a model's output.
     #[error("{what} is {value}")]
     NotFinite { what: String, value: f64 },
+    /// A number changed while no step was running, or a repeated computation gave other bits.
+    #[error("after step {step} {what} changed by itself: memory or the device is at fault")]
+    Corrupt {
+        /// The last step whose results were good.
+        step: u64,
+        what: String,
+    },
     /// Another process holds the run's folder.
     #[error("{} is in use by process {pid}", path.display())]
     Locked { path: PathBuf, pid: u32 },
@@ -172,6 +179,10 @@ impl Error {
             Self::NotFinite { .. } => {
                 Some("the weights are finite: what the model computes of them is not".into())
             }
+            Self::Corrupt { .. } => Some(
+                "the checkpoint before it is verified when it is read: run the same command again, on another machine if it comes back"
+                    .into(),
+            ),
             Self::Interrupted { .. } => Some("run the same command again to go on".into()),
             _ => None,
         }
@@ -183,7 +194,7 @@ impl Error {
         match self {
             Self::Config { .. } => 2,
             Self::Device { .. } => 3,
-            Self::BadNumber { .. } | Self::NotFinite { .. } => 4,
+            Self::BadNumber { .. } | Self::NotFinite { .. } | Self::Corrupt { .. } => 4,
             Self::Locked { .. } => 5,
             Self::Interrupted { signal: "SIGTERM", .. } => 143,
             Self::Interrupted { .. } => 130,

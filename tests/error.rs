@@ -73,6 +73,13 @@ fn errors_name_what_was_wanted_and_what_came() {
             Some("last checkpoint is untouched"),
         ),
         (
+            Error::Corrupt { step: 3, what: "the weight w of the policy model".into() },
+            "after step 3 the weight w of the policy model changed by itself: memory or the device \
+             is at fault",
+            4,
+            Some("run the same command again"),
+        ),
+        (
             Error::Locked { path: "runs/a".into(), pid: 42 },
             "runs/a is in use by process 42",
             5,

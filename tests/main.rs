@@ -79,6 +79,7 @@ mod train {
     mod device;
     mod events;
     mod export;
+    mod guard;
     mod lock;
     mod metrics;
     mod models;

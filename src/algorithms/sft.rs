@@ -1,6 +1,6 @@
 //! Supervised fine-tuning: the mean negative log-likelihood of the tokens to learn, over all tokens
-//! of the step. Departures from the usual: none; the mean is over the whole step, never of a
-//! micro-batch.
+//! of the step, never of a micro-batch. A departure from the Hugging Face Trainer: dropout that a
+//! config names (0.1 in GPT-2's) is not applied, so that a text has one log-prob.
 
 use super::{Algorithm, AlgorithmEntry, Column, Inputs, Metrics, MicroBatch, Needs, own};
 use crate::{

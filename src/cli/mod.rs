@@ -27,7 +27,7 @@ struct Cli {
 
 const EXIT_CODES: &str = "\
 Exit codes: 0 done, 1 failed, 2 wrong usage or configuration, 3 no such device, 4 a bad number \
-stopped the step, 5 the run's folder is in use, 130 SIGINT and 143 SIGTERM (the run is saved).
+stopped the step, 5 the run's folder is in use, 130 SIGINT and 143 SIGTERM (a run that has begun is saved).
 
 Examples:
   warpo quickstart

@@ -176,8 +176,8 @@ impl Tokenizer {
         while bytes < text.len() {
             let at = if kept == Kept::First { bytes } else { text.len() - bytes };
             let at = (at..).find(|i| text.is_char_boundary(*i)).unwrap_or(text.len());
-            // What comes before a space decides nothing after it; a run of letters is split from its
-            // beginning.
+            // What comes before a space decides nothing after it; letters are split from the first
+            // on.
             let space = text[at..].find(char::is_whitespace).filter(|_| kept == Kept::Last);
             let at = space.filter(|n| *n < bytes / 2).map_or(at, |n| at + n);
             let part = if kept == Kept::First { &text[..at] } else { &text[at..] };

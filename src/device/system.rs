@@ -18,9 +18,27 @@ pub fn free_disk_bytes(path: &Path) -> io::Result<u64> {
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
-/// Bytes of memory that can be taken without hurting others, swap included; `None` where the system
-/// does not tell.
+/// Bytes of memory that can be taken without hurting others, swap included, or fewer if the
+/// container has fewer; `None` where the system does not tell.
 pub fn free_memory_bytes() -> Option<usize> {
+    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    // The one hierarchy of version 2: `0::/path`.
+    let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
+    let groups = Path::new(own).ancestors().map(|dir| Path::new("/sys/fs/cgroup").join(dir));
+    groups.filter_map(|dir| free_in_group(&dir)).chain(free_of_machine()).min()
+}
+
+/// Bytes that are left to the processes of a control group that has a limit. Cached files give way.
+pub fn free_in_group(dir: &Path) -> Option<usize> {
+    let read = |name: &str| std::fs::read_to_string(dir.join(name)).ok();
+    let number = |name: &str| read(name)?.trim().parse::<usize>().ok();
+    let stat = read("memory.stat").unwrap_or_default();
+    let cached = stat.lines().find_map(|l| l.strip_prefix("inactive_file ")?.trim().parse().ok());
+    let used = number("memory.current")?.saturating_sub(cached.unwrap_or(0));
+    Some(number("memory.max")?.saturating_sub(used))
+}
+
+fn free_of_machine() -> Option<usize> {
     let text = std::fs::read_to_string("/proc/meminfo").ok()?;
     let kib = |key: &str| {
         let line = text.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(':'))?;

@@ -206,7 +206,7 @@ fn sample(r: &Value) -> Value {
     let columns: Map<String, Value> = numbers.map(|k| (k.clone(), all(k).into())).collect();
     json!({
         "sample": r["sample"], "prompt": r["prompt"], "text": r["text"], "score": short(&r["score"]),
-        "kl": short(&r["kl"]), "stopped": r["stopped"], "ids": all("id"),
+        "log_ratio": short(&r["log_ratio"]), "stopped": r["stopped"], "ids": all("id"),
         "pieces": tokens.iter().map(|t| t["text"].clone()).collect::<Vec<_>>(),
         "columns": columns,
     })

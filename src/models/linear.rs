@@ -91,6 +91,11 @@ impl<T: Element> PackedWeights<T> {
         Ok(())
     }
 
+    /// All of them, each with its layer.
+    pub fn all(&self) -> impl Iterator<Item = (&(ParamKind, Option<usize>), &Packed<T>)> {
+        self.0.iter()
+    }
+
     pub fn get(&self, t: &ParamTensor) -> Option<&Packed<T>> {
         self.0.get(&(t.kind, t.layer))
     }

@@ -97,6 +97,15 @@ impl<T: Element> Model<T> {
         &self.params
     }
 
+    /// The weights once more as the CPU multiplies by them, each with the tensor that it is of.
+    pub fn panels(&self) -> impl Iterator<Item = (&ParamTensor, View<'_, T>)> {
+        let layout = self.params.layout();
+        let tensor = |at: &(ParamKind, Option<usize>)| {
+            layout.tensors().iter().find(|t| (t.kind, t.layer) == *at)
+        };
+        self.packed.all().filter_map(move |(at, p)| Some((tensor(at)?, p.view())))
+    }
+
     /// The layout of the weights that updates change, and so of gradients and moments: today all.
     pub fn trained(&self) -> &Arc<Layout> {
         self.params.layout()

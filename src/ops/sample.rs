@@ -105,7 +105,7 @@ impl Draws<'_> {
 const UNIT: f64 = (1u64 << 44) as f64;
 
 /// The largest vocabulary: so many units still fit 64 bits.
-const MAX_VOCAB: usize = 1 << 19;
+pub const MAX_VOCAB: usize = 1 << 19;
 
 /// Logits `[rows, vocab]`, or the first `vocab` of each row.
 #[derive(Clone, Copy, Debug)]

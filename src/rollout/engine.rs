@@ -114,6 +114,10 @@ impl Generator {
         spec: &Spec,
         sampling: &sample::SamplingParams,
     ) -> Result<usize> {
+        if spec.vocab > sample::MAX_VOCAB {
+            let want = format!("at most {}", sample::MAX_VOCAB);
+            return Err(Error::value("vocabulary of a model that samples", want, spec.vocab));
+        }
         Arena::plan(|scope| {
             let shape = self.pass_shape(self.rows, self.slots);
             let _cache = Cache::<T>::new(dev, scope, spec, shape)?;

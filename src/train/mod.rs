@@ -26,6 +26,7 @@
 pub mod checkpoint;
 pub mod events;
 mod export;
+pub mod guard;
 pub mod inputs;
 pub mod lock;
 pub mod manifest;

@@ -65,8 +65,9 @@ fn record(step: u64, data: &StepData, s: usize, tokenizer: Option<&Tokenizer>) -
         }
         one
     };
-    let kl = |t: usize| f64::from(c.old_logp[t]) - f64::from(c.ref_logp[t]);
-    let kl: f64 = if c.ref_logp.is_empty() { 0.0 } else { span.clone().map(kl).sum() };
+    // log(policy / reference) of the whole sample, whatever estimator of the KL is trained with
+    let ratio = |t: usize| f64::from(c.old_logp[t]) - f64::from(c.ref_logp[t]);
+    let ratio: f64 = if c.ref_logp.is_empty() { 0.0 } else { span.clone().map(ratio).sum() };
     let whole = tokenizer.map(|t| t.decode(prompt).unwrap_or_default());
     json!({
         "step": step,
@@ -74,7 +75,7 @@ fn record(step: u64, data: &StepData, s: usize, tokenizer: Option<&Tokenizer>) -
         "prompt": whole.unwrap_or_default(),
         "text": text(prompt, ids).unwrap_or_default(),
         "score": c.scores.get(s).copied().unwrap_or_default(),
-        "kl": kl,
+        "log_ratio": ratio,
         "stopped": c.stopped[s],
         "prompt_ids": prompt,
         "tokens": (0..ids.len()).map(token).collect::<Vec<_>>(),

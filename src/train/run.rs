@@ -2,6 +2,7 @@
 
 use std::{
     fs,
+    os::unix::fs::MetadataExt,
     path::{Path, PathBuf},
     time::{Instant, SystemTime, UNIX_EPOCH},
 };
@@ -255,7 +256,13 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         // Weights and two moments; while one is written, all that are kept are still there.
         let kept = checkpoint::list(&Disk, &self.checkpoints)?.len();
         let more = (t.inputs.settings.keep_checkpoints.max(2) + 1).saturating_sub(kept) as u64;
-        check_room(&Disk, "the run", &self.out, (12 * more + 4) * numbers)
+        // `checkpoints` may be a link to another disk.
+        let disk = |path: &Path| fs::metadata(path).map(|about| about.dev()).ok();
+        let apart = disk(&self.checkpoints).filter(|d| Some(*d) != disk(&self.out)).is_some();
+        let at = if apart { &self.checkpoints } else { &self.out };
+        let models = 4 * numbers;
+        check_room(&Disk, "the run", at, 12 * more * numbers + if apart { 0 } else { models })?;
+        check_room(&Disk, "the run", &self.out, models)
     }
 
     fn resume(&mut self, seen: &mut dyn Observer) -> Result<()> {
@@ -311,6 +318,7 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         if self.saved == Some(t.step) {
             return Ok(());
         }
+        t.verify()?;
         let _phase = t.dev.span("checkpoint");
         let mut tensors = Vec::new();
         for s in &t.models.trained {
@@ -359,6 +367,7 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
 
     /// Exports the trained models: `final/`, and `final-value/` beside a policy.
     fn finish(self) -> Result<PathBuf> {
+        self.trainer.verify()?;
         let (dev, inputs, of) = (&self.trainer.dev, &self.trainer.inputs, self.exported_from());
         let _phase = dev.span("export");
         let text = |id| inputs.tokenizer.as_ref().and_then(|t| t.token(id));

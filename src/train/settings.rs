@@ -87,11 +87,15 @@ crate::settings! {
         pub checkpoint_every: u64 = 100,
         /// Checkpoints that are kept, at least 2.
         pub keep_checkpoints: usize = 2,
+        /// Every so many steps, compute a micro-batch again, and compare all weights, moments and
+        /// panels with what the step before left: a bit that changed by itself stops the run and is
+        /// named; 0 is off (our own).
+        pub verify_every: u64 = 0,
     }
 }
 
 impl Settings {
-    /// Keys that may differ between a run and its resumption: they change no bit of the result.
+    /// Keys that may differ between a run and its resumption: they change no bit of a model.
     pub const FREE: &[&str] = &[
         "out",
         // Their content is compared, not their place.
@@ -101,10 +105,12 @@ impl Settings {
         "eval_data",
         "device",
         "threads",
+        "micro_batch_tokens",
         "recompute",
         "offload_frozen",
         "checkpoint_every",
         "keep_checkpoints",
+        "verify_every",
     ];
 
     /// The defaults of an algorithm: shared settings, and its own.

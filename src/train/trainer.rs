@@ -3,6 +3,7 @@
 use std::{ops::Range, time::Instant};
 
 use super::{
+    guard::Guard,
     inputs::RunInputs,
     models::Models,
     observer::Observer,
@@ -28,7 +29,9 @@ pub struct Trainer<T: Element> {
     /// Holds the columns of a step.
     host: Device,
     pub(super) inputs: RunInputs,
-    pub(super) models: Models<T>,
+    pub models: Models<T>,
+    /// What the last step left, if the next one is to find it.
+    guard: Option<Guard>,
     /// Steps done. People count from 1: the next step is `step + 1` in messages and files.
     pub(super) step: u64,
     arena: Arena,
@@ -59,6 +62,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             dev: dev.clone(),
             host: dev.host(inputs.settings.threads),
             models: Models::load(dev, &inputs.settings, &inputs.models)?,
+            guard: None,
             step: 0,
             arena: Arena::new(dev, memory.shared())?,
             batch: Batch::with_capacity(inputs.sizes.scorer().rows),
@@ -118,11 +122,28 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     /// middle of the step: resume from a checkpoint.
     pub fn step(&mut self, seen: &mut dyn Observer) -> Result<StepReport> {
         let _phase = self.dev.span("step");
+        self.verify()?;
         let mut data = self.inputs.source.draw(self.step);
         let done = self.step_on(&mut data, seen).map_err(|e| data.locate(e))?;
         self.sampled = self.inputs.needs.sampling().map(|_| data);
         check_metrics(&done.metrics, self.step)?;
+        let guard = self.verifies().then(|| Guard::new(&self.dev, &self.models, self.step));
+        self.guard = guard.transpose()?;
         Ok(done)
+    }
+
+    /// Whether what the last step left, and the present step, are verified.
+    fn verifies(&self) -> bool {
+        let every = self.inputs.settings.verify_every;
+        every > 0 && self.step.is_multiple_of(every)
+    }
+
+    /// Compares the models with what the last step left, if that is known.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] naming what changed.
+    pub fn verify(&self) -> Result<()> {
+        self.guard.as_ref().map_or(Ok(()), |guard| guard.check(&self.dev, &self.models))
     }
 
     fn step_on(&mut self, data: &mut StepData, seen: &mut dyn Observer) -> Result<StepReport> {
@@ -280,6 +301,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         first: bool,
         watched: &mut Vec<Watched>,
     ) -> Result<()> {
+        let verifies = first && self.verifies();
         let Self { dev, inputs, models, arena, batch, step, .. } = self;
         let (dev, state, unit) = (&*dev, &mut models.trained[i], inputs.sizes.unit);
         let role = state.role;
@@ -296,6 +318,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             data.sequences[sequences.clone()].iter().for_each(|s| role.push(batch, s));
             let (algorithm, scope) = (&mut inputs.algorithm, arena.scope());
             let micro = MicroBatch::stage(dev, &scope, &data.columns, sequences.clone())?;
+            let before = watched.len();
             let mut watch = Watch { dev, sequences, watched };
             let pass = Pass::new(dev, &state.model, &scope, batch);
             let lm = role.head == Head::Lm;
@@ -311,6 +334,23 @@ impl<T: Element<Acc = f32>> Trainer<T> {
                 let what = if lm { "d loss / d log-prob" } else { "d loss / d scalar" };
                 watch.on(what, c.dy.view())
             })?;
+            // The first micro-batch once more: the same bits, or the device is at fault.
+            if verifies && group.start == 0 {
+                drop(micro);
+                drop(scope);
+                let (scope, mut again) = (arena.scope(), Vec::new());
+                let pass = Pass::new(dev, &state.model, &scope, batch);
+                let pass = if lm { pass.at(inputs.needs.temperature()) } else { pass };
+                pass.score(&mut again, None)?;
+                let first = &mut watched[before];
+                let y = std::mem::replace(&mut first.numbers, Pending::now(Vec::new())).get()?;
+                if y.iter().zip(&again).any(|(a, b)| a.to_bits() != b.to_bits()) {
+                    let what =
+                        format!("the {} of the {} model, computed again,", first.what, role.name);
+                    return Err(Error::Corrupt { step: *step, what });
+                }
+                first.numbers = Pending::now(y);
+            }
         }
         state.grads.add_tokens(dev)
     }

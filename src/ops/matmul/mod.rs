@@ -98,6 +98,11 @@ impl<T: Element> Packed<T> {
         Self::len(dev, n, k).saturating_mul(size_of::<T>())
     }
 
+    /// Its numbers, in the order in which they are multiplied.
+    pub fn view(&self) -> View<'_, T> {
+        self.data.view()
+    }
+
     pub fn n(&self) -> usize {
         self.n
     }

@@ -1,0 +1,85 @@
+//! `verify_every`: what a step left is what the next one finds. Sums of all weights, moments and
+//! panels tell a bit that memory lost or a program overwrote in between.
+
+use bytemuck::Pod;
+
+use super::models::Models;
+use crate::{
+    device::{Device, Element},
+    error::{Error, Result},
+    models::{self, Model},
+};
+
+/// Sums of what a step left, by name.
+#[derive(Debug)]
+pub struct Guard {
+    step: u64,
+    sums: Vec<(String, u64)>,
+}
+
+impl Guard {
+    /// Sums what the models of a run hold after `step`.
+    pub fn new<T: Element<Acc = f32>>(dev: &Device, all: &Models<T>, step: u64) -> Result<Self> {
+        let mut sums = Vec::new();
+        for (role, model) in all.all() {
+            weights(dev, role.name, model, &mut sums)?;
+        }
+        for state in &all.trained {
+            let (model, role) = (&state.model, state.role.name);
+            for (what, x) in [
+                ("f32 weight", model.master()?),
+                ("first moment", state.m.flat()),
+                ("second moment", state.v.flat()),
+            ] {
+                let flat = dev.on_host(x)?;
+                for t in model.trained().tensors() {
+                    let name = tensor(model, t.offset, what, role);
+                    sums.push((name, sum(&flat[t.range()])));
+                }
+            }
+        }
+        Ok(Self { step, sums })
+    }
+
+    /// Compares them with what is there now.
+    ///
+    /// # Errors
+    /// [`Error::Corrupt`] naming the first tensor that changed.
+    pub fn check<T: Element<Acc = f32>>(&self, dev: &Device, all: &Models<T>) -> Result<()> {
+        let now = Self::new(dev, all, self.step)?;
+        let changed = self.sums.iter().zip(&now.sums).find(|(a, b)| a != b);
+        changed.map_or(Ok(()), |((what, _), _)| {
+            Err(Error::Corrupt { step: self.step, what: what.clone() })
+        })
+    }
+}
+
+/// Adds the weights that a model computes with, and their panels.
+fn weights<T: Element>(
+    dev: &Device,
+    role: &str,
+    model: &Model<T>,
+    sums: &mut Vec<(String, u64)>,
+) -> Result<()> {
+    let flat = model.on_host(dev)?;
+    for t in model.params().layout().tensors() {
+        sums.push((tensor(model, t.offset, "weight", role), sum(&flat[t.range()])));
+    }
+    for (t, panel) in model.panels() {
+        sums.push((tensor(model, t.offset, "panel", role), sum(&dev.on_host(panel)?)));
+    }
+    Ok(())
+}
+
+fn tensor<T: Element>(model: &Model<T>, at: usize, what: &str, role: &str) -> String {
+    let name = models::tensor_at(model, at).unwrap_or_default();
+    format!("the {what} {name} of the {role} model")
+}
+
+/// A sum of 32-bit words, each times an odd number of its own: no single flipped bit leaves it.
+fn sum<T: Pod>(x: &[T]) -> u64 {
+    let bytes: &[u8] = bytemuck::cast_slice(x);
+    let word = |chunk: &[u8]| chunk.iter().rev().fold(0, |n, b| n << 8 | u64::from(*b));
+    let terms = bytes.chunks(4).zip(0u64..).map(|(chunk, i)| word(chunk).wrapping_mul(2 * i + 1));
+    terms.fold(0, u64::wrapping_add)
+}
