@@ -38,7 +38,7 @@ pub struct Trainer<T: Element> {
     memory: MemoryPlan,
     batch: Batch,
     /// The data of the last step, if its sequences were sampled.
-    pub(super) sampled: Option<StepData>,
+    pub sampled: Option<StepData>,
     /// The first bad weight that each of the step's updates left, by trained model.
     updated: Vec<(usize, Pending<Option<usize>>)>,
 }

@@ -127,6 +127,56 @@ fn rewards_are_scores_and_kl() {
     assert_close("in the loss", &loss, &wide(&plain), 0.0, 0.0);
 }
 
+/// Rewards to advantages and returns as a step has them, against the formulas in f64: whitening of
+/// rewards keeps their mean, that of advantages does not, and returns are of unwhitened advantages.
+#[test]
+fn advantages_follow_from_rewards() {
+    let whitened = |x: &[f64], shift: bool, biased: bool| -> Vec<f64> {
+        let n = x.len() as f64;
+        let mean = x.iter().sum::<f64>() / n;
+        let squares: f64 = x.iter().map(|x| (x - mean) * (x - mean)).sum();
+        let var = squares / if biased { n } else { n - 1.0 };
+        let back = if shift { 0.0 } else { mean };
+        x.iter().map(|x| (x - mean) / (var + 1e-8).sqrt() + back).collect()
+    };
+    for (rewards, advantages, biased, gamma, lambda) in [
+        (true, true, false, 1.0, 0.95),
+        (true, false, true, 0.9, 0.5),
+        (false, true, true, 0.99, 0.0),
+    ] {
+        let mut c = columns();
+        let values = wide(&c.old_values);
+        let variance = if biased { "biased" } else { "unbiased" };
+        let pairs = [
+            format!("whiten_rewards={rewards}"),
+            format!("whiten_advantages={advantages}"),
+            format!("whiten_variance={variance}"),
+            format!("gamma={gamma}"),
+            format!("lambda={lambda}"),
+        ];
+        let pairs: Vec<&str> = pairs.iter().map(String::as_str).collect();
+        prepare(&mut *ppo(&pairs), &mut c);
+        let mut plain = columns();
+        prepare(&mut *ppo(&["whiten_advantages=false"]), &mut plain);
+        let r = wide(&plain.rewards);
+        let r = if rewards { whitened(&r, false, biased) } else { r };
+        let mut gae = vec![0.0; r.len()];
+        for s in c.offsets.windows(2).map(|w| w[0] as usize..w[1] as usize) {
+            let (mut next, mut after) = (0.0, 0.0);
+            for t in s.rev() {
+                let delta = r[t] + gamma * after - values[t];
+                gae[t] = delta + gamma * lambda * next;
+                (next, after) = (gae[t], values[t]);
+            }
+        }
+        let returns: Vec<f64> = gae.iter().zip(&values).map(|(a, v)| a + v).collect();
+        assert_close("rewards", &c.rewards, &r, 1e-6, 1e-6);
+        assert_close("returns", &c.returns, &returns, 1e-5, 1e-5);
+        let want = if advantages { whitened(&gae, true, biased) } else { gae };
+        assert_close("advantages", &c.advantages, &want, 1e-5, 1e-5);
+    }
+}
+
 /// Adaptive KL (Ziegler et al. 2019): coef *= 1 + clip(kl / target - 1, ±0.2) n / horizon, from the
 /// next step on.
 #[test]

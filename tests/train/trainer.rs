@@ -1,7 +1,10 @@
 //! The training loop in memory: its plan, what it changes and what it does not, and whose number
 //! was bad.
 
-use std::{collections::HashSet, path::Path};
+use std::{
+    collections::{BTreeMap, HashSet},
+    path::Path,
+};
 
 use serde_json::Value;
 use warpo::{
@@ -9,7 +12,7 @@ use warpo::{
     device::{Device, allocations},
     models::{self, Batch, Head, Model, ParamKind, Pass},
     rollout::{Scorer, last_scores},
-    train::Silent,
+    train::{Silent, StepReport, Trainer, models::TrainState},
 };
 
 use crate::support::{
@@ -41,6 +44,85 @@ fn ten_steps() {
             assert_eq!(allocations(), before, "{algorithm} step {step}");
         }
     }
+    std::fs::write(dir.join("done"), "").unwrap();
+}
+
+/// Evaluation gives the loss, and for pairs the accuracy, that training has of the same data with
+/// the same weights.
+#[test]
+fn held_out_data_is_rated_as_training_data() {
+    for (algorithm, names) in [
+        ("sft", [("loss", "eval_loss"), ("perplexity", "eval_perplexity")]),
+        ("reward", [("loss", "eval_loss"), ("accuracy", "eval_accuracy")]),
+    ] {
+        let dir = temp_dir(&format!("trainer_eval_{algorithm}"));
+        let eval = format!("eval_data={}", dir.join(format!("{algorithm}.jsonl")).display());
+        // all examples are a step's, and weights stay
+        let more = [&eval, "batch_size=77", "learning_rate=0", "micro_batch_tokens=64"];
+        let mut t = trainer(&dir, algorithm, &more).unwrap();
+        let step: BTreeMap<_, _> = t.step(&mut Silent).unwrap().metrics.into_iter().collect();
+        let held: BTreeMap<_, _> = t.evaluate().unwrap().into_iter().collect();
+        for (name, of) in names {
+            let want = step.get(name).copied().unwrap_or_else(|| step["loss"].exp());
+            assert!(
+                want > 0.0 && (held[of] - want).abs() < 1e-6 * want,
+                "{algorithm}: {step:?} {held:?}"
+            );
+        }
+    }
+}
+
+/// The learning rates of a run are those of its schedule, a value model's its own.
+#[test]
+fn each_model_has_its_learning_rate() {
+    let dir = temp_dir("trainer_rates");
+    let more = [
+        "steps=4",
+        "warmup_steps=1",
+        "schedule=linear",
+        "learning_rate=0.01",
+        "min_learning_rate_ratio=0.1",
+    ];
+    let mut t = trainer(&dir, "sft", &more).unwrap();
+    let rate =
+        |report: StepReport| report.metrics.iter().find(|m| m.0 == "learning_rate").unwrap().1;
+    let rates: Vec<f64> = (0..4).map(|_| rate(t.step(&mut Silent).unwrap())).collect();
+    for (got, want) in rates.iter().zip([0.0, 0.01, 0.007, 0.004]) {
+        assert!((got - want).abs() < 1e-12, "{rates:?}");
+    }
+    let moved = |more: &[&str]| {
+        let mut t =
+            trainer(&dir, "ppo", &[&["schedule=constant", "warmup_steps=0"], more].concat())
+                .unwrap();
+        let weights = |t: &Trainer<f32>| -> Vec<Vec<u32>> {
+            let bits = |s: &TrainState<f32>| {
+                s.model.params().flat().host().iter().map(|x| x.to_bits()).collect()
+            };
+            t.models.trained.iter().map(bits).collect()
+        };
+        let before = weights(&t);
+        t.step(&mut Silent).unwrap();
+        weights(&t).iter().zip(&before).map(|(a, b)| a != b).collect::<Vec<bool>>()
+    };
+    assert_eq!(moved(&[]), [true, true]);
+    assert_eq!(moved(&["value_learning_rate=0"]), [true, false]);
+    assert_eq!(moved(&["learning_rate=0", "value_learning_rate=0.01"]), [false, true]);
+}
+
+/// Samples of one prompt differ, and count as sequences of the step.
+#[test]
+fn a_prompt_has_several_samples() {
+    let dir = temp_dir("trainer_samples");
+    let mut t = trainer(&dir, "ppo", &["samples_per_prompt=2", "temperature=1.5"]).unwrap();
+    t.step(&mut Silent).unwrap();
+    let data = t.sampled.as_ref().unwrap();
+    let n = data.sequences.len();
+    assert_eq!(n, 4, "batch_size");
+    let places: Vec<_> = data.sequences.iter().map(|s| s.place.clone()).collect();
+    assert!(places.chunks(2).all(|p| p[0] == p[1]) && places[0] != places[2]);
+    let ids = |i: usize| &data.sequences[i].ids;
+    assert!((0..n).step_by(2).any(|i| ids(i) != ids(i + 1)), "samples of a prompt are equal");
+    assert_eq!(data.columns.samples, (0..n as u64).collect::<Vec<_>>());
 }
 
 /// Property 7: all memory is planned before the first step.
@@ -48,6 +130,8 @@ fn ten_steps() {
 fn nothing_is_allocated_inside_a_step() {
     let dir = temp_dir("trainer_allocations");
     assert!(process("train::trainer::ten_steps", &dir).wait().unwrap().success());
+    // It ran: a name that no test has is a success, too.
+    assert!(dir.join("done").exists());
     // the count counts
     let before = allocations();
     drop(room(3));
