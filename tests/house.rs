@@ -137,7 +137,7 @@ fn comments_end_within_100_columns() {
     }
 }
 
-/// Every test that a table of README.md or kernels/README.md names is there.
+/// Every test that a table of README.md, kernels/README.md or SECURITY.md names is there.
 #[test]
 fn the_readmes_name_tests_that_exist() {
     let root = Path::new(env!("CARGO_MANIFEST_DIR"));
@@ -147,6 +147,7 @@ fn the_readmes_name_tests_that_exist() {
     let tables = [
         ("README.md", "| property | test |", 10),
         ("kernels/README.md", "| on a simulated device | test |", 7),
+        ("SECURITY.md", "| promise | test |", 7),
     ];
     for (file, head, count) in tables {
         let text = std::fs::read_to_string(root.join(file)).unwrap();
@@ -162,6 +163,58 @@ fn the_readmes_name_tests_that_exist() {
                 assert!(there, "no test is called {name}");
             }
         }
+    }
+}
+
+/// SECURITY.md says of each direct dependency why it is here, and of nothing else.
+#[test]
+fn every_direct_dependency_has_its_reason() {
+    let text = |file: &str| std::fs::read_to_string(root().join(file)).unwrap();
+    let (manifest, security) = (text("Cargo.toml"), text("SECURITY.md"));
+    let mut wanted: Vec<&str> = manifest
+        .split("\n[")
+        .filter(|section| section.split(']').next().unwrap().ends_with("dependencies"))
+        .flat_map(|section| section.lines().filter_map(|line| line.split_once(" = ")))
+        .map(|(name, _)| name)
+        .collect();
+    wanted.sort_unstable();
+    wanted.dedup();
+    let table = security.split("| crate |").nth(1).unwrap();
+    let rows = table.lines().skip(2).take_while(|line| line.starts_with('|'));
+    let cells: Vec<Vec<&str>> =
+        rows.map(|row| row.trim_matches('|').split('|').map(str::trim).collect()).collect();
+    assert!(cells.iter().all(|row| row.len() == 4 && row.iter().all(|cell| !cell.is_empty())));
+    assert_eq!(cells.iter().map(|row| row[0]).collect::<Vec<_>>(), wanted);
+    assert!(wanted.contains(&"serde") && wanted.contains(&"criterion"));
+}
+
+/// Nothing in `src` opens a connection or starts a program; `deny.toml` refuses crates that would.
+#[test]
+fn nothing_reaches_for_the_network() {
+    const SOCKETS: &[&str] = &[
+        "TcpStream",
+        "TcpListener",
+        "UdpSocket",
+        "UnixStream",
+        "UnixListener",
+        "UnixDatagram",
+        "ToSocketAddrs",
+        "socket",
+        "getaddrinfo",
+        "execv",
+        "execve",
+        "execvp",
+        "fork",
+        "posix_spawn",
+    ];
+    for (file, text) in all() {
+        let text = code(&text);
+        let word = text.split(|c| !is_word(c)).find(|word| SOCKETS.contains(word));
+        assert_eq!(word, None, "src/{file}");
+        let program = text.contains("process::Command") || text.contains("libc::system");
+        let imported =
+            paths(&text).iter().any(|(path, _)| path.join("::") == "std::process::Command");
+        assert!(!program && !imported, "src/{file} starts a program");
     }
 }
 

@@ -6,7 +6,9 @@
 
 mod cli;
 mod error;
+mod fuzz;
 mod house;
+mod seeded;
 mod support;
 
 mod algorithms {

@@ -8,6 +8,7 @@
 use std::{
     collections::BTreeMap,
     fs,
+    io::ErrorKind,
     path::{Path, PathBuf},
 };
 
@@ -15,11 +16,15 @@ use serde_json::{Map, Value, json};
 
 use crate::{
     algorithms::{ALGORITHMS, SHARED_METRICS},
+    device::file,
     error::{Error, Result},
 };
 
 const PAGE: &str = include_str!("report/page.html");
 const PLACE: &str = "/*DATA*/";
+
+/// The largest file of a run that is read.
+const LIMIT: u64 = 1 << 30;
 
 /// Samples of one step that a page holds.
 const PER_STEP: usize = 32;
@@ -74,10 +79,10 @@ fn runs(dir: &Path) -> Result<Vec<PathBuf>> {
 }
 
 fn text_file(path: &Path) -> Result<Option<String>> {
-    match fs::read_to_string(path) {
+    match file::read_text(path, LIMIT) {
         Ok(text) => Ok(Some(text)),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
-        Err(e) => Err(Error::io("read", path)(e)),
+        Err(Error::Io { source, .. }) if source.kind() == ErrorKind::NotFound => Ok(None),
+        Err(e) => Err(e),
     }
 }
 

@@ -24,7 +24,7 @@ use super::{
 use crate::{
     algorithms::{Algorithm, AlgorithmEntry},
     config::{self, Section},
-    device::{Device, Element},
+    device::{Device, Element, file},
     error::{Error, Result},
     models,
 };
@@ -210,7 +210,8 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
 
     fn write_about(&self, about: Vec<(&'static str, String)>) -> Result<()> {
         let path = self.out.join("run.json");
-        let before = fs::read_to_string(&path).ok().and_then(|t| serde_json::from_str(&t).ok());
+        let before =
+            file::read_text(&path, 1 << 20).ok().and_then(|t| serde_json::from_str(&t).ok());
         let before = before.unwrap_or(Value::Null);
         let now = SystemTime::now().duration_since(UNIX_EPOCH).map_or(0.0, |t| t.as_secs_f64());
         let mut all: Map<String, Value> =

@@ -121,6 +121,16 @@ fn a_folder_without_a_run_is_refused() {
     assert!(error.starts_with("cannot read"), "{error}");
 }
 
+/// A FIFO would wait for ever.
+#[test]
+fn what_is_no_regular_file_is_refused() {
+    let dir = temp_dir("report_fifo");
+    let path = dir.join("metrics.jsonl");
+    assert!(std::process::Command::new("mkfifo").arg(&path).status().unwrap().success());
+    let error = report(&dir, &dir.join("page.html"), 10).unwrap_err().to_string();
+    assert_eq!(error, format!("{}: is no regular file", path.display()));
+}
+
 /// Half a run says that it is one.
 #[test]
 fn a_run_that_goes_on_says_how_far_it_is() {

@@ -445,6 +445,26 @@ fn a_nan_stays_in_its_sequence() {
     }
 }
 
+/// A weight of 0 does not hide a NaN, so the two must not meet: what later tokens hold stays out of
+/// the gradients of earlier queries.
+#[test]
+fn a_nan_of_later_tokens_stays_out_of_gradients() {
+    let (dev, s, bad) = (Device::cpu(), shape(1, 1, 4), 20);
+    let case = Case::<f32>::random(host(), s.clone(), &[40]);
+    let dout: Vec<f32> = randn("dout", 40 * 4);
+    let mut qkv = case.qkv.clone();
+    qkv[0][bad * 12 + 8] = f32::NAN;
+    let of = |case: &Case<f32>| -> Vec<f32> {
+        case.backward(&dev, &case.whole(), &dout)
+            .chunks(12)
+            .flat_map(|row| &row[..4])
+            .copied()
+            .collect()
+    };
+    let (clean, got) = (of(&case), of(&Case::new(host(), s, qkv)));
+    assert_nan_only("query", &got, &clean, bad * 4..40 * 4);
+}
+
 /// What `append` and `forward` say of these segments, on two pages and ten rows of width 3.
 fn refused(segments: &[Segment], list: &[u32]) -> [String; 2] {
     let (dev, s) = (Device::cpu(), shape(1, 1, 1));

@@ -403,6 +403,20 @@ fn samples_do_not_see_their_batch() {
     }
 }
 
+/// Prompts share pages if they are equal, not if they are equally long.
+#[test]
+fn prompts_that_differ_share_no_pages() {
+    let (dev, model) = (Device::cpu(), load::<f32>("llama_tied", Head::Lm));
+    let ids = |first: u32| std::iter::once(first).chain(10..50).collect();
+    let prompts = [3, 4].map(|i| Prompt { sample: u64::from(i), ids: ids(i) });
+    let settings = settings(FILTERS[0], 6);
+    let both = generate(&dev, &model, &prompts, &settings, (2, 128));
+    for (prompt, c) in prompts.iter().zip(&both) {
+        let alone = generate(&dev, &model, std::slice::from_ref(prompt), &settings, (1, 128));
+        assert_eq!(alone[0], *c);
+    }
+}
+
 /// Samples of one prompt differ by their number, and are drawn again by seed, step and purpose.
 #[test]
 fn randomness_is_addressed_not_consumed() {

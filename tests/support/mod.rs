@@ -5,6 +5,7 @@
 pub mod disk;
 pub mod golden;
 pub mod losses;
+pub mod memory;
 pub mod raw;
 pub mod runs;
 pub mod sim;

@@ -15,8 +15,11 @@ use crate::{
     train::storage::{Storage, open_at, read_small},
 };
 
-/// The largest manifest or state that is read.
+/// The largest manifest that is read.
 const LIMIT: u64 = 256 << 20;
+
+/// The largest state that is read: parsed, JSON of any form has up to 36 times its text.
+const STATE_LIMIT: u64 = 16 << 20;
 
 /// A checkpoint whose every byte was verified.
 #[derive(Debug)]
@@ -116,7 +119,7 @@ pub fn load(storage: &dyn Storage, path: &Path) -> Result<LoadedCheckpoint> {
         return Err(wrong(format!("puts tensor `{}` into an unlisted file", t.name)));
     }
     let state_path = path.join("state.json");
-    let state = read_small(storage, &state_path, LIMIT)?;
+    let state = read_small(storage, &state_path, STATE_LIMIT)?;
     let state = serde_json::from_slice(&state)
         .map_err(|e| Error::file(&state_path, format!("is not JSON: {e}")))?;
     let step = manifest.step;
