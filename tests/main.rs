@@ -32,6 +32,7 @@ mod device {
     mod pending;
     mod pool;
     mod profile;
+    mod sass;
     mod staging;
 }
 mod eval {
