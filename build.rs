@@ -73,8 +73,11 @@ fn build() -> Result<(), String> {
              Set NVCC=/path/to/nvcc to have them."
         ),
     }
+    let cuda = nvcc.as_deref().map_or(Ok(0), cuda_version)?;
     let mut code = format!(
-        "/// Whether this binary has kernels for a GPU.\npub const BUILT: bool = {};\n",
+        "/// Whether this binary has kernels for a GPU.\npub const BUILT: bool = {};\n\
+         /// The CUDA of the nvcc that made them, 1000 times the major version and 10 times the \
+         minor one.\npub const CUDA: i32 = {cuda};\n",
         nvcc.is_some()
     );
     for source in &kernels {
@@ -106,6 +109,16 @@ fn nvcc() -> Option<PathBuf> {
         places.extend(pythons.iter().map(|p| p.join("site-packages/nvidia/cu13/bin/nvcc")));
     }
     places.into_iter().find(|p| p.is_file())
+}
+
+/// As drivers count versions: 13000 for 13.0.
+fn cuda_version(nvcc: &Path) -> Result<u32, String> {
+    let text = run(Command::new(nvcc).arg("--version"))?;
+    let numbers = text.split("release ").nth(1).and_then(|rest| rest.split(',').next());
+    let version = numbers.and_then(|v| v.split_once('.')).and_then(|(major, minor)| {
+        Some(1000 * major.parse::<u32>().ok()? + 10 * minor.parse::<u32>().ok()?)
+    });
+    version.ok_or_else(|| format!("{} --version names no release:\n{text}", nvcc.display()))
 }
 
 /// One fatbin a file, as many at a time as cargo allows; compiled again only if the compiler, its
@@ -280,8 +293,8 @@ fn family(stem: &str, name: &str, kernels: &[&Entry]) -> Result<String, String> 
             let dtype = if e.name.ends_with("_bf16") { "BF16" } else { "F32" };
             format!(
                 "                Kernel {{ image: &IMAGE, name: \"{}\", dtype: \"{dtype}\", \
-                 size: &{size:?}, threads: {}, cluster: {} }},\n",
-                e.name, e.threads, e.cluster
+                 size: &{size:?}, threads: {}, cluster: {}, beside: {} }},\n",
+                e.name, e.threads, e.cluster, e.beside
             )
         })
         .collect();
@@ -315,11 +328,13 @@ fn family(stem: &str, name: &str, kernels: &[&Entry]) -> Result<String, String> 
          #[derive(Debug)]\n    \
          pub struct {short}{generic} {{\n{fields}    }}\n    \
          impl{generic} {short}{own} {{\n        \
+         const KERNELS: &'static [Kernel] = &[\n{all}        ];\n        \
+         /// Blocks of such a launch that a multiprocessor holds at once.\n        \
+         pub fn resident(cuda: &Cuda, {size}launch: Launch) -> Result<u32> {{\n            \
+         cuda.resident(Kernel::find::<{of}>(Self::KERNELS, \"{name}\", &{at})?, launch)\n        }}\n        \
          /// Refuses types, sizes and memories that no kernel takes.\n        \
          pub fn launch(self, cuda: &Cuda, {size}launch: Launch) -> Result<()> {{\n            \
-         static KERNELS: [Kernel; {}] = [\n{all}            ];\n            \
          let mut args = Args::default();\n{args}            \
-         cuda.launch(Kernel::find::<{of}>(&KERNELS, \"{name}\", &{at})?, launch, args)\n        }}\n    }}\n",
-        kernels.len()
+         cuda.launch(Kernel::find::<{of}>(Self::KERNELS, \"{name}\", &{at})?, launch, args)\n        }}\n    }}\n"
     ))
 }

@@ -3,8 +3,9 @@
 //! beside the plan.
 //!
 //! `cargo bench --bench engine` runs all, `cargo bench --bench engine -- 0.5b` one;
-//! `$WARPO_RESULTS` names a JSON file for the results. Without a GPU it says so. With `$WARPO_SIM`,
-//! a library of the simulator, or with `--test` it runs a tiny model, which measures nothing.
+//! `$WARPO_RESULTS` names a JSON file for the results, which takes each as it comes and keeps the
+//! others. Without a GPU it says so. With `$WARPO_SIM`, a library of the simulator, or with
+//! `--test` it runs a tiny model, which measures nothing.
 
 #![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used)]
 
@@ -28,6 +29,7 @@ use warpo::{
 };
 
 use folder::{Folder, ids};
+use support::ResultsFile;
 
 /// Of a Llama model with a tied head.
 pub struct Shape {
@@ -142,7 +144,7 @@ fn bounds(spec: &Spec, work: &Work, peak: Peak) -> [f64; 3] {
 struct Bench {
     dev: Device,
     peak: Option<Peak>,
-    results: Vec<Value>,
+    results: ResultsFile,
 }
 
 /// Seconds of each measured call, by phase.
@@ -228,6 +230,8 @@ impl Bench {
             "mlp": shape.mlp, "vocab": shape.vocab,
         });
         let mut phases = vec![generate.json()];
+        result["phases"] = json!(phases);
+        self.results.keep(result.clone());
         let free = self.dev.free_memory().unwrap();
         let takes = |micro| planned(&self.dev, ppo(&folder, work, micro));
         // Kernels take room, too, when they are first called.
@@ -256,7 +260,7 @@ impl Bench {
             println!("    PPO does not fit {free:?} bytes");
         }
         result["phases"] = json!(phases);
-        self.results.push(result);
+        self.results.keep(result);
     }
 
     /// Seconds of generation alone.
@@ -318,16 +322,13 @@ fn main() {
         words.next().is_none_or(|word| name.contains(word.as_str()))
     };
     let peak = peak(&dev.describe());
-    let mut b = Bench { dev, peak, results: Vec::new() };
+    let mut results = ResultsFile::of(&dev, "models");
+    results.head["peak"] =
+        json!(peak.map(|p| json!({ "FLOP/s": p.flops, "bytes/s": p.bandwidth })));
+    let mut b = Bench { dev, peak, results };
     if simulated || arguments.iter().any(|word| word == "--test") {
         b.model(&TINY, &TINY_WORK);
     } else {
         SHAPES.iter().filter(|s| wanted(s.name)).for_each(|s| b.model(s, &WORK));
     }
-    let Some(path) = std::env::var_os("WARPO_RESULTS") else { return };
-    let peak = b.peak.map(|p| json!({ "FLOP/s": p.flops, "bytes/s": p.bandwidth }));
-    let all = json!({
-        "device": b.dev.describe(), "card": support::card(), "peak": peak, "models": b.results,
-    });
-    std::fs::write(path, serde_json::to_string_pretty(&all).unwrap() + "\n").unwrap();
 }

@@ -4,8 +4,9 @@
 //! tokens, and of a step over 1 GB of cache.
 //!
 //! `cargo bench --bench gpu` runs all, `cargo bench --bench gpu -- norm` a part; `$WARPO_RESULTS`
-//! names a JSON file for the results. Without a GPU it says so; with `$WARPO_SIM`, a library of the
-//! simulator, it runs tiny sizes there, which measures nothing.
+//! names a JSON file for the results, which takes each as it comes and keeps the others. Without a
+//! GPU it says so; with `$WARPO_SIM`, a library of the simulator, it runs tiny sizes there, which
+//! measures nothing.
 
 #![allow(missing_docs, clippy::print_stdout, clippy::unwrap_used)]
 
@@ -48,6 +49,7 @@ use attention::attention;
 use gradients::gradients;
 use heads::heads;
 use products::products;
+use support::ResultsFile;
 
 /// More than one round of these is larger than any cache.
 const SETS: usize = 4;
@@ -94,7 +96,7 @@ struct Bench {
     tiny: bool,
     /// Bytes a second, read and written.
     copy: f64,
-    results: Vec<Value>,
+    results: ResultsFile,
 }
 
 impl Bench {
@@ -123,16 +125,27 @@ impl Bench {
 
     /// Measures `f`, which computes `flops` FLOPs, as [`Bench::run`].
     fn compute(&mut self, name: &str, flops: f64, bytes: usize, f: impl FnMut(&Device, usize)) {
-        let before = self.results.len();
-        self.run(name, bytes, f);
-        let Some(result) = self.results.get_mut(before) else { return };
+        let Some(mut result) = self.measure(name, bytes, f) else { return };
         let rate = flops / result["microseconds"].as_f64().unwrap() / 1e6;
         println!("    {rate:>10.1} TFLOP/s");
         result["TFLOP/s"] = json!(rate);
+        self.results.keep(result);
     }
 
     /// Measures `f`, which moves `bytes` bytes and is given the set to work on.
-    fn run(&mut self, name: &str, bytes: usize, mut f: impl FnMut(&Device, usize)) {
+    fn run(&mut self, name: &str, bytes: usize, f: impl FnMut(&Device, usize)) {
+        if let Some(result) = self.measure(name, bytes, f) {
+            self.results.keep(result);
+        }
+    }
+
+    /// The same, unless the command line does not ask for it.
+    fn measure(
+        &mut self,
+        name: &str,
+        bytes: usize,
+        mut f: impl FnMut(&Device, usize),
+    ) -> Option<Value> {
         let (cuda, dev, seconds) = (self.cuda().clone(), self.dev.clone(), RefCell::new(vec![]));
         let mut set = 0;
         self.criterion.bench_function(name, |b| {
@@ -151,13 +164,13 @@ impl Bench {
         });
         let mut all = seconds.into_inner();
         all.sort_by(f64::total_cmp);
-        let Some(median) = all.get(all.len() / 2) else { return };
+        let median = all.get(all.len() / 2)?;
         let rate = bytes as f64 / median;
         let (us, gb, share) = (median * 1e6, rate / 1e9, rate / self.copy);
         println!("    {us:>10.1} us  {gb:>7.0} GB/s  {:>4.0} % of a copy", 100.0 * share);
-        self.results.push(json!({
+        Some(json!({
             "name": name, "microseconds": us, "bytes": bytes, "GB/s": gb, "of a copy": share,
-        }));
+        }))
     }
 }
 
@@ -371,17 +384,14 @@ fn main() {
         .warm_up_time(Duration::from_millis(300))
         .measurement_time(Duration::from_secs(1))
         .configure_from_args();
-    let mut b = Bench { criterion, dev, sizes, tiny, copy: f64::NAN, results: Vec::new() };
+    let results = ResultsFile::of(&dev, "ops");
+    let mut b = Bench { criterion, dev, sizes, tiny, copy: f64::NAN, results };
     b.copy = copy(&b);
     println!("a copy moves {:.0} GB/s", b.copy / 1e9);
+    b.results.head["copy GB/s"] = json!(b.copy / 1e9);
     let bandwidth = [norms, elementwise, losses, sampling, optimizer];
     for group in bandwidth.into_iter().chain([products, heads, attention, gradients]) {
         group(&mut b);
     }
     b.criterion.final_summary();
-    let Some(path) = std::env::var_os("WARPO_RESULTS") else { return };
-    let (device, copy) = (b.dev.describe(), b.copy / 1e9);
-    let all =
-        json!({ "device": device, "card": support::card(), "copy GB/s": copy, "ops": b.results });
-    std::fs::write(path, serde_json::to_string_pretty(&all).unwrap() + "\n").unwrap();
 }

@@ -31,10 +31,13 @@ struct Plan {
     // Whether warpgroups have queries and columns, not keys.
     static constexpr bool WIDE = D > 128;
     static constexpr int COUNT = WIDE ? KEYS_256 : KEYS;
-    // A warpgroup computes the scores of QUERIES queries and COLS columns of the gradients.
-    static constexpr int QUERIES = WIDE ? 32 : 64, COLS = WIDE ? D / 2 : D;
+    // Boxes of 64 columns.
+    static constexpr int BOXES = (D + 63) / 64;
+    // A warpgroup computes the scores of QUERIES queries and COLS columns of the gradients, by
+    // products of SUMS: whole boxes, as in attention_sm90.cu.
+    static constexpr int QUERIES = WIDE ? 32 : 64, COLS = WIDE ? D / 2 : D, SUMS = WIDE ? COLS : 64 * BOXES;
     // Bytes of 64 columns of queries and of keys, of all columns, and of p or ds.
-    static constexpr int BOXES = (D + 63) / 64, BOX = ROWS * 128, KEY_BOX = COUNT * 128;
+    static constexpr int BOX = ROWS * 128, KEY_BOX = COUNT * 128;
     static constexpr int HALF = BOXES * BOX, TILE = BOXES * KEY_BOX, WEIGHTS = COUNT * 128;
 };
 
@@ -200,14 +203,16 @@ constexpr int SLOPES = 1, OWN = 3, BOTH = 5;
 template <class P>
 static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, uint32_t* turns, const Block<P>& block, const Input& in,
                                                      const Scoring& by, int warp) {
-    constexpr int D = P::D, N = P::QUERIES, COLS = P::COLS;
+    constexpr int D = P::D, N = P::QUERIES, COLS = P::COLS, SUMS = P::SUMS;
+    // Whether dq has registers beside those of ds.
+    constexpr bool ROOMY = SUMS <= 64;
     const int lane = ptx::lane(), w = warp / 4, top = warp % 4 * 16, cols = (in.q_heads + 2 * in.kv_heads) * D;
     const Groups group(in.q_heads / in.kv_heads);
     // The warpgroup's first key, query and column of gradients.
     const int key0 = P::WIDE ? 0 : 64 * w, query0 = P::WIDE ? 32 * w : 0, box0 = P::WIDE ? w * P::BOXES / 2 : 0;
     const int own_key = key0 + top + lane / 4, own_column = query0 + lane % 4 * 2;
     const int used = in.most * group.size;
-    float dk[COLS / 2], dv[COLS / 2];
+    float dk[SUMS / 2], dv[SUMS / 2];
     Phase<P> phase;
     // The turn to pass on once all have written, and the tiles of keys that are added by then.
     int owed = -1, added = 0;
@@ -235,7 +240,7 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
             ptx::mbarrier_wait(block.keys_full, parity);
             parity ^= 1;
 #pragma unroll
-            for (int i = 0; i < COLS / 2; ++i) dk[i] = dv[i] = 0.0f;
+            for (int i = 0; i < SUMS / 2; ++i) dk[i] = dv[i] = 0.0f;
         }
         // What follows rows and keys in memory belongs to others: not even zeros may multiply it.
         if (rows.count < used || (begins && keys < P::COUNT)) {
@@ -308,7 +313,7 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
             ptx::wgmma_keep(dv);
             ptx::wgmma_fence();
 #pragma unroll
-            for (int i = 0; i < N / 16; ++i) ptx::wgmma_bf16<COLS, true>(dv, p[i], ptx::operand_advance(grad_columns, i * 2048), true);
+            for (int i = 0; i < N / 16; ++i) ptx::wgmma_bf16<SUMS, true>(dv, p[i], ptx::operand_advance(grad_columns, i * 2048), true);
             ptx::wgmma_commit();
         }
         // A row of keys has 64 queries; a lane has 4 bytes of each of its chunks of 16.
@@ -330,7 +335,7 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
             // Only now: registers of a product under way must not even be read.
             ptx::wgmma_fence();
 #pragma unroll
-            for (int i = 0; i < N / 16; ++i) ptx::wgmma_bf16<COLS, true>(dk, ds[i], ptx::operand_advance(query_columns, i * 2048), true);
+            for (int i = 0; i < N / 16; ++i) ptx::wgmma_bf16<SUMS, true>(dk, ds[i], ptx::operand_advance(query_columns, i * 2048), true);
             ptx::wgmma_commit();
         }
         ptx::fence_async();
@@ -350,26 +355,26 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
             ptx::wgmma_fence();
 #pragma unroll
             for (int i = 0; i < ROWS / 16; ++i) {
-                ptx::wgmma_bf16<COLS, false, true>(dv, ptx::operand_advance(weight_rows, i * 32), ptx::operand_advance(grad_columns, i * 2048), true);
+                ptx::wgmma_bf16<SUMS, false, true>(dv, ptx::operand_advance(weight_rows, i * 32), ptx::operand_advance(grad_columns, i * 2048), true);
             }
 #pragma unroll
             for (int i = 0; i < ROWS / 16; ++i) {
-                ptx::wgmma_bf16<COLS, false, true>(dk, ptx::operand_advance(slope_rows, i * 32), ptx::operand_advance(query_columns, i * 2048), true);
+                ptx::wgmma_bf16<SUMS, false, true>(dk, ptx::operand_advance(slope_rows, i * 32), ptx::operand_advance(query_columns, i * 2048), true);
             }
             ptx::wgmma_commit();
         }
         if (adds) {
             if constexpr (!P::WIDE) {
                 // The registers of p are used again, and those of ds where dq needs more.
-                ptx::wgmma_wait<D <= 96 ? 1 : 0>();
+                ptx::wgmma_wait<ROOMY ? 1 : 0>();
                 ptx::wgmma_keep(dv);
                 ptx::wgmma_keep(p);
-                if (D > 96) ptx::wgmma_keep(dk), ptx::wgmma_keep(ds);
+                if (!ROOMY) ptx::wgmma_keep(dk), ptx::wgmma_keep(ds);
             }
             // A lane's four of 16 columns are neighbours in the sums, as they are in its registers.
             const int before = same(facts.step.before);
             owed = P::WIDE ? 2 * same(facts.step.turn) + w : same(facts.step.turn), added = before + 1;
-            float dq[COLS / 2];
+            float dq[SUMS / 2];
             // f(d, sum, out) of 16 columns, of each of the lane's rows. Where those are is read
             // again each time: registers.
             auto each_four = [&](auto f) {
@@ -386,7 +391,7 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
                 }
             };
 #pragma unroll
-            for (int i = 0; i < COLS / 2; ++i) dq[i] = 0.0f;
+            for (int i = 0; i < SUMS / 2; ++i) dq[i] = 0.0f;
             if (before > 0) {
                 if (threadIdx.x % 128 == 0) ptx::turn_wait(turns + owed, before);
                 ptx::barrier(OWN + w, 128);
@@ -400,7 +405,7 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
             ptx::wgmma_fence();
 #pragma unroll
             for (int i = 0; i < P::COUNT / 16; ++i) {
-                ptx::wgmma_bf16<COLS, true, true>(dq, ptx::operand_advance(slope_columns, i * 2048),
+                ptx::wgmma_bf16<SUMS, true, true>(dq, ptx::operand_advance(slope_columns, i * 2048),
                                                   ptx::operand_advance(key_columns, i * 2048), true);
             }
             ptx::wgmma_commit();
@@ -421,7 +426,7 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
         }
         ptx::wgmma_keep(dk);
         ptx::wgmma_keep(dv);
-        if (!P::WIDE && (D <= 96 || !adds)) ptx::wgmma_keep(ds);
+        if (!P::WIDE && (ROOMY || !adds)) ptx::wgmma_keep(ds);
         const bool ends = same(facts.step.ends);
         const int keys_at = same(facts.step.keys_at), g = same(facts.step.g);
         ptx::sync_warp();
@@ -431,7 +436,7 @@ static __device__ __forceinline__ void differentiate(bf16* dqkv, float* sums, ui
         // their buffer takes what goes out.
         pass();
         bf16* out = dqkv + keys_at * int64_t(cols) + (in.q_heads + g) * D + 64 * box0;
-        auto write = [&](const float(&from)[COLS / 2], bf16* out, float scale) {
+        auto write = [&](const float* from, bf16* out, float scale) {
             char* buffer = block.values + box0 * P::KEY_BOX;
 #pragma unroll
             for (int j = 0; j < COLS / 8; ++j) {

@@ -38,6 +38,9 @@ struct Plan {
     static constexpr bool KEEPS = CONSUMERS == 1;
     // Bytes of 64 columns of a page, of all of them, and of a warpgroup's queries.
     static constexpr int BOXES = (D + 63) / 64, BOX = POSITIONS * 128, STAGE = BOXES * BOX, QUERY = BOXES * 8192;
+    // Columns that are multiplied: whole boxes, zeros beyond the head. No kernel that is known to
+    // run on a GPU multiplies a part of a box's columns.
+    static constexpr int COLUMNS = 64 * BOXES;
 };
 
 // What a block does at a time: a tile, group `g` of heads. No rows: the end.
@@ -188,7 +191,7 @@ static __device__ __forceinline__ void consume(bf16* out, float* lse, float* blo
         auto end_turn = [&] {
             if (turns) ptx::barrier_arrive(TURNS + 1 - w, 256);
         };
-        float x[N / 2], o[D / 2] = {}, keep[2];
+        float x[N / 2], o[P::COLUMNS / 2] = {}, keep[2];
         uint32_t weights[N / 16][4] = {};
         Softmax soft;
         const WarpRows own(top, rows, first, group);
@@ -207,7 +210,7 @@ static __device__ __forceinline__ void consume(bf16* out, float* lse, float* blo
         auto multiply_values = [&](int stage) {
             const uint64_t v = ptx::operand(block.stages + stage * P::STAGE, P::BOX, 1024);
 #pragma unroll
-            for (int i = 0; i < N / 16; ++i) ptx::wgmma_bf16<D, true>(o, weights[i], ptx::operand_advance(v, i * 2048), true);
+            for (int i = 0; i < N / 16; ++i) ptx::wgmma_bf16<P::COLUMNS, true>(o, weights[i], ptx::operand_advance(v, i * 2048), true);
             ptx::wgmma_commit();
         };
         // A warp whose rows are all beyond the tile has nothing to weigh.

@@ -34,6 +34,7 @@ mod device {
     mod pending;
     mod pool;
     mod profile;
+    mod sass;
     mod staging;
 }
 mod eval {

@@ -5,13 +5,14 @@
 
 use std::{
     cell::RefCell,
-    path::Path,
+    path::{Path, PathBuf},
     process::Command,
     sync::OnceLock,
     time::{Duration, Instant},
 };
 
 use criterion::{BenchmarkGroup, Throughput, measurement::WallTime};
+use serde_json::{Value, json};
 use warpo::{
     device::{Arch, Cpu, Cuda, Device, cuda::Order, profile::Peaks},
     rng::{Philox, Purpose},
@@ -122,4 +123,41 @@ pub fn bench(group: &mut BenchmarkGroup<'_, WallTime>, id: &str, work: Work, mut
         }
     }
     println!("{line}");
+}
+
+/// The results of a bench, in the JSON file that `$WARPO_RESULTS` names: each is written when it
+/// comes, so that a bench that is cut short loses none. Those that the file has of this device stay
+/// until they are measured anew.
+pub struct ResultsFile {
+    path: Option<PathBuf>,
+    /// What is written before them.
+    pub head: Value,
+    /// What they are called.
+    list: &'static str,
+    all: Vec<Value>,
+}
+
+impl ResultsFile {
+    pub fn of(dev: &Device, list: &'static str) -> Self {
+        let path = std::env::var_os("WARPO_RESULTS").map(PathBuf::from);
+        let head = json!({ "device": dev.describe(), "card": card() });
+        let text = path.as_ref().and_then(|path| std::fs::read_to_string(path).ok());
+        let older = text.and_then(|text| serde_json::from_str::<Value>(&text).ok());
+        let older = older.filter(|older| older["device"] == head["device"]);
+        let all = older.and_then(|older| older[list].as_array().cloned()).unwrap_or_default();
+        Self { path, head, list, all }
+    }
+
+    pub fn keep(&mut self, result: Value) {
+        self.all.retain(|older| older["name"] != result["name"]);
+        self.all.push(result);
+        let Some(path) = &self.path else { return };
+        let mut whole = self.head.clone();
+        whole[self.list] = json!(self.all);
+        let text = serde_json::to_string_pretty(&whole).unwrap() + "\n";
+        // Aside first: who is killed between leaves the older ones.
+        let aside = path.with_extension("tmp");
+        std::fs::write(&aside, text).unwrap();
+        std::fs::rename(&aside, path).unwrap();
+    }
 }

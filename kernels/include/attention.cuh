@@ -125,7 +125,7 @@ struct Softmax {
 
 // Scales accumulators of D columns, row by row.
 template <int D>
-static __device__ __forceinline__ void rescale(float (&o)[D / 2], const float (&by)[2]) {
+static __device__ __forceinline__ void rescale(float* o, const float (&by)[2]) {
 #pragma unroll
     for (int i = 0; i < D / 2; ++i) o[i] *= by[i / 2 % 2];
 }
@@ -175,7 +175,7 @@ struct WarpRows {
     // Writes accumulators of D columns, times the row's `inverse`, to rows and heads from `out` on.
     // `chunk(row, c)` is where a row's 16 bytes lie in shared memory until all are there.
     template <int D, class At>
-    __device__ __forceinline__ void write(bf16* out, const float (&o)[D / 2], const float (&inverse)[2], int q_heads, At chunk) const {
+    __device__ __forceinline__ void write(bf16* out, const float* o, const float (&inverse)[2], int q_heads, At chunk) const {
         const int lane = ptx::lane();
         for (int r = 0; r < 2; ++r) {
             // 0 is added so that a zero has one sign whatever was masked.
@@ -206,13 +206,13 @@ struct BlockPartials {
 
     __device__ __forceinline__ volatile float& at(int i) const { return room[i * threads + own]; }
 
-    __device__ __forceinline__ void put(const Softmax& s, const float (&o)[D / 2]) const {
+    __device__ __forceinline__ void put(const Softmax& s, const float* o) const {
         for (int r = 0; r < 2; ++r) at(r) = s.top[r], at(2 + r) = s.sum[r];
 #pragma unroll
         for (int i = 0; i < D / 2; ++i) at(4 + i) = o[i];
     }
     // What is kept, merged with the partial that follows it.
-    __device__ __forceinline__ void fold(Softmax& s, float (&o)[D / 2], const Scoring& by) const {
+    __device__ __forceinline__ void fold(Softmax& s, float* o, const Scoring& by) const {
         float keep[2], take[2];
         Softmax all;
         for (int r = 0; r < 2; ++r) all.top[r] = at(r), all.sum[r] = at(2 + r);
@@ -235,7 +235,7 @@ struct Partials {
         return x + ((int64_t(i) * slots + slot) * q_heads + head) * (D + 8);
     }
     // For the lane's row number r.
-    static __device__ __forceinline__ void put(float* to, const Softmax& s, const float (&o)[D / 2], int r) {
+    static __device__ __forceinline__ void put(float* to, const Softmax& s, const float* o, int r) {
         const int c = ptx::lane() % 4;
         to[D + c] = s.sum[r];
         if (c == 0) to[D + 4] = s.top[r];
@@ -244,7 +244,7 @@ struct Partials {
             *reinterpret_cast<float2*>(to + 8 * j + 2 * c) = float2{o[4 * j + 2 * r], o[4 * j + 2 * r + 1]};
         }
     }
-    static __device__ __forceinline__ void get(const float* from, Softmax& s, float (&o)[D / 2], int r) {
+    static __device__ __forceinline__ void get(const float* from, Softmax& s, float* o, int r) {
         const int c = ptx::lane() % 4;
         s.sum[r] = from[D + c], s.top[r] = from[D + 4];
 #pragma unroll

@@ -133,6 +133,7 @@ static __device__ __forceinline__ void multiply(float (&sums)[T::BN / 2], float 
         const uint64_t l = ptx::operand(left + group * 8192, 8192, 1024), r = ptx::operand(left + T::LEFT, 8192, 1024);
         ptx::mbarrier_wait(ring.full + phase.stage, phase.parity);
         ptx::wgmma_keep(sums);
+        if constexpr (ONES) ptx::wgmma_keep(ones);
         ptx::wgmma_fence();
 #pragma unroll
         for (int i = 0; i < T::DEPTH / 16; ++i) {

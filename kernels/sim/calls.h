@@ -52,42 +52,17 @@ void barrier_arrive(Site site, int id, int threads) {
     wake(bar.waiting);
 }
 
-// Four numbers side by side.
-using Halves = uint16_t __attribute__((vector_size(8), may_alias));
-using Words = uint32_t __attribute__((vector_size(16), may_alias));
-using Floats = float __attribute__((vector_size(16), may_alias));
-using Doubles = double __attribute__((vector_size(32), may_alias));
-
-// D += A B of a warp: the lanes' fragments lie as ptx::mma_bf16 says. The sum of the products is
-// rounded once here; the hardware's order of additions is not told.
-__attribute__((target_clones("avx2", "default"), optimize("O3")))
+// D += A B of a warp: the lanes' fragments lie as ptx::mma_bf16 says.
 void multiply(Values& values) {
-    alignas(32) uint16_t a[16][16], b[16][8];
-    alignas(32) float d[16][8];
-    alignas(32) double left[16][16], right[16][8];
+    float a[16][16], b[16][8], d[16][8];
     for (int l = 0; l < 32; ++l) {
         const Fragments& f = reinterpret_cast<const Fragments&>(values[l]);
         const int r = l / 4, c = l % 4 * 2;
-        for (int i = 0; i < 4; ++i) std::memcpy(&a[r + i % 2 * 8][c + i / 2 * 8], &f.a[i], 4);
-        for (int i = 0; i < 4; ++i) b[c + i / 2 * 8 + i % 2][r] = f.b[i / 2] >> i % 2 * 16;
+        for (int i = 0; i < 8; ++i) a[r + i / 2 % 2 * 8][c + i / 4 * 8 + i % 2] = wide(f.a[i / 2] >> i % 2 * 16);
+        for (int i = 0; i < 4; ++i) b[c + i / 2 * 8 + i % 2][r] = wide(f.b[i / 2] >> i % 2 * 16);
         for (int i = 0; i < 2; ++i) std::memcpy(&d[r + 8 * i][c], &f.d[2 * i], 8);
     }
-    auto widen = [](double* to, const uint16_t* from, int n) __attribute__((always_inline)) {
-        for (int i = 0; i < n; i += 4) {
-            const Words bits = __builtin_convertvector(*reinterpret_cast<const Halves*>(from + i), Words) << 16;
-            *reinterpret_cast<Doubles*>(to + i) = __builtin_convertvector(reinterpret_cast<const Floats&>(bits), Doubles);
-        }
-    };
-    widen(left[0], a[0], 16 * 16);
-    widen(right[0], b[0], 16 * 8);
-    for (int r = 0; r < 16; ++r) {
-        for (int c = 0; c < 8; c += 4) {
-            Floats& four = reinterpret_cast<Floats&>(d[r][c]);
-            Doubles sum = __builtin_convertvector(four, Doubles);
-            for (int k = 0; k < 16; ++k) sum += left[r][k] * reinterpret_cast<const Doubles&>(right[k][c]);
-            four = __builtin_convertvector(sum, Floats);
-        }
-    }
+    multiply(d[0], a[0], b[0], 16, 8, true);
     for (int l = 0; l < 32; ++l) {
         for (int i = 0; i < 2; ++i) std::memcpy(values[l] + 8 * i, &d[l / 4 + 8 * i][l % 4 * 2], 8);
     }

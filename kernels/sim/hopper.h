@@ -2,6 +2,7 @@
 #pragma once
 
 #include "fibres.h"
+#include "tensor_core.h"
 
 namespace sim {
 namespace {
@@ -223,30 +224,8 @@ bool read_by_step(const Block& b, size_t offset, size_t n) {
     return false;
 }
 
-float wide(uint16_t bits) {
-    const uint32_t u = uint32_t(bits) << 16;
-    float x;
-    std::memcpy(&x, &u, 4);
-    return x;
-}
-
-// d[64, n] += a[64, 16] b[16, n]: as in a warp's product, one rounding of the sum of the products
-// and the old value.
-__attribute__((target_clones("avx2", "default"), optimize("O3")))
-void multiply(float* d, const double* a, const double* b, int n, bool add) {
-    double sum[256];
-    for (int m = 0; m < 64; ++m) {
-        for (int i = 0; i < n; ++i) sum[i] = add ? double(d[m * n + i]) : 0.0;
-        for (int k = 0; k < 16; ++k) {
-            const double x = a[m * 16 + k];
-            for (int i = 0; i < n; ++i) sum[i] += x * b[k * n + i];
-        }
-        for (int i = 0; i < n; ++i) d[m * n + i] = float(sum[i]);
-    }
-}
-
 void compute(Block& b, Warpgroup& g) {
-    double left[64 * 16], right[16 * 256];
+    float left[64 * 16], right[16 * 256];
     Step& s = g.steps.front();
     const Product& p = s.product;
     const int n = 2 * p.count;
@@ -261,20 +240,20 @@ void compute(Block& b, Warpgroup& g) {
         });
     };
     if (p.regs == nullptr) {
-        unpack(p.a, p.a_columns, 64, [&](int k, int m) -> double& { return left[m * 16 + k]; });
+        unpack(p.a, p.a_columns, 64, [&](int k, int m) -> float& { return left[m * 16 + k]; });
     } else {
         for (int t = 0; t < GROUP; ++t) {
             for (int i = 0; i < 4; ++i) {
                 const uint32_t two = s.regs[4 * t + i];
-                double* to = left + (t / 32 * 16 + t % 32 / 4 + i % 2 * 8) * 16 + 2 * (t % 4) + i / 2 * 8;
-                to[0] = wide(two & 0xFFFF);
+                float* to = left + (t / 32 * 16 + t % 32 / 4 + i % 2 * 8) * 16 + 2 * (t % 4) + i / 2 * 8;
+                to[0] = wide(two);
                 to[1] = wide(two >> 16);
             }
         }
     }
-    unpack(p.b, p.b_columns, n, [&](int k, int i) -> double& { return right[k * n + i]; });
+    unpack(p.b, p.b_columns, n, [&](int k, int i) -> float& { return right[k * n + i]; });
     if (written) launch->report = "shared memory was written while a wgmma reads it, at " + at(s.site);
-    multiply(g.chains[s.chain].tile.data(), left, right, n, p.add);
+    multiply(g.chains[s.chain].tile.data(), left, right, 64, n, p.add);
     g.steps.pop_front();
     ++g.computed;
 }

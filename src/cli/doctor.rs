@@ -3,6 +3,7 @@
 use crate::{
     device::{Cuda, Device, cpu::Isa},
     error::Result,
+    ops::attention,
 };
 
 /// Show devices, threads, instruction sets, and what is missing for CUDA
@@ -20,6 +21,13 @@ pub(super) fn run(_args: &DoctorArgs) -> Result<()> {
     );
     for line in Cuda::survey() {
         text += &format!("cuda: {line}\n");
+    }
+    for i in 0.. {
+        let Ok(cuda) = Cuda::new(i) else { break };
+        for [head, blocks, meant] in attention::resident(&Device::Cuda(cuda))? {
+            let what = format!("decoding with heads of {head}: {blocks} blocks a multiprocessor");
+            text += &format!("cuda: cuda:{i}, {what}, meant for {meant}\n");
+        }
     }
     super::print(&text)
 }

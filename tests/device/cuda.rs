@@ -8,7 +8,9 @@ use warpo::{
     Result,
     device::{
         Arch, Arena, Buffer, Cuda, Device, Float, Pending, View, ViewMut,
-        cuda::{Launch, Map, Order, PARTS, Parts, Swizzle, Tiles, kernels::norm as kernel},
+        cuda::{
+            Launch, Map, Order, PARTS, Parts, Swizzle, Tiles, kernels::norm as kernel, outdated,
+        },
     },
 };
 
@@ -479,4 +481,21 @@ fn without_a_driver_the_name_says_what_is_missing() {
         );
     }
     assert_eq!(Cuda::survey().len(), 1, "{:?}", Cuda::survey());
+}
+
+#[test]
+fn an_old_driver_is_told_the_way_out() {
+    assert_eq!(outdated(13_000, 13_000), None);
+    assert_eq!(outdated(13_010, 12_080), None);
+    let is = |version, built, text: &str| assert_eq!(outdated(version, built).unwrap(), text);
+    is(
+        12_080,
+        13_000,
+        "the driver is for CUDA 12.8, this binary's kernels need one for 13.0: update the driver, \
+         or build again with nvcc 12.8 or older, from 12.0 on: NVCC=/path/to/nvcc cargo build \
+         --release",
+    );
+    let old = "the driver is for CUDA 11.8, this binary's kernels need one for 12.0: update the \
+               driver";
+    is(11_080, 0, old);
 }

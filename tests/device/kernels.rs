@@ -34,7 +34,7 @@ fn folder() -> PathBuf {
 }
 
 /// Every .cu file: its stem, text and entries.
-fn sources() -> Vec<(String, String, Vec<scan::Entry>)> {
+pub(super) fn sources() -> Vec<(String, String, Vec<scan::Entry>)> {
     let read = |path: PathBuf| {
         let text = fs::read_to_string(&path).unwrap();
         let entries = scan::entries(&scan::source(&path).unwrap()).unwrap();
@@ -395,7 +395,7 @@ fn tests_of(op: &str) -> Vec<PathBuf> {
 }
 
 /// It lies beside nvcc; none if there is none, which `WARPO_KERNELS=require` forbids.
-fn cuobjdump() -> Option<PathBuf> {
+pub(super) fn cuobjdump() -> Option<PathBuf> {
     let nvcc = std::env::var_os("NVCC").filter(|_| BUILT);
     let tool = nvcc.map(|n| Path::new(&n).with_file_name("cuobjdump")).filter(|t| t.is_file());
     if tool.is_none() {

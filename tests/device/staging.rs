@@ -4,8 +4,8 @@
 use std::thread;
 
 use warpo::device::{
-    Arena, Buffer, Cuda, Device, ViewMut,
-    cuda::{Calls, Launch, Ring, kernels::norm as kernel},
+    Arena, Buffer, Cuda, Device, Pending, ViewMut,
+    cuda::{Calls, Launch, Ring, Swizzle, Tiles, kernels::norm as kernel},
 };
 
 use crate::support::{
@@ -181,6 +181,45 @@ fn threads_share_a_device() {
                     }
                 });
             }
+        });
+    });
+}
+
+/// A GPU's driver refuses all calls on a thread that has not entered the context of the device, as
+/// no thread has that did nothing before, or something with another device; the simulator does as
+/// well.
+#[test]
+fn a_thread_that_did_nothing_before_may_ask_for_anything() {
+    sim::check(|sim| {
+        let (dev, cuda) = device(sim, 2, 4096);
+        let other = sim.device(Order { threads: 1, blocks: 1 });
+        let x = Buffer::of(&dev, "x", &[half::bf16::ONE; 64 * 64]).unwrap();
+        let tiles = Tiles::of_matrix([64, 64], 64, [64, 64], Swizzle::Bytes128);
+        let fresh = |what: &str, call: &(dyn Fn() -> warpo::Result<()> + Sync)| {
+            let alone = thread::scope(|scope| scope.spawn(call).join().unwrap());
+            alone.unwrap_or_else(|e| panic!("{what}: {e}"));
+            other.read(Buffer::<u8>::zeros(&other, "y", 9).unwrap().view()).unwrap();
+            call().unwrap_or_else(|e| panic!("{what} after another device: {e}"));
+        };
+        fresh("map", &|| cuda.map(x.view(), tiles).map(|_| ()));
+        fresh("alloc and free", &|| Buffer::<f32>::new(&dev, "y", 9).map(|_| ()));
+        fresh("fill", &|| Buffer::<f32>::zeros(&dev, "y", 9).map(|_| ()));
+        fresh("write and read", &|| dev.read(Buffer::of(&dev, "y", &[1.0f32])?.view()).map(|_| ()));
+        fresh("copy", &|| {
+            let mut y = Buffer::<half::bf16>::new(&dev, "y", 64 * 64)?;
+            dev.copy(y.view_mut(), x.view())
+        });
+        fresh("milestone and read", &|| {
+            let later = dev.read_later(x.view())?;
+            dev.milestone()?;
+            later.get().map(|_| ())
+        });
+        fresh("time", &|| cuda.time(|| Ok(())).map(|_| ()));
+        fresh("wait", &|| cuda.synchronize());
+        fresh("free memory", &|| dev.free_memory().map(|_| ()));
+        fresh("ring", &|| cuda.clone().with_ring(Ring { slots: 1, bytes: 64 }).map(|_| ()));
+        fresh("launch", &|| {
+            cuda.sums::<1>(0, 0, |_, _, _| Ok(())).and_then(Pending::get).map(|_| ())
         });
     });
 }

@@ -19,8 +19,8 @@ use super::{
 };
 use crate::error::Result;
 
-/// CUDA 13.0, which the kernels' PTX needs.
-const NEEDED: c_int = 13_000;
+/// The oldest driver that has tensor maps: CUDA 12.0.
+const OLDEST: c_int = 12_000;
 
 /// Shared memory of a block that needs no permission.
 const FREE_SHARED: u32 = 48 << 10;
@@ -135,9 +135,7 @@ fn probe() -> Result<(c_int, c_int), String> {
     let mut version = 0;
     // SAFETY: `version` is writable; this call needs no initialisation.
     unsafe { sys::cuDriverGetVersion(&mut version) }.result().map_err(text)?;
-    if version < NEEDED {
-        return Err(format!("the driver is for CUDA {}, wanted {}", show(version), show(NEEDED)));
-    }
+    outdated(version, kernels::CUDA).map_or(Ok(()), Err)?;
     let none = "the driver sees no GPU (check CUDA_VISIBLE_DEVICES)";
     match result::init() {
         Err(DriverError(sys::CUresult::CUDA_ERROR_NO_DEVICE)) => return Err(none.into()),
@@ -147,6 +145,26 @@ fn probe() -> Result<(c_int, c_int), String> {
         0 => Err(none.into()),
         n => Ok((version, n)),
     }
+}
+
+/// Why a driver for CUDA `version` takes no kernels of the nvcc of CUDA `built`, if so.
+pub fn outdated(version: i32, built: i32) -> Option<String> {
+    let needed = built.max(OLDEST);
+    let way = match version >= OLDEST {
+        true => format!(
+            ", or build again with nvcc {} or older, from 12.0 on: NVCC=/path/to/nvcc cargo build \
+             --release",
+            show(version)
+        ),
+        false => String::new(),
+    };
+    let (version_is, needs) = (show(version), show(needed));
+    (version < needed).then(|| {
+        format!(
+            "the driver is for CUDA {version_is}, this binary's kernels need one for {needs}: \
+             update the driver{way}"
+        )
+    })
 }
 
 /// Lines for people: the driver, each device and its kernels, or what is missing.
@@ -190,12 +208,6 @@ impl Gpu {
         Ok(Self { facts, context, stream, loaded: Mutex::default(), events: Mutex::default() })
     }
 
-    /// Makes the context that of this thread: every call needs it.
-    fn enter(&self) -> Result<()> {
-        // SAFETY: the context is retained as long as `self` lives.
-        unsafe { result::ctx::set_current(self.context) }.map_err(failed("context"))
-    }
-
     fn function(&self, kernel: &Kernel) -> Result<sys::CUfunction> {
         let mut loaded = self.loaded.lock().unwrap_or_else(PoisonError::into_inner);
         if let Some(f) = loaded.functions.get(kernel.name) {
@@ -225,12 +237,25 @@ impl Gpu {
             unsafe { result::function::set_function_attribute(f, most, bytes) }
                 .map_err(failed(kernel.name))?;
         }
+        if kernel.beside > 1 {
+            // All that a multiprocessor has: the driver's own choice may leave room for one block.
+            let most =
+                sys::CUfunction_attribute_enum::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT;
+            // SAFETY: as above.
+            unsafe { result::function::set_function_attribute(f, most, 100) }
+                .map_err(failed(kernel.name))?;
+        }
         loaded.functions.insert(kernel.name, f);
         Ok(f)
     }
 }
 
 impl Driver for Gpu {
+    fn enter(&self) -> Result<()> {
+        // SAFETY: the context is retained as long as `self` lives.
+        unsafe { result::ctx::set_current(self.context) }.map_err(failed("context"))
+    }
+
     fn describe(&self) -> String {
         self.facts.to_string()
     }
@@ -288,12 +313,10 @@ impl Driver for Gpu {
     }
 
     fn free_memory(&self) -> Result<Option<usize>> {
-        self.enter()?;
         result::mem_get_info().map(|(free, _)| Some(free)).map_err(failed("memory"))
     }
 
     fn alloc(&self, bytes: usize) -> Result<NonNull<u8>> {
-        self.enter()?;
         // SAFETY: the context is current.
         let at = unsafe { result::malloc_sync(bytes) }
             .map_err(failed(&format!("allocating {bytes} bytes")))?;
@@ -310,7 +333,6 @@ impl Driver for Gpu {
     }
 
     fn pin(&self, bytes: usize) -> Result<NonNull<u8>> {
-        self.enter()?;
         // SAFETY: the context is current; the memory is written below.
         let at = unsafe { result::malloc_host(bytes, 0) }
             .map_err(failed(&format!("pinning {bytes} bytes of host memory")))?;
@@ -330,35 +352,30 @@ impl Driver for Gpu {
     }
 
     unsafe fn copy_in(&self, to: NonNull<u8>, from: &[u8]) -> Result<()> {
-        self.enter()?;
         // SAFETY: the caller's promise.
         unsafe { result::memcpy_htod_async(dptr(to), from, self.stream) }
             .map_err(failed("copying to the device"))
     }
 
     unsafe fn copy_out(&self, to: &mut [u8], from: NonNull<u8>) -> Result<()> {
-        self.enter()?;
         // SAFETY: the caller's promise.
         unsafe { result::memcpy_dtoh_async(to, dptr(from), self.stream) }
             .map_err(failed("copying from the device"))
     }
 
     unsafe fn copy(&self, to: NonNull<u8>, from: NonNull<u8>, bytes: usize) -> Result<()> {
-        self.enter()?;
         // SAFETY: the caller's promise.
         unsafe { result::memcpy_dtod_async(dptr(to), dptr(from), bytes, self.stream) }
             .map_err(failed("copying on the device"))
     }
 
     unsafe fn fill(&self, to: NonNull<u8>, byte: u8, bytes: usize) -> Result<()> {
-        self.enter()?;
         // SAFETY: the caller's promise.
         unsafe { result::memset_d8_async(dptr(to), byte, bytes, self.stream) }
             .map_err(failed("filling device memory"))
     }
 
     unsafe fn launch(&self, k: &Kernel, launch: Launch, args: &mut [*mut c_void]) -> Result<()> {
-        self.enter()?;
         let f = self.function(k)?;
         let [x, y, z] = launch.blocks;
         let size = (k.threads, 1, 1);
@@ -371,19 +388,25 @@ impl Driver for Gpu {
             .map_err(failed(k.name))
     }
 
+    fn resident(&self, k: &Kernel, launch: Launch) -> Result<u32> {
+        let (f, shared) = (self.function(k)?, launch.shared as usize);
+        // SAFETY: the function belongs to a loaded module.
+        let blocks = unsafe {
+            result::occupancy::max_active_block_per_multiprocessor(f, k.threads as c_int, shared)
+        };
+        blocks.map(i32::unsigned_abs).map_err(failed(k.name))
+    }
+
     fn stream(&self) -> Result<*mut c_void> {
-        self.enter()?;
         Ok(self.stream.cast())
     }
 
     fn synchronize(&self) -> Result<()> {
-        self.enter()?;
         // SAFETY: the stream lives as long as `self`.
         unsafe { result::stream::synchronize(self.stream) }.map_err(failed("the device"))
     }
 
     fn event(&self) -> Result<Event> {
-        self.enter()?;
         // Recording and waiting are cheapest without a time stamp.
         let flags = sys::CUevent_flags::CU_EVENT_DISABLE_TIMING;
         let event = result::event::create(flags).map_err(failed("event"))?;
@@ -391,26 +414,22 @@ impl Driver for Gpu {
     }
 
     unsafe fn record(&self, event: &Event) -> Result<()> {
-        self.enter()?;
         // SAFETY: the caller's promise; the stream lives as long as `self`.
         unsafe { result::event::record(event.0.cast(), self.stream) }.map_err(failed("event"))
     }
 
     unsafe fn wait_for(&self, event: &Event) -> Result<()> {
-        self.enter()?;
         // SAFETY: the caller's promise.
         unsafe { result::event::synchronize(event.0.cast()) }.map_err(failed("the device"))
     }
 
     unsafe fn end_event(&self, event: &Event) {
-        if self.enter().is_ok() {
-            // SAFETY: the caller's promise.
-            let _ = unsafe { result::event::destroy(event.0.cast()) };
-        }
+        // A failure here says that the device is lost.
+        // SAFETY: the caller's promise.
+        let _ = unsafe { result::event::destroy(event.0.cast()) };
     }
 
     fn mark(&self) -> Result<Mark> {
-        self.enter()?;
         let free = self.events.lock().unwrap_or_else(PoisonError::into_inner).pop();
         let flags = sys::CUevent_flags::CU_EVENT_DEFAULT;
         let event = free.map_or_else(|| result::event::create(flags), Ok);
@@ -436,6 +455,8 @@ impl Driver for Gpu {
 
 impl Drop for Gpu {
     fn drop(&mut self) {
+        // What fails here says that the device is lost.
+        let _ = self.enter();
         for event in self.events.get_mut().unwrap_or_else(PoisonError::into_inner).drain(..) {
             // SAFETY: created by `mark`, and given back.
             let _ = unsafe { result::event::destroy(event) };

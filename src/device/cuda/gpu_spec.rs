@@ -45,6 +45,10 @@ impl GpuSpec {
 }
 
 impl Driver for GpuSpec {
+    fn enter(&self) -> Result<()> {
+        Ok(())
+    }
+
     fn describe(&self) -> String {
         self.name.into()
     }
@@ -100,6 +104,10 @@ impl Driver for GpuSpec {
     }
 
     unsafe fn launch(&self, _: &Kernel, _: Launch, _: &mut [*mut c_void]) -> Result<()> {
+        self.absent()
+    }
+
+    fn resident(&self, _kernel: &Kernel, _launch: Launch) -> Result<u32> {
         self.absent()
     }
 

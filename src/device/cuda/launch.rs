@@ -94,6 +94,8 @@ pub(super) struct Kernel {
     pub(super) threads: u32,
     /// Blocks of a cluster.
     pub(super) cluster: u32,
+    /// Blocks that it leaves registers for on a multiprocessor, 0 or 1 if it does not care.
+    pub(super) beside: u32,
 }
 
 impl Kernel {

@@ -201,6 +201,6 @@ impl Cuda {
         tiles: &Tiles<N>,
     ) -> Result<Map<'a>> {
         let tensor = Tensor::of::<T, N>(at, len, tiles)?;
-        Ok(Map { words: self.driver.tensor_map(&tensor)?, _memory: PhantomData })
+        Ok(Map { words: self.driver.enter()?.tensor_map(&tensor)?, _memory: PhantomData })
     }
 }

@@ -34,6 +34,7 @@ use crate::error::{Error, Result};
 
 use launch::{Args, Image, Kernel};
 
+pub use driver::outdated;
 pub use gpu_spec::{GPUS, GpuSpec};
 pub use launch::{Launch, group, width};
 pub use map::{Map, Swizzle, Tiles};
@@ -44,7 +45,7 @@ pub use staging::{Calls, Ring};
 /// A handle to a GPU, or to the simulator of one. Cloning shares it.
 #[derive(Clone, Debug)]
 pub struct Cuda {
-    driver: Arc<dyn Driver>,
+    driver: Context,
     staging: Arc<staging::Staging>,
     scratch: Arc<Mutex<reduce::ReduceScratch>>,
     profile: Option<Profile>,
@@ -57,9 +58,24 @@ struct Event(*mut c_void);
 // SAFETY: the driver's handles may be used from any thread.
 unsafe impl Send for Event {}
 
+/// A driver, and its context on the GPU: whoever asks for something enters first, on whatever
+/// thread.
+#[derive(Clone, Debug)]
+struct Context(Arc<dyn Driver>);
+
+impl Context {
+    /// The driver, its context made that of this thread.
+    fn enter(&self) -> Result<&dyn Driver> {
+        self.0.enter()?;
+        Ok(&*self.0)
+    }
+}
+
 /// What a GPU is asked for. Copies, fills and launches are done in order and after the call
-/// returns.
+/// returns. All but what the GPU is needs its context on the calling thread.
 trait Driver: std::fmt::Debug + Send + Sync {
+    /// Makes the context that of this thread.
+    fn enter(&self) -> Result<()>;
     /// A line for people.
     fn describe(&self) -> String;
     /// What its maker calls it.
@@ -119,6 +135,8 @@ trait Driver: std::fmt::Debug + Send + Sync {
         launch: Launch,
         args: &mut [*mut c_void],
     ) -> Result<()>;
+    /// Blocks of such a launch that a multiprocessor holds at once.
+    fn resident(&self, kernel: &Kernel, launch: Launch) -> Result<u32>;
     /// As [`Cuda::stream`].
     fn stream(&self) -> Result<*mut c_void> {
         Err(device_error("NVIDIA's libraries need a GPU"))
@@ -160,23 +178,23 @@ fn device_error(reason: impl Into<String>) -> Error {
 impl Cuda {
     /// GPU number `ordinal`.
     pub fn new(ordinal: usize) -> Result<Self> {
-        Self::over(Arc::new(driver::Gpu::new(ordinal)?), Ring::GPU)
+        Self::over(driver::Gpu::new(ordinal)?, Ring::GPU)
     }
 
     /// The simulator in the shared library `library`, which simulates `arch` and runs threads and
     /// blocks in `order`. For tests.
     pub fn simulated(library: &std::path::Path, order: Order, arch: Arch) -> Result<Self> {
-        let simulator = simulator::Simulator::open(library, order, arch)?;
-        Self::over(Arc::new(simulator), Ring::SIMULATOR)
+        Self::over(simulator::Simulator::open(library, order, arch)?, Ring::SIMULATOR)
     }
 
     /// A GPU known only by its data sheet, to plan for: every call that would run on it is refused.
     pub fn planned(gpu: GpuSpec) -> Result<Self> {
         let ring = Ring { slots: 1, bytes: 64 };
-        Self::over(Arc::new(gpu), ring)
+        Self::over(gpu, ring)
     }
 
-    fn over(driver: Arc<dyn Driver>, ring: Ring) -> Result<Self> {
+    fn over(driver: impl Driver + 'static, ring: Ring) -> Result<Self> {
+        let driver = Context(Arc::new(driver));
         let (scratch, staging) =
             (reduce::ReduceScratch::new(&driver)?, staging::Staging::new(&driver, ring)?);
         Ok(Self { driver, staging, scratch, profile: None })
@@ -195,25 +213,25 @@ impl Cuda {
 
     /// A line for people.
     pub fn describe(&self) -> String {
-        self.driver.describe()
+        self.driver.0.describe()
     }
 
     /// What its maker calls it.
     pub fn name(&self) -> &str {
-        self.driver.name()
+        self.driver.0.name()
     }
 
     pub fn processors(&self) -> u32 {
-        self.driver.processors()
+        self.driver.0.processors()
     }
 
     pub fn arch(&self) -> Arch {
-        self.driver.arch()
+        self.driver.0.arch()
     }
 
     /// The stream of all work, for a library of NVIDIA's; its context becomes this thread's.
     pub fn stream(&self) -> Result<*mut c_void> {
-        self.driver.stream()
+        self.driver.enter()?.stream()
     }
 
     /// Waits for all that was launched.
@@ -273,8 +291,9 @@ impl Cuda {
         }
         self.staging.count(|c| c.reads += 1);
         let to = bytemuck::cast_slice_mut(&mut out);
+        let driver = self.driver.enter()?;
         // SAFETY: a view of device memory holds `len` elements; we wait before `out` is seen.
-        self.launches(COPY_OUT, || unsafe { self.driver.copy_out(to, at) })?;
+        self.launches(COPY_OUT, || unsafe { driver.copy_out(to, at) })?;
         self.staging.wait()?;
         Ok(out)
     }
@@ -324,8 +343,9 @@ impl Cuda {
             return Ok(());
         }
         self.staging.count(|c| c.copies += 1);
+        let driver = self.driver.enter()?;
         // SAFETY: views of device memory hold their elements, and one that writes is exclusive.
-        self.launches("copy on the device", || unsafe { self.driver.copy(to, from, bytes) })
+        self.launches("copy on the device", || unsafe { driver.copy(to, from, bytes) })
     }
 
     /// Sets `bytes` bytes to `byte`.
@@ -337,8 +357,9 @@ impl Cuda {
             return Ok(());
         }
         self.staging.count(|c| c.fills += 1);
+        let driver = self.driver.enter()?;
         // SAFETY: the caller's promise.
-        self.launches("fill", || unsafe { self.driver.fill(to, byte, bytes) })
+        self.launches("fill", || unsafe { driver.fill(to, byte, bytes) })
     }
 
     /// A read that waits, of memory that watches itself: not counted.
@@ -350,7 +371,7 @@ impl Cuda {
             return Ok(());
         }
         // SAFETY: the caller's promise.
-        unsafe { self.driver.inspect(to, from) }
+        unsafe { self.driver.enter()?.inspect(to, from) }
     }
 
     /// A fill of memory that watches itself: not counted.
@@ -362,30 +383,37 @@ impl Cuda {
             return Ok(());
         }
         // SAFETY: the caller's promise.
-        unsafe { self.driver.fill(to, byte, bytes) }
+        unsafe { self.driver.enter()?.fill(to, byte, bytes) }
     }
 
     pub(super) fn free_memory(&self) -> Result<Option<usize>> {
-        self.driver.free_memory()
+        self.driver.enter()?.free_memory()
     }
 
     pub(super) fn alloc(&self, bytes: usize) -> Result<NonNull<u8>> {
-        self.driver.alloc(bytes)
+        self.driver.enter()?.alloc(bytes)
     }
 
     /// # Safety
     /// As [`Driver::free`].
     pub(super) unsafe fn free(&self, at: NonNull<u8>) {
         self.staging.count(|c| c.waits += 1);
-        // SAFETY: the caller's promise.
-        unsafe { self.driver.free(at) };
+        if let Ok(driver) = self.driver.enter() {
+            // SAFETY: the caller's promise.
+            unsafe { driver.free(at) };
+        }
     }
 
     /// # Safety
     /// As [`Driver::guard`].
     pub(super) unsafe fn guard(&self, at: NonNull<u8>, bytes: usize, on: bool) {
         // SAFETY: the caller's promise.
-        unsafe { self.driver.guard(at, bytes, on) };
+        unsafe { self.driver.0.guard(at, bytes, on) };
+    }
+
+    /// Blocks of such a launch that a multiprocessor holds at once.
+    fn resident(&self, kernel: &'static Kernel, launch: Launch) -> Result<u32> {
+        self.driver.enter()?.resident(kernel, launch)
     }
 
     /// Runs a kernel. An empty grid runs nothing.
@@ -412,25 +440,26 @@ impl Cuda {
         }
         self.staging.count(|c| c.launches += 1);
         let at = |v| std::ptr::from_mut::<map::Words>(v).cast();
+        let driver = self.driver.enter()?;
         let mut pointers: Vec<*mut c_void> = args.values.iter_mut().map(at).collect();
         // SAFETY: the generated functions push the values of the kernel's parameters in its order;
         // that memory is as large as the kernel expects is checked by the op that calls them.
-        let run = || unsafe { self.driver.launch(kernel, launch, &mut pointers) };
+        let run = || unsafe { driver.launch(kernel, launch, &mut pointers) };
         self.launches(kernel.name, run)
     }
 }
 
 impl Clock for Cuda {
     fn mark(&self) -> Result<Mark> {
-        self.driver.mark()
+        self.driver.enter()?.mark()
     }
 
     fn between(&self, start: Mark, end: Mark) -> Result<f64> {
-        self.driver.between(start, end)
+        self.driver.enter()?.between(start, end)
     }
 
     fn forget(&self, marks: &[Mark]) {
-        self.driver.forget(marks);
+        self.driver.0.forget(marks);
     }
 
     fn wait(&self) -> Result<()> {

@@ -8,7 +8,7 @@ use std::{
 
 use bytemuck::Pod;
 
-use super::{Cuda, Driver, Launch, device_error, kernels};
+use super::{Context, Cuda, Launch, device_error, kernels};
 use crate::{
     device::{pending::Pending, view::ViewMut},
     error::Result,
@@ -44,7 +44,7 @@ const BYTES: usize = (PARTS + 1) * 16 * 8;
 
 #[derive(Debug)]
 pub(super) struct ReduceScratch {
-    driver: Arc<dyn Driver>,
+    driver: Context,
     at: NonNull<u8>,
 }
 
@@ -52,16 +52,18 @@ pub(super) struct ReduceScratch {
 unsafe impl Send for ReduceScratch {}
 
 impl ReduceScratch {
-    pub(super) fn new(driver: &Arc<dyn Driver>) -> Result<Arc<Mutex<Self>>> {
-        let at = driver.alloc(BYTES)?;
+    pub(super) fn new(driver: &Context) -> Result<Arc<Mutex<Self>>> {
+        let at = driver.enter()?.alloc(BYTES)?;
         Ok(Arc::new(Mutex::new(Self { driver: driver.clone(), at })))
     }
 }
 
 impl Drop for ReduceScratch {
     fn drop(&mut self) {
-        // SAFETY: allocated in `new`; nobody else has the address.
-        unsafe { self.driver.free(self.at) }
+        if let Ok(driver) = self.driver.enter() {
+            // SAFETY: allocated in `new`; nobody else has the address.
+            unsafe { driver.free(self.at) }
+        }
     }
 }
 

@@ -3,10 +3,14 @@
 //! dependence; it shows neither speed nor faults of nvcc.
 
 use std::{
+    cell::Cell,
     ffi::{CStr, CString, c_char, c_int, c_void},
     path::Path,
     ptr::NonNull,
-    sync::{Mutex, MutexGuard, PoisonError},
+    sync::{
+        Mutex, MutexGuard, PoisonError,
+        atomic::{AtomicU64, Ordering},
+    },
     time::Instant,
 };
 
@@ -41,6 +45,11 @@ type Run = unsafe extern "C" fn(
 /// The library has one list of allocations, whoever opened it. Launches are apart: each thread has
 /// its own.
 static ALLOCATIONS: Mutex<()> = Mutex::new(());
+
+thread_local! {
+    /// The number of the simulator that this thread has entered, 0 for none.
+    static CURRENT: Cell<u64> = const { Cell::new(0) };
+}
 
 /// Copies under way. All other work is done when it is asked for; what the host must wait for is
 /// made to be missed: a copy to the device takes its bytes as late as a GPU may, and one to the
@@ -94,6 +103,8 @@ impl SimulatedStream {
 
 pub(super) struct Simulator {
     library: Library,
+    /// Of all that were opened, from 1 on: its context.
+    number: u64,
     order: Order,
     arch: Arch,
     stream: Mutex<SimulatedStream>,
@@ -112,11 +123,31 @@ impl Simulator {
         // SAFETY: the library is our own; its constructors register kernels and do nothing else.
         let library = unsafe { Library::new(path) };
         let library = library.map_err(|e| device_error(format!("{}: {e}", path.display())))?;
-        Ok(Self { library, order, arch, stream: Mutex::default(), opened: Instant::now() })
+        static OPENED: AtomicU64 = AtomicU64::new(0);
+        let number = 1 + OPENED.fetch_add(1, Ordering::Relaxed);
+        let (stream, opened) = (Mutex::default(), Instant::now());
+        Ok(Self { library, number, order, arch, stream, opened })
     }
 
-    fn under_way(&self) -> MutexGuard<'_, SimulatedStream> {
-        self.stream.lock().unwrap_or_else(PoisonError::into_inner)
+    /// Refuses a call on a thread that did not enter, as a GPU's driver does.
+    fn entered(&self) -> Result<()> {
+        match CURRENT.get() {
+            current if current == self.number => Ok(()),
+            _ => Err(device_error("this thread has not entered the device's context")),
+        }
+    }
+
+    /// The same for calls that cannot refuse.
+    fn must_be_entered(&self) {
+        if !std::thread::panicking() {
+            self.entered().unwrap_or_else(|e| panic!("{e}"));
+        }
+    }
+
+    /// The stream, for a thread that has entered.
+    fn under_way(&self) -> Result<MutexGuard<'_, SimulatedStream>> {
+        self.entered()?;
+        Ok(self.stream.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// # Safety
@@ -129,6 +160,11 @@ impl Simulator {
 }
 
 impl Driver for Simulator {
+    fn enter(&self) -> Result<()> {
+        CURRENT.set(self.number);
+        Ok(())
+    }
+
     fn describe(&self) -> String {
         self.name().into()
     }
@@ -147,14 +183,15 @@ impl Driver for Simulator {
     }
 
     fn tensor_map(&self, tensor: &Tensor) -> Result<Words> {
-        Ok(tensor.words())
+        self.entered().map(|()| tensor.words())
     }
 
     fn free_memory(&self) -> Result<Option<usize>> {
-        Ok(None)
+        self.entered().map(|()| None)
     }
 
     fn alloc(&self, bytes: usize) -> Result<NonNull<u8>> {
+        self.entered()?;
         // SAFETY: the signature of sim.cpp.
         let alloc = unsafe { self.symbol::<unsafe extern "C" fn(usize) -> *mut u8>("sim_alloc")? };
         let _turn = ALLOCATIONS.lock();
@@ -164,10 +201,13 @@ impl Driver for Simulator {
     }
 
     unsafe fn free(&self, at: NonNull<u8>) {
+        self.must_be_entered();
         // SAFETY: the signature of sim.cpp.
         let free = unsafe { self.symbol::<unsafe extern "C" fn(*mut u8) -> c_int>("sim_free") };
         let Ok(free) = free else { return };
-        self.under_way().finish();
+        if let Ok(mut stream) = self.under_way() {
+            stream.finish();
+        }
         let turn = ALLOCATIONS.lock();
         // SAFETY: the caller's promise.
         let touched = unsafe { free(at.as_ptr()) };
@@ -189,12 +229,12 @@ impl Driver for Simulator {
 
     unsafe fn copy_in(&self, to: NonNull<u8>, from: &[u8]) -> Result<()> {
         let at = NonNull::from(from).cast();
-        self.under_way().to_device.push((to, at, from.len()));
+        self.under_way()?.to_device.push((to, at, from.len()));
         Ok(())
     }
 
     unsafe fn copy_out(&self, to: &mut [u8], from: NonNull<u8>) -> Result<()> {
-        let mut stream = self.under_way();
+        let mut stream = self.under_way()?;
         stream.advance();
         let mut bytes = vec![0; to.len()];
         // SAFETY: the caller's promise; the simulator's device memory is host memory.
@@ -206,14 +246,14 @@ impl Driver for Simulator {
     }
 
     unsafe fn copy(&self, to: NonNull<u8>, from: NonNull<u8>, bytes: usize) -> Result<()> {
-        self.under_way().advance();
+        self.under_way()?.advance();
         // SAFETY: as above.
         unsafe { to.as_ptr().copy_from_nonoverlapping(from.as_ptr(), bytes) };
         Ok(())
     }
 
     unsafe fn fill(&self, to: NonNull<u8>, byte: u8, bytes: usize) -> Result<()> {
-        self.under_way().advance();
+        self.under_way()?.advance();
         // SAFETY: as above.
         unsafe { to.as_ptr().write_bytes(byte, bytes) };
         Ok(())
@@ -221,7 +261,7 @@ impl Driver for Simulator {
 
     /// Brings nothing else to the host: a wait that is missing must show.
     unsafe fn inspect(&self, to: &mut [u8], from: NonNull<u8>) -> Result<()> {
-        self.under_way().advance();
+        self.under_way()?.advance();
         // SAFETY: as above.
         unsafe { to.as_mut_ptr().copy_from_nonoverlapping(from.as_ptr(), to.len()) };
         Ok(())
@@ -238,7 +278,7 @@ impl Driver for Simulator {
     }
 
     unsafe fn launch(&self, k: &Kernel, launch: Launch, args: &mut [*mut c_void]) -> Result<()> {
-        self.under_way().advance();
+        self.under_way()?.advance();
         let name = CString::new(k.name).map_err(|e| device_error(e.to_string()))?;
         // SAFETY: the signature of sim.cpp.
         let run = unsafe { self.symbol::<Run>("sim_launch")? };
@@ -268,26 +308,36 @@ impl Driver for Simulator {
         Err(device_error(text.to_string_lossy()))
     }
 
+    /// By shared memory and threads; the simulator knows no registers.
+    fn resident(&self, k: &Kernel, launch: Launch) -> Result<u32> {
+        self.entered()?;
+        let (room, own) = match self.arch {
+            Arch::Sm80 => (164 << 10, 1 << 10),
+            Arch::Sm90 => (228 << 10, 1 << 10),
+        };
+        Ok((room / (launch.shared + own)).min(2048 / k.threads).min(32))
+    }
+
     fn synchronize(&self) -> Result<()> {
-        self.under_way().finish();
+        self.under_way()?.finish();
         Ok(())
     }
 
     fn event(&self) -> Result<Event> {
-        let mut stream = self.under_way();
+        let mut stream = self.under_way()?;
         stream.events.push([0; 2]);
         Ok(Event(std::ptr::without_provenance_mut(stream.events.len() - 1)))
     }
 
     unsafe fn record(&self, event: &Event) -> Result<()> {
-        let mut stream = self.under_way();
+        let mut stream = self.under_way()?;
         let before = [stream.done + stream.to_device.len(), stream.arrived + stream.to_host.len()];
         stream.events[event.0.addr()] = before;
         Ok(())
     }
 
     unsafe fn wait_for(&self, event: &Event) -> Result<()> {
-        let mut stream = self.under_way();
+        let mut stream = self.under_way()?;
         let [to_device, to_host] = stream.events[event.0.addr()];
         let (done, arrived) = (stream.done, stream.arrived);
         stream.advance_by(to_device.saturating_sub(done));
@@ -295,14 +345,17 @@ impl Driver for Simulator {
         Ok(())
     }
 
-    unsafe fn end_event(&self, _event: &Event) {}
+    unsafe fn end_event(&self, _event: &Event) {
+        self.must_be_entered();
+    }
 
     fn mark(&self) -> Result<Mark> {
+        self.entered()?;
         Ok(Mark(self.opened.elapsed().as_nanos() as u64))
     }
 
     fn between(&self, start: Mark, end: Mark) -> Result<f64> {
-        Ok(end.0.saturating_sub(start.0) as f64 / 1e9)
+        self.entered().map(|()| end.0.saturating_sub(start.0) as f64 / 1e9)
     }
 
     fn forget(&self, _marks: &[Mark]) {}

@@ -11,7 +11,7 @@ use std::{
     },
 };
 
-use super::{Driver, Event, device_error};
+use super::{Context, Driver, Event, device_error};
 use crate::error::Result;
 
 /// How often a device was asked for something since it was opened.
@@ -83,7 +83,7 @@ fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
 
 #[derive(Debug)]
 struct Pinned {
-    driver: Arc<dyn Driver>,
+    driver: Context,
     at: NonNull<u8>,
     bytes: usize,
 }
@@ -92,16 +92,18 @@ struct Pinned {
 unsafe impl Send for Pinned {}
 
 impl Pinned {
-    fn new(driver: &Arc<dyn Driver>, bytes: usize) -> Result<Self> {
-        Ok(Self { driver: driver.clone(), at: driver.pin(bytes)?, bytes })
+    fn new(driver: &Context, bytes: usize) -> Result<Self> {
+        Ok(Self { driver: driver.clone(), at: driver.enter()?.pin(bytes)?, bytes })
     }
 }
 
 impl Drop for Pinned {
     fn drop(&mut self) {
-        // SAFETY: pinned in `new`; nobody else has the address. The driver waits for copies under
-        // way.
-        unsafe { self.driver.unpin(self.at) }
+        if let Ok(driver) = self.driver.enter() {
+            // SAFETY: pinned in `new`; nobody else has the address. The driver waits for copies
+            // under way.
+            unsafe { driver.unpin(self.at) }
+        }
     }
 }
 
@@ -114,15 +116,17 @@ struct Slot {
 }
 
 impl Slot {
-    fn new(driver: &Arc<dyn Driver>, bytes: usize) -> Result<Self> {
-        Ok(Self { memory: Pinned::new(driver, bytes)?, event: driver.event()? })
+    fn new(driver: &Context, bytes: usize) -> Result<Self> {
+        Ok(Self { memory: Pinned::new(driver, bytes)?, event: driver.enter()?.event()? })
     }
 }
 
 impl Drop for Slot {
     fn drop(&mut self) {
-        // SAFETY: made in `new` and used by nobody any more.
-        unsafe { self.memory.driver.end_event(&self.event) };
+        if let Ok(driver) = self.memory.driver.enter() {
+            // SAFETY: made in `new` and used by nobody any more.
+            unsafe { driver.end_event(&self.event) };
+        }
     }
 }
 
@@ -136,7 +140,7 @@ struct Slots {
 }
 
 impl Slots {
-    fn new(driver: &Arc<dyn Driver>, ring: Ring) -> Result<Self> {
+    fn new(driver: &Context, ring: Ring) -> Result<Self> {
         let Ring { slots, bytes } = ring;
         if slots == 0 || bytes == 0 {
             let got = format!("a ring of {slots} slots of {bytes} bytes");
@@ -193,7 +197,7 @@ impl Milestones {
 
 #[derive(Debug)]
 pub(super) struct Staging {
-    driver: Arc<dyn Driver>,
+    driver: Context,
     calls: Mutex<Calls>,
     /// Reads that were issued; the number of one is its ticket.
     issued: AtomicU64,
@@ -205,7 +209,7 @@ pub(super) struct Staging {
 }
 
 impl Staging {
-    pub(super) fn new(driver: &Arc<dyn Driver>, ring: Ring) -> Result<Arc<Self>> {
+    pub(super) fn new(driver: &Context, ring: Ring) -> Result<Arc<Self>> {
         Ok(Arc::new(Self {
             driver: driver.clone(),
             calls: Mutex::default(),
@@ -236,7 +240,7 @@ impl Staging {
         self.count(|c| c.waits += 1);
         // Before the wait: what another thread issues meanwhile it may not cover.
         let issued = self.issued.load(Ordering::Acquire);
-        self.driver.synchronize()?;
+        self.driver.enter()?.synchronize()?;
         self.pass(issued, &mut lock(&self.milestones));
         Ok(())
     }
@@ -249,15 +253,16 @@ impl Staging {
 
     /// Sets a milestone behind all that was issued.
     pub(super) fn milestone(&self) -> Result<()> {
+        let driver = self.driver.enter()?;
         let mut milestones = lock(&self.milestones);
         // Before it is recorded: what another thread issues meanwhile it may not cover.
         let issued = self.issued.load(Ordering::Acquire);
         let event = match milestones.free.pop() {
             Some(event) => event,
-            None => self.driver.event()?,
+            None => driver.event()?,
         };
         // SAFETY: an event of this driver, which ends with `self`.
-        let recorded = unsafe { self.driver.record(&event) };
+        let recorded = unsafe { driver.record(&event) };
         match recorded {
             Ok(()) => milestones.ahead.push_back((issued, event)),
             Err(_) => milestones.free.push(event),
@@ -284,7 +289,7 @@ impl Staging {
         self.count(|c| c.waits += 1);
         // SAFETY: an event of this driver, which ends with `self`; nobody records it anew while the
         // milestones are locked.
-        unsafe { self.driver.wait_for(event)? };
+        unsafe { self.driver.enter()?.wait_for(event)? };
         let covers = *covers;
         self.pass(covers, &mut milestones);
         Ok(())
@@ -296,10 +301,11 @@ impl Staging {
     /// `to` has `from.len()` bytes of device memory that nobody else uses.
     pub(super) unsafe fn write(&self, to: NonNull<u8>, from: &[u8]) -> Result<()> {
         self.count(|c| c.writes += 1);
+        let driver = self.driver.enter()?;
         let mut slots = lock(&self.slots);
         let mut done = 0;
         while done < from.len() {
-            let (room, bytes) = slots.room(&*self.driver, from.len() - done)?;
+            let (room, bytes) = slots.room(driver, from.len() - done)?;
             let piece = &from[done..done + bytes];
             // SAFETY: the room is in a slot that the device has read, and ours while the slots are
             // locked.
@@ -309,7 +315,7 @@ impl Staging {
             // SAFETY: inside `to`.
             let to = unsafe { to.add(done) };
             // SAFETY: the caller's promise for `to`; the piece stays until the device has read it.
-            unsafe { self.driver.copy_in(to, piece)? };
+            unsafe { driver.copy_in(to, piece)? };
             done += bytes;
         }
         Ok(())
@@ -331,7 +337,7 @@ impl Staging {
         // SAFETY: the block has `bytes` bytes and nobody else looks at them.
         let to = unsafe { std::slice::from_raw_parts_mut(at.as_ptr(), bytes) };
         // SAFETY: the caller's promise for `from`; the block outlives the copy.
-        unsafe { self.driver.copy_out(to, from)? };
+        unsafe { self.driver.enter()?.copy_out(to, from)? };
         // After the copy was issued: a wait that sees this ticket covers it.
         landing.ticket = self.issued.fetch_add(1, Ordering::AcqRel) + 1;
         Ok(landing)
@@ -356,8 +362,10 @@ impl Drop for Staging {
         let milestones = self.milestones.get_mut().unwrap_or_else(PoisonError::into_inner);
         milestones.retire(u64::MAX);
         for event in milestones.free.drain(..) {
-            // SAFETY: made in `milestone` and used by nobody any more.
-            unsafe { self.driver.end_event(&event) };
+            if let Ok(driver) = self.driver.enter() {
+                // SAFETY: made in `milestone` and used by nobody any more.
+                unsafe { driver.end_event(&event) };
+            }
         }
     }
 }

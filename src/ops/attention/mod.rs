@@ -26,7 +26,7 @@ pub use partition::{Partition, SegmentBatch, most_words};
 use std::ops::Range;
 
 use crate::{
-    device::{self, Buffer, Device, Element, Scope, View, ViewMut, cpu::gemm::NR},
+    device::{self, Arch, Buffer, Device, Element, Scope, View, ViewMut, cpu::gemm::NR},
     error::{Error, Result},
     ops::rope,
     shape,
@@ -50,6 +50,15 @@ pub fn width(dev: &Device, d: usize) -> usize {
     match dev {
         Device::Cpu(_) => d,
         Device::Cuda(_) => wider(cuda::HEAD_SIZES),
+    }
+}
+
+/// For each head size the blocks of the decoding kernel that a multiprocessor of `dev` holds at
+/// once, and how many it is meant to; empty where nobody counts on several.
+pub fn resident(dev: &Device) -> Result<Vec<[usize; 3]>> {
+    match dev {
+        Device::Cuda(cuda) if cuda.arch() == Arch::Sm90 => sm90::resident(cuda),
+        _ => Ok(Vec::new()),
     }
 }
 

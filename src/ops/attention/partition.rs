@@ -96,7 +96,7 @@ impl fmt::Display for PartitionKey {
 pub(super) fn page(cuda: &Cuda, shape: &Shape) -> usize {
     match cuda.arch() {
         Arch::Sm80 => sm80::PAGE,
-        Arch::Sm90 => sm90::page(shape),
+        Arch::Sm90 => sm90::page(shape.head_dim),
     }
 }
 

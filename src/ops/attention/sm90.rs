@@ -20,8 +20,8 @@ use crate::{
 const WIDE: usize = 64;
 
 /// Positions of a page: fewer where a head is wide, as its sums take the registers.
-pub(super) fn page(shape: &Shape) -> usize {
-    if shape.head_dim > 128 { kernel::PAGE_256 } else { kernel::PAGE }
+pub(super) fn page(head_dim: usize) -> usize {
+    if head_dim > 128 { kernel::PAGE_256 } else { kernel::PAGE }
 }
 
 /// Threads of all blocks that merge split-KV partials: as many in both kernels.
@@ -63,15 +63,27 @@ impl ForwardTile {
         }
     }
 
-    fn launch(self, cuda: &Cuda, shape: &Shape, items: usize) -> Result<Launch> {
-        let [stages, buffers, beside] = self.plan(shape.head_dim);
-        let line = 2 * shape.head_dim.next_multiple_of(WIDE);
-        let (stage, buffer) = (line * page(shape), line * WIDE * self.warpgroups());
+    fn launch(self, cuda: &Cuda, head_dim: usize, items: usize) -> Result<Launch> {
+        let [stages, buffers, beside] = self.plan(head_dim);
+        let line = 2 * head_dim.next_multiple_of(WIDE);
+        let (stage, buffer) = (line * page(head_dim), line * WIDE * self.warpgroups());
         // Two barriers each, and the task of a buffer; each array begins at 16 bytes.
         let rest = 2 * (8 * stages).next_multiple_of(16) + 2 * 16 + 48 * buffers;
         let shared = stages * stage + buffers * buffer + rest;
         Launch::row(items.min(cuda.processors() as usize * beside), shared)
     }
+}
+
+/// For each head size the blocks that a multiprocessor holds at once in decoding, and how many of
+/// them it is meant to.
+pub(super) fn resident(cuda: &Cuda) -> Result<Vec<[usize; 3]>> {
+    let of = |d: &usize| {
+        let [_, _, meant] = ForwardTile::Decode.plan(*d);
+        let launch = ForwardTile::Decode.launch(cuda, *d, 1)?;
+        let blocks = kernel::Forward::<half::bf16>::resident(cuda, [WIDE, *d], launch)?;
+        Ok([*d, blocks as usize, meant])
+    };
+    attention::FORWARD_SIZES.iter().map(of).collect()
 }
 
 /// Boxes of 64 columns of a tensor whose innermost dimension is a head.
@@ -101,7 +113,7 @@ pub(super) fn forward<T: Element>(
         return Ok(());
     }
     let attention::Forward { qkv, k, v, count, q_heads, kv_heads, .. } = args;
-    let (d, cols, page) = (shape.head_dim, shape.qkv_cols(), page(shape));
+    let (d, cols, page) = (shape.head_dim, shape.qkv_cols(), page(shape.head_dim));
     let q = boxes(cuda, qkv, [d, q_heads, qkv.len() / cols], [1, d, cols], [shape.group(), most])?;
     let dims = [d, page, k.len() / (page * d)];
     let pages = |x| boxes(cuda, x, dims, [1, d, page * d], [page, 1]);
@@ -124,7 +136,7 @@ pub(super) fn forward<T: Element>(
         cap: args.cap,
         window: args.window,
     }
-    .launch(cuda, [tile.warpgroups() * WIDE, d], tile.launch(cuda, shape, count * kv_heads)?)
+    .launch(cuda, [tile.warpgroups() * WIDE, d], tile.launch(cuda, d, count * kv_heads)?)
 }
 
 /// Positions of a tile of keys, and rows of a tile of queries, whole positions.

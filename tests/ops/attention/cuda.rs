@@ -3,7 +3,7 @@
 use half::bf16;
 use warpo::{
     device::{Buffer, Element},
-    ops::attention::Shape,
+    ops::attention::{self, Shape},
 };
 
 use super::{
@@ -277,4 +277,16 @@ fn kernels_use_blocks_again() {
 #[test]
 fn kernels_on_hopper_use_blocks_again() {
     sim::check(|sim| blocks_are_used_again(sim, Arch::Sm90));
+}
+
+/// As many blocks of decoding are on a multiprocessor as grids count on.
+#[test]
+fn kernels_of_decoding_share_a_multiprocessor() {
+    sim::check(|sim| {
+        let all = attention::resident(&sim.device_as(Order::default(), Arch::Sm90)).unwrap();
+        assert_eq!(all.len(), if sim.variant == Variant::Gpu { all.len() } else { 5 });
+        for [head, blocks, meant] in all {
+            assert!(blocks >= meant, "heads of {head}: {blocks} blocks, meant for {meant}");
+        }
+    });
 }
