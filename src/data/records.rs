@@ -16,8 +16,8 @@ use serde_json::value::RawValue;
 
 use crate::error::{Error, Result};
 
-/// The longest line that is read, in bytes: parsed, a list of small numbers has 36 times its text.
-const MAX_LINE: u64 = 16 << 20;
+/// The longest line that is read, in bytes.
+const MAX_LINE: u64 = 64 << 20;
 
 /// One line of a data file.
 #[derive(Clone, Debug, PartialEq)]
@@ -166,10 +166,32 @@ fn brief(v: &RawValue) -> String {
     }
 }
 
+/// What records are made of.
+const COLUMNS: [&str; 16] = [
+    "text",
+    "label",
+    "prompt",
+    "question",
+    "completion",
+    "response",
+    "answer",
+    "chosen",
+    "rejected",
+    "margin",
+    "input_ids",
+    "output_ids",
+    "labels",
+    "prompt_ids",
+    "chosen_ids",
+    "rejected_ids",
+];
+
 /// The columns of a line, each as its JSON text: what no record is made of takes no memory.
 #[derive(Default)]
 struct RawRecord<'a> {
     columns: BTreeMap<String, &'a RawValue>,
+    /// A few others, for messages.
+    others: BTreeMap<String, &'a RawValue>,
     /// A column that stands more than once.
     twice: Option<String>,
 }
@@ -187,7 +209,12 @@ impl<'de> Deserialize<'de> for RawRecord<'de> {
             fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<RawRecord<'de>, A::Error> {
                 let mut row = RawRecord::default();
                 while let Some((name, value)) = map.next_entry::<String, _>()? {
-                    if row.columns.insert(name.clone(), value).is_some() {
+                    let known = COLUMNS.contains(&&*name);
+                    if !known && row.others.len() == 20 {
+                        continue;
+                    }
+                    let of = if known { &mut row.columns } else { &mut row.others };
+                    if of.insert(name.clone(), value).is_some() {
                         row.twice.get_or_insert(name);
                     }
                 }
@@ -231,6 +258,15 @@ impl RawRecord<'_> {
 
     /// Which tokens are learned: those whose label is not -100.
     fn learned(&self, ids: &[u32]) -> Result<Vec<bool>, String> {
+        let known = serde_json::from_str::<Vec<i64>>(self.columns["labels"].get());
+        let fits = |(label, id): (&i64, &u32)| *label == -100 || *label == i64::from(*id);
+        if let Ok(all) = known.as_deref()
+            && all.len() == ids.len()
+            && all.iter().zip(ids).all(fits)
+        {
+            return Ok(all.iter().map(|label| *label != -100).collect());
+        }
+        // What is wrong with it.
         let Some(all) = self.list("labels") else {
             return Err(format!("`labels` is {}, wanted a list", brief(self.columns["labels"])));
         };
@@ -323,7 +359,7 @@ impl RawRecord<'_> {
             };
         }
         let found = self.found();
-        if has("messages") {
+        if self.others.contains_key("messages") {
             return Err(format!("has columns {found}: chat messages are not supported yet"));
         }
         Err(format!(
@@ -339,8 +375,9 @@ impl RawRecord<'_> {
             let name: String = name.chars().take(60).collect();
             format!("{name:?}{}", if v.get() == "null" { " (null)" } else { "" })
         };
-        let mut names: Vec<String> = self.columns.iter().take(20).map(name).collect();
-        names.extend((self.columns.len() > names.len()).then(|| "...".to_owned()));
+        let all = self.columns.iter().chain(&self.others);
+        let mut names: Vec<String> = all.take(20).map(name).collect();
+        names.extend((self.columns.len() + self.others.len() >= 20).then(|| "...".to_owned()));
         format!("[{}]", names.join(", "))
     }
 }

@@ -261,9 +261,9 @@ fn files_that_are_no_text_are_named() {
     // a line without an end, longer than is read: the file is sparse
     let path = file("utf8", "{\"text\": \"a\"}\n");
     let open = std::fs::OpenOptions::new().append(true).open(&path).unwrap();
-    open.set_len((16 << 20) + 100).unwrap();
+    open.set_len((64 << 20) + 100).unwrap();
     let error = data::read(&path).unwrap_err().to_string();
-    assert_eq!(error, format!("{}:2: longer than 16777216 bytes", path.display()));
+    assert_eq!(error, format!("{}:2: longer than 67108864 bytes", path.display()));
 }
 
 #[test]
