@@ -340,7 +340,8 @@ impl<T: Element<Acc = f32>> Trainer<T> {
                 drop(scope);
                 let (scope, mut again) = (arena.scope(), Vec::new());
                 let pass = Pass::new(dev, &state.model, &scope, batch);
-                let pass = if lm { pass.at(inputs.needs.temperature()) } else { pass };
+                let temperature = lm.then(|| inputs.needs.temperature());
+                let pass = temperature.map_or(pass, |t| pass.at(t));
                 pass.score(&mut again, None)?;
                 let first = &mut watched[before];
                 let y = std::mem::replace(&mut first.numbers, Pending::now(Vec::new())).get()?;

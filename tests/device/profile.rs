@@ -416,9 +416,10 @@ fn nvidias_profilers_are_told_of_phases_and_ops() {
 
 /// Public functions of `src/ops` that take a device and open no span: they report or allocate the
 /// memory that a step uses.
-const NO_OPS: [&str; 13] = [
+const NO_OPS: [&str; 14] = [
     "attention/mod.rs::forward_scratch_len",
     "attention/mod.rs::page",
+    "attention/mod.rs::resident",
     "attention/mod.rs::supported",
     "attention/mod.rs::width",
     "attention/partition.rs::most_words",
