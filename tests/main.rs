@@ -91,5 +91,6 @@ mod train {
     mod schedule;
     mod signals;
     mod source;
+    mod storage;
     mod trainer;
 }

@@ -27,10 +27,10 @@ pub use linear::Linear;
 pub use model::{Master, Model, Residency, bytes};
 pub use params::{Layout, ParamKind, ParamTensor, Params, WEIGHTS};
 pub use pass::Pass;
-pub use save::{Named, count, named, save, tensor_at};
+pub use save::{Named, config_text, count, named, save, tensor_at, write_weights};
 pub use spec::{Head, LayerSpec, Mlp, Norm, Position, Spec, Widths};
 pub use transformer::{Activations, BatchRows, Cache, Keep, PassOptions, PassShape};
-pub use weights::load;
+pub use weights::{WEIGHTS_FILE, load};
 
 /// All model families, found by `model_type` in `config.json`.
 pub const FAMILIES: &[&Family] = &[&gpt2::FAMILY, &llama::FAMILY];

@@ -11,7 +11,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Head, Model, ParamKind, ParamTensor, Params,
-    weights::{Places, SINGLE, StoredRows, is_transposed, sources},
+    weights::{Places, StoredRows, WEIGHTS_FILE, is_transposed, sources},
 };
 use crate::{
     device::{Device, Element, Float, View},
@@ -118,13 +118,25 @@ pub fn tensor_at<T: Element>(model: &Model<T>, i: usize) -> Option<String> {
 
 /// Writes `config.json` and `model.safetensors` into an existing folder, in the layout that
 /// `transformers` loads: a value or reward model as `AutoModelForSequenceClassification` with
-/// `score.weight`. Weights are stored as f32, whatever they were loaded from. One tensor at a time
-/// is in host memory.
+/// `score.weight`.
 pub fn save<T: Element>(dev: &Device, model: &Model<T>, dir: &Path) -> Result<()> {
     let path = dir.join("config.json");
-    let text = format!("{:#}\n", Value::Object(config(model)));
-    std::fs::write(&path, text).map_err(Error::io("write", &path))?;
+    std::fs::write(&path, config_text(model)).map_err(Error::io("write", &path))?;
+    let path = &dir.join(WEIGHTS_FILE);
+    let mut file = BufWriter::new(File::create(path).map_err(Error::io("create", path))?);
+    write_weights(dev, model, &mut |bytes| {
+        file.write_all(bytes).map_err(Error::io("write", path))
+    })?;
+    file.flush().map_err(Error::io("write", path))
+}
 
+/// Hands the bytes of [`WEIGHTS_FILE`] to `write`. Weights are stored as f32, whatever they were
+/// loaded from. One tensor at a time is in host memory.
+pub fn write_weights<T: Element>(
+    dev: &Device,
+    model: &Model<T>,
+    write: &mut dyn FnMut(&[u8]) -> Result<()>,
+) -> Result<()> {
     let mut tensors: Vec<_> = stored(model).collect();
     tensors.sort_by(|a, b| a.name.cmp(&b.name));
     let (bytes, mut end) = (size_of::<T::Acc>(), 0);
@@ -138,15 +150,15 @@ pub fn save<T: Element>(dev: &Device, model: &Model<T>, dir: &Path) -> Result<()
     }
     let mut header = Value::Object(header).to_string().into_bytes();
     header.resize(header.len().next_multiple_of(8), b' ');
-    let path = &dir.join(SINGLE);
-    let mut file = BufWriter::new(File::create(path).map_err(Error::io("create", path))?);
-    let mut write = |bytes: &[u8]| file.write_all(bytes).map_err(Error::io("write", path));
     write(&(header.len() as u64).to_le_bytes())?;
     write(&header)?;
-    for t in &tensors {
-        write(bytemuck::cast_slice(&t.numbers(dev, model.master()?)?))?;
-    }
-    file.flush().map_err(Error::io("write", path))
+    let mut each = tensors.iter();
+    each.try_for_each(|t| write(bytemuck::cast_slice(&t.numbers(dev, model.master()?)?)))
+}
+
+/// The text of the model's `config.json`.
+pub fn config_text<T: Element>(model: &Model<T>) -> String {
+    format!("{:#}\n", Value::Object(config(model)))
 }
 
 /// The loaded `config.json` with head and dtype as they are now.

@@ -21,7 +21,8 @@ use crate::{
     error::{Error, Result},
 };
 
-pub(super) const SINGLE: &str = "model.safetensors";
+/// The file of a model that is not sharded.
+pub const WEIGHTS_FILE: &str = "model.safetensors";
 const INDEX: &str = "model.safetensors.index.json";
 
 /// The heads' names, which most families share.
@@ -102,9 +103,9 @@ impl Folder {
     /// A single file is taken before shards, as transformers does.
     fn open(dir: &Path) -> Result<Self> {
         let index = dir.join(INDEX);
-        let sharded = !dir.join(SINGLE).exists() && index.exists();
+        let sharded = !dir.join(WEIGHTS_FILE).exists() && index.exists();
         let index = sharded.then(|| ShardIndex::read(index)).transpose()?;
-        let names = index.as_ref().map_or(Ok(vec![SINGLE]), ShardIndex::files)?;
+        let names = index.as_ref().map_or(Ok(vec![WEIGHTS_FILE]), ShardIndex::files)?;
         let open = |name: &str| {
             let path = dir.join(name);
             file::map(&path).map(|map| (path, map))

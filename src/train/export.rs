@@ -1,21 +1,19 @@
 //! The models that a run leaves: each a folder that is complete and on the disk once it has its
 //! name, and that says which step of which run it is of.
 
-use std::{
-    collections::BTreeMap,
-    fs::{self, File},
-    path::Path,
-};
+use std::{collections::BTreeMap, fs, io::ErrorKind, path::Path};
 
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
 
 use super::{
     checkpoint,
-    storage::{Disk, Storage, write_file},
+    storage::{Disk, Storage, append_all, read_small, remove, write_file},
 };
 use crate::{
-    device::{Device, Element, file},
+    device::{Device, Element},
+    digest::hex,
     error::{Error, Result},
     models::{self, Model},
 };
@@ -56,20 +54,22 @@ struct ExportRecord {
 }
 
 /// What the folder of a trained model says of itself.
-fn record(dir: &Path) -> Option<ExportRecord> {
-    serde_json::from_str(&file::read_text(&dir.join(RECORD), 1 << 20).ok()?).ok()
+fn record(storage: &dyn Storage, dir: &Path) -> Option<ExportRecord> {
+    serde_json::from_slice(&read_small(storage, &dir.join(RECORD), 1 << 20).ok()?).ok()
 }
 
 /// The id that the training of the model in this folder appended to every text, if that is known.
 pub fn appended_eos(dir: &Path) -> Option<u32> {
-    record(dir)?.of.eos
+    record(&Disk, dir)?.of.eos
 }
 
 /// Whether the folder holds a model of this step of this run, with every byte as it was written.
-pub fn is_whole(dir: &Path, of: &ExportedFrom) -> bool {
-    record(dir).is_some_and(|record| {
+pub fn is_whole(storage: &dyn Storage, dir: &Path, of: &ExportedFrom) -> bool {
+    record(storage, dir).is_some_and(|record| {
         let same = |(name, hash): (&String, &String)| {
-            digest(&dir.join(name)).is_ok_and(|found| found == *hash)
+            let found =
+                checkpoint::digest(storage, &dir.join(name), 0, u64::MAX, &mut vec![0; 1 << 18]);
+            found.is_ok_and(|found| found.0 == *hash)
         };
         record.of == *of && record.files.iter().all(same)
     })
@@ -78,69 +78,70 @@ pub fn is_whole(dir: &Path, of: &ExportedFrom) -> bool {
 /// Writes a model folder aside and renames it into place. The model takes along the tokenizer of
 /// the folder `from`; `eos`, an id and its token, replaces what ends a text there.
 pub fn export<T: Element>(
-    dev: &Device,
-    model: &Model<T>,
+    storage: &dyn Storage,
+    (dev, model): (&Device, &Model<T>),
     (from, dir): (&Path, &Path),
     of: &ExportedFrom,
     eos: Option<(u32, Option<String>)>,
 ) -> Result<()> {
     let (aside, before) = (dir.with_extension("tmp"), dir.with_extension("old"));
     for stray in [&aside, &before] {
-        if stray.exists() {
-            fs::remove_dir_all(stray).map_err(Error::io("remove", stray))?;
-        }
+        remove(storage, stray).map_err(Error::io("remove", stray))?;
     }
-    fs::create_dir_all(&aside).map_err(Error::io("create", &aside))?;
-    models::save(dev, model, &aside)?;
+    storage.create_dir(&aside).map_err(Error::io("create", &aside))?;
+    let mut files = BTreeMap::new();
+    let mut put = |name: &str, fill: &mut Fill<'_>| -> Result<()> {
+        let path = aside.join(name);
+        let (mut hash, mut file) =
+            (Sha256::new(), storage.create(&path).map_err(Error::io("create", &path))?);
+        fill(&mut |bytes| {
+            hash.update(bytes);
+            append_all(&mut *file, bytes).map_err(Error::io("write", &path))
+        })?;
+        file.sync().map_err(Error::io("sync", &path))?;
+        files.insert(name.to_owned(), hex(hash.finalize()));
+        Ok(())
+    };
+    put(models::WEIGHTS_FILE, &mut |out| models::write_weights(dev, model, out))?;
+    let (id, token) = eos.map_or((None, None), |(id, token)| (Some(id), token));
+    let id = id.map(|id| ("eos_token_id", json!(id)));
+    let token = token.map(|token| ("eos_token", json!(token)));
+    let config = models::config_text(model).into_bytes();
+    put("config.json", &mut |out| out(&with(Path::new("config.json"), config.clone(), &id)?))?;
     for name in COMPANIONS {
         let file = from.join(name);
-        if file.exists() {
-            // Bytes alone: a model is not read-only where its base was.
-            let bytes = fs::read(&file).map_err(Error::io("read", &file))?;
-            let to = aside.join(name);
-            fs::write(&to, bytes).map_err(Error::io("write", &to))?;
+        if !file.exists() {
+            continue;
         }
-    }
-    if let Some((id, token)) = eos {
-        for name in ["config.json", "generation_config.json"] {
-            set(&aside.join(name), "eos_token_id", json!(id))?;
-        }
-        token
-            .map_or(Ok(()), |t| set(&aside.join("tokenizer_config.json"), "eos_token", t.into()))?;
-    }
-    let mut files = BTreeMap::new();
-    for name in Disk.list(&aside).map_err(Error::io("list", &aside))? {
-        let path = aside.join(&name);
-        let file = File::open(&path).map_err(Error::io("open", &path))?;
-        file.sync_all().map_err(Error::io("sync", &path))?;
-        files.insert(name, digest(&path)?);
+        let bytes = fs::read(&file).map_err(Error::io("read", &file))?;
+        let set = match *name {
+            "generation_config.json" => &id,
+            "tokenizer_config.json" => &token,
+            _ => &None,
+        };
+        put(name, &mut |out| out(&with(&file, bytes.clone(), set)?))?;
     }
     let record = format!("{:#}\n", json!(ExportRecord { of: of.clone(), files }));
-    write_file(&aside.join(RECORD), record.as_bytes())?;
+    write_file(storage, &aside.join(RECORD), record.as_bytes())?;
     let parent = dir.parent().unwrap_or(Path::new("."));
-    if dir.exists() {
-        fs::rename(dir, &before).map_err(Error::io("rename", dir))?;
-    }
-    fs::rename(&aside, dir).map_err(Error::io("rename", &aside))?;
-    Disk.sync_dir(parent).map_err(Error::io("sync", parent))?;
-    if before.exists() {
-        fs::remove_dir_all(&before).map_err(Error::io("remove", &before))?;
-    }
-    Ok(())
+    let moved = |from: &Path, to: &Path| match storage.rename(from, to) {
+        Err(e) if e.kind() == ErrorKind::NotFound && from == dir => Ok(()),
+        done => done.map_err(Error::io("rename", from)),
+    };
+    moved(dir, &before)?;
+    moved(&aside, dir)?;
+    storage.sync_dir(parent).map_err(Error::io("sync", parent))?;
+    remove(storage, &before).map_err(Error::io("remove", &before))
 }
 
-/// Replaces a key of a JSON file, if the file is there.
-fn set(path: &Path, key: &str, value: Value) -> Result<()> {
-    if !path.exists() {
-        return Ok(());
-    }
-    let json = serde_json::from_str::<Value>(&file::read_text(path, 16 << 20)?);
+/// Writes a file's bytes piece by piece.
+type Fill<'a> = dyn FnMut(&mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> + 'a;
+
+/// A JSON file with a key replaced, if there is one to replace.
+fn with(path: &Path, text: Vec<u8>, key: &Option<(&str, Value)>) -> Result<Vec<u8>> {
+    let Some((key, value)) = key else { return Ok(text) };
+    let json = serde_json::from_slice::<Value>(&text);
     let mut json = json.map_err(|e| Error::file(path, format!("not JSON: {e}")))?;
-    json[key] = value;
-    fs::write(path, format!("{json:#}\n")).map_err(Error::io("write", path))
-}
-
-/// SHA-256 of a file.
-fn digest(path: &Path) -> Result<String> {
-    Ok(checkpoint::digest(&Disk, path, 0, u64::MAX, &mut vec![0; 1 << 20])?.0)
+    json[*key] = value.clone();
+    Ok(format!("{json:#}\n").into_bytes())
 }

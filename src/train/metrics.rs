@@ -3,32 +3,32 @@
 
 use std::{
     fs::{File, OpenOptions},
-    io::{BufRead, BufReader, Write},
+    io::{BufRead, BufReader},
     path::{Path, PathBuf},
     time::{SystemTime, UNIX_EPOCH},
 };
 
 use serde_json::{Map, Value};
 
-use super::events::Events;
+use super::{
+    events::Events,
+    storage::{Disk, Storage, StorageFile, append_all},
+};
 use crate::error::{Error, Result};
 
 /// A file with one JSON object a line, each of which names its step.
-#[derive(Debug)]
 pub struct StepLines {
     pub path: PathBuf,
-    file: File,
+    file: Box<dyn StorageFile>,
     /// Step of the last line, 0 without one.
     pub last: u64,
 }
 
 impl StepLines {
     /// Opens the file for the lines after `step`; what else it has, torn lines too, is cut.
-    pub fn open(path: PathBuf, step: u64) -> Result<Self> {
-        let (keep, last) = whole_lines(&path, step)?;
-        let open = OpenOptions::new().append(true).create(true).open(&path);
-        let file = open.map_err(Error::io("create", &path))?;
-        file.set_len(keep).map_err(Error::io("cut", &path))?;
+    pub fn open(storage: &dyn Storage, path: PathBuf, step: u64) -> Result<Self> {
+        let (keep, last) = whole_lines(storage, &path, step)?;
+        let file = storage.append_after(&path, keep).map_err(Error::io("create", &path))?;
         Ok(Self { path, file, last })
     }
 
@@ -36,18 +36,17 @@ impl StepLines {
     pub fn write(&mut self, step: u64, line: &Value) -> Result<()> {
         self.last = step;
         let text = format!("{line}\n");
-        self.file.write_all(text.as_bytes()).map_err(Error::io("write", &self.path))
+        append_all(&mut *self.file, text.as_bytes()).map_err(Error::io("write", &self.path))
     }
 
     /// Waits until the lines are on the disk. Call it before a checkpoint is saved: then a crash
     /// cannot lose a line of a step that the checkpoint contains.
     pub fn sync(&mut self) -> Result<()> {
-        self.file.sync_data().map_err(Error::io("sync", &self.path))
+        self.file.sync().map_err(Error::io("sync", &self.path))
     }
 }
 
 /// The metrics files of a run.
-#[derive(Debug)]
 pub struct MetricsLog {
     pub lines: StepLines,
     events_path: PathBuf,
@@ -58,7 +57,7 @@ impl MetricsLog {
     /// Opens the files of the run in `dir`, which exists, to go on after `step`: later lines are
     /// cut, so that the file becomes that of a run without interruption.
     pub fn open(dir: &Path, step: u64) -> Result<Self> {
-        let lines = StepLines::open(dir.join("metrics.jsonl"), step)?;
+        let lines = StepLines::open(&Disk, dir.join("metrics.jsonl"), step)?;
         let (events_path, file) = new_events(dir)?;
         // TensorBoard forgets later steps of earlier files, those of another run from 0 too.
         let events =
@@ -91,15 +90,11 @@ impl MetricsLog {
 
 /// Length of the whole lines whose step is at most `step`, and the step of the last; what follows
 /// the first other line, or one that is torn, is not counted.
-fn whole_lines(path: &Path, step: u64) -> Result<(u64, u64)> {
-    // A FIFO would wait for ever, a device has no end.
-    match std::fs::metadata(path) {
-        Ok(about) if about.is_file() => {}
-        Ok(_) => return Err(Error::file(path, "is no regular file")),
+fn whole_lines(storage: &dyn Storage, path: &Path, step: u64) -> Result<(u64, u64)> {
+    let file = match storage.open(path) {
         Err(e) if e.kind() == std::io::ErrorKind::NotFound => return Ok((0, 0)),
-        Err(e) => return Err(Error::io("read", path)(e)),
-    }
-    let file = File::open(path).map_err(Error::io("open", path))?;
+        file => file.map_err(Error::io("open", path))?,
+    };
     let (mut reader, mut line, mut keep, mut last) = (BufReader::new(file), Vec::new(), 0, 0);
     loop {
         line.clear();

@@ -25,7 +25,7 @@
 
 pub mod checkpoint;
 pub mod events;
-mod export;
+pub mod export;
 pub mod guard;
 pub mod inputs;
 pub mod lock;

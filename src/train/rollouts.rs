@@ -18,7 +18,7 @@ pub fn write(dir: &Path, step: u64, data: &StepData, tokenizer: Option<&Tokenize
     fs::create_dir_all(dir).map_err(Error::io("create", dir))?;
     let lines = (0..data.sequences.len()).map(|s| record(step, data, s, tokenizer));
     let text: String = lines.map(|line| format!("{line}\n")).collect();
-    write_file(&dir.join(format!("step-{step}.jsonl")), text.as_bytes())
+    write_file(&Disk, &dir.join(format!("step-{step}.jsonl")), text.as_bytes())
 }
 
 /// Removes the samples of later steps, which are of an attempt that was given up or of another run.

@@ -103,7 +103,7 @@ fn run_in<T: Element<Acc = f32>>(
     seen.begin(run.trainer.step, run.trainer.inputs.steps);
     let (step, out) = (run.trainer.step, &run.out);
     let mut metrics = MetricsLog::open(out, step)?;
-    let mut timing = StepLines::open(out.join("timing.jsonl"), step)?;
+    let mut timing = StepLines::open(&Disk, out.join("timing.jsonl"), step)?;
     rollouts::cut(&out.join("rollouts"), step)?;
     for lines in [&metrics.lines, &timing].into_iter().filter(|lines| lines.last < step) {
         let (path, last) = (lines.path.display(), lines.last);
@@ -219,13 +219,14 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         all.insert("steps".into(), self.trainer.inputs.steps.into());
         all.insert("version".into(), env!("CARGO_PKG_VERSION").into());
         all.insert("started".into(), before["started"].as_f64().unwrap_or(now).into());
-        write_file(&path, format!("{:#}\n", Value::from(all)).as_bytes())
+        write_file(&Disk, &path, format!("{:#}\n", Value::from(all)).as_bytes())
     }
 
     /// All steps are done and all models exported, with every byte as it was written.
     fn is_finished(&self) -> bool {
         let (t, of) = (&self.trainer, self.exported_from());
-        t.step == t.inputs.steps && self.exports().all(|(_, dir)| export::is_whole(&dir, &of))
+        t.step == t.inputs.steps
+            && self.exports().all(|(_, dir)| export::is_whole(&Disk, &dir, &of))
     }
 
     fn exported_from(&self) -> ExportedFrom {
@@ -363,7 +364,7 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
             path.display(),
             config::template(&[&self.trainer.inputs.settings, section])
         );
-        write_file(&path, text.as_bytes())
+        write_file(&Disk, &path, text.as_bytes())
     }
 
     /// Exports the trained models: `final/`, and `final-value/` beside a policy.
@@ -375,7 +376,7 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         let eos = inputs.settings.eos_id.map(|id| (id, text(id)));
         for (state, dir) in self.exports() {
             let folders = (Path::new(&inputs.settings.model), &*dir);
-            export::export(dev, &state.model, folders, &of, eos.clone())?;
+            export::export(&Disk, (dev, &state.model), folders, &of, eos.clone())?;
         }
         Ok(self.out.join("final"))
     }

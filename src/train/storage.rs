@@ -1,4 +1,5 @@
-//! The file operations that a checkpoint is made of, so that tests can lose power between any two.
+//! The file operations that a run's folder is made of, so that tests can lose power between any
+//! two.
 //!
 //! What a file system promises is little: a file's bytes are on the disk after
 //! [`StorageFile::sync`], names after [`Storage::sync_dir`] of their folder, and a rename is one
@@ -27,10 +28,14 @@ pub trait Storage {
     /// The operating system's; `AlreadyExists` rather than truncating what is there.
     fn create(&self, path: &Path) -> io::Result<Box<dyn StorageFile>>;
 
+    /// Opens a file to append to after its first `len` bytes, which are kept; makes it if it is not
+    /// there.
+    fn append_after(&self, path: &Path, len: u64) -> io::Result<Box<dyn StorageFile>>;
+
     /// Makes the names in a folder durable.
     fn sync_dir(&self, path: &Path) -> io::Result<()>;
 
-    /// Moves a file or folder in one event; `to` does not exist.
+    /// Moves a file or folder in one event; `to` does not exist, or is a file that a file replaces.
     fn rename(&self, from: &Path, to: &Path) -> io::Result<()>;
 
     /// Removes a file, or a folder with all that is in it.
@@ -74,6 +79,12 @@ impl Storage for Disk {
 
     fn create(&self, path: &Path) -> io::Result<Box<dyn StorageFile>> {
         let file = OpenOptions::new().append(true).create_new(true).open(path)?;
+        Ok(Box::new(file))
+    }
+
+    fn append_after(&self, path: &Path, len: u64) -> io::Result<Box<dyn StorageFile>> {
+        let file = OpenOptions::new().append(true).create(true).open(path)?;
+        file.set_len(len)?;
         Ok(Box::new(file))
     }
 
@@ -154,21 +165,30 @@ pub fn append_all(file: &mut dyn StorageFile, mut bytes: &[u8]) -> io::Result<()
 
 /// Replaces a file in one event: whoever reads it, at any time, after a loss of power too, finds
 /// the old content or the new.
-pub fn write_file(path: &Path, content: &[u8]) -> Result<()> {
+pub fn write_file(storage: &dyn Storage, path: &Path, content: &[u8]) -> Result<()> {
     let mut aside = path.as_os_str().to_owned();
     aside.push(".tmp");
     let aside = Path::new(&aside);
-    let written = File::create(aside).and_then(|mut file| {
-        append_all(&mut file, content)?;
-        file.sync_all()?;
-        fs::rename(aside, path)?;
-        Disk.sync_dir(path.parent().unwrap_or(Path::new(".")))
+    let written = remove(storage, aside).and_then(|()| {
+        let mut file = storage.create(aside)?;
+        append_all(&mut *file, content)?;
+        file.sync()?;
+        storage.rename(aside, path)?;
+        storage.sync_dir(path.parent().unwrap_or(Path::new(".")))
     });
     if written.is_err() {
         // Best effort: the file that has the name is as it was.
-        let _ = fs::remove_file(aside);
+        let _ = storage.remove(aside);
     }
     written.map_err(Error::io("write", path))
+}
+
+/// Removes what may not be there.
+pub fn remove(storage: &dyn Storage, path: &Path) -> io::Result<()> {
+    match storage.remove(path) {
+        Err(e) if e.kind() == io::ErrorKind::NotFound => Ok(()),
+        done => done,
+    }
 }
 
 /// Reads a whole small file.

@@ -235,7 +235,7 @@ fn metrics(dir: &Path, input: &[u8]) -> String {
     put(dir, "metrics.jsonl", input);
     put(dir, "timing.jsonl", input);
     let page = page(dir);
-    page + &told(StepLines::open(dir.join("metrics.jsonl"), 2).map(|lines| lines.last))
+    page + &told(StepLines::open(&Disk, dir.join("metrics.jsonl"), 2).map(|lines| lines.last))
 }
 
 fn run_record(dir: &Path, input: &[u8]) -> String {

@@ -123,14 +123,14 @@ pub const BUGS: &[Bug] = &[
     Bug {
         what: "a text that goes on is encoded as one that begins: a space more a turn",
         file: "src/data/tokenizer.rs",
-        place: "let Some(anchor) = «&self.anchor» else { return self.encode(text) };",
+        place: "let Some(anchor) = «&self.anchor» else { return whole() };",
         mistake: "&None",
         test: "data::tokenizer::a_completion_continues_its_prompt",
     },
     Bug {
         what: "BOS stands there twice",
         file: "src/data/tokenizer.rs",
-        place: "ids.extend(«self.encode(text)?»);",
+        place: "let mut ids = «self.encode_part(text, room, kept)?»;",
         mistake: "self.raw(text, true)?",
         test: "data::tokenizer::bos_stands_once_at_the_start",
     },

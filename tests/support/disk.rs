@@ -40,6 +40,10 @@ enum Effect {
         at: usize,
         bytes: Vec<u8>,
     },
+    Cut {
+        file: Id,
+        len: usize,
+    },
 }
 
 /// What an operation does instead of its work.
@@ -175,6 +179,10 @@ impl State {
                 data.resize(data.len().max(at + bytes.len()), 0);
                 data[*at..at + bytes.len()].copy_from_slice(&bytes);
             }
+            Effect::Cut { file, len } => {
+                let Node::File(data) = &mut self.durable[*file] else { panic!() };
+                data.truncate(*len);
+            }
         }
     }
 
@@ -295,7 +303,11 @@ impl StorageFile for Handle {
     fn sync(&mut self) -> io::Result<()> {
         let mut s = self.0.0.borrow_mut();
         s.step()?;
-        s.sync(|e| matches!(e, Effect::Write { file, .. } if *file == self.1));
+        let own = |e: &Effect| match e {
+            Effect::Write { file, .. } | Effect::Cut { file, .. } => *file == self.1,
+            _ => false,
+        };
+        s.sync(own);
         Ok(())
     }
 }
@@ -325,13 +337,29 @@ impl Storage for MemDisk {
         Ok(Box::new(Handle(self.clone(), id)))
     }
 
+    fn append_after(&self, path: &Path, len: u64) -> io::Result<Box<dyn StorageFile>> {
+        let found = self.0.borrow().find(path);
+        if found.is_err() {
+            return self.create(path);
+        }
+        let (mut s, file, len) = (self.0.borrow_mut(), found?, len as usize);
+        s.step()?;
+        let Node::File(data) = &mut s.seen[file] else {
+            return Err(error(ErrorKind::IsADirectory));
+        };
+        data.truncate(len);
+        s.waiting.push(Effect::Cut { file, len });
+        drop(s);
+        Ok(Box::new(Handle(self.clone(), file)))
+    }
+
     fn sync_dir(&self, path: &Path) -> io::Result<()> {
         let mut s = self.0.borrow_mut();
         s.step()?;
         let id = s.find(path)?;
         s.sync(|e| match e {
             Effect::Link { dir, .. } | Effect::Unlink { dir, .. } => *dir == id,
-            Effect::Write { .. } => false,
+            Effect::Write { .. } | Effect::Cut { .. } => false,
         });
         Ok(())
     }
@@ -343,7 +371,8 @@ impl Storage for MemDisk {
         let (to_dir, name) = s.split(to)?;
         assert_eq!(dir, to_dir, "renames stay in their folder");
         let id = *s.names(dir).get(&from).ok_or(error(ErrorKind::NotFound))?;
-        if s.names(dir).contains_key(&name) {
+        let there = s.names(dir).get(&name).copied();
+        if there.is_some_and(|there| matches!(s.seen[there], Node::Dir(_))) {
             return Err(error(ErrorKind::DirectoryNotEmpty));
         }
         s.link(dir, name, id, Some(from));

@@ -97,7 +97,7 @@ fn history(n: u64) -> MemDisk {
 }
 
 /// Every fate of every waiting effect if there are few, else all-lost, all-kept and random ones.
-fn fates(waiting: &[Option<usize>], seed: u64) -> HashSet<Vec<Fate>> {
+pub fn fates(waiting: &[Option<usize>], seed: u64) -> HashSet<Vec<Fate>> {
     let choices = |w: &Option<usize>| match w {
         None => vec![Fate::Lost, Fate::Kept],
         Some(n) => vec![
@@ -110,7 +110,7 @@ fn fates(waiting: &[Option<usize>], seed: u64) -> HashSet<Vec<Fate>> {
         ],
     };
     let options: Vec<_> = waiting.iter().map(choices).collect();
-    let all: usize = options.iter().map(Vec::len).product();
+    let all = options.iter().map(Vec::len).fold(1, usize::saturating_mul);
     let pick = |mut index: usize| {
         let mut fates = Vec::new();
         for o in &options {
@@ -193,6 +193,13 @@ fn the_crash_model_bites() {
         fn create(&self, p: &Path) -> std::io::Result<Box<dyn warpo::train::storage::StorageFile>> {
             let file = self.0.create(p)?;
             Ok(if self.1 { file } else { Box::new(NoSyncFile(file)) })
+        }
+        fn append_after(
+            &self,
+            p: &Path,
+            len: u64,
+        ) -> std::io::Result<Box<dyn warpo::train::storage::StorageFile>> {
+            self.0.append_after(p, len)
         }
         fn sync_dir(&self, p: &Path) -> std::io::Result<()> {
             if self.1 { Ok(()) } else { self.0.sync_dir(p) }

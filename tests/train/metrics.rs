@@ -69,6 +69,6 @@ fn a_file_of_junk_is_cut_where_the_junk_begins() {
     fs::write(&path, b"{\"step\":1}\n\xff\xfe\n{\"step\":2}\n").unwrap();
     drop(MetricsLog::open(&dir, 5).unwrap());
     assert_eq!(lines(&dir), "{\"step\":1}\n");
-    let error = MetricsLog::open(&dir.join("none"), 0).unwrap_err().to_string();
+    let error = MetricsLog::open(&dir.join("none"), 0).map(drop).unwrap_err().to_string();
     assert!(error.contains("none/metrics.jsonl"), "{error}");
 }
