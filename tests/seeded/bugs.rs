@@ -45,8 +45,8 @@ pub const BUGS: &[Bug] = &[
     Bug {
         what: "positions go on over what stands left of a sequence",
         file: "src/models/batch.rs",
-        place: "self.positions.extend((«first»..first + ids.len()).map(|p| p as u32));",
-        mistake: "first + usize::from(at > 0)",
+        place: "self.positions.extend((first..first + ids.len()).map(|p| «p as u32»));",
+        mistake: "p as u32 + u32::from(at > 0)",
         test: "rollout::score::rows_do_not_see_their_batch",
     },
     Bug {
