@@ -415,10 +415,11 @@ fn nvidias_profilers_are_told_of_phases_and_ops() {
 }
 
 /// Public functions of `src/ops` that take a device and open no span: they report or allocate the
-/// memory that a step uses.
-const NO_OPS: [&str; 13] = [
+/// memory that a step uses, or a device.
+const NO_OPS: [&str; 14] = [
     "attention/mod.rs::forward_scratch_len",
     "attention/mod.rs::page",
+    "attention/mod.rs::resident",
     "attention/mod.rs::supported",
     "attention/mod.rs::width",
     "attention/partition.rs::most_words",
