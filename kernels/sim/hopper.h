@@ -251,7 +251,7 @@ void compute(Block& b, Warpgroup& g) {
             }
         }
     }
-    unpack(p.b, p.b_columns, n, [&](int k, int i) -> float& { return right[k * n + i]; });
+    unpack(p.b, p.b_columns, n, [&](int k, int i) -> float& { return right[in_columns(k, i)]; });
     if (written) launch->report = "shared memory was written while a wgmma reads it, at " + at(s.site);
     multiply(g.chains[s.chain].tile.data(), left, right, 64, n, p.add);
     g.steps.pop_front();

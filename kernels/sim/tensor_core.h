@@ -48,18 +48,41 @@ bool any(const Ints& x) {
     return (half[0] | half[1] | half[2] | half[3]) != 0;
 }
 
-// d[rows, n] = a[rows, 16] b[16, n], and the old d where it `add`s; n is a multiple of 8.
+// Whether any of n numbers has a larger magnitude than that of these bits: as whole numbers they
+// are ordered, with NaN above all.
+inline __attribute__((always_inline)) bool any_above(int32_t bits, const float* x, int n) {
+    Ints above = {};
+    for (int i = 0; i < n; i += 8) above |= (*reinterpret_cast<const Ints*>(x + i) & 0x7FFFFFFF) > bits;
+    return any(above);
+}
+
+// Where column i of b [16, n] has its number k: eight columns lie together.
+inline int in_columns(int k, int i) { return i / 8 * 8 * DEPTH + k * 8 + i % 8; }
+
+// d[rows, n] = a[rows, 16] b[16, n], and the old d where it `add`s; n is a multiple of 8, rows are
+// at most 64.
 __attribute__((target_clones("avx2", "default"), optimize("O3")))
 void multiply(float* d, const float* a, const float* b, int rows, int n, bool add) {
-    for (int m = 0; m < rows; ++m) {
-        for (int i = 0; i < n; i += 8) {
-            Floats terms[DEPTH + 1];
-            terms[DEPTH] = add ? *reinterpret_cast<const Floats*>(d + m * n + i) : Floats{};
-            for (int k = 0; k < DEPTH; ++k) terms[k] = a[m * DEPTH + k] * *reinterpret_cast<const Floats*>(b + k * n + i);
-            // As whole numbers, magnitudes are ordered, with NaN above all.
-            Ints most = {};
-            for (const Floats& t : terms) {
-                const Ints size = reinterpret_cast<const Ints&>(t) & 0x7FFFFFFF;
+    // Much of a tile is zeros in tests: products with zeros are skipped, unless some are of a NaN.
+    constexpr int32_t FINITE = 0x7F7FFFFF;
+    const bool wild = any_above(FINITE, a, rows * DEPTH) || any_above(FINITE, b, n * DEPTH);
+    bool zeros[64];
+    for (int m = 0; m < rows; ++m) zeros[m] = !wild && !any_above(0, a + m * DEPTH, DEPTH);
+    for (int i = 0; i < n; i += 8, b += 8 * DEPTH) {
+        const bool nothing = !wild && !any_above(0, b, 8 * DEPTH);
+        for (int m = 0; m < rows; ++m) {
+            const float* own = a + m * DEPTH;
+            Floats& out = *reinterpret_cast<Floats*>(d + m * n + i);
+            const Floats old = add ? out : Floats{};
+            if (nothing || zeros[m]) {
+                out = old + 0.0f;
+                continue;
+            }
+            Floats terms[DEPTH];
+            Ints most = reinterpret_cast<const Ints&>(old) & 0x7FFFFFFF;
+            for (int k = 0; k < DEPTH; ++k) {
+                terms[k] = own[k] * *reinterpret_cast<const Floats*>(b + 8 * k);
+                const Ints size = reinterpret_cast<const Ints&>(terms[k]) & 0x7FFFFFFF;
                 most = most > size ? most : size;
             }
             Ints exponent = most >> 23;
@@ -68,21 +91,21 @@ void multiply(float* d, const float* a, const float* b, int rows, int n, bool ad
             // 2^-last and 2^last.
             const Ints up = (2 * 127 + LAST - exponent) << 23;
             const Ints down = (exponent - LAST) << 23;
-            Ints sum = {};
+            Ints sum = __builtin_convertvector(old * reinterpret_cast<const Floats&>(up), Ints);
             for (const Floats& t : terms) sum += __builtin_convertvector(t * reinterpret_cast<const Floats&>(up), Ints);
             Floats near = __builtin_convertvector(sum, Floats);
             // What was rounded away from zero is one too large.
             const Ints back = __builtin_convertvector(near, Ints);
             reinterpret_cast<Ints&>(near) += (sum < 0 ? back < sum : back > sum);
-            near *= reinterpret_cast<const Floats&>(down);
-            for (int c = 0; any(far) && c < 8; ++c) {
+            out = near * reinterpret_cast<const Floats&>(down);
+            if (__builtin_expect(!any(far), 1)) continue;
+            for (int c = 0; c < 8; ++c) {
                 if (far[c] == 0) continue;
-                double all[DEPTH + 1];
-                for (int k = 0; k < DEPTH; ++k) all[k] = double(a[m * DEPTH + k]) * b[k * n + i + c];
-                all[DEPTH] = terms[DEPTH][c];
-                near[c] = sum_of_any(all);
+                double each[DEPTH + 1];
+                for (int k = 0; k < DEPTH; ++k) each[k] = double(own[k]) * b[8 * k + c];
+                each[DEPTH] = old[c];
+                d[m * n + i + c] = sum_of_any(each);
             }
-            *reinterpret_cast<Floats*>(d + m * n + i) = near;
         }
     }
 }

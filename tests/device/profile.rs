@@ -415,7 +415,7 @@ fn nvidias_profilers_are_told_of_phases_and_ops() {
 }
 
 /// Public functions of `src/ops` that take a device and open no span: they report or allocate the
-/// memory that a step uses.
+/// memory that a step uses, or a device.
 const NO_OPS: [&str; 14] = [
     "attention/mod.rs::forward_scratch_len",
     "attention/mod.rs::page",
