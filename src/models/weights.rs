@@ -142,7 +142,7 @@ impl Folder {
 
 impl ShardIndex {
     fn read(path: PathBuf) -> Result<Self> {
-        let text = file::read_text(&path, 64 << 20)?;
+        let text = file::read_text(&path, 16 << 20)?;
         let mut json: Value = serde_json::from_str(&text)
             .map_err(|e| Error::file(&path, format!("not JSON: {e}")))?;
         match json.get_mut("weight_map").map(Value::take) {

@@ -38,6 +38,7 @@ fn crash_everywhere(
             states += 1;
         }
         if done {
+            println!("power was lost on {states} disks");
             return states;
         }
     }
