@@ -170,8 +170,10 @@ impl GenerateArgs {
     fn sampling(&self) -> Result<sample::SamplingParams> {
         let Self { temperature, top_k, top_p, min_p, .. } = *self;
         // A temperature that f32 rounds to 0 is not the greedy choice that 0 stands for.
-        let rounded = temperature as f32;
-        let temperature = if temperature > 0.0 { rounded.max(f32::MIN_POSITIVE) } else { rounded };
+        if temperature != 0.0 && temperature.abs() < f64::from(f32::MIN_POSITIVE) {
+            return Err(Error::config("--temperature", "0, or 1e-6 or more", temperature));
+        }
+        let temperature = temperature as f32;
         let params = sample::SamplingParams { temperature, top_k, top_p, min_p };
         params.validate().map_err(|e| match e {
             Error::Value { what, want, got } => {

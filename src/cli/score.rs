@@ -76,18 +76,22 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
         let want = format!("a tokenizer in {} that names an end of text", dir.display());
         return Err(Error::config("--eos", want, "none"));
     }
-    // As the reward model was trained, else as asked.
+    let limits = Limits { max_length, vocab, eos: eos.filter(|_| args.eos) };
+    // Rated as the reward model was trained, whatever the language model scores.
     let trained = args.reward_model.as_deref().and_then(train::appended_eos);
-    let eos = trained.or(eos.filter(|_| args.eos));
-    let limits = Limits { max_length, vocab, eos };
+    let as_trained = Limits { eos: trained.or(limits.eos), ..limits };
     let records = data::read(&args.data)?;
-    let data = data::scored(&records, tokenizer.as_ref(), limits)?;
+    let rated = data::scored(&records, tokenizer.as_ref(), as_trained)?;
+    let data = match model {
+        Some(_) => data::scored(&records, tokenizer.as_ref(), limits)?,
+        None => rated.clone(),
+    };
     let n = data.stats.truncated;
     if n > 0 {
         warn(&format!("{n} texts lost their end: longer than {max_length} tokens"));
     }
     let score = Score { dev, tokenizer, model, reward_model, temperature: args.temperature };
-    let mut rest = &data.sequences[..];
+    let (mut rest, mut rated) = (&data.sequences[..], &rated.sequences[..]);
     // All lines have the format of the first.
     let pairs =
         matches!(records[0].record, Record::Preference { .. } | Record::PreferenceIds { .. });
@@ -99,9 +103,10 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
             tokens > PART
         };
         let n = rest.chunks(unit).position(full).map_or(rest.len(), |i| (i + 1) * unit);
-        let (part, next) = rest.split_at(n);
-        rest = next;
-        for line in score.lines(part)?.chunks(unit) {
+        let (part, rated_part);
+        (part, rest) = rest.split_at(n);
+        (rated_part, rated) = rated.split_at(n);
+        for line in score.lines(part, rated_part)?.chunks(unit) {
             let line = match line {
                 [chosen, rejected] => json!({ "chosen": chosen, "rejected": rejected }),
                 [line, ..] => line.clone(),
@@ -123,10 +128,10 @@ struct Score<'a, T: Element> {
 }
 
 impl<T: Element<Acc = f32>> Score<'_, T> {
-    /// One object a text.
-    fn lines(&self, texts: &[Sequence]) -> Result<Vec<Value>> {
+    /// One object a text; `rated` are the same as the reward model reads them.
+    fn lines(&self, texts: &[Sequence], rated: &[Sequence]) -> Result<Vec<Value>> {
         let (dev, mut lines) = (self.dev, Vec::with_capacity(texts.len()));
-        let rewards = self.reward_model.as_ref().map(|m| eval::rate(dev, m, texts)).transpose()?;
+        let rewards = self.reward_model.as_ref().map(|m| eval::rate(dev, m, rated)).transpose()?;
         let score = |m: &Model<T>| logprobs(dev, m, texts, self.temperature);
         let logprobs = self.model.as_ref().map(score).transpose()?;
         for (i, Sequence { ids, place, .. }) in texts.iter().enumerate() {

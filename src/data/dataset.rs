@@ -356,8 +356,11 @@ pub fn prompts(
             }
             Record::Ids { input_ids } => cut(input_ids.clone(), tokens),
             // The prompt ends where learning begins.
-            Record::LabelledIds { input_ids, learn } => {
-                cut(input_ids.clone(), learn.iter().position(|l| *l))
+            Record::LabelledIds { input_ids, learn }
+                if tokens.is_some() || learn.first() == Some(&false) =>
+            {
+                let learned = learn.iter().position(|l| *l).filter(|n| *n > 0);
+                cut(input_ids.clone(), learned.or(tokens))
             }
             Record::Text { text } | Record::Labelled { text, .. } if tokens.is_some() => {
                 let first = tokens.filter(|n| *n < usize::MAX);

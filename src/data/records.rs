@@ -167,7 +167,7 @@ fn brief(v: &RawValue) -> String {
 }
 
 /// What records are made of.
-const COLUMNS: [&str; 16] = [
+const COLUMNS: [&str; 17] = [
     "text",
     "label",
     "prompt",
@@ -184,6 +184,7 @@ const COLUMNS: [&str; 16] = [
     "prompt_ids",
     "chosen_ids",
     "rejected_ids",
+    "messages",
 ];
 
 /// The columns of a line, each as its JSON text: what no record is made of takes no memory.
@@ -214,7 +215,7 @@ impl<'de> Deserialize<'de> for RawRecord<'de> {
                         continue;
                     }
                     let of = if known { &mut row.columns } else { &mut row.others };
-                    if of.insert(name.clone(), value).is_some() {
+                    if of.insert(name.clone(), value).is_some() && known {
                         row.twice.get_or_insert(name);
                     }
                 }
@@ -337,8 +338,8 @@ impl RawRecord<'_> {
         if has("chosen") && has("rejected") {
             let (chosen, rejected) = (self.text("chosen")?, self.text("rejected")?);
             let margin = self.margin()?;
-            if has("prompt") {
-                let prompt = self.text("prompt")?;
+            if let Some(key) = ["prompt", "question"].into_iter().find(|key| has(key)) {
+                let prompt = self.text(key)?;
                 return Ok(Record::Preference { prompt, chosen, rejected, margin });
             }
             return transcripts(&chosen, &rejected, margin);
@@ -346,7 +347,11 @@ impl RawRecord<'_> {
         let question = has("question") && !has("text");
         if let Some(prompt) = has("prompt").then_some("prompt").or(question.then_some("question")) {
             let prompt = self.text(prompt)?;
-            return match COMPLETIONS.iter().find(|key| self.has(key)) {
+            let completion = COMPLETIONS.iter().find(|key| self.has(key));
+            if completion.is_some() && has("label") {
+                return Err("has `label` beside a completion: what is bad would be learned".into());
+            }
+            return match completion {
                 Some(key) => Ok(Record::Completion { prompt, completion: self.text(key)? }),
                 None => Ok(Record::Prompt { prompt }),
             };
@@ -359,7 +364,7 @@ impl RawRecord<'_> {
             };
         }
         let found = self.found();
-        if self.others.contains_key("messages") {
+        if has("messages") {
             return Err(format!("has columns {found}: chat messages are not supported yet"));
         }
         Err(format!(
@@ -377,7 +382,7 @@ impl RawRecord<'_> {
         };
         let all = self.columns.iter().chain(&self.others);
         let mut names: Vec<String> = all.take(20).map(name).collect();
-        names.extend((self.columns.len() + self.others.len() >= 20).then(|| "...".to_owned()));
+        names.extend((self.others.len() == 20).then(|| "...".to_owned()));
         format!("[{}]", names.join(", "))
     }
 }

@@ -19,7 +19,7 @@ pub fn free_disk_bytes(path: &Path) -> io::Result<u64> {
 }
 
 /// Bytes of memory that can be taken without hurting others, swap included, or fewer if the
-/// container has fewer; `None` where the system does not tell.
+/// container (a control group of version 2) has fewer; `None` where the system does not tell.
 pub fn free_memory_bytes() -> Option<usize> {
     let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
     // The one hierarchy of version 2: `0::/path`.
@@ -33,8 +33,13 @@ pub fn free_in_group(dir: &Path) -> Option<usize> {
     let read = |name: &str| std::fs::read_to_string(dir.join(name)).ok();
     let number = |name: &str| read(name)?.trim().parse::<usize>().ok();
     let stat = read("memory.stat").unwrap_or_default();
-    let cached = stat.lines().find_map(|l| l.strip_prefix("inactive_file ")?.trim().parse().ok());
-    let used = number("memory.current")?.saturating_sub(cached.unwrap_or(0));
+    let cached = |key: &str| -> usize {
+        let line = stat.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(' '));
+        line.and_then(|n| n.trim().parse().ok()).unwrap_or(0)
+    };
+    let cached: usize =
+        ["inactive_file", "active_file", "slab_reclaimable"].map(cached).iter().sum();
+    let used = number("memory.current")?.saturating_sub(cached);
     Some(number("memory.max")?.saturating_sub(used))
 }
 

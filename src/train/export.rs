@@ -107,10 +107,11 @@ pub fn export<T: Element>(
     let id = id.map(|id| ("eos_token_id", json!(id)));
     let token = token.map(|token| ("eos_token", json!(token)));
     let config = models::config_text(model).into_bytes();
-    put("config.json", &mut |out| out(&with(Path::new("config.json"), config.clone(), &id)?))?;
+    put("config.json", &mut |out| out(&with(config.clone(), &id)))?;
     for name in COMPANIONS {
         let file = from.join(name);
-        if !file.exists() {
+        // A FIFO of that name would wait for ever.
+        if !file.is_file() {
             continue;
         }
         let bytes = fs::read(&file).map_err(Error::io("read", &file))?;
@@ -119,7 +120,7 @@ pub fn export<T: Element>(
             "tokenizer_config.json" => &token,
             _ => &None,
         };
-        put(name, &mut |out| out(&with(&file, bytes.clone(), set)?))?;
+        put(name, &mut |out| out(&with(bytes.clone(), set)))?;
     }
     let record = format!("{:#}\n", json!(ExportRecord { of: of.clone(), files }));
     write_file(storage, &aside.join(RECORD), record.as_bytes())?;
@@ -138,10 +139,14 @@ pub fn export<T: Element>(
 type Fill<'a> = dyn FnMut(&mut dyn FnMut(&[u8]) -> Result<()>) -> Result<()> + 'a;
 
 /// A JSON file with a key replaced, if there is one to replace.
-fn with(path: &Path, text: Vec<u8>, key: &Option<(&str, Value)>) -> Result<Vec<u8>> {
-    let Some((key, value)) = key else { return Ok(text) };
-    let json = serde_json::from_slice::<Value>(&text);
-    let mut json = json.map_err(|e| Error::file(path, format!("not JSON: {e}")))?;
-    json[*key] = value.clone();
-    Ok(format!("{json:#}\n").into_bytes())
+fn with(text: Vec<u8>, key: &Option<(&str, Value)>) -> Vec<u8> {
+    let Some((key, value)) = key else { return text };
+    match serde_json::from_slice(&text) {
+        Ok(Value::Object(mut json)) => {
+            json.insert((*key).to_owned(), value.clone());
+            format!("{:#}\n", Value::Object(json)).into_bytes()
+        }
+        // What is no object says nothing to those who read it.
+        _ => text,
+    }
 }

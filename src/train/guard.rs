@@ -13,19 +13,31 @@ use crate::{
 /// Sums of what a step left, by name.
 #[derive(Debug)]
 pub struct Guard {
-    step: u64,
+    /// The step that left them.
+    pub step: u64,
     sums: Vec<(String, u64)>,
 }
 
 impl Guard {
-    /// Sums what the models of a run hold after `step`.
-    pub fn new<T: Element<Acc = f32>>(dev: &Device, all: &Models<T>, step: u64) -> Result<Self> {
+    /// Sums the frozen models of a run, which no step changes.
+    pub fn of_frozen<T: Element<Acc = f32>>(dev: &Device, all: &Models<T>) -> Result<Self> {
         let mut sums = Vec::new();
-        for (role, model) in all.all() {
+        for (role, model) in &all.frozen {
             weights(dev, role.name, model, &mut sums)?;
         }
+        Ok(Self { step: 0, sums })
+    }
+
+    /// Sums what the trained models of a run hold after `step`.
+    pub fn of_trained<T: Element<Acc = f32>>(
+        dev: &Device,
+        all: &Models<T>,
+        step: u64,
+    ) -> Result<Self> {
+        let mut sums = Vec::new();
         for state in &all.trained {
             let (model, role) = (&state.model, state.role.name);
+            weights(dev, role, model, &mut sums)?;
             for (what, x) in [
                 ("f32 weight", model.master()?),
                 ("first moment", state.m.flat()),
@@ -41,16 +53,13 @@ impl Guard {
         Ok(Self { step, sums })
     }
 
-    /// Compares them with what is there now.
+    /// Compares them with those of now.
     ///
     /// # Errors
-    /// [`Error::Corrupt`] naming the first tensor that changed.
-    pub fn check<T: Element<Acc = f32>>(&self, dev: &Device, all: &Models<T>) -> Result<()> {
-        let now = Self::new(dev, all, self.step)?;
+    /// [`Error::Corrupt`] naming the first tensor that changed since `step`.
+    pub fn check(&self, now: &Self, step: u64) -> Result<()> {
         let changed = self.sums.iter().zip(&now.sums).find(|(a, b)| a != b);
-        changed.map_or(Ok(()), |((what, _), _)| {
-            Err(Error::Corrupt { step: self.step, what: what.clone() })
-        })
+        changed.map_or(Ok(()), |((what, _), _)| Err(Error::Corrupt { step, what: what.clone() }))
     }
 }
 

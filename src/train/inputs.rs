@@ -32,6 +32,8 @@ pub struct RunInputs {
     pub source: Source,
     /// Evaluation data.
     pub held_out: Option<Source>,
+    /// What a user should know of them.
+    pub warnings: Vec<String>,
     pub steps: u64,
     pub sizes: PassSizes,
 }
@@ -85,11 +87,6 @@ impl RunInputs {
             true => None,
         };
         let longest = held_out.as_ref().map_or(0, |s| s.data.longest());
-        let sizes = PassSizes::new(&settings, &needs, source.data.longest(), longest);
-        for m in models.iter().filter(|m| m.dir != models[0].dir) {
-            let tokenizer = tokenizer.as_ref();
-            eval::check_reward_model(&m.dir, &m.spec, spec, tokenizer, sizes.longest)?;
-        }
         let per_prompt = needs.sampling().map_or(1, |s| s.samples_per_prompt);
         if !settings.batch_size.is_multiple_of(per_prompt.saturating_mul(needs.minibatches)) {
             let parts = needs.minibatches;
@@ -97,8 +94,20 @@ impl RunInputs {
                 format!("a multiple of samples_per_prompt {per_prompt} x minibatches {parts}");
             return Err(Error::config("batch_size", want, settings.batch_size));
         }
-        // As many as there are; the weights of a step's mean follow from what is drawn.
-        settings.batch_size = source.draws() * per_prompt;
+        let mut warnings = source.warnings.clone();
+        warnings.extend(held_out.iter().flat_map(|s| s.warnings.clone()));
+        let (asked, draws) = (settings.batch_size, source.draws() * per_prompt);
+        if draws < asked {
+            warnings.push(format!(
+                "batch_size is {asked}, the data has {draws} examples: a step takes each once"
+            ));
+            settings.batch_size = draws;
+        }
+        let sizes = PassSizes::new(&settings, &needs, source.data.longest(), longest);
+        for m in models.iter().filter(|m| m.dir != models[0].dir) {
+            let tokenizer = tokenizer.as_ref();
+            eval::check_reward_model(&m.dir, &m.spec, spec, tokenizer, sizes.longest)?;
+        }
         let steps = match settings.steps {
             0 => {
                 let exact = settings.epochs * source.data.len() as f64 / source.draws() as f64;
@@ -116,6 +125,7 @@ impl RunInputs {
             eos,
             source,
             held_out,
+            warnings,
             steps,
             sizes,
         })

@@ -56,7 +56,8 @@ impl Manifest {
         models: &[(&'static str, String)],
     ) -> Self {
         let keys = Section::keys(&inputs.settings).into_iter().chain(section.keys());
-        let keys = keys.filter(|k| !Settings::FREE.contains(&k.name));
+        let split = |name: &str| name == "micro_batch_tokens" && precision != "f32";
+        let keys = keys.filter(|k| !Settings::FREE.contains(&k.name) || split(k.name));
         Self {
             algorithm: algorithm.into(),
             data: inputs.source.data.digest(),

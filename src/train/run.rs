@@ -200,7 +200,7 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
     /// What a user may not have meant.
     fn warnings(&self) -> Vec<String> {
         let inputs = &self.trainer.inputs;
-        let mut all = inputs.source.warnings.clone();
+        let mut all = inputs.warnings.clone();
         let (warmup, steps) = (inputs.settings.warmup_steps, inputs.steps);
         if warmup >= steps {
             all.push(format!("warmup_steps is {warmup}, the run has {steps} steps: the learning rate never reaches its peak"));
@@ -257,7 +257,11 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         let numbers: u64 = trained.map(|state| state.grads.layout().len() as u64).sum();
         // Weights and two moments; while one is written, all that are kept are still there.
         let kept = checkpoint::list(&Disk, &self.checkpoints)?.len();
-        let more = (t.inputs.settings.keep_checkpoints.max(2) + 1).saturating_sub(kept) as u64;
+        let more = t.inputs.settings.keep_checkpoints.max(2).saturating_add(1);
+        // Those of the steps to come, and the last one.
+        let every = t.inputs.settings.checkpoint_every;
+        let coming = (t.inputs.steps - t.step).checked_div(every).unwrap_or(0) + 1;
+        let more = (more.saturating_sub(kept) as u64).min(coming);
         // `checkpoints` may be a link to another disk.
         let disk = |path: &Path| fs::metadata(path).map(|about| about.dev()).ok();
         let apart = disk(&self.checkpoints).filter(|d| Some(*d) != disk(&self.out)).is_some();

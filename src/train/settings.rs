@@ -105,6 +105,7 @@ impl Settings {
         "eval_data",
         "device",
         "threads",
+        // On a CUDA device it is compared: sums of gradients there are by micro-batch.
         "micro_batch_tokens",
         "recompute",
         "offload_frozen",

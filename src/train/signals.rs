@@ -7,14 +7,15 @@
 use std::{
     io::Write,
     sync::{
-        OnceLock,
-        atomic::{AtomicI32, AtomicUsize, Ordering},
+        Arc, OnceLock,
+        atomic::{AtomicBool, AtomicI32, AtomicUsize, Ordering},
     },
     thread,
 };
 
 use signal_hook::{
     consts::{SIGINT, SIGTERM},
+    flag,
     iterator::Signals,
     low_level,
 };
@@ -32,8 +33,16 @@ pub fn install() -> Result<()> {
     if LISTENS.get().is_some() {
         return Ok(());
     }
-    let mut signals =
-        Signals::new([SIGINT, SIGTERM]).map_err(Error::io("listen for signals as", "a process"))?;
+    let failed = || Error::io("listen for signals as", "a process");
+    let any = Arc::new(AtomicBool::new(false));
+    for (signal, code) in [(SIGINT, 130), (SIGTERM, 143)] {
+        // In the order of registration: the exit sees the flag of an earlier signal. It waits for
+        // nobody, not even for a terminal that does not take the line below.
+        flag::register_conditional_shutdown(signal, code, any.clone())
+            .and_then(|_| flag::register(signal, any.clone()))
+            .map_err(failed())?;
+    }
+    let mut signals = Signals::new([SIGINT, SIGTERM]).map_err(failed())?;
     if LISTENS.set(()).is_ok() {
         thread::spawn(move || signals.forever().for_each(hear));
     }
@@ -45,7 +54,9 @@ fn hear(signal: i32) {
     let first = FIRST.compare_exchange(0, signal, Ordering::SeqCst, Ordering::SeqCst).is_ok();
     let held = HELD.load(Ordering::SeqCst) > 0;
     let text = match first && held {
-        true => format!("{name}: the run saves and stops; a second signal ends it at once\n"),
+        true => format!(
+            "{name}: the run saves and stops, or ends if it is at its end; a second signal ends it at once\n"
+        ),
         false => format!("error: ended by {name}; the same command starts or resumes the run\n"),
     };
     // If stderr is gone, there is nobody to tell.

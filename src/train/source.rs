@@ -58,16 +58,10 @@ impl Source {
             return Err(Error::value(files.join(", "), "at least one example", got));
         }
         let copies = needs.sampling().map_or(1, |s| s.samples_per_prompt);
-        let mut warnings = Vec::from_iter(tokenizer.and_then(|t| spelled(t, &records)));
-        let mut draws = s.batch_size / copies;
+        let warnings = Vec::from_iter(tokenizer.and_then(|t| spelled(t, &records)));
+        let draws = s.batch_size / copies;
         // A text twice in a step counts twice; a prompt has other samples each time.
-        if needs.sampling().is_none() && draws > data.len() {
-            let n = data.len();
-            warnings.push(format!(
-                "batch_size is {draws}, the data has {n} examples: a step takes each once"
-            ));
-            draws = n;
-        }
+        let draws = if needs.sampling().is_none() { draws.min(data.len()) } else { draws };
         Ok(Self {
             order: DrawOrder::new(data.len(), s.seed, s.shuffle),
             draws,

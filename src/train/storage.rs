@@ -84,7 +84,9 @@ impl Storage for Disk {
 
     fn append_after(&self, path: &Path, len: u64) -> io::Result<Box<dyn StorageFile>> {
         let file = OpenOptions::new().append(true).create(true).open(path)?;
-        file.set_len(len)?;
+        if file.metadata()?.len() != len {
+            file.set_len(len)?;
+        }
         Ok(Box::new(file))
     }
 
@@ -169,8 +171,7 @@ pub fn write_file(storage: &dyn Storage, path: &Path, content: &[u8]) -> Result<
     let mut aside = path.as_os_str().to_owned();
     aside.push(".tmp");
     let aside = Path::new(&aside);
-    let written = remove(storage, aside).and_then(|()| {
-        let mut file = storage.create(aside)?;
+    let written = storage.append_after(aside, 0).and_then(|mut file| {
         append_all(&mut *file, content)?;
         file.sync()?;
         storage.rename(aside, path)?;

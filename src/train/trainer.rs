@@ -32,6 +32,8 @@ pub struct Trainer<T: Element> {
     pub models: Models<T>,
     /// What the last step left, if the next one is to find it.
     guard: Option<Guard>,
+    /// What the frozen models hold, if they are verified.
+    frozen: Option<Guard>,
     /// Steps done. People count from 1: the next step is `step + 1` in messages and files.
     pub(super) step: u64,
     arena: Arena,
@@ -63,6 +65,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             host: dev.host(inputs.settings.threads),
             models: Models::load(dev, &inputs.settings, &inputs.models)?,
             guard: None,
+            frozen: None,
             step: 0,
             arena: Arena::new(dev, memory.shared())?,
             batch: Batch::with_capacity(inputs.sizes.scorer().rows),
@@ -117,17 +120,20 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     /// One optimizer step.
     ///
     /// # Errors
-    /// [`Error::Interrupted`] if a signal came before the first update: nothing has changed then.
+    /// [`Error::Interrupted`] if a signal came before the first update: no model has changed then.
     /// [`Error::BadNumber`] naming the quantity and its samples. The models may then be in the
     /// middle of the step: resume from a checkpoint.
     pub fn step(&mut self, seen: &mut dyn Observer) -> Result<StepReport> {
         let _phase = self.dev.span("step");
+        if self.inputs.settings.verify_every > 0 && self.frozen.is_none() {
+            self.frozen = Some(Guard::of_frozen(&self.dev, &self.models)?);
+        }
         self.verify()?;
         let mut data = self.inputs.source.draw(self.step);
         let done = self.step_on(&mut data, seen).map_err(|e| data.locate(e))?;
         self.sampled = self.inputs.needs.sampling().map(|_| data);
         check_metrics(&done.metrics, self.step)?;
-        let guard = self.verifies().then(|| Guard::new(&self.dev, &self.models, self.step));
+        let guard = self.verifies().then(|| Guard::of_trained(&self.dev, &self.models, self.step));
         self.guard = guard.transpose()?;
         Ok(done)
     }
@@ -143,7 +149,11 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     /// # Errors
     /// [`Error::Corrupt`] naming what changed.
     pub fn verify(&self) -> Result<()> {
-        self.guard.as_ref().map_or(Ok(()), |guard| guard.check(&self.dev, &self.models))
+        let Some(guard) = &self.guard else { return Ok(()) };
+        let (dev, models) = (&self.dev, &self.models);
+        guard.check(&Guard::of_trained(dev, models, guard.step)?, guard.step)?;
+        let frozen = self.frozen.as_ref();
+        frozen.map_or(Ok(()), |f| f.check(&Guard::of_frozen(dev, models)?, guard.step))
     }
 
     fn step_on(&mut self, data: &mut StepData, seen: &mut dyn Observer) -> Result<StepReport> {
@@ -345,7 +355,8 @@ impl<T: Element<Acc = f32>> Trainer<T> {
                 pass.score(&mut again, None)?;
                 let first = &mut watched[before];
                 let y = std::mem::replace(&mut first.numbers, Pending::now(Vec::new())).get()?;
-                if y.iter().zip(&again).any(|(a, b)| a.to_bits() != b.to_bits()) {
+                let bits = |x: &[f32]| x.iter().map(|x| x.to_bits()).collect::<Vec<u32>>();
+                if bits(&y) != bits(&again) {
                     let what =
                         format!("the {} of the {} model, computed again,", first.what, role.name);
                     return Err(Error::Corrupt { step: *step, what });

@@ -357,7 +357,7 @@ fn a_full_disk_is_named() {
     std::fs::remove_file(run.join("timing.jsonl")).unwrap();
     std::os::unix::fs::symlink("/dev/zero", run.join("timing.jsonl")).unwrap();
     let (code, text) = refused(&warpo(&args).output().unwrap());
-    assert!(code == 1 && text.contains("timing.jsonl: is no regular file"), "{text}");
+    assert!(code == 1 && text.contains("timing.jsonl: it is no regular file"), "{text}");
 }
 
 #[test]

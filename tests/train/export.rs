@@ -6,7 +6,7 @@ use serde_json::Value;
 
 use crate::support::{
     golden,
-    runs::{assert_same, copy, metrics, outcome, small, train},
+    runs::{assert_same, copy, metrics, outcome, small, train, warpo},
     temp_dir,
 };
 
@@ -70,10 +70,27 @@ fn a_model_takes_along_what_a_server_needs() {
 /// A reward model is scored with the EOS that it was trained with.
 #[test]
 fn a_reward_model_says_which_eos_its_texts_had() {
-    let dir = temp_dir("export_eos");
-    run(&dir, "reward", "a", &["eos_id=7"]).unwrap();
+    let dir = temp_dir("export_appended");
+    let lm = golden::path("../../examples/quickstart/model");
+    run(&dir, "reward", "a", &["eos_id=7", &format!("model={}", lm.display())]).unwrap();
     assert_eq!(warpo::train::appended_eos(&dir.join("a/final")), Some(7));
     assert_eq!(warpo::train::appended_eos(&golden::path("llama_tied/rm")), None);
+    // A text of `score` is rated with it; the language model's numbers do not change.
+    let rm = dir.join("a/final");
+    let data = dir.join("texts.jsonl");
+    fs::write(&data, "{\"text\": \"Once upon a time\"}\n").unwrap();
+    let score = |more: &[&str]| -> Value {
+        let out =
+            warpo(&[&["score", "--data", data.to_str().unwrap()], more].concat()).output().unwrap();
+        serde_json::from_slice(&out.stdout).unwrap()
+    };
+    let (rm, lm) = (rm.to_str().unwrap(), lm.to_str().unwrap());
+    let [rated, both] =
+        [&["--reward-model", rm][..], &["--model", lm, "--reward-model", rm]].map(score);
+    let alone = score(&["--model", lm]);
+    assert_eq!(rated["input_ids"].as_array().unwrap().last().unwrap(), 7);
+    assert_eq!((&both["reward"], &both["logprobs"]), (&rated["reward"], &alone["logprobs"]));
+    assert_eq!(both["input_ids"], alone["input_ids"]);
 }
 
 #[test]
