@@ -239,7 +239,7 @@ fn what_cannot_be_planned_is_refused() {
     let (code, message) = refuse("ppo", &["eval_data=x.jsonl"]);
     assert!(code == 2 && message.contains("`eval_data`: got x.jsonl, wanted none"), "{message}");
     // more memory than there is
-    let (code, message) = refuse("sft", &["micro_batch_tokens=100000000", "batch_size=1000000"]);
+    let (code, message) = refuse("ppo", &["micro_batch_tokens=100000000", "batch_size=1000000"]);
     assert!(code == 1 && message.starts_with("the run needs "), "{message}");
     assert_eq!(
         refuse("sft", &["threads=100000"]),
