@@ -82,10 +82,9 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
     let as_trained = Limits { eos: trained.or(limits.eos), ..limits };
     let records = data::read(&args.data)?;
     let rated = data::scored(&records, tokenizer.as_ref(), as_trained)?;
-    let data = match model {
-        Some(_) => data::scored(&records, tokenizer.as_ref(), limits)?,
-        None => rated.clone(),
-    };
+    let apart = model.is_some() && as_trained.eos != limits.eos;
+    let apart = apart.then(|| data::scored(&records, tokenizer.as_ref(), limits)).transpose()?;
+    let data = apart.as_ref().unwrap_or(&rated);
     let n = data.stats.truncated;
     if n > 0 {
         warn(&format!("{n} texts lost their end: longer than {max_length} tokens"));

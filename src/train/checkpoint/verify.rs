@@ -18,7 +18,7 @@ use crate::{
 /// The largest manifest that is read.
 const LIMIT: u64 = 256 << 20;
 
-/// The largest state that is read: parsed, JSON of any form has up to 36 times its text.
+/// The largest state that is read: parsed, JSON takes many times its text.
 const STATE_LIMIT: u64 = 16 << 20;
 
 /// A checkpoint whose every byte was verified.
