@@ -47,6 +47,7 @@ mod models {
     mod gradients;
     mod pass;
     mod stories;
+    mod trl;
     mod weights;
 }
 mod ops {
@@ -68,6 +69,7 @@ mod ops {
     mod rope;
     mod sample;
     mod scalar_head;
+    mod scale;
     mod token_loss;
     mod value_loss;
     mod whiten;

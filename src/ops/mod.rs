@@ -23,6 +23,7 @@ pub mod residual;
 pub mod rope;
 pub mod sample;
 pub mod scalar_head;
+pub mod scale;
 mod token_loss;
 pub mod value_loss;
 pub mod whiten;
