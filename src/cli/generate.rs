@@ -90,9 +90,11 @@ fn run_in<T: Element<Acc = f32>>(
     let records = data::read(&args.data)?;
     let data = data::prompts(&records, tokenizer.as_ref(), limits, Some(usize::MAX))?;
     let (prompts, stats) = (&data.sequences, data.stats);
-    let given = |at: &&data::Located| !prompts.iter().any(|p| p.place == at.place);
+    // They are in the order of the data.
+    let mut kept = prompts.iter().peekable();
+    let dropped = |at: &&data::Located| kept.next_if(|p| p.place == at.place).is_none();
     if stats.dropped > 0
-        && let Some(empty) = records.iter().find(given)
+        && let Some(empty) = records.iter().find(dropped)
     {
         return Err(empty.error("has no tokens to continue, wanted at least one"));
     }

@@ -2,7 +2,15 @@
 
 #![allow(unsafe_code)]
 
-use std::{ffi::CString, io, mem::MaybeUninit, os::unix::ffi::OsStrExt, path::Path};
+use std::{
+    ffi::CString,
+    io,
+    mem::MaybeUninit,
+    os::unix::ffi::OsStrExt,
+    path::{Path, PathBuf},
+};
+
+use crate::error::{Error, Result};
 
 /// Bytes that an ordinary user may still write to the file system that holds `path`.
 pub fn free_disk_bytes(path: &Path) -> io::Result<u64> {
@@ -18,14 +26,34 @@ pub fn free_disk_bytes(path: &Path) -> io::Result<u64> {
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
+/// An empty vector with room for `len` elements: out of memory is an error, not the end of the
+/// process. `what` names them.
+pub fn reserve<T>(what: &'static str, len: usize) -> Result<Vec<T>> {
+    let mut all = Vec::new();
+    let free = || free_memory_bytes().unwrap_or(0);
+    all.try_reserve_exact(len).map_err(|_| Error::Memory {
+        what,
+        want: len.saturating_mul(size_of::<T>()),
+        have: free(),
+    })?;
+    Ok(all)
+}
+
 /// Bytes of memory that can be taken without hurting others, swap included, or fewer if the
-/// container (a control group of version 2) has fewer; `None` where the system does not tell.
+/// container (a control group) has fewer; `None` where the system does not tell.
 pub fn free_memory_bytes() -> Option<usize> {
-    let own = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
-    // The one hierarchy of version 2: `0::/path`.
-    let own = own.lines().find_map(|line| line.strip_prefix("0::/")).unwrap_or_default();
-    let groups = Path::new(own).ancestors().map(|dir| Path::new("/sys/fs/cgroup").join(dir));
-    groups.filter_map(|dir| free_in_group(&dir)).chain(free_of_machine()).min()
+    let groups = std::fs::read_to_string("/proc/self/cgroup").unwrap_or_default();
+    let lines = || groups.lines().filter_map(|line| line.split_once(':')?.1.split_once(":/"));
+    let above = |root: &'static str, own: &str| -> Vec<PathBuf> {
+        Path::new(own).ancestors().map(|dir| Path::new(root).join(dir)).collect()
+    };
+    // The one hierarchy of version 2 has no name, that of version 1 is named by what it limits.
+    let unified = lines().find(|(of, _)| of.is_empty()).map_or("", |(_, own)| own);
+    let memory = lines().find(|(of, _)| of.split(',').any(|c| c == "memory"));
+    let unified = above("/sys/fs/cgroup", unified);
+    let memory = memory.map(|(_, own)| above("/sys/fs/cgroup/memory", own)).unwrap_or_default();
+    let groups = unified.iter().chain(&memory);
+    groups.filter_map(|dir| free_in_group(dir)).chain(free_of_machine()).min()
 }
 
 /// Bytes that are left to the processes of a control group that has a limit. Cached files give way.
@@ -37,10 +65,21 @@ pub fn free_in_group(dir: &Path) -> Option<usize> {
         let line = stat.lines().find_map(|l| l.strip_prefix(key)?.strip_prefix(' '));
         line.and_then(|n| n.trim().parse().ok()).unwrap_or(0)
     };
-    let cached: usize =
-        ["inactive_file", "active_file", "slab_reclaimable"].map(cached).iter().sum();
-    let used = number("memory.current")?.saturating_sub(cached);
-    Some(number("memory.max")?.saturating_sub(used))
+    // Of version 2, then of version 1, which has no number for none.
+    for (current, max, gives_way) in [
+        ("memory.current", "memory.max", ["inactive_file", "active_file", "slab_reclaimable"]),
+        (
+            "memory.usage_in_bytes",
+            "memory.limit_in_bytes",
+            ["total_inactive_file", "total_active_file", ""],
+        ),
+    ] {
+        let cached: usize = gives_way.map(cached).iter().sum();
+        if let (Some(used), Some(most)) = (number(current), number(max)) {
+            return Some(most.saturating_sub(used.saturating_sub(cached)));
+        }
+    }
+    None
 }
 
 fn free_of_machine() -> Option<usize> {

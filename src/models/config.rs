@@ -75,6 +75,15 @@ impl Config {
         self.json.get(key).filter(|v| !v.is_null())
     }
 
+    /// The same with whole numbers under keys that it does not have.
+    pub(super) fn with_defaults(&self, all: &[(&str, u64)]) -> Self {
+        let mut config = self.clone();
+        for (key, n) in all {
+            config.json.entry(*key).or_insert((*n).into());
+        }
+        config
+    }
+
     /// An error about a key.
     pub fn wrong(&self, key: &str, want: &str, got: &dyn std::fmt::Display) -> Error {
         Error::file(&self.path, format!("`{key}` is {got}, wanted {want}"))
@@ -217,7 +226,8 @@ impl Config {
                 | "qk_norm"
                 | "use_qk_norm"
                 | "use_sliding_window"
-                | "use_bidirectional_attention" => ("false", v == false),
+                | "use_bidirectional_attention"
+                | "use_mrope" => ("false", v == false),
                 // Without its use it says nothing.
                 "sliding_window" => ("null", self.get("use_sliding_window").is_some()),
                 "num_experts" | "num_local_experts" => ("0", v.as_u64() == Some(0)),

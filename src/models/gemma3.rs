@@ -21,6 +21,13 @@ pub(super) const FAMILY: Family = Family {
 };
 
 fn spec(c: &Config) -> Result<Spec> {
+    // The configs of models with a vision tower leave out what is as in the 4B model.
+    let c = &c.with_defaults(&[
+        ("vocab_size", 262_208),
+        ("num_attention_heads", 8),
+        ("num_key_value_heads", 4),
+        ("max_position_embeddings", 131_072),
+    ]);
     let defaults = RopeDefaults { theta: 1e6, ..RopeDefaults::default() };
     let base = gemma2::common(c)?;
     let window = c.window(Some(4096))?;

@@ -12,7 +12,7 @@ use super::{
     params::Axis,
 };
 use crate::{
-    device::{Buffer, Device, Element, Float, View, ViewMut},
+    device::{Buffer, Device, Element, Float, View, ViewMut, reserve},
     error::{Error, Result},
     ops::{matmul::Weight, norm::NormSpec, rope},
     rng::{Philox, Purpose},
@@ -230,7 +230,8 @@ impl<T: Element> Model<T> {
         if let Some(master) = &mut self.master {
             dev.write(master.tensor_mut(t), weights)?;
         }
-        let own: Vec<T> = weights.iter().map(|w| T::of(w.f64())).collect();
+        let mut own = reserve("a tensor to load", weights.len())?;
+        own.extend(weights.iter().map(|w| T::of(w.f64())));
         dev.write(self.params.tensor_mut(t), &own)
     }
 

@@ -16,7 +16,7 @@ use super::{
     weights::{Places, StoredRows, WEIGHTS_FILE, is_transposed, sources},
 };
 use crate::{
-    device::{Device, Element, Float, View},
+    device::{Device, Element, Float, View, reserve},
     error::{Error, Result},
 };
 
@@ -67,13 +67,8 @@ impl StoredTensor<'_> {
             });
         }
         let at = |r: usize, c: usize| all[places.rows[r] * places.stride + places.cols[c]];
-        let mut out = Vec::new();
-        // Out of memory at the end of a run is an error: the run's checkpoint is there.
-        out.try_reserve_exact(self.len()).map_err(|_| Error::Memory {
-            what: "a tensor to store",
-            want: self.len() * size_of::<F>(),
-            have: dev.host(1).free_memory().ok().flatten().unwrap_or(0),
-        })?;
+        // At the end of a run the run's checkpoint is there.
+        let mut out = reserve("a tensor to store", self.len())?;
         if self.transposed {
             out.extend(
                 (0..cols).flat_map(|c| rows.clone().map(move |r| (r, c))).map(|(r, c)| at(r, c)),

@@ -17,7 +17,7 @@ use super::{
     StoredWeight, family::by_rows, model::new_score,
 };
 use crate::{
-    device::{Device, Element, Float, file},
+    device::{Device, Element, Float, file, reserve},
     error::{Error, Result},
 };
 
@@ -290,6 +290,9 @@ pub fn load<T: Element>(dev: &Device, dir: &Path, options: LoadOptions) -> Resul
             continue;
         }
         out.clear();
+        if out.capacity() < t.len() {
+            out = reserve("a tensor to load", t.len())?;
+        }
         out.resize(t.len(), T::Acc::ZERO);
         let places = Places::of(family, t, model.spec());
         for source in sources(family, t, model.spec()) {

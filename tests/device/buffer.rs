@@ -5,7 +5,7 @@ use std::{
     panic::{AssertUnwindSafe, catch_unwind},
 };
 
-use crate::support::host;
+use crate::support::{host, temp_dir};
 use warpo::device::{Buffer, View, ViewMut, allocations};
 
 #[test]
@@ -86,4 +86,35 @@ fn views_may_be_read_on_other_threads() {
         halves.map(|t| t.join().unwrap()).into()
     });
     assert_eq!(sums.iter().sum::<u64>(), 99 * 50);
+}
+
+/// What a container may still take: files in memory give way. Of version 2, then of version 1.
+#[test]
+fn a_control_group_says_what_is_left() {
+    let dir = temp_dir("control_group");
+    let left = |files: &[(&str, &str)]| {
+        std::fs::remove_dir_all(&dir).unwrap();
+        std::fs::create_dir(&dir).unwrap();
+        for (name, text) in files {
+            std::fs::write(dir.join(name), text).unwrap();
+        }
+        warpo::device::free_in_group(&dir)
+    };
+    let stat = "anon 400\ninactive_file 30\nactive_file 20\nslab_reclaimable 5\n\
+                total_inactive_file 40\ntotal_active_file 1\n";
+    let v2 = [("memory.current", "500\n"), ("memory.max", "1000\n"), ("memory.stat", stat)];
+    assert_eq!(left(&v2), Some(1000 - (500 - 55)));
+    assert_eq!(left(&[v2[0], ("memory.max", "max\n"), v2[2]]), None);
+    let v1 = [("memory.usage_in_bytes", "500"), ("memory.limit_in_bytes", "450")];
+    assert_eq!(left(&v1), Some(0));
+    assert_eq!(left(&[v1[0], v1[1], v2[2]]), Some(0));
+    assert_eq!(left(&[v1[0], ("memory.limit_in_bytes", "600"), v2[2]]), Some(600 - (500 - 41)));
+    assert_eq!(left(&[]), None);
+}
+
+#[test]
+fn memory_that_there_is_not_is_an_error() {
+    let e = warpo::device::reserve::<u64>("a test", 1 << 45).unwrap_err().to_string();
+    assert!(e.contains("a test"), "{e}");
+    assert!(warpo::device::reserve::<u64>("a test", 3).unwrap().capacity() >= 3);
 }

@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 use warpo::{
     Error,
-    models::{FAMILIES, Head},
+    models::{Config, FAMILIES, Head, Layout},
 };
 
 use super::{
@@ -159,5 +159,167 @@ fn no_config_panics() {
                 }
             }
         }
+    }
+}
+
+/// Configs as the hub has them, and how many weights those models are known to have.
+#[test]
+fn configs_of_the_hub_are_understood() {
+    let llama = |more: Value| -> Value {
+        let mut config = json!({
+            "hidden_act": "silu", "rms_norm_eps": 1e-5, "use_cache": true, "torch_dtype": "bfloat16"
+        });
+        config.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        config
+    };
+    let llama3 = json!({
+        "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+        "original_max_position_embeddings": 8192, "rope_type": "llama3"
+    });
+    let factors: Vec<f64> = (0..48).map(|i| 1.0 + f64::from(i) / 16.0).collect();
+    for (name, config, want) in [
+        (
+            "Qwen2.5-0.5B",
+            llama(json!({
+                "model_type": "qwen2", "hidden_size": 896, "intermediate_size": 4864,
+                "num_hidden_layers": 24, "num_attention_heads": 14, "num_key_value_heads": 2,
+                "max_position_embeddings": 32768, "max_window_layers": 24, "sliding_window": 32768,
+                "use_sliding_window": false, "use_mrope": false, "rope_theta": 1e6,
+                "tie_word_embeddings": true, "vocab_size": 151936
+            })),
+            494_032_768,
+        ),
+        (
+            "Qwen3-0.6B",
+            llama(json!({
+                "model_type": "qwen3", "hidden_size": 1024, "intermediate_size": 3072,
+                "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8,
+                "head_dim": 128, "max_position_embeddings": 40960, "max_window_layers": 28,
+                "sliding_window": null, "use_sliding_window": false, "rope_theta": 1e6,
+                "rope_scaling": null, "attention_bias": false, "tie_word_embeddings": true,
+                "vocab_size": 151936
+            })),
+            596_049_920,
+        ),
+        (
+            "Llama-3.2-1B",
+            llama(json!({
+                "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
+                "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+                "head_dim": 64, "max_position_embeddings": 131072, "rope_theta": 500000.0,
+                "rope_scaling": llama3, "attention_bias": false, "mlp_bias": false,
+                "pretraining_tp": 1, "tie_word_embeddings": true, "vocab_size": 128256
+            })),
+            1_235_814_400,
+        ),
+        (
+            "Mistral-7B-v0.1",
+            llama(json!({
+                "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336,
+                "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+                "max_position_embeddings": 32768, "sliding_window": 4096, "rope_theta": 10000.0,
+                "tie_word_embeddings": false, "vocab_size": 32000
+            })),
+            7_241_732_096,
+        ),
+        (
+            "gemma-2-2b",
+            llama(json!({
+                "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216,
+                "num_hidden_layers": 26, "num_attention_heads": 8, "num_key_value_heads": 4,
+                "head_dim": 256, "hidden_act": "gelu_pytorch_tanh",
+                "hidden_activation": "gelu_pytorch_tanh", "cache_implementation": "hybrid",
+                "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0,
+                "query_pre_attn_scalar": 256, "sliding_window": 4096,
+                "max_position_embeddings": 8192, "rope_theta": 10000.0, "vocab_size": 256000
+            })),
+            2_614_341_888,
+        ),
+        (
+            "gemma-3-1b",
+            llama(json!({
+                "model_type": "gemma3_text", "hidden_size": 1152, "intermediate_size": 6912,
+                "num_hidden_layers": 26, "num_attention_heads": 4, "num_key_value_heads": 1,
+                "head_dim": 256, "hidden_activation": "gelu_pytorch_tanh",
+                "attn_logit_softcapping": null, "final_logit_softcapping": null,
+                "query_pre_attn_scalar": 256, "sliding_window": 512, "sliding_window_pattern": 6,
+                "max_position_embeddings": 32768, "rope_local_base_freq": 10000,
+                "rope_theta": 1000000, "rope_scaling": null, "vocab_size": 262144
+            })),
+            999_885_952,
+        ),
+        (
+            "gemma-3-4b, its text part",
+            json!({
+                "model_type": "gemma3", "vision_config": {}, "mm_tokens_per_image": 256,
+                "text_config": {
+                    "model_type": "gemma3_text", "hidden_size": 2560, "intermediate_size": 10240,
+                    "num_hidden_layers": 34, "sliding_window": 1024,
+                    "rope_scaling": { "factor": 8.0, "rope_type": "linear" }
+                }
+            }),
+            3_880_263_168,
+        ),
+        (
+            "Phi-4-mini",
+            llama(json!({
+                "model_type": "phi3", "hidden_size": 3072, "intermediate_size": 8192,
+                "num_hidden_layers": 32, "num_attention_heads": 24, "num_key_value_heads": 8,
+                "max_position_embeddings": 131072, "original_max_position_embeddings": 4096,
+                "partial_rotary_factor": 0.75, "rope_theta": 10000.0, "sliding_window": 262144,
+                "rope_scaling": { "type": "longrope", "long_factor": factors, "short_factor": factors },
+                "attention_bias": false, "tie_word_embeddings": true, "vocab_size": 200064
+            })),
+            3_836_021_760,
+        ),
+        (
+            "pythia-160m",
+            json!({
+                "model_type": "gpt_neox", "hidden_size": 768, "intermediate_size": 3072,
+                "num_hidden_layers": 12, "num_attention_heads": 12, "hidden_act": "gelu",
+                "max_position_embeddings": 2048, "rotary_pct": 0.25, "rotary_emb_base": 10000,
+                "use_parallel_residual": true, "layer_norm_eps": 1e-5,
+                "tie_word_embeddings": false, "vocab_size": 50304
+            }),
+            162_322_944,
+        ),
+        (
+            "SmolLM3-3B",
+            llama(json!({
+                "model_type": "smollm3", "hidden_size": 2048, "intermediate_size": 11008,
+                "num_hidden_layers": 36, "num_attention_heads": 16, "num_key_value_heads": 4,
+                "max_position_embeddings": 65536, "no_rope_layer_interval": 4,
+                "rope_theta": 5000000.0, "sliding_window": null, "use_sliding_window": false,
+                "pretraining_tp": 2, "vocab_size": 128256
+            })),
+            3_075_098_624,
+        ),
+        (
+            "OLMo-2-1124-7B",
+            llama(json!({
+                "model_type": "olmo2", "hidden_size": 4096, "intermediate_size": 11008,
+                "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 32,
+                "max_position_embeddings": 4096, "rope_theta": 500000, "rope_scaling": null,
+                "attention_bias": false, "tie_word_embeddings": false, "vocab_size": 100352
+            })),
+            7_298_617_344,
+        ),
+        (
+            "granite-3.1-2b",
+            llama(json!({
+                "model_type": "granite", "hidden_size": 2048, "intermediate_size": 8192,
+                "num_hidden_layers": 40, "num_attention_heads": 32, "num_key_value_heads": 8,
+                "attention_multiplier": 0.015625, "embedding_multiplier": 12.0,
+                "logits_scaling": 8.0, "residual_multiplier": 0.22, "rope_theta": 5000000.0,
+                "max_position_embeddings": 131072, "tie_word_embeddings": true, "vocab_size": 49155
+            })),
+            2_533_531_648,
+        ),
+    ] {
+        let config = Config::parse(&config.to_string(), name).unwrap();
+        let (_, spec) = config.spec().unwrap();
+        let layout = Layout::new(&spec, Head::Lm);
+        let got: usize = layout.tensors().iter().map(|t| t.len()).sum();
+        assert_eq!(got, want, "{name}");
     }
 }
