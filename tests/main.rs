@@ -55,6 +55,7 @@ mod ops {
     mod attention;
     mod bradley_terry;
     mod embedding;
+    mod experts;
     mod gae;
     mod grad_norm;
     mod kl;
@@ -66,6 +67,7 @@ mod ops {
     mod ppo_loss;
     mod residual;
     mod rope;
+    mod routing;
     mod sample;
     mod scalar_head;
     mod token_loss;
