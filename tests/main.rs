@@ -70,6 +70,7 @@ mod ops {
     mod routing;
     mod sample;
     mod scalar_head;
+    mod sinks;
     mod token_loss;
     mod value_loss;
     mod whiten;

@@ -300,8 +300,8 @@ fn loads<F: Float>(routes: &Routes<'_, F>) -> Vec<F> {
     ends.map(|at| F::of(f64::from(at[1] - at[0]) * each)).collect()
 }
 
-/// Writes `dlogits`, whose rows are [`width`](super::matmul::width)`(dev, experts)` apart and end in
-/// zeros, from `dweights`, the gradients of the weights in the order of the sorted pairs; and adds
+/// Writes `dlogits`, rows [`width`](super::matmul::width)`(dev, experts)` apart which end in
+/// zeros, from `dweights`, the gradients of the weights in the order of the sorted pairs, and adds
 /// `balance` times the gradient of a row's [`balance`] loss, of which `f` is a constant.
 ///
 /// The choice is a constant. With `p` the softmax that the weights are taken from, over a row's own
