@@ -3,8 +3,8 @@
 //!
 //! What [`attention`](super::attention) computes without them is turned into what it computes with
 //! them: `out * p` and `lse + ln(1 + exp(sink - lse))`, where `p = sigmoid(lse - sink)` is left for
-//! the positions. The gradients of queries, keys and values are then attention's own, of these `out`
-//! and `lse`: its probabilities are `exp(score - lse)`, and `sum_j p_j dp_j = dout . out`.
+//! the positions. The gradients of queries, keys and values are then attention's own, of these
+//! `out` and `lse`: its probabilities are `exp(score - lse)`, and `sum_j p_j dp_j = dout . out`.
 
 use crate::{
     device::{

@@ -548,10 +548,10 @@ fn on_devices() -> Vec<Mixture> {
     vec![
         of(0, 4, 2, 8, 8),
         of(1, 1, 1, 8, 8),
-        Mixture { bias: true, glu: CLAMPED, ..of(5, 16, 2, 24, 8) },
+        Mixture { bias: true, glu: CLAMPED, ..of(5, 16, 2, 24, 16) },
         of(20, 4, 4, 40, 72),
         Mixture { bias: true, ..of(70, 3, 1, 136, 40) },
-        Mixture { skew: 50.0, bias: true, glu: CLAMPED, ..of(140, 4, 1, 72, 40) },
+        Mixture { skew: 50.0, bias: true, glu: CLAMPED, ..of(140, 4, 1, 72, 48) },
         of(300, 2, 2, 72, 136),
     ]
 }
