@@ -13,8 +13,8 @@ impl<F> Out<F> {
     }
 }
 
-/// The products of `parts`, each with the row of C that its own rows begin at, on all threads: `C(i,
-/// j) = c[(first + i) * ldc + j]`. Every output is the chain that [`super::product`] makes.
+/// The products of `parts`, each with the row of C that its own rows begin at, on all threads:
+/// `C(i, j) = c[(first + i) * ldc + j]`. Every output is the chain that [`super::product`] makes.
 ///
 /// # Panics
 /// If a slice is too short for the sizes, or the parts do not follow each other in C.
