@@ -5,8 +5,8 @@
 //            rows[p] of it; gated: up [pairs, 2 n], y [pairs, n]; dw, dbias as w and bias, f32.
 //            scores: x [m, k], w [n, k], logits [m, n] f32. weights, dweights f32, by order[p] and
 //            by p
-//   tiling   a tile of an expert's pairs a block (include/tiles.cuh). Pairs of an expert are counted
-//            on the device alone: the grid has as many blocks as there may be tiles, and each finds
+//   tiling   a tile of an expert's pairs a block (include/tiles.cuh). Only the device has counted
+//            an expert's pairs: the grid has as many blocks as there may be tiles, and each finds
 //            its own among the offsets, 32 experts at a time. The gradient of weights: a tile of an
 //            expert's dw a block
 //   memory   as in matmul.cu for each expert; gathered rows are read from where they are

@@ -7,8 +7,8 @@
 //   tiling   choose, balance, backward: a warp a row. count, place: a block a share of pairs; scan:
 //            one block, a thread an expert. combine: a thread a packet of 16 bytes of y, or an
 //            element where a row is no whole number of packets (`width` 1)
-//   memory   choose reads the logits top + 2 times, all but one from L1; combine reads top rows of x
-//            and one of y or onto, and writes y: 2 (top + 2) bytes an element in bf16
+//   memory   choose reads the logits top + 2 times, all but one from L1; combine reads top rows of
+//            x and one of y or onto, and writes y: 2 (top + 2) bytes an element in bf16
 //   numerics all in f32. Of equal logits the lower expert is chosen, NaN before all. Weights: sums
 //            over slots in order, over experts in an order of their number alone. Sorting is by
 //            counting, stable. combine: slots in order, fused, then onto, rounded once
