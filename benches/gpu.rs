@@ -38,7 +38,7 @@ use warpo::{
         ppo_loss::{self, PpoLoss, PpoTokens},
         residual,
         rope::{self, Rope, Table},
-        sample,
+        sample, scale,
         value_loss::{self, ValueLoss, ValueTokens},
         whiten::{self, Moments, Variance},
     },
@@ -195,7 +195,7 @@ fn norms(b: &mut Bench) {
     let [mut mean, mut rstd] = [6, 7].map(|i| b.input::<f32>(i, rows));
     let [mut dw, mut db] = [8, 9].map(|i| b.input::<f32>(i, hidden));
     for (name, norm) in [("rms", Norm::Rms), ("layer", Norm::Layer)] {
-        let spec = NormSpec { norm, one_plus: false, eps: 1e-5, heads: 1 };
+        let spec = NormSpec { norm, one_plus: false, eps: 1e-5, heads: 1, unpadded: None };
         let layer = norm == Norm::Layer;
         let mut scratch = b.input::<f32>(10, norm::scratch_len(norm, rows, hidden));
         b.run(&format!("norm/{name}/forward"), 4 * n, |dev, i| {
@@ -240,7 +240,10 @@ fn elementwise(b: &mut Bench) {
         let (y, x) = (y[i].view_mut().range(0..n), x[i].view().range(0..n));
         residual::add(dev, y, x).unwrap();
     });
-    let table = Table::<f32>::new(&b.dev, &Rope::Plain { theta: 1e4 }, head_dim, rows).unwrap();
+    b.run("scale", 4 * n, |dev, i| {
+        scale::in_place(dev, y[i].view_mut().range(0..n), 1.0 + 1e-7, None).unwrap();
+    });
+    let table = Table::<f32>::new(&b.dev, &Rope::plain(1e4), head_dim, rows).unwrap();
     let positions = Buffer::of(&b.dev, "positions", &Vec::from_iter(0..rows as u32)).unwrap();
     b.run("rope", 4 * n, |dev, i| {
         let (x, at) = (y[i].view_mut().range(0..n), positions.view());

@@ -26,7 +26,7 @@ use warpo::{
         residual,
         rope::{self, Rope, Table},
         sample::{self, Draws},
-        scalar_head,
+        scalar_head, scale,
         value_loss::{self, ValueLoss, ValueTokens},
         whiten::{self, Moments, Variance},
     },
@@ -198,7 +198,7 @@ fn norms(c: &mut Criterion) {
     let (mut mean, mut rstd) = (vec![0.0; ROWS], vec![0.0; ROWS]);
     let (mut dw, mut db) = (vec![0.0; HIDDEN], vec![0.0; HIDDEN]);
     for (name, norm) in [("rms", Norm::Rms), ("layer", Norm::Layer)] {
-        let spec = NormSpec { norm, one_plus: false, eps: 1e-5, heads: 1 };
+        let spec = NormSpec { norm, one_plus: false, eps: 1e-5, heads: 1, unpadded: None };
         let layer = norm == Norm::Layer;
         let mut scratch = vec![0.0; norm::scratch_len(norm, ROWS, HIDDEN)];
         bench(&mut g, &format!("norm/{name}/forward/cpu/f32/2048x768"), moves(2 * n), || {
@@ -244,6 +244,9 @@ fn elementwise(c: &mut Criterion) {
     bench(&mut g, "residual/add/cpu/f32/2048x3072", moves(3 * n), || {
         residual::add(dev, (&mut y).into(), (&x).into()).unwrap();
     });
+    bench(&mut g, "scale/cpu/f32/2048x3072", moves(2 * n), || {
+        scale::in_place(dev, (&mut y).into(), 1.0 + 1e-7, None).unwrap();
+    });
     let (table, ids) =
         (randn(4, VOCAB * HIDDEN), (0..ROWS as u32).map(|r| r * 17).collect::<Vec<_>>());
     let (mut rows, mut dtable) = (vec![0.0; ROWS * HIDDEN], vec![0.0; VOCAB * HIDDEN]);
@@ -255,7 +258,7 @@ fn elementwise(c: &mut Criterion) {
         let (d, ids, order) = ((&mut dtable).into(), (&ids).into(), (&mut order).into());
         embedding::backward(dev, d, order, ids, (&rows).into(), HIDDEN).unwrap();
     });
-    let turn = Table::new(dev, &Rope::Plain { theta: 1e4 }, 64, ROWS).unwrap();
+    let turn = Table::new(dev, &Rope::plain(1e4), 64, ROWS).unwrap();
     let positions: Vec<u32> = (0..ROWS as u32).collect();
     bench(&mut g, "rope/forward/cpu/f32/2048x12x64", moves(2 * ROWS * HIDDEN), || {
         let x = (&mut rows).into();

@@ -1,7 +1,7 @@
 // RMSNorm and LayerNorm over the last axis: y[r,c] = n[r,c] * w[c] (+ b[c]). RMSNorm, number 0: n =
 // x * rstd, rstd[r] = 1 / sqrt(mean_c x[r,c]^2 + eps). LayerNorm, number 1: n = (x - mean) * rstd,
 // mean[r] = mean_c x[r,c], rstd[r] = 1 / sqrt(mean_c (x[r,c] - mean[r])^2 + eps). With `one_plus`
-// 1 + w stands for w.
+// 1 + w stands for w. RMSNorm's means run over `unpadded` of the cols: the others are 0.
 //   shapes   x, dx and y, dy: row r is `cols` elements of bf16 or f32 from r / heads * stride + r %
 //            heads * cols on; w, b [cols]; mean, rstd [rows] f32, kept; dw, db [cols] f32; partial
 //            [LAYER ? 2 : 1, ceil(rows / SHARE), cols] f32, scratch: first for dw, then for db
@@ -63,7 +63,7 @@ __device__ __forceinline__ void write_partial(float* out, const Elements<N> (&mi
 
 // Where rows are, in packets.
 struct Rows {
-    int rows, cols, heads, stride;
+    int rows, cols, unpadded, heads, stride;
 
     template <class T>
     __device__ __forceinline__ int64_t begin(int row) const {
@@ -88,7 +88,7 @@ static __device__ void forward(T* y, float* mean, float* rstd, const T* x, const
     float* room = shared.take<float>(THREADS / 32);
     const int rows = in.rows, cols = in.cols, packets = cols / N, lane = threadIdx.x % group;
     const int row = blockIdx.x * (THREADS / group) + threadIdx.x / group;
-    const int64_t from = in.begin<T>(row), to = Rows{rows, cols, in.heads, y_stride}.begin<T>(row);
+    const int64_t from = in.begin<T>(row), to = Rows{rows, cols, in.unpadded, in.heads, y_stride}.begin<T>(row);
     Elements<N> v[PACKETS<T>];
     float sum[1] = {0.0f}, squares[1] = {0.0f};
     for (int i = 0; i < PACKETS<T>; ++i) {
@@ -117,7 +117,7 @@ static __device__ void forward(T* y, float* mean, float* rstd, const T* x, const
     }
     group_sum(squares, group, room);
     if (row >= rows) return;
-    const float root = 1.0f / sqrtf(squares[0] / cols + eps);
+    const float root = 1.0f / sqrtf(squares[0] / (LAYER ? cols : in.unpadded) + eps);
     // NaN where squares overflowed: zeros would hide it.
     const float r = root + 0.0f / root;
     if (lane == 0) {
@@ -142,7 +142,7 @@ static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, 
                                 Rows in, int y_stride, int one_plus, int group, int add) {
     constexpr int N = Packet<T>::WIDTH, SUMS = LAYER ? 2 : 1;
     const int rows = in.rows, cols = in.cols, groups = THREADS / group, lane = threadIdx.x % group, packets = cols / N;
-    const Rows out = {rows, cols, in.heads, y_stride};
+    const Rows out = {rows, cols, in.unpadded, in.heads, y_stride};
     Shared shared;
     float* room = shared.take<float>(SUMS * THREADS / 32);
     float* sums = shared.take<float>(groups * cols);
@@ -191,7 +191,7 @@ static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, 
             }
         }
         group_sum(dots, group, room);
-        const float pull = LAYER ? dots[0] / cols : dots[0] / cols * r * r;
+        const float pull = LAYER ? dots[0] / cols : dots[0] / in.unpadded * r * r;
         for (int i = 0; i < PACKETS<T>; ++i) {
             const int p = lane + i * group;
             if (!there || p >= packets) continue;
@@ -221,14 +221,14 @@ static __device__ void backward(T* dx, float* partial, const T* dy, const T* x, 
 #define EACH_NORM(X) X(0, bf16) X(0, f32) X(1, bf16) X(1, f32)
 #define KERNELS(NORM, T) \
     KERNEL(THREADS, norm_forward_##NORM##_##T)(PACKED T* y, OPTIONAL float* mean, float* rstd, PACKED const T* x, \
-        PACKED const T* w, OPTIONAL PACKED const T* b, int rows, int cols, int heads, int x_stride, int y_stride, \
-        int one_plus, float eps, int group) { \
-        forward<NORM == 1>(y, mean, rstd, x, w, b, {rows, cols, heads, x_stride}, y_stride, one_plus, eps, group); \
+        PACKED const T* w, OPTIONAL PACKED const T* b, int rows, int cols, int unpadded, int heads, int x_stride, \
+        int y_stride, int one_plus, float eps, int group) { \
+        forward<NORM == 1>(y, mean, rstd, x, w, b, {rows, cols, unpadded, heads, x_stride}, y_stride, one_plus, eps, group); \
     } \
     KERNEL(THREADS, norm_backward_##NORM##_##T)(PACKED T* dx, float* partial, PACKED const T* dy, PACKED const T* x, \
-        PACKED const T* w, OPTIONAL const float* mean, const float* rstd, int rows, int cols, int heads, int x_stride, \
-        int y_stride, int one_plus, int group, int add) { \
-        backward<NORM == 1>(dx, partial, dy, x, w, mean, rstd, {rows, cols, heads, x_stride}, y_stride, one_plus, group, add); \
+        PACKED const T* w, OPTIONAL const float* mean, const float* rstd, int rows, int cols, int unpadded, int heads, \
+        int x_stride, int y_stride, int one_plus, int group, int add) { \
+        backward<NORM == 1>(dx, partial, dy, x, w, mean, rstd, {rows, cols, unpadded, heads, x_stride}, y_stride, one_plus, group, add); \
     }
 EACH_NORM(KERNELS)
 

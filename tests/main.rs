@@ -47,6 +47,7 @@ mod models {
     mod gradients;
     mod pass;
     mod stories;
+    mod trl;
     mod weights;
 }
 mod ops {
@@ -70,6 +71,7 @@ mod ops {
     mod routing;
     mod sample;
     mod scalar_head;
+    mod scale;
     mod sinks;
     mod token_loss;
     mod value_loss;

@@ -12,7 +12,7 @@ use crate::{
     device::{Arena, Device, Element},
     error::{Error, Result},
     eval,
-    models::{Head, Model},
+    models::{self, Config, Head, LoadOptions, Model},
     ops::sample,
     rng::{Purpose, Stream},
     rollout::{GenerationConfig, Generator, Prompt},
@@ -79,9 +79,9 @@ fn run_in<T: Element<Acc = f32>>(
     dev: &Device,
     sampling: sample::SamplingParams,
 ) -> Result<()> {
-    let model = Model::<T>::load(dev, &args.model, Head::Lm, None)?;
+    let (_, spec) = Config::read(&args.model)?.spec()?;
     let tokenizer = Tokenizer::open_if_there(&args.model)?;
-    let (spec, new) = (model.spec(), args.max_new_tokens as usize);
+    let new = args.max_new_tokens as usize;
     let Some(max_length) = spec.max_positions.checked_sub(new).filter(|n| *n > 0) else {
         let want = format!("less than the model's {} positions", spec.max_positions);
         return Err(Error::config("--max-new-tokens", want, new));
@@ -101,6 +101,9 @@ fn run_in<T: Element<Acc = f32>>(
         warn(&format!("{n} prompts lost their beginning: longer than {max_length} tokens"));
     }
     let longest = data.longest();
+    let options = LoadOptions { longest: Some(longest + new), ..LoadOptions::frozen(Head::Lm) };
+    let model: Model<T> = models::load(dev, &args.model, options)?;
+    let spec = model.spec();
     let reward_model = match &args.reward_model {
         None => None,
         Some(dir) => {

@@ -11,7 +11,7 @@ use crate::{
     device::{Arena, Device, Element},
     error::{Error, Result},
     eval,
-    models::{Batch, Head, Model},
+    models::{self, Batch, Config, Head, LoadOptions, Model},
     rollout::{Scorer, ScoringPass},
     train,
 };
@@ -55,22 +55,16 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
 
 /// [`run`] with models that compute in `T`.
 fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
-    let load = |d: &PathBuf| Model::<T>::load(dev, d, Head::Lm, None);
-    let model = args.model.as_ref().map(load).transpose()?;
+    let spec_of = |d: &PathBuf| Ok(Config::read(d)?.spec()?.1);
+    let dirs = [&args.model, &args.reward_model];
+    let specs = dirs.into_iter().flatten().map(spec_of).collect::<Result<Vec<_>>>()?;
     let Some(dir) = args.model.as_ref().or(args.reward_model.as_ref()) else {
         return Err(Error::config("--model", "a model or a reward model", "neither"));
     };
     let tokenizer = Tokenizer::open_if_there(dir)?;
-    let reward_model = match (&args.reward_model, &model) {
-        (None, _) => None,
-        (Some(dir), Some(model)) => {
-            Some(eval::load_reward_model(dev, dir, model.spec(), tokenizer.as_ref(), 0)?)
-        }
-        (Some(dir), None) => Some(Model::load(dev, dir, Head::Scalar, None)?),
-    };
-    let spec = model.iter().chain(&reward_model).map(Model::spec);
-    let (max_length, vocab) =
-        spec.fold((usize::MAX, usize::MAX), |(l, v), s| (l.min(s.max_positions), v.min(s.vocab)));
+    let (max_length, vocab) = specs
+        .iter()
+        .fold((usize::MAX, usize::MAX), |(l, v), s| (l.min(s.max_positions), v.min(s.vocab)));
     let eos = tokenizer.as_ref().and_then(|t| t.eos().first().copied());
     if args.eos && eos.is_none() {
         let want = format!("a tokenizer in {} that names an end of text", dir.display());
@@ -82,13 +76,28 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
     let as_trained = Limits { eos: trained.or(limits.eos), ..limits };
     let records = data::read(&args.data)?;
     let rated = data::scored(&records, tokenizer.as_ref(), as_trained)?;
-    let apart = model.is_some() && as_trained.eos != limits.eos;
+    let apart = args.model.is_some() && as_trained.eos != limits.eos;
     let apart = apart.then(|| data::scored(&records, tokenizer.as_ref(), limits)).transpose()?;
     let data = apart.as_ref().unwrap_or(&rated);
     let n = data.stats.truncated;
     if n > 0 {
         warn(&format!("{n} texts lost their end: longer than {max_length} tokens"));
     }
+    let longest = data.longest().max(rated.longest());
+    let model = args.model.as_ref().map(|dir| {
+        let options = LoadOptions { longest: Some(longest), ..LoadOptions::frozen(Head::Lm) };
+        models::load::<T>(dev, dir, options)
+    });
+    let model = model.transpose()?;
+    let reward_model = args.reward_model.as_ref().map(|dir| {
+        let options = LoadOptions { longest: Some(longest), ..LoadOptions::frozen(Head::Scalar) };
+        let loaded: Model<T> = models::load(dev, dir, options)?;
+        if let Some(model) = &model {
+            eval::check_reward_model(dir, loaded.spec(), model.spec(), tokenizer.as_ref(), 0)?;
+        }
+        Ok(loaded)
+    });
+    let reward_model = reward_model.transpose()?;
     let score = Score { dev, tokenizer, model, reward_model, temperature: args.temperature };
     let (mut rest, mut rated) = (&data.sequences[..], &rated.sequences[..]);
     // All lines have the format of the first.

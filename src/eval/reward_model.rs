@@ -6,7 +6,7 @@ use crate::{
     data::Tokenizer,
     device::{Device, Element},
     error::{Error, Result},
-    models::{Head, Model, Spec},
+    models::{Head, LoadOptions, Model, Spec, load},
 };
 
 /// Loads the reward model in `dir`, which shall rate texts of up to `longest` tokens by a policy.
@@ -17,7 +17,8 @@ pub fn load_reward_model<T: Element>(
     tokenizer: Option<&Tokenizer>,
     longest: usize,
 ) -> Result<Model<T>> {
-    let model = Model::load(dev, dir, Head::Scalar, None)?;
+    let options = LoadOptions { longest: Some(longest), ..LoadOptions::frozen(Head::Scalar) };
+    let model = load(dev, dir, options)?;
     check_reward_model(dir, model.spec(), policy, tokenizer, longest)?;
     Ok(model)
 }

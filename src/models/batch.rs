@@ -2,7 +2,7 @@
 
 use std::{borrow::Cow, ops::Range};
 
-use super::{BatchRows, PassShape, Spec};
+use super::{BatchRows, PassShape, Spec, spec::WINDOWS};
 use crate::{
     device::{Buffer, Device, Scope, View},
     error::Result,
@@ -165,11 +165,13 @@ impl Batch {
         spec: &Spec,
         pages: usize,
     ) -> Result<Staged<'a>> {
-        let shape = spec.attention();
-        let (segments, list) = self.segments(shape.page(dev));
-        let partition = Partition::new(dev, &shape, &segments, &list, pages)?;
+        let (segments, list) = self.segments(spec.attention().page(dev));
+        let mut partitions = <[Partition; WINDOWS]>::default();
+        for (partition, shape) in partitions.iter_mut().zip(spec.attentions()) {
+            partition.set(dev, &shape, &segments, &list, pages)?;
+        }
         let ids = Cow::Borrowed(&self.ids[..]);
-        let mut staged = Staged { batch: self, ids, segments, list, partition, words: None };
+        let mut staged = Staged { batch: self, ids, segments, list, partitions, words: None };
         if let Device::Cuda(_) = dev {
             let mut all = Vec::new();
             for column in staged.columns() {
@@ -198,7 +200,7 @@ impl Batch {
     }
 }
 
-const WORDS: &str = "ids, positions and partition of a batch";
+const WORDS: &str = "ids, positions and partitions of a batch";
 
 /// Columns begin at multiples of this many words: a cache line.
 const LINE: usize = 16;
@@ -211,7 +213,8 @@ pub struct Staged<'a> {
     ids: Cow<'a, [u32]>,
     segments: Vec<Segment>,
     list: Vec<u32>,
-    partition: Partition,
+    /// One for each of [`Spec::windows`].
+    partitions: [Partition; WINDOWS],
     /// All columns, one after another, on a CUDA device.
     words: Option<Buffer<'a, u32>>,
 }
@@ -225,21 +228,24 @@ impl<'a> Staged<'a> {
         pass_shape: PassShape,
     ) -> Result<()> {
         let Device::Cuda(_) = dev else { return Ok(()) };
-        let shape = spec.attention();
         let PassShape { rows, sequences, selected, cached } = pass_shape;
-        let partition = attention::most_words(dev, &shape, rows, sequences, cached.max(1));
+        let mut partitions = [0; WINDOWS];
+        for (words, shape) in partitions.iter_mut().zip(spec.attentions()) {
+            *words = attention::most_words(dev, &shape, rows, sequences, cached.max(1));
+        }
+        let [first, second] = partitions;
         let pages = pass_shape.pages(dev, spec);
         // A pass over whole sequences reads no drawn tokens.
         let drawn = if cached > 0 { sequences } else { 0 };
-        let words = [rows, rows, selected, selected, pages, partition, drawn, drawn];
+        let words = [rows, rows, selected, selected, pages, first, second, drawn, drawn];
         let words: usize = words.iter().map(|n| n.next_multiple_of(LINE)).sum();
         scope.alloc::<u32>(WORDS, words).map(drop)
     }
 
-    fn columns(&self) -> [&[u32]; 8] {
+    fn columns(&self) -> [&[u32]; 9] {
         let (b, [rows, from]) = (self.batch, &self.batch.drawn);
-        let partition = self.partition.words();
-        [&self.ids, &b.positions, &b.selected, &b.targets, &self.list, partition, rows, from]
+        let [first, second] = self.partitions.each_ref().map(Partition::words);
+        [&self.ids, &b.positions, &b.selected, &b.targets, &self.list, first, second, rows, from]
     }
 
     /// Where a column is among the words.
@@ -262,7 +268,7 @@ impl<'a> Staged<'a> {
         if rows.is_empty() {
             return Ok(());
         }
-        let [ids, rows_at, from_at] = [0, 6, 7].map(|i| self.place(i));
+        let [ids, rows_at, from_at] = [0, 7, 8].map(|i| self.place(i));
         match &mut self.words {
             None => {
                 let ids = self.ids.to_mut().into();
@@ -280,8 +286,11 @@ impl<'a> Staged<'a> {
 
     /// What the forward pass reads.
     pub fn rows(&self) -> BatchRows<'_> {
-        let partition = self.words.as_ref().map(|_| (&self.partition, self.column(5)));
-        let attention = SegmentBatch { segments: &self.segments, pages: self.column(4), partition };
+        let attention = [0, 1].map(|i| {
+            let words = self.words.as_ref();
+            let partition = words.map(|_| (&self.partitions[i], self.column(5 + i)));
+            SegmentBatch { segments: &self.segments, pages: self.column(4), partition }
+        });
         let [ids, positions, selected] = [0, 1, 2].map(|i| self.column(i));
         BatchRows { ids, positions, attention, selected }
     }

@@ -7,8 +7,11 @@ use serde_json::Value;
 use crate::{
     device::file,
     error::{Error, Result},
-    ops::{activation::Activation, rope::Rope},
+    ops::activation::Activation,
 };
+
+/// The most blocks of a model.
+pub(super) const MOST_LAYERS: usize = 1 << 12;
 
 /// The largest `config.json` that is read.
 const LIMIT: u64 = 1 << 20;
@@ -18,6 +21,10 @@ const LIMIT: u64 = 1 << 20;
 pub struct Config {
     path: PathBuf,
     json: serde_json::Map<String, Value>,
+    /// See [`Config::for_sequences`].
+    longest: Option<usize>,
+    /// It is the text part of a model that has others.
+    nested: bool,
 }
 
 impl Config {
@@ -31,10 +38,32 @@ impl Config {
     pub fn parse(text: &str, path: impl Into<PathBuf>) -> Result<Self> {
         let path = path.into();
         match serde_json::from_str(text) {
-            Ok(Value::Object(json)) => Ok(Self { path, json }),
+            Ok(Value::Object(json)) => {
+                let nested = json.get("text_config").is_some_and(Value::is_object);
+                let json = if nested { text_part(json) } else { json };
+                Ok(Self { path, json, longest: None, nested })
+            }
             Ok(other) => Err(Error::file(path, format!("wanted a JSON object, got {other}"))),
             Err(e) => Err(Error::file(path, format!("not JSON: {e}"))),
         }
+    }
+
+    /// The same model for sequences of at most `longest` tokens. Some rotary embeddings are chosen
+    /// by the longest sequence; transformers looks at each batch, so that a row sees its batch, and
+    /// here it is the longest of the whole run.
+    pub fn for_sequences(self, longest: usize) -> Self {
+        Self { longest: Some(longest), ..self }
+    }
+
+    /// The longest sequence of the run, if it was said.
+    pub fn longest(&self) -> Option<usize> {
+        self.longest
+    }
+
+    /// Whether it is the text part of a model that also sees or hears. What is saved is that part,
+    /// a model of its own.
+    pub fn is_nested(&self) -> bool {
+        self.nested
     }
 
     /// The JSON, for saving with some keys replaced.
@@ -42,7 +71,7 @@ impl Config {
         &self.json
     }
 
-    fn get(&self, key: &str) -> Option<&Value> {
+    pub(super) fn get(&self, key: &str) -> Option<&Value> {
         self.json.get(key).filter(|v| !v.is_null())
     }
 
@@ -57,7 +86,7 @@ impl Config {
         Error::file(&self.path, format!("`{key}` = {got} is not supported, wanted {want}"))
     }
 
-    fn missing(&self, key: &str) -> Error {
+    pub(super) fn missing(&self, key: &str) -> Error {
         Error::file(&self.path, format!("`{key}` is missing"))
     }
 
@@ -74,6 +103,17 @@ impl Config {
     /// An optional whole number; null counts as absent.
     pub fn usize_opt(&self, key: &str) -> Result<Option<usize>> {
         self.get(key).map(|v| self.read_usize(key, v)).transpose()
+    }
+
+    /// A whole number with a default.
+    pub fn usize_or(&self, key: &str, default: usize) -> Result<usize> {
+        Ok(self.usize_opt(key)?.unwrap_or(default))
+    }
+
+    /// An optional number; null counts as absent.
+    pub fn f64_opt(&self, key: &str) -> Result<Option<f64>> {
+        let number = |v: &Value| v.as_f64().ok_or_else(|| self.wrong(key, "a number", v));
+        self.get(key).map(number).transpose()
     }
 
     /// A number with a default.
@@ -119,13 +159,49 @@ impl Config {
             .ok_or_else(|| self.unsupported(key, "gelu_new, gelu, silu, relu or quick_gelu"))
     }
 
+    /// `sliding_window`, which is `default` where the key is absent, and none where it is null.
+    pub fn window(&self, default: Option<u32>) -> Result<Option<u32>> {
+        const KEY: &str = "sliding_window";
+        match self.json.get(KEY) {
+            None => Ok(default),
+            Some(Value::Null) => Ok(None),
+            Some(v) => {
+                let n = v.as_u64().and_then(|n| u32::try_from(n).ok()).filter(|n| *n > 0);
+                n.map(Some).ok_or_else(|| self.wrong(KEY, "a positive whole number or null", v))
+            }
+        }
+    }
+
+    /// Which of `layers` blocks see a window only: `layer_types`, or as `default` says of a block.
+    pub fn sliding(&self, layers: usize, default: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
+        const KEY: &str = "layer_types";
+        if layers > MOST_LAYERS {
+            let want = format!("a number from 1 to {MOST_LAYERS}");
+            return Err(self.wrong("number of layers", &want, &layers));
+        }
+        let Some(v) = self.get(KEY) else { return Ok((0..layers).map(default).collect()) };
+        let kind = |v: &Value| match v.as_str() {
+            Some("sliding_attention") => Ok(true),
+            Some("full_attention") => Ok(false),
+            _ => Err(self.wrong(KEY, "sliding_attention or full_attention", v)),
+        };
+        let all: Vec<bool> = v.as_array().into_iter().flatten().map(kind).collect::<Result<_>>()?;
+        if all.len() != layers {
+            let want = format!("one for each of {layers} layers");
+            return Err(self.wrong(KEY, &want, &format!("{} long", all.len())));
+        }
+        Ok(all)
+    }
+
     /// Refuses keys of other models that change what is computed, unless they have the value that
-    /// changes nothing: a key is computed or named.
-    pub fn check_computed(&self) -> Result<()> {
+    /// changes nothing or are among the `own` ones, which the family computes: a key is computed or
+    /// named.
+    pub fn check_computed(&self, own: &[&str]) -> Result<()> {
         let all = |v: &Value, good: &dyn Fn(&Value) -> bool| {
             v.as_array().is_some_and(|all| all.iter().all(good))
         };
-        for (key, v) in self.json.iter().filter(|(_, v)| !v.is_null()) {
+        let others = self.json.iter().filter(|(key, v)| !v.is_null() && !own.contains(&&***key));
+        for (key, v) in others {
             let (want, fine) = match &**key {
                 "partial_rotary_factor"
                 | "rotary_pct"
@@ -137,7 +213,11 @@ impl Config {
                 "layer_types" => {
                     ("full_attention for each layer", all(v, &|x| x == "full_attention"))
                 }
-                "alibi" | "qk_norm" | "use_qk_norm" | "use_sliding_window" => ("false", v == false),
+                "alibi"
+                | "qk_norm"
+                | "use_qk_norm"
+                | "use_sliding_window"
+                | "use_bidirectional_attention" => ("false", v == false),
                 // Without its use it says nothing.
                 "sliding_window" => ("null", self.get("use_sliding_window").is_some()),
                 "num_experts" | "num_local_experts" => ("0", v.as_u64() == Some(0)),
@@ -147,6 +227,7 @@ impl Config {
                 | "query_pre_attn_scalar"
                 | "clip_qkv"
                 | "rope_local_base_freq"
+                | "llama_4_scaling"
                 | "quantization_config" => ("null", false),
                 _ => continue,
             };
@@ -156,68 +237,24 @@ impl Config {
         }
         Ok(())
     }
+}
 
-    /// Rotary positions: `rope_parameters` of transformers 5, or `rope_theta` and `rope_scaling`
-    /// of version 4 and before.
-    pub fn rope(&self) -> Result<Rope> {
-        let key =
-            if self.get("rope_parameters").is_some() { "rope_parameters" } else { "rope_scaling" };
-        let empty = serde_json::Map::new();
-        let scaling = match self.get(key) {
-            None => &empty,
-            Some(Value::Object(map)) => map,
-            Some(other) => return Err(self.wrong(key, "an object", other)),
-        };
-        // Outside, frequencies or their reciprocals leave f32.
-        let positive = |name: &str, v: &Value| {
-            let x = v.as_f64().filter(|x| (1e-3..=1e15).contains(x));
-            x.ok_or_else(|| self.wrong(name, "a number from 0.001 to 1e15", v))
-        };
-        let number = |name: &str| {
-            let full = format!("{key}.{name}");
-            positive(&full, scaling.get(name).ok_or_else(|| self.missing(&full))?)
-        };
-        let theta = match (scaling.get("rope_theta"), self.get("rope_theta")) {
-            (Some(_), _) => number("rope_theta")?,
-            (None, Some(v)) => positive("rope_theta", v)?,
-            (None, None) => 10_000.0,
-        };
-        // "type" is the oldest spelling
-        let kind = scaling.get("rope_type").or_else(|| scaling.get("type"));
-        let kind = kind.filter(|v| !v.is_null()).map_or(Some("default"), Value::as_str);
-        let kind = kind.unwrap_or("no string");
-        for (name, v) in scaling.iter().filter(|(_, v)| !v.is_null()) {
-            let known = match &**name {
-                "rope_theta" | "rope_type" | "type" => true,
-                "partial_rotary_factor" => v.as_f64() == Some(1.0),
-                "factor"
-                | "low_freq_factor"
-                | "high_freq_factor"
-                | "original_max_position_embeddings" => kind == "llama3",
-                _ => false,
-            };
-            if !known && ["default", "llama3"].contains(&kind) {
-                let want = format!("no such key for rope_type {kind}");
-                return Err(self.wrong(&format!("{key}.{name}"), &want, v));
-            }
-        }
-        match kind {
-            "default" => Ok(Rope::Plain { theta }),
-            "llama3" => {
-                let (low, high) = (number("low_freq_factor")?, number("high_freq_factor")?);
-                if low >= high {
-                    let want = format!("above low_freq_factor = {low}");
-                    return Err(self.wrong(&format!("{key}.high_freq_factor"), &want, &high));
-                }
-                Ok(Rope::Llama3 {
-                    theta,
-                    factor: number("factor")?,
-                    low_freq_factor: low,
-                    high_freq_factor: high,
-                    original_max_position: number("original_max_position_embeddings")?,
-                })
-            }
-            other => Err(self.wrong(&format!("{key}.rope_type"), "default or llama3", &other)),
+/// The text part of the config of a model that has others, with what stands beside it.
+fn text_part(mut json: serde_json::Map<String, Value>) -> serde_json::Map<String, Value> {
+    let Some(Value::Object(mut text)) = json.remove("text_config") else { return json };
+    for key in [
+        "bos_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "tie_word_embeddings",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "quantization_config",
+    ] {
+        if let (false, Some(v)) = (text.contains_key(key), json.remove(key)) {
+            text.insert(key.into(), v);
         }
     }
+    text
 }

@@ -1,7 +1,10 @@
 //! How Hugging Face stores the models of a family.
 
-use super::{Config, FAMILIES, ParamKind, Position, Spec};
-use crate::{error::Result, ops::attention::MAX_HEAD_DIM};
+use super::{Config, FAMILIES, ParamKind, Spec, Widths, config::MOST_LAYERS, spec::WINDOWS};
+use crate::{
+    error::Result,
+    ops::{attention::MAX_HEAD_DIM, rope::Frequencies},
+};
 
 /// A family: its names in files, and how its `config.json` becomes a [`Spec`].
 #[derive(Debug)]
@@ -17,6 +20,8 @@ pub struct Family {
     pub weights: &'static [StoredWeight],
     /// Endings of stored tensors that are no weights, such as mask buffers.
     pub ignored: &'static [&'static str],
+    /// Keys of `config.json` that it computes, and others must not have.
+    pub computes: &'static [&'static str],
     pub spec: fn(&Config) -> Result<Spec>,
 }
 
@@ -26,18 +31,44 @@ pub struct StoredWeight {
     pub kind: ParamKind,
     /// Names with `{}` for the layer. Several tensors are parts of the weight's rows, in order.
     pub names: &'static [&'static str],
-    /// Stored `[in, out]`.
-    pub transposed: bool,
+    pub order: StoredOrder,
+}
+
+/// In which order the numbers of a weight are stored.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum StoredOrder {
+    /// `[out, in]`, as it is computed with.
+    Rows,
+    /// `[in, out]`
+    Columns,
+    /// `[out, in]` with the query, key and value of the first head, then those of the next.
+    Heads,
+}
+
+impl StoredOrder {
+    /// Where stored row `i` of queries, keys and values is among those of all heads in order.
+    pub(super) fn row(self, spec: &Spec, i: usize) -> usize {
+        let Widths { head_dim: d, .. } = spec.widths();
+        match self {
+            Self::Heads => (i / d % 3 * spec.q_heads + i / d / 3) * d + i % d,
+            Self::Rows | Self::Columns => i,
+        }
+    }
 }
 
 /// A weight that is stored `[out, in]`, as it is computed with.
 pub(super) const fn by_rows(kind: ParamKind, names: &'static [&'static str]) -> StoredWeight {
-    StoredWeight { kind, names, transposed: false }
+    StoredWeight { kind, names, order: StoredOrder::Rows }
 }
 
 /// A weight that is stored `[in, out]`.
 pub(super) const fn by_columns(kind: ParamKind, names: &'static [&'static str]) -> StoredWeight {
-    StoredWeight { kind, names, transposed: true }
+    StoredWeight { kind, names, order: StoredOrder::Columns }
+}
+
+/// Queries, keys and values that are stored head by head.
+pub(super) const fn by_heads(kind: ParamKind, names: &'static [&'static str]) -> StoredWeight {
+    StoredWeight { kind, names, order: StoredOrder::Heads }
 }
 
 impl Config {
@@ -46,15 +77,22 @@ impl Config {
         let kind = self.text("model_type")?;
         let Some(family) = FAMILIES.iter().find(|f| f.model_type == kind) else {
             let known: Vec<_> = FAMILIES.iter().map(|f| f.model_type).collect();
-            return Err(self.wrong("model_type", &format!("one of {known:?}"), &kind));
+            return Err(self.wrong("model_type", &format!("one of {}", known.join(", ")), &kind));
         };
-        self.check_computed()?;
-        let spec = (family.spec)(self)?;
+        self.check_computed(family.computes)?;
+        let mut spec = (family.spec)(self)?;
+        for rope in &spec.ropes {
+            // Such a model goes on behind the positions of its pretraining.
+            if let Frequencies::Dynamic { factor, max_position, .. } = rope.frequencies {
+                let room = (factor * max_position) as usize;
+                spec.max_positions = self.longest().unwrap_or(room).max(spec.max_positions);
+            }
+        }
         // The bounds keep the bytes of all weights inside 64 bits.
         for (key, n, most) in [
             ("vocab_size", spec.vocab, 1 << 24),
             ("hidden size", spec.hidden, 1 << 20),
-            ("number of layers", spec.layers, 1 << 12),
+            ("number of layers", spec.layers, MOST_LAYERS),
             ("number of heads", spec.q_heads, 1 << 16),
             ("number of key-value heads", spec.kv_heads, 1 << 16),
             ("head_dim", spec.head_dim, MAX_HEAD_DIM),
@@ -72,8 +110,50 @@ impl Config {
             let want = format!("a divisor of the {} query heads", spec.q_heads);
             return Err(self.wrong("number of key-value heads", &want, &spec.kv_heads));
         }
-        if !spec.head_dim.is_multiple_of(2) && matches!(spec.position, Position::Rope(_)) {
+        let odd = !spec.rotary_dim.is_multiple_of(2) || spec.rotary_dim < 2;
+        if odd && !spec.ropes.is_empty() {
             return Err(self.wrong("head_dim", "an even number", &spec.head_dim));
+        }
+        for rope in &spec.ropes {
+            let pairs = spec.rotary_dim / 2;
+            match &rope.frequencies {
+                Frequencies::Listed { factors } if factors.len() != pairs => {
+                    let want = format!("{pairs} numbers in each list");
+                    return Err(self.wrong("longrope", &want, &factors.len()));
+                }
+                Frequencies::Dynamic { .. } if pairs < 2 => {
+                    return Err(self.wrong("head_dim", "4 or more to rotate", &spec.rotary_dim));
+                }
+                _ => {}
+            }
+        }
+        let scales = spec.scales;
+        for (what, x) in [
+            ("factor on embeddings", Some(scales.embedding)),
+            ("factor on the residual stream", Some(scales.residual)),
+            ("factor on attention scores", scales.scores),
+            ("soft-cap of attention scores", scales.score_cap),
+            ("divisor of logits", Some(scales.logits)),
+            ("soft-cap of logits", scales.logit_cap),
+        ] {
+            if let Some(x) = x.filter(|x| !(1e-6..=1e6).contains(x)) {
+                return Err(self.wrong(what, "a number from 1e-6 to 1e6", &x));
+            }
+        }
+        if spec.parallel && (spec.norms_after() || scales.residual != 1.0) {
+            let want = "neither norms after them nor a factor";
+            return Err(self.wrong("parallel blocks", want, &format!("{:?}", spec.block_norms)));
+        }
+        if scales.logits != 1.0 && scales.logit_cap.is_some() {
+            return Err(self.wrong("divisor of logits", "1 beside a soft-cap", &scales.logits));
+        }
+        if spec.blocks.len() > 1 && spec.blocks.len() != spec.layers {
+            let want = format!("one for each of {} layers", spec.layers);
+            return Err(self.wrong("kinds of layers", &want, &spec.blocks.len()));
+        }
+        if spec.windows().len() > WINDOWS {
+            let want = format!("at most {WINDOWS}");
+            return Err(self.wrong("windows", &want, &spec.windows().len()));
         }
         Ok((family, spec))
     }

@@ -2,7 +2,7 @@
 //! head, weights stored `[in, out]`.
 
 use super::{
-    Config, Family, Mlp, Norm, ParamKind, Position, Spec,
+    BlockKind, BlockNorms, Config, Family, Mlp, Norm, ParamKind, Scales, Spec,
     family::{by_columns, by_rows},
 };
 use crate::error::Result;
@@ -31,6 +31,7 @@ pub(super) const FAMILY: Family = Family {
         by_rows(ParamKind::FinalNormBias, &["ln_f.bias"]),
     ],
     ignored: &[".attn.bias", ".attn.masked_bias"],
+    computes: &[],
     spec,
 };
 
@@ -47,23 +48,32 @@ fn spec(c: &Config) -> Result<Spec> {
     }
     let hidden = c.usize("n_embd")?;
     let heads = c.usize("n_head")?;
+    let head_dim = c.divide("n_embd", hidden, "n_head", heads)?;
     Ok(Spec {
         vocab: c.usize("vocab_size")?,
         hidden,
         layers: c.usize("n_layer")?,
         q_heads: heads,
         kv_heads: heads,
-        head_dim: c.divide("n_embd", hidden, "n_head", heads)?,
+        head_dim,
         mlp_hidden: c.usize_opt("n_inner")?.unwrap_or(hidden.saturating_mul(4)),
         max_positions: c.usize("n_positions")?,
+        learned_positions: true,
+        ropes: Vec::new(),
+        rotary_dim: head_dim,
+        blocks: vec![BlockKind::default()],
         norm: Norm::Layer,
         norm_eps: c.f64_or("layer_norm_epsilon", 1e-5)?,
-        position: Position::Learned,
+        norm_one_plus: false,
+        block_norms: BlockNorms::Before,
+        qk_norm: None,
+        parallel: false,
         mlp: Mlp::Plain(c.activation("activation_function", "gelu_new")?),
         qkv_bias: true,
         out_bias: true,
         mlp_bias: true,
         tied: c.bool_or("tie_word_embeddings", true)?,
+        scales: Scales::NONE,
         unpadded: None,
     })
 }

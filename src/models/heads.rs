@@ -9,7 +9,7 @@ use crate::{
         logprob::{self, LmHead, LogitSettings, Sampled, Slopes},
         matmul,
         sample::{self, Draws, Logits},
-        scalar_head,
+        scalar_head, scale,
     },
     rng::Stream,
 };
@@ -97,7 +97,8 @@ impl<'s, T: Element> HeadOutputs<'s, T> {
             lse: self.lse.view_mut(),
             entropy: self.entropy.as_mut().map(Buffer::view_mut),
         };
-        let head = LmHead { w: model.lm_head(dev)?.packed, settings: settings(temperature) };
+        let settings = settings(model.spec(), temperature);
+        let head = LmHead { w: model.lm_head(dev)?.packed, settings };
         logprob::forward(dev, out, h, head, targets, self.scratch.view_mut())
     }
 
@@ -118,7 +119,7 @@ impl<'s, T: Element> HeadOutputs<'s, T> {
             return scalar_head::backward(dev, dh, dw, self.dy.view(), h, model.score_head()?);
         }
         let Linear { at, weight: w, packed, .. } = model.lm_head(dev)?;
-        let head = LmHead { w: packed, settings: settings(temperature) };
+        let head = LmHead { w: packed, settings: settings(model.spec(), temperature) };
         let (lse, entropy) = (self.lse.view(), self.entropy.as_ref().map(Buffer::view));
         let forward = logprob::Forward { h, head, w, targets, lse, entropy };
         let dw = grads.get_mut(at.kind, at.layer);
@@ -128,8 +129,11 @@ impl<'s, T: Element> HeadOutputs<'s, T> {
     }
 }
 
-fn settings<F: Float>(temperature: Option<F>) -> LogitSettings<F> {
-    temperature.map_or(LogitSettings::default(), LogitSettings::at)
+/// How a model makes logits, divided by a temperature where there is one. No model has both a
+/// divisor of its own and a cap.
+fn settings<F: Float>(spec: &Spec, temperature: Option<F>) -> LogitSettings<F> {
+    let temperature = temperature.unwrap_or(F::ONE) * F::of(spec.scales.logits);
+    LogitSettings { temperature, softcap: spec.scales.logit_cap.map(F::of) }
 }
 
 /// Draws the next token of each row that an LM head reads.
@@ -197,11 +201,13 @@ impl<'s, T: Element> Sampler<'s, T> {
         mut tokens: ViewMut<'_, u32>,
         stream: Stream,
     ) -> Result<()> {
-        let params = &self.sampling;
+        let scales = model.spec().scales;
+        let temperature = self.sampling.temperature * scales.logits as f32;
+        let params = &sample::SamplingParams { temperature, ..self.sampling };
         let greedy = params.temperature == 0.0;
         // Greedy decoding reports log-probs at temperature 1.
-        let t = if greedy { 1.0 } else { f64::from(params.temperature) };
-        let settings = LogitSettings::at(<T::Acc as Element>::of(t));
+        let t = if greedy { 1.0 } else { f64::from(self.sampling.temperature) };
+        let settings = settings(model.spec(), Some(<T::Acc as Element>::of(t)));
         let head = LmHead { w: model.lm_head(dev)?.packed, settings };
         let (samples, positions) = (self.samples.view(), self.positions.view());
         let draws = Draws { stream: (!greedy).then_some(stream), samples, positions };
@@ -224,12 +230,17 @@ impl<'s, T: Element> Sampler<'s, T> {
             let mut tokens = tokens.reborrow().range(rows.clone());
             let mut logits = logits.view_mut().range(0..rows.len() * stride);
             matmul::forward(dev, logits.reborrow(), h, all, None, None)?;
+            if let Some(cap) = scales.logit_cap {
+                scale::in_place(dev, logits.reborrow(), 1.0, Some(cap))?;
+            }
             let z = Logits { z: logits.view(), vocab: Some(vocab) };
             let (draws, room) = (draws.range(rows), scratch.reborrow());
             sample::next(dev, tokens.reborrow(), z, params, draws, room)?;
             let tokens = tokens.view();
             match dev {
                 Device::Cpu(_) => {
+                    // They are bounded already.
+                    let settings = LogitSettings { softcap: None, ..settings };
                     logprob::from_logits(dev, out, logits.view(), tokens, settings)?;
                 }
                 // Stored logits are rounded, those of the fused head are not.

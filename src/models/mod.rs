@@ -3,34 +3,63 @@
 //! A family is data: [`Spec`] says what the block computes, [`Family`] maps the Hugging Face names
 //! of its weights to ours. To add one, write `models/<name>.rs` and name it in [`FAMILIES`].
 
+mod activations;
 mod batch;
+mod block;
 mod config;
 mod family;
+mod gemma2;
+mod gemma3;
 mod gpt2;
+mod gpt_neox;
+mod granite;
 mod heads;
 mod linear;
 mod llama;
+mod mistral;
 mod model;
 mod norm;
+mod olmo2;
 mod params;
 mod pass;
+mod phi3;
+mod qwen2;
+mod qwen3;
+mod rope;
 mod save;
+mod smollm3;
 mod spec;
 mod transformer;
 mod weights;
 
+pub use activations::{Activations, BatchRows, Cache, Keep, PassOptions, PassShape};
 pub use batch::{Batch, Staged};
 pub use config::Config;
-pub use family::{Family, StoredWeight};
+pub use family::{Family, StoredOrder, StoredWeight};
 pub use heads::{LossColumns, Sampler};
 pub use linear::Linear;
 pub use model::{Master, Model, Residency, bytes};
 pub use params::{Layout, ParamKind, ParamTensor, Params, WEIGHTS};
 pub use pass::Pass;
 pub use save::{Named, config_text, count, named, save, tensor_at, write_weights};
-pub use spec::{Head, LayerSpec, Mlp, Norm, Position, Spec, Widths};
-pub use transformer::{Activations, BatchRows, Cache, Keep, PassOptions, PassShape};
-pub use weights::{WEIGHTS_FILE, load};
+pub use spec::{BlockKind, BlockNorms, Head, LayerSpec, Mlp, Norm, QkNorm, Scales, Spec, Widths};
+
+pub use weights::{LoadOptions, WEIGHTS_FILE, load};
 
 /// All model families, found by `model_type` in `config.json`.
-pub const FAMILIES: &[&Family] = &[&gpt2::FAMILY, &llama::FAMILY];
+pub const FAMILIES: &[&Family] = &[
+    &gemma2::FAMILY,
+    &gemma3::FAMILY,
+    &gpt2::FAMILY,
+    &gpt_neox::FAMILY,
+    &granite::FAMILY,
+    &llama::FAMILY,
+    &mistral::FAMILY,
+    &mistral::MINISTRAL,
+    &olmo2::FAMILY,
+    &olmo2::OLMO3,
+    &phi3::FAMILY,
+    &qwen2::FAMILY,
+    &qwen3::FAMILY,
+    &smollm3::FAMILY,
+];

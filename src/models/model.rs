@@ -5,9 +5,10 @@ use std::{any::TypeId, borrow::Cow, sync::Arc};
 use half::bf16;
 
 use super::{
-    Config, Family, Head, Layout, ParamKind, ParamTensor, Params, Spec,
+    Config, Family, Head, Layout, Norm, ParamKind, ParamTensor, Params, QkNorm, Spec,
     linear::{Linear, PackedWeights},
     norm::NormLayer,
+    params::Axis,
 };
 use crate::{
     device::{Buffer, Device, Element, Float, View, ViewMut},
@@ -66,9 +67,9 @@ impl<T: Element> Model<T> {
             .transpose()?;
         let params = Params::zeros(dev, "weights", &layout)?;
         let packed = PackedWeights::new(dev, &layout)?;
-        let widths = (spec.widths().head_dim, spec.head_dim);
+        let widths = (spec.rotary_dim, spec.head_dim);
         let table = |r| rope::Table::wide(dev, r, widths, spec.max_positions);
-        let ropes = spec.ropes().iter().map(table).collect::<Result<_>>()?;
+        let ropes = spec.ropes.iter().map(table).collect::<Result<_>>()?;
         Ok(Self { family, config, head, params, master, offloaded: None, packed, ropes, spec })
     }
 
@@ -229,8 +230,16 @@ impl<T: Element> Model<T> {
     pub(super) fn norm(&self, kind: ParamKind, layer: Option<usize>) -> Result<NormLayer<'_, T>> {
         let at = self.params.need(kind, layer)?;
         let (weight, bias) = (self.params.tensor(at), self.params.bias(at));
-        let Spec { norm, norm_eps: eps, .. } = self.spec;
-        let spec = NormSpec { norm, one_plus: false, eps, heads: 1 };
+        let Spec { norm, norm_eps: eps, norm_one_plus: one_plus, .. } = self.spec;
+        let (heads, width) = match kind {
+            ParamKind::QNorm => (self.spec.q_heads, Some(Axis::NormedQ)),
+            ParamKind::KNorm => (self.spec.kv_heads, Some(Axis::NormedK)),
+            _ => (1, None),
+        };
+        let heads = if self.spec.qk_norm == Some(QkNorm::Heads) { heads } else { 1 };
+        let unpadded = width.map(|axis| axis.stored_len(&self.spec));
+        let norm = if width.is_some() { Norm::Rms } else { norm };
+        let spec = NormSpec { norm, one_plus, eps, heads, unpadded };
         Ok(NormLayer { at, weight, bias, spec })
     }
 
@@ -280,7 +289,7 @@ pub fn bytes<T: Element>(
     if let Device::Cpu(_) = dev {
         all.push(("packed weights", PackedWeights::<T>::bytes(dev, &layout)));
     }
-    if !spec.ropes().is_empty() {
+    if !spec.ropes.is_empty() {
         all.push(("rotary table", spec.rope_bytes(size_of::<T::Acc>())));
     }
     all

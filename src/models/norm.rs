@@ -1,10 +1,10 @@
 //! A normalisation layer, forward and backward.
 
-use super::{Norm, ParamTensor, Params, Spec};
+use super::{Norm, ParamTensor, Params, QkNorm, Spec};
 use crate::{
     device::{Buffer, Device, Element, Scope, View, ViewMut},
     error::{Error, Result},
-    ops::norm::{self, NormGrads, NormKept, NormOut, NormSpec},
+    ops::norm::{self, NormGrads, NormKept, NormOut, NormRows, NormSpec},
 };
 
 /// Normalised rows, and what the backward pass reads of them.
@@ -17,11 +17,26 @@ pub(super) struct Normed<'s, T: Element> {
 
 impl<'s, T: Element> Normed<'s, T> {
     pub fn new(scope: &'s Scope<'_>, spec: &Spec, rows: usize) -> Result<Self> {
+        let y = scope.alloc("normalised rows", rows * spec.hidden)?;
+        Ok(Self { y, ..Self::in_place(scope, spec, rows)? })
+    }
+
+    /// Without normalised rows of its own: they are written elsewhere.
+    pub fn in_place(scope: &'s Scope<'_>, spec: &Spec, rows: usize) -> Result<Self> {
         let means = if spec.norm == Norm::Layer { rows } else { 0 };
         Ok(Self {
-            y: scope.alloc("normalised rows", rows * spec.hidden)?,
+            y: scope.alloc("normalised rows", 0)?,
             mean: scope.alloc("row means", means)?,
             rstd: scope.alloc("row deviations", rows)?,
+        })
+    }
+
+    /// Queries or keys: `heads` rows a token, which are written elsewhere.
+    pub fn heads(scope: &'s Scope<'_>, rows: usize, heads: usize) -> Result<Self> {
+        Ok(Self {
+            y: scope.alloc("normalised rows", 0)?,
+            mean: scope.alloc("row means", 0)?,
+            rstd: scope.alloc("row deviations", rows * heads)?,
         })
     }
 }
@@ -39,18 +54,32 @@ impl<T: Element> NormLayer<'_, T> {
         norm::forward(dev, self.spec, NormOut { y, mean, rstd }, x, self.weight, self.bias)
     }
 
-    /// Adds to the gradients of weight and bias, and inside a block to `dx`, the gradient of the
-    /// residual stream; the gradient of the rows that a head reads is written.
-    pub fn backward(
+    /// [`NormLayer::forward`] into rows that are not `kept`'s own.
+    pub fn forward_to(
+        &self,
+        dev: &Device,
+        y: NormRows<ViewMut<'_, T>>,
+        kept: &mut Normed<'_, T>,
+        x: NormRows<View<'_, T>>,
+    ) -> Result<()> {
+        let (mean, rstd) = (kept.mean.view_mut(), kept.rstd.view_mut());
+        norm::forward(dev, self.spec, NormOut { y, mean, rstd }, x, self.weight, self.bias)
+    }
+
+    /// Adds to the gradients of weight and bias, and writes `dx` or, with `add`, adds to it.
+    pub fn backward<'v>(
         &self,
         dev: &Device,
         grads: &mut Params<T::Acc>,
-        (dx, scratch): (ViewMut<'_, T>, ViewMut<'_, T::Acc>),
-        dy: View<'_, T>,
-        x: View<'_, T>,
+        out: NormInputGradient<'_, T>,
+        dy: impl Into<NormRows<View<'v, T>>>,
+        x: impl Into<NormRows<View<'v, T>>>,
         kept: &Normed<'_, T>,
-    ) -> Result<()> {
-        let add = self.at.layer.is_some();
+    ) -> Result<()>
+    where
+        T: 'v,
+    {
+        let NormInputGradient { dx, add, scratch } = out;
         let Some((dw, db)) = grads.pair_mut(self.at.kind, self.at.layer) else {
             return Err(Error::value("gradients", "those of all norms", "none"));
         };
@@ -60,7 +89,22 @@ impl<T: Element> NormLayer<'_, T> {
     }
 }
 
+/// Where the gradient of a norm's input goes.
+pub(super) struct NormInputGradient<'a, T: Element> {
+    pub dx: ViewMut<'a, T>,
+    /// Adds to `dx`, the gradient of the residual stream.
+    pub add: bool,
+    pub scratch: ViewMut<'a, T::Acc>,
+}
+
 /// Elements of scratch that a backward pass over `rows` rows needs.
 pub(super) fn scratch_len(spec: &Spec, rows: usize) -> usize {
-    norm::scratch_len(spec.norm, rows, spec.hidden)
+    let hidden = norm::scratch_len(spec.norm, rows, spec.hidden);
+    let heads = |(rows, cols)| norm::scratch_len(Norm::Rms, rows, cols);
+    let normed = [spec.q_heads, spec.kv_heads].map(|heads| match spec.qk_norm {
+        None => (0, 0),
+        Some(QkNorm::Heads) => (rows * heads, spec.head_dim),
+        Some(QkNorm::Rows) => (rows, heads * spec.head_dim),
+    });
+    normed.into_iter().map(heads).fold(hidden, usize::max)
 }

@@ -3,7 +3,7 @@
 
 use std::{ops::Range, sync::Arc};
 
-use super::{Head, Norm, Position, Spec, Widths};
+use super::{Head, Norm, QkNorm, Spec, Widths};
 use crate::{
     device::{Buffer, Device, Element, View, ViewMut},
     error::{Error, Result},
@@ -21,8 +21,13 @@ pub enum ParamKind {
     /// Queries of all heads, then keys, then values.
     Qkv,
     QkvBias,
+    /// Of queries, where they are normalised.
+    QNorm,
+    KNorm,
     Out,
     OutBias,
+    /// Of what attention adds to the residual stream.
+    PostNorm1,
     Norm2,
     Norm2Bias,
     /// The gate above the rest, where the MLP is gated.
@@ -30,6 +35,8 @@ pub enum ParamKind {
     UpBias,
     Down,
     DownBias,
+    /// Of what the MLP adds to the residual stream.
+    PostNorm2,
     FinalNorm,
     FinalNormBias,
     /// Where it is not tied.
@@ -46,6 +53,9 @@ pub enum Axis {
     Positions,
     Hidden,
     Qkv,
+    /// What one weight of a norm of queries is for: a head, or all of them.
+    NormedQ,
+    NormedK,
     Attention,
     Up,
     Mlp,
@@ -90,27 +100,34 @@ impl WeightFacts {
 
 /// All weights in the order of the flat buffer; a bias follows its weight.
 pub const WEIGHTS: &[WeightFacts] = {
-    use Axis::{Attention, Hidden, Mlp, One, Positions, Qkv, Up, Vocab};
+    use Axis::{Attention, Hidden, Mlp, NormedK, NormedQ, One, Positions, Qkv, Up, Vocab};
     use Occurs::{InBlock, Once};
     use ParamKind as K;
     const ALWAYS: Occurs = InBlock(|_, _| true);
-    const LAYER_NORM: Occurs = InBlock(|s, _| matches!(s.norm, Norm::Layer));
+    const NORM_BEFORE: Occurs = InBlock(|s, _| s.norms_before());
+    const NORM_AFTER: Occurs = InBlock(|s, _| s.norms_after());
+    const LAYER_NORM: Occurs = InBlock(|s, _| s.norms_before() && s.norm == Norm::Layer);
+    const QK_NORM: Occurs = InBlock(|s, _| s.qk_norm.is_some());
     const MLP_BIAS: Occurs = InBlock(|s, _| s.mlp_bias);
     &[
         matrix(K::Embedding, Once(|_, _| true), Vocab, Hidden),
-        matrix(K::Positions, Once(|s, _| s.position == Position::Learned), Positions, Hidden),
-        vector(K::Norm1, ALWAYS, Hidden).with(K::Norm1Bias),
+        matrix(K::Positions, Once(|s, _| s.learned_positions), Positions, Hidden),
+        vector(K::Norm1, NORM_BEFORE, Hidden).with(K::Norm1Bias),
         vector(K::Norm1Bias, LAYER_NORM, Hidden),
         matrix(K::Qkv, ALWAYS, Qkv, Hidden).with(K::QkvBias),
         vector(K::QkvBias, InBlock(|s, _| s.qkv_bias), Qkv),
+        vector(K::QNorm, QK_NORM, NormedQ),
+        vector(K::KNorm, QK_NORM, NormedK),
         matrix(K::Out, ALWAYS, Hidden, Attention).with(K::OutBias),
         vector(K::OutBias, InBlock(|s, _| s.out_bias), Hidden),
-        vector(K::Norm2, ALWAYS, Hidden).with(K::Norm2Bias),
+        vector(K::PostNorm1, NORM_AFTER, Hidden),
+        vector(K::Norm2, NORM_BEFORE, Hidden).with(K::Norm2Bias),
         vector(K::Norm2Bias, LAYER_NORM, Hidden),
         matrix(K::Up, ALWAYS, Up, Hidden).with(K::UpBias),
         vector(K::UpBias, MLP_BIAS, Up),
         matrix(K::Down, ALWAYS, Hidden, Mlp).with(K::DownBias),
         vector(K::DownBias, MLP_BIAS, Hidden),
+        vector(K::PostNorm2, NORM_AFTER, Hidden),
         vector(K::FinalNorm, Once(|_, _| true), Hidden).with(K::FinalNormBias),
         vector(K::FinalNormBias, Once(|s, _| s.norm == Norm::Layer), Hidden),
         matrix(K::LmHead, Once(|s, head| head == Head::Lm && !s.tied), Vocab, Hidden),
@@ -126,6 +143,8 @@ impl Axis {
             Self::Positions => spec.max_positions,
             Self::Hidden => spec.hidden,
             Self::Qkv => spec.qkv_cols(),
+            Self::NormedQ => normed(spec, spec.q_heads),
+            Self::NormedK => normed(spec, spec.kv_heads),
             Self::Attention => spec.attention_cols(),
             Self::Up => spec.up_cols(),
             Self::Mlp => spec.mlp_hidden,
@@ -136,7 +155,9 @@ impl Axis {
     pub fn stored_len(self, spec: &Spec) -> usize {
         let Widths { head_dim, mlp_hidden } = spec.widths();
         match self {
-            Self::Qkv | Self::Attention => self.len(spec) / spec.head_dim * head_dim,
+            Self::Qkv | Self::NormedQ | Self::NormedK | Self::Attention => {
+                self.len(spec) / spec.head_dim * head_dim
+            }
             Self::Up | Self::Mlp => self.len(spec) / spec.mlp_hidden * mlp_hidden,
             _ => self.len(spec),
         }
@@ -154,17 +175,29 @@ impl Axis {
     /// Where each stored entry is among ours.
     pub fn places(self, spec: &Spec) -> Vec<usize> {
         let Widths { head_dim: d, mlp_hidden: m } = spec.widths();
-        // Halves of a head stay halves: rotary pairs are as far apart as the kernels look for them.
-        let shift = spec.head_dim / 2 - d / 2;
+        // Pairs that rotate are half a head apart, where the kernels look for them; channels that
+        // do not rotate fill what is left. Scores do not see the order of channels.
+        let (half, pairs) = (spec.head_dim / 2, spec.rotary_dim / 2);
+        let channel = |c: usize| match c {
+            c if c < pairs => c,
+            c if c < spec.rotary_dim => half + c - pairs,
+            c if c - pairs < half => c - pairs,
+            c => c,
+        };
         let place = |i: usize| match self {
-            Self::Qkv | Self::Attention => {
-                i / d * spec.head_dim + i % d + if i % d < d / 2 { 0 } else { shift }
+            Self::Qkv | Self::NormedQ | Self::NormedK | Self::Attention => {
+                i / d * spec.head_dim + channel(i % d)
             }
             Self::Up | Self::Mlp => i / m * spec.mlp_hidden + i % m,
             _ => i,
         };
         (0..self.stored_len(spec)).map(place).collect()
     }
+}
+
+/// Entries of a norm's weight for so many heads.
+fn normed(spec: &Spec, heads: usize) -> usize {
+    spec.head_dim * if spec.qk_norm == Some(QkNorm::Rows) { heads } else { 1 }
 }
 
 /// Where a weight of a model lies in the flat buffer.

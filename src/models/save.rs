@@ -33,7 +33,8 @@ fn stored<T: Element>(model: &Model<T>) -> impl Iterator<Item = StoredTensor<'_>
     model.params().layout().tensors().iter().flat_map(move |of| {
         let transposed = is_transposed(model.family(), of);
         sources(model.family(), of, model.spec()).into_iter().map(move |source| {
-            let (StoredRows { name, rows }, places) = (source, Places::of(of, model.spec()));
+            let StoredRows { name, rows } = source;
+            let places = Places::of(model.family(), of, model.spec());
             let cols = places.cols.len();
             let shape = match (of.kind, of.is_vector(), transposed) {
                 (ParamKind::Score, ..) => vec![1, of.cols],
@@ -108,10 +109,8 @@ pub fn count<T: Element>(model: &Model<T>) -> usize {
 /// The Hugging Face name of the tensor that holds element `i` of the flat weights or gradients.
 pub fn tensor_at<T: Element>(model: &Model<T>, i: usize) -> Option<String> {
     let t = model.params().layout().at(i)?;
-    let places = Places::of(t, model.spec());
-    let own = (i - t.offset) / places.stride;
-    // An entry of the padding counts as the row before it.
-    let row = places.rows.partition_point(|r| *r <= own).saturating_sub(1);
+    let places = Places::of(model.family(), t, model.spec());
+    let row = places.stored_row((i - t.offset) / places.stride);
     let holds = |s: &StoredRows| s.rows.contains(&row);
     sources(model.family(), t, model.spec()).into_iter().find(holds).map(|s| s.name)
 }

@@ -17,14 +17,6 @@ pub enum Head {
     Scalar,
 }
 
-#[derive(Clone, Debug, PartialEq)]
-pub enum Position {
-    /// A learned table added to the embedding.
-    Learned,
-    /// Rotary embedding of queries and keys.
-    Rope(Rope),
-}
-
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Mlp {
     /// `down(act(up(x)))`
@@ -32,6 +24,38 @@ pub enum Mlp {
     /// `down(act(gate(x)) * up(x))`
     Gated(Activation),
 }
+
+/// Where a block normalises, `f` being attention or MLP.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum BlockNorms {
+    /// `x + f(norm(x))`
+    Before,
+    /// `x + norm(f(x))`
+    After,
+    /// `x + norm(f(norm(x)))`
+    Around,
+}
+
+/// What queries and keys are normalised over before they are rotated.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum QkNorm {
+    /// Each head, all with the same weight.
+    Heads,
+    /// All heads of a token together.
+    Rows,
+}
+
+/// What may differ between the blocks of a model.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct BlockKind {
+    /// Positions that a row sees, its own included; none is all.
+    pub window: Option<u32>,
+    /// The one of [`Spec::ropes`] that rotates queries and keys, if one does.
+    pub rope: Option<usize>,
+}
+
+/// Blocks of a model differ by so many windows at most.
+pub(super) const WINDOWS: usize = 2;
 
 /// The sizes and parts of a transformer.
 #[derive(Clone, Debug, PartialEq)]
@@ -48,9 +72,22 @@ pub struct Spec {
     /// Width inside the MLP.
     pub mlp_hidden: usize,
     pub max_positions: usize,
+    /// A learned table of positions is added to the embedding.
+    pub learned_positions: bool,
+    /// The rotary embeddings of all blocks, each once.
+    pub ropes: Vec<Rope>,
+    /// Channels of a head that rotate, the first ones; the others stay.
+    pub rotary_dim: usize,
+    /// Each block's kind, or one that all share.
+    pub blocks: Vec<BlockKind>,
     pub norm: Norm,
     pub norm_eps: f64,
-    pub position: Position,
+    /// Norms multiply by `1 + w`, not by `w`.
+    pub norm_one_plus: bool,
+    pub block_norms: BlockNorms,
+    pub qk_norm: Option<QkNorm>,
+    /// Attention and MLP read the same stream: `x + attention(norm1(x)) + mlp(norm2(x))`.
+    pub parallel: bool,
     pub mlp: Mlp,
     /// Biases on the query, key and value projections.
     pub qkv_bias: bool,
@@ -60,9 +97,39 @@ pub struct Spec {
     pub mlp_bias: bool,
     /// The LM head is the embedding.
     pub tied: bool,
+    pub scales: Scales,
     /// Unpadded widths, if the spec is a CUDA device's: it pads heads and MLP with zeros up to the
     /// widths of its kernels, and their gradients stay 0.
     pub unpadded: Option<Widths>,
+}
+
+/// Factors and bounds at fixed places of a model.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Scales {
+    /// On embedded tokens.
+    pub embedding: f64,
+    /// On what attention and MLP add to the residual stream.
+    pub residual: f64,
+    /// On attention scores; `1 / sqrt(head_dim)` if there is none.
+    pub scores: Option<f64>,
+    /// Bounds attention scores: `cap tanh(s / cap)`.
+    pub score_cap: Option<f64>,
+    /// Divides logits.
+    pub logits: f64,
+    /// Bounds logits, as that of scores does.
+    pub logit_cap: Option<f64>,
+}
+
+impl Scales {
+    /// All 1, nothing bounded.
+    pub const NONE: Self = Self {
+        embedding: 1.0,
+        residual: 1.0,
+        scores: None,
+        score_cap: None,
+        logits: 1.0,
+        logit_cap: None,
+    };
 }
 
 /// Widths inside a block that a device may pad.
@@ -73,11 +140,13 @@ pub struct Widths {
 }
 
 /// What one block computes. The transformer and the plan read from here all that may differ between
-/// the blocks of a model; a family whose blocks differ says so in [`Spec::layer`].
+/// the blocks of a model; a family whose blocks differ says so in [`Spec::blocks`].
 #[derive(Clone, Debug)]
 pub struct LayerSpec {
     /// Heads, scale, window and soft-cap of the attention scores.
     pub attention: attention::Shape,
+    /// Which of [`Spec::windows`] that shape has.
+    pub window: usize,
     /// The one of [`Spec::ropes`] that rotates queries and keys, if one does.
     pub rope: Option<usize>,
 }
@@ -107,27 +176,35 @@ impl Spec {
         self.unpadded.unwrap_or(Widths { head_dim, mlp_hidden })
     }
 
-    /// What block `l` computes. The shape that all blocks share is [`Spec::attention`].
-    pub fn layer(&self, _l: usize) -> LayerSpec {
-        let rope = matches!(self.position, Position::Rope(_)).then_some(0);
-        LayerSpec { attention: self.attention(), rope }
+    /// What block `l` computes.
+    pub fn layer(&self, l: usize) -> LayerSpec {
+        let kind = self.blocks.get(l).or(self.blocks.first()).copied().unwrap_or_default();
+        let window = self.windows().iter().position(|w| *w == kind.window).unwrap_or(0);
+        let attention = attention::Shape { window: kind.window, ..self.attention() };
+        LayerSpec { attention, window, rope: kind.rope }
     }
 
     pub fn each_layer(&self) -> impl Iterator<Item = LayerSpec> {
         (0..self.layers).map(|l| self.layer(l))
     }
 
-    /// The rotary embeddings of all blocks, each once.
-    pub fn ropes(&self) -> &[Rope] {
-        match &self.position {
-            Position::Rope(rope) => std::slice::from_ref(rope),
-            Position::Learned => &[],
-        }
+    /// The windows of all blocks, each once: one or two.
+    pub fn windows(&self) -> Vec<Option<u32>> {
+        let mut all: Vec<_> = self.blocks.iter().map(|kind| kind.window).collect();
+        all.sort_unstable();
+        all.dedup();
+        if all.is_empty() { vec![None] } else { all }
+    }
+
+    /// The attention of the blocks with each of [`Spec::windows`].
+    pub fn attentions(&self) -> Vec<attention::Shape> {
+        let shape = |window| attention::Shape { window, ..self.attention() };
+        self.windows().into_iter().map(shape).collect()
     }
 
     /// Bytes of the rotary tables in a float of `bytes` bytes.
     pub fn rope_bytes(&self, bytes: usize) -> usize {
-        self.ropes().len() * self.max_positions * self.head_dim * bytes
+        self.ropes.len() * self.max_positions * self.head_dim * bytes
     }
 
     /// Allocated rows of the embedding and the LM head.
@@ -153,16 +230,25 @@ impl Spec {
         }
     }
 
-    /// Heads and cache pages of the attention op. Scores are divided by sqrt(head_dim) without
-    /// padding.
+    /// Heads and cache pages of the attention op, which all blocks share; windows are a block's
+    /// own. Scores are divided by sqrt(head_dim) without padding, unless the family has a factor.
     pub fn attention(&self) -> attention::Shape {
+        let scale = 1.0 / (self.widths().head_dim as f64).sqrt();
         attention::Shape {
             q_heads: self.q_heads,
             kv_heads: self.kv_heads,
             head_dim: self.head_dim,
-            scale: 1.0 / (self.widths().head_dim as f64).sqrt(),
-            softcap: None,
+            scale: self.scales.scores.unwrap_or(scale),
+            softcap: self.scales.score_cap,
             window: None,
         }
+    }
+
+    pub fn norms_before(&self) -> bool {
+        self.block_norms != BlockNorms::After
+    }
+
+    pub fn norms_after(&self) -> bool {
+        self.block_norms != BlockNorms::Before
     }
 }

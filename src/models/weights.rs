@@ -13,8 +13,8 @@ use safetensors::{Dtype, SafeTensorError, SafeTensors, tensor::TensorView};
 use serde_json::Value;
 
 use super::{
-    Config, Family, Head, Layout, Model, ParamKind, ParamTensor, Residency, Spec, StoredWeight,
-    family::by_rows, model::new_score,
+    Config, Family, Head, Layout, Model, ParamKind, ParamTensor, Residency, Spec, StoredOrder,
+    StoredWeight, family::by_rows, model::new_score,
 };
 use crate::{
     device::{Device, Element, Float, file},
@@ -41,8 +41,12 @@ fn stored_as(family: &Family, kind: ParamKind) -> Option<&StoredWeight> {
     family.weights.iter().chain(&HEADS).find(|w| w.kind == kind)
 }
 
+pub(super) fn order(family: &Family, t: &ParamTensor) -> StoredOrder {
+    stored_as(family, t.kind).map_or(StoredOrder::Rows, |w| w.order)
+}
+
 pub(super) fn is_transposed(family: &Family, t: &ParamTensor) -> bool {
-    stored_as(family, t.kind).is_some_and(|w| w.transposed)
+    order(family, t) == StoredOrder::Columns
 }
 
 pub(super) fn sources(family: &Family, t: &ParamTensor, spec: &Spec) -> Vec<StoredRows> {
@@ -69,18 +73,29 @@ pub(super) struct Places {
 }
 
 impl Places {
-    pub fn of(t: &ParamTensor, spec: &Spec) -> Self {
+    pub fn of(family: &Family, t: &ParamTensor, spec: &Spec) -> Self {
+        let order = order(family, t);
+        let ordered = |places: Vec<usize>| match order {
+            StoredOrder::Heads => (0..places.len()).map(|i| places[order.row(spec, i)]).collect(),
+            StoredOrder::Rows | StoredOrder::Columns => places,
+        };
         let (rows, cols) = (t.facts.rows, t.facts.cols.places(spec));
         if t.is_vector() {
-            return Self { rows: cols, cols: vec![0], stride: 1 };
+            return Self { rows: ordered(cols), cols: vec![0], stride: 1 };
         }
-        Self { rows: rows.places(spec), cols, stride: t.cols }
+        Self { rows: ordered(rows.places(spec)), cols, stride: t.cols }
     }
 
-    /// Ours has no padding.
+    /// Ours has neither padding nor another order.
     pub fn plain(&self) -> bool {
-        let in_place = |x: &[usize]| x.last().is_none_or(|last| last + 1 == x.len());
-        self.cols.len() == self.stride && in_place(&self.rows)
+        let in_place = |x: &[usize]| x.iter().enumerate().all(|(i, at)| i == *at);
+        self.cols.len() == self.stride && in_place(&self.cols) && in_place(&self.rows)
+    }
+
+    /// The stored row that is ours at `own`, or in whose padding it is.
+    pub fn stored_row(&self, own: usize) -> usize {
+        let before = (0..self.rows.len()).filter(|i| self.rows[*i] <= own);
+        before.max_by_key(|i| self.rows[*i]).unwrap_or(0)
     }
 }
 
@@ -194,7 +209,7 @@ fn no_safetensors(bytes: &[u8], e: &SafeTensorError) -> String {
 impl<T: Element> Model<T> {
     /// Loads a Hugging Face folder to compute with; see [`load`].
     pub fn load(dev: &Device, dir: &Path, head: Head, new_head: Option<u64>) -> Result<Self> {
-        load(dev, dir, head, new_head, Residency::Frozen)
+        load(dev, dir, LoadOptions { new_head, ..LoadOptions::frozen(head) })
     }
 
     /// Loads a Hugging Face folder to train it; see [`load`].
@@ -204,7 +219,26 @@ impl<T: Element> Model<T> {
         head: Head,
         new_head: Option<u64>,
     ) -> Result<Self> {
-        load(dev, dir, head, new_head, Residency::Trained)
+        let residency = Residency::Trained;
+        load(dev, dir, LoadOptions { new_head, residency, ..LoadOptions::frozen(head) })
+    }
+}
+
+/// What is made of a folder.
+#[derive(Clone, Copy, Debug)]
+pub struct LoadOptions {
+    pub head: Head,
+    /// The seed of a scalar head that the folder has not.
+    pub new_head: Option<u64>,
+    pub residency: Residency,
+    /// Tokens of the longest sequence, see [`Config::for_sequences`].
+    pub longest: Option<usize>,
+}
+
+impl LoadOptions {
+    /// To compute with, for sequences of any length that the model has positions for.
+    pub fn frozen(head: Head) -> Self {
+        Self { head, new_head: None, residency: Residency::Frozen, longest: None }
     }
 }
 
@@ -217,14 +251,12 @@ impl<T: Element> Model<T> {
 /// # Errors
 /// [`Error::Io`] and [`Error::File`], naming file and tensor: missing, of the wrong shape or
 /// dtype, not finite, or unknown (a tensor that would be ignored is a model that is misread).
-pub fn load<T: Element>(
-    dev: &Device,
-    dir: &Path,
-    head: Head,
-    new_head: Option<u64>,
-    residency: Residency,
-) -> Result<Model<T>> {
-    let config = Config::read(dir)?;
+pub fn load<T: Element>(dev: &Device, dir: &Path, options: LoadOptions) -> Result<Model<T>> {
+    let LoadOptions { head, new_head, residency, longest } = options;
+    let mut config = Config::read(dir)?;
+    if let Some(longest) = longest {
+        config = config.for_sequences(longest);
+    }
     let (family, spec) = config.spec()?;
     let classifier = config
         .json()
@@ -236,6 +268,10 @@ pub fn load<T: Element>(
     }
     let folder = Folder::open(dir)?;
     let mut stored = folder.tensors()?;
+    if config.is_nested() {
+        let all = stored.into_iter();
+        stored = all.filter_map(|(name, tensor)| Some((text_name(&name)?, tensor))).collect();
+    }
     if spec.tied && head == Head::Lm {
         check_tied(family, &spec, &stored)?;
     }
@@ -255,7 +291,7 @@ pub fn load<T: Element>(
         }
         out.clear();
         out.resize(t.len(), T::Acc::ZERO);
-        let places = Places::of(t, model.spec());
+        let places = Places::of(family, t, model.spec());
         for source in sources(family, t, model.spec()) {
             let name = stored_name(&stored, family, &source.name);
             let Some((view, path)) = stored.remove(name) else {
@@ -267,7 +303,8 @@ pub fn load<T: Element>(
         model.write(dev, t, &out)?;
     }
     let known = |name: &str| {
-        HEADS.iter().any(|w| w.names.contains(&name))
+        let heads = HEADS.iter().filter_map(|w| stored_as(family, w.kind));
+        heads.into_iter().any(|w| w.names.contains(&name))
             || family.ignored.iter().any(|end| name.ends_with(end))
     };
     if let Some((name, (_, path))) = stored.iter().find(|(name, _)| !known(name)) {
@@ -284,10 +321,35 @@ fn stored_name<'a>(stored: &Tensors<'_>, family: &Family, name: &'a str) -> &'a 
     if !stored.contains_key(name) && stored.contains_key(bare) { bare } else { name }
 }
 
+/// The name that a tensor of the text part of a model with others has in a model of text alone;
+/// none for a tensor of the others. There are two spellings: `language_model.model.` and
+/// `model.language_model.` (transformers 4.52).
+fn text_name(name: &str) -> Option<String> {
+    const OTHERS: [&str; 7] = [
+        "vision_tower.",
+        "vision_model.",
+        "visual.",
+        "audio_tower.",
+        "multi_modal_projector.",
+        "embed_vision.",
+        "mtp.",
+    ];
+    let inner = name.strip_prefix("model.").unwrap_or(name);
+    if OTHERS.iter().any(|other| inner.starts_with(other)) {
+        return None;
+    }
+    match (inner.strip_prefix("language_model."), inner == name) {
+        (Some(text), true) => Some(text.to_owned()),
+        (Some(text), false) => Some(format!("model.{text}")),
+        (None, _) => Some(name.to_owned()),
+    }
+}
+
 /// Refuses a head of its own in the files of a model whose head is the token embedding: it would be
 /// ignored. A copy of the embedding is none.
 fn check_tied(family: &Family, spec: &Spec, stored: &Tensors<'_>) -> Result<()> {
-    let Some((view, path)) = stored.get(LM_HEAD) else { return Ok(()) };
+    let name = stored_as(family, ParamKind::LmHead).map_or(LM_HEAD, |w| w.names[0]);
+    let Some((view, path)) = stored.get(name) else { return Ok(()) };
     let layout = Layout::new(&Spec { layers: 0, ..spec.clone() }, Head::Lm);
     let tokens = layout.tensors().iter().find(|t| t.kind == ParamKind::Embedding);
     let tokens = tokens.and_then(|t| sources(family, t, spec).pop());
@@ -296,7 +358,7 @@ fn check_tied(family: &Family, spec: &Spec, stored: &Tensors<'_>) -> Result<()> 
         return Ok(());
     }
     let want = "a copy of the token embedding: `tie_word_embeddings` is true";
-    Err(Error::file(*path, format!("`{LM_HEAD}` has other weights, wanted {want}")))
+    Err(Error::file(*path, format!("`{name}` has other weights, wanted {want}")))
 }
 
 /// Refuses a config whose sizes are not those of the stored tensors, before any memory is taken for

@@ -25,6 +25,7 @@ pub mod rope;
 pub mod routing;
 pub mod sample;
 pub mod scalar_head;
+pub mod scale;
 pub mod sinks;
 mod token_loss;
 pub mod value_loss;

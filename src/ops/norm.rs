@@ -40,6 +40,8 @@ pub struct NormSpec {
     pub eps: f64,
     /// Rows of `w.len()` elements that lie side by side, such as a token's heads; 1 otherwise.
     pub heads: usize,
+    /// Elements over which means run, where a device pads rows with zeros (RMSNorm alone).
+    pub unpadded: Option<usize>,
 }
 
 /// `[tokens, heads, cols]` inside `data` `[tokens, stride]`: a token's rows begin at `first`. Made
@@ -119,6 +121,7 @@ pub fn forward<'a, T: Element>(
     match dev {
         Device::Cpu(cpu) => {
             let (rstd, eps) = (rstd.host(), <T::Acc as Element>::of(spec.eps));
+            let n = <T::Acc as Element>::of(at.unpadded as f64);
             let (data, w) = (x.data.float()?.host(), weight(spec, w.float()?.host()));
             let zeros = vec![T::Acc::ZERO; at.cols];
             let b = b.map(View::float).transpose()?.map_or(&zeros[..], View::host);
@@ -132,7 +135,7 @@ pub fn forward<'a, T: Element>(
                     let x = &data[at.begin(r, x.first, x_stride)..][..at.cols];
                     let y = &mut out[at.begin(i, y.first, y_stride)..][..at.cols];
                     match &mut mean {
-                        None => rstd[i] = rms_row(cpu.isa(), y, x, &w, eps),
+                        None => rstd[i] = rms_row(cpu.isa(), y, x, &w, (n, eps)),
                         Some(mean) => {
                             (mean[i], rstd[i]) = layer_row(cpu.isa(), y, x, &w, b, eps);
                         }
@@ -154,6 +157,7 @@ pub fn forward<'a, T: Element>(
                 b,
                 rows: at.rows,
                 cols: at.cols,
+                unpadded: at.unpadded,
                 heads: at.heads,
                 x_stride,
                 y_stride,
@@ -202,13 +206,14 @@ pub fn backward<'a, T: Element>(
         Device::Cpu(cpu) => {
             let (xs, dys, rstd) = (x.data.float()?.host(), dy.data.float()?.host(), rstd.host());
             let (w, mean) = (weight(spec, w.float()?.host()), mean.host());
+            let n = <T::Acc as Element>::of(at.unpadded as f64);
             let x_row = |r: usize| &xs[at.begin(r, x.first, x_stride)..][..at.cols];
             let dy_row = |r: usize| &dys[at.begin(r, dy.first, y_stride)..][..at.cols];
             let dx = (dx.float()?.host(), x_stride);
             cpu.rows(at.tokens, at.task(), dx, |range, dx| {
                 for (i, r) in at.rows_of(range).enumerate() {
                     let dx = &mut dx[at.begin(i, x.first, x_stride)..][..at.cols];
-                    let kept = (if layer { mean[r] } else { T::Acc::ZERO }, rstd[r]);
+                    let kept = (if layer { mean[r] } else { n }, rstd[r]);
                     let back = if layer { layer_backward_row } else { rms_backward_row };
                     back(cpu.isa(), dx, dy_row(r), x_row(r), &w, kept, add);
                 }
@@ -242,6 +247,7 @@ pub fn backward<'a, T: Element>(
                 rstd,
                 rows: at.rows,
                 cols: at.cols,
+                unpadded: at.unpadded,
                 heads: at.heads,
                 x_stride,
                 y_stride,
@@ -265,12 +271,20 @@ struct NormLayout {
     heads: usize,
     rows: usize,
     cols: usize,
+    /// Elements over which means run.
+    unpadded: usize,
 }
 
 impl NormLayout {
     fn new(op: &'static str, spec: NormSpec, rows: usize, cols: usize) -> Result<Self> {
         let tokens = shape::rows(op, "rstd", rows, spec.heads)?;
-        Ok(Self { tokens, heads: spec.heads, rows, cols })
+        let unpadded = spec.unpadded.unwrap_or(cols);
+        let least = if spec.norm == Norm::Rms { cols.min(1) } else { cols };
+        if !(least..=cols).contains(&unpadded) {
+            let want = format!("{least} to {cols}");
+            return Err(Error::value(format!("{op}: unpadded elements of a row"), want, unpadded));
+        }
+        Ok(Self { tokens, heads: spec.heads, rows, cols, unpadded })
     }
 
     /// From a token's rows to the next one's in a buffer of `len` elements, if they are inside it.
@@ -351,8 +365,9 @@ fn reciprocal_root<F: Float>(x: F) -> F {
 }
 
 simd! {
-    fn rms_row[F: Float](y: &mut [F], x: &[F], w: &[F], eps: F) -> F {
-        let rstd = reciprocal_root(math::dot(x, x) / F::of(x.len() as f64) + eps);
+    fn rms_row[F: Float](y: &mut [F], x: &[F], w: &[F], by: (F, F)) -> F {
+        let (n, eps) = by;
+        let rstd = reciprocal_root(math::dot(x, x) / n + eps);
         for ((y, x), w) in y.iter_mut().zip(x).zip(w) {
             *y = *x * rstd * *w;
         }
@@ -373,8 +388,8 @@ simd! {
     fn rms_backward_row[F: Float](
         dx: &mut [F], dy: &[F], x: &[F], w: &[F], kept: (F, F), add: bool
     ) {
-        let rstd = kept.1;
-        let mean = math::sum_by(x.len(), |i| dy[i] * w[i] * x[i]) / F::of(x.len() as f64);
+        let (n, rstd) = kept;
+        let mean = math::sum_by(x.len(), |i| dy[i] * w[i] * x[i]) / n;
         let pull = mean * rstd * rstd;
         for i in 0..dx.len() {
             let d = (dy[i] * w[i] - x[i] * pull) * rstd;

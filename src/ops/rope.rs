@@ -12,45 +12,104 @@ use crate::{
 
 /// How the angles depend on the position.
 #[derive(Clone, Debug, PartialEq)]
-pub enum Rope {
-    /// `inv_freq[i] = theta^(-2i/d)`
-    Plain { theta: f64 },
-    /// Llama 3.1: wavelengths longer than `original_max_position / low_freq_factor` are stretched
-    /// by `factor`, those shorter than `original_max_position / high_freq_factor` are kept, with a
-    /// linear blend between.
-    #[allow(missing_docs)]
+pub struct Rope {
+    /// `f[i] = theta^(-2i/d)`, before [`Frequencies`] change it.
+    pub theta: f64,
+    pub frequencies: Frequencies,
+    /// On cosines and sines (Peng et al. 2023, the square root of 1 / t in eq. 15).
+    pub attention_factor: f64,
+}
+
+/// What becomes of the frequencies `f[i]` of a model that sees longer texts than those that it was
+/// pretrained on.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Frequencies {
+    Plain,
+    /// `f / factor` (Chen et al. 2023).
+    Linear {
+        factor: f64,
+    },
+    /// A larger theta: `theta (factor L / max_position - (factor - 1))^(d / (d - 2))`, L being
+    /// `longest`, at least `max_position` ("NTK-aware", bloc97 2023).
+    Dynamic {
+        factor: f64,
+        max_position: f64,
+        /// The longest sequence of the run: one for all rows, so that no row sees another.
+        longest: f64,
+    },
+    /// Llama 3.1: wavelengths longer than `original / low_freq_factor` are stretched by `factor`,
+    /// those shorter than `original / high_freq_factor` are kept, with a linear blend between.
     Llama3 {
-        theta: f64,
         factor: f64,
         low_freq_factor: f64,
         high_freq_factor: f64,
-        original_max_position: f64,
+        /// Positions before the stretch.
+        original: f64,
+    },
+    /// Stretched by `factor` but for those that turn often in `original` positions: more than
+    /// `beta_fast` times, with a blend down to `beta_slow` times (Peng et al. 2023, section 3.2).
+    Yarn {
+        factor: f64,
+        original: f64,
+        beta_fast: f64,
+        beta_slow: f64,
+        /// Rounds the ends of the blend to whole pairs.
+        truncate: bool,
+    },
+    /// `f[i] / factors[i]` (LongRoPE, Ding et al. 2024).
+    Listed {
+        factors: Vec<f64>,
     },
 }
 
 impl Rope {
-    /// The angle per position of each of the `head_dim / 2` pairs.
-    pub fn inv_freq(&self, head_dim: usize) -> Vec<f64> {
-        let (Self::Plain { theta } | Self::Llama3 { theta, .. }) = self;
-        let plain = (0..head_dim / 2).map(|i| libm::pow(*theta, -2.0 * i as f64 / head_dim as f64));
-        match *self {
-            Self::Plain { .. } => plain.collect(),
-            Self::Llama3 {
-                factor,
-                low_freq_factor,
-                high_freq_factor,
-                original_max_position,
-                ..
-            } => {
-                let stretch = |f: f64| {
-                    let turns = original_max_position * f / std::f64::consts::TAU;
+    /// Without any change of frequencies.
+    pub const fn plain(theta: f64) -> Self {
+        Self { theta, frequencies: Frequencies::Plain, attention_factor: 1.0 }
+    }
+
+    /// The angle per position of each of the `d / 2` pairs of `d` channels that rotate.
+    pub fn inv_freq(&self, d: usize) -> Vec<f64> {
+        let width = d as f64;
+        let theta = match self.frequencies {
+            Frequencies::Dynamic { factor, max_position, longest } => {
+                let grown = factor * longest.max(max_position) / max_position - (factor - 1.0);
+                self.theta * libm::pow(grown, width / (width - 2.0))
+            }
+            _ => self.theta,
+        };
+        let frequency = |i: usize| {
+            let f = libm::pow(theta, -2.0 * i as f64 / width);
+            match &self.frequencies {
+                Frequencies::Plain | Frequencies::Dynamic { .. } => f,
+                Frequencies::Linear { factor } => f / factor,
+                Frequencies::Llama3 { factor, low_freq_factor, high_freq_factor, original } => {
+                    let turns = original * f / std::f64::consts::TAU;
                     let keep = (turns - low_freq_factor) / (high_freq_factor - low_freq_factor);
                     let keep = keep.clamp(0.0, 1.0);
                     f * keep + f / factor * (1.0 - keep)
-                };
-                plain.map(stretch).collect()
+                }
+                Frequencies::Yarn { factor, original, beta_fast, beta_slow, truncate } => {
+                    // The pair that turns so often.
+                    let pair = |turns: f64| {
+                        let length = libm::log(original / (turns * std::f64::consts::TAU));
+                        width * length / (2.0 * libm::log(theta))
+                    };
+                    let (mut low, mut high) = (pair(*beta_fast), pair(*beta_slow));
+                    if *truncate {
+                        (low, high) = (low.floor(), high.ceil());
+                    }
+                    (low, high) = (low.max(0.0), high.min(width - 1.0));
+                    if low == high {
+                        high += 0.001;
+                    }
+                    let stretch = ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+                    f * (1.0 - stretch) + f / factor * stretch
+                }
+                Frequencies::Listed { factors } => f / factors.get(i).copied().unwrap_or(1.0),
             }
-        }
+        };
+        (0..d / 2).map(frequency).collect()
     }
 }
 
@@ -69,22 +128,25 @@ impl<F: Float> Table<F> {
         Self::wide(dev, rope, (head_dim, head_dim), positions)
     }
 
-    /// For heads of `head_dim` that lie in wider ones: the first half of each at the beginning of a
-    /// half of `width`. What is beside them is not rotated.
+    /// For `d` channels of a head of `width`: the first half of them at the beginning of its first
+    /// half, the others at that of its second. What is beside them is not rotated.
     pub fn wide(
         dev: &Device,
         rope: &Rope,
-        (head_dim, width): (usize, usize),
+        (d, width): (usize, usize),
         positions: usize,
     ) -> Result<Self> {
-        let mut freq = rope.inv_freq(head_dim);
-        freq.resize(freq.len().max(width / 2), 0.0);
+        let mut freq = rope.inv_freq(d);
+        let pairs = freq.len();
+        freq.resize(pairs.max(width / 2), 0.0);
         let half = freq.len();
         let mut rows = Buffer::new(dev, "the rotary table", positions * 2 * half)?;
         let fill = |rows: &mut [F]| {
             for (p, row) in rows.chunks_exact_mut((2 * half).max(1)).enumerate() {
                 for (i, f) in freq.iter().enumerate() {
                     let (sin, cos) = libm::sincos(p as f64 * f);
+                    let by = if i < pairs { rope.attention_factor } else { 1.0 };
+                    let (sin, cos) = (sin * by, cos * by);
                     (row[i], row[half + i]) = (F::of(cos), F::of(sin));
                 }
             }

@@ -59,7 +59,7 @@ impl RunInputs {
     pub fn new(mut settings: Settings, algorithm: Box<dyn Algorithm>) -> Result<Self> {
         settings.validate()?;
         let needs = algorithm.needs();
-        let models = models::planned(&settings, &needs)?;
+        let mut models = models::planned(&settings, &needs)?;
         let spec = &models[0].spec;
         let tokenizer = Tokenizer::open_if_there(Path::new(&settings.model))?;
         let mut eos: Vec<u32> = settings.eos_id.into_iter().collect();
@@ -107,6 +107,16 @@ impl RunInputs {
         for m in models.iter().filter(|m| m.dir != models[0].dir) {
             let tokenizer = tokenizer.as_ref();
             eval::check_reward_model(&m.dir, &m.spec, spec, tokenizer, sizes.longest)?;
+        }
+        let most = sizes.longest.max(sizes.held_out);
+        for m in &mut models {
+            if m.for_sequences(most)? {
+                warnings.push(format!(
+                    "{}: its rotary positions depend on the longest sequence, which has {most} \
+                     tokens in this run",
+                    m.dir.display()
+                ));
+            }
         }
         let steps = match settings.steps {
             0 => {

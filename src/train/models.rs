@@ -12,7 +12,10 @@ use crate::{
     device::{Buffer, Device, Element, Pending},
     digest::hex,
     error::{Error, Result},
-    models::{self, Batch, Config, Head, Layout, Master, Model, Params, Residency, Spec},
+    models::{
+        self, Batch, Config, Head, Layout, LoadOptions, Master, Model, Params, Residency, Spec,
+        load,
+    },
     ops::{
         adamw::{self, Hyper},
         grad_norm,
@@ -115,6 +118,8 @@ pub struct PlannedModel {
     pub dir: PathBuf,
     /// The spec that its folder describes, not yet widened for a device.
     pub spec: Spec,
+    /// Tokens of the longest sequence, once the data is known.
+    longest: Option<usize>,
     from: Origin,
 }
 
@@ -126,7 +131,7 @@ pub fn planned(s: &Settings, needs: &Needs) -> Result<Vec<PlannedModel>> {
             _ => PathBuf::from(&s.model),
         };
         let (_, spec) = Config::read(&dir)?.spec()?;
-        Ok(PlannedModel { role, dir, spec, from })
+        Ok(PlannedModel { role, dir, spec, longest: None, from })
     };
     let all = ROLES.iter().filter_map(|role| Some((role, (role.from)(needs)?)));
     let all = all.map(plan).collect::<Result<Vec<_>>>()?;
@@ -137,6 +142,19 @@ pub fn planned(s: &Settings, needs: &Needs) -> Result<Vec<PlannedModel>> {
 }
 
 impl PlannedModel {
+    /// The same for sequences of up to `longest` tokens; whether this made another model of it.
+    pub fn for_sequences(&mut self, longest: usize) -> Result<bool> {
+        let (_, spec) = Config::read(&self.dir)?.for_sequences(longest).spec()?;
+        self.longest = Some(longest);
+        let chosen = spec != self.spec;
+        self.spec = spec;
+        Ok(chosen)
+    }
+
+    fn options(&self, residency: Residency, new_head: Option<u64>) -> LoadOptions {
+        LoadOptions { head: self.role.head, new_head, residency, longest: self.longest }
+    }
+
     /// The memory that holds its weights: host memory for a frozen model, if the settings ask for
     /// it and the gradients of the first of `all` models have room for them.
     pub fn residency<T: Element>(&self, dev: &Device, s: &Settings, all: &[Self]) -> Residency {
@@ -163,7 +181,7 @@ impl<T: Element<Acc = f32>> Models<T> {
     pub fn load(dev: &Device, s: &Settings, all: &[PlannedModel]) -> Result<Self> {
         let (mut frozen, mut trained) = (Vec::new(), Vec::new());
         for m in all.iter().filter(|m| m.role.trained.is_none()) {
-            let mut model = Model::load(dev, &m.dir, m.role.head, None)?;
+            let mut model: Model<T> = load(dev, &m.dir, m.options(Residency::Frozen, None))?;
             if m.residency::<T>(dev, s, all) == Residency::Offloaded {
                 model.offload(dev)?;
             }
@@ -172,7 +190,7 @@ impl<T: Element<Acc = f32>> Models<T> {
         for m in all.iter().filter(|m| m.role.trained.is_some()) {
             let new_head = m.role.head == Head::Scalar && m.from == Origin::Model;
             let new_head = new_head.then_some(s.seed);
-            let model = Model::load_trained(dev, &m.dir, m.role.head, new_head)?;
+            let model = load(dev, &m.dir, m.options(Residency::Trained, new_head))?;
             trained.push(TrainState::new(dev, m.role, model)?);
         }
         Ok(Self { trained, frozen })

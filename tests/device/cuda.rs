@@ -258,6 +258,7 @@ fn norm_of_32<'a, F: Float>(
         b: None,
         rows,
         cols: 32,
+        unpadded: 32,
         heads: 1,
         x_stride: 32,
         y_stride: 32,

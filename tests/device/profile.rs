@@ -261,7 +261,7 @@ fn norm(dev: &Device) -> Vec<bf16> {
     let mut scratch =
         Buffer::new(dev, "scratch", norm::scratch_len(Norm::Rms, rows, cols)).unwrap();
     let _phase = dev.span("norms");
-    let spec = NormSpec { norm: Norm::Rms, one_plus: false, eps: 1e-5, heads: 1 };
+    let spec = NormSpec { norm: Norm::Rms, one_plus: false, eps: 1e-5, heads: 1, unpadded: None };
     let mut mean = Buffer::new(dev, "mean", 0).unwrap();
     let (to, means) = (y.view_mut().into(), mean.view_mut());
     let out = NormOut { y: to, mean: means, rstd: rstd.view_mut() };

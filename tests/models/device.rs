@@ -3,18 +3,31 @@
 
 use half::bf16;
 use warpo::{
-    device::Device,
-    models::{self, Batch, Head, Keep, Model, ParamKind, Params, Pass, PassOptions},
+    device::{Device, Element},
+    models::{
+        self, Batch, Head, Keep, LoadOptions, Model, ParamKind, Params, Pass, PassOptions,
+        Residency,
+    },
 };
 
-use super::golden::{MODELS as ALL, named, sft, sft_batch};
+use super::golden::{folders, named, sft, sft_batch, unpad};
 use crate::support::{assert_bits, golden, golden::Golden, keep_all, pass_room, sim, temp_dir};
 
 /// Those of the golden models that a device takes: it wants widths of whole packets.
-const MODELS: [&str; 2] = ["gpt2", "llama"];
+fn on_device() -> impl Iterator<Item = String> {
+    folders().into_iter().filter(|name| name != "llama_tied")
+}
 
 fn load(dev: &Device, name: &str, head: Head) -> Model<bf16> {
     Model::load_trained(dev, &golden::path(name), head, None).unwrap()
+}
+
+/// For the longest of the sequences of SFT.
+fn load_sft<T: Element>(dev: &Device, name: &str, g: &Golden) -> Model<T> {
+    let longest = unpad(g, "input_ids", "attention_mask").iter().map(Vec::len).max();
+    let residency = Residency::Trained;
+    let options = LoadOptions { longest, residency, ..LoadOptions::frozen(Head::Lm) };
+    models::load(dev, &golden::path(name), options).unwrap()
 }
 
 /// Loss and gradients of the SFT batch, the gradients by the names of Hugging Face.
@@ -53,9 +66,9 @@ fn learn(
 #[test]
 fn models_learn_on_a_device_what_they_learn_in_f64() {
     sim::on_devices(|dev| {
-        for name in MODELS {
+        for name in &on_device().collect::<Vec<_>>() {
             let g = Golden::open(&format!("{name}/sft.safetensors"));
-            let (model, batch) = (load(dev, name, Head::Lm), sft_batch(&g));
+            let (model, batch) = (load_sft(dev, name, &g), sft_batch(&g));
             let (loss, grads) = learn(dev, &model, &batch, Keep::All);
             let truth = g.scalar("loss");
             assert!((loss - truth).abs() < truth / 256.0, "{name}: {loss} for {truth}");
@@ -70,7 +83,8 @@ fn models_learn_on_a_device_what_they_learn_in_f64() {
             }
             let error = (off / all).sqrt();
             println!("{name}: loss off by {:.1e}, gradient by {error:.1e}", loss / truth - 1.0);
-            assert!(error < 0.03, "{name}: the gradient is off by {error}");
+            // Yarn sharpens scores, and with them their rounding.
+            assert!(error < 0.05, "{name}: the gradient is off by {error}");
 
             let (again, recomputed) = learn(dev, &model, &batch, Keep::Streams);
             assert_eq!(again.to_bits(), loss.to_bits());
@@ -85,16 +99,17 @@ fn models_learn_on_a_device_what_they_learn_in_f64() {
 #[test]
 fn recomputed_blocks_have_the_bits_of_kept_ones() {
     let dev = Device::cpu();
-    for name in ALL {
+    for name in &folders() {
         let g = Golden::open(&format!("{name}/sft.safetensors"));
-        let model = super::golden::load::<f32>(name, Head::Lm);
+        let model: Model<f32> = load_sft(&dev, name, &g);
         let (kept, _) = sft(&model, &g);
         let batch = sft_batch(&g);
         let mut grads = Params::zeros(&dev, "gradients", model.params().layout()).unwrap();
         let options = PassOptions { entropy: false, keep: Keep::Streams };
         let all = pass_room(&dev, &model, &batch, keep_all(false)).bytes();
         let mut arena = pass_room(&dev, &model, &batch, options);
-        assert!(arena.bytes() < all, "{} of {all}", arena.bytes());
+        let less = arena.bytes() < all || model.spec().layers == 1;
+        assert!(less, "{name}: {} of {all}", arena.bytes());
         let (scope, n) = (arena.scope(), batch.selected().len() as f32);
         Pass::new(&dev, &model, &scope, &batch)
             .train(&mut grads, options, |c| {
@@ -114,11 +129,8 @@ fn recomputed_blocks_have_the_bits_of_kept_ones() {
 fn weights_come_back_from_a_device_as_they_were() {
     sim::on_devices(|dev| {
         let dir = temp_dir(&format!("weights_of_{:?}", std::thread::current().id()));
-        for (name, head) in MODELS
-            .map(|m| (m.to_owned(), Head::Lm))
-            .into_iter()
-            .chain([("llama/rm".into(), Head::Scalar)])
-        {
+        let all = on_device().map(|m| (m, Head::Lm));
+        for (name, head) in all.chain([("llama/rm".into(), Head::Scalar)]) {
             let model = load(dev, &name, head);
             models::save(dev, &model, &dir).unwrap();
             let back = Model::<f32>::load(&Device::cpu(), &dir, head, None).unwrap();

@@ -16,7 +16,7 @@ use warpo::{
     rng::{Philox, Purpose},
 };
 
-use super::golden::{MODELS, load};
+use super::golden::{MODELS, folders, load};
 use crate::support::{assert_bits, golden, host, temp_dir};
 
 /// A stored tensor.
@@ -140,13 +140,29 @@ fn flat<F: Float>(model: &Model<F>) -> &[F] {
 #[test]
 fn what_is_saved_is_what_hugging_face_stored() {
     let dir = temp_dir("weights_saved");
-    for name in MODELS {
+    for name in folders() {
         for (folder, head) in [(name.to_owned(), Head::Lm), (format!("{name}/rm"), Head::Scalar)] {
+            if !golden::path(&folder).exists() {
+                continue;
+            }
             let model = load::<f32>(&folder, head);
             models::save(host(), &model, &dir).unwrap();
             let from = golden::path(&folder);
+            let again = Model::<f32>::load(&Device::cpu(), &dir, head, Some(0)).unwrap();
+            assert_bits(&folder, flat(&again), flat(&model));
+            assert_eq!(again.spec(), model.spec());
             let file = "model.safetensors";
-            assert!(read(&dir.join(file)) == read(&from.join(file)), "{folder}");
+            let (ours, theirs) = (read(&dir.join(file)), read(&from.join(file)));
+            // The text part is a model of its own, by the names of one.
+            if model.config().is_nested() {
+                let inner = |k: &String| k.starts_with("language_model.");
+                let texts = theirs.keys().filter(|k| inner(k)).count();
+                let score = usize::from(head == Head::Scalar);
+                assert_eq!(ours.len(), texts + score, "{folder}");
+                assert!(ours.keys().all(|k| !k.contains("vision") && !inner(k)), "{folder}");
+                continue;
+            }
+            assert!(ours == theirs, "{folder}");
             let json = |dir: &Path| -> Value {
                 serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap()
             };
@@ -155,10 +171,6 @@ fn what_is_saved_is_what_hugging_face_stored() {
                 assert_eq!(saved.as_object_mut().unwrap().remove("num_labels"), Some(json!(1)));
             }
             assert_eq!(saved, stored, "{folder}");
-
-            let again = Model::<f32>::load(&Device::cpu(), &dir, head, Some(0)).unwrap();
-            assert_bits(&folder, flat(&again), flat(&model));
-            assert_eq!(again.spec(), model.spec());
         }
     }
 }

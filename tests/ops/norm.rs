@@ -17,7 +17,7 @@ use crate::support::{
     wide,
 };
 
-const RMS: NormSpec = NormSpec { norm: Rms, one_plus: false, eps: 1e-5, heads: 1 };
+const RMS: NormSpec = NormSpec { norm: Rms, one_plus: false, eps: 1e-5, heads: 1, unpadded: None };
 const LAYER: NormSpec = NormSpec { norm: Layer, ..RMS };
 
 /// Every norm that a model may have: with and without a bias, with a weight of `w` and of `1 + w`.

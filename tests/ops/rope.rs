@@ -2,7 +2,7 @@
 
 use warpo::{
     device::{Buffer, Device, Element, Float},
-    ops::rope::{self, Heads, Rope, Table},
+    ops::rope::{self, Frequencies, Heads, Rope, Table},
 };
 
 use crate::support::{
@@ -12,13 +12,16 @@ use crate::support::{
     sim::{self, Case, Lab},
 };
 
-const PLAIN: Rope = Rope::Plain { theta: 10_000.0 };
-const LLAMA3: Rope = Rope::Llama3 {
+const PLAIN: Rope = Rope::plain(10_000.0);
+const LLAMA3: Rope = Rope {
     theta: 500_000.0,
-    factor: 8.0,
-    low_freq_factor: 1.0,
-    high_freq_factor: 4.0,
-    original_max_position: 8192.0,
+    frequencies: Frequencies::Llama3 {
+        factor: 8.0,
+        low_freq_factor: 1.0,
+        high_freq_factor: 4.0,
+        original: 8192.0,
+    },
+    attention_factor: 1.0,
 };
 
 /// Turns the first `heads` heads of each row, of `row_len` elements, or back.
@@ -41,7 +44,7 @@ fn turn<F: Float>(
 fn hand_worked() {
     let dev = Device::cpu();
     // theta 100, four elements: element 0 turns with 2 by 1 rad a position, 1 with 3 by 0.1 rad
-    let table = Table::<f64>::new(host(), &Rope::Plain { theta: 100.0 }, 4, 4).unwrap();
+    let table = Table::<f64>::new(host(), &Rope::plain(100.0), 4, 4).unwrap();
     let x = [1.0, 10.0, 2.0, 20.0, 7.0, 8.0, 9.0, 5.0];
     for (p, a) in [(0, 0.0f64), (1, 1.0), (3, 3.0)] {
         let b = 0.1 * a;
@@ -71,7 +74,7 @@ fn hand_worked() {
 
 #[test]
 fn llama3_stretches_long_wavelengths() {
-    let plain = Rope::Plain { theta: 500_000.0 }.inv_freq(64);
+    let plain = Rope::plain(500_000.0).inv_freq(64);
     for (f, g) in plain.iter().zip(LLAMA3.inv_freq(64)) {
         // turns within the original context: 4 or more are kept, 1 or fewer slowed by 8
         let turns = 8192.0 * f / std::f64::consts::TAU;

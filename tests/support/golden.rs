@@ -38,10 +38,15 @@ impl Golden {
                     Dtype::U8 => d.iter().map(|b| f64::from(*b)).collect(),
                     other => panic!("{name}: {key} is {other:?}"),
                 };
-                (key, (t.shape().to_vec(), x))
+                // Text models inside others have their names there.
+                (key.replace("language_model.", ""), (t.shape().to_vec(), x))
             })
             .collect();
         Self { file: name.into(), tensors, read: RefCell::default() }
+    }
+
+    pub fn has(&self, key: &str) -> bool {
+        self.tensors.contains_key(key)
     }
 
     /// The numbers of a tensor.

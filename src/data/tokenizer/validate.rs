@@ -69,7 +69,7 @@ fn of_step(key: &str, step: &Value) -> Result<(f64, usize), String> {
             }
             1.0
         }
-        "Precompiled" => longest_entry(text("precompiled_charsmap")),
+        "Precompiled" => longest_entry(text("precompiled_charsmap"))?,
         // One character for each byte.
         "ByteLevel" => 2.0,
         // Unicode's own forms: they grow a text once, whatever their number.
@@ -79,8 +79,9 @@ fn of_step(key: &str, step: &Value) -> Result<(f64, usize), String> {
 }
 
 /// The longest text that a map of SentencePiece has for a character, in bytes. In base64 stand the
-/// bytes of a trie, their number before them, then the texts, each with a zero at its end.
-fn longest_entry(base64: &str) -> f64 {
+/// bytes of a trie, their number before them, then the texts, each with a zero at its end. The
+/// library takes memory for as long a trie as the number says.
+fn longest_entry(base64: &str) -> Result<f64, String> {
     let (mut bytes, mut bits, mut held) = (Vec::with_capacity(base64.len() / 4 * 3), 0u32, 0);
     for c in base64.bytes() {
         let six = match c {
@@ -100,6 +101,9 @@ fn longest_entry(base64: &str) -> f64 {
     }
     let (size, rest) = bytes.split_at(bytes.len().min(4));
     let trie = size.try_into().map_or(0, u32::from_le_bytes) as usize;
-    let texts = rest.get(trie..).unwrap_or_default();
-    texts.split(|b| *b == 0).map(<[u8]>::len).max().unwrap_or(0) as f64
+    let Some(texts) = rest.get(trie..) else {
+        let have = rest.len();
+        return Err(format!("`precompiled_charsmap` has {have} bytes, wanted a trie of {trie}"));
+    };
+    Ok(texts.split(|b| *b == 0).map(<[u8]>::len).max().unwrap_or(0) as f64)
 }

@@ -200,7 +200,7 @@ pub(super) fn turns_as_rope<T: Element>(dev: &Device) {
     let case = Case::new(dev, s.clone(), group.qkv::<T>(1.0));
     let (segments, list, pages) = group.shared(case.page);
     let (cols, d) = (s.qkv_cols(), s.head_dim);
-    let plain = Rope::Plain { theta: 100.0 };
+    let plain = Rope::plain(100.0);
     let positions: Vec<u32> = segments.iter().flat_map(|s| s.first..s.first + s.rows).collect();
     let positions = Buffer::of(dev, "test", &positions).unwrap();
     let run = |before: bool, entries: usize| {

@@ -1,0 +1,267 @@
+//! The rows of a pass, the keys and values that it caches, and the buffers that it fills.
+
+use super::{
+    LayerSpec, QkNorm, Spec,
+    norm::{self, Normed},
+    spec::WINDOWS,
+};
+use crate::{
+    device::{Buffer, Device, Element, Scope, View},
+    error::Result,
+    ops::{
+        attention::{self, KvLayer},
+        embedding,
+    },
+};
+
+/// What one forward pass computes: new rows of some sequences.
+#[derive(Clone, Copy, Debug)]
+pub struct BatchRows<'a> {
+    /// Token of each row.
+    pub ids: View<'a, u32>,
+    /// Position of each row in its sequence.
+    pub positions: View<'a, u32>,
+    /// Which rows are which sequence, and where its keys and values are: for the blocks with each
+    /// of [`Spec::windows`].
+    pub attention: [attention::SegmentBatch<'a>; WINDOWS],
+    /// The rows that a head reads.
+    pub selected: View<'a, u32>,
+}
+
+/// Sizes of a forward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassShape {
+    pub rows: usize,
+    /// Sequences that the rows belong to.
+    pub sequences: usize,
+    /// Rows that a head reads.
+    pub selected: usize,
+    /// Positions of the longest sequence that a cache holds; 0 if all sequences are whole.
+    pub cached: usize,
+}
+
+impl PassShape {
+    /// The largest pass over whole sequences of so many rows: a head reads them all.
+    pub fn whole(rows: usize, sequences: usize) -> Self {
+        Self { rows, sequences, selected: rows, cached: 0 }
+    }
+
+    /// Pages that hold all keys and values.
+    pub fn pages(&self, dev: &Device, spec: &Spec) -> usize {
+        let page = spec.attention().page(dev);
+        match self.cached {
+            0 => self.rows / page + self.sequences,
+            n => self.sequences * n.div_ceil(page),
+        }
+    }
+}
+
+/// What a forward pass keeps for a backward pass.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Keep {
+    Nothing,
+    /// The residual stream before each block; the backward pass computes the block again.
+    Streams,
+    /// All that the backward pass reads.
+    All,
+}
+
+/// What a pass computes and keeps beside the outputs of its head.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PassOptions {
+    /// The entropy of each prediction.
+    pub entropy: bool,
+    /// For the backward pass.
+    pub keep: Keep,
+}
+
+/// Keys and values of each block. Blocks take turns with one where all sequences are whole: nothing
+/// reads it after its block.
+#[derive(Debug)]
+pub struct Cache<'s, T> {
+    pub(super) layers: Vec<KvLayer<'s, T>>,
+}
+
+impl<'s, T: Element> Cache<'s, T> {
+    pub fn new(dev: &Device, scope: &'s Scope<'_>, spec: &Spec, pass: PassShape) -> Result<Self> {
+        let (shape, pages) = (spec.attention(), pass.pages(dev, spec));
+        let layers = if pass.cached == 0 { 1 } else { spec.layers };
+        let layers = (0..layers).map(|_| KvLayer::new(scope, &shape, shape.page(dev), pages));
+        Ok(Self { layers: layers.collect::<Result<_>>()? })
+    }
+}
+
+/// What a block keeps for its backward pass.
+#[derive(Debug)]
+pub(super) struct BlockActivations<'s, T: Element> {
+    pub norm1: Option<Normed<'s, T>>,
+    pub qkv: Buffer<'s, T>,
+    pub qk_norm: Option<NormedQk<'s, T>>,
+    pub attention: Buffer<'s, T>,
+    pub lse: Buffer<'s, T::Acc>,
+    pub post1: Option<PostNormed<'s, T>>,
+    pub mid: Buffer<'s, T>,
+    pub norm2: Option<Normed<'s, T>>,
+    pub up: Buffer<'s, T>,
+    pub act: Buffer<'s, T>,
+    pub post2: Option<PostNormed<'s, T>>,
+}
+
+/// Queries and keys that are normalised.
+#[derive(Debug)]
+pub(super) struct NormedQk<'s, T: Element> {
+    /// Queries, keys and values before.
+    pub qkv: Buffer<'s, T>,
+    pub q: Normed<'s, T>,
+    pub k: Normed<'s, T>,
+}
+
+/// What attention or MLP adds to the residual stream, normalised on its way.
+#[derive(Debug)]
+pub(super) struct PostNormed<'s, T: Element> {
+    /// Before.
+    pub x: Buffer<'s, T>,
+    pub norm: Normed<'s, T>,
+}
+
+impl<'s, T: Element> BlockActivations<'s, T> {
+    fn new(scope: &'s Scope<'_>, spec: &Spec, rows: usize) -> Result<Self> {
+        let stream = |what| scope.alloc(what, rows * spec.hidden);
+        let before = || spec.norms_before().then(|| Normed::new(scope, spec, rows)).transpose();
+        let after = || {
+            let post = || {
+                let x = stream("rows before a norm")?;
+                Ok(PostNormed { x, norm: Normed::in_place(scope, spec, rows)? })
+            };
+            spec.norms_after().then(post).transpose()
+        };
+        let qkv = |what| scope.alloc(what, rows * spec.qkv_cols());
+        let qk_norm = spec.qk_norm.map(|over| {
+            let heads = |heads| if over == QkNorm::Heads { heads } else { 1 };
+            Ok(NormedQk {
+                qkv: qkv("queries, keys and values before norms")?,
+                q: Normed::heads(scope, rows, heads(spec.q_heads))?,
+                k: Normed::heads(scope, rows, heads(spec.kv_heads))?,
+            })
+        });
+        Ok(Self {
+            norm1: before()?,
+            qkv: qkv("queries, keys and values")?,
+            qk_norm: qk_norm.transpose()?,
+            attention: scope.alloc("attention output", rows * spec.attention_cols())?,
+            lse: scope.alloc("attention log-sum-exp", rows * spec.q_heads)?,
+            post1: after()?,
+            mid: stream("residual stream after attention")?,
+            norm2: before()?,
+            up: scope.alloc("MLP inputs", rows * spec.up_cols())?,
+            act: scope.alloc("MLP activations", rows * spec.mlp_hidden)?,
+            post2: after()?,
+        })
+    }
+}
+
+/// The rows that a head reads, before and after the final norm.
+#[derive(Debug)]
+pub(super) struct HeadInput<'s, T: Element> {
+    pub x: Buffer<'s, T>,
+    pub norm: Normed<'s, T>,
+}
+
+/// Buffers of a forward pass and, where it keeps something for one, of the backward pass.
+#[derive(Debug)]
+pub struct Activations<'s, T: Element> {
+    /// The residual stream before each block, and after the last; one buffer if nothing is kept.
+    pub(super) x: Vec<Buffer<'s, T>>,
+    /// One for each block, or one that all use in turn.
+    pub(super) blocks: Vec<BlockActivations<'s, T>>,
+    pub(super) scratch: Buffer<'s, T::Acc>,
+    pub(super) input: HeadInput<'s, T>,
+    pub(super) gradients: Option<Gradients<'s, T>>,
+}
+
+impl<'s, T: Element> Activations<'s, T> {
+    /// For a pass of this shape.
+    pub fn new(
+        dev: &Device,
+        scope: &'s Scope<'_>,
+        spec: &Spec,
+        pass: PassShape,
+        keep: Keep,
+    ) -> Result<Self> {
+        let PassShape { rows, selected, .. } = pass;
+        let layers = if keep == Keep::All { spec.layers } else { 1 };
+        let streams = if keep == Keep::Nothing { 1 } else { spec.layers + 1 };
+        let x = (0..streams).map(|_| scope.alloc("residual stream", rows * spec.hidden));
+        // A single row of a sequence sees more than itself only through a cache.
+        let alone = if pass.cached > 0 { pass.sequences } else { 0 };
+        let scratch = |layer: LayerSpec| {
+            let forward = attention::forward_scratch_len(dev, &layer.attention, alone, pass.cached);
+            match keep {
+                Keep::Nothing => forward,
+                _ => forward.max(attention::backward_scratch_len(&layer.attention, rows)),
+            }
+        };
+        let scratch = spec.each_layer().map(scratch).max().unwrap_or(0);
+        let trained = keep != Keep::Nothing;
+        Ok(Self {
+            x: x.collect::<Result<_>>()?,
+            blocks: (0..layers)
+                .map(|_| BlockActivations::new(scope, spec, rows))
+                .collect::<Result<_>>()?,
+            scratch: scope.alloc("attention scratch", scratch)?,
+            input: HeadInput {
+                x: scope.alloc("selected rows", selected * spec.hidden)?,
+                norm: Normed::new(scope, spec, selected)?,
+            },
+            gradients: trained.then(|| Gradients::new(scope, spec, pass)).transpose()?,
+        })
+    }
+
+    /// The residual stream before block `l` of a pass that kept it, `[rows, hidden]`; `l = layers`
+    /// is the last one, before the final norm.
+    pub fn stream(&self, l: usize) -> Option<View<'_, T>> {
+        self.x.get(l).map(Buffer::view)
+    }
+
+    /// The hidden states that a head reads, `[selected, hidden]`.
+    pub fn hidden(&self) -> View<'_, T> {
+        self.input.norm.y.view()
+    }
+}
+
+/// Buffers of a backward pass.
+#[derive(Debug)]
+pub(super) struct Gradients<'s, T: Element> {
+    pub dx: Buffer<'s, T>,
+    pub dnorm: Buffer<'s, T>,
+    pub dqkv: Buffer<'s, T>,
+    /// Before norms of queries and keys.
+    pub draw: Option<Buffer<'s, T>>,
+    pub dattention: Buffer<'s, T>,
+    pub dup: Buffer<'s, T>,
+    pub dact: Buffer<'s, T>,
+    pub dselected: Buffer<'s, T>,
+    pub scratch: Buffer<'s, T::Acc>,
+    pub order: Buffer<'s, u64>,
+}
+
+impl<'s, T: Element> Gradients<'s, T> {
+    pub fn new(scope: &'s Scope<'_>, spec: &Spec, pass: PassShape) -> Result<Self> {
+        let PassShape { rows, selected, .. } = pass;
+        let most = rows.max(selected);
+        let stream = || scope.alloc("gradient of the residual stream", rows * spec.hidden);
+        let qkv = || scope.alloc("gradient of queries, keys, values", rows * spec.qkv_cols());
+        Ok(Self {
+            dx: stream()?,
+            dnorm: stream()?,
+            dqkv: qkv()?,
+            draw: spec.qk_norm.map(|_| qkv()).transpose()?,
+            dattention: scope.alloc("gradient of attention", rows * spec.attention_cols())?,
+            dup: scope.alloc("gradient of MLP inputs", rows * spec.up_cols())?,
+            dact: scope.alloc("gradient of MLP activations", rows * spec.mlp_hidden)?,
+            dselected: scope.alloc("gradient of selected rows", selected * spec.hidden)?,
+            scratch: scope.alloc("norm scratch", norm::scratch_len(spec, most))?,
+            order: scope.alloc("order of rows", embedding::scratch_len(most))?,
+        })
+    }
+}

@@ -1,0 +1,294 @@
+//! One block of the transformer, forward and backward.
+
+use super::{
+    BatchRows, LayerSpec, Linear, Mlp, Model, ParamKind, Params,
+    activations::{BlockActivations, Gradients, NormedQk, PostNormed},
+    norm::{NormInputGradient, Normed},
+};
+use crate::{
+    device::{Device, Element, View, ViewMut},
+    error::Result,
+    ops::{
+        activation,
+        attention::{self, KvLayer},
+        matmul,
+        norm::NormRows,
+        residual, rope, scale,
+    },
+};
+
+/// One block at work on some rows.
+pub(super) struct BlockPass<'a, T: Element> {
+    pub dev: &'a Device,
+    pub model: &'a Model<T>,
+    pub rows: &'a BatchRows<'a>,
+    pub at: Option<usize>,
+    pub spec: LayerSpec,
+}
+
+impl<'a, T: Element> BlockPass<'a, T> {
+    fn linear(&self, kind: ParamKind) -> Result<Linear<'a, T>> {
+        self.model.linear(self.dev, kind, self.at)
+    }
+
+    fn rope(&self) -> Option<&'a rope::Table<T::Acc>> {
+        self.spec.rope.map(|i| self.model.rope(i))
+    }
+
+    /// `norm(x)` before attention or MLP; `x` in a family without it.
+    fn before<'v>(
+        &self,
+        kind: ParamKind,
+        normed: &'v mut Option<Normed<'_, T>>,
+        x: View<'v, T>,
+    ) -> Result<View<'v, T>> {
+        let Some(normed) = normed else { return Ok(x) };
+        self.model.norm(kind, self.at)?.forward(self.dev, normed, x)?;
+        Ok(normed.y.view())
+    }
+
+    /// `y = x + r post(linear(input))`
+    fn join(
+        &self,
+        [linear, post]: [ParamKind; 2],
+        normed: &mut Option<PostNormed<'_, T>>,
+        mut y: ViewMut<'_, T>,
+        input: View<'_, T>,
+        x: View<'_, T>,
+    ) -> Result<()> {
+        let (dev, factor) = (self.dev, self.model.spec().scales.residual);
+        let linear = self.linear(linear)?;
+        match normed {
+            None if factor == 1.0 => return linear.forward(dev, y, input, Some(x)),
+            None => linear.forward(dev, y.reborrow(), input, None)?,
+            Some(PostNormed { x, norm }) => {
+                linear.forward(dev, x.view_mut(), input, None)?;
+                let post = self.model.norm(post, self.at)?;
+                post.forward_to(dev, y.reborrow().into(), norm, x.view().into())?;
+            }
+        }
+        if factor != 1.0 {
+            scale::in_place(dev, y.reborrow(), factor, None)?;
+        }
+        residual::add(dev, y, x)
+    }
+
+    /// `mid = x + r post1(out(attention(norm1(x))))`
+    pub fn attention(
+        &self,
+        b: &mut BlockActivations<'_, T>,
+        x: View<'_, T>,
+        kv: &mut KvLayer<'_, T>,
+        scratch: ViewMut<'_, T::Acc>,
+    ) -> Result<()> {
+        let (dev, shape, work) = (self.dev, &self.spec.attention, self.segments());
+        let qkv = self.linear(ParamKind::Qkv)?;
+        let input = self.before(ParamKind::Norm1, &mut b.norm1, x)?;
+        match &mut b.qk_norm {
+            None => qkv.forward(dev, b.qkv.view_mut(), input, None)?,
+            Some(normed) => {
+                qkv.forward(dev, normed.qkv.view_mut(), input, None)?;
+                dev.copy(b.qkv.view_mut(), normed.qkv.view())?;
+                let NormedQk { qkv: raw, q, k } = normed;
+                for (kind, kept) in [(ParamKind::QNorm, q), (ParamKind::KNorm, k)] {
+                    let (x, y) = (raw.view(), b.qkv.view_mut());
+                    let norm = self.model.norm(kind, self.at)?;
+                    norm.forward_to(dev, self.rows_of(kind, y), kept, self.rows_of(kind, x))?;
+                }
+            }
+        }
+        let rotation = self.rope().map(|table| (self.rows.positions, table));
+        attention::append(dev, kv, b.qkv.view_mut(), work, shape, rotation)?;
+        let (out, lse) = (b.attention.view_mut(), b.lse.view_mut());
+        let to = attention::ForwardOutputs { out, lse, scratch };
+        attention::forward(dev, to, b.qkv.view(), kv, work, shape)?;
+        let kinds = [ParamKind::Out, ParamKind::PostNorm1];
+        self.join(kinds, &mut b.post1, b.mid.view_mut(), b.attention.view(), x)
+    }
+
+    fn segments(&self) -> attention::SegmentBatch<'a> {
+        self.rows.attention[self.spec.window]
+    }
+
+    /// The queries or keys among those of rows of queries, keys and values.
+    fn rows_of<V>(&self, kind: ParamKind, data: V) -> NormRows<V> {
+        let attention::Shape { q_heads, head_dim, .. } = self.spec.attention;
+        let first = if kind == ParamKind::KNorm { q_heads * head_dim } else { 0 };
+        NormRows { data, first, stride: Some(self.spec.attention.qkv_cols()) }
+    }
+
+    /// `act = act(up(norm2(mid)))`, or of `norm2(x)` in a parallel block.
+    pub fn expand(&self, b: &mut BlockActivations<'_, T>, x: View<'_, T>) -> Result<()> {
+        let dev = self.dev;
+        let x = if self.model.spec().parallel { x } else { b.mid.view() };
+        let epilogue = match self.model.spec().mlp {
+            Mlp::Plain(act) => matmul::Epilogue { act, gated: false },
+            Mlp::Gated(act) => matmul::Epilogue { act, gated: true },
+        };
+        let input = self.before(ParamKind::Norm2, &mut b.norm2, x)?;
+        let (act, up) = (b.act.view_mut(), b.up.view_mut());
+        self.linear(ParamKind::Up)?.activated(dev, epilogue, act, up, input)
+    }
+
+    /// `y = mid + r post2(down(act))`
+    pub fn contract(&self, b: &mut BlockActivations<'_, T>, y: ViewMut<'_, T>) -> Result<()> {
+        let kinds = [ParamKind::Down, ParamKind::PostNorm2];
+        self.join(kinds, &mut b.post2, y, b.act.view(), b.mid.view())
+    }
+
+    /// Turns `g.dx` from the gradient of the block's output into that of its input `x`.
+    pub fn backward(
+        &self,
+        grads: &mut Params<T::Acc>,
+        b: &BlockActivations<'_, T>,
+        x: View<'_, T>,
+        g: &mut Gradients<'_, T>,
+        scratch: ViewMut<'_, T::Acc>,
+    ) -> Result<()> {
+        let parallel = self.model.spec().parallel;
+        self.mlp_backward(grads, b, x, g)?;
+        // In a parallel block both read the gradient of the output, so neither adds to it before.
+        if parallel {
+            self.out_backward(grads, b, g)?;
+        }
+        let input = if parallel { x } else { b.mid.view() };
+        self.before_backward(grads, ParamKind::Norm2, input, &b.norm2, g)?;
+        if !parallel {
+            self.out_backward(grads, b, g)?;
+        }
+        self.attention_backward(grads, b, x, g, scratch)
+    }
+
+    /// Whether a linear layer has another gradient than `g.dx`, that of the stream to which it
+    /// adds: then it is in `g.dnorm`.
+    fn join_backward(
+        &self,
+        grads: &mut Params<T::Acc>,
+        post: ParamKind,
+        normed: &Option<PostNormed<'_, T>>,
+        g: &mut Gradients<'_, T>,
+    ) -> Result<bool> {
+        let (dev, factor) = (self.dev, self.model.spec().scales.residual);
+        let Gradients { dx, dnorm, scratch, .. } = g;
+        match normed {
+            None if factor == 1.0 => return Ok(false),
+            None => dev.copy(dnorm.view_mut(), dx.view())?,
+            Some(PostNormed { x, norm }) => {
+                let (to, scratch) = (dnorm.view_mut(), scratch.view_mut());
+                let out = NormInputGradient { dx: to, add: false, scratch };
+                let post = self.model.norm(post, self.at)?;
+                post.backward(dev, grads, out, dx.view(), x.view(), norm)?;
+            }
+        }
+        if factor != 1.0 {
+            scale::in_place(dev, dnorm.view_mut(), factor, None)?;
+        }
+        Ok(true)
+    }
+
+    /// From the gradient of the block's output to that of the MLP's input, in `g.dnorm`.
+    fn mlp_backward(
+        &self,
+        grads: &mut Params<T::Acc>,
+        b: &BlockActivations<'_, T>,
+        x: View<'_, T>,
+        g: &mut Gradients<'_, T>,
+    ) -> Result<()> {
+        let (dev, spec) = (self.dev, self.model.spec());
+        let down = self.linear(ParamKind::Down)?;
+        let moved = self.join_backward(grads, ParamKind::PostNorm2, &b.post2, g)?;
+        let dy = if moved { g.dnorm.view() } else { g.dx.view() };
+        down.backward(dev, grads, g.dact.view_mut(), dy, b.act.view())?;
+        let (dup, dact, up) = (g.dup.view_mut(), g.dact.view(), b.up.view());
+        match spec.mlp {
+            Mlp::Plain(act) => activation::backward(dev, act, dup, dact, up)?,
+            Mlp::Gated(act) => {
+                activation::gated_backward(dev, act, dup, dact, up, spec.mlp_hidden)?;
+            }
+        }
+        let input = if spec.parallel { x } else { b.mid.view() };
+        let input = b.norm2.as_ref().map_or(input, |normed| normed.y.view());
+        let up = self.linear(ParamKind::Up)?;
+        up.backward(dev, grads, g.dnorm.view_mut(), g.dup.view(), input)
+    }
+
+    /// From the gradient of `mid` to that of attention's output, in `g.dattention`.
+    fn out_backward(
+        &self,
+        grads: &mut Params<T::Acc>,
+        b: &BlockActivations<'_, T>,
+        g: &mut Gradients<'_, T>,
+    ) -> Result<()> {
+        let out = self.linear(ParamKind::Out)?;
+        let moved = self.join_backward(grads, ParamKind::PostNorm1, &b.post1, g)?;
+        let dy = if moved { g.dnorm.view() } else { g.dx.view() };
+        out.backward(self.dev, grads, g.dattention.view_mut(), dy, b.attention.view())
+    }
+
+    /// From the gradient of attention's output, and in `g.dx` that of `mid`, to that of `x`.
+    fn attention_backward(
+        &self,
+        grads: &mut Params<T::Acc>,
+        b: &BlockActivations<'_, T>,
+        x: View<'_, T>,
+        g: &mut Gradients<'_, T>,
+        scratch: ViewMut<'_, T::Acc>,
+    ) -> Result<()> {
+        let (dev, shape) = (self.dev, &self.spec.attention);
+        let args = attention::BackwardArgs {
+            dqkv: g.dqkv.view_mut(),
+            dout: g.dattention.view(),
+            out: b.attention.view(),
+            qkv: b.qkv.view(),
+            lse: b.lse.view(),
+            scratch,
+        };
+        attention::backward(dev, args, self.segments(), shape)?;
+        if let Some(table) = self.rope() {
+            let (heads, cols) = (shape.q_heads + shape.kv_heads, self.model.spec().qkv_cols());
+            let (d, positions) = (shape.head_dim, self.rows.positions);
+            let heads = rope::Heads { row_len: cols, heads, head_dim: d };
+            rope::backward(dev, g.dqkv.view_mut(), heads, positions, table)?;
+        }
+        if let (Some(normed), Some(draw)) = (&b.qk_norm, &mut g.draw) {
+            // Values are as they were.
+            dev.copy(draw.view_mut(), g.dqkv.view())?;
+            for (kind, kept) in [(ParamKind::QNorm, &normed.q), (ParamKind::KNorm, &normed.k)] {
+                let (dx, scratch) = (draw.view_mut(), g.scratch.view_mut());
+                let out = NormInputGradient { dx, add: false, scratch };
+                let (dy, x) = (g.dqkv.view(), normed.qkv.view());
+                let norm = self.model.norm(kind, self.at)?;
+                norm.backward(
+                    dev,
+                    grads,
+                    out,
+                    self.rows_of(kind, dy),
+                    self.rows_of(kind, x),
+                    kept,
+                )?;
+            }
+        }
+        let input = b.norm1.as_ref().map_or(x, |normed| normed.y.view());
+        let (qkv, dqkv) = (self.linear(ParamKind::Qkv)?, g.draw.as_ref().unwrap_or(&g.dqkv));
+        qkv.backward(dev, grads, g.dnorm.view_mut(), dqkv.view(), input)?;
+        self.before_backward(grads, ParamKind::Norm1, x, &b.norm1, g)
+    }
+
+    /// Adds the gradient through a norm, which is in `g.dnorm`, to that of the residual stream.
+    fn before_backward(
+        &self,
+        grads: &mut Params<T::Acc>,
+        kind: ParamKind,
+        x: View<'_, T>,
+        normed: &Option<Normed<'_, T>>,
+        g: &mut Gradients<'_, T>,
+    ) -> Result<()> {
+        let Gradients { dx, dnorm, scratch, .. } = g;
+        let Some(kept) = normed else {
+            return residual::add(self.dev, dx.view_mut(), dnorm.view());
+        };
+        let (dx, scratch) = (dx.view_mut(), scratch.view_mut());
+        let out = NormInputGradient { dx, add: true, scratch };
+        self.model.norm(kind, self.at)?.backward(self.dev, grads, out, dnorm.view(), x, kept)
+    }
+}
