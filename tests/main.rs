@@ -45,6 +45,7 @@ mod models {
     mod device;
     pub mod golden;
     mod gradients;
+    mod mixture;
     mod pass;
     mod stories;
     mod trl;

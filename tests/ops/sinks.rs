@@ -3,7 +3,7 @@
 
 use warpo::{
     Result,
-    device::{Buffer, Device, Element, Float},
+    device::{Buffer, Device, Element},
     ops::{
         attention::{
             self, BackwardArgs, ForwardOutputs, KvLayer, PAGE, Segment, SegmentBatch, Shape,
