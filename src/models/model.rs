@@ -3,6 +3,7 @@
 use std::{any::TypeId, borrow::Cow, sync::Arc};
 
 use half::bf16;
+use safetensors::Dtype;
 
 use super::{
     Config, Family, Head, Layout, Norm, ParamKind, ParamTensor, Params, QkNorm, Spec,
@@ -45,6 +46,8 @@ pub struct Model<T: Element> {
     config: Config,
     spec: Spec,
     head: Head,
+    /// What its weights were stored in.
+    pub(super) stored: Dtype,
     params: Params<T>,
     /// The f32 weights that `params` are rounded from.
     master: Option<Params<T::Acc>>,
@@ -70,7 +73,8 @@ impl<T: Element> Model<T> {
         let widths = (spec.rotary_dim, spec.head_dim);
         let table = |r| rope::Table::wide(dev, r, widths, spec.max_positions);
         let ropes = spec.ropes.iter().map(table).collect::<Result<_>>()?;
-        Ok(Self { family, config, head, params, master, offloaded: None, packed, ropes, spec })
+        let (stored, offloaded) = (Dtype::F32, None);
+        Ok(Self { family, config, head, stored, params, master, offloaded, packed, ropes, spec })
     }
 
     /// The sizes and parts of its transformer, as the device computes it.
@@ -91,6 +95,11 @@ impl<T: Element> Model<T> {
     /// The `config.json` it came from.
     pub fn config(&self) -> &Config {
         &self.config
+    }
+
+    /// What its weights were stored in: f32 for a model that was never loaded.
+    pub fn stored_dtype(&self) -> Dtype {
+        self.stored
     }
 
     /// The weights that it computes with.

@@ -7,6 +7,8 @@ use std::{
     path::Path,
 };
 
+use half::{bf16, f16};
+use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -123,30 +125,39 @@ pub fn tensor_at<T: Element>(model: &Model<T>, i: usize) -> Option<String> {
 /// `score.weight`.
 pub fn save<T: Element>(dev: &Device, model: &Model<T>, dir: &Path) -> Result<()> {
     let path = dir.join("config.json");
-    std::fs::write(&path, config_text(model)).map_err(Error::io("write", &path))?;
+    let dtype = computed::<T>();
+    std::fs::write(&path, config_text(model, dtype)).map_err(Error::io("write", &path))?;
     let path = &dir.join(WEIGHTS_FILE);
     let mut file = BufWriter::new(File::create(path).map_err(Error::io("create", path))?);
-    write_weights(dev, model, &mut |bytes| {
+    write_weights(dev, model, dtype, &mut |bytes| {
         file.write_all(bytes).map_err(Error::io("write", path))
     })?;
     file.flush().map_err(Error::io("write", path))
 }
 
-/// Hands the bytes of [`WEIGHTS_FILE`] to `write`. Weights are stored as f32, whatever they were
-/// loaded from. One tensor at a time is in host memory.
+/// The dtype of the weights of [`Model::master`].
+fn computed<T: Element>() -> Dtype {
+    if size_of::<T::Acc>() == 4 { Dtype::F32 } else { Dtype::F64 }
+}
+
+/// Hands the bytes of [`WEIGHTS_FILE`] to `write`, weights rounded to `dtype`. One tensor at a time
+/// is in host memory.
+///
+/// # Errors
+/// [`Error::Value`] for a weight that `dtype` cannot hold.
 pub fn write_weights<T: Element>(
     dev: &Device,
     model: &Model<T>,
+    dtype: Dtype,
     write: &mut dyn FnMut(&[u8]) -> Result<()>,
 ) -> Result<()> {
     let mut tensors: Vec<_> = stored(model).collect();
     tensors.sort_by(|a, b| a.name.cmp(&b.name));
-    let (bytes, mut end) = (size_of::<T::Acc>(), 0);
+    let (bytes, mut end) = (dtype.bitsize() / 8, 0);
     let mut header = Map::from_iter([("__metadata__".to_owned(), json!({"format": "pt"}))]);
     for t in &tensors {
         let start = end;
         end += t.len() * bytes;
-        let dtype = if bytes == 4 { "F32" } else { "F64" };
         let entry = json!({"dtype": dtype, "shape": t.shape, "data_offsets": [start, end]});
         header.insert(t.name.clone(), entry);
     }
@@ -154,17 +165,43 @@ pub fn write_weights<T: Element>(
     header.resize(header.len().next_multiple_of(8), b' ');
     write(&(header.len() as u64).to_le_bytes())?;
     write(&header)?;
-    let mut each = tensors.iter();
-    each.try_for_each(|t| write(bytemuck::cast_slice(&t.numbers(dev, model.master()?)?)))
+    for t in &tensors {
+        let numbers = t.numbers(dev, model.master()?)?;
+        if dtype == computed::<T>() {
+            write(bytemuck::cast_slice(&numbers))?;
+            continue;
+        }
+        for part in numbers.chunks(1 << 16) {
+            let all = part.iter().map(|x| x.f64());
+            let rounded: Vec<u8> = match dtype {
+                Dtype::BF16 => all.flat_map(|x| <bf16 as Element>::of(x).to_le_bytes()).collect(),
+                Dtype::F16 => {
+                    let half = |x: f64| f16::from_f32(x as f32);
+                    if let Some(x) = part.iter().find(|x| half(x.f64()).is_infinite()) {
+                        let what = format!("a weight of `{}` in float16", t.name);
+                        return Err(Error::value(what, "at most 65504", x));
+                    }
+                    all.flat_map(|x| half(x).to_le_bytes()).collect()
+                }
+                Dtype::F32 => all.flat_map(|x| (x as f32).to_le_bytes()).collect(),
+                other => {
+                    let want = "F32, BF16, F16 or that of the weights";
+                    return Err(Error::value("dtype to store", want, format!("{other:?}")));
+                }
+            };
+            write(&rounded)?;
+        }
+    }
+    Ok(())
 }
 
 /// The text of the model's `config.json`.
-pub fn config_text<T: Element>(model: &Model<T>) -> String {
-    format!("{:#}\n", Value::Object(config(model)))
+pub fn config_text<T: Element>(model: &Model<T>, dtype: Dtype) -> String {
+    format!("{:#}\n", Value::Object(config(model, dtype)))
 }
 
 /// The loaded `config.json` with head and dtype as they are now.
-fn config<T: Element>(model: &Model<T>) -> Map<String, Value> {
+fn config<T: Element>(model: &Model<T>, dtype: Dtype) -> Map<String, Value> {
     let mut json = model.config().json().clone();
     let architecture = match model.head() {
         Head::Lm => model.family().causal_lm,
@@ -173,7 +210,13 @@ fn config<T: Element>(model: &Model<T>) -> Map<String, Value> {
     json.insert("architectures".into(), json!([architecture]));
     // "torch_dtype" up to transformers 4, "dtype" from 5
     let key = if json.contains_key("dtype") { "dtype" } else { "torch_dtype" };
-    json.insert(key.into(), json!(if size_of::<T::Acc>() == 4 { "float32" } else { "float64" }));
+    let name = match dtype {
+        Dtype::BF16 => "bfloat16",
+        Dtype::F16 => "float16",
+        Dtype::F64 => "float64",
+        _ => "float32",
+    };
+    json.insert(key.into(), json!(name));
     if model.head() == Head::Scalar {
         json.insert("num_labels".into(), json!(1));
         json.insert("id2label".into(), json!({"0": "LABEL_0"}));

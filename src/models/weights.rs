@@ -325,6 +325,10 @@ pub fn load<T: Element>(dev: &Device, dir: &Path, options: LoadOptions) -> Resul
             let Some((view, path)) = stored.remove(name) else {
                 return Err(Error::file(dir, format!("`{name}` is missing")));
             };
+            if t.kind == ParamKind::Embedding {
+                // Wider than anything is computed in.
+                model.stored = if view.dtype() == Dtype::F64 { Dtype::F32 } else { view.dtype() };
+            }
             copy::<T>(&mut out, &places, source.rows, &view, transposed(family, t))
                 .map_err(|message| Error::file(path, format!("`{name}` {message}")))?;
         }

@@ -3,6 +3,7 @@
 
 use std::{collections::BTreeMap, fs, io::ErrorKind, path::Path};
 
+use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
@@ -76,10 +77,11 @@ pub fn is_whole(storage: &dyn Storage, dir: &Path, of: &ExportedFrom) -> bool {
 }
 
 /// Writes a model folder aside and renames it into place. The model takes along the tokenizer of
-/// the folder `from`; `eos`, an id and its token, replaces what ends a text there.
+/// the folder `from`; `eos`, an id and its token, replaces what ends a text there. Weights are
+/// rounded to `dtype`.
 pub fn export<T: Element>(
     storage: &dyn Storage,
-    (dev, model): (&Device, &Model<T>),
+    (dev, model, dtype): (&Device, &Model<T>, Dtype),
     (from, dir): (&Path, &Path),
     of: &ExportedFrom,
     eos: Option<(u32, Option<String>)>,
@@ -102,11 +104,11 @@ pub fn export<T: Element>(
         files.insert(name.to_owned(), hex(hash.finalize()));
         Ok(())
     };
-    put(models::WEIGHTS_FILE, &mut |out| models::write_weights(dev, model, out))?;
+    put(models::WEIGHTS_FILE, &mut |out| models::write_weights(dev, model, dtype, out))?;
     let (id, token) = eos.map_or((None, None), |(id, token)| (Some(id), token));
     let id = id.map(|id| ("eos_token_id", json!(id)));
     let token = token.map(|token| ("eos_token", json!(token)));
-    let config = models::config_text(model).into_bytes();
+    let config = models::config_text(model, dtype).into_bytes();
     put("config.json", &mut |out| out(&with(config.clone(), &id)))?;
     for name in COMPANIONS {
         let file = from.join(name);

@@ -114,12 +114,10 @@ impl RunInputs {
         }
         let most = sizes.longest.max(sizes.held_out);
         for m in &mut models {
-            if m.for_sequences(most)? {
-                warnings.push(format!(
-                    "{}: its rotary positions depend on the longest sequence, which has {most} \
-                     tokens in this run",
-                    m.dir.display()
-                ));
+            for note in m.for_sequences(most)? {
+                if !warnings.contains(&note) {
+                    warnings.push(note);
+                }
             }
         }
         let steps = match settings.steps {

@@ -142,13 +142,23 @@ pub fn planned(s: &Settings, needs: &Needs) -> Result<Vec<PlannedModel>> {
 }
 
 impl PlannedModel {
-    /// The same for sequences of up to `longest` tokens; whether this made another model of it.
-    pub fn for_sequences(&mut self, longest: usize) -> Result<bool> {
-        let (_, spec) = Config::read(&self.dir)?.for_sequences(longest).spec()?;
-        self.longest = Some(longest);
-        let chosen = spec != self.spec;
-        self.spec = spec;
-        Ok(chosen)
+    /// The same for sequences of up to `longest` tokens; what a user should know of it.
+    pub fn for_sequences(&mut self, longest: usize) -> Result<Vec<String>> {
+        let (config, mut notes) = (Config::read(&self.dir)?.for_sequences(longest), Vec::new());
+        let (dir, (_, spec)) = (self.dir.display(), config.spec()?);
+        let frequencies =
+            |s: &Spec| -> Vec<_> { s.ropes.iter().map(|r| r.inv_freq(s.rotary_dim)).collect() };
+        if frequencies(&spec) != frequencies(&self.spec) {
+            notes.push(format!(
+                "{dir}: its rotary positions depend on the longest sequence, which has {longest} \
+                 tokens in this run"
+            ));
+        }
+        if config.is_nested() {
+            notes.push(format!("{dir}: its text part is read, all others are left out"));
+        }
+        (self.longest, self.spec) = (Some(longest), spec);
+        Ok(notes)
     }
 
     fn options(&self, residency: Residency, new_head: Option<u64>) -> LoadOptions {

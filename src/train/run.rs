@@ -380,7 +380,8 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         let eos = inputs.settings.eos_id.map(|id| (id, text(id)));
         for (state, dir) in self.exports() {
             let folders = (Path::new(&inputs.settings.model), &*dir);
-            export::export(&Disk, (dev, &state.model), folders, &of, eos.clone())?;
+            let dtype = inputs.settings.save_dtype.of(state.model.stored_dtype());
+            export::export(&Disk, (dev, &state.model, dtype), folders, &of, eos.clone())?;
         }
         Ok(self.out.join("final"))
     }

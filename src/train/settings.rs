@@ -1,5 +1,7 @@
 //! Settings that all algorithms share.
 
+use safetensors::Dtype;
+
 use crate::{
     algorithms::AlgorithmEntry,
     config::{self, Section},
@@ -9,6 +11,16 @@ use crate::{
 crate::choices! {
     /// Course of the learning rate after warm-up.
     pub enum Schedule { Constant = "constant", Linear = "linear", Cosine = "cosine" }
+}
+
+crate::choices! {
+    /// What weights are stored in.
+    pub enum SaveDtype {
+        Auto = "auto",
+        F32 = "float32",
+        Bf16 = "bfloat16",
+        F16 = "float16",
+    }
 }
 
 crate::settings! {
@@ -92,10 +104,25 @@ crate::settings! {
         pub checkpoint_every: u64 = 100,
         /// Checkpoints that are kept, at least 2.
         pub keep_checkpoints: usize = 2,
+        /// What the trained model is stored in; auto takes what the model that it began with was
+        /// stored in (transformers: the dtype it is loaded in).
+        pub save_dtype: SaveDtype = SaveDtype::Auto,
         /// Every so many steps, compute a micro-batch again, and compare all weights, moments and
         /// panels with what the step before left: a bit that changed by itself stops the run and is
         /// named; 0 is off (our own).
         pub verify_every: u64 = 0,
+    }
+}
+
+impl SaveDtype {
+    /// For a model that was stored in `own`.
+    pub fn of(self, own: Dtype) -> Dtype {
+        match self {
+            Self::Auto => own,
+            Self::F32 => Dtype::F32,
+            Self::Bf16 => Dtype::BF16,
+            Self::F16 => Dtype::F16,
+        }
     }
 }
 

@@ -95,7 +95,7 @@ pub const BUGS: &[Bug] = &[
     Bug {
         what: "generation computes in other numbers than training",
         file: "src/models/heads.rs",
-        place: "LogitSettings::at(<T::Acc as Element>::of(«t»));",
+        place: "settings(model.spec(), Some(<T::Acc as Element>::of(«t»)));",
         mistake: "t * (1.0 + 1e-6)",
         test: "rollout::engine::rollout_equals_training",
     },

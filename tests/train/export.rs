@@ -2,10 +2,12 @@
 
 use std::{fs, path::Path, process::Command};
 
+use half::{bf16, f16};
+use safetensors::{Dtype, SafeTensors, tensor::TensorView};
 use serde_json::Value;
 
 use crate::support::{
-    golden,
+    assert_bits, golden,
     runs::{assert_same, copy, metrics, outcome, small, train, warpo},
     temp_dir,
 };
@@ -64,6 +66,79 @@ fn a_model_takes_along_what_a_server_needs() {
     let mode = |path: &Path| fs::metadata(path).unwrap().permissions().mode() & 0o777;
     for name in ["chat_template.jinja", "LICENSE", "model.safetensors", "config.json"] {
         assert_eq!(mode(&model.join(name)), mode(&dir.join("a/metrics.jsonl")), "{name}");
+    }
+}
+
+/// Weights are stored as those that the run began with, or as it is asked: each rounded once.
+#[test]
+fn a_model_is_stored_in_the_dtype_of_its_base() {
+    let dir = temp_dir("export_dtype");
+    run(&dir, "sft", "f32", &[]).unwrap();
+    let plain = tensors(&dir.join("f32/final"));
+    for (name, dtype, round) in [
+        ("bfloat16", Dtype::BF16, (|x| bf16::from_f32(x).to_f32()) as fn(f32) -> f32),
+        ("float16", Dtype::F16, |x| f16::from_f32(x).to_f32()),
+    ] {
+        run(&dir, "sft", name, &[&format!("save_dtype={name}")]).unwrap();
+        let model = dir.join(name).join("final");
+        let config: Value =
+            serde_json::from_slice(&fs::read(model.join("config.json")).unwrap()).unwrap();
+        assert_eq!(config["dtype"], name);
+        let stored = tensors(&model);
+        assert_eq!(stored.len(), plain.len());
+        for ((key, of, got), (_, _, exact)) in stored.iter().zip(&plain) {
+            assert_eq!(*of, dtype, "{key}");
+            let want: Vec<f32> = exact.iter().map(|x| round(*x)).collect();
+            assert_bits(key, got, &want);
+        }
+        // The next run begins with it and stays with it, unless it is told otherwise.
+        let base = format!("model={}", model.display());
+        run(&dir, "sft", &format!("{name}-next"), &[&base]).unwrap();
+        let next = tensors(&dir.join(format!("{name}-next/final")));
+        assert!(next.iter().all(|t| t.1 == dtype), "{name}");
+        run(&dir, "sft", &format!("{name}-wide"), &[&base, "save_dtype=float32"]).unwrap();
+        let wide = tensors(&dir.join(format!("{name}-wide/final")));
+        assert!(wide.iter().all(|t| t.1 == Dtype::F32), "{name}");
+    }
+}
+
+/// Name, dtype and numbers of each tensor of a model's folder.
+fn tensors(dir: &Path) -> Vec<(String, Dtype, Vec<f32>)> {
+    let bytes = fs::read(dir.join("model.safetensors")).unwrap();
+    let file = SafeTensors::deserialize(&bytes).unwrap();
+    let mut all: Vec<_> = file.tensors().into_iter().collect();
+    all.sort_by(|a, b| a.0.cmp(&b.0));
+    let numbers = |t: &TensorView<'_>| -> Vec<f32> {
+        let two = |b: &[u8]| [b[0], b[1]];
+        match t.dtype() {
+            Dtype::F32 => bytemuck::pod_collect_to_vec(t.data()),
+            Dtype::BF16 => {
+                t.data().chunks(2).map(|b| bf16::from_le_bytes(two(b)).to_f32()).collect()
+            }
+            _ => t.data().chunks(2).map(|b| f16::from_le_bytes(two(b)).to_f32()).collect(),
+        }
+    };
+    all.into_iter().map(|(name, t)| (name, t.dtype(), numbers(&t))).collect()
+}
+
+/// What a run should know of its model is said: positions that depend on its longest sequence, and
+/// parts that are left out.
+#[test]
+fn a_run_says_what_becomes_of_its_model() {
+    let dir = temp_dir("export_notes");
+    for (golden, longest, says) in [
+        ("phi3_longrope", "20", "its rotary positions depend on the longest sequence, which has"),
+        ("gemma3_nested", "20", "its text part is read, all others are left out"),
+    ] {
+        let data = dir.join("ids.jsonl");
+        fs::write(&data, "{\"input_ids\": [5, 6, 7, 8, 9, 10, 11]}\n".repeat(4)).unwrap();
+        let (model, out) = (golden::path(golden), dir.join(golden));
+        let args = ["train", "sft", "--model", model.to_str().unwrap()];
+        let of = ["--data", data.to_str().unwrap(), "--out", out.to_str().unwrap()];
+        let more = ["--set", "steps=1", "--set", &format!("max_length={longest}")];
+        let done = warpo(&[&args[..], &of, &more].concat()).output().unwrap();
+        let said = String::from_utf8(done.stderr).unwrap();
+        assert!(done.status.success() && said.contains(says), "{golden}: {said}");
     }
 }
 

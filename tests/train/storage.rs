@@ -3,6 +3,7 @@
 
 use std::path::{Path, PathBuf};
 
+use safetensors::Dtype;
 use serde_json::json;
 use warpo::{
     models::{Head, Model},
@@ -103,7 +104,7 @@ fn a_model_is_whole_or_made_anew() {
     let dir = Path::new("/final");
     let write = |disk: &MemDisk, step| {
         let eos = Some((5, Some("x".to_owned())));
-        export(disk, (host(), &model), (&base, dir), &of(step), eos)
+        export(disk, (host(), &model, Dtype::F32), (&base, dir), &of(step), eos)
     };
     let stale = MemDisk::new();
     write(&stale, 1).unwrap();
