@@ -5,7 +5,7 @@ use warpo::{
     device::Device,
     models::{
         self, Activations, Batch, Cache, Config, Head, Keep, Layout, LossColumns, Model, ParamKind,
-        Pass, PassOptions, PassShape,
+        Pass, PassOptions, PassShape, Residency,
     },
     ops::routing,
 };
@@ -50,6 +50,13 @@ fn a_mixture_counts_what_it_computes() {
             |t: &&models::ParamTensor| matches!(t.kind, ParamKind::Qkv | ParamKind::Out);
         let rest: usize = layout.tensors().iter().filter(attention).map(|t| t.len()).sum();
         assert_eq!(layout.block_flops(), 2.0 * (active + rest) as f64, "{name}");
+    }
+    for name in ["qwen3_moe", "gpt_oss"] {
+        let (dev, path) = (Device::cpu(), golden::path(name));
+        let model = Model::<f32>::load(&dev, &path, Head::Lm, None).unwrap();
+        let planned = models::bytes::<f32>(&dev, model.spec(), Head::Lm, Residency::Frozen);
+        let planned = planned.iter().find(|p| p.0 == "packed weights").unwrap().1;
+        assert_eq!(model.panels().map(|(_, p)| 4 * p.len()).sum::<usize>(), planned, "{name}");
     }
     let layout = Layout::new(&spec("qwen3_moe"), Head::Lm);
     assert!(layout.find(ParamKind::ExpertsUp, Some(1)).is_none(), "block 1 has an MLP");

@@ -16,7 +16,7 @@ use crate::{
 type Gathered<'a, T> = (View<'a, T>, Option<View<'a, u32>>);
 
 /// The tile for products of `n` outputs by the weights of all experts, as if each had equally many
-/// pairs, and its launch; `columns` of the outputs are a tile's.
+/// pairs, and its launch; gradients have the two largest.
 fn tile<F>(
     cuda: &Cuda,
     routes: &Routes<'_, F>,
