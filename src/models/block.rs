@@ -105,6 +105,11 @@ impl<'a, T: Element> BlockPass<'a, T> {
                 }
             }
         }
+        if let Some(table) = self.model.query_scale() {
+            // A factor and a rotation may change places.
+            let (x, positions) = (b.qkv.view_mut(), self.rows.positions);
+            rope::forward(dev, x, self.heads(shape.q_heads), positions, table)?;
+        }
         let rotation = self.rope().map(|table| (self.rows.positions, table));
         attention::append(dev, kv, b.qkv.view_mut(), work, shape, rotation)?;
         let (out, lse) = (b.attention.view_mut(), b.lse.view_mut());
@@ -119,6 +124,12 @@ impl<'a, T: Element> BlockPass<'a, T> {
 
     fn segments(&self) -> attention::SegmentBatch<'a> {
         self.rows.attention[self.spec.window]
+    }
+
+    /// The first heads of rows of queries, keys and values.
+    fn heads(&self, heads: usize) -> rope::Heads {
+        let shape = &self.spec.attention;
+        rope::Heads { row_len: shape.qkv_cols(), heads, head_dim: shape.head_dim }
     }
 
     /// The queries or keys among those of rows of queries, keys and values.
@@ -283,11 +294,10 @@ impl<'a, T: Element> BlockPass<'a, T> {
             scratch,
         };
         attention::backward(dev, args, self.segments(), shape)?;
-        if let Some(table) = self.rope() {
-            let (heads, cols) = (shape.q_heads + shape.kv_heads, self.model.spec().qkv_cols());
-            let (d, positions) = (shape.head_dim, self.rows.positions);
-            let heads = rope::Heads { row_len: cols, heads, head_dim: d };
-            rope::backward(dev, g.dqkv.view_mut(), heads, positions, table)?;
+        let (q, both) = (self.heads(shape.q_heads), self.heads(shape.q_heads + shape.kv_heads));
+        for (table, heads) in [(self.rope(), both), (self.model.query_scale(), q)] {
+            let Some(table) = table else { continue };
+            rope::backward(dev, g.dqkv.view_mut(), heads, self.rows.positions, table)?;
         }
         if let (Some(normed), Some(draw)) = (&b.qk_norm, &mut g.draw) {
             // Values are as they were.

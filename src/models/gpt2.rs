@@ -76,6 +76,7 @@ fn spec(c: &Config) -> Result<Spec> {
         mlp_bias: true,
         tied: c.bool_or("tie_word_embeddings", true)?,
         scales: Scales::NONE,
+        query_scale: None,
         unpadded: None,
     })
 }

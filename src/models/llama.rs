@@ -96,6 +96,7 @@ pub(super) fn shape(c: &Config) -> Result<Spec> {
         mlp_bias: c.bool_or("mlp_bias", false)?,
         tied: c.bool_or("tie_word_embeddings", false)?,
         scales: Scales::NONE,
+        query_scale: None,
         unpadded: None,
     })
 }

@@ -1,7 +1,7 @@
 //! Mistral (Jiang et al. 2023) and Ministral: Llama with a window, in all layers or in those that
-//! `layer_types` names.
+//! `layer_types` names; in Ministral 3 queries that grow with their position.
 
-use super::{BlockKind, Config, Family, Spec, llama};
+use super::{BlockKind, Config, Family, QueryScale, Spec, llama, rope::RopeDefaults};
 use crate::error::Result;
 
 pub(super) const FAMILY: Family = Family {
@@ -19,6 +19,23 @@ pub(super) const MINISTRAL: Family = Family {
     sequence_classification: "MinistralForSequenceClassification",
     computes: &["sliding_window", "layer_types"],
     spec,
+    ..llama::FAMILY
+};
+
+pub(super) const MINISTRAL3: Family = Family {
+    model_type: "ministral3",
+    causal_lm: "Ministral3ForCausalLM",
+    sequence_classification: "Ministral3ForSequenceClassification",
+    computes: &["sliding_window"],
+    spec: |c| {
+        const BETA: &str = "llama_4_scaling_beta";
+        let defaults = RopeDefaults { theta: 1e6, also: &[BETA] };
+        let base = Spec { ropes: vec![c.rope(defaults)?], ..llama::shape(c)? };
+        let window = c.window(None)?;
+        let scale = |(beta, original)| QueryScale { beta, original };
+        let query_scale = c.rope_scaling_beta(BETA)?.map(scale);
+        Ok(Spec { blocks: vec![BlockKind { window, rope: Some(0) }], query_scale, ..base })
+    },
     ..llama::FAMILY
 };
 

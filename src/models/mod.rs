@@ -46,7 +46,8 @@ pub use params::{Layout, ParamKind, ParamTensor, Params, WEIGHTS};
 pub use pass::Pass;
 pub use save::{Named, config_text, count, named, save, tensor_at, write_weights};
 pub use spec::{
-    BlockKind, BlockNorms, Experts, Head, LayerSpec, Mlp, Norm, QkNorm, Scales, Spec, Widths,
+    BlockKind, BlockNorms, Experts, Head, LayerSpec, Mlp, Norm, QkNorm, QueryScale, Scales, Spec,
+    Widths,
 };
 
 pub use weights::{LoadOptions, WEIGHTS_FILE, load};
@@ -62,6 +63,7 @@ pub const FAMILIES: &[&Family] = &[
     &llama::FAMILY,
     &mistral::FAMILY,
     &mistral::MINISTRAL,
+    &mistral::MINISTRAL3,
     &olmo2::FAMILY,
     &olmo2::OLMO3,
     &phi3::FAMILY,

@@ -6,7 +6,7 @@ use half::bf16;
 use safetensors::Dtype;
 
 use super::{
-    Config, Family, Head, Layout, Norm, ParamKind, ParamTensor, Params, QkNorm, Spec,
+    Config, Family, Head, Layout, Norm, ParamKind, ParamTensor, Params, QkNorm, QueryScale, Spec,
     linear::{Linear, PackedWeights},
     norm::NormLayer,
     params::Axis,
@@ -56,6 +56,8 @@ pub struct Model<T: Element> {
     packed: PackedWeights<T>,
     /// One for each of [`Spec::ropes`].
     ropes: Vec<rope::Table<T::Acc>>,
+    /// Of [`Spec::query_scale`].
+    query_scale: Option<rope::Table<T::Acc>>,
 }
 
 impl<T: Element> Model<T> {
@@ -73,8 +75,23 @@ impl<T: Element> Model<T> {
         let widths = (spec.rotary_dim, spec.head_dim);
         let table = |r| rope::Table::wide(dev, r, widths, spec.max_positions);
         let ropes = spec.ropes.iter().map(table).collect::<Result<_>>()?;
-        let (stored, offloaded) = (Dtype::F32, None);
-        Ok(Self { family, config, head, stored, params, master, offloaded, packed, ropes, spec })
+        let scaling = |q: QueryScale| {
+            rope::Table::scaling(dev, spec.head_dim, spec.max_positions, |p| q.at(p))
+        };
+        let query_scale = spec.query_scale.map(scaling).transpose()?;
+        Ok(Self {
+            family,
+            config,
+            head,
+            stored: Dtype::F32,
+            params,
+            master,
+            offloaded: None,
+            packed,
+            ropes,
+            query_scale,
+            spec,
+        })
     }
 
     /// The sizes and parts of its transformer, as the device computes it.
@@ -232,6 +249,10 @@ impl<T: Element> Model<T> {
         let room = if kind == ParamKind::Router { self.spec.router_room() } else { at.rows };
         let wide = self.params.flat().range(at.offset..at.offset + room * at.cols);
         Ok(Linear { at, weight, wide, packed, bias })
+    }
+
+    pub(super) fn query_scale(&self) -> Option<&rope::Table<T::Acc>> {
+        self.query_scale.as_ref()
     }
 
     pub(super) fn rope(&self, i: usize) -> &rope::Table<T::Acc> {

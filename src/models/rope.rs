@@ -93,6 +93,16 @@ impl Config {
         Ok(channels)
     }
 
+    /// A coefficient among the rotary parameters, if it is there, and the positions of pretraining.
+    pub(super) fn rope_scaling_beta(&self, name: &str) -> Result<Option<(f64, f64)>> {
+        let (key, map) = self.rope_map()?;
+        let at = RopeMap { config: self, key, map: &map };
+        if at.get(name).is_none() {
+            return Ok(None);
+        }
+        Ok(Some((at.number(name)?, at.number(ORIGINAL)?)))
+    }
+
     fn rope_map(&self) -> Result<(&'static str, Cow<'_, Map<String, Value>>)> {
         let key =
             if self.get("rope_parameters").is_some() { "rope_parameters" } else { "rope_scaling" };

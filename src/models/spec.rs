@@ -121,6 +121,7 @@ pub struct Spec {
     /// The LM head is the embedding.
     pub tied: bool,
     pub scales: Scales,
+    pub query_scale: Option<QueryScale>,
     /// Unpadded widths, if the spec is a CUDA device's: it pads heads and MLP with zeros up to the
     /// widths of its kernels, and their gradients stay 0.
     pub unpadded: Option<Widths>,
@@ -153,6 +154,22 @@ impl Scales {
         logits: 1.0,
         logit_cap: None,
     };
+}
+
+/// Rotated queries at position p are multiplied by `1 + beta ln(1 + floor(p / original))`
+/// (Llama 4).
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct QueryScale {
+    pub beta: f64,
+    /// Positions before they grow.
+    pub original: f64,
+}
+
+impl QueryScale {
+    /// The factor at a position.
+    pub fn at(&self, position: usize) -> f64 {
+        1.0 + self.beta * libm::log(1.0 + (position as f64 / self.original).floor())
+    }
 }
 
 /// Widths inside a block that a device may pad.
@@ -232,7 +249,8 @@ impl Spec {
 
     /// Bytes of the rotary tables in a float of `bytes` bytes.
     pub fn rope_bytes(&self, bytes: usize) -> usize {
-        self.ropes.len() * self.max_positions * self.head_dim * bytes
+        let tables = self.ropes.len() + usize::from(self.query_scale.is_some());
+        tables * self.max_positions * self.head_dim * bytes
     }
 
     /// Allocated rows of the embedding and the LM head.

@@ -136,17 +136,35 @@ impl<F: Float> Table<F> {
         (d, width): (usize, usize),
         positions: usize,
     ) -> Result<Self> {
-        let mut freq = rope.inv_freq(d);
-        let pairs = freq.len();
-        freq.resize(pairs.max(width / 2), 0.0);
-        let half = freq.len();
+        let freq = rope.inv_freq(d);
+        Self::of(dev, (freq.len().max(width / 2), positions), |p, i| {
+            let Some(f) = freq.get(i) else { return (0.0, 1.0) };
+            let (sin, cos) = libm::sincos(p as f64 * f);
+            (sin * rope.attention_factor, cos * rope.attention_factor)
+        })
+    }
+
+    /// Rotates nothing and multiplies heads of `width` by `factor` of their position.
+    pub fn scaling(
+        dev: &Device,
+        width: usize,
+        positions: usize,
+        factor: impl Fn(usize) -> f64,
+    ) -> Result<Self> {
+        Self::of(dev, (width / 2, positions), |p, _| (0.0, factor(p)))
+    }
+
+    /// `turn` gives sine and cosine of a position's pair.
+    fn of(
+        dev: &Device,
+        (half, positions): (usize, usize),
+        turn: impl Fn(usize, usize) -> (f64, f64),
+    ) -> Result<Self> {
         let mut rows = Buffer::new(dev, "the rotary table", positions * 2 * half)?;
         let fill = |rows: &mut [F]| {
             for (p, row) in rows.chunks_exact_mut((2 * half).max(1)).enumerate() {
-                for (i, f) in freq.iter().enumerate() {
-                    let (sin, cos) = libm::sincos(p as f64 * f);
-                    let by = if i < pairs { rope.attention_factor } else { 1.0 };
-                    let (sin, cos) = (sin * by, cos * by);
+                for i in 0..half {
+                    let (sin, cos) = turn(p, i);
                     (row[i], row[half + i]) = (F::of(cos), F::of(sin));
                 }
             }

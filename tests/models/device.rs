@@ -10,13 +10,8 @@ use warpo::{
     },
 };
 
-use super::golden::{folders, named, sft, sft_batch, unpad};
+use super::golden::{folders, named, on_device, sft, sft_batch, unpad};
 use crate::support::{assert_bits, golden, golden::Golden, keep_all, pass_room, sim, temp_dir};
-
-/// Those of the golden models that a device takes: it wants widths of whole packets.
-fn on_device() -> impl Iterator<Item = String> {
-    folders().into_iter().filter(|name| name != "llama_tied")
-}
 
 fn load(dev: &Device, name: &str, head: Head) -> Model<bf16> {
     Model::load_trained(dev, &golden::path(name), head, None).unwrap()

@@ -76,6 +76,41 @@ pub fn stored(name: &str) -> (f64, f64) {
     (1e-11, 1e-9 + rounding)
 }
 
+/// Hugging Face turns the positions of a sequence anew as it grows.
+fn is_chosen_by_length(name: &str) -> bool {
+    name.ends_with("_dynamic") || name.ends_with("_longrope")
+}
+
+/// Each row is a family, each "yes" an oracle in its folders that the test of the column reads.
+#[test]
+fn readme_has_the_table_of_families() {
+    let readme = std::fs::read_to_string(crate::support::root().join("README.md")).unwrap();
+    let of = |name: &String| Config::read(&golden::path(name)).unwrap().spec().unwrap().0;
+    for family in FAMILIES {
+        let mut all = folders();
+        all.retain(|name| of(name).model_type == family.model_type);
+        let some =
+            |holds: &dyn Fn(&String) -> bool| if all.iter().any(holds) { "yes" } else { "no" };
+        let has = |file: &'static str| move |name: &String| golden::path(name).join(file).exists();
+        let row = [
+            some(&has("io.safetensors")),
+            some(&has("sft.safetensors")),
+            some(&|name| !is_chosen_by_length(name)),
+            some(&has("rm.safetensors")),
+            some(&|_| true),
+            some(&|name| on_device().any(|n| n == *name)),
+        ];
+        let line = format!("| `{}` | {} |", family.model_type, row.join(" | "));
+        println!("{line}");
+        assert!(readme.contains(&line), "README.md has no line {line}");
+    }
+}
+
+/// Folders of models that a CUDA device takes: it wants widths of whole packets.
+pub fn on_device() -> impl Iterator<Item = String> {
+    folders().into_iter().filter(|name| name != "llama_tied")
+}
+
 /// Rows of a padded batch, without the padding.
 pub fn unpad(g: &Golden, ids: &str, mask: &str) -> Vec<Vec<u32>> {
     let cols = g.shape(ids)[1];
@@ -266,9 +301,8 @@ fn policy<F: Float>(model: &Model<F>, batch: &Batch, grads: &mut Params<F>) -> (
 
 #[test]
 fn greedy_tokens_are_those_of_hugging_face() {
-    // Hugging Face turns the positions of a sequence anew as it grows.
-    let all = folders().into_iter().filter(|name| !name.ends_with("_dynamic"));
-    for name in &all.filter(|name| !name.ends_with("_longrope")).collect::<Vec<_>>() {
+    let all = folders().into_iter().filter(|name| !is_chosen_by_length(name));
+    for name in &all.collect::<Vec<_>>() {
         let g = Golden::open(&format!("{name}/io.safetensors"));
         let model = load::<f32>(name, Head::Lm);
         let prompts: Vec<Prompt> = unpad(&g, "left/input_ids", "left/attention_mask")

@@ -14,7 +14,7 @@ use warpo::{
 };
 
 use crate::{
-    models::golden::{folders, forward, load, load_for},
+    models::golden::{folders, forward, load, load_for, on_device},
     support::{
         PARAMS, assert_bits, devices, golden, host, keep_all, pass_room, room, room_on, sim,
     },
@@ -102,8 +102,7 @@ const FILTERS: [sample::SamplingParams; 4] = [
 #[test]
 fn rollout_equals_training_on_a_device() {
     sim::on_devices(|dev| {
-        // Its width is none of a device.
-        for name in &folders().into_iter().filter(|n| n != "llama_tied").collect::<Vec<_>>() {
+        for name in &on_device().collect::<Vec<_>>() {
             let options = LoadOptions { longest: Some(LONGEST), ..LoadOptions::frozen(Head::Lm) };
             let model: Model<bf16> = models::load(dev, &golden::path(name), options).unwrap();
             let prompts = prompts(if sim::full() { 5 } else { 3 }, model.spec().vocab);
