@@ -16,7 +16,9 @@ use warpo::{
         adamw,
         attention::{self, KvLayer, PAGE, Segment, Shape},
         bradley_terry::{self, Pairs},
-        embedding, gae, grad_norm,
+        embedding,
+        experts::{self, PairRows, Stack, StackGrads},
+        gae, grad_norm,
         kl::KlEstimator,
         logprob::{self, LmHead, LogitSettings, Outputs, Slopes},
         matmul::{self, Packed},
@@ -25,6 +27,7 @@ use warpo::{
         ppo_loss::{self, KlTerm, PpoLoss, PpoTokens},
         residual,
         rope::{self, Rope, Table},
+        routing::{self, Router, Routes},
         sample::{self, Draws},
         scalar_head, scale,
         value_loss::{self, ValueLoss, ValueTokens},
@@ -60,6 +63,48 @@ fn matmul(c: &mut Criterion) {
             matmul::backward_weight(dev, dw, None, dy, (&x).into(), (n, k)).unwrap();
         });
     }
+}
+
+/// 8 experts, 2 for a row, of half the width of the MLP: as many FLOPs as that.
+fn mixture(c: &mut Criterion) {
+    let dev = device();
+    let mut g = c.benchmark_group("experts");
+    let (router, pairs) = (Router { experts: 8, top: 2, renormalised: true }, 2 * ROWS);
+    let (n, k) = (MLP / 2, HIDDEN);
+    let mut arena = Arena::new(dev, 1 << 24).unwrap();
+    let scope = arena.scope();
+    let mut routes = Routes::new(dev, &scope, router, ROWS).unwrap();
+    routes.logits.host_mut().copy_from_slice(&randn(1, ROWS * 8));
+    bench(&mut g, "route/cpu/f32/2048x8_top_2", moves(ROWS * 8), || {
+        routing::forward(dev, &mut routes).unwrap();
+    });
+    let (x, w) = (randn(2, ROWS * k), randn(3, 8 * n * k));
+    let (mut room, mut y) = (vec![0.0; pairs * k], randn(4, pairs * n));
+    let mut packed = Packed::stack(dev, 8, n, k).unwrap();
+    packed.pack(dev, (&w).into()).unwrap();
+    let stack = Stack { weight: (&packed).into(), bias: None };
+    let (name, work) = (|what: &str| format!("{what}/cpu/f32/2048x2x{n}x{k}"), fma(pairs * n * k));
+    let all = randn(5, pairs * k);
+    bench(&mut g, &name("forward"), work, || {
+        experts::forward(dev, &routes, (&mut y).into(), (&all).into(), stack).unwrap();
+    });
+    bench(&mut g, &name("backward_input"), work, || {
+        let dy = PairRows::Sorted((&y).into());
+        let (dx, w) = ((&mut room).into(), (&w).into());
+        experts::backward_input(dev, &routes, dx, dy, w, (n, k)).unwrap();
+    });
+    let mut dw = vec![0.0; 8 * n * k];
+    bench(&mut g, &name("backward_weight"), work, || {
+        let (dy, x) = ((&y).into(), (&x).into());
+        let x = PairRows::Gathered { x, room: (&mut room).into() };
+        let grads = StackGrads { dw: (&mut dw).into(), dbias: None };
+        experts::backward_weight(dev, &routes, grads, PairRows::Sorted(dy), x, (n, k)).unwrap();
+    });
+    let mut out = vec![0.0; ROWS * k];
+    bench(&mut g, "combine/cpu/f32/2048x2x768", moves(4 * ROWS * k), || {
+        let (y, x) = ((&mut out).into(), (&all).into());
+        routing::combine(dev, &routes, y, x, None, true).unwrap();
+    });
 }
 
 fn attention(c: &mut Criterion) {
@@ -397,6 +442,7 @@ fn optimizer(c: &mut Criterion) {
 criterion_group!(
     benches,
     matmul,
+    mixture,
     attention,
     lm_head,
     norms,

@@ -7,7 +7,12 @@
 
 mod support;
 
-use std::{fmt::Write, path::PathBuf};
+use std::{
+    cell::RefCell,
+    fmt::Write,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
 
 use criterion::{Criterion, SamplingMode, criterion_group, criterion_main};
 use support::{Work, bench, device, randn};
@@ -28,19 +33,31 @@ const CONFIG: &str = r#"{
     "n_head": 4
 }"#;
 
+/// A model with an MLP, and one with 8 experts of which 2 of half its width take its place.
+const DENSE: &str = r#"{
+    "model_type": "qwen3", "vocab_size": 5000, "max_position_embeddings": 256, "hidden_size": 256,
+    "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 64, "intermediate_size": 1024
+}"#;
+const MIXTURE: &str = r#"{
+    "model_type": "qwen3_moe", "vocab_size": 5000, "max_position_embeddings": 256,
+    "hidden_size": 256, "num_hidden_layers": 4, "num_attention_heads": 4, "head_dim": 64,
+    "intermediate_size": 1024, "num_experts": 8, "num_experts_per_tok": 2,
+    "moe_intermediate_size": 512, "norm_topk_prob": true
+}"#;
+
 fn random(head: Head) -> Model<f32> {
-    let mut model = Model::zeros(
-        device(),
-        Config::parse(CONFIG, "config.json").unwrap(),
-        head,
-        Residency::Frozen,
-    )
-    .unwrap();
+    random_of(CONFIG, head)
+}
+
+fn random_of(config: &str, head: Head) -> Model<f32> {
+    let config = Config::parse(config, "config.json").unwrap();
+    let mut model = Model::zeros(device(), config, head, Residency::Frozen).unwrap();
     let layout = model.params().layout().clone();
     for (i, t) in layout.tensors().iter().enumerate() {
         let to = model.params_mut().tensor_mut(t).host();
         match t.kind {
             ParamKind::Norm1 | ParamKind::Norm2 | ParamKind::FinalNorm => to.fill(1.0),
+            ParamKind::QNorm | ParamKind::KNorm => to.fill(1.0),
             _ if t.facts.decays => {
                 to.iter_mut().zip(randn(i as u64, t.len())).for_each(|(w, x)| *w = 0.02 * x);
             }
@@ -63,8 +80,12 @@ fn ids(stream: u64, n: usize) -> Vec<u32> {
 }
 
 fn trainer(algorithm: &str, len: usize, more: &[&str]) -> Trainer<f32> {
+    trainer_of(&random(Head::Lm), algorithm, len, more)
+}
+
+fn trainer_of(policy: &Model<f32>, algorithm: &str, len: usize, more: &[&str]) -> Trainer<f32> {
     let (model, judge) = (folder("model"), folder("judge"));
-    models::save(device(), &random(Head::Lm), &model).unwrap();
+    models::save(device(), policy, &model).unwrap();
     models::save(device(), &random(Head::Scalar), &judge).unwrap();
     let data = folder("data").join(format!("{algorithm}.jsonl"));
     let text = (0..64).fold(String::new(), |mut text, i| {
@@ -127,6 +148,39 @@ fn sft(c: &mut Criterion) {
     });
 }
 
+/// A step of a mixture of experts beside one of the model that multiplies as much for a token, in
+/// turn: the time of the first, and its share of the second.
+fn mixture(c: &mut Criterion) {
+    let mut g = c.benchmark_group("train");
+    g.sample_size(10).sampling_mode(SamplingMode::Flat);
+    let more = ["batch_size=16", "micro_batch_tokens=2048"];
+    let mut both =
+        [DENSE, MIXTURE].map(|config| trainer_of(&random_of(config, Head::Lm), "sft", 128, &more));
+    let shares = RefCell::new(Vec::new());
+    g.bench_function("sft_step/cpu/f32/8_experts_top_2/16x128", |b| {
+        b.iter_custom(|n| {
+            let steps = (0..n).map(|_| {
+                let mut times = [0.0; 2];
+                // Each in turn comes first: it finds the caches as the other left them.
+                let first = shares.borrow().len() % 2;
+                for i in [first, 1 - first] {
+                    let start = Instant::now();
+                    both[i].step(&mut Silent).unwrap();
+                    times[i] = start.elapsed().as_secs_f64();
+                }
+                shares.borrow_mut().push(times[1] / times[0]);
+                Duration::from_secs_f64(times[1])
+            });
+            steps.sum()
+        });
+    });
+    let mut all = shares.into_inner();
+    all.sort_by(f64::total_cmp);
+    if let Some(median) = all.get(all.len() / 2) {
+        println!("    {median:.2} of the step of the dense model with the same active size");
+    }
+}
+
 fn ppo(c: &mut Criterion) {
     let more = ["batch_size=32", "max_new_tokens=64", "temperature=1.0", "ppo_epochs=4"];
     let mut t = trainer("ppo", 32, &[&more[..], &["minibatches=4"]].concat());
@@ -143,5 +197,5 @@ fn ppo(c: &mut Criterion) {
     });
 }
 
-criterion_group!(benches, generate, sft, ppo);
+criterion_group!(benches, generate, sft, mixture, ppo);
 criterion_main!(benches);

@@ -45,6 +45,7 @@ mod models {
     mod device;
     pub mod golden;
     mod gradients;
+    mod mixture;
     mod pass;
     mod stories;
     mod trl;
@@ -56,6 +57,7 @@ mod ops {
     mod attention;
     mod bradley_terry;
     mod embedding;
+    mod experts;
     mod gae;
     mod grad_norm;
     mod kl;
@@ -67,9 +69,11 @@ mod ops {
     mod ppo_loss;
     mod residual;
     mod rope;
+    mod routing;
     mod sample;
     mod scalar_head;
     mod scale;
+    mod sinks;
     mod token_loss;
     mod value_loss;
     mod whiten;

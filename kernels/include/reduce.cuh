@@ -24,6 +24,15 @@ __device__ __forceinline__ T warp_reduce(T x) {
     return x;
 }
 
+// The sum over this lane and those before it, of whole numbers.
+__device__ __forceinline__ int warp_scan(int x) {
+    for (int d = 1; d < 32; d *= 2) {
+        const int before = ptx::shuffle_up(x, d);
+        if (ptx::lane() >= d) x += before;
+    }
+    return x;
+}
+
 // The same value in all threads; `room` holds a number for each warp. Warps are added in ascending
 // order. All threads of the block call it.
 template <class Op, class T>

@@ -130,12 +130,11 @@ static __device__ __forceinline__ void multiply(Sums<T>& sums, float (*ones)[4],
     }
 }
 
-// Adds all of k to the sums. `room` holds T::SHARED bytes, free again then. All threads call it.
-template <class T, bool L_COLUMNS, bool R_COLUMNS, bool ONES = false>
-static __device__ __forceinline__ void product(Sums<T>& sums, float (*ones)[4], const Operand& l, const Operand& r, int depth, bf16* room) {
+// Adds all of k, which `left` and `right` bring, to the sums. `room` holds T::SHARED bytes, free
+// again then. All threads call it.
+template <class T, bool L_COLUMNS, bool R_COLUMNS, bool ONES = false, class Left, class Right>
+static __device__ __forceinline__ void product(Sums<T>& sums, float (*ones)[4], const Left& left, const Right& right, int depth, bf16* room) {
     constexpr int STAGE = T::DEPTH * (T::BM + T::BN), LEFT = T::DEPTH * T::BM;
-    const Loader<T, T::BM, L_COLUMNS> left(l, depth);
-    const Loader<T, T::BN, R_COLUMNS> right(r, depth);
     const int steps = (depth + T::DEPTH - 1) / T::DEPTH;
     auto copy = [&](int step) {
         if (step < steps) {
@@ -204,6 +203,30 @@ static __device__ __forceinline__ void give(const Sums<T>& sums, float* room, F 
     }
 }
 
+// The tile of C that `left` and `right` bring: f(row, col, x), or f(row, col, x, y) of a PAIR, gets
+// eight neighbours of one of its rows. Where ONES and `l_sums` is not null, adds the sums of L's
+// rows to it, of which `l_rows` are there.
+template <class T, bool L_COLUMNS, bool R_COLUMNS, bool PAIR, bool ONES, class Left, class Right, class F>
+static __device__ __forceinline__ void each_eight_of(const Left& left, const Right& right, int depth, F f, float* l_sums, int l_rows) {
+    Shared shared;
+    char* memory = shared.take<char>(T::SHARED, 128);
+    bf16* room = reinterpret_cast<bf16*>(memory);
+    Sums<T> sums;
+    if (ONES && l_sums != nullptr) {
+        float ones[T::WM / 16][4] = {};
+        product<T, L_COLUMNS, R_COLUMNS, ONES>(sums, ones, left, right, depth, room);
+        // Each column of the product with ones is the sum; the first of each row of warps is taken.
+        for (int i = 0; i < T::WM / 16 && T::col() == 0 && ptx::lane() % 4 == 0; ++i) {
+            const int row = T::row() + 16 * i + ptx::lane() / 4;
+            if (row < l_rows) l_sums[row] += ones[i][0];
+            if (row + 8 < l_rows) l_sums[row + 8] += ones[i][2];
+        }
+    } else {
+        product<T, L_COLUMNS, R_COLUMNS>(sums, nullptr, left, right, depth, room);
+    }
+    give<T, PAIR>(sums, reinterpret_cast<float*>(memory), f);
+}
+
 // C = L Rᵀ, a tile a block, where callers say of the operands all but `first` and `apart`: f(row,
 // col, x) gets eight neighbours of a row of C. Of a PAIR C is two halves, R's second beginning
 // `apart` rows after the first, and f(row, col, x, y) gets y from the second. Where ONES and
@@ -211,30 +234,17 @@ static __device__ __forceinline__ void give(const Sums<T>& sums, float* room, F 
 template <class T, bool L_COLUMNS, bool R_COLUMNS, bool PAIR = false, bool ONES = false, class F>
 static __device__ __forceinline__ void each_eight(Operand l, Operand r, int depth, F f, float* l_sums = nullptr) {
     constexpr int WIDTH = PAIR ? T::BN / 2 : T::BN;
-    Shared shared;
-    char* memory = shared.take<char>(T::SHARED, 128);
-    bf16* room = reinterpret_cast<bf16*>(memory);
     const int rows = l.count, cols = PAIR ? r.apart : r.count;
     const RasterTile at = raster(blockIdx.x, (rows + T::BM - 1) / T::BM, (cols + WIDTH - 1) / WIDTH);
     l.first = at.down * T::BM, l.apart = T::BM / 2, r.first = at.across * WIDTH;
     if (!PAIR) r.apart = T::BN / 2;
-    Sums<T> sums;
-    if (ONES && l_sums != nullptr && at.across == 0) {
-        float ones[T::WM / 16][4] = {};
-        product<T, L_COLUMNS, R_COLUMNS, ONES>(sums, ones, l, r, depth, room);
-        // Each column of the product with ones is the sum; the first of each row of warps is taken.
-        for (int i = 0; i < T::WM / 16 && T::col() == 0 && ptx::lane() % 4 == 0; ++i) {
-            const int row = l.first + T::row() + 16 * i + ptx::lane() / 4;
-            if (row < rows) l_sums[row] += ones[i][0];
-            if (row + 8 < rows) l_sums[row + 8] += ones[i][2];
-        }
-    } else {
-        product<T, L_COLUMNS, R_COLUMNS>(sums, nullptr, l, r, depth, room);
-    }
-    give<T, PAIR>(sums, reinterpret_cast<float*>(memory), [&](int row, int col, auto... x) {
+    float* own = ONES && l_sums != nullptr && at.across == 0 ? l_sums + l.first : nullptr;
+    const Loader<T, T::BM, L_COLUMNS> left(l, depth);
+    const Loader<T, T::BN, R_COLUMNS> right(r, depth);
+    each_eight_of<T, L_COLUMNS, R_COLUMNS, PAIR, ONES>(left, right, depth, [&](int row, int col, auto... x) {
         row += l.first, col += r.first;
         if (row < rows && col < cols) f(row, col, x...);
-    });
+    }, own, rows - l.first);
 }
 
 static __device__ __forceinline__ void add(Elements<8>& x, const Elements<8>& y) {

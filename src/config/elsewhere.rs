@@ -60,6 +60,7 @@ pub const NAMES: &[(&str, &[&str])] = &[
             "generation_batch_size",
         ],
     ),
+    ("load_balance", &["router_aux_loss_coef", "aux_loss_coef", "moe_aux_loss_coeff"]),
     (
         "micro_batch_tokens",
         &[

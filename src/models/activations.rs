@@ -2,6 +2,7 @@
 
 use super::{
     LayerSpec, QkNorm, Spec,
+    mixture::{MixtureActivations, MixtureGradients, pair_rows_len},
     norm::{self, Normed},
     spec::WINDOWS,
 };
@@ -10,7 +11,7 @@ use crate::{
     error::Result,
     ops::{
         attention::{self, KvLayer},
-        embedding,
+        embedding, routing,
     },
 };
 
@@ -67,12 +68,15 @@ pub enum Keep {
 }
 
 /// What a pass computes and keeps beside the outputs of its head.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub struct PassOptions {
     /// The entropy of each prediction.
     pub entropy: bool,
     /// For the backward pass.
     pub keep: Keep,
+    /// What the load-balance loss of a row ([`routing::balance`]) counts in the loss, in each block
+    /// with experts. An expert's part is that of the rows of the pass.
+    pub balance: f64,
 }
 
 /// Keys and values of each block. Blocks take turns with one where all sequences are whole: nothing
@@ -102,8 +106,11 @@ pub(super) struct BlockActivations<'s, T: Element> {
     pub post1: Option<PostNormed<'s, T>>,
     pub mid: Buffer<'s, T>,
     pub norm2: Option<Normed<'s, T>>,
+    /// Of blocks with an MLP.
     pub up: Buffer<'s, T>,
     pub act: Buffer<'s, T>,
+    /// Of those with experts.
+    pub mixture: Option<MixtureActivations<'s, T>>,
     pub post2: Option<PostNormed<'s, T>>,
 }
 
@@ -125,7 +132,18 @@ pub(super) struct PostNormed<'s, T: Element> {
 }
 
 impl<'s, T: Element> BlockActivations<'s, T> {
-    fn new(scope: &'s Scope<'_>, spec: &Spec, rows: usize) -> Result<Self> {
+    /// For block `l`, or for all in turn.
+    fn new(
+        dev: &Device,
+        scope: &'s Scope<'_>,
+        spec: &Spec,
+        rows: usize,
+        l: Option<usize>,
+    ) -> Result<Self> {
+        let mut blocks = l.map_or(0..spec.layers, |l| l..l + 1);
+        let experts = blocks.clone().find_map(|l| spec.experts_at(l));
+        let dense = if blocks.any(|l| spec.experts_at(l).is_none()) { rows } else { 0 };
+        let mixture = experts.map(|e| MixtureActivations::new(dev, scope, e, rows));
         let stream = |what| scope.alloc(what, rows * spec.hidden);
         let before = || spec.norms_before().then(|| Normed::new(scope, spec, rows)).transpose();
         let after = || {
@@ -153,8 +171,9 @@ impl<'s, T: Element> BlockActivations<'s, T> {
             post1: after()?,
             mid: stream("residual stream after attention")?,
             norm2: before()?,
-            up: scope.alloc("MLP inputs", rows * spec.up_cols())?,
-            act: scope.alloc("MLP activations", rows * spec.mlp_hidden)?,
+            up: scope.alloc("MLP inputs", dense * spec.up_cols())?,
+            act: scope.alloc("MLP activations", dense * spec.mlp_hidden)?,
+            mixture: mixture.transpose()?,
             post2: after()?,
         })
     }
@@ -175,6 +194,8 @@ pub struct Activations<'s, T: Element> {
     /// One for each block, or one that all use in turn.
     pub(super) blocks: Vec<BlockActivations<'s, T>>,
     pub(super) scratch: Buffer<'s, T::Acc>,
+    /// Rows of pairs of a row and an expert.
+    pub(super) pairs: Buffer<'s, T>,
     pub(super) input: HeadInput<'s, T>,
     pub(super) gradients: Option<Gradients<'s, T>>,
 }
@@ -189,7 +210,7 @@ impl<'s, T: Element> Activations<'s, T> {
         keep: Keep,
     ) -> Result<Self> {
         let PassShape { rows, selected, .. } = pass;
-        let layers = if keep == Keep::All { spec.layers } else { 1 };
+        let one = |l| BlockActivations::new(dev, scope, spec, rows, l);
         let streams = if keep == Keep::Nothing { 1 } else { spec.layers + 1 };
         let x = (0..streams).map(|_| scope.alloc("residual stream", rows * spec.hidden));
         // A single row of a sequence sees more than itself only through a cache.
@@ -205,10 +226,12 @@ impl<'s, T: Element> Activations<'s, T> {
         let trained = keep != Keep::Nothing;
         Ok(Self {
             x: x.collect::<Result<_>>()?,
-            blocks: (0..layers)
-                .map(|_| BlockActivations::new(scope, spec, rows))
-                .collect::<Result<_>>()?,
+            blocks: match keep {
+                Keep::All => (0..spec.layers).map(|l| one(Some(l))).collect::<Result<_>>()?,
+                Keep::Nothing | Keep::Streams => vec![one(None)?],
+            },
             scratch: scope.alloc("attention scratch", scratch)?,
+            pairs: scope.alloc("rows of experts", pair_rows_len(spec, rows))?,
             input: HeadInput {
                 x: scope.alloc("selected rows", selected * spec.hidden)?,
                 norm: Normed::new(scope, spec, selected)?,
@@ -221,6 +244,19 @@ impl<'s, T: Element> Activations<'s, T> {
     /// is the last one, before the final norm.
     pub fn stream(&self, l: usize) -> Option<View<'_, T>> {
         self.x.get(l).map(Buffer::view)
+    }
+
+    /// Where the rows went in block `l` of a pass that kept its blocks, if it has experts.
+    pub fn routes(&self, l: usize) -> Option<&routing::Routes<'s, T::Acc>> {
+        let kept = self.blocks.get(l).filter(|_| self.blocks.len() + 1 == self.x.len());
+        kept.and_then(|b| b.mixture.as_ref()).map(|m| &m.routes)
+    }
+
+    /// For the next backward pass, see [`PassOptions::balance`].
+    pub(super) fn balance(&mut self, weight: f64) {
+        if let Some(m) = self.gradients.as_mut().and_then(|g| g.mixture.as_mut()) {
+            m.balance = weight;
+        }
     }
 
     /// The hidden states that a head reads, `[selected, hidden]`.
@@ -240,6 +276,7 @@ pub(super) struct Gradients<'s, T: Element> {
     pub dattention: Buffer<'s, T>,
     pub dup: Buffer<'s, T>,
     pub dact: Buffer<'s, T>,
+    pub mixture: Option<MixtureGradients<'s, T>>,
     pub dselected: Buffer<'s, T>,
     pub scratch: Buffer<'s, T::Acc>,
     pub order: Buffer<'s, u64>,
@@ -249,6 +286,8 @@ impl<'s, T: Element> Gradients<'s, T> {
     pub fn new(scope: &'s Scope<'_>, spec: &Spec, pass: PassShape) -> Result<Self> {
         let PassShape { rows, selected, .. } = pass;
         let most = rows.max(selected);
+        let mixture = spec.experts.as_ref().map(|e| MixtureGradients::new(scope, spec, e, rows));
+        let dense = if (0..spec.layers).any(|l| spec.experts_at(l).is_none()) { rows } else { 0 };
         let stream = || scope.alloc("gradient of the residual stream", rows * spec.hidden);
         let qkv = || scope.alloc("gradient of queries, keys, values", rows * spec.qkv_cols());
         Ok(Self {
@@ -257,8 +296,9 @@ impl<'s, T: Element> Gradients<'s, T> {
             dqkv: qkv()?,
             draw: spec.qk_norm.map(|_| qkv()).transpose()?,
             dattention: scope.alloc("gradient of attention", rows * spec.attention_cols())?,
-            dup: scope.alloc("gradient of MLP inputs", rows * spec.up_cols())?,
-            dact: scope.alloc("gradient of MLP activations", rows * spec.mlp_hidden)?,
+            dup: scope.alloc("gradient of MLP inputs", dense * spec.up_cols())?,
+            dact: scope.alloc("gradient of MLP activations", dense * spec.mlp_hidden)?,
+            mixture: mixture.transpose()?,
             dselected: scope.alloc("gradient of selected rows", selected * spec.hidden)?,
             scratch: scope.alloc("norm scratch", norm::scratch_len(spec, most))?,
             order: scope.alloc("order of rows", embedding::scratch_len(most))?,

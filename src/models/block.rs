@@ -3,6 +3,7 @@
 use super::{
     BatchRows, LayerSpec, Linear, Mlp, Model, ParamKind, Params,
     activations::{BlockActivations, Gradients, NormedQk, PostNormed},
+    mixture::Mixture,
     norm::{NormInputGradient, Normed},
 };
 use crate::{
@@ -13,7 +14,7 @@ use crate::{
         attention::{self, KvLayer},
         matmul,
         norm::NormRows,
-        residual, rope, scale,
+        residual, rope, scale, sinks,
     },
 };
 
@@ -29,6 +30,13 @@ pub(super) struct BlockPass<'a, T: Element> {
 impl<'a, T: Element> BlockPass<'a, T> {
     fn linear(&self, kind: ParamKind) -> Result<Linear<'a, T>> {
         self.model.linear(self.dev, kind, self.at)
+    }
+
+    /// Its experts, if it has some.
+    fn experts(&self) -> Option<Mixture<'a, T>> {
+        let Self { dev, model, at, .. } = *self;
+        let spec = at.and_then(|l| model.spec().experts_at(l))?;
+        Some(Mixture { dev, model, at, spec })
     }
 
     fn rope(&self) -> Option<&'a rope::Table<T::Acc>> {
@@ -107,6 +115,9 @@ impl<'a, T: Element> BlockPass<'a, T> {
         let (out, lse) = (b.attention.view_mut(), b.lse.view_mut());
         let to = attention::ForwardOutputs { out, lse, scratch };
         attention::forward(dev, to, b.qkv.view(), kv, work, shape)?;
+        if let Some(sinks) = self.model.params().get(ParamKind::Sinks, self.at) {
+            sinks::forward(dev, b.attention.view_mut(), b.lse.view_mut(), sinks)?;
+        }
         let kinds = [ParamKind::Out, ParamKind::PostNorm1];
         self.join(kinds, &mut b.post1, b.mid.view_mut(), b.attention.view(), x)
     }
@@ -129,7 +140,12 @@ impl<'a, T: Element> BlockPass<'a, T> {
     }
 
     /// `act = act(up(norm2(mid)))`, or of `norm2(x)` in a parallel block.
-    pub fn expand(&self, b: &mut BlockActivations<'_, T>, x: View<'_, T>) -> Result<()> {
+    pub fn expand(
+        &self,
+        b: &mut BlockActivations<'_, T>,
+        x: View<'_, T>,
+        pairs: ViewMut<'_, T>,
+    ) -> Result<()> {
         let dev = self.dev;
         let x = if self.model.spec().parallel { x } else { b.mid.view() };
         let epilogue = match self.model.spec().mlp {
@@ -137,12 +153,23 @@ impl<'a, T: Element> BlockPass<'a, T> {
             Mlp::Gated(act) => matmul::Epilogue { act, gated: true },
         };
         let input = self.before(ParamKind::Norm2, &mut b.norm2, x)?;
+        if let (Some(experts), Some(b)) = (self.experts(), &mut b.mixture) {
+            return experts.expand(b, pairs, input);
+        }
         let (act, up) = (b.act.view_mut(), b.up.view_mut());
         self.linear(ParamKind::Up)?.activated(dev, epilogue, act, up, input)
     }
 
     /// `y = mid + r post2(down(act))`
-    pub fn contract(&self, b: &mut BlockActivations<'_, T>, y: ViewMut<'_, T>) -> Result<()> {
+    pub fn contract(
+        &self,
+        b: &mut BlockActivations<'_, T>,
+        y: ViewMut<'_, T>,
+        pairs: ViewMut<'_, T>,
+    ) -> Result<()> {
+        if let (Some(experts), Some(mixture)) = (self.experts(), &b.mixture) {
+            return experts.contract(mixture, pairs, y, b.mid.view());
+        }
         let kinds = [ParamKind::Down, ParamKind::PostNorm2];
         self.join(kinds, &mut b.post2, y, b.act.view(), b.mid.view())
     }
@@ -154,10 +181,10 @@ impl<'a, T: Element> BlockPass<'a, T> {
         b: &BlockActivations<'_, T>,
         x: View<'_, T>,
         g: &mut Gradients<'_, T>,
-        scratch: ViewMut<'_, T::Acc>,
+        (scratch, pairs): (ViewMut<'_, T::Acc>, ViewMut<'_, T>),
     ) -> Result<()> {
         let parallel = self.model.spec().parallel;
-        self.mlp_backward(grads, b, x, g)?;
+        self.mlp_backward(grads, b, x, g, pairs)?;
         // In a parallel block both read the gradient of the output, so neither adds to it before.
         if parallel {
             self.out_backward(grads, b, g)?;
@@ -204,8 +231,15 @@ impl<'a, T: Element> BlockPass<'a, T> {
         b: &BlockActivations<'_, T>,
         x: View<'_, T>,
         g: &mut Gradients<'_, T>,
+        pairs: ViewMut<'_, T>,
     ) -> Result<()> {
         let (dev, spec) = (self.dev, self.model.spec());
+        let input = if spec.parallel { x } else { b.mid.view() };
+        let input = b.norm2.as_ref().map_or(input, |normed| normed.y.view());
+        if let (Some(experts), Some(b), Some(to)) = (self.experts(), &b.mixture, &mut g.mixture) {
+            let d = (g.dnorm.view_mut(), g.dx.view());
+            return experts.backward(grads, b, (to, pairs), d, input);
+        }
         let down = self.linear(ParamKind::Down)?;
         let moved = self.join_backward(grads, ParamKind::PostNorm2, &b.post2, g)?;
         let dy = if moved { g.dnorm.view() } else { g.dx.view() };
@@ -217,8 +251,6 @@ impl<'a, T: Element> BlockPass<'a, T> {
                 activation::gated_backward(dev, act, dup, dact, up, spec.mlp_hidden)?;
             }
         }
-        let input = if spec.parallel { x } else { b.mid.view() };
-        let input = b.norm2.as_ref().map_or(input, |normed| normed.y.view());
         let up = self.linear(ParamKind::Up)?;
         up.backward(dev, grads, g.dnorm.view_mut(), g.dup.view(), input)
     }
@@ -246,6 +278,13 @@ impl<'a, T: Element> BlockPass<'a, T> {
         scratch: ViewMut<'_, T::Acc>,
     ) -> Result<()> {
         let (dev, shape) = (self.dev, &self.spec.attention);
+        if let (Some(sinks), Some(d)) = (
+            self.model.params().get(ParamKind::Sinks, self.at),
+            grads.get_mut(ParamKind::Sinks, self.at),
+        ) {
+            let (dout, out) = (g.dattention.view(), b.attention.view());
+            sinks::backward(dev, d, dout, out, b.lse.view(), sinks)?;
+        }
         let args = attention::BackwardArgs {
             dqkv: g.dqkv.view_mut(),
             dout: g.dattention.view(),

@@ -168,6 +168,13 @@ impl Config {
             .ok_or_else(|| self.unsupported(key, "gelu_new, gelu, silu, relu or quick_gelu"))
     }
 
+    /// Whole numbers in a list; none where the key is absent or null.
+    pub fn indices(&self, key: &str) -> Result<Vec<usize>> {
+        let Some(v) = self.get(key) else { return Ok(Vec::new()) };
+        let all = v.as_array().ok_or_else(|| self.wrong(key, "a list of whole numbers", v))?;
+        all.iter().map(|v| self.read_usize(key, v)).collect()
+    }
+
     /// `sliding_window`, which is `default` where the key is absent, and none where it is null.
     pub fn window(&self, default: Option<u32>) -> Result<Option<u32>> {
         const KEY: &str = "sliding_window";

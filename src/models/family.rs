@@ -3,7 +3,7 @@
 use super::{Config, FAMILIES, ParamKind, Spec, Widths, config::MOST_LAYERS, spec::WINDOWS};
 use crate::{
     error::Result,
-    ops::{attention::MAX_HEAD_DIM, rope::Frequencies},
+    ops::{attention::MAX_HEAD_DIM, rope::Frequencies, routing::MAX_EXPERTS},
 };
 
 /// A family: its names in files, and how its `config.json` becomes a [`Spec`].
@@ -29,7 +29,8 @@ pub struct Family {
 #[derive(Clone, Copy, Debug)]
 pub struct StoredWeight {
     pub kind: ParamKind,
-    /// Names with `{}` for the layer. Several tensors are parts of the weight's rows, in order.
+    /// Names with `{}` for the layer, and `{e}` for the expert where each has tensors of its own.
+    /// Several tensors are parts of the weight's rows, in order.
     pub names: &'static [&'static str],
     pub order: StoredOrder,
 }
@@ -43,15 +44,21 @@ pub enum StoredOrder {
     Columns,
     /// `[out, in]` with the query, key and value of the first head, then those of the next.
     Heads,
+    /// `[experts, in, out]`, a bias `[experts, out]`.
+    Experts,
+    /// The same with gates and the rest in turn.
+    ExpertPairs,
 }
 
 impl StoredOrder {
-    /// Where stored row `i` of queries, keys and values is among those of all heads in order.
+    /// Where stored row `i` is among ours: of queries, keys and values those of all heads in order,
+    /// of pairs of each expert its gates before the rest.
     pub(super) fn row(self, spec: &Spec, i: usize) -> usize {
-        let Widths { head_dim: d, .. } = spec.widths();
+        let Widths { head_dim: d, expert_hidden: m, .. } = spec.widths();
         match self {
             Self::Heads => (i / d % 3 * spec.q_heads + i / d / 3) * d + i % d,
-            Self::Rows | Self::Columns => i,
+            Self::ExpertPairs => i / (2 * m) * 2 * m + i % 2 * m + i % (2 * m) / 2,
+            Self::Rows | Self::Columns | Self::Experts => i,
         }
     }
 }
@@ -64,6 +71,15 @@ pub(super) const fn by_rows(kind: ParamKind, names: &'static [&'static str]) -> 
 /// A weight that is stored `[in, out]`.
 pub(super) const fn by_columns(kind: ParamKind, names: &'static [&'static str]) -> StoredWeight {
     StoredWeight { kind, names, order: StoredOrder::Columns }
+}
+
+/// A weight or bias of all experts in one tensor.
+pub(super) const fn stacked(
+    kind: ParamKind,
+    names: &'static [&'static str],
+    order: StoredOrder,
+) -> StoredWeight {
+    StoredWeight { kind, names, order }
 }
 
 /// Queries, keys and values that are stored head by head.
@@ -138,6 +154,21 @@ impl Config {
         ] {
             if let Some(x) = x.filter(|x| !(1e-6..=1e6).contains(x)) {
                 return Err(self.wrong(what, "a number from 1e-6 to 1e6", &x));
+            }
+        }
+        if let Some(e) = &spec.experts {
+            for (key, n, most) in [
+                ("number of experts", e.router.experts, MAX_EXPERTS),
+                ("experts of a token", e.router.top, e.router.experts),
+                ("expert size", e.hidden, 1 << 22),
+            ] {
+                if n == 0 || n > most {
+                    return Err(self.wrong(key, &format!("a number from 1 to {most}"), &n));
+                }
+            }
+            if spec.parallel || spec.norms_after() || scales.residual != 1.0 {
+                let want = "0 beside parallel blocks, norms after them or a factor";
+                return Err(self.wrong("number of experts", want, &e.router.experts));
             }
         }
         if spec.parallel && (spec.norms_after() || scales.residual != 1.0) {

@@ -69,6 +69,8 @@ fn spec(c: &Config) -> Result<Spec> {
         qk_norm: None,
         parallel: false,
         mlp: Mlp::Plain(c.activation("activation_function", "gelu_new")?),
+        experts: None,
+        sinks: false,
         qkv_bias: true,
         out_bias: true,
         mlp_bias: true,

@@ -50,6 +50,8 @@ fn spec(c: &Config) -> Result<Spec> {
         norm_eps: c.f64_or("layer_norm_eps", 1e-5)?,
         parallel: c.bool_or("use_parallel_residual", true)?,
         mlp: Mlp::Plain(c.activation("hidden_act", "gelu")?),
+        experts: None,
+        sinks: false,
         qkv_bias: bias,
         out_bias: bias,
         mlp_bias: true,

@@ -6,7 +6,12 @@ use super::{Layout, ParamKind, ParamTensor, Params};
 use crate::{
     device::{Device, Element, View, ViewMut},
     error::Result,
-    ops::matmul::{self, Packed, Weight},
+    ops::{
+        activation::Glu,
+        experts::{self, PairRows, Stack, StackGrads},
+        matmul::{self, Packed, Weight},
+        routing::Routes,
+    },
 };
 
 /// A layer `y = x Wᵀ + b` of a model.
@@ -15,6 +20,8 @@ pub struct Linear<'a, T: Element> {
     pub(super) at: &'a ParamTensor,
     /// `[outputs, inputs]`
     pub weight: View<'a, T>,
+    /// With the rows of 0 that a device adds to a router.
+    pub(super) wide: View<'a, T>,
     /// The weight as the forward product reads it.
     pub packed: Weight<'a, T>,
     pub(super) bias: Option<View<'a, T>>,
@@ -61,6 +68,100 @@ impl<T: Element> Linear<'_, T> {
     }
 }
 
+/// The layers of a mixture of experts: the router, and one for each expert, of which a pair takes
+/// that of its own.
+impl<'a, T: Element> Linear<'a, T> {
+    fn stack(&self) -> Stack<'a, T> {
+        Stack { weight: self.packed, bias: self.bias }
+    }
+
+    /// The logits of a router.
+    pub fn scores(&self, dev: &Device, logits: ViewMut<'_, T::Acc>, x: View<'_, T>) -> Result<()> {
+        experts::scores(dev, logits, x, self.stack())
+    }
+
+    /// As [`Linear::backward`], of logits whose rows end in zeros, up to `room` of them, in which
+    /// the router's weight and bias go on.
+    pub fn scores_backward(
+        &self,
+        dev: &Device,
+        grads: &mut Params<T::Acc>,
+        (dx, room): (ViewMut<'_, T>, usize),
+        dlogits: View<'_, T>,
+        x: View<'_, T>,
+    ) -> Result<()> {
+        let sides = (room, self.at.cols);
+        if let Some((dw, db)) = grads.wide_pair_mut(self.at.kind, self.at.layer, room) {
+            matmul::backward_weight(dev, dw, db, dlogits, x, sides)?;
+        }
+        matmul::backward_input(dev, dx, dlogits, self.wide, sides)
+    }
+
+    /// `up` of each pair, and `act` its gated activation.
+    pub fn activated_by(
+        &self,
+        dev: &Device,
+        routes: &Routes<'_, T::Acc>,
+        glu: Glu,
+        to: [ViewMut<'_, T>; 2],
+        x: PairRows<'_, T>,
+    ) -> Result<()> {
+        experts::activated(dev, routes, glu, to, x, self.stack())
+    }
+
+    /// `y` of each pair.
+    pub fn forward_by(
+        &self,
+        dev: &Device,
+        routes: &Routes<'_, T::Acc>,
+        y: ViewMut<'_, T>,
+        x: View<'_, T>,
+    ) -> Result<()> {
+        experts::forward(dev, routes, y, x, self.stack())
+    }
+
+    /// Writes `dx` of each pair.
+    pub fn input_backward_by(
+        &self,
+        dev: &Device,
+        routes: &Routes<'_, T::Acc>,
+        dx: ViewMut<'_, T>,
+        dy: PairRows<'_, T>,
+    ) -> Result<()> {
+        experts::backward_input(dev, routes, dx, dy, self.weight, self.at.sides())
+    }
+
+    /// Adds to the gradients of weights, unless they are frozen, and to those of biases if
+    /// `with_bias`.
+    pub fn weight_backward_by(
+        &self,
+        dev: &Device,
+        routes: &Routes<'_, T::Acc>,
+        (grads, with_bias): (&mut Params<T::Acc>, bool),
+        dy: PairRows<'_, T>,
+        x: PairRows<'_, T>,
+    ) -> Result<()> {
+        let Some((dw, db)) = grads.pair_mut(self.at.kind, self.at.layer) else { return Ok(()) };
+        let grads = StackGrads { dw, dbias: db.filter(|_| with_bias) };
+        experts::backward_weight(dev, routes, grads, dy, x, self.at.sides())
+    }
+
+    /// The gradient of the biases of outputs that a pair counts with by its weight, and what it
+    /// adds to that of the weights.
+    pub fn bias_backward_by(
+        &self,
+        dev: &Device,
+        routes: &Routes<'_, T::Acc>,
+        grads: &mut Params<T::Acc>,
+        dweights: ViewMut<'_, T::Acc>,
+        dy: View<'_, T>,
+    ) -> Result<()> {
+        let Some(bias) = self.bias else { return Ok(()) };
+        let db = grads.pair_mut(self.at.kind, self.at.layer).and_then(|(_, db)| db);
+        experts::bias_backward(dev, routes, db, dweights, dy, bias)
+    }
+}
+
 /// The weights of all linear layers once more, in the order in which the CPU multiplies by them. A
 /// CUDA device reads weights as they are.
 #[derive(Debug)]
@@ -71,7 +172,8 @@ impl<T: Element> PackedWeights<T> {
         let mut all = BTreeMap::new();
         if let Device::Cpu(_) = dev {
             for t in layout.linears() {
-                all.insert((t.kind, t.layer), Packed::new(dev, t.rows, t.cols)?);
+                let (n, k) = t.sides();
+                all.insert((t.kind, t.layer), Packed::stack(dev, t.stack, n, k)?);
             }
         }
         Ok(Self(all))
@@ -79,7 +181,10 @@ impl<T: Element> PackedWeights<T> {
 
     /// Bytes that [`PackedWeights::new`] takes.
     pub fn bytes(dev: &Device, layout: &Layout) -> usize {
-        let bytes = |t: &ParamTensor| Packed::<T>::bytes(dev, t.rows, t.cols);
+        let bytes = |t: &ParamTensor| {
+            let (n, k) = t.sides();
+            t.stack * Packed::<T>::bytes(dev, n, k)
+        };
         if let Device::Cpu(_) = dev { layout.linears().map(bytes).sum() } else { 0 }
     }
 

@@ -47,6 +47,12 @@ pub(super) const WEIGHTS: &[StoredWeight] = &[
     by_rows(ParamKind::UpBias, &["layers.{}.mlp.gate_proj.bias", "layers.{}.mlp.up_proj.bias"]),
     by_rows(ParamKind::Down, &["layers.{}.mlp.down_proj.weight"]),
     by_rows(ParamKind::DownBias, &["layers.{}.mlp.down_proj.bias"]),
+    by_rows(ParamKind::Router, &["layers.{}.mlp.gate.weight"]),
+    by_rows(
+        ParamKind::ExpertsUp,
+        &["layers.{}.mlp.experts.{e}.gate_proj.weight", "layers.{}.mlp.experts.{e}.up_proj.weight"],
+    ),
+    by_rows(ParamKind::ExpertsDown, &["layers.{}.mlp.experts.{e}.down_proj.weight"]),
     by_rows(ParamKind::FinalNorm, &["norm.weight"]),
 ];
 
@@ -83,6 +89,8 @@ pub(super) fn shape(c: &Config) -> Result<Spec> {
         qk_norm: None,
         parallel: false,
         mlp: Mlp::Gated(c.activation("hidden_act", "silu")?),
+        experts: None,
+        sinks: false,
         qkv_bias: attention_bias,
         out_bias: attention_bias,
         mlp_bias: c.bool_or("mlp_bias", false)?,

@@ -12,11 +12,13 @@ mod gemma2;
 mod gemma3;
 mod gpt2;
 mod gpt_neox;
+mod gpt_oss;
 mod granite;
 mod heads;
 mod linear;
 mod llama;
 mod mistral;
+mod mixture;
 mod model;
 mod norm;
 mod olmo2;
@@ -25,6 +27,7 @@ mod pass;
 mod phi3;
 mod qwen2;
 mod qwen3;
+mod qwen3_moe;
 mod rope;
 mod save;
 mod smollm3;
@@ -43,7 +46,8 @@ pub use params::{Layout, ParamKind, ParamTensor, Params, WEIGHTS};
 pub use pass::Pass;
 pub use save::{Named, config_text, count, named, save, tensor_at, write_weights};
 pub use spec::{
-    BlockKind, BlockNorms, Head, LayerSpec, Mlp, Norm, QkNorm, QueryScale, Scales, Spec, Widths,
+    BlockKind, BlockNorms, Experts, Head, LayerSpec, Mlp, Norm, QkNorm, QueryScale, Scales, Spec,
+    Widths,
 };
 
 pub use weights::{LoadOptions, WEIGHTS_FILE, load};
@@ -54,6 +58,7 @@ pub const FAMILIES: &[&Family] = &[
     &gemma3::FAMILY,
     &gpt2::FAMILY,
     &gpt_neox::FAMILY,
+    &gpt_oss::FAMILY,
     &granite::FAMILY,
     &llama::FAMILY,
     &mistral::FAMILY,
@@ -64,5 +69,6 @@ pub const FAMILIES: &[&Family] = &[
     &phi3::FAMILY,
     &qwen2::FAMILY,
     &qwen3::FAMILY,
+    &qwen3_moe::FAMILY,
     &smollm3::FAMILY,
 ];

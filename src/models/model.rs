@@ -245,9 +245,11 @@ impl<T: Element> Model<T> {
         let (weight, bias) = (self.params.tensor(at), self.params.bias(at));
         let packed = match self.packed.get(at) {
             Some(packed) => packed.into(),
-            None => Weight::rows(dev, weight, (at.rows, at.cols))?,
+            None => Weight::stack(dev, weight, at.stack, at.sides())?,
         };
-        Ok(Linear { at, weight, packed, bias })
+        let room = if kind == ParamKind::Router { self.spec.router_room() } else { at.rows };
+        let wide = self.params.flat().range(at.offset..at.offset + room * at.cols);
+        Ok(Linear { at, weight, wide, packed, bias })
     }
 
     pub(super) fn query_scale(&self) -> Option<&rope::Table<T::Acc>> {

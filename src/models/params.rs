@@ -24,6 +24,8 @@ pub enum ParamKind {
     /// Of queries, where they are normalised.
     QNorm,
     KNorm,
+    /// Of each head, beside its scores.
+    Sinks,
     Out,
     OutBias,
     /// Of what attention adds to the residual stream.
@@ -35,6 +37,14 @@ pub enum ParamKind {
     UpBias,
     Down,
     DownBias,
+    /// Rows' scores of the experts.
+    Router,
+    RouterBias,
+    /// Of each expert in turn, gates above the rest.
+    ExpertsUp,
+    ExpertsUpBias,
+    ExpertsDown,
+    ExpertsDownBias,
     /// Of what the MLP adds to the residual stream.
     PostNorm2,
     FinalNorm,
@@ -59,6 +69,15 @@ pub enum Axis {
     Attention,
     Up,
     Mlp,
+    /// Query heads.
+    Heads,
+    Experts,
+    /// Of all experts, as that of an MLP.
+    ExpertsUp,
+    /// A row from each expert.
+    ExpertsOut,
+    /// Inside one expert.
+    ExpertMlp,
 }
 
 /// Which models have a weight.
@@ -100,7 +119,10 @@ impl WeightFacts {
 
 /// All weights in the order of the flat buffer; a bias follows its weight.
 pub const WEIGHTS: &[WeightFacts] = {
-    use Axis::{Attention, Hidden, Mlp, NormedK, NormedQ, One, Positions, Qkv, Up, Vocab};
+    use Axis::{
+        Attention, ExpertMlp, Experts, ExpertsOut, ExpertsUp, Heads, Hidden, Mlp, NormedK, NormedQ,
+        One, Positions, Qkv, Up, Vocab,
+    };
     use Occurs::{InBlock, Once};
     use ParamKind as K;
     const ALWAYS: Occurs = InBlock(|_, _| true);
@@ -108,7 +130,11 @@ pub const WEIGHTS: &[WeightFacts] = {
     const NORM_AFTER: Occurs = InBlock(|s, _| s.norms_after());
     const LAYER_NORM: Occurs = InBlock(|s, _| s.norms_before() && s.norm == Norm::Layer);
     const QK_NORM: Occurs = InBlock(|s, _| s.qk_norm.is_some());
-    const MLP_BIAS: Occurs = InBlock(|s, _| s.mlp_bias);
+    const MLP: Occurs = InBlock(|s, l| s.experts_at(l).is_none());
+    const MLP_BIAS: Occurs = InBlock(|s, l| s.mlp_bias && s.experts_at(l).is_none());
+    const EXPERTS: Occurs = InBlock(|s, l| s.experts_at(l).is_some());
+    const ROUTER_BIAS: Occurs = InBlock(|s, l| s.experts_at(l).is_some_and(|e| e.router_bias));
+    const EXPERT_BIAS: Occurs = InBlock(|s, l| s.experts_at(l).is_some_and(|e| e.bias));
     &[
         matrix(K::Embedding, Once(|_, _| true), Vocab, Hidden),
         matrix(K::Positions, Once(|s, _| s.learned_positions), Positions, Hidden),
@@ -118,15 +144,23 @@ pub const WEIGHTS: &[WeightFacts] = {
         vector(K::QkvBias, InBlock(|s, _| s.qkv_bias), Qkv),
         vector(K::QNorm, QK_NORM, NormedQ),
         vector(K::KNorm, QK_NORM, NormedK),
+        // No bias, and no norm: Hugging Face's Trainer lets it decay.
+        WeightFacts { decays: true, ..vector(K::Sinks, InBlock(|s, _| s.sinks), Heads) },
         matrix(K::Out, ALWAYS, Hidden, Attention).with(K::OutBias),
         vector(K::OutBias, InBlock(|s, _| s.out_bias), Hidden),
         vector(K::PostNorm1, NORM_AFTER, Hidden),
         vector(K::Norm2, NORM_BEFORE, Hidden).with(K::Norm2Bias),
         vector(K::Norm2Bias, LAYER_NORM, Hidden),
-        matrix(K::Up, ALWAYS, Up, Hidden).with(K::UpBias),
+        matrix(K::Up, MLP, Up, Hidden).with(K::UpBias),
         vector(K::UpBias, MLP_BIAS, Up),
-        matrix(K::Down, ALWAYS, Hidden, Mlp).with(K::DownBias),
+        matrix(K::Down, MLP, Hidden, Mlp).with(K::DownBias),
         vector(K::DownBias, MLP_BIAS, Hidden),
+        matrix(K::Router, EXPERTS, Experts, Hidden).with(K::RouterBias),
+        vector(K::RouterBias, ROUTER_BIAS, Experts),
+        matrix(K::ExpertsUp, EXPERTS, ExpertsUp, Hidden).with(K::ExpertsUpBias),
+        vector(K::ExpertsUpBias, EXPERT_BIAS, ExpertsUp),
+        matrix(K::ExpertsDown, EXPERTS, ExpertsOut, ExpertMlp).with(K::ExpertsDownBias),
+        vector(K::ExpertsDownBias, EXPERT_BIAS, ExpertsOut),
         vector(K::PostNorm2, NORM_AFTER, Hidden),
         vector(K::FinalNorm, Once(|_, _| true), Hidden).with(K::FinalNormBias),
         vector(K::FinalNormBias, Once(|s, _| s.norm == Norm::Layer), Hidden),
@@ -148,17 +182,25 @@ impl Axis {
             Self::Attention => spec.attention_cols(),
             Self::Up => spec.up_cols(),
             Self::Mlp => spec.mlp_hidden,
+            Self::Heads => spec.q_heads,
+            Self::Experts => spec.expert_count(),
+            Self::ExpertsUp => 2 * spec.expert_count() * expert_hidden(spec),
+            Self::ExpertsOut => spec.expert_count() * spec.hidden,
+            Self::ExpertMlp => expert_hidden(spec),
         }
     }
 
     /// Entries in files, which have no padding.
     pub fn stored_len(self, spec: &Spec) -> usize {
-        let Widths { head_dim, mlp_hidden } = spec.widths();
+        let Widths { head_dim, mlp_hidden, expert_hidden: inner } = spec.widths();
         match self {
             Self::Qkv | Self::NormedQ | Self::NormedK | Self::Attention => {
                 self.len(spec) / spec.head_dim * head_dim
             }
             Self::Up | Self::Mlp => self.len(spec) / spec.mlp_hidden * mlp_hidden,
+            Self::ExpertsUp | Self::ExpertMlp => {
+                self.len(spec) / expert_hidden(spec).max(1) * inner
+            }
             _ => self.len(spec),
         }
     }
@@ -174,7 +216,7 @@ impl Axis {
 
     /// Where each stored entry is among ours.
     pub fn places(self, spec: &Spec) -> Vec<usize> {
-        let Widths { head_dim: d, mlp_hidden: m } = spec.widths();
+        let Widths { head_dim: d, mlp_hidden: m, expert_hidden: inner } = spec.widths();
         // Pairs that rotate are half a head apart, where the kernels look for them; channels that
         // do not rotate fill what is left. Scores do not see the order of channels.
         let (half, pairs) = (spec.head_dim / 2, spec.rotary_dim / 2);
@@ -189,10 +231,16 @@ impl Axis {
                 i / d * spec.head_dim + channel(i % d)
             }
             Self::Up | Self::Mlp => i / m * spec.mlp_hidden + i % m,
+            Self::ExpertsUp | Self::ExpertMlp => i / inner * expert_hidden(spec) + i % inner,
             _ => i,
         };
         (0..self.stored_len(spec)).map(place).collect()
     }
+}
+
+/// Width inside an expert, as a device pads it.
+fn expert_hidden(spec: &Spec) -> usize {
+    spec.experts.as_ref().map_or(0, |e| e.hidden)
 }
 
 /// Entries of a norm's weight for so many heads.
@@ -209,6 +257,10 @@ pub struct ParamTensor {
     pub layer: Option<usize>,
     pub rows: usize,
     pub cols: usize,
+    /// Matrices that it is made of, one below the other: one for each expert, else 1.
+    pub stack: usize,
+    /// Those that a row is multiplied by.
+    pub used: usize,
     /// First element in the flat buffer.
     pub offset: usize,
 }
@@ -224,6 +276,11 @@ impl ParamTensor {
 
     pub fn range(&self) -> Range<usize> {
         self.offset..self.offset + self.len()
+    }
+
+    /// Outputs and inputs of each matrix.
+    pub fn sides(&self) -> (usize, usize) {
+        (self.rows / self.stack, self.cols)
     }
 
     /// Norms, biases and the scalar head.
@@ -281,9 +338,18 @@ impl Layout {
 
     fn push(&mut self, spec: &Spec, facts: &'static WeightFacts, layer: Option<usize>) {
         let WeightFacts { kind, rows, cols, .. } = *facts;
-        let room = if rows == Axis::Vocab { spec.vocab_room() } else { rows.len(spec) };
+        let room = match rows {
+            Axis::Vocab => spec.vocab_room(),
+            Axis::Experts => spec.router_room(),
+            _ => rows.len(spec),
+        };
+        let of_experts = |axis| matches!(axis, Axis::ExpertsUp | Axis::ExpertsOut);
+        let (stack, used) = match &spec.experts {
+            Some(e) if of_experts(rows) || of_experts(cols) => (e.router.experts, e.router.top),
+            _ => (1, 1),
+        };
         let (rows, cols, offset) = (rows.len(spec), cols.len(spec), self.len);
-        self.tensors.push(ParamTensor { kind, facts, layer, rows, cols, offset });
+        self.tensors.push(ParamTensor { kind, facts, layer, rows, cols, stack, used, offset });
         // 64 bytes of f32: every tensor starts on a cache line. The gap stays 0 for ever.
         self.len += (room * cols).next_multiple_of(adamw::LINE);
     }
@@ -332,7 +398,7 @@ impl Layout {
             .tensors
             .iter()
             .filter(|t| t.is_block_linear())
-            .map(|t| t.len() as f64)
+            .map(|t| t.len() as f64 * t.used as f64 / t.stack as f64)
             .sum::<f64>()
     }
 
@@ -448,5 +514,23 @@ impl<T: Element> Params<T> {
         // A bias follows its weight.
         let (low, high) = self.data.view_mut().split_at(bias.offset);
         Some((low.range(t.range()), Some(high.range(0..bias.len()))))
+    }
+
+    /// The same with `rows` outputs, of which the last ones are in the gap behind the weight's own
+    /// and the bias's own.
+    pub(super) fn wide_pair_mut(
+        &mut self,
+        kind: ParamKind,
+        layer: Option<usize>,
+        rows: usize,
+    ) -> Option<(ViewMut<'_, T>, Option<ViewMut<'_, T>>)> {
+        let layout = self.layout.clone();
+        let t = layout.find(kind, layer)?;
+        let range = t.offset..t.offset + rows * t.cols;
+        let Some(bias) = t.facts.bias.and_then(|bias| layout.find(bias, layer)) else {
+            return Some((self.data.view_mut().range(range), None));
+        };
+        let (low, high) = self.data.view_mut().split_at(bias.offset);
+        Some((low.range(range), Some(high.range(0..rows))))
     }
 }

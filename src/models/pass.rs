@@ -50,7 +50,7 @@ impl<'s, T: Element> Pass<'s, T> {
     /// Appends the head's output for each row that it reads, in the order of the batch, and to
     /// `entropy` the entropy of each prediction.
     pub fn score(self, out: &mut Vec<T::Acc>, entropy: Option<&mut Vec<T::Acc>>) -> Result<()> {
-        let options = PassOptions { entropy: entropy.is_some(), keep: Keep::Nothing };
+        let options = PassOptions { entropy: entropy.is_some(), keep: Keep::Nothing, balance: 0.0 };
         let (_, (.., head)) = self.forward(options)?;
         // Both copies are queued before the first is waited for.
         let y = self.dev.read_later(head.y.view())?;
@@ -103,7 +103,8 @@ fn buffers<'s, T: Element>(
     shape: PassShape,
     options: PassOptions,
 ) -> Result<Buffers<'s, T>> {
-    let acts = Activations::new(dev, scope, spec, shape, options.keep)?;
+    let mut acts = Activations::new(dev, scope, spec, shape, options.keep)?;
+    acts.balance(options.balance);
     let cache = Cache::new(dev, scope, spec, shape)?;
     Ok((acts, cache, HeadOutputs::new(scope, spec, head, shape.selected, options)?))
 }

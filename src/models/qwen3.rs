@@ -12,7 +12,7 @@ pub(super) const FAMILY: Family = Family {
     ..llama::FAMILY
 };
 
-fn spec(c: &Config) -> Result<Spec> {
+pub(super) fn spec(c: &Config) -> Result<Spec> {
     let base = Spec { qk_norm: Some(QkNorm::Heads), ..llama::spec(c)? };
     // Its heads have a width of their own.
     let head_dim = c.usize_or("head_dim", 128)?;

@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Head, Model, ParamKind, ParamTensor, Params,
-    weights::{Places, StoredRows, WEIGHTS_FILE, is_transposed, sources},
+    weights::{Places, StoredRows, WEIGHTS_FILE, sources, stored_shape, transposed},
 };
 use crate::{
     device::{Device, Element, Float, View, reserve},
@@ -27,22 +27,21 @@ struct StoredTensor<'a> {
     of: &'a ParamTensor,
     places: Places,
     rows: std::ops::Range<usize>,
-    transposed: bool,
+    /// See [`transposed`].
+    transposed: Option<usize>,
 }
 
 /// The tensors of a model as Hugging Face names and shapes them.
 fn stored<T: Element>(model: &Model<T>) -> impl Iterator<Item = StoredTensor<'_>> {
     model.params().layout().tensors().iter().flat_map(move |of| {
-        let transposed = is_transposed(model.family(), of);
+        let transposed = transposed(model.family(), of);
         sources(model.family(), of, model.spec()).into_iter().map(move |source| {
             let StoredRows { name, rows } = source;
             let places = Places::of(model.family(), of, model.spec());
             let cols = places.cols.len();
-            let shape = match (of.kind, of.is_vector(), transposed) {
-                (ParamKind::Score, ..) => vec![1, of.cols],
-                (_, true, _) => vec![rows.len()],
-                (_, _, true) => vec![cols, rows.len()],
-                _ => vec![rows.len(), cols],
+            let shape = match of.kind {
+                ParamKind::Score => vec![1, of.cols],
+                _ => stored_shape(model.family(), of, rows.len(), cols),
             };
             StoredTensor { name, shape, of, places, rows, transposed }
         })
@@ -59,7 +58,7 @@ impl StoredTensor<'_> {
         let Self { of, places, rows, .. } = self;
         let cols = places.cols.len();
         let all = dev.on_host(flat.range(of.offset..of.offset + of.len()))?;
-        if places.plain() && !self.transposed {
+        if places.plain() && self.transposed.is_none() {
             let span = rows.start * cols..rows.end * cols;
             return Ok(match all {
                 Cow::Borrowed(all) => all[span].into(),
@@ -69,14 +68,18 @@ impl StoredTensor<'_> {
         let at = |r: usize, c: usize| all[places.rows[r] * places.stride + places.cols[c]];
         // At the end of a run the run's checkpoint is there.
         let mut out = reserve("a tensor to store", self.len())?;
-        if self.transposed {
-            out.extend(
-                (0..cols).flat_map(|c| rows.clone().map(move |r| (r, c))).map(|(r, c)| at(r, c)),
-            );
-        } else {
-            out.extend(
+        match self.transposed {
+            Some(stack) => {
+                let high = rows.len() / stack;
+                for first in rows.clone().step_by(high.max(1)) {
+                    let own = first..first + high;
+                    let places = (0..cols).flat_map(|c| own.clone().map(move |r| (r, c)));
+                    out.extend(places.map(|(r, c)| at(r, c)));
+                }
+            }
+            None => out.extend(
                 rows.clone().flat_map(|r| (0..cols).map(move |c| (r, c))).map(|(r, c)| at(r, c)),
-            );
+            ),
         }
         Ok(out.into())
     }

@@ -3,7 +3,12 @@
 use crate::{
     device::Device,
     error::{Error, Result},
-    ops::{activation::Activation, attention, matmul, rope::Rope},
+    ops::{
+        activation::{Activation, Glu},
+        attention, matmul,
+        rope::Rope,
+        routing::Router,
+    },
 };
 
 pub use crate::ops::norm::Norm;
@@ -23,6 +28,21 @@ pub enum Mlp {
     Plain(Activation),
     /// `down(act(gate(x)) * up(x))`
     Gated(Activation),
+}
+
+/// What some blocks have in the place of an MLP: each row goes to a few of many.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Experts {
+    /// How many there are, and how a row chooses.
+    pub router: Router,
+    pub router_bias: bool,
+    /// Width inside each.
+    pub hidden: usize,
+    pub glu: Glu,
+    /// Biases inside each.
+    pub bias: bool,
+    /// Blocks that have an MLP all the same.
+    pub dense: Vec<usize>,
 }
 
 /// Where a block normalises, `f` being attention or MLP.
@@ -89,6 +109,9 @@ pub struct Spec {
     /// Attention and MLP read the same stream: `x + attention(norm1(x)) + mlp(norm2(x))`.
     pub parallel: bool,
     pub mlp: Mlp,
+    pub experts: Option<Experts>,
+    /// A learned logit of each head joins the softmax over attention scores.
+    pub sinks: bool,
     /// Biases on the query, key and value projections.
     pub qkv_bias: bool,
     /// Bias on the attention's output projection.
@@ -154,6 +177,8 @@ impl QueryScale {
 pub struct Widths {
     pub head_dim: usize,
     pub mlp_hidden: usize,
+    /// 0 without experts.
+    pub expert_hidden: usize,
 }
 
 /// What one block computes. The transformer and the plan read from here all that may differ between
@@ -174,8 +199,10 @@ impl Spec {
         let widths = self.widths();
         let head_dim = attention::width(dev, widths.head_dim);
         let mlp_hidden = matmul::width(dev, widths.mlp_hidden);
+        let wide = |e: &Experts| Experts { hidden: matmul::width(dev, e.hidden), ..e.clone() };
+        let experts = self.experts.as_ref().map(wide);
         let unpadded = matches!(dev, Device::Cuda(_)).then_some(widths);
-        Self { head_dim, mlp_hidden, unpadded, ..self }
+        Self { head_dim, mlp_hidden, experts, unpadded, ..self }
     }
 
     /// Whether `dev` computes such a model, after [`Spec::on`].
@@ -190,7 +217,8 @@ impl Spec {
     /// Widths without padding, as files have them.
     pub fn widths(&self) -> Widths {
         let Self { head_dim, mlp_hidden, .. } = *self;
-        self.unpadded.unwrap_or(Widths { head_dim, mlp_hidden })
+        let expert_hidden = self.experts.as_ref().map_or(0, |e| e.hidden);
+        self.unpadded.unwrap_or(Widths { head_dim, mlp_hidden, expert_hidden })
     }
 
     /// What block `l` computes.
@@ -228,6 +256,27 @@ impl Spec {
     /// Allocated rows of the embedding and the LM head.
     pub fn vocab_room(&self) -> usize {
         if self.unpadded.is_some() { self.vocab.next_multiple_of(8) } else { self.vocab }
+    }
+
+    /// The experts of block `l`; none if it has an MLP.
+    pub fn experts_at(&self, l: usize) -> Option<&Experts> {
+        self.experts.as_ref().filter(|e| !e.dense.contains(&l))
+    }
+
+    /// Blocks with experts.
+    pub fn expert_blocks(&self) -> usize {
+        (0..self.layers).filter(|l| self.experts_at(*l).is_some()).count()
+    }
+
+    /// Experts that there are.
+    pub fn expert_count(&self) -> usize {
+        self.experts.as_ref().map_or(0, |e| e.router.experts)
+    }
+
+    /// Allocated rows of the router.
+    pub fn router_room(&self) -> usize {
+        let experts = self.expert_count();
+        if self.unpadded.is_some() { experts.next_multiple_of(8) } else { experts }
     }
 
     /// Columns of the fused query, key and value projection.

@@ -5,7 +5,8 @@
 //! a family has the norms before, those after, or all of them, a factor `r` or none, and in
 //! parallel blocks `norm2(x)` for `norm2(m)`. Rows are packed: sequences lie back to back, nothing
 //! is padded. A row's bits depend on its own sequence only, so the log-prob of a token is the same
-//! number whenever and with whomever it is computed.
+//! number whenever and with whomever it is computed. Some blocks have experts in the place of
+//! the MLP.
 
 use super::{
     Activations, BatchRows, Cache, Model, ParamKind, Params, block::BlockPass,
@@ -35,8 +36,8 @@ impl<T: Element> Model<T> {
             let last = cache.layers.len() - 1;
             let kv = &mut cache.layers[l.min(last)];
             block.attention(b, acts.x[from].view(), kv, acts.scratch.view_mut())?;
-            block.expand(b, acts.x[from].view())?;
-            block.contract(b, acts.x[to].view_mut())?;
+            block.expand(b, acts.x[from].view(), acts.pairs.view_mut())?;
+            block.contract(b, acts.x[to].view_mut(), acts.pairs.view_mut())?;
         }
         let Activations { x, input, .. } = acts;
         let Some(x) = x.last() else {
@@ -77,7 +78,7 @@ impl<T: Element> Model<T> {
         dh: View<'_, T>,
     ) -> Result<()> {
         let hidden = self.spec().hidden;
-        let Activations { x, blocks, scratch, input, gradients } = acts;
+        let Activations { x, blocks, scratch, pairs, input, gradients } = acts;
         let Some(g) = gradients else {
             return Err(Error::value("backward pass", "activations that were kept", "none"));
         };
@@ -95,12 +96,12 @@ impl<T: Element> Model<T> {
             let x = x[l].view();
             if !kept {
                 block.attention(b, x, &mut cache.layers[0], scratch.view_mut())?;
-                block.expand(b, x)?;
+                block.expand(b, x, pairs.view_mut())?;
                 if b.post2.is_some() {
-                    block.contract(b, after[0].view_mut())?;
+                    block.contract(b, after[0].view_mut(), pairs.view_mut())?;
                 }
             }
-            block.backward(grads, b, x, g, scratch.view_mut())?;
+            block.backward(grads, b, x, g, (scratch.view_mut(), pairs.view_mut()))?;
         }
         let factor = self.spec().scales.embedding;
         let (dx, order) = (g.dx.view(), &mut g.order);

@@ -45,8 +45,31 @@ pub(super) fn order(family: &Family, t: &ParamTensor) -> StoredOrder {
     stored_as(family, t.kind).map_or(StoredOrder::Rows, |w| w.order)
 }
 
-pub(super) fn is_transposed(family: &Family, t: &ParamTensor) -> bool {
-    order(family, t) == StoredOrder::Columns
+/// Matrices that a tensor is made of, if they are stored `[in, out]`.
+pub(super) fn transposed(family: &Family, t: &ParamTensor) -> Option<usize> {
+    match order(family, t) {
+        StoredOrder::Columns => Some(1),
+        StoredOrder::Experts | StoredOrder::ExpertPairs => Some(t.stack),
+        StoredOrder::Rows | StoredOrder::Heads => None,
+    }
+}
+
+/// The shape of `rows` rows of `cols` in files.
+pub(super) fn stored_shape(
+    family: &Family,
+    t: &ParamTensor,
+    rows: usize,
+    cols: usize,
+) -> Vec<usize> {
+    match (order(family, t), t.is_vector()) {
+        (StoredOrder::Experts | StoredOrder::ExpertPairs, true) => vec![t.stack, rows / t.stack],
+        (StoredOrder::Experts | StoredOrder::ExpertPairs, false) => {
+            vec![t.stack, cols, rows / t.stack]
+        }
+        (_, true) => vec![rows],
+        (StoredOrder::Columns, false) => vec![cols, rows],
+        (StoredOrder::Rows | StoredOrder::Heads, false) => vec![rows, cols],
+    }
 }
 
 pub(super) fn sources(family: &Family, t: &ParamTensor, spec: &Spec) -> Vec<StoredRows> {
@@ -54,13 +77,16 @@ pub(super) fn sources(family: &Family, t: &ParamTensor, spec: &Spec) -> Vec<Stor
     let names = stored_as(family, t.kind).map_or(&[][..], |w| w.names);
     let prefix = if HEADS.iter().any(|w| w.kind == t.kind) { "" } else { family.prefix };
     let mut end = 0;
-    let source = |(name, rows): (&&str, usize)| {
+    let source = |(name, rows): (String, usize)| {
         let start = end;
         end += rows;
         StoredRows { name: format!("{prefix}{}", name.replace("{}", &layer)), rows: start..end }
     };
     let axis = if t.is_vector() { t.facts.cols } else { t.facts.rows };
-    names.iter().zip(axis.parts(spec, names.len())).map(source).collect()
+    let each = if names.iter().any(|name| name.contains("{e}")) { t.stack } else { 1 };
+    let of_expert = |e: usize| names.iter().map(move |name| name.replace("{e}", &e.to_string()));
+    let parts = axis.parts(spec, each * names.len());
+    (0..each).flat_map(of_expert).zip(parts).map(source).collect()
 }
 
 /// Where the rows and columns of a stored weight are in ours, which a device may pad. A vector is a
@@ -76,8 +102,10 @@ impl Places {
     pub fn of(family: &Family, t: &ParamTensor, spec: &Spec) -> Self {
         let order = order(family, t);
         let ordered = |places: Vec<usize>| match order {
-            StoredOrder::Heads => (0..places.len()).map(|i| places[order.row(spec, i)]).collect(),
-            StoredOrder::Rows | StoredOrder::Columns => places,
+            StoredOrder::Heads | StoredOrder::ExpertPairs => {
+                (0..places.len()).map(|i| places[order.row(spec, i)]).collect()
+            }
+            StoredOrder::Rows | StoredOrder::Columns | StoredOrder::Experts => places,
         };
         let (rows, cols) = (t.facts.rows, t.facts.cols.places(spec));
         if t.is_vector() {
@@ -304,7 +332,7 @@ pub fn load<T: Element>(dev: &Device, dir: &Path, options: LoadOptions) -> Resul
                 // Wider than anything is computed in.
                 model.stored = if view.dtype() == Dtype::F64 { Dtype::F32 } else { view.dtype() };
             }
-            copy::<T>(&mut out, &places, source.rows, &view, is_transposed(family, t))
+            copy::<T>(&mut out, &places, source.rows, &view, transposed(family, t))
                 .map_err(|message| Error::file(path, format!("`{name}` {message}")))?;
         }
         model.write(dev, t, &out)?;
@@ -395,11 +423,7 @@ fn check_sizes<T: Element>(
                     return Err(Error::file(dir, format!("`{name}` is missing")));
                 };
                 let rows = source.rows.len();
-                let want = match (t.is_vector(), is_transposed(family, t)) {
-                    (true, _) => vec![rows],
-                    (false, true) => vec![t.cols, rows],
-                    (false, false) => vec![rows, t.cols],
-                };
+                let want = stored_shape(family, t, rows, t.cols);
                 let got = view.shape();
                 // A scalar head is stored `[1, hidden]`.
                 if got != want && !(t.is_vector() && got == [1, rows]) {
@@ -427,15 +451,22 @@ fn copy<T: Element>(
     places: &Places,
     rows: Range<usize>,
     view: &TensorView<'_>,
-    transposed: bool,
+    transposed: Option<usize>,
 ) -> Result<(), String> {
     let (n, cols) = (rows.len(), places.cols.len());
-    let plain = places.plain() && !transposed;
+    let plain = places.plain() && transposed.is_none();
     let place = |i: usize| {
         if plain {
             return rows.start * cols + i;
         }
-        let (r, c) = if transposed { (i % n, i / n) } else { (i / cols, i % cols) };
+        let (r, c) = match transposed {
+            // Matrix by matrix, each column by column.
+            Some(stack) => {
+                let high = n / stack;
+                (i / (high * cols) * high + i % high, i / high % cols)
+            }
+            None => (i / cols, i % cols),
+        };
         places.rows[rows.start + r] * places.stride + places.cols[c]
     };
     let mut bad = None;

@@ -3,6 +3,7 @@
 use crate::{
     device::{
         Device, Element, Float, View, ViewMut, Work,
+        cpu::Isa,
         cuda::{self, Launch, kernels::activation as kernel},
     },
     error::Result,
@@ -36,6 +37,38 @@ impl Activation {
             "quick_gelu" => Self::QuickGelu,
             _ => return None,
         })
+    }
+}
+
+/// A gated activation: `act(gate) * up`, or, with a limit, `act(min(gate, limit)) * (1 + clamp(up,
+/// -limit, limit))` (gpt-oss), where nothing flows back through what was cut off.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Glu {
+    pub act: Activation,
+    /// More than 0.
+    pub limit: Option<f32>,
+}
+
+impl Glu {
+    /// Limits, and what is added to `up`.
+    fn bounds<F: Float>(self) -> (F, F) {
+        let limit = self.limit.map(f64::from);
+        (F::of(limit.unwrap_or(f64::INFINITY)), if limit.is_some() { F::ONE } else { F::ZERO })
+    }
+
+    /// The limit as kernels take it, 0 for none.
+    pub(super) fn kernel_limit<F: Element>(self) -> F {
+        F::of(self.limit.map_or(0.0, f64::from))
+    }
+
+    /// A row of it.
+    pub(super) fn row<F: Float>(self, isa: Isa, y: &mut [F], gate: &[F], up: &[F]) {
+        gated(isa, self.act, self.bounds(), y, gate, up);
+    }
+
+    /// The gradients of a row, in `d` side by side, as gate and up are in `gate_up`.
+    pub(super) fn row_backward<F: Float>(self, isa: Isa, d: &mut [F], dy: &[F], gate_up: &[F]) {
+        gated_row_backward(isa, self.act, self.bounds(), d, dy, gate_up);
     }
 }
 
@@ -120,7 +153,7 @@ pub fn gated_forward<T: Element>(
                 let x = x[range.start * 2 * cols..].chunks(2 * cols);
                 for (y, x) in y.chunks_exact_mut(cols).zip(x) {
                     let (gate, up) = x.split_at(cols);
-                    gated(cpu.isa(), act, y, gate, up);
+                    Glu { act, limit: None }.row(cpu.isa(), y, gate, up);
                 }
             });
             Ok(())
@@ -155,10 +188,8 @@ pub fn gated_backward<T: Element>(
             let (dy, x) = (dy.float()?.host(), gate_up.float()?.host());
             cpu.rows(rows, GRAIN.div_ceil(cols), (dx, 2 * cols), |range, dx| {
                 for (dx, r) in dx.chunks_exact_mut(2 * cols).zip(range) {
-                    let (dgate, dup) = dx.split_at_mut(cols);
-                    let (gate, up) = x[r * 2 * cols..][..2 * cols].split_at(cols);
-                    let dy = &dy[r * cols..][..cols];
-                    gated_row_backward(cpu.isa(), act, dgate, dup, dy, gate, up);
+                    let (dy, x) = (&dy[r * cols..][..cols], &x[r * 2 * cols..][..2 * cols]);
+                    Glu { act, limit: None }.row_backward(cpu.isa(), dx, dy, x);
                 }
             });
             Ok(())
@@ -215,19 +246,26 @@ simd! {
         });
     }
 
-    fn gated[F: Float](act: Activation, y: &mut [F], gate: &[F], up: &[F]) {
+    fn gated[F: Float](
+        act: Activation, bounds: (F, F), y: &mut [F], gate: &[F], up: &[F],
+    ) {
+        let (limit, more) = bounds;
         with!(act, |f| for i in 0..y.len() {
-            y[i] = f(gate[i]).0 * up[i];
+            y[i] = f(gate[i].min(limit)).0 * (up[i].clamp(-limit, limit) + more);
         });
     }
 
     fn gated_row_backward[F: Float](
-        act: Activation, dgate: &mut [F], dup: &mut [F], dy: &[F], gate: &[F], up: &[F],
+        act: Activation, bounds: (F, F), d: &mut [F], dy: &[F], gate_up: &[F],
     ) {
+        let (limit, more) = bounds;
+        let (dgate, dup) = d.split_at_mut(dy.len());
+        let (gate, up) = gate_up.split_at(dy.len());
         with!(act, |f| for i in 0..dy.len() {
-            let (y, slope) = f(gate[i]);
-            dgate[i] = dy[i] * up[i] * slope;
-            dup[i] = dy[i] * y;
+            let (y, slope) = f(gate[i].min(limit));
+            let (d, most) = (dy[i] * (up[i].clamp(-limit, limit) + more) * slope, up[i].abs());
+            dgate[i] = if gate[i] > limit { F::ZERO } else { d };
+            dup[i] = if most > limit { F::ZERO } else { dy[i] * y };
         });
     }
 }

@@ -26,7 +26,7 @@ impl Scorer {
     /// Bytes that a pass needs of an arena.
     pub fn plan<T: Element>(&self, dev: &Device, spec: &Spec, head: Head) -> Result<usize> {
         let shape = PassShape::whole(self.rows, self.sequences);
-        let options = PassOptions { entropy: head == Head::Lm, keep: Keep::Nothing };
+        let options = PassOptions { entropy: head == Head::Lm, keep: Keep::Nothing, balance: 0.0 };
         Arena::plan(|scope| Pass::<T>::plan(dev, scope, (spec, head), shape, options))
     }
 

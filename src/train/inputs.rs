@@ -66,6 +66,10 @@ impl RunInputs {
         if eos.is_empty() {
             eos.extend(tokenizer.iter().flat_map(|t| t.eos().to_vec()));
         }
+        if settings.load_balance > 0.0 && spec.experts.is_none() {
+            let want = "0 for a model without experts";
+            return Err(Error::config("load_balance", want, settings.load_balance));
+        }
         let max_length = max_length(&settings, &needs, spec)?;
         if !settings.eval_data.is_empty() && needs.sampling().is_some() {
             let want = "none for an algorithm that samples; its metrics are of new samples";

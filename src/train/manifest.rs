@@ -56,7 +56,9 @@ impl Manifest {
         models: &[(&'static str, String)],
     ) -> Self {
         let keys = Section::keys(&inputs.settings).into_iter().chain(section.keys());
-        let split = |name: &str| name == "micro_batch_tokens" && precision != "f32";
+        // Parts of experts are those of a micro-batch.
+        let sums = precision != "f32" || inputs.settings.load_balance > 0.0;
+        let split = |name: &str| name == "micro_batch_tokens" && sums;
         let keys = keys.filter(|k| !Settings::FREE.contains(&k.name) || split(k.name));
         Self {
             algorithm: algorithm.into(),

@@ -67,7 +67,7 @@ impl PassSizes {
 /// Options of the training passes of a model with this head.
 pub fn options(s: &Settings, needs: &Needs, head: Head) -> PassOptions {
     let keep = if s.recompute { Keep::Streams } else { Keep::All };
-    PassOptions { entropy: head == Head::Lm && needs.entropy, keep }
+    PassOptions { entropy: head == Head::Lm && needs.entropy, keep, balance: 0.0 }
 }
 
 /// Memory for the whole run.

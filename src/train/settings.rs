@@ -73,6 +73,11 @@ crate::settings! {
         pub epsilon: f64 = 1e-8 => "1e-37 or more" if |e| *e >= 1e-37 && e.is_finite(),
         /// Gradients are scaled down to this norm; 0 is off (Hugging Face Trainer: 1).
         pub max_grad_norm: f64 = 1.0 => "0 or more" if |n| *n >= 0.0 && n.is_finite(),
+        /// Weight of the loss that spreads a policy's tokens over the experts of its blocks, a mean
+        /// over tokens and blocks (Fedus et al. 2021) in which an expert's part is that of its
+        /// micro-batch; 0 is off (Hugging Face: router_aux_loss_coef 0.001 where
+        /// output_router_logits is set, else off).
+        pub load_balance: f64 = 0.0 => "from 0 to 100" if |w| (0.0..=100.0).contains(w),
         /// Tokens of a micro-batch: bounds memory, changes no mean (our own; enough rows to fill a
         /// CPU).
         pub micro_batch_tokens: usize = 2048

@@ -317,7 +317,14 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         let role = state.role;
         let _phase = role.trained.as_ref().map(|role| dev.span(role.phase));
         state.zero_grads(dev)?;
-        let options = plan::options(&inputs.settings, &inputs.needs, role.head);
+        let mut options = plan::options(&inputs.settings, &inputs.needs, role.head);
+        if role.head == Head::Lm && inputs.settings.load_balance > 0.0 {
+            // A mean over all rows and blocks.
+            batch.clear();
+            data.sequences.iter().for_each(|s| role.push(batch, s));
+            let terms = batch.len() * state.model.spec().expert_blocks();
+            options.balance = inputs.settings.load_balance / terms.max(1) as f64;
+        }
         let lens = data.sequences.chunks(unit).map(|u| u.iter().map(|s| s.ids.len()).sum());
         for group in inputs.sizes.micro_batches(lens) {
             if first {

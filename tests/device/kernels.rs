@@ -207,7 +207,7 @@ fn kernels_readme_has_the_table() {
 }
 
 /// Kernels that load no 16 bytes at once, and why.
-const NARROW: [(&str, &str); 10] = [
+const NARROW: [(&str, &str); 17] = [
     ("embedding_sort", "ids, a lane a row"),
     ("gae_forward", "sequences begin at any token, a lane a token"),
     ("grad_norm_sum", "a sum of at most 256 numbers, in order"),
@@ -216,17 +216,31 @@ const NARROW: [(&str, &str); 10] = [
     ("logprob_top", "keys of a list, a lane each"),
     ("next_ids_forward", "tokens from anywhere, a lane each"),
     ("norm_add_partials", "a column a lane, 128 bytes a warp"),
+    ("routing_backward_bf16", "a row of as many experts as there are, a lane each"),
+    ("routing_backward_f32", "a row of as many experts as there are, a lane each"),
+    ("routing_balance", "a row of as many experts as there are, a lane each"),
+    ("routing_choose", "a row of as many experts as there are, a lane each"),
+    ("routing_count", "experts of a share of pairs, a lane each"),
+    ("routing_place", "experts of a share of pairs, a lane each"),
+    ("routing_scan", "counts of shares, a lane an expert"),
     ("sums_total", "a sum of at most 256 rows"),
     ("whiten_moments", "a sum of at most 256 rows"),
 ];
 
 /// Files of matrix products, those whose main loops are counted, and their kernels that multiply
 /// nothing.
-const ON_TENSOR_CORES: [&str; 4] = ["attention", "attention_backward", "matmul", "logprob"];
-const PRODUCTS: [&str; 3] = ["attention", "matmul", "logprob"];
-const NO_PRODUCT: [(&str, &str); 7] = [
+const ON_TENSOR_CORES: [&str; 5] =
+    ["attention", "attention_backward", "experts", "matmul", "logprob"];
+const PRODUCTS: [&str; 4] = ["attention", "experts", "matmul", "logprob"];
+const NO_PRODUCT: [(&str, &str); 13] = [
     ("attention_append_bf16", "a copy"),
     ("attention_backward_delta_bf16", "a dot product a row and head"),
+    ("experts_bias_bf16", "a sum over an expert's rows, a lane a packet"),
+    ("experts_bias_f32", "a sum over an expert's rows, a lane a packet"),
+    ("experts_bias_weights_bf16", "a dot product a pair"),
+    ("experts_bias_weights_f32", "a dot product a pair"),
+    ("experts_glu_backward_bf16", "an activation, and a dot product a pair"),
+    ("experts_glu_backward_f32", "an activation, and a dot product a pair"),
     ("logprob_from_logits_bf16", "logits that were multiplied before"),
     ("logprob_from_logits_f32", "logits that were multiplied before"),
     ("logprob_merge", "partial sums, a warp a row"),

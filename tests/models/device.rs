@@ -33,7 +33,7 @@ fn learn(
     keep: Keep,
 ) -> (f64, Vec<(String, Vec<f32>)>) {
     let mut grads = Params::zeros(dev, "gradients", model.params().layout()).unwrap();
-    let options = PassOptions { entropy: false, keep };
+    let options = PassOptions { entropy: false, keep, balance: 0.0 };
     let mut arena = pass_room(dev, model, batch, options);
     let (scope, mut loss) = (arena.scope(), 0.0);
     Pass::new(dev, model, &scope, batch)
@@ -78,8 +78,10 @@ fn models_learn_on_a_device_what_they_learn_in_f64() {
             }
             let error = (off / all).sqrt();
             println!("{name}: loss off by {:.1e}, gradient by {error:.1e}", loss / truth - 1.0);
-            // Yarn sharpens scores, and with them their rounding.
-            assert!(error < 0.05, "{name}: the gradient is off by {error}");
+            // Yarn sharpens scores, and with them their rounding. Close choices of experts, and
+            // close limits, fall to the other side in 8 bits.
+            let most = if model.spec().experts.is_some() { 0.1 } else { 0.05 };
+            assert!(error < most, "{name}: the gradient is off by {error}");
 
             let (again, recomputed) = learn(dev, &model, &batch, Keep::Streams);
             assert_eq!(again.to_bits(), loss.to_bits());
@@ -100,7 +102,7 @@ fn recomputed_blocks_have_the_bits_of_kept_ones() {
         let (kept, _) = sft(&model, &g);
         let batch = sft_batch(&g);
         let mut grads = Params::zeros(&dev, "gradients", model.params().layout()).unwrap();
-        let options = PassOptions { entropy: false, keep: Keep::Streams };
+        let options = PassOptions { entropy: false, keep: Keep::Streams, balance: 0.0 };
         let all = pass_room(&dev, &model, &batch, keep_all(false)).bytes();
         let mut arena = pass_room(&dev, &model, &batch, options);
         let less = arena.bytes() < all || model.spec().layers == 1;

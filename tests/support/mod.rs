@@ -82,7 +82,7 @@ pub const PARAMS: sample::SamplingParams =
 
 /// A training pass that keeps all blocks.
 pub fn keep_all(entropy: bool) -> PassOptions {
-    PassOptions { entropy, keep: Keep::All }
+    PassOptions { entropy, keep: Keep::All, balance: 0.0 }
 }
 
 /// Bytes of a pass of this shape.

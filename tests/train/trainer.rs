@@ -10,13 +10,13 @@ use serde_json::Value;
 use warpo::{
     Error,
     device::{Device, allocations},
-    models::{self, Batch, Head, Model, ParamKind, Pass},
+    models::{self, Batch, Head, LossColumns, Model, ParamKind, Pass, PassOptions},
     rollout::{Scorer, last_scores},
     train::{Silent, StepReport, Trainer, models::TrainState},
 };
 
 use crate::support::{
-    assert_bits, golden, host, process, room,
+    assert_bits, golden, host, keep_all, params, pass_room, process, room,
     runs::{metrics, small, train, trainer},
     temp_dir,
 };
@@ -245,6 +245,50 @@ fn what_cannot_be_planned_is_refused() {
         refuse("sft", &["threads=100000"]),
         config("threads", "got 100000, wanted at most 1024")
     );
+}
+
+/// The loss that balances experts adds to a step what a pass over its tokens alone gives, each
+/// weighed by the tokens and blocks of the step. A model without experts has none.
+#[test]
+fn experts_are_balanced_where_it_is_asked_for() {
+    let dir = temp_dir("trainer_balance");
+    let rows: Vec<Vec<u32>> =
+        (0..4u32).map(|i| (0..5 + 4 * i).map(|t| 3 + (7 * i + t * t) % 80).collect()).collect();
+    let path = dir.join("rows.jsonl");
+    let text: Vec<String> = rows.iter().map(|r| format!("{{\"input_ids\": {r:?}}}\n")).collect();
+    std::fs::write(&path, text.concat()).unwrap();
+    let own = [
+        format!("model={}", golden::path("qwen3_moe").display()),
+        format!("data={}", path.display()),
+    ];
+    let grads = |more: &str| {
+        let more = [&own[0], &own[1], "eos_id=84", "micro_batch_tokens=100", more];
+        let mut t = trainer(&dir, "sft", &more).unwrap();
+        t.step(&mut Silent).unwrap();
+        t.models.trained[0].grads.flat().host().to_vec()
+    };
+    let (without, with) = (grads("load_balance=0"), grads("load_balance=3"));
+    let model = Model::<f32>::load_trained(host(), &golden::path("qwen3_moe"), Head::Lm, None);
+    let model = model.unwrap();
+    let mut batch = Batch::default();
+    rows.iter().for_each(|r| batch.push_predicted(r, 1));
+    let mut alone = params(model.params().layout());
+    let balance = 3.0 / (2 * batch.len()) as f64;
+    let options = PassOptions { balance, ..keep_all(false) };
+    let mut arena = pass_room(host(), &model, &batch, options);
+    let scope = arena.scope();
+    let none = |c: LossColumns<'_, f32>| {
+        c.dy.host().fill(0.0);
+        Ok(())
+    };
+    Pass::new(host(), &model, &scope, &batch).train(&mut alone, options, none).unwrap();
+    let largest = alone.flat().host().iter().fold(0.0f32, |m, d| m.max(d.abs()));
+    assert!(largest > 0.01, "{largest}");
+    for ((with, without), alone) in with.iter().zip(&without).zip(alone.flat().host()) {
+        assert!((with - without - alone).abs() < 1e-4 * largest, "{with} {without} {alone}");
+    }
+    let e = trainer(&dir, "sft", &["load_balance=0.1"]).err().unwrap().to_string();
+    assert_eq!(e, "config key `load_balance`: got 0.1, wanted 0 for a model without experts");
 }
 
 fn flat(model: Option<&Model<f32>>) -> Vec<f32> {

@@ -6,12 +6,15 @@
 
 #![allow(unsafe_code)]
 
+mod grouped;
 #[cfg(target_arch = "x86_64")]
 mod x86;
 
 use std::mem::MaybeUninit;
 
 use super::{super::Float, Cpu, Isa, simd::Level};
+
+pub use grouped::products;
 
 /// Columns of a panel: two 512-bit vectors of f32.
 pub const NR: usize = 32;

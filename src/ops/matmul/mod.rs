@@ -26,23 +26,57 @@ use crate::{
     shape, simd,
 };
 
-/// A weight `[n, k]` as [`forward`] reads it: in panels on the CPU, by rows on a CUDA device.
+/// A weight `[n, k]` as [`forward`] reads it: in panels on the CPU, by rows on a CUDA device. Or a
+/// stack of them, one after the other, for [`experts`](super::experts).
 #[derive(Clone, Copy, Debug)]
 pub struct Weight<'a, T> {
     data: View<'a, T>,
+    count: usize,
     n: usize,
     k: usize,
 }
 
 impl<'a, T: Element> Weight<'a, T> {
     /// A weight as it is stored, for a CUDA device.
-    pub fn rows(dev: &Device, w: View<'a, T>, (n, k): (usize, usize)) -> Result<Self> {
+    pub fn rows(dev: &Device, w: View<'a, T>, sides: (usize, usize)) -> Result<Self> {
+        Self::stack(dev, w, 1, sides)
+    }
+
+    /// `count` weights as they are stored, for a CUDA device.
+    pub fn stack(
+        dev: &Device,
+        w: View<'a, T>,
+        count: usize,
+        (n, k): (usize, usize),
+    ) -> Result<Self> {
         if let Device::Cpu(_) = dev {
             let reason = "it reads packed weights, not rows".into();
             return Err(Error::Device { wanted: "cpu".into(), reason });
         }
-        shape::check("matmul", "w", &[n, k], w.len())?;
-        Ok(Self { data: w, n, k })
+        shape::check("matmul", "w", &[count, n, k], w.len())?;
+        Ok(Self { data: w, count, n, k })
+    }
+
+    /// Sides of the only one.
+    fn sides(&self, op: &str) -> Result<(usize, usize)> {
+        match self.count {
+            1 => Ok((self.n, self.k)),
+            n => Err(Error::value(format!("{op}: weights"), "1", n)),
+        }
+    }
+
+    /// Weights in the stack.
+    pub fn count(&self) -> usize {
+        self.count
+    }
+
+    /// Weight `i` of the stack.
+    ///
+    /// # Panics
+    /// If there is none.
+    pub fn at(&self, i: usize) -> View<'a, T> {
+        let each = self.data.len() / self.count;
+        self.data.range(i * each..(i + 1) * each)
     }
 
     pub fn n(&self) -> usize {
@@ -61,7 +95,7 @@ impl<'a, T: Element> Weight<'a, T> {
 
 impl<'a, T: Element> From<&'a Packed<T>> for Weight<'a, T> {
     fn from(p: &'a Packed<T>) -> Self {
-        Self { data: p.data.view(), n: p.n, k: p.k }
+        Self { data: p.data.view(), count: p.count, n: p.n, k: p.k }
     }
 }
 
@@ -69,6 +103,7 @@ impl<'a, T: Element> From<&'a Packed<T>> for Weight<'a, T> {
 #[derive(Debug)]
 pub struct Packed<T: 'static> {
     data: Buffer<'static, T>,
+    count: usize,
     n: usize,
     k: usize,
 }
@@ -80,10 +115,16 @@ impl<T: Element> Packed<T> {
     /// [`crate::Error::Memory`] if there is no room, [`crate::Error::Value`] if `k` is no multiple
     /// of 8 on a CUDA device.
     pub fn new(dev: &Device, n: usize, k: usize) -> Result<Self> {
+        Self::stack(dev, 1, n, k)
+    }
+
+    /// Room for a stack of `count` such weights.
+    pub fn stack(dev: &Device, count: usize, n: usize, k: usize) -> Result<Self> {
         if let Device::Cuda(_) = dev {
             eights("matmul", 0, k)?;
         }
-        Ok(Self { data: Buffer::new(dev, "a packed weight", Self::len(dev, n, k))?, n, k })
+        let len = count.saturating_mul(Self::len(dev, n, k));
+        Ok(Self { data: Buffer::new(dev, "a packed weight", len)?, count, n, k })
     }
 
     fn len(dev: &Device, n: usize, k: usize) -> usize {
@@ -111,14 +152,19 @@ impl<T: Element> Packed<T> {
         self.k
     }
 
-    /// Copies `w` `[n, k]` in.
+    /// Copies `w` `[n, k]` in, or all of a stack.
     pub fn pack(&mut self, dev: &Device, w: View<'_, T>) -> Result<()> {
-        shape::check("matmul::pack", "w", &[self.n, self.k], w.len())?;
-        let _op = dev.op("matmul::pack", || Work::moves::<T>(2 * self.n * self.k));
+        let Self { count, n, k, .. } = *self;
+        let want = [count, n, k];
+        shape::check("matmul::pack", "w", &want[usize::from(count == 1)..], w.len())?;
+        let _op = dev.op("matmul::pack", || Work::moves::<T>(2 * w.len()));
         match dev {
             Device::Cpu(cpu) => {
-                let to = self.data.view_mut().float()?.host();
-                gemm::pack(cpu, to, w.float()?.host(), self.n, self.k);
+                let (to, w) = (self.data.view_mut().float()?.host(), w.float()?.host());
+                let each = gemm::packed_len(k, n).max(1);
+                for (to, w) in to.chunks_exact_mut(each).zip(w.chunks_exact((n * k).max(1))) {
+                    gemm::pack(cpu, to, w, n, k);
+                }
                 Ok(())
             }
             Device::Cuda(_) => dev.copy(self.data.view_mut(), w),
@@ -127,7 +173,7 @@ impl<T: Element> Packed<T> {
 }
 
 /// What CUDA kernels read 16 bytes of at once.
-fn eights(op: &str, n: usize, k: usize) -> Result<()> {
+pub(super) fn eights(op: &str, n: usize, k: usize) -> Result<()> {
     match [n, k].into_iter().find(|x| !x.is_multiple_of(8)) {
         None => Ok(()),
         Some(x) => {
@@ -166,7 +212,7 @@ pub fn forward<'a, T: Element>(
     residual: Option<View<'_, T>>,
 ) -> Result<()> {
     let w = w.into();
-    let (n, k) = (w.n, w.k);
+    let (n, k) = w.sides("matmul")?;
     let m = shape::rows("matmul", "x", x.len(), k)?;
     shape::check("matmul", "y", &[m, n], y.len())?;
     for (name, view, want) in [("bias", &bias, &[n][..]), ("residual", &residual, &[m, n])] {
@@ -222,7 +268,7 @@ pub fn activated<'a, T: Element>(
 ) -> Result<()> {
     const OP: &str = "matmul::activated";
     let w = w.into();
-    let (n, k) = (w.n, w.k);
+    let (n, k) = w.sides(OP)?;
     let m = shape::rows(OP, "x", x.len(), k)?;
     let cols = if epilogue.gated { n / 2 } else { n };
     shape::check(OP, "up", &[m, n], up.len())?;

@@ -164,6 +164,11 @@ impl TileShape {
         TileTable::of(arch).clocks(self, processors, m, n).saturating_mul(k.div_ceil(64))
     }
 
+    /// `blocks` blocks with its shared memory.
+    pub(in crate::ops) fn row(&self, blocks: usize) -> Result<Launch> {
+        Launch::row(blocks, self.shared)
+    }
+
     /// Blocks for the tiles of a product of `m` rows and `n` outputs, of which each takes a column,
     /// or two where they are `pairs`. On Hopper at most one a multiprocessor, which goes from tile
     /// to tile.

@@ -1,0 +1,47 @@
+//! Qwen 3 with a mixture of experts (Yang et al. 2025): Qwen 3 whose blocks have experts, but for
+//! those that `mlp_only_layers` names or `decoder_sparse_step` leaves out.
+
+use super::{Config, Experts, Family, Spec, llama, qwen2, qwen3};
+use crate::{
+    error::Result,
+    ops::{activation::Glu, routing::Router},
+};
+
+pub(super) const FAMILY: Family = Family {
+    model_type: "qwen3_moe",
+    causal_lm: "Qwen3MoeForCausalLM",
+    sequence_classification: "Qwen3MoeForSequenceClassification",
+    computes: COMPUTES,
+    spec,
+    ..llama::FAMILY
+};
+
+const COMPUTES: &[&str] =
+    &["use_sliding_window", "sliding_window", "layer_types", "num_experts", "num_local_experts"];
+
+fn spec(c: &Config) -> Result<Spec> {
+    let base = qwen3::spec(c)?;
+    // An auxiliary loss, which no training here has.
+    c.must_be("output_router_logits", false)?;
+    let step = c.usize_or("decoder_sparse_step", 1)?;
+    let only = c.indices("mlp_only_layers")?;
+    let dense = |l: &usize| only.contains(l) || step == 0 || !(l + 1).is_multiple_of(step);
+    let experts = match c.usize_opt("num_local_experts")? {
+        Some(n) => n,
+        None => c.usize_or("num_experts", 128)?,
+    };
+    let experts = Experts {
+        router: Router {
+            experts,
+            top: c.usize_or("num_experts_per_tok", 8)?,
+            renormalised: c.bool_or("norm_topk_prob", false)?,
+        },
+        router_bias: false,
+        hidden: c.usize_or("moe_intermediate_size", 768)?,
+        glu: Glu { act: c.activation("hidden_act", "silu")?, limit: None },
+        bias: false,
+        dense: (0..base.layers).filter(dense).collect(),
+    };
+    let experts = Some(experts).filter(|e| e.dense.len() < base.layers);
+    Ok(Spec { experts, blocks: qwen2::blocks(c)?, ..base })
+}
