@@ -75,7 +75,7 @@ impl Conversations {
     }
 }
 
-/// Spans in characters, as the golden sets have them: within the text, not empty, neighbours as one.
+/// Spans in characters, as the golden sets have them: within the text, neighbours as one.
 fn spans(text: &str, all: &Value) -> Vec<(usize, usize)> {
     let end = text.chars().count();
     let mut out: Vec<(usize, usize)> = Vec::new();
@@ -143,8 +143,8 @@ fn jinja_is_rendered_as_jinja2_renders_it() {
     assert!(wrong.is_empty(), "{}", wrong.join("\n"));
 }
 
-/// Templates of 100 models and the renderings of `transformers`. Their licences do not allow to have
-/// them here: this runs where they lie beside the checkout.
+/// Templates of 100 models and the renderings of `transformers`. Their licences do not allow to
+/// have them here: this runs where they lie beside the checkout.
 #[test]
 #[ignore = "needs ../shared/fixtures/golden"]
 fn templates_of_a_hundred_models_render_as_transformers_renders_them() {
