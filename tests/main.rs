@@ -18,7 +18,9 @@ mod algorithms {
     mod sft;
 }
 mod data {
+    mod chat;
     mod dataset;
+    mod jinja;
     mod records;
     mod tokenizer;
 }

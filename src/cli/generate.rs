@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::{DeviceArgs, finite, note, warn};
 use crate::{
-    data::{self, Limits, Tokenizer},
+    data::{self, Limits},
     device::{Arena, Device, Element},
     error::{Error, Result},
     eval,
@@ -18,24 +18,9 @@ use crate::{
     rollout::{GenerationConfig, Generator, Prompt},
 };
 
-/// Continue prompts (JSONL with `prompt`, `text` or `input_ids`) and write JSONL
+/// How tokens are drawn.
 #[derive(Debug, clap::Args)]
-pub(super) struct GenerateArgs {
-    /// The model's folder
-    #[arg(long, value_name = "DIR")]
-    model: PathBuf,
-    /// Prompts, `-` for standard input
-    #[arg(long, value_name = "FILE", default_value = "-")]
-    data: PathBuf,
-    /// A reward model's folder: adds `reward`
-    #[arg(long, value_name = "DIR")]
-    reward_model: Option<PathBuf>,
-    /// The most new tokens
-    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
-    max_new_tokens: u32,
-    /// Samples a prompt
-    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
-    samples: u32,
+pub(super) struct SamplingArgs {
     /// Divides the logits; 0 takes the likeliest token
     #[arg(long, default_value_t = 1.0)]
     temperature: f64,
@@ -48,6 +33,31 @@ pub(super) struct GenerateArgs {
     /// Keep tokens at least this fraction as likely as the likeliest; 0 is off
     #[arg(long, default_value_t = 0.0)]
     min_p: f32,
+}
+
+/// Continue prompts (JSONL with `prompt`, `messages`, `text` or `input_ids`) and write JSONL
+#[derive(Debug, clap::Args)]
+pub(super) struct GenerateArgs {
+    /// The model's folder
+    #[arg(long, value_name = "DIR")]
+    model: PathBuf,
+    /// Prompts, `-` for standard input
+    #[arg(long, value_name = "FILE", default_value = "-")]
+    data: PathBuf,
+    /// A reward model's folder: adds `reward`
+    #[arg(long, value_name = "DIR")]
+    reward_model: Option<PathBuf>,
+    /// chatml, llama3, gemma, mistral, zephyr, vicuna or a file, not the model's own template
+    #[arg(long, value_name = "NAME")]
+    chat_template: Option<String>,
+    /// The most new tokens
+    #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
+    max_new_tokens: u32,
+    /// Samples a prompt
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
+    samples: u32,
+    #[command(flatten)]
+    sampling: SamplingArgs,
     /// More ids that end a sample
     #[arg(long, value_name = "ID")]
     stop_id: Vec<u32>,
@@ -66,7 +76,7 @@ pub(super) struct GenerateArgs {
 const PART: usize = 8;
 
 pub(super) fn run(args: &GenerateArgs) -> Result<()> {
-    let sampling = args.sampling()?;
+    let sampling = args.sampling.params()?;
     args.place.run(|dev| match dev {
         Device::Cpu(_) => run_in::<f32>(args, dev, sampling),
         Device::Cuda(_) => run_in::<bf16>(args, dev, sampling),
@@ -80,7 +90,7 @@ fn run_in<T: Element<Acc = f32>>(
     sampling: sample::SamplingParams,
 ) -> Result<()> {
     let (_, spec) = Config::read(&args.model)?.spec()?;
-    let tokenizer = Tokenizer::open_if_there(&args.model)?;
+    let tokenizer = super::tokenizer(&args.model, args.chat_template.as_deref())?;
     let new = args.max_new_tokens as usize;
     let Some(max_length) = spec.max_positions.checked_sub(new).filter(|n| *n > 0) else {
         let want = format!("less than the model's {} positions", spec.max_positions);
@@ -119,7 +129,9 @@ fn run_in<T: Element<Acc = f32>>(
     let slots = slots.min(usize::try_from(total).unwrap_or(slots));
     let generator = Generator { slots, max_len: longest + new, rows: longest.max(slots).max(512) };
     let mut arena = Arena::new(dev, generator.plan::<T>(dev, spec, &sampling)?)?;
-    let eos = tokenizer.iter().flat_map(|t| t.eos().to_vec());
+    let is_chat = records.iter().any(|at| at.record.is_chat());
+    let turn_end = tokenizer.as_ref().filter(|_| is_chat).and_then(data::turn_end);
+    let eos = tokenizer.iter().flat_map(|t| t.eos().to_vec()).chain(turn_end);
     let settings = GenerationConfig {
         sampling,
         max_new_tokens: new,
@@ -171,9 +183,10 @@ fn run_in<T: Element<Acc = f32>>(
     Ok(())
 }
 
-impl GenerateArgs {
-    fn sampling(&self) -> Result<sample::SamplingParams> {
-        let Self { temperature, top_k, top_p, min_p, .. } = *self;
+impl SamplingArgs {
+    /// The parameters, checked.
+    pub(super) fn params(&self) -> Result<sample::SamplingParams> {
+        let Self { temperature, top_k, top_p, min_p } = *self;
         // A temperature that f32 rounds to 0 is not the greedy choice that 0 stands for.
         if temperature != 0.0 && temperature.abs() < f64::from(f32::MIN_POSITIVE) {
             return Err(Error::config("--temperature", "0, or 1e-6 or more", temperature));

@@ -1,5 +1,6 @@
 //! The command line: one file a command.
 
+mod chat;
 mod config;
 mod doctor;
 mod generate;
@@ -9,13 +10,14 @@ mod progress;
 mod quickstart;
 mod report;
 mod score;
+mod tokenize;
 mod train;
 
-use std::{io::Write, process::ExitCode};
+use std::{io::Write, path::Path, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
-use crate::{algorithms::ALGORITHMS, device::Device, error::Error};
+use crate::{algorithms::ALGORITHMS, data::Tokenizer, device::Device, error::Error};
 
 /// Train language models from human feedback: SFT, reward models and PPO in one process.
 #[derive(Debug, Parser)]
@@ -41,6 +43,8 @@ enum Command {
     Plan(plan::PlanArgs),
     Generate(generate::GenerateArgs),
     Score(score::ScoreArgs),
+    Tokenize(tokenize::TokenizeArgs),
+    Chat(chat::ChatArgs),
     Config(config::ConfigArgs),
     Report(report::ReportArgs),
     Quickstart(quickstart::QuickstartArgs),
@@ -54,6 +58,8 @@ pub fn run() -> ExitCode {
         Command::Plan(args) => plan::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Score(args) => score::run(&args),
+        Command::Tokenize(args) => tokenize::run(&args),
+        Command::Chat(args) => chat::run(&args),
         Command::Config(args) => config::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Quickstart(args) => quickstart::run(&args),
@@ -119,6 +125,25 @@ fn note(line: &str) {
 fn say(text: &str) {
     // If stderr is gone, there is nobody to tell.
     let _ = std::io::stderr().write_all(text.as_bytes());
+}
+
+/// The tokenizer of a model folder that may have none, with another chat template if one is named.
+fn tokenizer(dir: &Path, template: Option<&str>) -> crate::Result<Option<Tokenizer>> {
+    let mut tokenizer = Tokenizer::open_if_there(dir)?;
+    if let (Some(t), Some(name)) = (&mut tokenizer, template) {
+        t.set_template(dir, Some(name))?;
+    }
+    Ok(tokenizer)
+}
+
+/// A text as a terminal may have it: control characters but line breaks become escapes.
+fn harmless(text: &str) -> String {
+    let shown = |c: char| match c {
+        '\n' | '\t' => c.into(),
+        c if c.is_control() => c.escape_default().to_string(),
+        c => c.into(),
+    };
+    text.chars().map(shown).collect()
 }
 
 /// A message as a terminal may have it, whatever a file put into it: control characters become

@@ -21,7 +21,8 @@ const PART: usize = 8192;
 
 /// Log-probs, perplexity and rewards of texts, one line for each line of data: of a `text` or
 /// `input_ids` all tokens but the first count, of `prompt, completion` (or `input_ids, output_ids`)
-/// those of the completion; `chosen` and `rejected` are scored both
+/// those of the completion, of `messages` those of the model's; `chosen` and `rejected` are scored
+/// both
 #[derive(Debug, clap::Args)]
 pub(super) struct ScoreArgs {
     /// The folder of a language model
@@ -33,6 +34,9 @@ pub(super) struct ScoreArgs {
     /// Texts, `-` for standard input
     #[arg(long, value_name = "FILE", default_value = "-")]
     data: PathBuf,
+    /// chatml, llama3, gemma, mistral, zephyr, vicuna or a file, not the model's own template
+    #[arg(long, value_name = "NAME")]
+    chat_template: Option<String>,
     /// Divides the logits
     #[arg(long, default_value_t = 1.0)]
     temperature: f32,
@@ -61,7 +65,7 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
     let Some(dir) = args.model.as_ref().or(args.reward_model.as_ref()) else {
         return Err(Error::config("--model", "a model or a reward model", "neither"));
     };
-    let tokenizer = Tokenizer::open_if_there(dir)?;
+    let tokenizer = super::tokenizer(dir, args.chat_template.as_deref())?;
     let (max_length, vocab) = specs
         .iter()
         .fold((usize::MAX, usize::MAX), |(l, v), s| (l.min(s.max_positions), v.min(s.vocab)));
@@ -101,8 +105,10 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
     let score = Score { dev, tokenizer, model, reward_model, temperature: args.temperature };
     let (mut rest, mut rated) = (&data.sequences[..], &rated.sequences[..]);
     // All lines have the format of the first.
-    let pairs =
-        matches!(records[0].record, Record::Preference { .. } | Record::PreferenceIds { .. });
+    let pairs = matches!(
+        records[0].record,
+        Record::Preference { .. } | Record::PreferenceIds { .. } | Record::ChatPreference { .. }
+    );
     let unit = if pairs { 2 } else { 1 };
     while !rest.is_empty() {
         let mut tokens = 0;

@@ -1,6 +1,6 @@
 //! `warpo train`: one command for all algorithms.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use super::{profile::Profiling, progress::Progress};
 use crate::{
@@ -62,9 +62,29 @@ fn other_algorithm(entry: &AlgorithmEntry, error: Error) -> Error {
 pub(super) fn settings(
     args: &RunArgs,
 ) -> Result<(&'static AlgorithmEntry, Settings, Box<dyn Section>)> {
-    let entry = algorithm(&args.algorithm)?;
+    let (mut all, name) = (Vec::new(), |key: &str, value: &str| {
+        format!("{key}={}", toml::Value::String(value.to_owned()))
+    });
+    all.extend(args.model.iter().map(|model| name("model", model)));
+    if !args.data.is_empty() {
+        let list: Vec<toml::Value> = args.data.iter().map(|d| d.clone().into()).collect();
+        all.push(format!("data={}", toml::Value::Array(list)));
+    }
+    all.extend(args.out.iter().map(|out| name("out", out)));
+    all.extend(args.device.iter().map(|device| name("device", device)));
+    all.extend(args.set.iter().cloned());
+    settings_of(&args.algorithm, args.config.as_deref(), &all)
+}
+
+/// The settings of an algorithm after those of a file and these pairs of key and value.
+pub(super) fn settings_of(
+    algorithm_name: &str,
+    config: Option<&Path>,
+    pairs: &[String],
+) -> Result<(&'static AlgorithmEntry, Settings, Box<dyn Section>)> {
+    let entry = algorithm(algorithm_name)?;
     let (mut settings, mut section) = Settings::defaults(entry)?;
-    if let Some(path) = &args.config {
+    if let Some(path) = config {
         let text = file::read_bounded(path, 1 << 20).map_err(|e| Error::Config {
             key: "--config".into(),
             message: e.to_string(),
@@ -74,19 +94,7 @@ pub(super) fn settings(
         let done = config::set_all(&mut [&mut settings, &mut *section], &text, &name);
         done.map_err(|e| other_algorithm(entry, e))?;
     }
-    if let Some(model) = &args.model {
-        settings.model.clone_from(model);
-    }
-    if !args.data.is_empty() {
-        settings.data.clone_from(&args.data);
-    }
-    if let Some(out) = &args.out {
-        settings.out.clone_from(out);
-    }
-    if let Some(device) = &args.device {
-        settings.device.clone_from(device);
-    }
-    for pair in &args.set {
+    for pair in pairs {
         let done = config::set_pair(&mut [&mut settings, &mut *section], pair);
         done.map_err(|e| other_algorithm(entry, e))?;
     }

@@ -4,7 +4,10 @@ use std::ops::Range;
 
 use sha2::{Digest, Sha256};
 
-use super::{DataPlace, Kept, Located, Record, Tokenizer};
+use super::{
+    DataPlace, Kept, Located, Record, Tokenizer,
+    chat::{self, Chat, ChatText},
+};
 use crate::{
     digest::hex,
     error::{Error, Result},
@@ -189,6 +192,61 @@ impl Maker<'_> {
         self.sequence(at, ids, vec![end])
     }
 
+    /// The tokenizer, which renders conversations.
+    fn chats(&self, at: &Located) -> Result<&Tokenizer> {
+        self.tokenizer.ok_or_else(|| {
+            at.error("is a conversation, but the model folder has no tokenizer.json")
+        })
+    }
+
+    /// A conversation whose answers from message `from` on are learned. With `ends` it ends where a
+    /// sample would.
+    fn conversation(&self, at: &Located, chat: &Chat, from: usize, ends: bool) -> Result<Sequence> {
+        let made = chat.learned(self.chats(at)?, from, ends).map_err(|e| at.error(e))?;
+        self.sequence(at, made.ids, made.learned)
+    }
+
+    /// The messages of a record, and how many of them are no answer that is learned.
+    fn chat(&self, at: &Located) -> Result<Option<(Chat, usize)>> {
+        let read = |text: &ChatText| Chat::read(text).map_err(|e| at.error(e));
+        Ok(match &at.record {
+            Record::Messages(chat) => Some((read(chat)?, 0)),
+            Record::ChatCompletion { prompt, completion } => {
+                let mut chat = read(prompt)?;
+                let from = chat.count();
+                chat.extend(chat::messages(completion).map_err(|e| at.error(e))?);
+                Some((chat, from))
+            }
+            Record::ChatPreference { .. } => {
+                self.chat_pair(at)?.map(|([chosen, _], n)| (chosen, n))
+            }
+            _ => None,
+        })
+    }
+
+    /// Chosen and rejected conversation of a preference, and how many messages they share.
+    fn chat_pair(&self, at: &Located) -> Result<Option<([Chat; 2], usize)>> {
+        let Record::ChatPreference { prompt, chosen, rejected, .. } = &at.record else {
+            return Ok(None);
+        };
+        let read = |text: &ChatText| Chat::read(text).map_err(|e| at.error(e));
+        let sides = [&chosen.messages, rejected];
+        if let Some(prompt) = prompt {
+            let before = read(prompt)?;
+            let side = |text: &String| {
+                let mut chat = before.clone();
+                chat.extend(chat::messages(text).map_err(|e| at.error(e))?);
+                Ok(chat)
+            };
+            let [chosen, rejected] = sides.map(side);
+            return Ok(Some(([chosen?, rejected?], before.count())));
+        }
+        let [chosen, rejected] = sides.map(|text| read(&chosen.with(text)));
+        let (chosen, rejected) = (chosen?, rejected?);
+        let shared = chosen.shared(&rejected);
+        Ok(Some(([chosen, rejected], shared)))
+    }
+
     /// Chosen and rejected text of a preference, and its margin.
     fn pair(&self, at: &Located) -> Result<Option<([Sequence; 2], Option<f64>)>> {
         let (pair, margin) = match &at.record {
@@ -200,14 +258,43 @@ impl Maker<'_> {
                 let side = |ids: &[u32]| self.completed_ids(at, prompt, ids);
                 ([side(chosen)?, side(rejected)?], margin)
             }
+            Record::ChatPreference { margin, .. } => {
+                let Some((sides, from)) = self.chat_pair(at)? else { return Ok(None) };
+                let [chosen, rejected] = sides.map(|s| self.conversation(at, &s, from, true));
+                ([chosen?, rejected?], margin)
+            }
             _ => return Ok(None),
         };
         Ok(Some((pair, *margin)))
     }
 
+    /// The ids before the answer to the last message that a record has for a prompt.
+    fn chat_prompt(&self, at: &Located) -> Result<Option<Vec<u32>>> {
+        let read = |text: &ChatText| Chat::read(text).map_err(|e| at.error(e));
+        let chat = match &at.record {
+            Record::ChatPrompt(prompt) | Record::ChatCompletion { prompt, .. } => read(prompt)?,
+            Record::Messages(chat) => read(chat)?.without_answer(),
+            Record::ChatPreference { prompt: Some(prompt), .. } => read(prompt)?,
+            Record::ChatPreference { .. } => match self.chat_pair(at)? {
+                Some(([chosen, _], shared)) => chosen.first(shared),
+                None => return Ok(None),
+            },
+            _ => return Ok(None),
+        };
+        chat.prompt(self.chats(at)?).map(Some).map_err(|e| at.error(e))
+    }
+
     /// The sequence of a record that has one; the chosen one of a preference. Without
     /// `completion_only` prompts are predicted, too.
     fn text(&self, at: &Located, completion_only: bool) -> Result<Sequence> {
+        if let Some((chat, from)) = self.chat(at)? {
+            let mut s = self.conversation(at, &chat, from, false)?;
+            if !completion_only {
+                let all = 1..s.ids.len();
+                s.predicted = vec![all];
+            }
+            return Ok(s);
+        }
         let mut s = match &at.record {
             Record::Text { text } | Record::Labelled { text, .. } => self.whole(at, text)?,
             Record::Completion { prompt, completion }
@@ -222,9 +309,7 @@ impl Maker<'_> {
                 return self.sequence(at, input_ids.clone(), runs.collect());
             }
             Record::Ids { input_ids } => self.completed_ids(at, &[], input_ids)?,
-            Record::Prompt { .. } | Record::PreferenceIds { .. } => {
-                return Err(unfit(at, "texts to learn"));
-            }
+            _ => return Err(unfit(at, "texts to learn")),
         };
         if !completion_only {
             s.predicted.iter_mut().for_each(|r| r.start = 1);
@@ -267,6 +352,15 @@ pub fn scored(
             (Record::Prompt { prompt }, _) => {
                 let ids = maker.start(at, prompt, Kept::First)?;
                 vec![maker.completed_ids(at, &[], &ids)?]
+            }
+            (Record::ChatPrompt(_), _) => {
+                let ids = maker.chat_prompt(at)?.unwrap_or_default();
+                vec![maker.completed_ids(at, &[], &ids)?]
+            }
+            _ if at.record.is_chat() => {
+                let chat = maker.chat(at)?;
+                let one = chat.map(|(chat, from)| maker.conversation(at, &chat, from, true));
+                one.transpose()?.into_iter().collect()
             }
             _ => vec![maker.text(at, true)?],
         };
@@ -348,6 +442,7 @@ pub fn prompts(
     let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::default());
     for at in records {
         let ids = match &at.record {
+            _ if at.record.is_chat() => maker.chat_prompt(at)?.unwrap_or_default(),
             Record::Prompt { prompt }
             | Record::Completion { prompt, .. }
             | Record::Preference { prompt, .. } => maker.start(at, prompt, Kept::Last)?,

@@ -1,11 +1,16 @@
 //! Data: files to records, text to tokens, records to the sequences that steps train on.
 
+mod chat;
 mod dataset;
+pub mod jinja;
 mod records;
+mod template;
 mod tokenizer;
 
+pub use chat::{Chat, ChatIds, ChatText, chat_texts, turn_end};
 pub use dataset::{
     Dataset, DatasetStats, DrawOrder, Limits, Sequence, pairs, prompts, scored, texts,
 };
 pub use records::{DataPlace, Located, Record, read};
+pub use template::{BUILT_IN, ChatTemplate};
 pub use tokenizer::{Kept, Tokenizer};

@@ -14,6 +14,7 @@ use serde::{
 };
 use serde_json::value::RawValue;
 
+use super::chat::{Chat, ChatText};
 use crate::error::{Error, Result};
 
 /// The longest line that is read, in bytes.
@@ -41,19 +42,48 @@ pub enum Record {
     CompletionIds { prompt: Vec<u32>, completion: Vec<u32> },
     /// `prompt_ids`, `chosen_ids`, `rejected_ids`
     PreferenceIds { prompt: Vec<u32>, chosen: Vec<u32>, rejected: Vec<u32>, margin: Option<f64> },
+    /// `messages`
+    Messages(ChatText),
+    /// `prompt` as messages
+    ChatPrompt(ChatText),
+    /// `prompt` and `completion` as messages; of the completion those alone
+    ChatCompletion { prompt: ChatText, completion: String },
+    /// `chosen` and `rejected` as messages, behind those of `prompt` if that is there
+    ChatPreference {
+        prompt: Option<ChatText>,
+        chosen: ChatText,
+        rejected: String,
+        margin: Option<f64>,
+    },
 }
 
 impl Record {
-    /// Its texts.
+    /// Its texts; those of messages are the JSON texts of their lists.
     pub fn texts(&self) -> impl Iterator<Item = &str> {
         let texts: [&str; 3] = match self {
             Self::Text { text } | Self::Labelled { text, .. } => [text, "", ""],
             Self::Completion { prompt, completion } => [prompt, completion, ""],
             Self::Preference { prompt, chosen, rejected, .. } => [prompt, chosen, rejected],
             Self::Prompt { prompt } => [prompt, "", ""],
+            Self::Messages(chat) | Self::ChatPrompt(chat) => [&chat.messages, "", ""],
+            Self::ChatCompletion { prompt, completion } => [&prompt.messages, completion, ""],
+            Self::ChatPreference { prompt, chosen, rejected, .. } => {
+                [prompt.as_ref().map_or("", |p| &p.messages), &chosen.messages, rejected]
+            }
             _ => [""; 3],
         };
         texts.into_iter().filter(|text| !text.is_empty())
+    }
+
+    /// Whether it is made of messages, which need a chat template.
+    pub fn is_chat(&self) -> bool {
+        matches!(
+            self,
+            Self::Messages(_)
+                | Self::ChatPrompt(_)
+                | Self::ChatCompletion { .. }
+                | Self::ChatPreference { .. }
+        )
     }
 
     /// Its format, for messages.
@@ -68,6 +98,10 @@ impl Record {
             Self::Ids { .. } => "input_ids",
             Self::CompletionIds { .. } => "input_ids, output_ids",
             Self::PreferenceIds { .. } => "prompt_ids, chosen_ids, rejected_ids",
+            Self::Messages(_) => "messages",
+            Self::ChatPrompt(_) => "prompt (messages)",
+            Self::ChatCompletion { .. } => "prompt, completion (messages)",
+            Self::ChatPreference { .. } => "chosen, rejected (messages)",
         }
     }
 }
@@ -167,7 +201,7 @@ fn brief(v: &RawValue) -> String {
 }
 
 /// What records are made of.
-const COLUMNS: [&str; 17] = [
+const COLUMNS: [&str; 19] = [
     "text",
     "label",
     "prompt",
@@ -185,6 +219,8 @@ const COLUMNS: [&str; 17] = [
     "chosen_ids",
     "rejected_ids",
     "messages",
+    "tools",
+    "chat_template_kwargs",
 ];
 
 /// The columns of a line, each as its JSON text: what no record is made of takes no memory.
@@ -246,6 +282,44 @@ impl RawRecord<'_> {
     /// The elements of a list, `None` of another value.
     fn list(&self, key: &str) -> Option<Vec<&RawValue>> {
         serde_json::from_str(self.columns[key].get()).ok()
+    }
+
+    /// Whether a column is a list of messages.
+    fn is_chat(&self, key: &str) -> bool {
+        let list = self.has(key).then(|| self.columns[key].get().strip_prefix('[')).flatten();
+        list.is_some_and(|items| items.trim_start().starts_with(['{', ']']))
+    }
+
+    /// A list of messages, with what the line has for its template. It is read when it is rendered:
+    /// JSON takes many times its text.
+    fn chat(&self, key: &str) -> Result<ChatText, String> {
+        let text = |key: &str| self.has(key).then(|| self.columns[key].get().to_owned());
+        match self.is_chat(key) {
+            true => Ok(ChatText {
+                messages: text(key).unwrap_or_default(),
+                tools: text("tools"),
+                variables: text("chat_template_kwargs"),
+            }),
+            false => {
+                Err(format!("`{key}` is {}, wanted a list of messages", brief(self.columns[key])))
+            }
+        }
+    }
+
+    /// Two conversations of which people chose the first. A prompt that is a text has to be how
+    /// they open.
+    fn chat_preference(&self) -> Result<Record, String> {
+        let (chosen, rejected) = (self.chat("chosen")?, self.chat("rejected")?.messages);
+        let mut prompt = None;
+        if self.is_chat("prompt") {
+            prompt = Some(self.chat("prompt")?);
+        } else if self.has("prompt") {
+            let opening = self.text("prompt")?;
+            if Chat::read(&chosen)?.opening() != Some(&opening) {
+                return Err("has a text as `prompt`, with which `chosen` does not open".into());
+            }
+        }
+        Ok(Record::ChatPreference { prompt, chosen, rejected, margin: self.margin()? })
     }
 
     fn ids(&self, key: &str) -> Result<Vec<u32>, String> {
@@ -335,6 +409,12 @@ impl RawRecord<'_> {
             let learn = self.learned(&input_ids)?;
             return Ok(Record::LabelledIds { input_ids, learn });
         }
+        if self.is_chat("chosen") || self.is_chat("rejected") && has("chosen") {
+            if !has("rejected") {
+                return Err("has `chosen` without `rejected`".into());
+            }
+            return self.chat_preference();
+        }
         if has("chosen") && has("rejected") {
             let (chosen, rejected) = (self.text("chosen")?, self.text("rejected")?);
             let margin = self.margin()?;
@@ -345,6 +425,16 @@ impl RawRecord<'_> {
             return transcripts(&chosen, &rejected, margin);
         }
         let question = has("question") && !has("text");
+        if self.is_chat("prompt") {
+            let prompt = self.chat("prompt")?;
+            return Ok(match COMPLETIONS.iter().find(|key| self.has(key)) {
+                Some(key) => {
+                    let completion = self.chat(key)?.messages;
+                    Record::ChatCompletion { prompt, completion }
+                }
+                None => Record::ChatPrompt(prompt),
+            });
+        }
         if let Some(prompt) = has("prompt").then_some("prompt").or(question.then_some("question")) {
             let prompt = self.text(prompt)?;
             let completion = COMPLETIONS.iter().find(|key| self.has(key));
@@ -363,14 +453,14 @@ impl RawRecord<'_> {
                 false => Ok(Record::Text { text }),
             };
         }
-        let found = self.found();
         if has("messages") {
-            return Err(format!("has columns {found}: chat messages are not supported yet"));
+            return Ok(Record::Messages(self.chat("messages")?));
         }
+        let found = self.found();
         Err(format!(
-            "has columns {found}, wanted text | text, label | prompt | prompt, completion | \
-             [prompt,] chosen, rejected | input_ids[, labels | output_ids] | \
-             prompt_ids, chosen_ids, rejected_ids"
+            "has columns {found}, wanted messages | text | text, label | prompt | \
+             prompt, completion | [prompt,] chosen, rejected | \
+             input_ids[, labels | output_ids] | prompt_ids, chosen_ids, rejected_ids"
         ))
     }
 

@@ -8,6 +8,7 @@ mod validate;
 use std::{
     cell::Cell,
     collections::BTreeSet,
+    ops::Range,
     panic::{self, AssertUnwindSafe, catch_unwind},
     path::{Path, PathBuf},
     sync::Once,
@@ -16,6 +17,7 @@ use std::{
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
+use super::template::{BUILT_IN, ChatTemplate};
 use crate::{
     device::file,
     digest::hex,
@@ -35,8 +37,20 @@ pub struct Tokenizer {
     /// Ids of the anchor that [`Tokenizer::encode_continuation`] strips, for tokenizers that put a
     /// space before every text.
     anchor: Option<Vec<u32>>,
-    /// The special tokens, as texts spell them.
-    special: Vec<String>,
+    /// The special tokens, longer ones first.
+    special: Vec<Special>,
+    /// Text behind a special token is encoded as at the beginning of a text.
+    begins_anew: bool,
+    template: Option<ChatTemplate>,
+}
+
+/// A special token, as texts spell it.
+#[derive(Debug)]
+struct Special {
+    text: String,
+    id: u32,
+    /// It takes the white space on its left and on its right.
+    strips: (bool, bool),
 }
 
 /// Tokens next to a cut of a text, whose own tokens may be others.
@@ -119,19 +133,106 @@ impl Tokenizer {
         let mut seen = BTreeSet::new();
         eos.retain(|id| seen.insert(*id));
         let digest = hex(Sha256::digest(&text));
-        let added = inner.get_added_tokens_decoder().into_values();
-        let special = added.filter(|t| t.special && !t.content.trim().is_empty());
-        let special = special.map(|t| t.content).collect();
-        let mut this =
-            Self { path, digest, inner, bos, eos, adds_bos: false, anchor: None, special };
+        let added = inner.get_added_tokens_decoder().into_iter();
+        let added = added.filter(|(_, t)| t.special && !t.content.trim().is_empty());
+        let special =
+            added.map(|(id, t)| Special { text: t.content, id, strips: (t.lstrip, t.rstrip) });
+        let mut special: Vec<Special> = special.collect();
+        special.sort_by(|a, b| b.text.len().cmp(&a.text.len()).then(a.text.cmp(&b.text)));
+        let mut this = Self {
+            path,
+            digest,
+            inner,
+            bos,
+            eos,
+            adds_bos: false,
+            anchor: None,
+            special,
+            begins_anew: false,
+            template: None,
+        };
         let (with, without) = (this.raw("a", true)?, this.raw("a", false)?);
         this.adds_bos =
             bos.is_some_and(|id| with.first() == Some(&id) && with.len() > without.len());
         let first = without.first().and_then(|id| this.inner.id_to_token(*id));
         if first.is_some_and(|t| t.starts_with('\u{2581}')) {
             this.anchor = Some(this.raw(ANCHOR, false)?);
+            this.begins_anew = this.probe(&without)?;
         }
+        this.set_template(dir, None)?;
         Ok(this)
+    }
+
+    /// Whether "a" behind a special token has the ids that it has at the beginning of a text.
+    fn probe(&mut self, alone: &[u32]) -> Result<bool> {
+        let Some(special) = self.special.first() else { return Ok(false) };
+        let text = format!("{}a", special.text);
+        self.inner.set_encode_special_tokens(false);
+        let ids = self.raw(&text, false);
+        self.inner.set_encode_special_tokens(true);
+        Ok(ids?.ends_with(alone))
+    }
+
+    /// Takes the chat template of a model folder, or another: a built-in one by name, or a file.
+    pub fn set_template(&mut self, dir: &Path, named: Option<&str>) -> Result<()> {
+        let mut template = ChatTemplate::open(dir, named, self.adds_bos)?;
+        if let Some(template) = &mut template {
+            template.name_token("bos_token", self.bos.and_then(|id| self.token(id)));
+            template.name_token("eos_token", self.eos.first().and_then(|id| self.token(*id)));
+        }
+        self.template = template;
+        Ok(())
+    }
+
+    /// The template of conversations.
+    pub fn template(&self) -> Result<&ChatTemplate, String> {
+        self.template.as_ref().ok_or_else(|| {
+            let known: Vec<&str> = BUILT_IN.iter().map(|(name, _)| *name).collect();
+            format!(
+                "the model has no chat template: set `chat_template` to one of {}, or to a file",
+                known.join(", ")
+            )
+        })
+    }
+
+    /// Templates are told the time, not the same day always.
+    pub fn tell_the_time(&mut self) {
+        self.template.iter_mut().for_each(ChatTemplate::tell_the_time);
+    }
+
+    /// The special tokens in a text and the bytes that each takes, without those that `counts`
+    /// refuses; of two at one place the longer one.
+    pub fn controls_in(
+        &self,
+        text: &str,
+        counts: impl Fn(&Range<usize>) -> bool,
+    ) -> Vec<(Range<usize>, u32)> {
+        let (mut all, mut free) = (Vec::new(), 0);
+        for at in self.places(text) {
+            if at < free {
+                continue;
+            }
+            let token =
+                |s: &&Special| text[at..].starts_with(&s.text) && counts(&(at..at + s.text.len()));
+            let Some(special) = self.special.iter().find(token) else { continue };
+            let (mut start, mut end) = (at, at + special.text.len());
+            if special.strips.0 {
+                start = free.max(text[..start].trim_end().len());
+            }
+            if special.strips.1 {
+                end = text.len() - text[end..].trim_start().len();
+            }
+            all.push((start..end, special.id));
+            free = end;
+        }
+        all
+    }
+
+    /// Where a special token may begin.
+    fn places<'a>(&self, text: &'a str) -> impl Iterator<Item = usize> + 'a {
+        let firsts: BTreeSet<char> =
+            self.special.iter().filter_map(|s| s.text.chars().next()).collect();
+        text.match_indices(move |c| firsts.contains(&c)).map(|(at, _)| at)
     }
 
     /// The tokenizer of a model folder that may have none.
@@ -141,11 +242,8 @@ impl Tokenizer {
 
     /// A special token that a text spells. It stays text, which may not be what was meant.
     pub fn special_in(&self, text: &str) -> Option<&str> {
-        let firsts: BTreeSet<char> = self.special.iter().filter_map(|s| s.chars().next()).collect();
-        let mut places = text.match_indices(|c| firsts.contains(&c));
-        places
-            .find_map(|(i, _)| self.special.iter().find(|s| text[i..].starts_with(&***s)))
-            .map(String::as_str)
+        let at = |at: usize| self.special.iter().find(|s| text[at..].starts_with(&s.text));
+        self.places(text).find_map(at).map(|s| &*s.text)
     }
 
     /// The text of a token.
@@ -230,9 +328,23 @@ impl Tokenizer {
         }
     }
 
+    /// The ids of a text behind a special token.
+    pub fn encode_after_control(&self, text: &str) -> Result<Vec<u32>> {
+        if self.begins_anew { self.encode(text) } else { self.encode_continuation(text) }
+    }
+
     /// Text of ids; special tokens are left out.
     pub fn decode(&self, ids: &[u32]) -> Result<String> {
-        match caught(|| self.inner.decode(ids, true)) {
+        self.text(ids, true)
+    }
+
+    /// Text of ids, that of special tokens, too.
+    pub fn decode_all(&self, ids: &[u32]) -> Result<String> {
+        self.text(ids, false)
+    }
+
+    fn text(&self, ids: &[u32], without_special: bool) -> Result<String> {
+        match caught(|| self.inner.decode(ids, without_special)) {
             Some(Ok(text)) => Ok(text),
             Some(Err(e)) => Err(Error::file(&self.path, format!("cannot decode ids: {e}"))),
             None => Err(Error::file(&self.path, "cannot decode ids: the tokenizer failed")),

@@ -152,7 +152,8 @@ impl Generator {
     }
 
     /// Continues every prompt; completions come in the order of the prompts. `progress` hears the
-    /// number of new tokens of each pass that has any; its error ends the generation.
+    /// new tokens of each pass that has any, each behind the index of its prompt; its error ends
+    /// the generation.
     pub fn run<T: Element>(
         &self,
         dev: &Device,
@@ -160,7 +161,7 @@ impl Generator {
         scope: &Scope<'_>,
         prompts: &[Prompt],
         config: &GenerationConfig,
-        mut progress: impl FnMut(usize) -> Result<()>,
+        mut progress: impl FnMut(&[(usize, u32)]) -> Result<()>,
     ) -> Result<Vec<Completion<T::Acc>>> {
         self.check(model.spec(), prompts, config)?;
         let (ahead, most) = (ahead(dev), config.max_new_tokens);
@@ -186,22 +187,22 @@ impl Generator {
             let Some(pass) = queued.pop_front() else {
                 return Err(Error::value("generation", "a pass for each open sample", "none"));
             };
-            let mut made = 0;
+            let mut made = Vec::new();
             for (index, token, logp) in pass.read(dev)? {
                 let c = &mut done[index];
                 // It stopped when this row was queued already.
                 if c.stopped {
                     continue;
                 }
-                made += 1;
+                made.push((index, token));
                 c.ids.push(token);
                 c.logprobs.push(logp);
                 c.stopped = config.stop_ids.contains(&token);
                 open -= usize::from(c.stopped || c.ids.len() == most);
             }
             slots.leave(|s| done[s.index].stopped);
-            if made > 0 {
-                progress(made)?;
+            if !made.is_empty() {
+                progress(&made)?;
             }
         }
         Ok(done)

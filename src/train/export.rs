@@ -27,11 +27,25 @@ const COMPANIONS: &[&str] = &[
     "generation_config.json",
     "vocab.json",
     "merges.txt",
-    "chat_template.jinja",
+    TEMPLATE,
     "LICENSE",
     "LICENSE.txt",
     "NOTICE",
 ];
+
+/// The template of conversations.
+const TEMPLATE: &str = "chat_template.jinja";
+
+/// What files beside a trained model say otherwise than those of the folder that it came from.
+#[derive(Clone, Debug, Default)]
+pub struct NewCompanions {
+    /// Ids that end a sample; as before, if there are none.
+    pub eos: Vec<u32>,
+    /// The token that ends a text.
+    pub eos_token: Option<String>,
+    /// The template that the run was told.
+    pub chat_template: Option<String>,
+}
 
 /// The file that says what the folder is.
 const RECORD: &str = "warpo.json";
@@ -77,14 +91,13 @@ pub fn is_whole(storage: &dyn Storage, dir: &Path, of: &ExportedFrom) -> bool {
 }
 
 /// Writes a model folder aside and renames it into place. The model takes along the tokenizer of
-/// the folder `from`; `eos`, an id and its token, replaces what ends a text there. Weights are
-/// rounded to `dtype`.
+/// the folder `from`, with what is `new` there. Weights are rounded to `dtype`.
 pub fn export<T: Element>(
     storage: &dyn Storage,
     (dev, model, dtype): (&Device, &Model<T>, Dtype),
     (from, dir): (&Path, &Path),
     of: &ExportedFrom,
-    eos: Option<(u32, Option<String>)>,
+    new: &NewCompanions,
 ) -> Result<()> {
     let (aside, before) = (dir.with_extension("tmp"), dir.with_extension("old"));
     for stray in [&aside, &before] {
@@ -105,12 +118,19 @@ pub fn export<T: Element>(
         Ok(())
     };
     put(models::WEIGHTS_FILE, &mut |out| models::write_weights(dev, model, dtype, out))?;
-    let (id, token) = eos.map_or((None, None), |(id, token)| (Some(id), token));
-    let id = id.map(|id| ("eos_token_id", json!(id)));
-    let token = token.map(|token| ("eos_token", json!(token)));
+    let id = match &new.eos[..] {
+        [] => None,
+        [id] => Some(("eos_token_id", json!(id))),
+        ids => Some(("eos_token_id", json!(ids))),
+    };
+    let token = new.eos_token.as_ref().map(|token| ("eos_token", json!(token)));
     let config = models::config_text(model, dtype).into_bytes();
     put("config.json", &mut |out| out(&with(config.clone(), &id)))?;
-    for name in COMPANIONS {
+    if let Some(text) = &new.chat_template {
+        put(TEMPLATE, &mut |out| out(text.as_bytes()))?;
+    }
+    let kept = COMPANIONS.iter().filter(|name| **name != TEMPLATE || new.chat_template.is_none());
+    for name in kept {
         let file = from.join(name);
         // A FIFO of that name would wait for ever.
         if !file.is_file() {

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     algorithms::{Algorithm, Needs},
     config::Section,
-    data::{Limits, Tokenizer},
+    data::{self, Limits, Tokenizer},
     device::{Device, Element},
     error::{Error, Result},
     eval,
@@ -54,14 +54,27 @@ pub fn max_length(s: &Settings, needs: &Needs, spec: &Spec) -> Result<usize> {
     })
 }
 
-impl RunInputs {
-    /// Reads config, tokenizer and data.
-    pub fn new(mut settings: Settings, algorithm: Box<dyn Algorithm>) -> Result<Self> {
-        settings.validate()?;
-        let needs = algorithm.needs();
-        let mut models = models::planned(&settings, &needs)?;
-        let spec = &models[0].spec;
-        let tokenizer = Tokenizer::open_if_there(Path::new(&settings.model))?;
+/// What a run reads beside its models.
+pub struct RunData {
+    /// The tokenizer beside the model.
+    pub tokenizer: Option<Tokenizer>,
+    /// Ids that end a text.
+    pub eos: Vec<u32>,
+    /// Training data.
+    pub source: Source,
+    /// Evaluation data.
+    pub held_out: Option<Source>,
+}
+
+impl RunData {
+    /// Reads tokenizer and data for a policy of this spec. An answer of a conversation ends as its
+    /// template ends it, and so does a sample.
+    pub fn read(settings: &Settings, needs: &Needs, spec: &Spec) -> Result<Self> {
+        let dir = Path::new(&settings.model);
+        let mut tokenizer = Tokenizer::open_if_there(dir)?;
+        if let (Some(t), Some(name)) = (&mut tokenizer, &settings.chat_template) {
+            t.set_template(dir, Some(name))?;
+        }
         let mut eos: Vec<u32> = settings.eos_id.into_iter().collect();
         if eos.is_empty() {
             eos.extend(tokenizer.iter().flat_map(|t| t.eos().to_vec()));
@@ -70,10 +83,23 @@ impl RunInputs {
             let want = "0 for a model without experts";
             return Err(Error::config("load_balance", want, settings.load_balance));
         }
-        let max_length = max_length(&settings, &needs, spec)?;
+        let max_length = max_length(settings, needs, spec)?;
         if !settings.eval_data.is_empty() && needs.sampling().is_some() {
             let want = "none for an algorithm that samples; its metrics are of new samples";
             return Err(Error::config("eval_data", want, settings.eval_data.join(", ")));
+        }
+        let limits = Limits { max_length, vocab: spec.vocab, eos: eos.first().copied() };
+        let load =
+            |files: &[String]| Source::load(files, needs, tokenizer.as_ref(), limits, settings);
+        let source = load(&settings.data)?;
+        if source.is_chat
+            && let Some(end) = tokenizer.as_ref().and_then(data::turn_end)
+        {
+            let first = usize::from(settings.eos_id.is_some());
+            eos.retain(|id| *id != end || settings.eos_id == Some(end));
+            if !eos.contains(&end) {
+                eos.insert(first, end);
+            }
         }
         let ids = |key: &str, ids: &[u32]| {
             let bad = ids.iter().find(|id| **id as usize >= spec.vocab);
@@ -82,14 +108,22 @@ impl RunInputs {
         };
         ids("eos_id", &eos)?;
         ids("stop_ids", &settings.stop_ids)?;
-        let limits = Limits { max_length, vocab: spec.vocab, eos: eos.first().copied() };
-        let load =
-            |files: &[String]| Source::load(files, &needs, tokenizer.as_ref(), limits, &settings);
-        let source = load(&settings.data)?;
         let held_out = match settings.eval_data.is_empty() {
             false => Some(load(&settings.eval_data)?),
             true => None,
         };
+        Ok(Self { tokenizer, eos, source, held_out })
+    }
+}
+
+impl RunInputs {
+    /// Reads config, tokenizer and data.
+    pub fn new(mut settings: Settings, algorithm: Box<dyn Algorithm>) -> Result<Self> {
+        settings.validate()?;
+        let needs = algorithm.needs();
+        let mut models = models::planned(&settings, &needs)?;
+        let spec = &models[0].spec;
+        let RunData { tokenizer, eos, source, held_out } = RunData::read(&settings, &needs, spec)?;
         let longest = held_out.as_ref().map_or(0, |s| s.data.longest());
         let per_prompt = needs.sampling().map_or(1, |s| s.samples_per_prompt);
         if !settings.batch_size.is_multiple_of(per_prompt.saturating_mul(needs.minibatches)) {

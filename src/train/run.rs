@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use super::{
     Observer, Settings, StepReport, Trainer,
     checkpoint::{self, SavedTensor},
-    export::{self, ExportedFrom},
+    export::{self, ExportedFrom, NewCompanions},
     lock::Lock,
     manifest::{Manifest, RunState},
     metrics::{MetricsLog, StepLines},
@@ -24,6 +24,7 @@ use super::{
 use crate::{
     algorithms::{Algorithm, AlgorithmEntry},
     config::{self, Section},
+    data::Tokenizer,
     device::{Device, Element, file},
     error::{Error, Result},
     models,
@@ -376,12 +377,22 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         self.trainer.verify()?;
         let (dev, inputs, of) = (&self.trainer.dev, &self.trainer.inputs, self.exported_from());
         let _phase = dev.span("export");
-        let text = |id| inputs.tokenizer.as_ref().and_then(|t| t.token(id));
-        let eos = inputs.settings.eos_id.map(|id| (id, text(id)));
+        let (tokenizer, eos_id) = (inputs.tokenizer.as_ref(), inputs.settings.eos_id);
+        let known = tokenizer.map_or(&[][..], Tokenizer::eos);
+        let template = tokenizer.and_then(|t| t.template().ok()?.chosen());
+        let new = NewCompanions {
+            // Another order is nothing new to who reads the files.
+            eos: match inputs.eos.iter().all(|id| known.contains(id)) && eos_id.is_none() {
+                true => Vec::new(),
+                false => inputs.eos.clone(),
+            },
+            eos_token: eos_id.and_then(|id| tokenizer?.token(id)),
+            chat_template: template.map(str::to_owned),
+        };
         for (state, dir) in self.exports() {
             let folders = (Path::new(&inputs.settings.model), &*dir);
             let dtype = inputs.settings.save_dtype.of(state.model.stored_dtype());
-            export::export(&Disk, (dev, &state.model, dtype), folders, &of, eos.clone())?;
+            export::export(&Disk, (dev, &state.model, dtype), folders, &of, &new)?;
         }
         Ok(self.out.join("final"))
     }

@@ -96,6 +96,9 @@ crate::settings! {
         pub max_length: usize = 1024,
         /// Prompts are the first so many tokens of texts, where the data has no prompts.
         pub prompt_tokens: Option<usize> = None => "1 or more" if |n| *n != Some(0),
+        /// Template of conversations: chatml, llama3, gemma, mistral, zephyr, vicuna or a file;
+        /// "none" takes the model's own.
+        pub chat_template: Option<String> = None,
         /// Ends a text or a sample; "none" takes the tokenizer's.
         pub eos_id: Option<u32> = None,
         /// More ids that end a sample.
@@ -135,6 +138,7 @@ impl Settings {
         "reward_model",
         "data",
         "eval_data",
+        "chat_template",
         "device",
         "threads",
         // On a CUDA device it is compared: sums of gradients there are by micro-batch.

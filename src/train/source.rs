@@ -20,6 +20,8 @@ pub struct Source {
     draws: usize,
     /// Samples of each prompt; 1 for texts and pairs.
     copies: usize,
+    /// It is made of conversations.
+    pub is_chat: bool,
     /// Heads read every predicted token, not the last one of a sequence.
     by_token: bool,
     /// What a user should know of the data.
@@ -67,6 +69,7 @@ impl Source {
             draws,
             copies,
             warnings,
+            is_chat: records.iter().any(|at| at.record.is_chat()),
             by_token: needs.policy,
             data,
         })
@@ -106,16 +109,38 @@ impl Source {
     }
 }
 
+/// Marks of chat templates, for tokenizers that do not have them as special tokens.
+const MARKS: [&str; 6] = [
+    "<|im_start|>",
+    "[INST]",
+    "<start_of_turn>",
+    "<|start_header_id|>",
+    "<|user|>",
+    "<|assistant|>",
+];
+
 /// Says how many texts spell a special token, as texts to which a template was applied do.
 fn spelled(tokenizer: &Tokenizer, records: &[data::Located]) -> Option<String> {
-    let token = |at: &data::Located| {
-        let token = at.record.texts().find_map(|text| tokenizer.special_in(text))?;
-        Some((token.to_owned(), at.place.clone()))
+    let in_text = |text: &str, is_chat: bool| {
+        let mark = || MARKS.iter().find(|mark| !is_chat && text.contains(**mark)).copied();
+        tokenizer.special_in(text).or_else(mark).map(str::to_owned)
     };
-    let mut all = records.iter().filter_map(token);
-    let (token, place) = all.next()?;
-    let n = 1 + all.count();
-    Some(format!("{n} texts spell special tokens ({place}: {token}), which are read as characters"))
+    let token = |at: &data::Located| -> Option<String> {
+        match at.record.is_chat() {
+            false => at.record.texts().find_map(|text| in_text(text, false)),
+            true => at.record.texts().find_map(|json| {
+                data::chat_texts(json).iter().find_map(|text| in_text(text, true))
+            }),
+        }
+    };
+    let mut all = records.iter().filter_map(|at| Some((token(at)?, at)));
+    let (token, at) = all.next()?;
+    let (n, place) = (1 + all.count(), &at.place);
+    let instead = if at.record.is_chat() { "" } else { "; give conversations as `messages`" };
+    Some(format!(
+        "{n} texts spell special tokens or marks of chat templates ({place}: {token}), which are \
+         read as characters{instead}"
+    ))
 }
 
 impl StepData {

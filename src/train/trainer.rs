@@ -220,8 +220,8 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         let (prompts, mut made) = (data.prompts(), 0);
         let total = prompts.len() * config.max_new_tokens;
         let (generator, scope) = (inputs.sizes.generator(), arena.scope());
-        let done = generator.run(dev, policy, &scope, &prompts, &config, |n| {
-            made += n;
+        let done = generator.run(dev, policy, &scope, &prompts, &config, |new| {
+            made += new.len();
             seen.phase("sample", made, total);
             stop(*step)
         })?;

@@ -1,5 +1,6 @@
 //! The command line as a user meets it: help, wrong input, pipes, exit codes.
 
+mod chat;
 mod profile;
 
 use std::{
@@ -64,7 +65,18 @@ fn floats(v: &Value) -> Vec<f64> {
 fn help_names_every_command_and_the_exit_codes() {
     let out = run(&["--help"]);
     let text = String::from_utf8(out.stdout).unwrap();
-    let all = ["train", "plan", "generate", "score", "config", "quickstart", "report", "doctor"];
+    let all = [
+        "train",
+        "plan",
+        "generate",
+        "score",
+        "tokenize",
+        "chat",
+        "config",
+        "quickstart",
+        "report",
+        "doctor",
+    ];
     for word in all {
         // in the list of commands, not in an example
         assert!(text.lines().any(|l| l.starts_with(&format!("  {word} "))), "{word}: {text}");

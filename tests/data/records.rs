@@ -190,9 +190,9 @@ fn a_bad_line_is_named() {
         ),
         (
             r#"{"text": null}"#,
-            "has columns [\"text\" (null)], wanted text | text, label | prompt | \
-             prompt, completion | [prompt,] chosen, rejected | input_ids[, labels | output_ids] | \
-             prompt_ids, chosen_ids, rejected_ids",
+            "has columns [\"text\" (null)], wanted messages | text | text, label | prompt | \
+             prompt, completion | [prompt,] chosen, rejected | \
+             input_ids[, labels | output_ids] | prompt_ids, chosen_ids, rejected_ids",
         ),
         (r#"{"input_ids": 7}"#, "`input_ids` has 7, wanted token ids"),
         (r#"{"input_ids": [1, -2]}"#, "`input_ids` has -2, wanted token ids"),
@@ -209,12 +209,21 @@ fn a_bad_line_is_named() {
             r#"{"input_ids": [1], "labels": [null]}"#,
             "`labels`[0] is null, wanted -100 or the token's id 1",
         ),
-        (r#"{"messages": []}"#, "has columns [\"messages\"]: chat messages are not supported yet"),
+        (r#"{"messages": {}}"#, "`messages` is {}, wanted a list of messages"),
         (
             r#"{"chosen": "c", "instruction": "i"}"#,
-            "has columns [\"chosen\", \"instruction\"], wanted text | text, label | prompt | \
-             prompt, completion | [prompt,] chosen, rejected | input_ids[, labels | output_ids] | \
-             prompt_ids, chosen_ids, rejected_ids",
+            "has columns [\"chosen\", \"instruction\"], wanted messages | text | text, label | \
+             prompt | prompt, completion | [prompt,] chosen, rejected | \
+             input_ids[, labels | output_ids] | prompt_ids, chosen_ids, rejected_ids",
+        ),
+        (
+            r#"{"prompt": [], "completion": "c"}"#,
+            "`completion` is \"c\", wanted a list of messages",
+        ),
+        (r#"{"chosen": [], "rejected": "c"}"#, "`rejected` is \"c\", wanted a list of messages"),
+        (
+            r#"{"prompt": "p", "chosen": [{"role": "user", "content": "q"}], "rejected": []}"#,
+            "has a text as `prompt`, with which `chosen` does not open",
         ),
     ] {
         assert_eq!(refused("bad_line", line), format!("FILE:1: {want}"), "{line}");

@@ -175,6 +175,7 @@ hostile! {
     hostile_settings_are_errors: "set_pair";
     hostile_rollouts_are_errors: "rollouts";
     hostile_metrics_are_errors: "metrics";
+    hostile_chat_templates_are_errors: "chat_template";
     hostile_run_records_are_errors: "run_record";
 }
 

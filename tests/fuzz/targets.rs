@@ -31,6 +31,10 @@ pub struct Target {
 const ROOM: usize = 1 << 20;
 // A regex has up to 10 MiB, and automata beside it.
 const REGEX: usize = 64 << 20;
+// A conversation is JSON, then values of a template, then text, of up to 40 bytes a byte.
+const CHATS: usize = 16 << 20;
+// What a template may write and hold.
+const TEMPLATE: usize = 100 << 20;
 // The page itself is copied a few times.
 const PAGE: usize = 4 << 20;
 
@@ -41,11 +45,12 @@ pub const TARGETS: &[Target] = &[
     Target { name: "tokenizer", room: REGEX, prepare: nothing, run: tokenizer },
     Target { name: "generation_config", room: REGEX, prepare: a_tokenizer, run: generation_config },
     Target { name: "checkpoint_manifest", room: ROOM, prepare: a_checkpoint, run: manifest },
-    Target { name: "dataset_line", room: ROOM, prepare: nothing, run: dataset_line },
+    Target { name: "dataset_line", room: CHATS, prepare: nothing, run: dataset_line },
     Target { name: "toml", room: ROOM, prepare: nothing, run: toml },
     Target { name: "set_pair", room: ROOM, prepare: nothing, run: set_pair },
     Target { name: "rollouts", room: PAGE, prepare: a_run, run: rollouts },
     Target { name: "metrics", room: PAGE, prepare: nothing, run: metrics },
+    Target { name: "chat_template", room: TEMPLATE, prepare: nothing, run: chat_template },
     Target { name: "run_record", room: PAGE, prepare: a_run, run: run_record },
 ];
 
@@ -184,7 +189,9 @@ fn dataset_line(dir: &Path, input: &[u8]) -> String {
         let folder = dir.join("words");
         fs::create_dir_all(&folder).unwrap();
         a_tokenizer(&folder);
-        Tokenizer::open(&folder).unwrap()
+        let mut words = Tokenizer::open(&folder).unwrap();
+        words.set_template(&folder, Some("chatml")).unwrap();
+        words
     });
     put(dir, "data.jsonl", input);
     let records = match data::read(&dir.join("data.jsonl")) {
@@ -236,6 +243,36 @@ fn metrics(dir: &Path, input: &[u8]) -> String {
     put(dir, "timing.jsonl", input);
     let page = page(dir);
     page + &told(StepLines::open(&Disk, dir.join("metrics.jsonl"), 2).map(|lines| lines.last))
+}
+
+/// Parses a template, renders it, and asks for what is learned.
+fn chat_template(_: &Path, input: &[u8]) -> String {
+    let source = String::from_utf8_lossy(input);
+    let template = match data::jinja::Template::parse(&source) {
+        Ok(template) => template,
+        Err(error) => return error,
+    };
+    let messages = serde_json::json!([
+        {"role": "system", "content": "Be brief."},
+        {"role": "user", "content": [{"type": "text", "text": "a <b>"}]},
+        {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"a": 1.5}}]},
+        {"role": "tool", "content": "\u{e9}"},
+        {"role": "assistant", "content": "ok", "reasoning_content": "why"},
+    ]);
+    let tools = serde_json::json!([{"name": "f", "parameters": {"a": null}}]);
+    let render = |messages| {
+        let variables = [
+            ("messages", messages),
+            ("tools", data::jinja::Variable::Given(&tools)),
+            ("bos_token", data::jinja::Variable::Written("<s>")),
+            ("add_generation_prompt", data::jinja::Variable::Bool(true)),
+        ];
+        let told =
+            |r: data::jinja::Rendering| format!("{:?} {:?}", r.generated.len(), r.text.len());
+        template.render(&variables, 0).map_or_else(|e| e, told)
+    };
+    let open = render(data::jinja::Variable::Unfinished(&messages));
+    render(data::jinja::Variable::Given(&messages)) + &open
 }
 
 fn run_record(dir: &Path, input: &[u8]) -> String {

@@ -160,8 +160,8 @@ fn rows_in_vain_leave_no_trace_on_a_device() {
                 let bytes = generator.plan::<bf16>(dev, model.spec(), &filter).unwrap();
                 let (mut arena, mut heard) = (room_on(dev, bytes), Vec::new());
                 let scope = arena.scope();
-                let hear = |made| {
-                    heard.push(made);
+                let hear = |made: &[_]| {
+                    heard.push(made.len());
                     Ok(())
                 };
                 let before = cuda.calls();
@@ -201,9 +201,9 @@ fn a_device_is_a_pass_ahead() {
         let bytes = generator.plan::<T>(dev, model.spec(), &settings.sampling).unwrap();
         let mut arena = room_on(dev, bytes);
         let mut heard = 0;
-        let hear = |made| {
-            heard += made;
-            hear(made);
+        let hear = |made: &[_]| {
+            heard += made.len();
+            hear(made.len());
             Ok(())
         };
         let scope = arena.scope();
@@ -243,7 +243,7 @@ fn a_queued_pass_is_dropped_cleanly() {
         let mut arena = room_on(dev, generator.plan::<bf16>(dev, model.spec(), &PARAMS).unwrap());
         for enough in [1, 3, 4] {
             let mut passes = 0;
-            let stop = |_| {
+            let stop = |_: &[_]| {
                 passes += 1;
                 if passes < enough { Ok(()) } else { Err(Error::value("passes", "more", "enough")) }
             };
@@ -266,7 +266,7 @@ fn a_queued_pass_is_dropped_cleanly() {
         let bytes = small.plan::<bf16>(dev, model.spec(), &PARAMS).unwrap();
         let (mut small, mut heard) = (room_on(dev, bytes), 0);
         let larger = Generator { slots: 1, max_len: 31, rows: 30 };
-        let hear = |_| {
+        let hear = |_: &[_]| {
             heard += 1;
             Ok(())
         };
@@ -308,8 +308,8 @@ fn samples_of_one_prompt_share_its_pages_on_a_device() {
         let generator = Generator { slots: 2, max_len: 132, rows: 132 };
         let bytes = generator.plan::<T>(dev, model.spec(), &FILTERS[0]).unwrap();
         let (mut arena, mut heard) = (room_on(dev, bytes), Vec::new());
-        let hear = |n| {
-            heard.push(n);
+        let hear = |new: &[_]| {
+            heard.push(new.len());
             Ok(())
         };
         settings.max_new_tokens = 2;
@@ -569,15 +569,15 @@ fn progress_is_heard_and_obeyed() {
     let mut arena = room(generator.plan::<f32>(host(), model.spec(), &PARAMS).unwrap());
     let settings = settings(FILTERS[0], 6);
     let mut heard = 0;
-    let mut count = |n| {
-        heard += n;
+    let mut count = |new: &[_]| {
+        heard += new.len();
         Ok(())
     };
     let done = generator.run(&dev, &model, &arena.scope(), &prompts, &settings, &mut count);
     assert_eq!(done.unwrap().len(), 5);
     assert_eq!(heard, 30);
     let mut passes = 0;
-    let mut stop = |_| {
+    let mut stop = |_: &[_]| {
         passes += 1;
         if passes < 3 { Ok(()) } else { Err(Error::value("passes", "more", "enough")) }
     };

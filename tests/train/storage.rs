@@ -8,7 +8,7 @@ use serde_json::json;
 use warpo::{
     models::{Head, Model},
     train::{
-        export::{ExportedFrom, export, is_whole},
+        export::{ExportedFrom, NewCompanions, export, is_whole},
         metrics::StepLines,
         storage::{Storage, write_file},
     },
@@ -103,8 +103,9 @@ fn a_model_is_whole_or_made_anew() {
     let of = |step| ExportedFrom { step, run: "r".into(), eos: Some(5) };
     let dir = Path::new("/final");
     let write = |disk: &MemDisk, step| {
-        let eos = Some((5, Some("x".to_owned())));
-        export(disk, (host(), &model, Dtype::F32), (&base, dir), &of(step), eos)
+        let new =
+            NewCompanions { eos: vec![5], eos_token: Some("x".into()), ..NewCompanions::default() };
+        export(disk, (host(), &model, Dtype::F32), (&base, dir), &of(step), &new)
     };
     let stale = MemDisk::new();
     write(&stale, 1).unwrap();
