@@ -75,6 +75,7 @@ fn mixture(c: &mut Criterion) {
     let scope = arena.scope();
     let mut routes = Routes::new(dev, &scope, router, ROWS).unwrap();
     routes.logits.host_mut().copy_from_slice(&randn(1, ROWS * 8));
+    routing::forward(dev, &mut routes).unwrap();
     bench(&mut g, "route/cpu/f32/2048x8_top_2", moves(ROWS * 8), || {
         routing::forward(dev, &mut routes).unwrap();
     });

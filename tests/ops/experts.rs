@@ -550,6 +550,8 @@ fn on_devices() -> Vec<Mixture> {
         of(1, 1, 1, 8, 8),
         Mixture { bias: true, glu: CLAMPED, ..of(5, 16, 2, 24, 16) },
         of(20, 4, 4, 40, 72),
+        // More experts than lanes.
+        of(50, 70, 2, 8, 16),
         Mixture { bias: true, ..of(70, 3, 1, 136, 40) },
         Mixture { skew: 50.0, bias: true, glu: CLAMPED, ..of(140, 4, 1, 72, 48) },
         of(300, 2, 2, 72, 136),
