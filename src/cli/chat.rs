@@ -13,12 +13,12 @@ use half::bf16;
 use serde_json::{Value, json};
 use signal_hook::{consts::SIGINT, flag};
 
-use super::{DeviceArgs, generate::SamplingArgs, harmless, note, print, say};
+use super::{DeviceArgs, finite, generate::SamplingArgs, harmless, note, print, say};
 use crate::{
     data::{self, Chat, Tokenizer},
     device::{Arena, Device, Element},
     error::{Error, Result},
-    models::{Head, Model},
+    models::{self, Head, LoadOptions, Model},
     ops::sample,
     rng::{Purpose, Stream},
     rollout::{GenerationConfig, Generator, Prompt},
@@ -36,6 +36,9 @@ pub(super) struct ChatArgs {
     /// chatml, llama3, gemma, mistral, zephyr, vicuna or a file, not the model's own template
     #[arg(long, value_name = "NAME")]
     chat_template: Option<String>,
+    /// The most tokens of the conversation, or the model's positions, if these are fewer
+    #[arg(long, default_value_t = 8192, value_parser = clap::value_parser!(u32).range(2..))]
+    max_length: u32,
     /// The most tokens of an answer
     #[arg(long, default_value_t = 512, value_parser = clap::value_parser!(u32).range(1..))]
     max_new_tokens: u32,
@@ -69,7 +72,9 @@ fn run_in<T: Element<Acc = f32>>(
     tokenizer: &Tokenizer,
     sampling: sample::SamplingParams,
 ) -> Result<()> {
-    let model = Model::<T>::load(dev, &args.model, Head::Lm, None)?;
+    let longest = Some(args.max_length as usize);
+    let options = LoadOptions { longest, ..LoadOptions::frozen(Head::Lm) };
+    let model: Model<T> = models::load(dev, &args.model, options)?;
     // Asked for a message, a signal ends the process; while the model answers, the answer.
     let (waits, stop) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
     flag::register_conditional_shutdown(SIGINT, 130, waits.clone())
@@ -121,9 +126,9 @@ impl<T: Element<Acc = f32>> Conversing<'_, T> {
         let Self { dev, model, tokenizer, sampling, args, turn } = self;
         let ids = Chat::of(messages.to_vec()).prompt(tokenizer);
         let ids = ids.map_err(|e| Error::file(&args.model, e))?;
-        let most = model.spec().max_positions;
+        let most = model.spec().max_positions.min(args.max_length as usize);
         let Some(room) = most.checked_sub(ids.len()).filter(|room| *room > 0) else {
-            let want = format!("fewer than the model's {most} positions");
+            let want = format!("fewer than {most} (--max-length, the model's positions)");
             return Err(Error::value("tokens of the conversation", want, ids.len()));
         };
         let new = (args.max_new_tokens as usize).min(room);
@@ -153,6 +158,9 @@ impl<T: Element<Acc = f32>> Conversing<'_, T> {
             }
         };
         let done = sizes.run(dev, model, &arena.scope(), &prompts, &config, hear);
+        if let Ok(done) = &done {
+            finite(&done[0].logprobs, |t| format!("the log-prob of token {t} of the answer"))?;
+        }
         match done {
             Ok(done) if !done[0].stopped => {
                 print("\n")?;

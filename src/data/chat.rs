@@ -89,6 +89,16 @@ impl Chat {
         self.messages.extend(more);
     }
 
+    /// With these behind, which may begin with it once more.
+    pub fn followed_by(&self, more: Vec<Value>) -> Self {
+        let mut all = self.clone();
+        all.messages.extend(match more.strip_prefix(&self.messages[..]) {
+            Some(rest) if !self.messages.is_empty() => rest.to_vec(),
+            _ => more,
+        });
+        all
+    }
+
     /// Messages.
     pub fn count(&self) -> usize {
         self.messages.len()
@@ -259,6 +269,9 @@ pub fn messages(text: &str) -> Result<Vec<Value>, String> {
         fields.retain(|_, v| !v.is_null());
         if !fields.get("role").is_some_and(Value::is_string) {
             return Err(wrong("has no `role`"));
+        }
+        if fields.get("weight").is_some_and(|w| w.as_f64() != Some(1.0)) {
+            return Err(wrong("has a `weight`, wanted 1 or none: all answers are learned alike"));
         }
         let content = fields.get("content").unwrap_or(&Value::Null);
         if !content.is_string() && !content.is_array() && !content.is_null() {

@@ -234,9 +234,8 @@ impl Maker<'_> {
         if let Some(prompt) = prompt {
             let before = read(prompt)?;
             let side = |text: &String| {
-                let mut chat = before.clone();
-                chat.extend(chat::messages(text).map_err(|e| at.error(e))?);
-                Ok(chat)
+                let own = chat::messages(text).map_err(|e| at.error(e))?;
+                Ok(before.followed_by(own))
             };
             let [chosen, rejected] = sides.map(side);
             return Ok(Some(([chosen?, rejected?], before.count())));

@@ -425,6 +425,14 @@ impl RawRecord<'_> {
             return transcripts(&chosen, &rejected, margin);
         }
         let question = has("question") && !has("text");
+        let completes = COMPLETIONS.iter().any(|key| self.has(key));
+        if completes && has("label") && (has("prompt") || question) {
+            return Err("has `label` beside a completion: what is bad would be learned".into());
+        }
+        // A text beside a conversation is its beginning once more.
+        if self.is_chat("messages") && !self.is_chat("prompt") && !has("text") {
+            return Ok(Record::Messages(self.chat("messages")?));
+        }
         if self.is_chat("prompt") {
             let prompt = self.chat("prompt")?;
             return Ok(match COMPLETIONS.iter().find(|key| self.has(key)) {
@@ -438,9 +446,6 @@ impl RawRecord<'_> {
         if let Some(prompt) = has("prompt").then_some("prompt").or(question.then_some("question")) {
             let prompt = self.text(prompt)?;
             let completion = COMPLETIONS.iter().find(|key| self.has(key));
-            if completion.is_some() && has("label") {
-                return Err("has `label` beside a completion: what is bad would be learned".into());
-            }
             return match completion {
                 Some(key) => Ok(Record::Completion { prompt, completion: self.text(key)? }),
                 None => Ok(Record::Prompt { prompt }),

@@ -12,7 +12,6 @@ pub(super) const FAMILY: Family = Family {
         "sliding_window",
         "layer_types",
         "query_pre_attn_scalar",
-        "attn_logit_softcapping",
         "final_logit_softcapping",
         "rope_local_base_freq",
     ],
@@ -49,11 +48,7 @@ fn spec(c: &Config) -> Result<Spec> {
         qk_norm: Some(QkNorm::Heads),
         ropes: vec![full, local],
         blocks: sliding.into_iter().map(kind).collect(),
-        scales: Scales {
-            score_cap: c.f64_opt("attn_logit_softcapping")?,
-            logit_cap: c.f64_opt("final_logit_softcapping")?,
-            ..base.scales
-        },
+        scales: Scales { logit_cap: c.f64_opt("final_logit_softcapping")?, ..base.scales },
         ..base
     })
 }

@@ -38,6 +38,9 @@ pub(super) const FAMILY: Family = Family {
 };
 
 fn spec(c: &Config) -> Result<Spec> {
+    if c.get("rope_theta").is_some() && c.get("rope_parameters").is_none() {
+        return Err(c.unsupported("rope_theta", "rotary_emb_base"));
+    }
     let theta = c.f64_or("rotary_emb_base", 10_000.0)?;
     let defaults = RopeDefaults { theta, also: &["partial_rotary_factor"] };
     let base = Spec { ropes: vec![c.rope(defaults)?], ..llama::shape(c)? };

@@ -68,7 +68,12 @@ const fn plain(kind: K, names: &'static [&'static str]) -> StoredWeight {
 
 fn spec(c: &Config) -> Result<Spec> {
     let defaults = RopeDefaults { theta: 150_000.0, ..RopeDefaults::default() };
-    let base = Spec { ropes: vec![c.rope(defaults)?], ..llama::shape(c)? };
+    // What transformers takes instead is no plain rotation.
+    if c.get("rope_parameters").or(c.get("rope_scaling")).is_none() {
+        return Err(c.missing("rope_scaling"));
+    }
+    let norm_eps = c.f64_or("rms_norm_eps", 1e-5)?;
+    let base = Spec { ropes: vec![c.rope(defaults)?], norm_eps, ..llama::shape(c)? };
     c.must_be("output_router_logits", false)?;
     let alpha = c.f64_or("swiglu_alpha", 1.702)?;
     if alpha != 1.702 {

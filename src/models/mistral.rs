@@ -34,7 +34,9 @@ pub(super) const MINISTRAL3: Family = Family {
         let window = c.window(None)?;
         let scale = |(beta, original)| QueryScale { beta, original };
         let query_scale = c.rope_scaling_beta(BETA)?.map(scale);
-        Ok(Spec { blocks: vec![BlockKind { window, rope: Some(0) }], query_scale, ..base })
+        let norm_eps = c.f64_or("rms_norm_eps", 1e-5)?;
+        let blocks = vec![BlockKind { window, rope: Some(0) }];
+        Ok(Spec { blocks, norm_eps, query_scale, ..base })
     },
     ..llama::FAMILY
 };

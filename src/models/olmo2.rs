@@ -11,7 +11,7 @@ pub(super) const FAMILY: Family = Family {
     causal_lm: "Olmo2ForCausalLM",
     sequence_classification: "Olmo2ForSequenceClassification",
     weights: gemma2::WEIGHTS,
-    spec: |c| Ok(Spec { ropes: vec![c.rope(THETA)?], ..common(c)? }),
+    spec: |c| Ok(Spec { ropes: vec![c.rope(RopeDefaults::default())?], ..common(c)? }),
     ..llama::FAMILY
 };
 
@@ -28,7 +28,7 @@ pub(super) const OLMO3: Family = Family {
 const THETA: RopeDefaults = RopeDefaults { theta: 500_000.0, also: &[] };
 
 fn common(c: &Config) -> Result<Spec> {
-    let base = llama::shape(c)?;
+    let base = Spec { norm_eps: c.f64_or("rms_norm_eps", 1e-5)?, ..llama::shape(c)? };
     Ok(Spec { block_norms: BlockNorms::After, qk_norm: Some(QkNorm::Rows), ..base })
 }
 

@@ -1,7 +1,7 @@
 //! Qwen 3 with a mixture of experts (Yang et al. 2025): Qwen 3 whose blocks have experts, but for
 //! those that `mlp_only_layers` names or `decoder_sparse_step` leaves out.
 
-use super::{Config, Experts, Family, Spec, llama, qwen2, qwen3};
+use super::{BlockKind, Config, Experts, Family, Spec, llama, qwen3};
 use crate::{
     error::Result,
     ops::{activation::Glu, routing::Router},
@@ -17,7 +17,7 @@ pub(super) const FAMILY: Family = Family {
 };
 
 const COMPUTES: &[&str] =
-    &["use_sliding_window", "sliding_window", "layer_types", "num_experts", "num_local_experts"];
+    &["use_sliding_window", "sliding_window", "num_experts", "num_local_experts"];
 
 fn spec(c: &Config) -> Result<Spec> {
     let base = qwen3::spec(c)?;
@@ -43,5 +43,7 @@ fn spec(c: &Config) -> Result<Spec> {
         dense: (0..base.layers).filter(dense).collect(),
     };
     let experts = Some(experts).filter(|e| e.dense.len() < base.layers);
-    Ok(Spec { experts, blocks: qwen2::blocks(c)?, ..base })
+    // In all layers, unlike in Qwen 3.
+    let window = if c.bool_or("use_sliding_window", false)? { c.window(Some(4096))? } else { None };
+    Ok(Spec { experts, blocks: vec![BlockKind { window, rope: Some(0) }], ..base })
 }

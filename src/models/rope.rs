@@ -104,8 +104,13 @@ impl Config {
     }
 
     fn rope_map(&self) -> Result<(&'static str, Cow<'_, Map<String, Value>>)> {
-        let key =
-            if self.get("rope_parameters").is_some() { "rope_parameters" } else { "rope_scaling" };
+        let [new, old] = ["rope_parameters", "rope_scaling"].map(|key| self.get(key));
+        if let (Some(new), Some(old)) = (new, old)
+            && new != old
+        {
+            return Err(self.wrong("rope_scaling", "none beside `rope_parameters`", old));
+        }
+        let key = if new.is_some() { "rope_parameters" } else { "rope_scaling" };
         match self.get(key) {
             None => Ok((key, Cow::Owned(Map::new()))),
             Some(Value::Object(map)) => Ok((key, Cow::Borrowed(map))),
@@ -166,7 +171,9 @@ impl Config {
                     return Err(self.wrong(&key, &want, &high_freq_factor));
                 }
                 let factor = at.number("factor")?;
-                let original = at.number(ORIGINAL)?;
+                if self.get(ORIGINAL).is_none() {
+                    at.number(ORIGINAL)?;
+                }
                 let bands =
                     Frequencies::Llama3 { factor, low_freq_factor, high_freq_factor, original };
                 (bands, 1.0)

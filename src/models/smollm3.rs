@@ -1,7 +1,7 @@
 //! SmolLM3 (Hugging Face 2025): Llama without rotary positions in some layers, every fourth where
 //! `no_rope_layers` does not say.
 
-use super::{Config, Family, Spec, llama, qwen2};
+use super::{BlockKind, Config, Family, Spec, llama, rope::RopeDefaults};
 use crate::error::Result;
 
 pub(super) const FAMILY: Family = Family {
@@ -14,11 +14,22 @@ pub(super) const FAMILY: Family = Family {
 };
 
 fn spec(c: &Config) -> Result<Spec> {
-    let (base, mut blocks) = (llama::spec(c)?, qwen2::blocks(c)?);
+    let defaults = RopeDefaults { theta: 2e6, also: &[] };
+    let base = Spec { ropes: vec![c.rope(defaults)?], ..llama::shape(c)? };
+    let window = if c.bool_or("use_sliding_window", false)? { c.window(None)? } else { None };
+    let sliding = c.sliding(base.layers, |_| false)?;
     let every = c.usize_or("no_rope_layer_interval", 4)?;
-    for (l, rotates) in rotates(c, base.layers, every)?.into_iter().enumerate() {
-        blocks[l].rope = rotates.then_some(0);
+    let rotates = rotates(c, base.layers, every)?;
+    // Where `layer_types` does not say, the layers that do not rotate have the window.
+    let said = c.get("layer_types").is_some();
+    if let (true, None) = (sliding.contains(&true), window) {
+        return Err(c.unsupported("layer_types", "full_attention without a window"));
     }
+    let kind = |(rotates, sliding): (bool, bool)| {
+        let sliding = if said { sliding } else { !rotates };
+        BlockKind { window: window.filter(|_| sliding), rope: rotates.then_some(0) }
+    };
+    let blocks = rotates.into_iter().zip(sliding).map(kind).collect();
     Ok(Spec { blocks, tied: c.bool_or("tie_word_embeddings", true)?, ..base })
 }
 

@@ -11,7 +11,7 @@ use super::{
 use crate::{
     algorithms::{Algorithm, Needs},
     config::Section,
-    data::{self, Limits, Tokenizer},
+    data::{self, Limits, Sequence, Tokenizer},
     device::{Device, Element},
     error::{Error, Result},
     eval,
@@ -91,10 +91,17 @@ impl RunData {
         let limits = Limits { max_length, vocab: spec.vocab, eos: eos.first().copied() };
         let load =
             |files: &[String]| Source::load(files, needs, tokenizer.as_ref(), limits, settings);
-        let source = load(&settings.data)?;
-        if source.is_chat
-            && let Some(end) = tokenizer.as_ref().and_then(data::turn_end)
-        {
+        let mut source = load(&settings.data)?;
+        let end = tokenizer.as_ref().and_then(data::turn_end);
+        let ended = |s: &Sequence| s.ids.iter().any(|id| eos.contains(id));
+        if source.is_chat && end.is_none() && !source.data.sequences.iter().any(ended) {
+            source.warnings.push(
+                "the chat template ends an answer with text, not with a token: no answer will \
+                 end by itself; take another template, or give its marks to the tokenizer"
+                    .into(),
+            );
+        }
+        if let (true, Some(end)) = (source.is_chat, end) {
             let first = usize::from(settings.eos_id.is_some());
             eos.retain(|id| *id != end || settings.eos_id == Some(end));
             if !eos.contains(&end) {

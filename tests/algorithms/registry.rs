@@ -77,7 +77,7 @@ fn every_setting_survives_the_template() {
         let mut section = (e.section)();
         let mut settings = Settings::default();
         for key in settings.keys().into_iter().chain(section.keys()) {
-            let texts = ["none", "k3", "loss", "cosine", "biased", "policy", "é = # x"];
+            let texts = ["none", "k3", "loss", "cosine", "biased", "policy", "bfloat16", "é = # x"];
             let numbers = ["true", "false", "7", "0.25"].map(String::from);
             let candidates = [&numbers[..], &texts.map(|t| format!("{t:?}"))].concat();
             let change = candidates.iter().find(|v| {

@@ -59,6 +59,10 @@ llama rope_parameters {"rope_type": "yarn", "factor": 4, "short_factor": [1]} ->
 llama rope_parameters {"rope_type": "longrope"} -> `rope_parameters.short_factor` is missing
 llama rope_parameters {"rope_type": "longrope", "short_factor": [1, 2]} -> `longrope` is 2, wanted 8 numbers in each list
 llama rope_parameters {"rope_type": "longrope", "short_factor": [1, "2"]} -> `rope_parameters.short_factor` is "2", wanted a number from 0.001 to 1e15
+llama rope_scaling {"factor": 2, "rope_type": "linear"} -> `rope_scaling` is {"factor":2,"rope_type":"linear"}, wanted none beside `rope_parameters`
+gpt_oss rope_parameters null -> `rope_scaling` is missing
+gemma3 attn_logit_softcapping 50.0 -> `attn_logit_softcapping` = 50.0 is not supported, wanted null
+qwen3_moe layer_types ["sliding_attention", "full_attention", "full_attention"] -> `layer_types` = ["sliding_attention","full_attention","full_attention"] is not supported, wanted full_attention for each layer
 mistral sliding_window 0 -> `sliding_window` is 0, wanted a positive whole number or null
 mistral layer_types ["sliding_attention"] -> `layer_types` = ["sliding_attention"] is not supported, wanted full_attention for each layer
 ministral layer_types ["sliding_attention"] -> `layer_types` is 1 long, wanted one for each of 3 layers
@@ -322,4 +326,44 @@ fn configs_of_the_hub_are_understood() {
         let got: usize = layout.tensors().iter().map(|t| t.len()).sum();
         assert_eq!(got, want, "{name}");
     }
+}
+
+/// What a family is where its config does not say: as transformers has it.
+#[test]
+fn families_have_their_own_defaults() {
+    let spec = |golden: &str, edit: &dyn Fn(&mut serde_json::Map<String, Value>)| {
+        let mut json = Config::read(&crate::support::golden::path(golden)).unwrap().json().clone();
+        edit(&mut json);
+        Config::parse(&Value::Object(json).to_string(), golden).unwrap().spec().unwrap().1
+    };
+    for (golden, eps) in [
+        ("llama", 1e-6),
+        ("olmo2", 1e-5),
+        ("olmo3", 1e-5),
+        ("phi3", 1e-5),
+        ("ministral3", 1e-5),
+        ("gpt_oss", 1e-5),
+        ("qwen3", 1e-6),
+        ("gemma3", 1e-6),
+    ] {
+        let spec = spec(golden, &|json| drop(json.remove("rms_norm_eps")));
+        assert_eq!(spec.norm_eps, eps, "{golden}");
+    }
+    for (golden, theta) in
+        [("llama", 1e4), ("olmo2", 1e4), ("olmo3", 5e5), ("smollm3", 2e6), ("gemma3", 1e6)]
+    {
+        let spec = spec(golden, &|json| drop(json.remove("rope_parameters")));
+        assert_eq!(spec.ropes[0].theta, theta, "{golden}");
+    }
+    // Without `layer_types` the window is where SmolLM 3 does not rotate, and in all of Qwen3-MoE.
+    let windowed = |golden: &str| {
+        let spec = spec(golden, &|json| {
+            json.remove("layer_types");
+            json.insert("use_sliding_window".into(), json!(true));
+            json.insert("sliding_window".into(), json!(4));
+        });
+        spec.each_layer().map(|l| l.attention.window.is_some()).collect::<Vec<_>>()
+    };
+    assert_eq!(windowed("smollm3"), [false, false, false, true]);
+    assert!(windowed("qwen3_moe").iter().all(|w| *w));
 }
