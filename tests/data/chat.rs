@@ -224,6 +224,8 @@ fn pairs_share_their_prompt_and_end_where_a_sample_ends() {
         json!({"chosen": [prompt, good], "rejected": [prompt, bad], "margin": 2}),
         // as in UltraFeedback
         json!({"prompt": "q", "chosen": [prompt, good], "rejected": [prompt, bad], "margin": 2}),
+        // with the prompt once more
+        json!({"prompt": [prompt], "chosen": [prompt, good], "rejected": [prompt, bad], "margin": 2}),
     ] {
         assert_eq!(both(line), want);
     }
@@ -232,6 +234,22 @@ fn pairs_share_their_prompt_and_end_where_a_sample_ends() {
     let prompts = data::prompts(&records, Some(&t), LIMITS, None).unwrap();
     assert_eq!(prompts.sequences[0].ids, want[0].ids[..want[0].predicted[0].start]);
     assert_eq!(texts("pairs", &t, &line).unwrap().sequences[0].predicted, want[0].predicted);
+}
+
+/// Data sets have the first message once more as a text.
+#[test]
+fn a_conversation_counts_before_a_text_beside_it() {
+    let t = tokenizer("beside", PLAIN);
+    let messages = json!([user("q"), assistant("a")]);
+    let want = texts("beside", &t, &json!({ "messages": messages })).unwrap().sequences;
+    for line in [
+        json!({"prompt": "q", "prompt_id": "x", "messages": messages}),
+        json!({"question": "q", "answer": "a", "messages": messages}),
+    ] {
+        let got = texts("beside", &t, &line).unwrap().sequences;
+        assert_eq!(got[0].ids, want[0].ids, "{line}");
+        assert_eq!(got[0].predicted, want[0].predicted, "{line}");
+    }
 }
 
 #[test]
@@ -272,6 +290,10 @@ fn a_wrong_conversation_is_named() {
         (json!([user("a"), "b"]), "message 2 is no object"),
         (json!([user("a"), {"content": "b"}]), "message 2 has no `role`"),
         (json!([{"role": "user", "content": 3}]), "message 1 has a `content` that is neither"),
+        (
+            json!([user("a"), {"role": "assistant", "content": "b", "weight": 0}]),
+            "message 2 has a `weight`, wanted 1 or none",
+        ),
     ] {
         let e = texts("wrong", &t, &json!({ "messages": messages })).unwrap_err().to_string();
         assert!(e.contains("data.jsonl:1: ") && e.contains(want), "{e}, wanted {want}");

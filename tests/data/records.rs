@@ -209,6 +209,14 @@ fn a_bad_line_is_named() {
             r#"{"input_ids": [1], "labels": [null]}"#,
             "`labels`[0] is null, wanted -100 or the token's id 1",
         ),
+        (
+            r#"{"prompt": "p", "completion": "bad", "label": false}"#,
+            "has `label` beside a completion: what is bad would be learned",
+        ),
+        (
+            r#"{"prompt": [{"role": "user"}], "completion": [{"role": "assistant"}], "label": 0}"#,
+            "has `label` beside a completion: what is bad would be learned",
+        ),
         (r#"{"messages": {}}"#, "`messages` is {}, wanted a list of messages"),
         (
             r#"{"chosen": "c", "instruction": "i"}"#,
