@@ -66,8 +66,8 @@ impl<T: Element> Model<T> {
 
     /// Adds to `grads` the gradient of all weights but the head's, given `dh` `[selected, hidden]`,
     /// the gradient of the hidden states that [`Model::forward`] left in `acts`. Every segment must
-    /// be a whole sequence, from position 0. After [`Keep::Streams`] blocks are computed again, to
-    /// the same bits, and `cache` is written.
+    /// be a whole sequence, from position 0. After [`Keep::Streams`](super::Keep::Streams) blocks
+    /// are computed again, to the same bits, and `cache` is written.
     pub fn backward(
         &self,
         dev: &Device,

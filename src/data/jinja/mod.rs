@@ -2,7 +2,7 @@
 //!
 //! A template is a program that comes with a model, so it may be anybody's. It sees the
 //! conversation and nothing else: no file, no other template, no clock but the one that it is told.
-//! The length of its source bounds the parser, [`chars::Fuel`] bounds the time and the memory of a
+//! The length of its source bounds the parser, `Fuel` bounds the time and the memory of a
 //! rendering, and a rendering knows of each character whether the template or the conversation
 //! wrote it.
 //!
