@@ -36,7 +36,8 @@ pub(super) struct ChatArgs {
     /// chatml, llama3, gemma, mistral, zephyr, vicuna or a file, not the model's own template
     #[arg(long, value_name = "NAME")]
     chat_template: Option<String>,
-    /// The most tokens of the conversation, or the model's positions, if these are fewer
+    /// The most tokens of the conversation, or the model's positions, if these are fewer; rotary
+    /// positions that depend on the longest sequence are chosen by it
     #[arg(long, default_value_t = 8192, value_parser = clap::value_parser!(u32).range(2..))]
     max_length: u32,
     /// The most tokens of an answer

@@ -26,22 +26,8 @@ pub(super) const FAMILY: Family = Family {
 pub(super) const WEIGHTS: &[StoredWeight] = &[
     by_rows(ParamKind::Embedding, &["embed_tokens.weight"]),
     by_rows(ParamKind::Norm1, &["layers.{}.input_layernorm.weight"]),
-    by_rows(
-        ParamKind::Qkv,
-        &[
-            "layers.{}.self_attn.q_proj.weight",
-            "layers.{}.self_attn.k_proj.weight",
-            "layers.{}.self_attn.v_proj.weight",
-        ],
-    ),
-    by_rows(
-        ParamKind::QkvBias,
-        &[
-            "layers.{}.self_attn.q_proj.bias",
-            "layers.{}.self_attn.k_proj.bias",
-            "layers.{}.self_attn.v_proj.bias",
-        ],
-    ),
+    llama::QKV,
+    llama::QKV_BIAS,
     by_rows(ParamKind::QNorm, &["layers.{}.self_attn.q_norm.weight"]),
     by_rows(ParamKind::KNorm, &["layers.{}.self_attn.k_norm.weight"]),
     by_rows(ParamKind::Out, &["layers.{}.self_attn.o_proj.weight"]),

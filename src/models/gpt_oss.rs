@@ -29,22 +29,8 @@ pub(super) const FAMILY: Family = Family {
 const WEIGHTS: &[StoredWeight] = &[
     by_rows(K::Embedding, &["embed_tokens.weight"]),
     by_rows(K::Norm1, &["layers.{}.input_layernorm.weight"]),
-    by_rows(
-        K::Qkv,
-        &[
-            "layers.{}.self_attn.q_proj.weight",
-            "layers.{}.self_attn.k_proj.weight",
-            "layers.{}.self_attn.v_proj.weight",
-        ],
-    ),
-    by_rows(
-        K::QkvBias,
-        &[
-            "layers.{}.self_attn.q_proj.bias",
-            "layers.{}.self_attn.k_proj.bias",
-            "layers.{}.self_attn.v_proj.bias",
-        ],
-    ),
+    llama::QKV,
+    llama::QKV_BIAS,
     by_rows(K::Sinks, &["layers.{}.self_attn.sinks"]),
     by_rows(K::Out, &["layers.{}.self_attn.o_proj.weight"]),
     by_rows(K::OutBias, &["layers.{}.self_attn.o_proj.bias"]),

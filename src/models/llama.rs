@@ -18,26 +18,29 @@ pub(super) const FAMILY: Family = Family {
     spec,
 };
 
+pub(super) const QKV: StoredWeight = by_rows(
+    ParamKind::Qkv,
+    &[
+        "layers.{}.self_attn.q_proj.weight",
+        "layers.{}.self_attn.k_proj.weight",
+        "layers.{}.self_attn.v_proj.weight",
+    ],
+);
+pub(super) const QKV_BIAS: StoredWeight = by_rows(
+    ParamKind::QkvBias,
+    &[
+        "layers.{}.self_attn.q_proj.bias",
+        "layers.{}.self_attn.k_proj.bias",
+        "layers.{}.self_attn.v_proj.bias",
+    ],
+);
+
 /// Its names, which most families have taken over.
 pub(super) const WEIGHTS: &[StoredWeight] = &[
     by_rows(ParamKind::Embedding, &["embed_tokens.weight"]),
     by_rows(ParamKind::Norm1, &["layers.{}.input_layernorm.weight"]),
-    by_rows(
-        ParamKind::Qkv,
-        &[
-            "layers.{}.self_attn.q_proj.weight",
-            "layers.{}.self_attn.k_proj.weight",
-            "layers.{}.self_attn.v_proj.weight",
-        ],
-    ),
-    by_rows(
-        ParamKind::QkvBias,
-        &[
-            "layers.{}.self_attn.q_proj.bias",
-            "layers.{}.self_attn.k_proj.bias",
-            "layers.{}.self_attn.v_proj.bias",
-        ],
-    ),
+    QKV,
+    QKV_BIAS,
     by_rows(ParamKind::QNorm, &["layers.{}.self_attn.q_norm.weight"]),
     by_rows(ParamKind::KNorm, &["layers.{}.self_attn.k_norm.weight"]),
     by_rows(ParamKind::Out, &["layers.{}.self_attn.o_proj.weight"]),

@@ -224,7 +224,8 @@ impl Spec {
     /// What block `l` computes.
     pub fn layer(&self, l: usize) -> LayerSpec {
         let kind = self.blocks.get(l).or(self.blocks.first()).copied().unwrap_or_default();
-        let window = self.windows().iter().position(|w| *w == kind.window).unwrap_or(0);
+        // Of the one or two windows, in ascending order.
+        let window = usize::from(self.blocks.iter().any(|other| other.window < kind.window));
         let attention = attention::Shape { window: kind.window, ..self.attention() };
         LayerSpec { attention, window, rope: kind.rope }
     }

@@ -431,6 +431,51 @@ fn kernel_rows_may_lie_inside_wider_ones() {
     });
 }
 
+/// A row that a device pads with zeros is normalised as without them, forward and backward, and
+/// what is beside it stays 0.
+#[test]
+fn padding_does_not_count() {
+    let (dev, rows, cols, wide) = (host(), 5, 12, 16);
+    let [x, dy]: [Vec<f64>; 2] = ["x", "dy"].map(|name| randn(name, rows * cols));
+    let w: Vec<f64> = randn("w", cols);
+    let pad = |x: &[f64]| -> Vec<f64> {
+        x.chunks(cols).flat_map(|row| [row, &[0.0; 4]].concat()).collect()
+    };
+    let cut = |x: &[f64]| -> Vec<f64> {
+        assert!(x.chunks(wide).all(|row| row[cols..].iter().all(|x| *x == 0.0)), "{x:?}");
+        x.chunks(wide).flat_map(|row| row[..cols].to_vec()).collect()
+    };
+    for one_plus in [false, true] {
+        let plain = NormSpec { one_plus, ..RMS };
+        let padded = NormSpec { unpadded: Some(cols), ..plain };
+        let (want, got) =
+            (forward(dev, plain, &x, &w, &[]), forward(dev, padded, &pad(&x), &pad(&w), &[]));
+        assert_close("rstd", &got.rstd, &want.rstd, 0.0, 1e-14);
+        assert_close("y", &cut(&got.y), &want.y, 0.0, 1e-13);
+        let (mut dw, mut wide_dw) = (vec![0.5; cols], pad(&[0.5; 12]));
+        let dx = backward(dev, plain, (&mut dw, &mut []), &dy, &x, &w);
+        let got = backward(dev, padded, (&mut wide_dw, &mut []), &pad(&dy), &pad(&x), &pad(&w));
+        assert_close("dx", &cut(&got), &dx, 1e-15, 1e-13);
+        assert_close("dw", &cut(&wide_dw), &dw, 1e-15, 1e-13);
+    }
+    sim::check(|sim| {
+        let spec = NormSpec { heads: 3, unpadded: Some(12), ..RMS };
+        sim.hold(&Normed { at: Some([(16, 72), (8, 64)]), ..Normed::new(spec, 12, 16) });
+        sim.hold(&Normed::new(NormSpec { unpadded: Some(1000), ..RMS }, 7, 1032));
+    });
+    for (spec, says) in [
+        (NormSpec { unpadded: Some(0), ..RMS }, "got 0, wanted 1 to 12"),
+        (NormSpec { unpadded: Some(13), ..RMS }, "got 13, wanted 1 to 12"),
+        (NormSpec { unpadded: Some(11), ..LAYER }, "got 11, wanted 12 to 12"),
+    ] {
+        let (mut y, mut mean, mut rstd) = (x.clone(), vec![0.0; rows], vec![0.0; rows]);
+        let out =
+            NormOut { y: rows_mut(&mut y), mean: (&mut mean).into(), rstd: (&mut rstd).into() };
+        let e = refusal(norm::forward(dev, spec, out, View::from(&x[..]), w[..].into(), None));
+        assert_eq!(e, format!("norm: unpadded elements of a row: {says}"));
+    }
+}
+
 #[test]
 fn kernels_refuse_rows_that_they_cannot_hold() {
     sim::check(|sim| {
