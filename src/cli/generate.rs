@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::{DeviceArgs, finite, note, warn};
 use crate::{
-    data::{self, Limits},
+    data::{self, Limits, Tokenizer},
     device::{Arena, Device, Element},
     error::{Error, Result},
     eval,
@@ -90,7 +90,7 @@ fn run_in<T: Element<Acc = f32>>(
     sampling: sample::SamplingParams,
 ) -> Result<()> {
     let (_, spec) = Config::read(&args.model)?.spec()?;
-    let tokenizer = super::tokenizer(&args.model, args.chat_template.as_deref())?;
+    let tokenizer = Tokenizer::open_if_there(&args.model, args.chat_template.as_deref())?;
     let new = args.max_new_tokens as usize;
     let Some(max_length) = spec.max_positions.checked_sub(new).filter(|n| *n > 0) else {
         let want = format!("less than the model's {} positions", spec.max_positions);

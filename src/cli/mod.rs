@@ -13,11 +13,11 @@ mod score;
 mod tokenize;
 mod train;
 
-use std::{io::Write, path::Path, process::ExitCode};
+use std::{io::Write, process::ExitCode};
 
 use clap::{Parser, Subcommand};
 
-use crate::{algorithms::ALGORITHMS, data::Tokenizer, device::Device, error::Error};
+use crate::{algorithms::ALGORITHMS, device::Device, error::Error};
 
 /// Train language models from human feedback: SFT, reward models and PPO in one process.
 #[derive(Debug, Parser)]
@@ -125,15 +125,6 @@ fn note(line: &str) {
 fn say(text: &str) {
     // If stderr is gone, there is nobody to tell.
     let _ = std::io::stderr().write_all(text.as_bytes());
-}
-
-/// The tokenizer of a model folder that may have none, with another chat template if one is named.
-fn tokenizer(dir: &Path, template: Option<&str>) -> crate::Result<Option<Tokenizer>> {
-    let mut tokenizer = Tokenizer::open_if_there(dir)?;
-    if let (Some(t), Some(name)) = (&mut tokenizer, template) {
-        t.set_template(dir, Some(name))?;
-    }
-    Ok(tokenizer)
 }
 
 /// A text as a terminal may have it: control characters but line breaks become escapes.

@@ -65,7 +65,7 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
     let Some(dir) = args.model.as_ref().or(args.reward_model.as_ref()) else {
         return Err(Error::config("--model", "a model or a reward model", "neither"));
     };
-    let tokenizer = super::tokenizer(dir, args.chat_template.as_deref())?;
+    let tokenizer = Tokenizer::open_if_there(dir, args.chat_template.as_deref())?;
     let (max_length, vocab) = specs
         .iter()
         .fold((usize::MAX, usize::MAX), |(l, v), s| (l.min(s.max_positions), v.min(s.vocab)));

@@ -235,9 +235,17 @@ impl Tokenizer {
         text.match_indices(move |c| firsts.contains(&c)).map(|(at, _)| at)
     }
 
-    /// The tokenizer of a model folder that may have none.
-    pub fn open_if_there(dir: &Path) -> Result<Option<Self>> {
-        dir.join("tokenizer.json").exists().then(|| Self::open(dir)).transpose()
+    /// The tokenizer of a model folder that may have none, with another chat template if one is
+    /// named.
+    pub fn open_if_there(dir: &Path, template: Option<&str>) -> Result<Option<Self>> {
+        if !dir.join("tokenizer.json").exists() {
+            return Ok(None);
+        }
+        let mut tokenizer = Self::open(dir)?;
+        if let Some(name) = template {
+            tokenizer.set_template(dir, Some(name))?;
+        }
+        Ok(Some(tokenizer))
     }
 
     /// A special token that a text spells. It stays text, which may not be what was meant.

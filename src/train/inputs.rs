@@ -71,10 +71,7 @@ impl RunData {
     /// template ends it, and so does a sample.
     pub fn read(settings: &Settings, needs: &Needs, spec: &Spec) -> Result<Self> {
         let dir = Path::new(&settings.model);
-        let mut tokenizer = Tokenizer::open_if_there(dir)?;
-        if let (Some(t), Some(name)) = (&mut tokenizer, &settings.chat_template) {
-            t.set_template(dir, Some(name))?;
-        }
+        let tokenizer = Tokenizer::open_if_there(dir, settings.chat_template.as_deref())?;
         let mut eos: Vec<u32> = settings.eos_id.into_iter().collect();
         if eos.is_empty() {
             eos.extend(tokenizer.iter().flat_map(|t| t.eos().to_vec()));
@@ -94,7 +91,8 @@ impl RunData {
         let mut source = load(&settings.data)?;
         let end = tokenizer.as_ref().and_then(data::turn_end);
         let ended = |s: &Sequence| s.ids.iter().any(|id| eos.contains(id));
-        if source.is_chat && end.is_none() && !source.data.sequences.iter().any(ended) {
+        let learns = source.is_chat && needs.sampling().is_none();
+        if learns && end.is_none() && !source.data.sequences.iter().any(ended) {
             source.warnings.push(
                 "the chat template ends an answer with text, not with a token: no answer will \
                  end by itself; take another template, or give its marks to the tokenizer"

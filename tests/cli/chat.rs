@@ -59,6 +59,14 @@ fn tokenize_writes_what_training_sees() {
     let (_, pairs) = with(&["--algorithm", "reward"], &pair);
     assert_eq!((pairs.len(), learned(&pairs[0])), (2, ids));
     assert_eq!(pairs[1]["input_ids"].as_array().unwrap().last(), Some(&json!(2)));
+    // a template whose marks are no tokens of this model: nothing learned would end an answer
+    let other = ["tokenize", "--model", &folder, "--set", "chat_template=\"chatml\""];
+    let never = |more: &[&str]| {
+        let out = feed(&[&other[..], more].concat(), LINE);
+        String::from_utf8_lossy(&out.stderr).contains("no answer will end by itself")
+    };
+    assert!(never(&[]) && !never(&["--algorithm", "ppo"]));
+    assert!(!warnings.contains("no answer will end by itself"), "{warnings}");
     // without a template and with an unknown algorithm
     let (code, text) = refused(&feed(&["tokenize", "--model", &folder], LINE));
     assert_eq!((code, text.contains("has no chat template")), (1, true), "{text}");
