@@ -58,9 +58,11 @@ mod ops {
     mod adamw;
     mod attention;
     mod bradley_terry;
+    mod delta_rule;
     mod embedding;
     mod experts;
     mod gae;
+    mod gate;
     mod grad_norm;
     mod kl;
     mod logprob;
@@ -75,6 +77,7 @@ mod ops {
     mod sample;
     mod scalar_head;
     mod scale;
+    mod short_conv;
     mod sinks;
     mod token_loss;
     mod value_loss;

@@ -2,6 +2,7 @@
 
 use super::{
     LayerSpec, QkNorm, Spec,
+    mixer::{self, LayerCache, MixerActivations, MixerGradients},
     mixture::{MixtureActivations, MixtureGradients, pair_rows_len},
     norm::{self, Normed},
     spec::WINDOWS,
@@ -11,7 +12,7 @@ use crate::{
     error::Result,
     ops::{
         attention::{self, KvLayer},
-        embedding, routing,
+        embedding, routing, short_conv,
     },
 };
 
@@ -27,6 +28,8 @@ pub struct BatchRows<'a> {
     pub attention: [attention::SegmentBatch<'a>; WINDOWS],
     /// The rows that a head reads.
     pub selected: View<'a, u32>,
+    /// Which rows are which sequence, for blocks without attention; none in a model without such.
+    pub spans: View<'a, u32>,
 }
 
 /// Sizes of a forward pass.
@@ -82,16 +85,27 @@ pub struct PassOptions {
 /// Keys and values of each block. Blocks take turns with one where all sequences are whole: nothing
 /// reads it after its block.
 #[derive(Debug)]
-pub struct Cache<'s, T> {
-    pub(super) layers: Vec<KvLayer<'s, T>>,
+pub struct Cache<'s, T: Element> {
+    pub(super) layers: Vec<LayerCache<'s, T>>,
 }
 
 impl<'s, T: Element> Cache<'s, T> {
     pub fn new(dev: &Device, scope: &'s Scope<'_>, spec: &Spec, pass: PassShape) -> Result<Self> {
         let (shape, pages) = (spec.attention(), pass.pages(dev, spec));
         let layers = if pass.cached == 0 { 1 } else { spec.layers };
-        let layers = (0..layers).map(|_| KvLayer::new(scope, &shape, shape.page(dev), pages));
-        Ok(Self { layers: layers.collect::<Result<_>>()? })
+        let layer = |l: usize| {
+            let other = spec.layer(l).other.filter(|_| pass.cached > 0);
+            let pages = if other.is_some() { 0 } else { pages };
+            let slots = pass.sequences;
+            let conv = other.map_or(0, |m| slots * short_conv::state_len(m.conv(spec.hidden)));
+            let state = other.and_then(|m| m.delta()).map_or(0, |s| slots * s.state_len());
+            Ok(LayerCache {
+                kv: KvLayer::new(scope, &shape, shape.page(dev), pages)?,
+                conv: scope.alloc("last rows of convolutions", conv)?,
+                state: scope.alloc("states of delta rules", state)?,
+            })
+        };
+        Ok(Self { layers: (0..layers).map(layer).collect::<Result<_>>()? })
     }
 }
 
@@ -99,10 +113,15 @@ impl<'s, T: Element> Cache<'s, T> {
 #[derive(Debug)]
 pub(super) struct BlockActivations<'s, T: Element> {
     pub norm1: Option<Normed<'s, T>>,
+    /// Of blocks with attention.
     pub qkv: Buffer<'s, T>,
     pub qk_norm: Option<NormedQk<'s, T>>,
     pub attention: Buffer<'s, T>,
     pub lse: Buffer<'s, T::Acc>,
+    /// What attention gives, behind its gate.
+    pub gated: Option<Buffer<'s, T>>,
+    /// Of blocks without attention.
+    pub mixer: Option<MixerActivations<'s, T>>,
     pub post1: Option<PostNormed<'s, T>>,
     pub mid: Buffer<'s, T>,
     pub norm2: Option<Normed<'s, T>>,
@@ -117,7 +136,7 @@ pub(super) struct BlockActivations<'s, T: Element> {
 /// Queries and keys that are normalised.
 #[derive(Debug)]
 pub(super) struct NormedQk<'s, T: Element> {
-    /// Queries, keys and values before.
+    /// Queries, keys and values before, and gates.
     pub qkv: Buffer<'s, T>,
     pub q: Normed<'s, T>,
     pub k: Normed<'s, T>,
@@ -142,7 +161,10 @@ impl<'s, T: Element> BlockActivations<'s, T> {
     ) -> Result<Self> {
         let mut blocks = l.map_or(0..spec.layers, |l| l..l + 1);
         let experts = blocks.clone().find_map(|l| spec.experts_at(l));
+        let other = blocks.clone().find_map(|l| spec.layer(l).other);
+        let attends = if blocks.clone().any(|l| spec.attends(l)) { rows } else { 0 };
         let dense = if blocks.any(|l| spec.experts_at(l).is_none()) { rows } else { 0 };
+        let mixer = other.map(|m| MixerActivations::new(scope, m, spec.hidden, rows));
         let mixture = experts.map(|e| MixtureActivations::new(dev, scope, e, rows));
         let stream = |what| scope.alloc(what, rows * spec.hidden);
         let before = || spec.norms_before().then(|| Normed::new(scope, spec, rows)).transpose();
@@ -153,21 +175,25 @@ impl<'s, T: Element> BlockActivations<'s, T> {
             };
             spec.norms_after().then(post).transpose()
         };
-        let qkv = |what| scope.alloc(what, rows * spec.qkv_cols());
-        let qk_norm = spec.qk_norm.map(|over| {
+        let qk_norm = spec.qk_norm.filter(|_| attends > 0).map(|over| {
+            let what = "queries, keys and values before norms";
             let heads = |heads| if over == QkNorm::Heads { heads } else { 1 };
             Ok(NormedQk {
-                qkv: qkv("queries, keys and values before norms")?,
+                qkv: scope.alloc(what, rows * spec.attention_input_cols())?,
                 q: Normed::heads(scope, rows, heads(spec.q_heads))?,
                 k: Normed::heads(scope, rows, heads(spec.kv_heads))?,
             })
         });
+        let gated = (spec.attention_gate && attends > 0)
+            .then(|| scope.alloc("gated attention output", rows * spec.attention_cols()));
         Ok(Self {
             norm1: before()?,
-            qkv: qkv("queries, keys and values")?,
+            qkv: scope.alloc("queries, keys and values", attends * spec.qkv_cols())?,
             qk_norm: qk_norm.transpose()?,
-            attention: scope.alloc("attention output", rows * spec.attention_cols())?,
-            lse: scope.alloc("attention log-sum-exp", rows * spec.q_heads)?,
+            attention: scope.alloc("attention output", attends * spec.attention_cols())?,
+            lse: scope.alloc("attention log-sum-exp", attends * spec.q_heads)?,
+            gated: gated.transpose()?,
+            mixer: mixer.transpose()?,
             post1: after()?,
             mid: stream("residual stream after attention")?,
             norm2: before()?,
@@ -209,13 +235,17 @@ impl<'s, T: Element> Activations<'s, T> {
         pass: PassShape,
         keep: Keep,
     ) -> Result<Self> {
-        let PassShape { rows, selected, .. } = pass;
+        let PassShape { rows, selected, sequences, .. } = pass;
         let one = |l| BlockActivations::new(dev, scope, spec, rows, l);
         let streams = if keep == Keep::Nothing { 1 } else { spec.layers + 1 };
         let x = (0..streams).map(|_| scope.alloc("residual stream", rows * spec.hidden));
         // A single row of a sequence sees more than itself only through a cache.
         let alone = if pass.cached > 0 { pass.sequences } else { 0 };
+        let trained = keep != Keep::Nothing;
         let scratch = |layer: LayerSpec| {
+            if let Some(m) = layer.other {
+                return mixer::scratch_len(dev, m, spec.hidden, (rows, sequences), trained);
+            }
             let forward = attention::forward_scratch_len(dev, &layer.attention, alone, pass.cached);
             match keep {
                 Keep::Nothing => forward,
@@ -223,7 +253,6 @@ impl<'s, T: Element> Activations<'s, T> {
             }
         };
         let scratch = spec.each_layer().map(scratch).max().unwrap_or(0);
-        let trained = keep != Keep::Nothing;
         Ok(Self {
             x: x.collect::<Result<_>>()?,
             blocks: match keep {
@@ -274,6 +303,9 @@ pub(super) struct Gradients<'s, T: Element> {
     /// Before norms of queries and keys.
     pub draw: Option<Buffer<'s, T>>,
     pub dattention: Buffer<'s, T>,
+    /// Behind the gate of attention.
+    pub dgated: Option<Buffer<'s, T>>,
+    pub mixer: Option<MixerGradients<'s, T>>,
     pub dup: Buffer<'s, T>,
     pub dact: Buffer<'s, T>,
     pub mixture: Option<MixtureGradients<'s, T>>,
@@ -289,13 +321,18 @@ impl<'s, T: Element> Gradients<'s, T> {
         let mixture = spec.experts.as_ref().map(|e| MixtureGradients::new(scope, spec, e, rows));
         let dense = if (0..spec.layers).any(|l| spec.experts_at(l).is_none()) { rows } else { 0 };
         let stream = || scope.alloc("gradient of the residual stream", rows * spec.hidden);
-        let qkv = || scope.alloc("gradient of queries, keys, values", rows * spec.qkv_cols());
+        let mixer = spec.other_mixer.map(|m| MixerGradients::new(scope, m, spec.hidden, rows));
+        let qkv = |cols| scope.alloc("gradient of queries, keys, values", rows * cols);
+        let attention = |what| scope.alloc(what, rows * spec.attention_cols());
+        let dgated = spec.attention_gate.then(|| attention("gradient of gated attention"));
         Ok(Self {
             dx: stream()?,
             dnorm: stream()?,
-            dqkv: qkv()?,
-            draw: spec.qk_norm.map(|_| qkv()).transpose()?,
-            dattention: scope.alloc("gradient of attention", rows * spec.attention_cols())?,
+            dqkv: qkv(spec.qkv_cols())?,
+            draw: spec.qk_norm.map(|_| qkv(spec.attention_input_cols())).transpose()?,
+            dattention: attention("gradient of attention")?,
+            dgated: dgated.transpose()?,
+            mixer: mixer.transpose()?,
             dup: scope.alloc("gradient of MLP inputs", dense * spec.up_cols())?,
             dact: scope.alloc("gradient of MLP activations", dense * spec.mlp_hidden)?,
             mixture: mixture.transpose()?,

@@ -9,6 +9,7 @@ use crate::{
     ops::{
         attention::{self, Partition, Segment, SegmentBatch},
         next_ids,
+        short_conv::SPAN_WORDS,
     },
 };
 
@@ -37,6 +38,8 @@ struct NewRows {
     at: u32,
     /// Where its keys and values are; none for a whole sequence, which takes the next free pages.
     pages: Option<Range<u32>>,
+    /// Where the state of mixers without keys and values is.
+    slot: u32,
 }
 
 impl Batch {
@@ -113,7 +116,16 @@ impl Batch {
         self.ids.extend_from_slice(ids);
         self.positions.extend((first..first + ids.len()).map(|p| p as u32));
         let (first, rows) = (first as u32, ids.len() as u32);
-        self.sequences.push(NewRows { first, rows, at, pages });
+        let slot = self.sequences.len() as u32;
+        self.sequences.push(NewRows { first, rows, at, pages, slot });
+    }
+
+    /// Says where the state of the sequence that was pushed last is: one that has rows in several
+    /// passes has the same slot in all of them. Else it is its place in the batch.
+    pub fn in_slot(&mut self, slot: u32) {
+        if let Some(last) = self.sequences.last_mut() {
+            last.slot = slot;
+        }
     }
 
     fn close(&mut self) {
@@ -171,7 +183,9 @@ impl Batch {
             partition.set(dev, &shape, &segments, &list, pages)?;
         }
         let ids = Cow::Borrowed(&self.ids[..]);
-        let mut staged = Staged { batch: self, ids, segments, list, partitions, words: None };
+        let spans = if spec.other_blocks() > 0 { self.spans() } else { Vec::new() };
+        let mut staged =
+            Staged { batch: self, ids, segments, list, partitions, spans, words: None };
         if let Device::Cuda(_) = dev {
             let mut all = Vec::new();
             for column in staged.columns() {
@@ -183,6 +197,11 @@ impl Batch {
             staged.words = Some(words);
         }
         Ok(staged)
+    }
+
+    fn spans(&self) -> Vec<u32> {
+        let words = |s: &NewRows| [s.at, s.rows, s.first, s.slot];
+        self.sequences.iter().flat_map(words).collect()
     }
 
     fn segments(&self, page: usize) -> (Vec<Segment>, Vec<u32>) {
@@ -215,6 +234,8 @@ pub struct Staged<'a> {
     list: Vec<u32>,
     /// One for each of [`Spec::windows`].
     partitions: [Partition; WINDOWS],
+    /// [`SequenceSpan`](crate::ops::short_conv::SequenceSpan)s, where blocks read them.
+    spans: Vec<u32>,
     /// All columns, one after another, on a CUDA device.
     words: Option<Buffer<'a, u32>>,
 }
@@ -237,15 +258,17 @@ impl<'a> Staged<'a> {
         let pages = pass_shape.pages(dev, spec);
         // A pass over whole sequences reads no drawn tokens.
         let drawn = if cached > 0 { sequences } else { 0 };
-        let words = [rows, rows, selected, selected, pages, first, second, drawn, drawn];
+        let spans = if spec.other_blocks() > 0 { SPAN_WORDS * sequences } else { 0 };
+        let words = [rows, rows, selected, selected, pages, first, second, drawn, drawn, spans];
         let words: usize = words.iter().map(|n| n.next_multiple_of(LINE)).sum();
         scope.alloc::<u32>(WORDS, words).map(drop)
     }
 
-    fn columns(&self) -> [&[u32]; 9] {
+    fn columns(&self) -> [&[u32]; 10] {
         let (b, [rows, from]) = (self.batch, &self.batch.drawn);
         let [first, second] = self.partitions.each_ref().map(Partition::words);
-        [&self.ids, &b.positions, &b.selected, &b.targets, &self.list, first, second, rows, from]
+        let (ids, spans) = (&self.ids, &self.spans);
+        [ids, &b.positions, &b.selected, &b.targets, &self.list, first, second, rows, from, spans]
     }
 
     /// Where a column is among the words.
@@ -292,7 +315,7 @@ impl<'a> Staged<'a> {
             SegmentBatch { segments: &self.segments, pages: self.column(4), partition }
         });
         let [ids, positions, selected] = [0, 1, 2].map(|i| self.column(i));
-        BatchRows { ids, positions, attention, selected }
+        BatchRows { ids, positions, attention, selected, spans: self.column(9) }
     }
 
     /// The token that follows each selected row.

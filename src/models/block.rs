@@ -3,6 +3,7 @@
 use super::{
     BatchRows, LayerSpec, Linear, Mlp, Model, ParamKind, Params,
     activations::{BlockActivations, Gradients, NormedQk, PostNormed},
+    mixer::{BlockMixer, LayerCache},
     mixture::Mixture,
     norm::{NormInputGradient, Normed},
 };
@@ -10,8 +11,8 @@ use crate::{
     device::{Device, Element, View, ViewMut},
     error::Result,
     ops::{
-        activation,
-        attention::{self, KvLayer},
+        activation, attention,
+        gate::{self, Gate, Strided},
         matmul,
         norm::NormRows,
         residual, rope, scale, sinks,
@@ -37,6 +38,12 @@ impl<'a, T: Element> BlockPass<'a, T> {
         let Self { dev, model, at, .. } = *self;
         let spec = at.and_then(|l| model.spec().experts_at(l))?;
         Some(Mixture { dev, model, at, spec })
+    }
+
+    /// What it has in the place of attention, if something.
+    fn mixer(&self) -> Option<BlockMixer<'a, T>> {
+        let Self { dev, model, rows, at, .. } = *self;
+        self.spec.other.map(|spec| BlockMixer { dev, model, at, spec, spans: rows.spans })
     }
 
     fn rope(&self) -> Option<&'a rope::Table<T::Acc>> {
@@ -81,27 +88,32 @@ impl<'a, T: Element> BlockPass<'a, T> {
         residual::add(dev, y, x)
     }
 
-    /// `mid = x + r post1(out(attention(norm1(x))))`
+    /// `mid = x + r post1(out(attention(norm1(x))))`, or what the block has in its place.
     pub fn attention(
         &self,
         b: &mut BlockActivations<'_, T>,
         x: View<'_, T>,
-        kv: &mut KvLayer<'_, T>,
+        cache: &mut LayerCache<'_, T>,
         scratch: ViewMut<'_, T::Acc>,
     ) -> Result<()> {
         let (dev, shape, work) = (self.dev, &self.spec.attention, self.segments());
-        let qkv = self.linear(ParamKind::Qkv)?;
         let input = self.before(ParamKind::Norm1, &mut b.norm1, x)?;
+        if let (Some(mixer), Some(own)) = (self.mixer(), &mut b.mixer) {
+            mixer.forward(own, input, cache, scratch)?;
+            let kinds = [ParamKind::MixerOut, ParamKind::PostNorm1];
+            return self.join(kinds, &mut b.post1, b.mid.view_mut(), own.output.view(), x);
+        }
+        let (qkv, kv) = (self.linear(ParamKind::Qkv)?, &mut cache.kv);
         match &mut b.qk_norm {
             None => qkv.forward(dev, b.qkv.view_mut(), input, None)?,
             Some(normed) => {
                 qkv.forward(dev, normed.qkv.view_mut(), input, None)?;
-                dev.copy(b.qkv.view_mut(), normed.qkv.view())?;
+                self.move_values(b.qkv.view_mut(), normed.qkv.view())?;
                 let NormedQk { qkv: raw, q, k } = normed;
                 for (kind, kept) in [(ParamKind::QNorm, q), (ParamKind::KNorm, k)] {
-                    let (x, y) = (raw.view(), b.qkv.view_mut());
-                    let norm = self.model.norm(kind, self.at)?;
-                    norm.forward_to(dev, self.rows_of(kind, y), kept, self.rows_of(kind, x))?;
+                    let (x, y) = (self.rows_of(kind, raw.view()), b.qkv.view_mut());
+                    let y = NormRows { stride: Some(shape.qkv_cols()), ..self.rows_of(kind, y) };
+                    self.model.norm(kind, self.at)?.forward_to(dev, y, kept, x)?;
                 }
             }
         }
@@ -118,8 +130,35 @@ impl<'a, T: Element> BlockPass<'a, T> {
         if let Some(sinks) = self.model.params().get(ParamKind::Sinks, self.at) {
             sinks::forward(dev, b.attention.view_mut(), b.lse.view_mut(), sinks)?;
         }
+        let mut out = b.attention.view();
+        if let (Some(gated), Some(normed)) = (&mut b.gated, &b.qk_norm) {
+            let cols = self.model.spec().attention_cols();
+            let y = Strided::dense(gated.view_mut(), cols);
+            let x = Strided::dense(out, cols);
+            gate::forward(dev, Gate::Sigmoid, y, x, self.gates(normed.qkv.view()), cols)?;
+            out = gated.view();
+        }
         let kinds = [ParamKind::Out, ParamKind::PostNorm1];
-        self.join(kinds, &mut b.post1, b.mid.view_mut(), b.attention.view(), x)
+        self.join(kinds, &mut b.post1, b.mid.view_mut(), out, x)
+    }
+
+    /// The gates of attention, behind queries, keys and values of a projection.
+    fn gates<V>(&self, data: V) -> Strided<V> {
+        let spec = self.model.spec();
+        Strided { data, first: spec.qkv_cols(), stride: spec.attention_input_cols() }
+    }
+
+    /// Copies the values between rows of queries, keys and values and those of a projection.
+    fn move_values(&self, to: ViewMut<'_, T>, from: View<'_, T>) -> Result<()> {
+        let spec = self.model.spec();
+        if to.len() == from.len() {
+            return self.dev.copy(to, from);
+        }
+        let (qkv, cols) = (spec.qkv_cols(), spec.kv_heads * spec.head_dim);
+        let (first, wide) = (qkv - cols, spec.attention_input_cols());
+        let [to_stride, stride] = if to.len() < from.len() { [qkv, wide] } else { [wide, qkv] };
+        let (y, x) = (to, Strided { data: from, first, stride });
+        gate::copy(self.dev, Strided { data: y, first, stride: to_stride }, x, cols)
     }
 
     fn segments(&self) -> attention::SegmentBatch<'a> {
@@ -132,11 +171,11 @@ impl<'a, T: Element> BlockPass<'a, T> {
         rope::Heads { row_len: shape.qkv_cols(), heads, head_dim: shape.head_dim }
     }
 
-    /// The queries or keys among those of rows of queries, keys and values.
+    /// The queries or keys among those of rows of a projection.
     fn rows_of<V>(&self, kind: ParamKind, data: V) -> NormRows<V> {
         let attention::Shape { q_heads, head_dim, .. } = self.spec.attention;
         let first = if kind == ParamKind::KNorm { q_heads * head_dim } else { 0 };
-        NormRows { data, first, stride: Some(self.spec.attention.qkv_cols()) }
+        NormRows { data, first, stride: Some(self.model.spec().attention_input_cols()) }
     }
 
     /// `act = act(up(norm2(mid)))`, or of `norm2(x)` in a parallel block.
@@ -262,10 +301,16 @@ impl<'a, T: Element> BlockPass<'a, T> {
         b: &BlockActivations<'_, T>,
         g: &mut Gradients<'_, T>,
     ) -> Result<()> {
-        let out = self.linear(ParamKind::Out)?;
         let moved = self.join_backward(grads, ParamKind::PostNorm1, &b.post1, g)?;
-        let dy = if moved { g.dnorm.view() } else { g.dx.view() };
-        out.backward(self.dev, grads, g.dattention.view_mut(), dy, b.attention.view())
+        let Gradients { dx, dnorm, dattention, dgated, mixer, .. } = g;
+        let dy = if moved { dnorm.view() } else { dx.view() };
+        if let (Some(_), Some(own), Some(to)) = (self.spec.other, &b.mixer, mixer) {
+            let (out, d) = (self.linear(ParamKind::MixerOut)?, to.doutput.view_mut());
+            return out.backward(self.dev, grads, d, dy, own.output.view());
+        }
+        let (out, d) = (self.linear(ParamKind::Out)?, dgated.as_mut().unwrap_or(dattention));
+        let input = b.gated.as_ref().unwrap_or(&b.attention);
+        out.backward(self.dev, grads, d.view_mut(), dy, input.view())
     }
 
     /// From the gradient of attention's output, and in `g.dx` that of `mid`, to that of `x`.
@@ -278,6 +323,20 @@ impl<'a, T: Element> BlockPass<'a, T> {
         scratch: ViewMut<'_, T::Acc>,
     ) -> Result<()> {
         let (dev, shape) = (self.dev, &self.spec.attention);
+        if let (Some(mixer), Some(own), Some(to)) = (self.mixer(), &b.mixer, &mut g.mixer) {
+            let input = b.norm1.as_ref().map_or(x, |normed| normed.y.view());
+            let d = (g.dnorm.view_mut(), input);
+            mixer.backward(grads, own, to, d, [scratch, g.scratch.view_mut()])?;
+            return self.before_backward(grads, ParamKind::Norm1, x, &b.norm1, g);
+        }
+        if let (Some(d), Some(draw), Some(normed)) = (&g.dgated, &mut g.draw, &b.qk_norm) {
+            let (cols, gates) = (self.model.spec().attention_cols(), self.gates(normed.qkv.view()));
+            let x = Strided::dense(b.attention.view(), cols);
+            let dg = self.gates(draw.view_mut());
+            gate::backward(dev, Gate::Sigmoid, dg, d.view(), [x, gates], cols)?;
+            let (y, d) = (Strided::dense(g.dattention.view_mut(), cols), d.view());
+            gate::forward(dev, Gate::Sigmoid, y, Strided::dense(d, cols), gates, cols)?;
+        }
         if let (Some(sinks), Some(d)) = (
             self.model.params().get(ParamKind::Sinks, self.at),
             grads.get_mut(ParamKind::Sinks, self.at),
@@ -300,21 +359,14 @@ impl<'a, T: Element> BlockPass<'a, T> {
             rope::backward(dev, g.dqkv.view_mut(), heads, self.rows.positions, table)?;
         }
         if let (Some(normed), Some(draw)) = (&b.qk_norm, &mut g.draw) {
-            // Values are as they were.
-            dev.copy(draw.view_mut(), g.dqkv.view())?;
+            self.move_values(draw.view_mut(), g.dqkv.view())?;
             for (kind, kept) in [(ParamKind::QNorm, &normed.q), (ParamKind::KNorm, &normed.k)] {
                 let (dx, scratch) = (draw.view_mut(), g.scratch.view_mut());
                 let out = NormInputGradient { dx, add: false, scratch };
                 let (dy, x) = (g.dqkv.view(), normed.qkv.view());
+                let dy = NormRows { stride: Some(shape.qkv_cols()), ..self.rows_of(kind, dy) };
                 let norm = self.model.norm(kind, self.at)?;
-                norm.backward(
-                    dev,
-                    grads,
-                    out,
-                    self.rows_of(kind, dy),
-                    self.rows_of(kind, x),
-                    kept,
-                )?;
+                norm.backward(dev, grads, out, dy, self.rows_of(kind, x), kept)?;
             }
         }
         let input = b.norm1.as_ref().map_or(x, |normed| normed.y.view());

@@ -190,6 +190,17 @@ impl Config {
 
     /// Which of `layers` blocks see a window only: `layer_types`, or as `default` says of a block.
     pub fn sliding(&self, layers: usize, default: impl Fn(usize) -> bool) -> Result<Vec<bool>> {
+        self.kinds(layers, ["full_attention", "sliding_attention"], default)
+    }
+
+    /// Which of `layers` blocks are of the second of two kinds: `layer_types`, or as `default` says
+    /// of a block.
+    pub fn kinds(
+        &self,
+        layers: usize,
+        [first, second]: [&str; 2],
+        default: impl Fn(usize) -> bool,
+    ) -> Result<Vec<bool>> {
         const KEY: &str = "layer_types";
         if layers > MOST_LAYERS {
             let want = format!("a number from 1 to {MOST_LAYERS}");
@@ -197,9 +208,9 @@ impl Config {
         }
         let Some(v) = self.get(KEY) else { return Ok((0..layers).map(default).collect()) };
         let kind = |v: &Value| match v.as_str() {
-            Some("sliding_attention") => Ok(true),
-            Some("full_attention") => Ok(false),
-            _ => Err(self.wrong(KEY, "sliding_attention or full_attention", v)),
+            Some(kind) if kind == second => Ok(true),
+            Some(kind) if kind == first => Ok(false),
+            _ => Err(self.wrong(KEY, &format!("{second} or {first}"), v)),
         };
         let all: Vec<bool> = v.as_array().into_iter().flatten().map(kind).collect::<Result<_>>()?;
         if all.len() != layers {

@@ -1,9 +1,13 @@
 //! How Hugging Face stores the models of a family.
 
-use super::{Config, FAMILIES, ParamKind, Spec, Widths, config::MOST_LAYERS, spec::WINDOWS};
+use super::{
+    Config, FAMILIES, OtherMixer, ParamKind, Spec, Widths, config::MOST_LAYERS, spec::WINDOWS,
+};
 use crate::{
     error::Result,
-    ops::{attention::MAX_HEAD_DIM, rope::Frequencies, routing::MAX_EXPERTS},
+    ops::{
+        attention::MAX_HEAD_DIM, delta_rule::DeltaShape, rope::Frequencies, routing::MAX_EXPERTS,
+    },
 };
 
 /// A family: its names in files, and how its `config.json` becomes a [`Spec`].
@@ -44,6 +48,12 @@ pub enum StoredOrder {
     Columns,
     /// `[out, in]` with the query, key and value of the first head, then those of the next.
     Heads,
+    /// `[out, in]` with the query of each head followed by its gate.
+    GatedQueries,
+    /// `[out, in]` with what belongs to the first key head of a delta rule, then to the next.
+    KeyHeads,
+    /// `[channels, 1, taps]`
+    Channels,
     /// `[experts, in, out]`, a bias `[experts, out]`.
     Experts,
     /// The same with gates and the rest in turn.
@@ -58,8 +68,37 @@ impl StoredOrder {
         match self {
             Self::Heads => (i / d % 3 * spec.q_heads + i / d / 3) * d + i % d,
             Self::ExpertPairs => i / (2 * m) * 2 * m + i % 2 * m + i % (2 * m) / 2,
-            Self::Rows | Self::Columns | Self::Experts => i,
+            Self::GatedQueries => {
+                let (q, kv) = (spec.q_heads, spec.kv_heads);
+                match (i / (2 * d), i % (2 * d)) {
+                    (head, _) if head >= q => i - q * d,
+                    (head, at) if at < d => head * d + at,
+                    (head, at) => (q + 2 * kv + head) * d + at - d,
+                }
+            }
+            Self::KeyHeads => spec.stored_delta().map_or(i, |shape| of_key_heads(shape, i)),
+            Self::Rows | Self::Columns | Self::Experts | Self::Channels => i,
         }
+    }
+}
+
+/// Where row `i` of two tensors that are stored by key heads is among queries, keys, values, gates,
+/// `b` and `a` of all heads: the first tensor has the first four of each key head, the second the
+/// last two.
+fn of_key_heads(shape: DeltaShape, i: usize) -> usize {
+    let DeltaShape { key_heads, value_heads, key_dim: d, .. } = shape;
+    let (group, keys) = (value_heads / key_heads, shape.keys());
+    let (values, gates) = (group * shape.value_dim, shape.qkv_cols());
+    let last = gates + shape.values();
+    if let Some(i) = i.checked_sub(last) {
+        let (head, at) = (i / (2 * group), i % (2 * group));
+        return last + at / group * value_heads + head * group + at % group;
+    }
+    let (head, at) = (i / (2 * (d + values)), i % (2 * (d + values)));
+    match at.checked_sub(2 * d) {
+        None => at / d * keys + head * d + at % d,
+        Some(at) if at < values => 2 * keys + head * values + at,
+        Some(at) => gates + head * values + at - values,
     }
 }
 
@@ -73,8 +112,8 @@ pub(super) const fn by_columns(kind: ParamKind, names: &'static [&'static str]) 
     StoredWeight { kind, names, order: StoredOrder::Columns }
 }
 
-/// A weight or bias of all experts in one tensor.
-pub(super) const fn stacked(
+/// A weight that is stored in an order of its own.
+pub(super) const fn ordered(
     kind: ParamKind,
     names: &'static [&'static str],
     order: StoredOrder,
@@ -170,6 +209,31 @@ impl Config {
                 let want = "0 beside parallel blocks, norms after them or a factor";
                 return Err(self.wrong("number of experts", want, &e.router.experts));
             }
+        }
+        let delta = spec.delta().map(|s| {
+            let heads = ("linear_num_value_heads", s.value_heads, 1 << 12);
+            let keys = ("linear_num_key_heads", s.key_heads, s.value_heads);
+            let dims = [("linear_key_head_dim", s.key_dim), ("linear_value_head_dim", s.value_dim)];
+            let dims = dims.map(|(key, n)| (key, n, 1 << 10));
+            [heads, keys, dims[0], dims[1]]
+        });
+        let taps = spec.other_mixer.map(|m| match m {
+            OtherMixer::Delta(_, taps) | OtherMixer::Conv(taps) => {
+                ("taps of a convolution", taps, 64)
+            }
+        });
+        for (key, n, most) in delta.into_iter().flatten().chain(taps) {
+            if n == 0 || n > most {
+                return Err(self.wrong(key, &format!("a number from 1 to {most}"), &n));
+            }
+        }
+        if let Some(s) = spec.delta().filter(|s| !s.value_heads.is_multiple_of(s.key_heads)) {
+            let want = format!("a divisor of {} value heads", s.value_heads);
+            return Err(self.wrong("linear_num_key_heads", &want, &s.key_heads));
+        }
+        if spec.attention_gate && spec.qk_norm.is_none() {
+            let want = "beside norms of queries and keys";
+            return Err(self.wrong("gate of attention", want, &"without"));
         }
         if spec.parallel && (spec.norms_after() || scales.residual != 1.0) {
             let want = "neither norms after them nor a factor";

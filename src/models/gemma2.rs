@@ -48,7 +48,7 @@ fn spec(c: &Config) -> Result<Spec> {
     let base = Spec { ropes: vec![c.rope(RopeDefaults::default())?], ..common(c)? };
     let window = c.window(Some(4096))?;
     let sliding = c.sliding(base.layers, |l| l.is_multiple_of(2))?;
-    let kind = |sliding| BlockKind { window: window.filter(|_| sliding), rope: Some(0) };
+    let kind = |sliding| BlockKind::attention(window.filter(|_| sliding), Some(0));
     let scales = Scales {
         score_cap: cap("attn_logit_softcapping", 50.0)?,
         logit_cap: cap("final_logit_softcapping", 30.0)?,

@@ -4,7 +4,7 @@
 
 use super::{
     BlockKind, Config, Experts, Family, ParamKind as K, Spec, StoredOrder, StoredWeight,
-    family::{by_rows, stacked},
+    family::{by_rows, ordered},
     llama,
     rope::RopeDefaults,
 };
@@ -45,11 +45,11 @@ const WEIGHTS: &[StoredWeight] = &[
 ];
 
 const fn pairs(kind: K, names: &'static [&'static str]) -> StoredWeight {
-    stacked(kind, names, StoredOrder::ExpertPairs)
+    ordered(kind, names, StoredOrder::ExpertPairs)
 }
 
 const fn plain(kind: K, names: &'static [&'static str]) -> StoredWeight {
-    stacked(kind, names, StoredOrder::Experts)
+    ordered(kind, names, StoredOrder::Experts)
 }
 
 fn spec(c: &Config) -> Result<Spec> {
@@ -84,7 +84,7 @@ fn spec(c: &Config) -> Result<Spec> {
     };
     let window = c.window(Some(128))?;
     let sliding = c.sliding(base.layers, |l| l.is_multiple_of(2))?;
-    let kind = |sliding| BlockKind { window: window.filter(|_| sliding), rope: Some(0) };
+    let kind = |sliding| BlockKind::attention(window.filter(|_| sliding), Some(0));
     let bias = c.bool_or("attention_bias", true)?;
     Ok(Spec {
         experts: Some(experts),

@@ -35,7 +35,7 @@ pub(super) const MINISTRAL3: Family = Family {
         let scale = |(beta, original)| QueryScale { beta, original };
         let query_scale = c.rope_scaling_beta(BETA)?.map(scale);
         let norm_eps = c.f64_or("rms_norm_eps", 1e-5)?;
-        let blocks = vec![BlockKind { window, rope: Some(0) }];
+        let blocks = vec![BlockKind::attention(window, Some(0))];
         Ok(Spec { blocks, norm_eps, query_scale, ..base })
     },
     ..llama::FAMILY
@@ -45,6 +45,6 @@ fn spec(c: &Config) -> Result<Spec> {
     let base = llama::spec(c)?;
     let window = c.window(Some(4096))?;
     let sliding = c.sliding(base.layers, |_| true)?;
-    let kind = |sliding| BlockKind { window: window.filter(|_| sliding), rope: Some(0) };
+    let kind = |sliding| BlockKind::attention(window.filter(|_| sliding), Some(0));
     Ok(Spec { blocks: sliding.into_iter().map(kind).collect(), ..base })
 }

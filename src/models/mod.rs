@@ -15,9 +15,11 @@ mod gpt_neox;
 mod gpt_oss;
 mod granite;
 mod heads;
+mod lfm2;
 mod linear;
 mod llama;
 mod mistral;
+mod mixer;
 mod mixture;
 mod model;
 mod norm;
@@ -27,6 +29,7 @@ mod pass;
 mod phi3;
 mod qwen2;
 mod qwen3;
+mod qwen3_5;
 mod qwen3_moe;
 mod rope;
 mod save;
@@ -46,8 +49,8 @@ pub use params::{Layout, ParamKind, ParamTensor, Params, WEIGHTS};
 pub use pass::Pass;
 pub use save::{Named, config_text, count, named, save, tensor_at, write_weights};
 pub use spec::{
-    BlockKind, BlockNorms, Experts, Head, LayerSpec, Mlp, Norm, QkNorm, QueryScale, Scales, Spec,
-    Widths,
+    BlockKind, BlockNorms, Experts, Head, LayerSpec, Mixer, Mlp, Norm, OtherMixer, QkNorm,
+    QueryScale, Scales, Spec, Widths,
 };
 
 pub use weights::{LoadOptions, WEIGHTS_FILE, load};
@@ -60,6 +63,7 @@ pub const FAMILIES: &[&Family] = &[
     &gpt_neox::FAMILY,
     &gpt_oss::FAMILY,
     &granite::FAMILY,
+    &lfm2::FAMILY,
     &llama::FAMILY,
     &mistral::FAMILY,
     &mistral::MINISTRAL,
@@ -69,6 +73,7 @@ pub const FAMILIES: &[&Family] = &[
     &phi3::FAMILY,
     &qwen2::FAMILY,
     &qwen3::FAMILY,
+    &qwen3_5::FAMILY,
     &qwen3_moe::FAMILY,
     &smollm3::FAMILY,
 ];

@@ -270,6 +270,12 @@ impl<T: Element> Model<T> {
             _ => (1, None),
         };
         let heads = if self.spec.qk_norm == Some(QkNorm::Heads) { heads } else { 1 };
+        if let (ParamKind::DeltaNorm, Some(shape)) = (kind, self.spec.delta()) {
+            let (norm, heads) = (Norm::Rms, shape.value_heads);
+            let unpadded = Some(self.spec.widths().value_dim);
+            let spec = NormSpec { norm, one_plus: false, eps, heads, unpadded };
+            return Ok(NormLayer { at, weight, bias, spec });
+        }
         let unpadded = width.map(|axis| axis.stored_len(&self.spec));
         let norm = if width.is_some() { Norm::Rms } else { norm };
         let spec = NormSpec { norm, one_plus, eps, heads, unpadded };

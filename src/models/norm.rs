@@ -106,5 +106,6 @@ pub(super) fn scratch_len(spec: &Spec, rows: usize) -> usize {
         Some(QkNorm::Heads) => (rows * heads, spec.head_dim),
         Some(QkNorm::Rows) => (rows, heads * spec.head_dim),
     });
-    normed.into_iter().map(heads).fold(hidden, usize::max)
+    let delta = spec.delta().map_or((0, 0), |s| (rows * s.value_heads, s.value_dim));
+    normed.into_iter().chain([delta]).map(heads).fold(hidden, usize::max)
 }

@@ -38,7 +38,7 @@ fn spec(c: &Config) -> Result<Spec> {
     let sliding = c.sliding(base.layers, |l| !(l + 1).is_multiple_of(4))?;
     let kind = |sliding| {
         let rope = Some(usize::from(sliding));
-        BlockKind { window: window.filter(|_| sliding), rope }
+        BlockKind::attention(window.filter(|_| sliding), rope)
     };
     let full = match c.rope_of("full_attention", THETA)? {
         Some(rope) => rope,

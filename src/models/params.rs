@@ -7,7 +7,7 @@ use super::{Head, Norm, QkNorm, Spec, Widths};
 use crate::{
     device::{Buffer, Device, Element, View, ViewMut},
     error::{Error, Result},
-    ops::{adamw, residual},
+    ops::{adamw, delta_rule::DeltaShape, residual},
 };
 
 /// Which weight of a block or of the model it is, in every family. [`WEIGHTS`] has the facts.
@@ -28,6 +28,16 @@ pub enum ParamKind {
     Sinks,
     Out,
     OutBias,
+    /// The first projection of a block without attention.
+    MixerIn,
+    /// Taps of each channel.
+    Conv,
+    /// Of a delta rule, each head's rate and bias of decay, and the norm of what it gives.
+    DeltaRate,
+    DeltaBias,
+    DeltaNorm,
+    /// The last projection of a block without attention.
+    MixerOut,
     /// Of what attention adds to the residual stream.
     PostNorm1,
     Norm2,
@@ -71,6 +81,14 @@ pub enum Axis {
     Mlp,
     /// Query heads.
     Heads,
+    /// Of the first projection of a block without attention, of its convolution, and of the last.
+    MixerIn,
+    Channels,
+    Taps,
+    Mixed,
+    /// Value heads of a delta rule, and the size of one.
+    DeltaHeads,
+    DeltaValue,
     Experts,
     /// Of all experts, as that of an MLP.
     ExpertsUp,
@@ -120,16 +138,18 @@ impl WeightFacts {
 /// All weights in the order of the flat buffer; a bias follows its weight.
 pub const WEIGHTS: &[WeightFacts] = {
     use Axis::{
-        Attention, ExpertMlp, Experts, ExpertsOut, ExpertsUp, Heads, Hidden, Mlp, NormedK, NormedQ,
-        One, Positions, Qkv, Up, Vocab,
+        Attention, Channels, DeltaHeads, DeltaValue, ExpertMlp, Experts, ExpertsOut, ExpertsUp,
+        Heads, Hidden, Mixed, MixerIn, Mlp, NormedK, NormedQ, One, Positions, Qkv, Taps, Up, Vocab,
     };
     use Occurs::{InBlock, Once};
     use ParamKind as K;
-    const ALWAYS: Occurs = InBlock(|_, _| true);
+    const ATTENTION: Occurs = InBlock(|s, l| s.attends(l));
+    const OTHER: Occurs = InBlock(|s, l| !s.attends(l));
+    const DELTA: Occurs = InBlock(|s, l| !s.attends(l) && s.delta().is_some());
     const NORM_BEFORE: Occurs = InBlock(|s, _| s.norms_before());
     const NORM_AFTER: Occurs = InBlock(|s, _| s.norms_after());
     const LAYER_NORM: Occurs = InBlock(|s, _| s.norms_before() && s.norm == Norm::Layer);
-    const QK_NORM: Occurs = InBlock(|s, _| s.qk_norm.is_some());
+    const QK_NORM: Occurs = InBlock(|s, l| s.qk_norm.is_some() && s.attends(l));
     const MLP: Occurs = InBlock(|s, l| s.experts_at(l).is_none());
     const MLP_BIAS: Occurs = InBlock(|s, l| s.mlp_bias && s.experts_at(l).is_none());
     const EXPERTS: Occurs = InBlock(|s, l| s.experts_at(l).is_some());
@@ -140,14 +160,24 @@ pub const WEIGHTS: &[WeightFacts] = {
         matrix(K::Positions, Once(|s, _| s.learned_positions), Positions, Hidden),
         vector(K::Norm1, NORM_BEFORE, Hidden).with(K::Norm1Bias),
         vector(K::Norm1Bias, LAYER_NORM, Hidden),
-        matrix(K::Qkv, ALWAYS, Qkv, Hidden).with(K::QkvBias),
-        vector(K::QkvBias, InBlock(|s, _| s.qkv_bias), Qkv),
+        matrix(K::Qkv, ATTENTION, Qkv, Hidden).with(K::QkvBias),
+        vector(K::QkvBias, InBlock(|s, l| s.qkv_bias && s.attends(l)), Qkv),
         vector(K::QNorm, QK_NORM, NormedQ),
         vector(K::KNorm, QK_NORM, NormedK),
         // No bias, and no norm: Hugging Face's Trainer lets it decay.
-        WeightFacts { decays: true, ..vector(K::Sinks, InBlock(|s, _| s.sinks), Heads) },
-        matrix(K::Out, ALWAYS, Hidden, Attention).with(K::OutBias),
-        vector(K::OutBias, InBlock(|s, _| s.out_bias), Hidden),
+        WeightFacts {
+            decays: true,
+            ..vector(K::Sinks, InBlock(|s, l| s.sinks && s.attends(l)), Heads)
+        },
+        matrix(K::Out, ATTENTION, Hidden, Attention).with(K::OutBias),
+        vector(K::OutBias, InBlock(|s, l| s.out_bias && s.attends(l)), Hidden),
+        matrix(K::MixerIn, OTHER, MixerIn, Hidden),
+        matrix(K::Conv, OTHER, Channels, Taps),
+        // As Hugging Face's Trainer has it: what is called a bias does not decay, a logarithm does.
+        WeightFacts { decays: true, ..vector(K::DeltaRate, DELTA, DeltaHeads).with(K::DeltaBias) },
+        vector(K::DeltaBias, DELTA, DeltaHeads),
+        vector(K::DeltaNorm, DELTA, DeltaValue),
+        matrix(K::MixerOut, OTHER, Hidden, Mixed),
         vector(K::PostNorm1, NORM_AFTER, Hidden),
         vector(K::Norm2, NORM_BEFORE, Hidden).with(K::Norm2Bias),
         vector(K::Norm2Bias, LAYER_NORM, Hidden),
@@ -176,13 +206,19 @@ impl Axis {
             Self::Vocab => spec.vocab,
             Self::Positions => spec.max_positions,
             Self::Hidden => spec.hidden,
-            Self::Qkv => spec.qkv_cols(),
+            Self::Qkv => spec.attention_input_cols(),
             Self::NormedQ => normed(spec, spec.q_heads),
             Self::NormedK => normed(spec, spec.kv_heads),
             Self::Attention => spec.attention_cols(),
             Self::Up => spec.up_cols(),
             Self::Mlp => spec.mlp_hidden,
             Self::Heads => spec.q_heads,
+            Self::MixerIn => spec.other_mixer.map_or(0, |m| m.input_cols(spec.hidden)),
+            Self::Channels => spec.other_mixer.map_or(0, |m| m.conv(spec.hidden).channels),
+            Self::Taps => spec.other_mixer.map_or(0, |m| m.conv(spec.hidden).taps),
+            Self::Mixed => spec.other_mixer.map_or(0, |m| m.output_cols(spec.hidden)),
+            Self::DeltaHeads => spec.delta().map_or(0, |shape| shape.value_heads),
+            Self::DeltaValue => spec.delta().map_or(0, |shape| shape.value_dim),
             Self::Experts => spec.expert_count(),
             Self::ExpertsUp => 2 * spec.expert_count() * expert_hidden(spec),
             Self::ExpertsOut => spec.expert_count() * spec.hidden,
@@ -192,7 +228,7 @@ impl Axis {
 
     /// Entries in files, which have no padding.
     pub fn stored_len(self, spec: &Spec) -> usize {
-        let Widths { head_dim, mlp_hidden, expert_hidden: inner } = spec.widths();
+        let Widths { head_dim, mlp_hidden, expert_hidden: inner, value_dim } = spec.widths();
         match self {
             Self::Qkv | Self::NormedQ | Self::NormedK | Self::Attention => {
                 self.len(spec) / spec.head_dim * head_dim
@@ -201,6 +237,15 @@ impl Axis {
             Self::ExpertsUp | Self::ExpertMlp => {
                 self.len(spec) / expert_hidden(spec).max(1) * inner
             }
+            Self::MixerIn | Self::Channels | Self::Mixed | Self::DeltaValue => {
+                let heads = |s: DeltaShape| match self {
+                    Self::DeltaValue => 1,
+                    Self::MixerIn => 2 * s.value_heads,
+                    _ => s.value_heads,
+                };
+                let padding = |s: DeltaShape| heads(s) * (s.value_dim - value_dim);
+                self.len(spec) - spec.delta().map_or(0, padding)
+            }
             _ => self.len(spec),
         }
     }
@@ -208,15 +253,20 @@ impl Axis {
     /// Entries of each of `n` stored tensors that hold them all.
     pub fn parts(self, spec: &Spec, n: usize) -> Vec<usize> {
         let (q, kv, d) = (spec.q_heads, spec.kv_heads, spec.widths().head_dim);
-        match (self, n) {
-            (Self::Qkv, 3) => vec![q * d, kv * d, kv * d],
+        let gated = if spec.attention_gate { 2 } else { 1 };
+        match (self, n, spec.stored_delta()) {
+            (Self::Qkv, 3, _) => vec![gated * q * d, kv * d, kv * d],
+            (Self::MixerIn, 4, Some(s)) => {
+                vec![s.qkv_cols(), s.values(), s.value_heads, s.value_heads]
+            }
+            (Self::MixerIn, 2, Some(s)) => vec![s.qkv_cols() + s.values(), 2 * s.value_heads],
             _ => vec![self.stored_len(spec) / n.max(1); n],
         }
     }
 
     /// Where each stored entry is among ours.
     pub fn places(self, spec: &Spec) -> Vec<usize> {
-        let Widths { head_dim: d, mlp_hidden: m, expert_hidden: inner } = spec.widths();
+        let Widths { head_dim: d, mlp_hidden: m, expert_hidden: inner, value_dim } = spec.widths();
         // Pairs that rotate are half a head apart, where the kernels look for them; channels that
         // do not rotate fill what is left. Scores do not see the order of channels.
         let (half, pairs) = (spec.head_dim / 2, spec.rotary_dim / 2);
@@ -232,6 +282,18 @@ impl Axis {
             }
             Self::Up | Self::Mlp => i / m * spec.mlp_hidden + i % m,
             Self::ExpertsUp | Self::ExpertMlp => i / inner * expert_hidden(spec) + i % inner,
+            Self::MixerIn | Self::Channels | Self::Mixed => spec.delta().map_or(i, |shape| {
+                // Values, and gates behind them, are padded; what stands before and behind is not.
+                let before = if self == Self::Mixed { 0 } else { 2 * shape.keys() };
+                let heads = shape.value_heads * if self == Self::MixerIn { 2 } else { 1 };
+                match i.checked_sub(before) {
+                    None => i,
+                    Some(i) if i < heads * value_dim => {
+                        before + i / value_dim * shape.value_dim + i % value_dim
+                    }
+                    Some(_) => i + heads * (shape.value_dim - value_dim),
+                }
+            }),
             _ => i,
         };
         (0..self.stored_len(spec)).map(place).collect()
@@ -290,7 +352,7 @@ impl ParamTensor {
 
     /// A matrix of a block, which linear layers multiply by.
     pub fn is_block_linear(&self) -> bool {
-        self.layer.is_some() && !self.is_vector()
+        self.layer.is_some() && !self.is_vector() && self.kind != ParamKind::Conv
     }
 
     /// A name for messages and checkpoints: `Qkv.3`.

@@ -36,5 +36,5 @@ fn spec(c: &Config) -> Result<Spec> {
     let base = Spec { ropes: vec![c.rope(defaults)?], ..llama::shape(c)? };
     let rotary_dim = c.rotary_dim(base.head_dim, PARTIAL, 1.0)?;
     let norm_eps = c.f64_or("rms_norm_eps", 1e-5)?;
-    Ok(Spec { rotary_dim, norm_eps, blocks: vec![BlockKind { window, rope: Some(0) }], ..base })
+    Ok(Spec { rotary_dim, norm_eps, blocks: vec![BlockKind::attention(window, Some(0))], ..base })
 }

@@ -30,6 +30,6 @@ pub(super) fn blocks(c: &Config) -> Result<Vec<BlockKind>> {
         return Err(c.unsupported("layer_types", "full_attention without a window"));
     }
     let window = |sliding: bool| window.filter(|_| sliding);
-    let kind = |sliding| BlockKind { window: window(sliding), rope: Some(0) };
+    let kind = |sliding| BlockKind::attention(window(sliding), Some(0));
     Ok(sliding.into_iter().map(kind).collect())
 }

@@ -45,5 +45,5 @@ fn spec(c: &Config) -> Result<Spec> {
     let experts = Some(experts).filter(|e| e.dense.len() < base.layers);
     // In all layers, unlike in Qwen 3.
     let window = if c.bool_or("use_sliding_window", false)? { c.window(Some(4096))? } else { None };
-    Ok(Spec { experts, blocks: vec![BlockKind { window, rope: Some(0) }], ..base })
+    Ok(Spec { experts, blocks: vec![BlockKind::attention(window, Some(0))], ..base })
 }

@@ -27,7 +27,7 @@ fn spec(c: &Config) -> Result<Spec> {
     }
     let kind = |(rotates, sliding): (bool, bool)| {
         let sliding = if said { sliding } else { !rotates };
-        BlockKind { window: window.filter(|_| sliding), rope: rotates.then_some(0) }
+        BlockKind::attention(window.filter(|_| sliding), rotates.then_some(0))
     };
     let blocks = rotates.into_iter().zip(sliding).map(kind).collect();
     Ok(Spec { blocks, tied: c.bool_or("tie_word_embeddings", true)?, ..base })

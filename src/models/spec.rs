@@ -5,9 +5,12 @@ use crate::{
     error::{Error, Result},
     ops::{
         activation::{Activation, Glu},
-        attention, matmul,
+        attention,
+        delta_rule::{self, DeltaShape},
+        matmul,
         rope::Rope,
         routing::Router,
+        short_conv::{self, ConvSpec},
     },
 };
 
@@ -65,6 +68,25 @@ pub enum QkNorm {
     Rows,
 }
 
+/// What a block mixes the rows of a sequence by.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mixer {
+    #[default]
+    Attention,
+    /// The one of [`Spec::other_mixer`].
+    Other,
+}
+
+/// What the blocks without attention have in its place: it keeps a state of fixed size.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum OtherMixer {
+    /// `out(silu(z) norm(delta_rule(silu(conv(q, k, v)), b, a)))`, all of it projected from the
+    /// input (Yang et al. 2024); the convolution has so many taps.
+    Delta(DeltaShape, usize),
+    /// `out(c conv(b u))`, all of it projected from the input (LFM2).
+    Conv(usize),
+}
+
 /// What may differ between the blocks of a model.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct BlockKind {
@@ -72,6 +94,13 @@ pub struct BlockKind {
     pub window: Option<u32>,
     /// The one of [`Spec::ropes`] that rotates queries and keys, if one does.
     pub rope: Option<usize>,
+    pub mixer: Mixer,
+}
+
+impl BlockKind {
+    pub fn attention(window: Option<u32>, rope: Option<usize>) -> Self {
+        Self { window, rope, mixer: Mixer::Attention }
+    }
 }
 
 /// Blocks of a model differ by so many windows at most.
@@ -110,6 +139,10 @@ pub struct Spec {
     pub parallel: bool,
     pub mlp: Mlp,
     pub experts: Option<Experts>,
+    /// Of the blocks without attention.
+    pub other_mixer: Option<OtherMixer>,
+    /// What attention gives is gated, by what a further part of its projection says.
+    pub attention_gate: bool,
     /// A learned logit of each head joins the softmax over attention scores.
     pub sinks: bool,
     /// Biases on the query, key and value projections.
@@ -179,6 +212,8 @@ pub struct Widths {
     pub mlp_hidden: usize,
     /// 0 without experts.
     pub expert_hidden: usize,
+    /// 0 without a delta rule.
+    pub value_dim: usize,
 }
 
 /// What one block computes. The transformer and the plan read from here all that may differ between
@@ -191,6 +226,42 @@ pub struct LayerSpec {
     pub window: usize,
     /// The one of [`Spec::ropes`] that rotates queries and keys, if one does.
     pub rope: Option<usize>,
+    /// What it has in the place of attention, if something.
+    pub other: Option<OtherMixer>,
+}
+
+impl OtherMixer {
+    /// Its convolution in a model of this hidden size.
+    pub fn conv(self, hidden: usize) -> ConvSpec {
+        match self {
+            Self::Delta(shape, taps) => ConvSpec { channels: shape.qkv_cols(), taps, silu: true },
+            Self::Conv(taps) => ConvSpec { channels: hidden, taps, silu: false },
+        }
+    }
+
+    /// Columns of its first projection: what is convolved, gates, and those of a delta rule.
+    pub fn input_cols(self, hidden: usize) -> usize {
+        match self {
+            Self::Delta(shape, _) => shape.qkv_cols() + shape.values() + 2 * shape.value_heads,
+            Self::Conv(_) => 3 * hidden,
+        }
+    }
+
+    /// Columns of what its last projection reads.
+    pub fn output_cols(self, hidden: usize) -> usize {
+        match self {
+            Self::Delta(shape, _) => shape.values(),
+            Self::Conv(_) => hidden,
+        }
+    }
+
+    /// Its delta rule, if it has one.
+    pub fn delta(self) -> Option<DeltaShape> {
+        match self {
+            Self::Delta(shape, _) => Some(shape),
+            Self::Conv(_) => None,
+        }
+    }
 }
 
 impl Spec {
@@ -202,7 +273,14 @@ impl Spec {
         let wide = |e: &Experts| Experts { hidden: matmul::width(dev, e.hidden), ..e.clone() };
         let experts = self.experts.as_ref().map(wide);
         let unpadded = matches!(dev, Device::Cuda(_)).then_some(widths);
-        Self { head_dim, mlp_hidden, experts, unpadded, ..self }
+        let other_mixer = self.other_mixer.map(|m| match m {
+            OtherMixer::Delta(shape, taps) => {
+                let value_dim = matmul::width(dev, shape.value_dim);
+                OtherMixer::Delta(DeltaShape { value_dim, ..shape }, taps)
+            }
+            conv => conv,
+        });
+        Self { head_dim, mlp_hidden, experts, other_mixer, unpadded, ..self }
     }
 
     /// Whether `dev` computes such a model, after [`Spec::on`].
@@ -211,6 +289,15 @@ impl Spec {
             let what = "hidden size on a CUDA device";
             return Err(Error::value(what, "a multiple of 8", self.hidden));
         }
+        if let Some(other) = self.other_mixer {
+            let cols = other.input_cols(self.hidden);
+            if matmul::width(dev, cols) != cols {
+                let what = "columns of the input of a block without attention on a CUDA device";
+                return Err(Error::value(what, "a multiple of 8", cols));
+            }
+            short_conv::supported(dev, other.conv(self.hidden))?;
+            other.delta().map_or(Ok(()), |shape| delta_rule::supported(dev, shape))?;
+        }
         self.each_layer().try_for_each(|layer| attention::supported(dev, &layer.attention))
     }
 
@@ -218,16 +305,43 @@ impl Spec {
     pub fn widths(&self) -> Widths {
         let Self { head_dim, mlp_hidden, .. } = *self;
         let expert_hidden = self.experts.as_ref().map_or(0, |e| e.hidden);
-        self.unpadded.unwrap_or(Widths { head_dim, mlp_hidden, expert_hidden })
+        let value_dim = self.delta().map_or(0, |shape| shape.value_dim);
+        self.unpadded.unwrap_or(Widths { head_dim, mlp_hidden, expert_hidden, value_dim })
     }
 
     /// What block `l` computes.
     pub fn layer(&self, l: usize) -> LayerSpec {
         let kind = self.blocks.get(l).or(self.blocks.first()).copied().unwrap_or_default();
         // Of the one or two windows, in ascending order.
-        let window = usize::from(self.blocks.iter().any(|other| other.window < kind.window));
+        let window = usize::from(self.windows().len() > 1 && self.windows()[0] != kind.window);
         let attention = attention::Shape { window: kind.window, ..self.attention() };
-        LayerSpec { attention, window, rope: kind.rope }
+        let other = self.other_mixer.filter(|_| kind.mixer == Mixer::Other);
+        LayerSpec { attention, window, rope: kind.rope, other }
+    }
+
+    /// Whether block `l` has attention.
+    pub fn attends(&self, l: usize) -> bool {
+        self.layer(l).other.is_none()
+    }
+
+    /// The delta rule of blocks without attention, if it is one.
+    pub fn delta(&self) -> Option<DeltaShape> {
+        self.other_mixer.and_then(OtherMixer::delta)
+    }
+
+    /// The same without padding, as files have it.
+    pub(super) fn stored_delta(&self) -> Option<DeltaShape> {
+        self.delta().map(|shape| DeltaShape { value_dim: self.widths().value_dim, ..shape })
+    }
+
+    /// Blocks that keep a state, not keys and values.
+    pub fn other_blocks(&self) -> usize {
+        self.each_layer().filter(|l| l.other.is_some()).count()
+    }
+
+    /// Columns of the projection that attention reads: gates behind queries, keys and values.
+    pub fn attention_input_cols(&self) -> usize {
+        self.qkv_cols() + if self.attention_gate { self.attention_cols() } else { 0 }
     }
 
     pub fn each_layer(&self) -> impl Iterator<Item = LayerSpec> {
@@ -236,7 +350,8 @@ impl Spec {
 
     /// The windows of all blocks, each once: one or two.
     pub fn windows(&self) -> Vec<Option<u32>> {
-        let mut all: Vec<_> = self.blocks.iter().map(|kind| kind.window).collect();
+        let attending = self.blocks.iter().filter(|kind| kind.mixer == Mixer::Attention);
+        let mut all: Vec<_> = attending.map(|kind| kind.window).collect();
         all.sort_unstable();
         all.dedup();
         if all.is_empty() { vec![None] } else { all }

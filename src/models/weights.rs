@@ -50,7 +50,7 @@ pub(super) fn transposed(family: &Family, t: &ParamTensor) -> Option<usize> {
     match order(family, t) {
         StoredOrder::Columns => Some(1),
         StoredOrder::Experts | StoredOrder::ExpertPairs => Some(t.stack),
-        StoredOrder::Rows | StoredOrder::Heads => None,
+        _ => None,
     }
 }
 
@@ -68,7 +68,8 @@ pub(super) fn stored_shape(
         }
         (_, true) => vec![rows],
         (StoredOrder::Columns, false) => vec![cols, rows],
-        (StoredOrder::Rows | StoredOrder::Heads, false) => vec![rows, cols],
+        (StoredOrder::Channels, false) => vec![rows, 1, cols],
+        (_, false) => vec![rows, cols],
     }
 }
 
@@ -101,11 +102,8 @@ pub(super) struct Places {
 impl Places {
     pub fn of(family: &Family, t: &ParamTensor, spec: &Spec) -> Self {
         let order = order(family, t);
-        let ordered = |places: Vec<usize>| match order {
-            StoredOrder::Heads | StoredOrder::ExpertPairs => {
-                (0..places.len()).map(|i| places[order.row(spec, i)]).collect()
-            }
-            StoredOrder::Rows | StoredOrder::Columns | StoredOrder::Experts => places,
+        let ordered = |places: Vec<usize>| {
+            (0..places.len()).map(|i| places[order.row(spec, i)]).collect::<Vec<_>>()
         };
         let (rows, cols) = (t.facts.rows, t.facts.cols.places(spec));
         if t.is_vector() {

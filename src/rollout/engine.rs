@@ -69,6 +69,8 @@ struct Live {
     /// The last of them is token `drawn` of the last pass, unless the prompt is all.
     drawn: u32,
     pages: Vec<u32>,
+    /// Where the state of blocks without attention is.
+    slot: u32,
 }
 
 /// A pass that was queued, and not read.
@@ -166,7 +168,7 @@ impl Generator {
         self.check(model.spec(), prompts, config)?;
         let (ahead, most) = (ahead(dev), config.max_new_tokens);
         let page = model.spec().attention().page(dev);
-        let mut slots = LiveSlots::new(prompts.len(), self, page);
+        let mut slots = LiveSlots::new(prompts.len(), self, model.spec(), page);
         let cache = Cache::new(dev, scope, model.spec(), self.pass_shape(0, self.slots))?;
         let tokens = self.tokens(scope)?;
         let mut decoder = Decoder { dev, model, sizes: self, config, cache, tokens };
@@ -291,12 +293,20 @@ struct LiveSlots {
     live: Vec<Live>,
     waiting: VecDeque<usize>,
     pages: Pages,
+    /// Slots that no live sequence has.
+    free: Vec<u32>,
+    /// Samples of one prompt share pages.
+    share: bool,
 }
 
 impl LiveSlots {
-    fn new(prompts: usize, sizes: &Generator, page: usize) -> Self {
+    fn new(prompts: usize, sizes: &Generator, spec: &Spec, page: usize) -> Self {
+        let live = Vec::with_capacity(sizes.slots);
         let pages = Pages::new(page, sizes.slots * sizes.max_len.div_ceil(page));
-        Self { live: Vec::with_capacity(sizes.slots), waiting: (0..prompts).collect(), pages }
+        let free = (0..sizes.slots as u32).rev().collect();
+        // A state is of all tokens before it: pages of some of them are no beginning.
+        let share = spec.other_blocks() == 0;
+        Self { live, waiting: (0..prompts).collect(), pages, free, share }
     }
 
     fn are_idle(&self) -> bool {
@@ -305,26 +315,30 @@ impl LiveSlots {
 
     /// One row for each live sequence, and whole prompts while rows are left.
     fn fill(&mut self, sizes: &Generator, batch: &mut Batch, prompts: &[Prompt]) {
-        let Self { live, waiting, pages } = self;
+        let Self { live, waiting, pages, free, share } = self;
         batch.clear();
         for s in &mut *live {
             pages.grow(s);
             batch.push_drawn(s.drawn, s.len - 1, &s.pages);
+            batch.in_slot(s.slot);
         }
         while let Some(&index) = waiting.front().filter(|_| live.len() < sizes.slots) {
             let Prompt { sample, ids } = &prompts[index];
             let (sample, prompt, len) = (*sample, ids.len(), ids.len());
-            let mut s = Live { index, sample, prompt, len, drawn: 0, pages: Vec::new() };
+            let Some(&slot) = free.last() else { break };
+            let mut s = Live { index, sample, prompt, len, drawn: 0, pages: Vec::new(), slot };
             // Its keys and values are there, or will be when this pass reads them.
-            let same = live.iter().find(|s| prompts[s.index].ids == *ids);
+            let same = live.iter().find(|s| *share && prompts[s.index].ids == *ids);
             let shared = same.map_or(0, |same| pages.share(same, &mut s));
             if batch.len() + ids.len() - shared > sizes.rows {
                 pages.release(&s);
                 break;
             }
             waiting.pop_front();
+            free.pop();
             pages.grow(&mut s);
             batch.push_cached(&ids[shared..], shared, &s.pages);
+            batch.in_slot(slot);
             live.push(s);
         }
     }
@@ -337,11 +351,14 @@ impl LiveSlots {
         self.leave(|s| s.len - s.prompt == most);
     }
 
-    /// Frees slots and pages. A queued pass may still read and write the pages: their next owner
-    /// has rows in later passes only, and the device runs passes one after the other.
+    /// Frees slots and pages. A queued pass may still read and write them: their next owner has
+    /// rows in later passes only, and the device runs passes one after the other.
     fn leave(&mut self, gone: impl Fn(&Live) -> bool) {
         let left = self.live.extract_if(.., |s| gone(s));
-        left.for_each(|s| self.pages.release(&s));
+        left.for_each(|s| {
+            self.pages.release(&s);
+            self.free.push(s.slot);
+        });
     }
 }
 

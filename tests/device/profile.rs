@@ -416,7 +416,7 @@ fn nvidias_profilers_are_told_of_phases_and_ops() {
 
 /// Public functions of `src/ops` that take a device and open no span: they report or allocate the
 /// memory that a step uses, or a device.
-const NO_OPS: [&str; 18] = [
+const NO_OPS: [&str; 22] = [
     "attention/mod.rs::forward_scratch_len",
     "attention/mod.rs::page",
     "attention/mod.rs::resident",
@@ -425,6 +425,8 @@ const NO_OPS: [&str; 18] = [
     "attention/partition.rs::most_words",
     "attention/partition.rs::new",
     "attention/partition.rs::set",
+    "delta_rule/mod.rs::forward_scratch_len",
+    "delta_rule/mod.rs::supported",
     "matmul/mod.rs::bytes",
     "matmul/mod.rs::new",
     "matmul/mod.rs::rows",
@@ -435,6 +437,8 @@ const NO_OPS: [&str; 18] = [
     "rope.rs::scaling",
     "rope.rs::wide",
     "routing.rs::new",
+    "short_conv.rs::scratch_len",
+    "short_conv.rs::supported",
 ];
 
 /// Every op of the house opens a span under a name of its own that begins with that of its file.

@@ -468,6 +468,15 @@ impl<'a> Lab<'a> {
         }
     }
 
+    /// Keeps an output in f32 that is summed over `n` rows of what is a sum over the rows behind
+    /// each: their roundings are as a walk of n steps.
+    pub fn sum_of_sums<F: Float>(&mut self, name: &'static str, x: &Buffer<'_, F>, n: usize) {
+        self.sum(name, x);
+        if let Some(output) = self.outputs.last_mut() {
+            output.epsilon *= (n as f64).sqrt();
+        }
+    }
+
     /// Keeps an output that has a part for each row.
     pub fn by_row<T: Element>(&mut self, name: &'static str, x: &Buffer<'_, T>) {
         let x = self.dev.read(x.view()).unwrap();
