@@ -16,9 +16,12 @@ use warpo::{
         adamw,
         attention::{self, KvLayer, PAGE, Segment, Shape},
         bradley_terry::{self, Pairs},
+        delta_rule::{self, DeltaGrads, DeltaInputs, DeltaKept, DeltaOut, DeltaShape},
         embedding,
         experts::{self, PairRows, Stack, StackGrads},
-        gae, grad_norm,
+        gae,
+        gate::{self, Gate, Strided},
+        grad_norm,
         kl::KlEstimator,
         logprob::{self, LmHead, LogitSettings, Outputs, Slopes},
         matmul::{self, Packed},
@@ -30,6 +33,7 @@ use warpo::{
         routing::{self, Router, Routes},
         sample::{self, Draws},
         scalar_head, scale,
+        short_conv::{self, ConvKept, ConvSpec, Sequences},
         value_loss::{self, ValueLoss, ValueTokens},
         whiten::{self, Moments, Variance},
     },
@@ -197,6 +201,71 @@ fn attention(c: &mut Criterion) {
             .unwrap();
         });
     }
+}
+
+/// A gated delta rule of Qwen3.5-0.8B, 16 heads of 128, and what is around it: four sequences.
+fn mixers(c: &mut Criterion) {
+    let dev = device();
+    let mut g = c.benchmark_group("delta_rule");
+    let shape = DeltaShape { key_heads: 16, value_heads: 16, key_dim: 128, value_dim: 128 };
+    let (cols, values, heads) = (shape.qkv_cols(), shape.values(), shape.value_heads);
+    let len = ROWS as u32 / 4;
+    let spans: Vec<u32> = (0..4).flat_map(|i| [i * len, len, 0, i]).collect();
+    let (x, w, mut y) = (randn(1, ROWS * cols), randn(2, cols * 4), vec![0.0; ROWS * cols]);
+    let spec = ConvSpec { channels: cols, taps: 4, silu: true };
+    let none = || ViewMut::from(&mut [][..]);
+    bench(&mut g, "short_conv/cpu/f32/2048x6144x4", moves(2 * ROWS * cols), || {
+        let (of, x) = (Sequences { spans: (&spans).into(), state: none() }, (&x).into());
+        let x = Strided::dense(x, cols);
+        short_conv::forward(dev, spec, (&mut y).into(), x, (&w).into(), of).unwrap();
+    });
+    let (mut dx, mut dw, mut scratch) =
+        (vec![0.0; ROWS * cols], vec![0.0; cols * 4], vec![0.0; ROWS * cols]);
+    bench(&mut g, "short_conv_backward/cpu/f32/2048x6144x4", moves(3 * ROWS * cols), || {
+        let x = Strided::dense((&x).into(), cols);
+        let kept = ConvKept { x, w: (&w).into(), spans: (&spans).into() };
+        let to = (Strided::dense((&mut dx).into(), cols), (&mut dw).into());
+        short_conv::backward(dev, spec, to, (&y).into(), kept, (&mut scratch).into()).unwrap();
+    });
+    let (gates, rate, bias) = (randn(3, ROWS * 2 * heads), randn(4, heads), randn(5, heads));
+    let inputs = DeltaInputs {
+        qkv: (&x).into(),
+        gates: Strided::dense((&gates).into(), 2 * heads),
+        rate: (&rate).into(),
+        bias: (&bias).into(),
+    };
+    let (mut out, mut errors) = (vec![0.0; ROWS * values], vec![0.0; ROWS * values]);
+    let work = fma(3 * ROWS * shape.state_len());
+    bench(&mut g, "forward/cpu/f32/2048x16x128x128", work, || {
+        let to = DeltaOut {
+            out: (&mut out).into(),
+            errors: (&mut errors).into(),
+            scratch: (&mut scratch).into(),
+        };
+        let of = Sequences { spans: (&spans).into(), state: none() };
+        delta_rule::forward(dev, shape, to, inputs, of).unwrap();
+    });
+    let mut scratch = vec![0.0; delta_rule::backward_scratch_len(shape, ROWS)];
+    let (mut dgates, mut drate, mut dbias) =
+        (vec![0.0; ROWS * 2 * heads], vec![0.0; heads], vec![0.0; heads]);
+    let work = fma(8 * ROWS * shape.state_len());
+    bench(&mut g, "backward/cpu/f32/2048x16x128x128", work, || {
+        let to = DeltaGrads {
+            dqkv: (&mut dx).into(),
+            dgates: Strided::dense((&mut dgates).into(), 2 * heads),
+            drate: (&mut drate).into(),
+            dbias: (&mut dbias).into(),
+            scratch: (&mut scratch).into(),
+        };
+        let kept = DeltaKept { errors: (&errors).into(), spans: (&spans).into() };
+        delta_rule::backward(dev, shape, to, (&out).into(), inputs, kept).unwrap();
+    });
+    let (z, mut y) = (randn(6, ROWS * values), vec![0.0; ROWS * values]);
+    let [z, x] = [(&z).into(), (&out).into()].map(|x| Strided::dense(x, values));
+    bench(&mut g, "gate/cpu/f32/2048x2048", moves(3 * ROWS * values), || {
+        let y = Strided::dense((&mut y).into(), values);
+        gate::forward(dev, Gate::Silu, y, x, z, values).unwrap();
+    });
 }
 
 fn lm_head(c: &mut Criterion) {
@@ -445,6 +514,7 @@ criterion_group!(
     matmul,
     mixture,
     attention,
+    mixers,
     lm_head,
     norms,
     elementwise,

@@ -5,9 +5,7 @@ use super::{
 };
 use crate::{
     error::Result,
-    ops::{
-        attention::MAX_HEAD_DIM, delta_rule::DeltaShape, rope::Frequencies, routing::MAX_EXPERTS,
-    },
+    ops::{attention::MAX_HEAD_DIM, rope::Frequencies, routing::MAX_EXPERTS},
 };
 
 /// A family: its names in files, and how its `config.json` becomes a [`Spec`].
@@ -50,8 +48,6 @@ pub enum StoredOrder {
     Heads,
     /// `[out, in]` with the query of each head followed by its gate.
     GatedQueries,
-    /// `[out, in]` with what belongs to the first key head of a delta rule, then to the next.
-    KeyHeads,
     /// `[channels, 1, taps]`
     Channels,
     /// `[experts, in, out]`, a bias `[experts, out]`.
@@ -76,29 +72,8 @@ impl StoredOrder {
                     (head, at) => (q + 2 * kv + head) * d + at - d,
                 }
             }
-            Self::KeyHeads => spec.stored_delta().map_or(i, |shape| of_key_heads(shape, i)),
             Self::Rows | Self::Columns | Self::Experts | Self::Channels => i,
         }
-    }
-}
-
-/// Where row `i` of two tensors that are stored by key heads is among queries, keys, values, gates,
-/// `b` and `a` of all heads: the first tensor has the first four of each key head, the second the
-/// last two.
-fn of_key_heads(shape: DeltaShape, i: usize) -> usize {
-    let DeltaShape { key_heads, value_heads, key_dim: d, .. } = shape;
-    let (group, keys) = (value_heads / key_heads, shape.keys());
-    let (values, gates) = (group * shape.value_dim, shape.qkv_cols());
-    let last = gates + shape.values();
-    if let Some(i) = i.checked_sub(last) {
-        let (head, at) = (i / (2 * group), i % (2 * group));
-        return last + at / group * value_heads + head * group + at % group;
-    }
-    let (head, at) = (i / (2 * (d + values)), i % (2 * (d + values)));
-    match at.checked_sub(2 * d) {
-        None => at / d * keys + head * d + at % d,
-        Some(at) if at < values => 2 * keys + head * values + at,
-        Some(at) => gates + head * values + at - values,
     }
 }
 

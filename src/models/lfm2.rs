@@ -51,7 +51,11 @@ fn spec(c: &Config) -> Result<Spec> {
         Some(inner) => inner,
         None => c.usize("intermediate_size")?,
     };
-    let c = &c.with_defaults(&[("intermediate_size", 1), ("num_key_value_heads", 8)]);
+    let c = &c.with_defaults(&[
+        ("intermediate_size", 1),
+        ("num_key_value_heads", 8),
+        ("max_position_embeddings", 128_000),
+    ]);
     for key in ["conv_bias", "attention_bias", "mlp_bias"] {
         c.must_be(key, false)?;
     }

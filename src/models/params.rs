@@ -259,7 +259,6 @@ impl Axis {
             (Self::MixerIn, 4, Some(s)) => {
                 vec![s.qkv_cols(), s.values(), s.value_heads, s.value_heads]
             }
-            (Self::MixerIn, 2, Some(s)) => vec![s.qkv_cols() + s.values(), 2 * s.value_heads],
             _ => vec![self.stored_len(spec) / n.max(1); n],
         }
     }

@@ -58,7 +58,11 @@ const WEIGHTS: &[StoredWeight] = &[
 ];
 
 pub(super) fn spec(c: &Config) -> Result<Spec> {
-    let c = &c.with_defaults(&[("num_key_value_heads", 4), ("head_dim", 256)]);
+    let c = &c.with_defaults(&[
+        ("num_key_value_heads", 4),
+        ("head_dim", 256),
+        ("max_position_embeddings", 32768),
+    ]);
     c.must_be("attention_bias", false)?;
     c.must_be("attn_output_gate", true)?;
     // Sections of positions are for images: to text all are one.

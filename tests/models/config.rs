@@ -206,6 +206,39 @@ fn configs_of_the_hub_are_understood() {
             596_049_920,
         ),
         (
+            // Beside a part that sees, which is left out.
+            "Qwen3.5-0.8B",
+            json!({"model_type": "qwen3_5", "tie_word_embeddings": true, "vision_config": {}, "text_config":
+            llama(json!({
+                "model_type": "qwen3_5_text", "hidden_size": 1024, "intermediate_size": 3584,
+                "num_hidden_layers": 24, "num_attention_heads": 8, "num_key_value_heads": 2,
+                "head_dim": 256, "max_position_embeddings": 262144, "attn_output_gate": true,
+                "full_attention_interval": 4, "linear_conv_kernel_dim": 4,
+                "linear_key_head_dim": 128, "linear_num_key_heads": 16,
+                "linear_num_value_heads": 16, "linear_value_head_dim": 128,
+                "mamba_ssm_dtype": "float32", "mlp_only_layers": [], "mtp_num_hidden_layers": 1,
+                "rope_parameters": {
+                    "mrope_interleaved": true, "mrope_section": [11, 11, 10],
+                    "partial_rotary_factor": 0.25, "rope_theta": 1e7, "rope_type": "default"
+                },
+                "vocab_size": 248320
+            }))}),
+            752_393_024,
+        ),
+        (
+            "LFM2-1.2B",
+            llama(json!({
+                "model_type": "lfm2", "hidden_size": 2048, "block_dim": 2048,
+                "block_auto_adjust_ff_dim": true, "block_ff_dim": 12288,
+                "block_ffn_dim_multiplier": 1.0, "block_multiple_of": 256, "conv_L_cache": 3,
+                "conv_bias": false, "conv_dim": 2048, "full_attn_idxs": [2, 5, 8, 10, 12, 14],
+                "num_hidden_layers": 16, "num_attention_heads": 32, "num_key_value_heads": 8,
+                "max_position_embeddings": 128000, "norm_eps": 1e-5, "rope_theta": 1e6,
+                "vocab_size": 65536
+            })),
+            1_170_340_608,
+        ),
+        (
             "Llama-3.2-1B",
             llama(json!({
                 "model_type": "llama", "hidden_size": 2048, "intermediate_size": 8192,
@@ -365,5 +398,23 @@ fn families_have_their_own_defaults() {
         spec.each_layer().map(|l| l.attention.window.is_some()).collect::<Vec<_>>()
     };
     assert_eq!(windowed("smollm3"), [false, false, false, true]);
+    let attends = |golden, key: &str, value: Value| {
+        let spec = spec(golden, &|json| {
+            json.remove("layer_types");
+            json.insert(key.into(), value.clone());
+        });
+        (0..spec.layers).map(|l| spec.attends(l)).collect::<Vec<_>>()
+    };
+    assert_eq!(attends("qwen3_5", "num_hidden_layers", json!(4)), [false, false, false, true]);
+    assert_eq!(attends("qwen3_5", "full_attention_interval", json!(2)), [false, true, false]);
+    assert_eq!(attends("lfm2", "full_attn_idxs", json!([0, 2])), [true, false, true]);
+    assert_eq!(attends("lfm2", "full_attn_idxs", json!(null)), [true; 3]);
+    let wide = |edit: Value| {
+        spec("lfm2", &|json| json.extend(edit.as_object().unwrap().clone())).mlp_hidden
+    };
+    assert_eq!(wide(json!({})), 24);
+    assert_eq!(wide(json!({"block_auto_adjust_ff_dim": false})), 36);
+    assert_eq!(wide(json!({"block_ffn_dim_multiplier": 1.4})), 40);
+    assert_eq!(wide(json!({"block_ff_dim": 100, "block_multiple_of": 5})), 70);
     assert!(windowed("qwen3_moe").iter().all(|w| *w));
 }
