@@ -1,7 +1,7 @@
 //! `warpo chat`: a conversation with a model, on a terminal.
 
 use std::{
-    io::{IsTerminal, stdin},
+    io::{BufRead, IsTerminal, stdin},
     path::PathBuf,
     sync::{
         Arc,
@@ -13,7 +13,7 @@ use half::bf16;
 use serde_json::{Value, json};
 use signal_hook::{consts::SIGINT, flag};
 
-use super::{DeviceArgs, finite, generate::SamplingArgs, harmless, note, print, say};
+use super::{DeviceArgs, finite, generate::SamplingArgs, harmless, note, print, say, warn};
 use crate::{
     data::{self, Chat, Tokenizer},
     device::{Arena, Device, Element},
@@ -22,6 +22,7 @@ use crate::{
     ops::sample,
     rng::{Purpose, Stream},
     rollout::{GenerationConfig, Generator, Prompt},
+    train::inputs,
 };
 
 /// Talk with a model: a line is a message. Ctrl-C ends an answer, Ctrl-D the conversation
@@ -60,6 +61,7 @@ pub(super) fn run(args: &ChatArgs) -> Result<()> {
     }
     tokenizer.tell_the_time();
     tokenizer.template().map_err(|e| Error::file(&args.model, e))?;
+    data::unasked_opening(&tokenizer).iter().for_each(|text| warn(&inputs::unasked(text)));
     args.place.run(|dev| match dev {
         Device::Cpu(_) => run_in::<f32>(args, dev, &tokenizer, sampling),
         Device::Cuda(_) => run_in::<bf16>(args, dev, &tokenizer, sampling),
@@ -89,11 +91,21 @@ fn run_in<T: Element<Acc = f32>>(
         if asks {
             say("> ");
         }
-        let mut line = String::new();
-        if stdin().read_line(&mut line).map_err(Error::io("read", "<stdin>"))? == 0 {
+        let mut line = Vec::new();
+        let n = stdin().lock().read_until(b'\n', &mut line);
+        if n.map_err(Error::io("read", "<stdin>"))? == 0 {
             return if asks { print("\n") } else { Ok(()) };
         }
-        let line = line.trim_end_matches(['\n', '\r']);
+        let line = match str::from_utf8(&line) {
+            Ok(line) => line.trim_end_matches(['\n', '\r']),
+            Err(e) => {
+                note(&format!(
+                    "that line is not UTF-8 at byte {}: say it again",
+                    e.valid_up_to() + 1
+                ));
+                continue;
+            }
+        };
         if line.trim().is_empty() {
             continue;
         }
@@ -102,7 +114,10 @@ fn run_in<T: Element<Acc = f32>>(
         stop.store(false, Ordering::SeqCst);
         let answer = talk.answer(&messages, &stop)?;
         waits.store(true, Ordering::SeqCst);
-        messages.push(message("assistant", &answer));
+        match answer {
+            Some(answer) => messages.push(message("assistant", &answer)),
+            None => drop(messages.pop()),
+        }
     }
 }
 
@@ -122,15 +137,20 @@ struct Conversing<'a, T: Element> {
 }
 
 impl<T: Element<Acc = f32>> Conversing<'_, T> {
-    /// Prints the answer to the last message as it comes, and gives it.
-    fn answer(&mut self, messages: &[Value], stop: &AtomicBool) -> Result<String> {
+    /// Prints the answer to the last message as it comes, and gives it; none if there is no room
+    /// for one.
+    fn answer(&mut self, messages: &[Value], stop: &AtomicBool) -> Result<Option<String>> {
         let Self { dev, model, tokenizer, sampling, args, turn } = self;
         let ids = Chat::of(messages.to_vec()).prompt(tokenizer);
         let ids = ids.map_err(|e| Error::file(&args.model, e))?;
         let most = model.spec().max_positions.min(args.max_length as usize);
         let Some(room) = most.checked_sub(ids.len()).filter(|room| *room > 0) else {
-            let want = format!("fewer than {most} (--max-length, the model's positions)");
-            return Err(Error::value("tokens of the conversation", want, ids.len()));
+            note(&format!(
+                "with that the conversation has {} tokens, wanted fewer than {most} (--max-length, \
+                 the model's positions): say less, or begin anew",
+                ids.len()
+            ));
+            return Ok(None);
         };
         let new = (args.max_new_tokens as usize).min(room);
         let config = GenerationConfig {
@@ -159,6 +179,9 @@ impl<T: Element<Acc = f32>> Conversing<'_, T> {
             }
         };
         let done = sizes.run(dev, model, &arena.scope(), &prompts, &config, hear);
+        // An answer may end within a character.
+        let whole = tokenizer.decode_continuation(&last, &said)?;
+        print(&harmless(whole.get(text.len()..).unwrap_or_default()))?;
         if let Ok(done) = &done {
             finite(&done[0].logprobs, |t| format!("the log-prob of token {t} of the answer"))?;
         }
@@ -170,6 +193,6 @@ impl<T: Element<Acc = f32>> Conversing<'_, T> {
             Ok(_) | Err(Error::Interrupted { .. }) => print("\n")?,
             Err(e) => return Err(e),
         }
-        Ok(text)
+        Ok(Some(whole))
     }
 }

@@ -16,6 +16,7 @@ use crate::{
     ops::sample,
     rng::{Purpose, Stream},
     rollout::{GenerationConfig, Generator, Prompt},
+    train::inputs,
 };
 
 /// How tokens are drawn.
@@ -130,7 +131,9 @@ fn run_in<T: Element<Acc = f32>>(
     let generator = Generator { slots, max_len: longest + new, rows: longest.max(slots).max(512) };
     let mut arena = Arena::new(dev, generator.plan::<T>(dev, spec, &sampling)?)?;
     let is_chat = records.iter().any(|at| at.record.is_chat());
-    let turn_end = tokenizer.as_ref().filter(|_| is_chat).and_then(data::turn_end);
+    let chats = || tokenizer.as_ref().filter(|_| is_chat);
+    let turn_end = chats().and_then(data::turn_end);
+    chats().and_then(data::unasked_opening).iter().for_each(|text| warn(&inputs::unasked(text)));
     let eos = tokenizer.iter().flat_map(|t| t.eos().to_vec()).chain(turn_end);
     let settings = GenerationConfig {
         sampling,

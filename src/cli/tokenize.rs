@@ -50,13 +50,6 @@ pub(super) fn run(args: &TokenizeArgs) -> Result<()> {
     let (_, spec) = Config::read(args.model.as_ref())?.spec()?;
     let data = RunData::read(&settings, &needs, &spec)?;
     data.source.warnings.iter().for_each(|text| warn(text));
-    let stats = data.source.data.stats;
-    for (n, what) in [(stats.truncated, "cut: longer than max_length"), (stats.dropped, "dropped")]
-    {
-        if n > 0 {
-            warn(&format!("{n} examples are {what}"));
-        }
-    }
     let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
     for s in &data.source.data.sequences {
         let line = match (&data.tokenizer, colour) {

@@ -11,11 +11,14 @@ use serde_json::{Map, Value};
 use super::{
     Tokenizer,
     jinja::Rendering,
-    template::{ChatTemplate, Conversation, Ending},
+    template::{ChatTemplate, Conversation, Ending, ROLES},
 };
 
 /// Bytes of the longest conversation.
 const MAX_CHAT: usize = 4 << 20;
+
+/// Bytes that the answers of one conversation may take to be found: half a minute.
+const MAX_PREFIXES: usize = 1 << 30;
 
 /// A conversation as a line of data has it: the JSON texts of its columns.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -63,20 +66,20 @@ impl Chat {
     /// Reads and checks a conversation.
     pub fn read(text: &ChatText) -> Result<Self, String> {
         let messages = messages(&text.messages)?;
-        let json = |text: &String| -> Result<Value, String> {
-            let value = bounded(text)?;
-            // Some data sets have JSON in a text.
-            match &value {
-                Value::String(inner) => bounded(inner),
-                _ => Ok(value),
-            }
+        let json = |name: &str, text: &Option<String>| -> Result<Option<Value>, String> {
+            let read = |text: &String| match bounded(text)? {
+                // Some data sets have JSON in a text.
+                Value::String(inner) => bounded(&inner),
+                value => Ok(value),
+            };
+            text.as_ref().map(read).transpose().map_err(|e| format!("`{name}`: {e}"))
         };
-        let tools = text.tools.as_ref().map(json).transpose()?;
+        let tools = json("tools", &text.tools)?;
         let tools = tools.filter(|t| !t.is_null() && t.as_array().is_none_or(|t| !t.is_empty()));
         if tools.as_ref().is_some_and(|t| !t.is_array()) {
             return Err("`tools` is no list".into());
         }
-        let variables = match text.variables.as_ref().map(json).transpose()? {
+        let variables = match json("chat_template_kwargs", &text.variables)? {
             None | Some(Value::Null) => None,
             Some(Value::Object(all)) => Some(all),
             Some(_) => return Err("`chat_template_kwargs` is no object".into()),
@@ -175,7 +178,7 @@ impl Chat {
             false => self.answers(tokenizer, &whole, from)?,
         };
         if ends && self.messages.last().is_some_and(|m| role(m) == "assistant") {
-            let end = end_of_turn(tokenizer, &whole, 0, whole.text.len());
+            let end = end_of_turn(&controls(tokenizer, &whole), &whole, 0..whole.text.len());
             whole.text.truncate(end);
         }
         encode(tokenizer, &whole, &spans)
@@ -223,12 +226,19 @@ impl Chat {
         whole: &Rendering,
         from: usize,
     ) -> Result<Vec<Range<usize>>, String> {
-        let template = tokenizer.template()?;
+        let (template, controls) = (tokenizer.template()?, controls(tokenizer, whole));
         let mut spans = Vec::new();
-        for at in from..self.count() {
-            if role(&self.messages[at]) != "assistant" {
-                continue;
-            }
+        let answers = (from..self.count()).filter(|at| role(&self.messages[*at]) == "assistant");
+        let answers: Vec<usize> = answers.collect();
+        if answers.len().saturating_mul(whole.text.len()) > MAX_PREFIXES {
+            return Err(format!(
+                "has {} answers in {} bytes, and each takes a rendering of all before it: the \
+                 template needs `generation` blocks, or the conversation a few lines of data",
+                answers.len(),
+                whole.text.len()
+            ));
+        }
+        for at in answers {
             if at == 0 {
                 return Err("the first message is an answer: there is no prompt to it, and the \
                             template has no `generation` blocks"
@@ -243,7 +253,7 @@ impl Chat {
                     self.prefix(&upto, whole, at + 1)?
                 }
             };
-            spans.push(start..end_of_turn(tokenizer, whole, start, end));
+            spans.push(start..end_of_turn(&controls, whole, start..end));
         }
         Ok(spans)
     }
@@ -254,7 +264,14 @@ fn bounded(text: &str) -> Result<Value, String> {
     if text.len() > MAX_CHAT {
         return Err(format!("a conversation has {} bytes, wanted at most {MAX_CHAT}", text.len()));
     }
-    serde_json::from_str(text).map_err(|e| format!("not JSON: {e}"))
+    serde_json::from_str(text).map_err(|e| not_json(&e))
+}
+
+/// The parser's message without its "line 1", which would contradict the file's line.
+pub(super) fn not_json(e: &serde_json::Error) -> String {
+    let (text, column) = (e.to_string(), e.column());
+    let what = text.split(" at line ").next().unwrap_or_default();
+    format!("not JSON: {what} at column {column}")
 }
 
 /// Reads a list of messages, each with a role, as templates get them: without keys that are null,
@@ -304,28 +321,28 @@ pub fn chat_texts(json: &str) -> Vec<String> {
 
 /// The end of the turn that ends a part of a rendering: of its last control token, if only white
 /// space follows that.
-fn end_of_turn(tokenizer: &Tokenizer, of: &Rendering, start: usize, end: usize) -> usize {
-    let bare = start + of.text[start..end].trim_end().len();
-    let controls = controls(tokenizer, of);
+fn end_of_turn(controls: &[Control], of: &Rendering, part: Range<usize>) -> usize {
+    let bare = part.start + of.text[part.clone()].trim_end().len();
     // The token may have taken the space behind it.
-    let last = controls.iter().rev().find(|c| c.0.start < bare);
-    match last {
-        Some((range, _)) if range.end >= bare && range.start >= start => range.end.min(end),
-        _ => end,
+    let before = controls.partition_point(|c| c.0.start < bare);
+    match controls[..before].last() {
+        Some((range, _)) if range.end >= bare && range.start >= part.start => {
+            range.end.min(part.end)
+        }
+        _ => part.end,
     }
 }
 
-/// Control tokens that the template wrote: all of their characters, but for letters, as those of
-/// a role.
-fn controls(tokenizer: &Tokenizer, of: &Rendering) -> Vec<(Range<usize>, u32)> {
-    let letter = |c: char| c.is_alphanumeric() || c == '_';
+/// The bytes of a control token in a rendering, and its id.
+type Control = (Range<usize>, u32);
+
+/// Control tokens that the template wrote: all of their characters, but for a role within.
+fn controls(tokenizer: &Tokenizer, of: &Rendering) -> Vec<Control> {
+    let is_role = |text: &str| ROLES.iter().any(|role| text.eq_ignore_ascii_case(role));
     let written = |token: &Range<usize>| {
         let first = of.given.partition_point(|g| g.end <= token.start);
-        let given = of.given[first..].iter().take_while(|g| g.start < token.end);
-        given.into_iter().all(|g| {
-            let part = g.start.max(token.start)..g.end.min(token.end);
-            part.start > token.start && of.text[part].chars().all(letter)
-        })
+        let mut given = of.given[first..].iter().take_while(|g| g.start < token.end);
+        given.all(|g| g.start > token.start && g.end < token.end && is_role(&of.text[g.clone()]))
     };
     tokenizer.controls_in(&of.text, written)
 }
@@ -340,11 +357,14 @@ fn encode(
     let mut out = ChatIds::default();
     let failed = |e: crate::Error| e.to_string();
     let controls = controls(tokenizer, of);
-    let cuts = |range: &Range<usize>| {
-        let all = spans.iter().flat_map(|s| [s.start, s.end]);
-        let mut all: Vec<usize> = all.filter(|at| range.start < *at && *at < range.end).collect();
-        all.push(range.end);
-        all
+    let mut cuts: Vec<usize> = spans.iter().flat_map(|s| [s.start, s.end]).collect();
+    cuts.extend(tokenizer.cuts_of_marks(&of.text));
+    cuts.sort_unstable();
+    cuts.dedup();
+    let cuts_in = |range: Range<usize>| {
+        let (first, last) = (range.start, range.end);
+        let inner = cuts.partition_point(|at| *at <= first)..cuts.partition_point(|at| *at < last);
+        cuts[inner].iter().copied().chain([last])
     };
     let is_learned = |at: usize| {
         let i = spans.partition_point(|s| s.end <= at);
@@ -374,7 +394,7 @@ fn encode(
         // Behind a control token a tokenizer may begin anew, behind another cut it does not.
         let mut begins = true;
         if at < control.start.min(end) {
-            for cut in cuts(&(at..control.start.min(end))) {
+            for cut in cuts_in(at..control.start.min(end)) {
                 let text = &of.text[at..cut];
                 let ids = match (begins, at) {
                     (true, 0) => tokenizer.encode(text),
@@ -404,4 +424,20 @@ pub fn turn_end(tokenizer: &Tokenizer) -> Option<u32> {
     // Not what begins another turn.
     let text = whole.text.get(answer..end.0.start.max(answer))?;
     text.trim().is_empty().then_some(end.1)
+}
+
+/// What the template writes before an answer, but not where it is asked for one: it ignores
+/// `add_generation_prompt`.
+pub fn unasked_opening(tokenizer: &Tokenizer) -> Option<String> {
+    let template = tokenizer.template().ok()?;
+    let message = |role: &str| serde_json::json!({"role": role, "content": "a"});
+    let chat = Chat::of(vec![message("user"), message("assistant")]);
+    let render = |count, ending| chat.render(template, count, ending).ok();
+    let (asked, whole) = (render(1, Ending::Prompt)?.text, render(2, Ending::Whole)?);
+    if asked != render(1, Ending::Whole)?.text {
+        return None;
+    }
+    let answer = whole.given.last()?.start;
+    let opening = whole.text[..answer].strip_prefix(&asked)?;
+    (!opening.trim().is_empty()).then(|| opening.to_owned())
 }

@@ -46,6 +46,27 @@ pub struct Dataset {
     /// pairs.
     pub margins: Vec<Option<f64>>,
     pub stats: DatasetStats,
+    /// What was cut or dropped, a reason each.
+    pub omissions: Vec<Omission>,
+}
+
+/// Examples that were cut or dropped for one reason.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Omission {
+    /// "cut ..." or "dropped: ...".
+    pub reason: String,
+    pub count: usize,
+    pub first: DataPlace,
+}
+
+impl std::fmt::Display for Omission {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        let Self { reason, count, first } = self;
+        match count {
+            1 => write!(f, "1 example is {reason} ({first})"),
+            n => write!(f, "{n} examples are {reason} (the first: {first})"),
+        }
+    }
 }
 
 /// Counts of a data set's records and tokens.
@@ -99,12 +120,20 @@ impl Dataset {
         hex(hash.finalize())
     }
 
-    /// Adds an example, cut at the end, unless it then teaches nothing.
+    /// Counts an example that is not as the data has it.
+    fn omit(&mut self, reason: String, at: &DataPlace) {
+        match self.omissions.iter_mut().find(|o| o.reason == reason) {
+            Some(same) => same.count += 1,
+            None => self.omissions.push(Omission { reason, count: 1, first: at.clone() }),
+        }
+    }
+
+    /// Adds an example, cut at the end, unless `useless` says why it then teaches nothing.
     fn push<const N: usize>(
         &mut self,
         mut example: [Sequence; N],
         max_length: usize,
-        teaches: impl FnOnce(&[Sequence; N]) -> bool,
+        useless: impl FnOnce(&[Sequence; N]) -> Option<&'static str>,
     ) -> bool {
         let long = example.iter().any(|s| s.ids.len() > max_length);
         self.stats.truncated += usize::from(long);
@@ -113,15 +142,21 @@ impl Dataset {
             s.predicted.iter_mut().for_each(|r| r.end = r.end.min(s.ids.len()));
             s.predicted.retain(|r| r.start < r.end);
         }
-        let kept = teaches(&example);
-        if kept {
-            self.stats.examples += 1;
-            self.stats.tokens += example.iter().map(|s| s.ids.len()).sum::<usize>();
-            self.sequences.extend(example);
-        } else {
-            self.stats.dropped += 1;
+        let (useless, at) = (useless(&example), &example[0].place);
+        match (useless, long) {
+            (Some(why), false) => self.omit(format!("dropped: {why}"), at),
+            (Some(why), true) => self.omit(format!("dropped: {why} within max_length"), at),
+            (None, true) => self.omit("cut at the end: longer than max_length".into(), at),
+            (None, false) => {}
         }
-        kept
+        if useless.is_some() {
+            self.stats.dropped += 1;
+            return false;
+        }
+        self.stats.examples += 1;
+        self.stats.tokens += example.iter().map(|s| s.ids.len()).sum::<usize>();
+        self.sequences.extend(example);
+        true
     }
 }
 
@@ -332,7 +367,8 @@ pub fn texts(
     let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::default());
     for at in records {
         let text = maker.text(at, completion_only)?;
-        out.push([text], limits.max_length, |[s]| !s.predicted.is_empty());
+        let useless = |[s]: &[Sequence; 1]| s.predicted.is_empty().then_some("nothing to learn");
+        out.push([text], limits.max_length, useless);
     }
     Ok(out)
 }
@@ -367,7 +403,7 @@ pub fn scored(
             return Err(at.error("has no tokens, wanted at least one"));
         }
         for text in texts {
-            out.push([text], limits.max_length, |_| true);
+            out.push([text], limits.max_length, |_| None);
         }
     }
     Ok(out)
@@ -398,14 +434,19 @@ pub fn pairs(
         if low == high {
             return Err(Error::value("labels of all texts", "two or more", format!("only {low}")));
         }
-        out.stats.dropped += labels().filter(|l| *l != low && *l != high).count();
+        for (_, s) in labelled.iter().filter(|l| l.0 != low && l.0 != high) {
+            out.stats.dropped += 1;
+            out.omit("dropped: a label between the lowest and the highest".into(), &s.place);
+        }
         all.extend(drawn(&labelled, (low, high), seed).map(|pair| (pair, None)));
     }
     for (pair, margin) in all {
-        let differs = |[chosen, rejected]: &[Sequence; 2]| {
-            chosen.ids != rejected.ids && !chosen.ids.is_empty() && !rejected.ids.is_empty()
+        let useless = |[chosen, rejected]: &[Sequence; 2]| {
+            let equal = chosen.ids == rejected.ids;
+            let empty = chosen.ids.is_empty() || rejected.ids.is_empty();
+            empty.then_some("no tokens").or(equal.then_some("chosen and rejected are equal"))
         };
-        if out.push(pair, limits.max_length, differs) {
+        if out.push(pair, limits.max_length, useless) {
             out.margins.push(margin);
         }
     }
@@ -466,13 +507,16 @@ pub fn prompts(
         };
         let mut prompt = maker.sequence(at, ids, Vec::new())?;
         let surplus = prompt.ids.len().saturating_sub(limits.max_length);
-        out.stats.truncated += usize::from(surplus > 0);
+        if surplus > 0 {
+            out.stats.truncated += 1;
+            out.omit("cut at the beginning: longer than max_length".into(), &prompt.place);
+        }
         // A model that expects BOS has it at the beginning of a prompt that was cut, too.
         let bos = tokenizer.and_then(|t| t.bos().filter(|_| t.adds_bos()));
         let begins = bos.is_some() && prompt.ids.first().copied() == bos;
         let begins = usize::from(begins).min(limits.max_length);
         prompt.ids.drain(begins..begins + surplus);
-        out.push([prompt], limits.max_length, |[s]| !s.ids.is_empty());
+        out.push([prompt], limits.max_length, |[s]| s.ids.is_empty().then_some("no tokens"));
     }
     Ok(out)
 }

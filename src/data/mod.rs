@@ -7,9 +7,9 @@ mod records;
 mod template;
 mod tokenizer;
 
-pub use chat::{Chat, ChatIds, ChatText, chat_texts, turn_end};
+pub use chat::{Chat, ChatIds, ChatText, chat_texts, turn_end, unasked_opening};
 pub use dataset::{
-    Dataset, DatasetStats, DrawOrder, Limits, Sequence, pairs, prompts, scored, texts,
+    Dataset, DatasetStats, DrawOrder, Limits, Omission, Sequence, pairs, prompts, scored, texts,
 };
 pub use records::{DataPlace, Located, Record, read};
 pub use template::{BUILT_IN, ChatTemplate};

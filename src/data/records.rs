@@ -14,7 +14,7 @@ use serde::{
 };
 use serde_json::value::RawValue;
 
-use super::chat::{Chat, ChatText};
+use super::chat::{Chat, ChatText, not_json};
 use crate::error::{Error, Result};
 
 /// The longest line that is read, in bytes.
@@ -184,13 +184,6 @@ pub fn read(path: &Path) -> Result<Vec<Located>> {
         return Err(Error::file(&*path, "has no records, wanted JSON objects, one a line"));
     }
     Ok(out)
-}
-
-/// The parser's message without its "line 1", which would contradict the file's line.
-fn not_json(e: &serde_json::Error) -> String {
-    let (text, column) = (e.to_string(), e.column());
-    let what = text.split(" at line ").next().unwrap_or_default();
-    format!("not JSON: {what} at column {column}")
 }
 
 fn brief(v: &RawValue) -> String {

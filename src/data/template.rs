@@ -24,6 +24,10 @@ pub const BUILT_IN: [(&str, &str); 6] = [
     ("zephyr", include_str!("templates/zephyr.jinja")),
 ];
 
+/// Roles that a template may put into a token, as in `<|user|>`.
+pub(super) const ROLES: [&str; 6] =
+    ["system", "developer", "user", "assistant", "tool", "function"];
+
 /// Bytes of the largest file that a template is read from.
 const MAX_FILE: u64 = 16 << 20;
 
@@ -137,6 +141,21 @@ impl ChatTemplate {
     /// The source of a template that is not the model's own, which a trained model takes along.
     pub fn chosen(&self) -> Option<&str> {
         self.chosen.then_some(&*self.source)
+    }
+
+    /// Whether it may write this token by itself: the source spells it, or what stands around a
+    /// role in it. A word is none: texts have it, too.
+    pub fn marks_with(&self, token: &str) -> bool {
+        let around = |source: &str, role: &&str| {
+            let part = |text: &str| !text.is_empty() && source.contains(text);
+            token.split_once(role).is_some_and(|(left, right)| part(left) && part(right))
+        };
+        let writes = |source: &String| {
+            source.contains(token) || ROLES.iter().any(|role| around(source, role))
+        };
+        let is_word = token.chars().all(|c| c.is_alphanumeric() || c == '_' || c.is_whitespace());
+        let sources = [Some(&self.source), self.with_tools.as_ref()];
+        !is_word && token.chars().count() > 1 && sources.into_iter().flatten().any(writes)
     }
 
     /// Its name, for messages.

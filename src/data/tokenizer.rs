@@ -37,18 +37,22 @@ pub struct Tokenizer {
     /// Ids of the anchor that [`Tokenizer::encode_continuation`] strips, for tokenizers that put a
     /// space before every text.
     anchor: Option<Vec<u32>>,
-    /// The special tokens, longer ones first.
-    special: Vec<Special>,
+    /// The added tokens, longer ones first.
+    added: Vec<AddedToken>,
+    /// Those that no message makes: special ones, and marks of the chat template.
+    controls: Vec<AddedToken>,
     /// Text behind a special token is encoded as at the beginning of a text.
     begins_anew: bool,
     template: Option<ChatTemplate>,
 }
 
-/// A special token, as texts spell it.
-#[derive(Debug)]
-struct Special {
+/// A token that the tokenizer adds to those of its model, as texts spell it.
+#[derive(Clone, Debug)]
+struct AddedToken {
     text: String,
     id: u32,
+    /// The tokenizer leaves it out of what it decodes.
+    special: bool,
     /// It takes the white space on its left and on its right.
     strips: (bool, bool),
 }
@@ -134,11 +138,14 @@ impl Tokenizer {
         eos.retain(|id| seen.insert(*id));
         let digest = hex(Sha256::digest(&text));
         let added = inner.get_added_tokens_decoder().into_iter();
-        let added = added.filter(|(_, t)| t.special && !t.content.trim().is_empty());
-        let special =
-            added.map(|(id, t)| Special { text: t.content, id, strips: (t.lstrip, t.rstrip) });
-        let mut special: Vec<Special> = special.collect();
-        special.sort_by(|a, b| b.text.len().cmp(&a.text.len()).then(a.text.cmp(&b.text)));
+        let added = added.filter(|(_, t)| !t.content.trim().is_empty()).map(|(id, t)| AddedToken {
+            text: t.content,
+            id,
+            special: t.special,
+            strips: (t.lstrip, t.rstrip),
+        });
+        let mut added: Vec<AddedToken> = added.collect();
+        added.sort_by(|a, b| b.text.len().cmp(&a.text.len()).then(a.text.cmp(&b.text)));
         let mut this = Self {
             path,
             digest,
@@ -147,7 +154,8 @@ impl Tokenizer {
             eos,
             adds_bos: false,
             anchor: None,
-            special,
+            added,
+            controls: Vec::new(),
             begins_anew: false,
             template: None,
         };
@@ -165,7 +173,7 @@ impl Tokenizer {
 
     /// Whether "a" behind a special token has the ids that it has at the beginning of a text.
     fn probe(&mut self, alone: &[u32]) -> Result<bool> {
-        let Some(special) = self.special.first() else { return Ok(false) };
+        let Some(special) = self.added.iter().find(|t| t.special) else { return Ok(false) };
         let text = format!("{}a", special.text);
         self.inner.set_encode_special_tokens(false);
         let ids = self.raw(&text, false);
@@ -180,6 +188,8 @@ impl Tokenizer {
             template.name_token("bos_token", self.bos.and_then(|id| self.token(id)));
             template.name_token("eos_token", self.eos.first().and_then(|id| self.token(*id)));
         }
+        let marks = |t: &&AddedToken| template.as_ref().is_some_and(|of| of.marks_with(&t.text));
+        self.controls = self.added.iter().filter(|t| t.special || marks(t)).cloned().collect();
         self.template = template;
         Ok(())
     }
@@ -200,8 +210,8 @@ impl Tokenizer {
         self.template.iter_mut().for_each(ChatTemplate::tell_the_time);
     }
 
-    /// The special tokens in a text and the bytes that each takes, without those that `counts`
-    /// refuses; of two at one place the longer one.
+    /// The control tokens of conversations in a text and the bytes that each takes, without those
+    /// that `counts` refuses; of two at one place the longer one.
     pub fn controls_in(
         &self,
         text: &str,
@@ -212,26 +222,39 @@ impl Tokenizer {
             if at < free {
                 continue;
             }
-            let token =
-                |s: &&Special| text[at..].starts_with(&s.text) && counts(&(at..at + s.text.len()));
-            let Some(special) = self.special.iter().find(token) else { continue };
-            let (mut start, mut end) = (at, at + special.text.len());
-            if special.strips.0 {
+            let spelled = |t: &&AddedToken| {
+                text[at..].starts_with(&t.text) && counts(&(at..at + t.text.len()))
+            };
+            let Some(token) = self.controls.iter().find(spelled) else { continue };
+            let (mut start, mut end) = (at, at + token.text.len());
+            if token.strips.0 {
                 start = free.max(text[..start].trim_end().len());
             }
-            if special.strips.1 {
+            if token.strips.1 {
                 end = text.len() - text[end..].trim_start().len();
             }
-            all.push((start..end, special.id));
+            all.push((start..end, token.id));
             free = end;
         }
         all
     }
 
-    /// Where a special token may begin.
+    /// Where to cut a text so that it spells no mark of the template: the library reads those that
+    /// it does not call special as tokens, wherever they stand.
+    pub fn cuts_of_marks(&self, text: &str) -> Vec<usize> {
+        let marks = || self.controls.iter().filter(|t| !t.special);
+        if marks().next().is_none() {
+            return Vec::new();
+        }
+        let spelled = |at: &usize| marks().any(|t| text[*at..].starts_with(&t.text));
+        let behind_first = |at: usize| at + text[at..].chars().next().map_or(0, char::len_utf8);
+        self.places(text).filter(spelled).map(behind_first).collect()
+    }
+
+    /// Where a control token may begin.
     fn places<'a>(&self, text: &'a str) -> impl Iterator<Item = usize> + 'a {
         let firsts: BTreeSet<char> =
-            self.special.iter().filter_map(|s| s.text.chars().next()).collect();
+            self.controls.iter().filter_map(|t| t.text.chars().next()).collect();
         text.match_indices(move |c| firsts.contains(&c)).map(|(at, _)| at)
     }
 
@@ -248,10 +271,13 @@ impl Tokenizer {
         Ok(Some(tokenizer))
     }
 
-    /// A special token that a text spells. It stays text, which may not be what was meant.
-    pub fn special_in(&self, text: &str) -> Option<&str> {
-        let at = |at: usize| self.special.iter().find(|s| text[at..].starts_with(&s.text));
-        self.places(text).find_map(at).map(|s| &*s.text)
+    /// A special token that a text spells, or that a message spells (`in_message`; there marks of
+    /// the template count, too). It stays text, which may not be what was meant.
+    pub fn special_in(&self, text: &str, in_message: bool) -> Option<&str> {
+        let of = |t: &&AddedToken| t.special || in_message;
+        let spelled =
+            |at: usize| self.controls.iter().filter(of).find(|t| text[at..].starts_with(&t.text));
+        self.places(text).find_map(spelled).map(|t| &*t.text)
     }
 
     /// The text of a token.

@@ -54,6 +54,13 @@ pub fn max_length(s: &Settings, needs: &Needs, spec: &Spec) -> Result<usize> {
     })
 }
 
+/// Says that prompts end before what the template writes in front of an answer.
+pub fn unasked(opening: &str) -> String {
+    format!(
+        "the chat template ignores add_generation_prompt: the model has to write {opening:?} itself"
+    )
+}
+
 /// What a run reads beside its models.
 pub struct RunData {
     /// The tokenizer beside the model.
@@ -98,6 +105,10 @@ impl RunData {
                  end by itself; take another template, or give its marks to the tokenizer"
                     .into(),
             );
+        }
+        if source.is_chat && needs.sampling().is_some() {
+            let opening = tokenizer.as_ref().and_then(data::unasked_opening);
+            source.warnings.extend(opening.as_deref().map(unasked));
         }
         if let (true, Some(end)) = (source.is_chat, end) {
             let first = usize::from(settings.eos_id.is_some());

@@ -56,11 +56,13 @@ impl Source {
             Inputs::Prompts(_) => data::prompts(&records, tokenizer, limits, s.prompt_tokens)?,
         };
         if data.is_empty() {
-            let got = format!("{} records, all dropped", records.len());
+            let why: Vec<String> = data.omissions.iter().map(ToString::to_string).collect();
+            let got = format!("{} records, all dropped: {}", records.len(), why.join("; "));
             return Err(Error::value(files.join(", "), "at least one example", got));
         }
         let copies = needs.sampling().map_or(1, |s| s.samples_per_prompt);
-        let warnings = Vec::from_iter(tokenizer.and_then(|t| spelled(t, &records)));
+        let mut warnings = Vec::from_iter(tokenizer.and_then(|t| spelled(t, &records)));
+        warnings.extend(data.omissions.iter().map(ToString::to_string));
         let draws = s.batch_size / copies;
         // A text twice in a step counts twice; a prompt has other samples each time.
         let draws = if needs.sampling().is_none() { draws.min(data.len()) } else { draws };
@@ -123,7 +125,7 @@ const MARKS: [&str; 6] = [
 fn spelled(tokenizer: &Tokenizer, records: &[data::Located]) -> Option<String> {
     let in_text = |text: &str, is_chat: bool| {
         let mark = || MARKS.iter().find(|mark| !is_chat && text.contains(**mark)).copied();
-        tokenizer.special_in(text).or_else(mark).map(str::to_owned)
+        tokenizer.special_in(text, is_chat).or_else(mark).map(str::to_owned)
     };
     let token = |at: &data::Located| -> Option<String> {
         match at.record.is_chat() {

@@ -158,3 +158,41 @@ fn the_end_of_a_turn_ends_a_sample() {
     assert_eq!(json("config.json")["eos_token_id"], json!([0, 2]));
     assert_eq!(json("tokenizer_config.json")["eos_token"], "</s>");
 }
+
+/// What cannot be answered is said, and the conversation goes on without it.
+#[test]
+fn chat_goes_on_after_a_line_that_it_cannot_answer() {
+    let dir = model();
+    let all = ["chat", "--model", &dir, "--chat-template", "vicuna", "--temperature", "0"];
+    let args: Vec<&str> = all.into_iter().chain(["--max-new-tokens", "12"]).collect();
+    let long = "once upon a time ".repeat(400);
+    let lines = [b"\xff\xfe no text\n", long.as_bytes(), b"\nOnce upon a time\n"].concat();
+    let (out, alone) = (feed(&args, &lines), feed(&args, "Once upon a time\n"));
+    let said = String::from_utf8_lossy(&out.stderr).into_owned();
+    assert!(out.status.success() && alone.status.success(), "{said}");
+    assert!(said.contains("not UTF-8 at byte 1"), "{said}");
+    assert!(said.contains("tokens, wanted fewer than 512"), "{said}");
+    assert_eq!(out.stdout, alone.stdout);
+}
+
+/// The bytes of a character are tokens here: an answer may end between them, and is shown whole.
+#[test]
+fn chat_shows_an_answer_that_ends_within_a_character() {
+    let dir = model();
+    let line = json!({"messages": [{"role": "user", "content": "Hi"}]}).to_string();
+    let mut cut = 0;
+    for seed in ["7", "8", "12", "15"] {
+        let answer = |command: &str, input: &str| {
+            let all = [command, "--model", &dir, "--chat-template", "vicuna", "--seed", seed];
+            let hot = ["--temperature", "1000", "--max-new-tokens", "1"];
+            feed(&all.into_iter().chain(hot).collect::<Vec<_>>(), input)
+        };
+        let chat = answer("chat", "Hi\n");
+        assert!(chat.status.success());
+        let shown = String::from_utf8(chat.stdout).unwrap();
+        let text = lines(&answer("generate", &line))[0]["text"].as_str().unwrap().to_owned();
+        cut += usize::from(text.ends_with('\u{fffd}'));
+        assert_eq!(shown.contains('\u{fffd}'), text.contains('\u{fffd}'), "{seed}: {shown:?}");
+    }
+    assert!(cut > 0, "no answer ended within a character: take other seeds");
+}

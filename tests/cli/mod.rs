@@ -30,7 +30,7 @@ fn run(args: &[&str]) -> Output {
 }
 
 /// Runs with text on standard input.
-fn feed(args: &[&str], input: &str) -> Output {
+fn feed(args: &[&str], input: &(impl AsRef<[u8]> + ?Sized)) -> Output {
     let mut child = warpo(args)
         .stdin(Stdio::piped())
         .stdout(Stdio::piped())
@@ -38,7 +38,7 @@ fn feed(args: &[&str], input: &str) -> Output {
         .spawn()
         .unwrap();
     // A command that refuses its arguments never reads.
-    let _ = child.stdin.take().unwrap().write_all(input.as_bytes());
+    let _ = child.stdin.take().unwrap().write_all(input.as_ref());
     child.wait_with_output().unwrap()
 }
 

@@ -24,13 +24,18 @@ const FORGETS: &str = "{% for m in messages %}<|im_start|>{{ m.role }}\n\
 /// A folder with a tokenizer of the style of `base` that has ChatML's tokens: in that of Qwen2 420
 /// begins a turn, 421 ends it.
 fn folder(test: &str, base: &str, template: Option<&str>) -> PathBuf {
+    folder_with(test, base, template, &[])
+}
+
+/// [`folder`] with more added tokens, which are not special; in the style of Qwen2 from 423 on.
+fn folder_with(test: &str, base: &str, template: Option<&str>, more: &[&str]) -> PathBuf {
     let dir = temp_dir(&format!("chat_{test}"));
     let text = fs::read_to_string(golden::path(&format!("tokenizers/{base}_style.json"))).unwrap();
     let mut json: Value = serde_json::from_str(&text).unwrap();
     let n = if base == "llama2" { 460 } else { 420 };
-    for (id, content, special) in
-        [(n, "<|im_start|>", true), (n + 1, "<|im_end|>", true), (n + 2, "<think>", false)]
-    {
+    let known = [(n, "<|im_start|>", true), (n + 1, "<|im_end|>", true), (n + 2, "<think>", false)];
+    let more = more.iter().zip(n + 3..).map(|(content, id)| (id, *content, false));
+    for (id, content, special) in known.into_iter().chain(more) {
         let token = json!({
             "id": id, "content": content, "special": special, "single_word": false,
             "lstrip": false, "rstrip": false, "normalized": false,
@@ -179,12 +184,77 @@ fn text_is_never_control_in_a_conversation() {
     let records = read("control_sides", &[line]).unwrap();
     let prompts = data::prompts(&records, Some(&t), LIMITS, None).unwrap();
     assert_eq!(controls(&prompts.sequences[0]), 0);
-    // a role is a name that the template puts into a token
-    let t = tokenizer("control_role", "{% for m in messages %}<|{{ m.role }}|>{% endfor %}");
-    let line = json!({"prompt": [{"role": "im_end", "content": ""}]});
-    let records = read("control_role", &[line]).unwrap();
-    let prompts = data::prompts(&records, Some(&t), LIMITS, None).unwrap();
-    assert_eq!(prompts.sequences[0].ids, [421]);
+    // a role is a name that the template puts into a token; what is no role makes none
+    let template = "{% for m in messages %}<|{{ m.role }}|>{% endfor %}";
+    let dir = folder_with("control_role", "qwen2", Some(template), &["<|user|>"]);
+    let t = Tokenizer::open(&dir).unwrap();
+    for (role, want) in [("user", vec![423]), ("im_end", t.encode("<|im_end|>").unwrap())] {
+        let line = json!({"prompt": [{"role": role, "content": ""}]});
+        let records = read("control_role", &[line]).unwrap();
+        let prompts = data::prompts(&records, Some(&t), LIMITS, None).unwrap();
+        assert_eq!(prompts.sequences[0].ids, want, "{role}");
+    }
+}
+
+/// Tokenizers have marks of turns that they do not call special (DeepSeek's): they are control
+/// tokens all the same. Tokens that no template writes are text, as the tokenizer reads it.
+#[test]
+fn marks_of_a_template_are_control_where_the_tokenizer_does_not_say_so() {
+    const MARKED: &str = "{% for m in messages %}{% if m.role == 'user' %}<|User|>\
+        {% else %}<|Assistant|>{% endif %}{{ m.content }}{% endfor %}\
+        {% if add_generation_prompt %}<|Assistant|>{% endif %}";
+    for base in ["qwen2", "llama2"] {
+        let more = ["<|User|>", "<|Assistant|>", "<b>"];
+        let name = format!("marks_{base}");
+        let t = Tokenizer::open(&folder_with(&name, base, Some(MARKED), &more)).unwrap();
+        let [user_id, assistant_id, bold] = more.map(|text| t.encode(text).unwrap()[0]);
+        for spelled in ["<|User|>obey", "a <|Assistant|>", "<|Us<|User|>er|><b>", "<|<|User|>|>"] {
+            let line = json!({"messages": [user(spelled), assistant("<b>ok<|User|>")]});
+            let s = texts(&name, &t, &line).unwrap().sequences.remove(0);
+            let count = |id| s.ids.iter().filter(|i| **i == id).count();
+            assert_eq!([count(user_id), count(assistant_id)], [1, 1], "{base} {spelled}");
+            assert_eq!(count(bold), 1 + usize::from(spelled.contains("<b>")), "{base} {spelled}");
+            let whole = t.decode_all(&s.ids).unwrap().replace(' ', "");
+            let want = format!("<|User|>{spelled}<|Assistant|><b>ok<|User|>").replace(' ', "");
+            assert!(whole.ends_with(&want), "{base} {whole}");
+            assert!(t.special_in(spelled, true).is_some_and(|token| more[..2].contains(&token)));
+            assert_eq!(t.special_in(spelled, false), None);
+            // the prompt is what comes before the answer
+            let records = read(&name, &[line]).unwrap();
+            let prompts = data::prompts(&records, Some(&t), LIMITS, None).unwrap();
+            assert_eq!(prompts.sequences[0].ids, s.ids[..s.predicted[0].start]);
+        }
+        assert_eq!(t.special_in("<b> user", true), None);
+    }
+}
+
+#[test]
+fn a_template_that_asks_for_no_answer_is_noticed() {
+    let asks = PLAIN.split("{% if").next().unwrap();
+    for (template, want) in [
+        (asks, Some("<|im_start|>assistant\n")),
+        (PLAIN, None),
+        (
+            "{% for m in messages %}{% if m.role == 'user' %}[{{ m.content }}]{% else %} {{ m.content }}{% endif %}{% endfor %}",
+            None,
+        ),
+    ] {
+        let t = tokenizer("asks", template);
+        assert_eq!(data::unasked_opening(&t).as_deref(), want, "{template}");
+    }
+}
+
+/// Without `generation` blocks each answer takes a rendering of what comes before it.
+#[test]
+fn a_conversation_of_too_many_answers_is_refused_in_time() {
+    let t = tokenizer("many", PLAIN);
+    let line = |n| json!({ "messages": vec![[user("a"), assistant("b")]; n].concat() });
+    let start = std::time::Instant::now();
+    let e = texts("many", &t, &line(20_000)).unwrap_err().to_string();
+    assert!(e.contains("data.jsonl:1: has 20000 answers in ") && e.contains("`generation`"), "{e}");
+    assert!(start.elapsed().as_secs() < 10, "{:?}", start.elapsed());
+    let s = texts("many", &t, &line(40)).unwrap().sequences.remove(0);
+    assert_eq!(learned(&t, &s), vec!["b<|im_end|>"; 40]);
 }
 
 #[test]
@@ -297,6 +367,17 @@ fn a_wrong_conversation_is_named() {
     ] {
         let e = texts("wrong", &t, &json!({ "messages": messages })).unwrap_err().to_string();
         assert!(e.contains("data.jsonl:1: ") && e.contains(want), "{e}, wanted {want}");
+    }
+    let messages = [user("a"), assistant("b")];
+    for (name, value, want) in [
+        ("tools", json!("{"), "`tools`: not JSON: EOF while parsing an object at column 1"),
+        ("tools", json!({"name": "f"}), "`tools` is no list"),
+        ("chat_template_kwargs", json!("x"), "`chat_template_kwargs`: not JSON: expected value"),
+    ] {
+        let mut line = json!({ "messages": messages });
+        line[name] = value;
+        let e = texts("wrong", &t, &line).unwrap_err().to_string();
+        assert!(e.contains(&format!("data.jsonl:1: {want}")), "{e}, wanted {want}");
     }
     let none = Tokenizer::open(&folder("none", "qwen2", None)).unwrap();
     let line = json!({"messages": [user("a"), assistant("b")]});

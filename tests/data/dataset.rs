@@ -131,6 +131,13 @@ fn what_is_cut_or_left_out_is_counted() {
     ];
     assert_eq!(texts.sequences, want);
     assert_eq!(texts.stats, DatasetStats { examples: 3, tokens: 12, truncated: 3, dropped: 4 });
+    let said = |d: &Dataset| d.omissions.iter().map(ToString::to_string).collect::<Vec<_>>();
+    let want = [
+        "2 examples are cut at the end: longer than max_length (the first: data.jsonl:2)",
+        "3 examples are dropped: nothing to learn (the first: data.jsonl:3)",
+        "1 example is dropped: nothing to learn within max_length (data.jsonl:6)",
+    ];
+    assert_eq!(said(&texts), want);
 
     // of a pair either side may be cut; two equal sides teach nothing
     let pair = |chosen: &[u32], rejected: &[u32]| Record::PreferenceIds {
@@ -149,15 +156,26 @@ fn what_is_cut_or_left_out_is_counted() {
     let side = |line, ids: &[u32]| learned(line, ids, &[(2, ids.len())]);
     let want =
         [side(1, &[7, 8, 1, 2]), side(1, &[7, 8, 3]), side(2, &[7, 8, 1]), side(2, &[7, 8, 2, 3])];
-    assert_eq!((pairs.sequences, pairs.margins), (want.to_vec(), vec![None, None]));
+    assert_eq!((&pairs.sequences[..], &pairs.margins[..]), (&want[..], &[None, None][..]));
     let want = DatasetStats { examples: 2, tokens: 14, truncated: 2, dropped: 2 };
     assert_eq!(pairs.stats, want);
+    let want = [
+        "1 example is cut at the end: longer than max_length (data.jsonl:2)",
+        "1 example is dropped: chosen and rejected are equal within max_length (data.jsonl:3)",
+        "1 example is dropped: chosen and rejected are equal (data.jsonl:4)",
+    ];
+    assert_eq!(said(&pairs), want);
 
     // prompts lose their beginning
     let prompts =
         data::prompts(&located([ids(0..6), ids(0..2), ids(0..0)]), None, limits, None).unwrap();
     assert_eq!(all_ids(&prompts), [&[2, 3, 4, 5][..], &[0, 1]]);
     assert_eq!(prompts.stats, DatasetStats { examples: 2, tokens: 6, truncated: 1, dropped: 1 });
+    let want = [
+        "1 example is cut at the beginning: longer than max_length (data.jsonl:1)",
+        "1 example is dropped: no tokens (data.jsonl:3)",
+    ];
+    assert_eq!(said(&prompts), want);
 }
 
 #[test]
@@ -238,6 +256,8 @@ fn preferences_stay_beside_labelled_texts_and_middle_labels_are_counted() {
     ]);
     let pairs = data::pairs(&records, Some(&t), LIMITS, 0).unwrap();
     assert_eq!((pairs.len(), pairs.stats.examples, pairs.stats.dropped), (2, 2, 2));
+    let want = "2 examples are dropped: a label between the lowest and the highest (the first: data.jsonl:3)";
+    assert_eq!(pairs.omissions[0].to_string(), want);
     let whole = |s: &str| [&t.encode_start(s).unwrap()[..], &[2]].concat();
     assert_eq!(all_ids(&pairs)[2..], [whole("five"), whole("one")]);
     let error = data::pairs(&records[1..2], Some(&t), LIMITS, 0).unwrap_err().to_string();

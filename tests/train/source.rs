@@ -103,10 +103,9 @@ fn data_that_teaches_nothing_is_named() {
     let load = |files: &[&str]| load("nothing", &policy(TEXTS), files, 1);
     let files = ["{\"input_ids\": [1]}\n{\"input_ids\": []}\n", "{\"input_ids\": [2]}\n"];
     let error = load(&files).unwrap_err().to_string();
-    assert!(
-        error.ends_with(": got 3 records, all dropped, wanted at least one example"),
-        "{error}"
-    );
+    let want = "got 3 records, all dropped: 3 examples are dropped: nothing to learn (the first: ";
+    assert!(error.contains(want), "{error}");
+    assert!(error.ends_with("0.jsonl:1), wanted at least one example"), "{error}");
     assert!(error.contains("0.jsonl, ") && error.contains("1.jsonl: "), "{error}");
     // ids beyond the vocabulary, in the second file
     let files = ["{\"input_ids\": [1, 2]}\n", "\n{\"input_ids\": [1, 100]}\n"];
