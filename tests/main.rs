@@ -13,6 +13,7 @@ mod support;
 
 mod algorithms {
     mod ppo;
+    mod preference;
     mod registry;
     mod reward;
     mod sft;
@@ -69,6 +70,7 @@ mod ops {
     mod nll;
     mod norm;
     mod ppo_loss;
+    mod preference_loss;
     mod residual;
     mod rope;
     mod routing;

@@ -5,10 +5,15 @@
 //! To add one: write `algorithms/<name>.rs`, and add it to [`ALGORITHMS`] here.
 
 mod columns;
+mod cpo;
+mod dpo;
+mod orpo;
 mod policy_gradient;
 mod ppo;
+mod preference;
 mod reward;
 mod sft;
+mod simpo;
 
 pub use columns::{Column, Columns, MicroBatch};
 pub use policy_gradient::Sampling;
@@ -58,6 +63,8 @@ pub enum Origin {
     Model,
     /// The reward model that the algorithm names.
     RewardModel,
+    /// The reference that the algorithm names.
+    ReferenceModel,
 }
 
 /// An algorithm's requests to the trainer: the data, the models that are trained, and the columns
@@ -73,8 +80,10 @@ pub struct Needs {
     pub scalar: Option<Scalar>,
     /// Log-probs of the policy before the step's updates. Samples have them always.
     pub old_logp: bool,
-    /// Log-probs of a frozen copy of the policy.
+    /// Log-probs of a frozen reference.
     pub reference: bool,
+    /// Folder of the reference; without one it is a copy of the policy as the run begins.
+    pub reference_model: Option<PathBuf>,
     /// Folder of the frozen reward model that scores every sequence.
     pub reward_model: Option<PathBuf>,
     /// The entropy of each prediction.
@@ -94,6 +103,7 @@ impl Needs {
             scalar: None,
             old_logp: false,
             reference: false,
+            reference_model: None,
             reward_model: None,
             entropy: false,
             epochs: 1,
@@ -215,11 +225,12 @@ pub const SHARED_METRICS: &[(&str, &str)] = &[
     ("tokens", "Tokens of the step's sequences, prompts included."),
     ("eval_loss", "The loss on held-out data."),
     ("eval_perplexity", "e to the held-out loss."),
-    ("eval_accuracy", "Held-out pairs whose chosen text scores higher."),
+    ("eval_accuracy", "Held-out pairs whose chosen text scores higher, or has the larger reward."),
 ];
 
 /// All algorithms.
-pub const ALGORITHMS: &[AlgorithmEntry] = &[sft::ENTRY, reward::ENTRY, ppo::ENTRY];
+pub const ALGORITHMS: &[AlgorithmEntry] =
+    &[sft::ENTRY, reward::ENTRY, dpo::ENTRY, simpo::ENTRY, cpo::ENTRY, orpo::ENTRY, ppo::ENTRY];
 
 /// Finds an algorithm by the name that `warpo train` takes.
 pub fn algorithm(name: &str) -> Result<&'static AlgorithmEntry> {

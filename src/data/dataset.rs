@@ -78,6 +78,23 @@ impl Dataset {
         &self.sequences[i * self.unit()..(i + 1) * self.unit()]
     }
 
+    /// Leaves out pairs of which a side predicts no token: a policy has no log-prob of it.
+    pub fn keep_predicted(&mut self) {
+        let all = std::mem::take(self);
+        self.stats = all.stats;
+        let pairs = all.sequences.chunks_exact(2).zip(all.margins);
+        for (pair, margin) in pairs {
+            if pair.iter().all(|s| s.tokens() > 0) {
+                self.sequences.extend_from_slice(pair);
+                self.margins.push(margin);
+            } else {
+                self.stats.examples -= 1;
+                self.stats.tokens -= pair.iter().map(|s| s.ids.len()).sum::<usize>();
+                self.stats.dropped += 1;
+            }
+        }
+    }
+
     /// Tokens of the longest sequence.
     pub fn longest(&self) -> usize {
         self.sequences.iter().map(|s| s.ids.len()).max().unwrap_or(0)

@@ -136,6 +136,7 @@ impl Settings {
         // Their content is compared, not their place.
         "model",
         "reward_model",
+        "reference_model",
         "data",
         "eval_data",
         "chat_template",

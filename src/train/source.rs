@@ -48,13 +48,16 @@ impl Source {
         for file in files {
             records.extend(data::read(Path::new(file))?);
         }
-        let data = match needs.inputs {
+        let mut data = match needs.inputs {
             Inputs::Texts { completion_only } => {
                 data::texts(&records, tokenizer, limits, completion_only)?
             }
             Inputs::Pairs => data::pairs(&records, tokenizer, limits, s.seed)?,
             Inputs::Prompts(_) => data::prompts(&records, tokenizer, limits, s.prompt_tokens)?,
         };
+        if needs.inputs == Inputs::Pairs && needs.policy {
+            data.keep_predicted();
+        }
         if data.is_empty() {
             let got = format!("{} records, all dropped", records.len());
             return Err(Error::value(files.join(", "), "at least one example", got));

@@ -207,7 +207,7 @@ fn kernels_readme_has_the_table() {
 }
 
 /// Kernels that load no 16 bytes at once, and why.
-const NARROW: [(&str, &str); 17] = [
+const NARROW: [(&str, &str); 18] = [
     ("embedding_sort", "ids, a lane a row"),
     ("gae_forward", "sequences begin at any token, a lane a token"),
     ("grad_norm_sum", "a sum of at most 256 numbers, in order"),
@@ -216,6 +216,7 @@ const NARROW: [(&str, &str); 17] = [
     ("logprob_top", "keys of a list, a lane each"),
     ("next_ids_forward", "tokens from anywhere, a lane each"),
     ("norm_add_partials", "a column a lane, 128 bytes a warp"),
+    ("preference_loss_forward", "sequences begin at any token, a lane a token"),
     ("routing_backward_bf16", "a row of as many experts as there are, a lane each"),
     ("routing_backward_f32", "a row of as many experts as there are, a lane each"),
     ("routing_balance", "a row of as many experts as there are, a lane each"),

@@ -37,7 +37,7 @@ pub fn data(dir: &Path, algorithm: &str, n: usize) -> PathBuf {
         let len = |k: u64| 2 + (i * 7 + k * 5) as usize % 13;
         match algorithm {
             "sft" => writeln!(text, "{{\"input_ids\": {:?}}}", ids(i, len(0) + 3)),
-            "reward" => writeln!(
+            "reward" | "dpo" | "simpo" | "cpo" | "orpo" => writeln!(
                 text,
                 "{{\"prompt_ids\": {:?}, \"chosen_ids\": {:?}, \"rejected_ids\": {:?}}}",
                 ids(i, len(0)),
