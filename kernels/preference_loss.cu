@@ -1,7 +1,7 @@
-// Losses on pairs of completions, chosen and rejected: DPO and its relatives, over the log-ratios of
-// whole completions; src/ops/preference_loss.rs has the formulas, in the same order. As all losses
-// over sequences, see include/sequence_loss.cuh; kinds has a kind a byte, the first lowest; scale =
-// 1 / pairs, sft = its coefficient / chosen tokens of the step.
+// Losses on pairs of completions, chosen and rejected: DPO and its relatives, over the log-ratios
+// of whole completions; src/ops/preference_loss.rs has the formulas, in the same order. As all
+// losses over sequences, see include/sequence_loss.cuh; kinds has a kind a byte, the first lowest;
+// scale = 1 / pairs, sft = its coefficient / chosen tokens of the step.
 #include "include/sequence_loss.cuh"
 
 // The kinds of `PreferenceKind`, in its order; 0 is none.

@@ -12,6 +12,7 @@ mod seeded;
 mod support;
 
 mod algorithms {
+    mod kto;
     mod ppo;
     mod preference;
     mod registry;
@@ -64,6 +65,7 @@ mod ops {
     mod gae;
     mod grad_norm;
     mod kl;
+    mod kto_loss;
     mod logprob;
     mod matmul;
     mod next_ids;

@@ -36,6 +36,10 @@ pub struct Columns<F> {
     pub stopped: Vec<bool>,
     /// Margin of each pair.
     pub margins: Vec<F>,
+    /// 1 for each completion that people called good, 0 for a bad one.
+    pub labels: Vec<F>,
+    /// The mean KL to the reference of prompts with completions of others, in nats a completion.
+    pub mismatched_kl: Option<f64>,
 }
 
 impl<F: Float> Columns<F> {
@@ -61,7 +65,8 @@ impl<F: Float> Columns<F> {
 
     /// The chosen sequences, in the given order, pairs side by side: a minibatch.
     pub fn subset(&self, order: &[usize]) -> Self {
-        let mut out = Self { offsets: vec![0], ..Self::default() };
+        let kl = self.mismatched_kl;
+        let mut out = Self { offsets: vec![0], mismatched_kl: kl, ..Self::default() };
         for &s in order {
             let t = self.span(&(s..s + 1));
             out.offsets.push(out.offsets.last().unwrap_or(&0) + t.len() as u32);
@@ -81,6 +86,7 @@ impl<F: Float> Columns<F> {
             out.samples.extend(self.samples.get(s));
             out.scores.extend(self.scores.get(s));
             out.stopped.extend(self.stopped.get(s));
+            out.labels.extend(self.labels.get(s));
             if s % 2 == 0 {
                 out.margins.extend(self.margins.get(s / 2));
             }
@@ -101,10 +107,12 @@ pub enum Column {
     Returns,
     /// One number a pair.
     Margins,
+    /// One number a sequence.
+    Labels,
 }
 
 impl Column {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Weights,
         Self::OldLogp,
         Self::RefLogp,
@@ -112,6 +120,7 @@ impl Column {
         Self::Advantages,
         Self::Returns,
         Self::Margins,
+        Self::Labels,
     ];
 }
 
@@ -191,8 +200,13 @@ impl<'a, F: Float> MicroBatch<'a, F> {
             Column::Advantages => &c.advantages,
             Column::Returns => &c.returns,
             Column::Margins => &c.margins,
+            Column::Labels => &c.labels,
         };
-        let own = if column == Column::Margins { pairs } else { self.tokens() };
+        let own = match column {
+            Column::Margins => pairs,
+            Column::Labels => self.sequences.clone(),
+            _ => self.tokens(),
+        };
         if all.is_empty() { &[] } else { &all[own] }
     }
 

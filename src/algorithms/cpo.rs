@@ -1,8 +1,8 @@
 //! Contrastive preference optimisation: DPO's loss without a reference, plus the likelihood of the
 //! chosen completions (Xu et al. 2024); with `hinge` it is SLiC-HF (Zhao et al. 2023).
 //!
-//! Departures from TRL's CPOTrainer: a mean is over the whole step; its loss `simpo` is an algorithm
-//! of its own here.
+//! Departures from TRL's CPOTrainer: a mean is over the whole step; its loss `simpo` is an
+//! algorithm of its own here.
 
 use super::{
     AlgorithmEntry, own,

@@ -3,8 +3,8 @@
 //!
 //! Departures from TRL's DPOTrainer (1.16), each an option or a mend:
 //! - `label_smoothing` works in `sigmoid`, too (OpenRLHF, cDPO), and `ipo_sum` is OpenRLHF's IPO;
-//! - a mean is over the pairs of the whole step; the ranks of `aot` are those of the whole step, not
-//!   of a micro-batch, for which the policy reads the step once more;
+//! - a mean is over the pairs of the whole step; the ranks of `aot` are those of the whole step,
+//!   not of a micro-batch, for which the policy reads the step once more;
 //! - `wpo` weighs a pair as the paper's equation 4 does; TRL's alignment by the most likely tokens
 //!   is not there;
 //! - rewards of losses that compare means over tokens are means, too;

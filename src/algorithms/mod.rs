@@ -7,6 +7,7 @@
 mod columns;
 mod cpo;
 mod dpo;
+mod kto;
 mod orpo;
 mod policy_gradient;
 mod ppo;
@@ -36,6 +37,8 @@ pub enum Inputs {
     },
     /// Pairs of texts of which people chose the first; they lie side by side.
     Pairs,
+    /// Completions that people called good or bad.
+    Judged,
     /// Prompts, which the policy continues.
     Prompts(Sampling),
 }
@@ -84,6 +87,8 @@ pub struct Needs {
     pub reference: bool,
     /// Folder of the reference; without one it is a copy of the policy as the run begins.
     pub reference_model: Option<PathBuf>,
+    /// The mean KL to the reference of prompts with completions of others.
+    pub mismatched_kl: bool,
     /// Folder of the frozen reward model that scores every sequence.
     pub reward_model: Option<PathBuf>,
     /// The entropy of each prediction.
@@ -104,6 +109,7 @@ impl Needs {
             old_logp: false,
             reference: false,
             reference_model: None,
+            mismatched_kl: false,
             reward_model: None,
             entropy: false,
             epochs: 1,
@@ -229,8 +235,16 @@ pub const SHARED_METRICS: &[(&str, &str)] = &[
 ];
 
 /// All algorithms.
-pub const ALGORITHMS: &[AlgorithmEntry] =
-    &[sft::ENTRY, reward::ENTRY, dpo::ENTRY, simpo::ENTRY, cpo::ENTRY, orpo::ENTRY, ppo::ENTRY];
+pub const ALGORITHMS: &[AlgorithmEntry] = &[
+    sft::ENTRY,
+    reward::ENTRY,
+    dpo::ENTRY,
+    simpo::ENTRY,
+    cpo::ENTRY,
+    orpo::ENTRY,
+    kto::ENTRY,
+    ppo::ENTRY,
+];
 
 /// Finds an algorithm by the name that `warpo train` takes.
 pub fn algorithm(name: &str) -> Result<&'static AlgorithmEntry> {

@@ -206,6 +206,7 @@ pub const NAMES: &[(&str, &[&str])] = &[
     ("f_divergence", &["f_divergence_type"]),
     ("f_alpha", &["f_alpha_divergence_coef"]),
     ("wpo", &["use_weighting"]),
+    ("baseline", &["loss_type"]),
     ("reference_model", &["ref_model", "ref_pretrain", "ref_model_name_or_path", "ref.model.path"]),
     ("gamma_margin", &["simpo_gamma", "gamma_beta_ratio"]),
     (

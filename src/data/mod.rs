@@ -3,14 +3,14 @@
 mod chat;
 mod dataset;
 pub mod jinja;
+mod order;
 mod records;
 mod template;
 mod tokenizer;
 
 pub use chat::{Chat, ChatIds, ChatText, chat_texts, turn_end};
-pub use dataset::{
-    Dataset, DatasetStats, DrawOrder, Limits, Sequence, pairs, prompts, scored, texts,
-};
+pub use dataset::{Dataset, DatasetStats, Limits, Sequence, judged, pairs, prompts, scored, texts};
+pub use order::DrawOrder;
 pub use records::{DataPlace, Located, Record, read};
 pub use template::{BUILT_IN, ChatTemplate};
 pub use tokenizer::{Kept, Tokenizer};

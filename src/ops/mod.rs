@@ -14,6 +14,7 @@ pub mod experts;
 pub mod gae;
 pub mod grad_norm;
 pub mod kl;
+pub mod kto_loss;
 pub mod logprob;
 pub mod matmul;
 pub mod next_ids;

@@ -45,7 +45,7 @@ pub enum PreferenceKind {
     ApoDown,
     /// `(1 - w) (-log S(z)) + w e^-z, w = S(z / tau)`  (DiscoPOP: Lu et al. 2024)
     Discopop,
-    /// `-beta log S(l(a) - l(b))`, l the log odds of `e^` the mean.  (ORPO: Hong et al. 2024, eq. 7)
+    /// `-beta log S(l(a) - l(b))`, l the log odds of `e^` the mean.  (Hong et al. 2024, eq. 7)
     OddsRatio,
 }
 

@@ -54,7 +54,8 @@ fn every_algorithm_is_in_the_registry() {
                 let needs = algorithm.needs();
                 assert!(needs.policy || needs.scalar.is_some(), "{} trains nothing", e.name);
                 assert!(needs.epochs > 0 && needs.minibatches > 0);
-                let reads = matches!(needs.inputs, Inputs::Prompts(_) | Inputs::Pairs);
+                let reads =
+                    matches!(needs.inputs, Inputs::Prompts(_) | Inputs::Pairs | Inputs::Judged);
                 assert!(!needs.reference || reads, "{}: who reads the reference?", e.name);
             }
             Err(Error::Config { key, .. }) => {
@@ -86,6 +87,7 @@ fn every_setting_survives_the_template() {
                 "policy",
                 "bfloat16",
                 "hinge",
+                "zero",
                 "forward_kl",
                 "é = # x",
             ];

@@ -135,7 +135,8 @@ fn list(s: &PreferenceSums) -> [f64; 8] {
     [s.pairs, s.loss, s.right, a, b, c, d, s.weight]
 }
 
-/// Two tokens of the chosen, one of the rejected completion: log-ratios ln 3 / 2 each, and -ln 3 / 2.
+/// Two tokens of the chosen, one of the rejected completion, with log-ratios of ln 3 / 2 and
+/// -ln 3 / 2.
 #[test]
 fn hand_worked() {
     let third = 3f64.ln() / 2.0;

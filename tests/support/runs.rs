@@ -44,6 +44,13 @@ pub fn data(dir: &Path, algorithm: &str, n: usize) -> PathBuf {
                 ids(i + 1000, len(1)),
                 ids(i + 2000, len(2))
             ),
+            "kto" => writeln!(
+                text,
+                "{{\"input_ids\": {:?}, \"output_ids\": {:?}, \"label\": {}}}",
+                ids(i, len(0)),
+                ids(i + 1000, len(1)),
+                i % 3 == 1
+            ),
             _ => writeln!(text, "{{\"input_ids\": {:?}}}", ids(i, len(0))),
         }
         .unwrap();

@@ -244,7 +244,7 @@ fn plans() {
     }
     let dir = temp_dir("device_plans");
     fn check<T: Element<Acc = f32>>(dev: &Device, dir: &Path) {
-        for algorithm in ["sft", "reward", "dpo", "ppo"] {
+        for algorithm in ["sft", "reward", "dpo", "kto", "ppo"] {
             for more in [
                 &[][..],
                 &["recompute=true"],

@@ -33,6 +33,7 @@ fn ten_steps() {
         ("dpo", &["ld_alpha=0.5"]),
         ("dpo", &["loss_type=aot"]),
         ("simpo", &[]),
+        ("kto", &[]),
         ("ppo", &[]),
         ("ppo", &["entropy_coef=0.01", "kl_in=loss", "minibatches=1", "ppo_epochs=1"]),
     ] {
@@ -307,7 +308,7 @@ fn every_tensor_is_trained() {
     for name in ["gpt2", "llama", "llama_tied"] {
         let model = format!("model={}", golden::path(name).display());
         let judge = format!("reward_model={}", golden::path(&format!("{name}/rm")).display());
-        for algorithm in ["sft", "reward", "dpo", "orpo", "ppo"] {
+        for algorithm in ["sft", "reward", "dpo", "orpo", "kto", "ppo"] {
             let mut more = vec![&model[..], "warmup_steps=0", "weight_decay=0"];
             match algorithm {
                 // A bias under the head is the same for both texts of a pair, but for the centring.
