@@ -12,7 +12,9 @@ mod seeded;
 mod support;
 
 mod algorithms {
+    mod kto;
     mod ppo;
+    mod preference;
     mod registry;
     mod reward;
     mod sft;
@@ -65,12 +67,14 @@ mod ops {
     mod gate;
     mod grad_norm;
     mod kl;
+    mod kto_loss;
     mod logprob;
     mod matmul;
     mod next_ids;
     mod nll;
     mod norm;
     mod ppo_loss;
+    mod preference_loss;
     mod residual;
     mod rope;
     mod routing;

@@ -5,6 +5,7 @@ use std::ops::Range;
 use crate::{
     device::{Buffer, Device, Float, Scope, View},
     error::Result,
+    ops::sequence_loss::Offsets,
 };
 
 /// All sequences of an optimizer step. Per-token columns hold the predicted tokens of all
@@ -35,6 +36,10 @@ pub struct Columns<F> {
     pub stopped: Vec<bool>,
     /// Margin of each pair.
     pub margins: Vec<F>,
+    /// 1 for each completion that people called good, 0 for a bad one.
+    pub labels: Vec<F>,
+    /// The mean KL to the reference of prompts with completions of others, in nats a completion.
+    pub mismatched_kl: Option<f64>,
 }
 
 impl<F: Float> Columns<F> {
@@ -60,7 +65,8 @@ impl<F: Float> Columns<F> {
 
     /// The chosen sequences, in the given order, pairs side by side: a minibatch.
     pub fn subset(&self, order: &[usize]) -> Self {
-        let mut out = Self { offsets: vec![0], ..Self::default() };
+        let kl = self.mismatched_kl;
+        let mut out = Self { offsets: vec![0], mismatched_kl: kl, ..Self::default() };
         for &s in order {
             let t = self.span(&(s..s + 1));
             out.offsets.push(out.offsets.last().unwrap_or(&0) + t.len() as u32);
@@ -80,6 +86,7 @@ impl<F: Float> Columns<F> {
             out.samples.extend(self.samples.get(s));
             out.scores.extend(self.scores.get(s));
             out.stopped.extend(self.stopped.get(s));
+            out.labels.extend(self.labels.get(s));
             if s % 2 == 0 {
                 out.margins.extend(self.margins.get(s / 2));
             }
@@ -100,10 +107,12 @@ pub enum Column {
     Returns,
     /// One number a pair.
     Margins,
+    /// One number a sequence.
+    Labels,
 }
 
 impl Column {
-    const ALL: [Self; 7] = [
+    const ALL: [Self; 8] = [
         Self::Weights,
         Self::OldLogp,
         Self::RefLogp,
@@ -111,6 +120,7 @@ impl Column {
         Self::Advantages,
         Self::Returns,
         Self::Margins,
+        Self::Labels,
     ];
 }
 
@@ -122,11 +132,14 @@ pub struct MicroBatch<'a, F> {
     pub columns: &'a Columns<F>,
     /// Sequences of this micro-batch.
     pub sequences: Range<usize>,
-    /// On a CUDA device its part of all columns, one after another.
-    staged: Option<Buffer<'a, F>>,
+    /// Where its sequences begin, from 0.
+    offsets: Vec<u32>,
+    /// On a CUDA device its part of all columns, one after another, and its offsets.
+    staged: Option<(Buffer<'a, F>, Buffer<'a, u32>)>,
 }
 
 const STAGED: &str = "columns of a loss";
+const STAGED_OFFSETS: &str = "offsets of a loss";
 
 /// Elements at a multiple of which a column begins: a cache line.
 const LINE: usize = 16;
@@ -134,7 +147,9 @@ const LINE: usize = 16;
 impl<'a, F: Float> MicroBatch<'a, F> {
     /// Reads columns in host memory.
     pub fn new(columns: &'a Columns<F>, sequences: Range<usize>) -> Self {
-        Self { columns, sequences, staged: None }
+        let all = &columns.offsets[sequences.start..=sequences.end];
+        let offsets = all.iter().map(|o| o - all[0]).collect();
+        Self { columns, sequences, offsets, staged: None }
     }
 
     /// Copies the columns to where `dev` reads them.
@@ -153,16 +168,19 @@ impl<'a, F: Float> MicroBatch<'a, F> {
             }
             let mut staged = scope.alloc(STAGED, all.len())?;
             dev.write(staged.view_mut(), &all)?;
-            micro.staged = Some(staged);
+            let mut offsets = scope.alloc(STAGED_OFFSETS, micro.offsets.len())?;
+            dev.write(offsets.view_mut(), &micro.offsets)?;
+            micro.staged = Some((staged, offsets));
         }
         Ok(micro)
     }
 
-    /// Allocates what a micro-batch of up to `tokens` tokens does.
-    pub fn plan(dev: &Device, scope: &'a Scope<'_>, tokens: usize) -> Result<()> {
+    /// Allocates what a micro-batch of up to `tokens` tokens of `sequences` sequences does.
+    pub fn plan(dev: &Device, scope: &'a Scope<'_>, tokens: usize, sequences: usize) -> Result<()> {
         let Device::Cuda(_) = dev else { return Ok(()) };
         let len = Column::ALL.len() * tokens.next_multiple_of(LINE);
-        scope.alloc::<F>(STAGED, len).map(drop)
+        let _columns = scope.alloc::<F>(STAGED, len)?;
+        scope.alloc::<u32>(STAGED_OFFSETS, sequences + 1).map(drop)
     }
 
     /// Its tokens, as a range of the columns.
@@ -182,22 +200,28 @@ impl<'a, F: Float> MicroBatch<'a, F> {
             Column::Advantages => &c.advantages,
             Column::Returns => &c.returns,
             Column::Margins => &c.margins,
+            Column::Labels => &c.labels,
         };
-        let own = if column == Column::Margins { pairs } else { self.tokens() };
+        let own = match column {
+            Column::Margins => pairs,
+            Column::Labels => self.sequences.clone(),
+            _ => self.tokens(),
+        };
         if all.is_empty() { &[] } else { &all[own] }
     }
 
     /// Its part of a column, where the device reads it.
     pub fn view(&self, column: Column) -> View<'_, F> {
-        let Some(staged) = &self.staged else { return self.own(column).into() };
+        let Some((staged, _)) = &self.staged else { return self.own(column).into() };
         let before = Column::ALL.into_iter().take_while(|c| *c != column);
         let at = before.map(|c| self.own(c).len().next_multiple_of(LINE)).sum();
         staged.view().range(at..at + self.own(column).len())
     }
 
-    /// Offsets of its sequences, from 0.
-    pub fn offsets(&self) -> Vec<u32> {
-        let all = &self.columns.offsets[self.sequences.start..=self.sequences.end];
-        all.iter().map(|o| o - all[0]).collect()
+    /// Where its sequences begin, from 0.
+    pub fn offsets(&self) -> Offsets<'_> {
+        let host = &self.offsets[..];
+        let view = self.staged.as_ref().map_or(host.into(), |(_, offsets)| offsets.view());
+        Offsets { host, view }
     }
 }

@@ -5,10 +5,16 @@
 //! To add one: write `algorithms/<name>.rs`, and add it to [`ALGORITHMS`] here.
 
 mod columns;
+mod cpo;
+mod dpo;
+mod kto;
+mod orpo;
 mod policy_gradient;
 mod ppo;
+mod preference;
 mod reward;
 mod sft;
+mod simpo;
 
 pub use columns::{Column, Columns, MicroBatch};
 pub use policy_gradient::Sampling;
@@ -31,6 +37,8 @@ pub enum Inputs {
     },
     /// Pairs of texts of which people chose the first; they lie side by side.
     Pairs,
+    /// Completions that people called good or bad.
+    Judged,
     /// Prompts, which the policy continues.
     Prompts(Sampling),
 }
@@ -58,6 +66,8 @@ pub enum Origin {
     Model,
     /// The reward model that the algorithm names.
     RewardModel,
+    /// The reference that the algorithm names.
+    ReferenceModel,
 }
 
 /// An algorithm's requests to the trainer: the data, the models that are trained, and the columns
@@ -73,8 +83,12 @@ pub struct Needs {
     pub scalar: Option<Scalar>,
     /// Log-probs of the policy before the step's updates. Samples have them always.
     pub old_logp: bool,
-    /// Log-probs of a frozen copy of the policy.
+    /// Log-probs of a frozen reference.
     pub reference: bool,
+    /// Folder of the reference; without one it is a copy of the policy as the run begins.
+    pub reference_model: Option<PathBuf>,
+    /// The mean KL to the reference of prompts with completions of others.
+    pub mismatched_kl: bool,
     /// Folder of the frozen reward model that scores every sequence.
     pub reward_model: Option<PathBuf>,
     /// The entropy of each prediction.
@@ -94,6 +108,8 @@ impl Needs {
             scalar: None,
             old_logp: false,
             reference: false,
+            reference_model: None,
+            mismatched_kl: false,
             reward_model: None,
             entropy: false,
             epochs: 1,
@@ -215,11 +231,20 @@ pub const SHARED_METRICS: &[(&str, &str)] = &[
     ("tokens", "Tokens of the step's sequences, prompts included."),
     ("eval_loss", "The loss on held-out data."),
     ("eval_perplexity", "e to the held-out loss."),
-    ("eval_accuracy", "Held-out pairs whose chosen text scores higher."),
+    ("eval_accuracy", "Held-out pairs whose chosen text scores higher, or has the larger reward."),
 ];
 
 /// All algorithms.
-pub const ALGORITHMS: &[AlgorithmEntry] = &[sft::ENTRY, reward::ENTRY, ppo::ENTRY];
+pub const ALGORITHMS: &[AlgorithmEntry] = &[
+    sft::ENTRY,
+    reward::ENTRY,
+    dpo::ENTRY,
+    simpo::ENTRY,
+    cpo::ENTRY,
+    orpo::ENTRY,
+    kto::ENTRY,
+    ppo::ENTRY,
+];
 
 /// Finds an algorithm by the name that `warpo train` takes.
 pub fn algorithm(name: &str) -> Result<&'static AlgorithmEntry> {

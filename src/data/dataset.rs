@@ -1,4 +1,4 @@
-//! Records to the token sequences of a data set, and the order in which steps draw them.
+//! Records to the token sequences of a data set.
 
 use std::ops::Range;
 
@@ -31,6 +31,24 @@ impl Sequence {
     }
 }
 
+impl Sequence {
+    /// Tokens before the first that is predicted.
+    fn prompt(&self) -> usize {
+        self.predicted.first().map_or(self.ids.len(), |r| r.start)
+    }
+
+    /// Its prompt with the completion of another, cut at `longest` tokens, which is more than the
+    /// prompt has.
+    pub fn answered_by(&self, other: &Self, longest: usize) -> Self {
+        let (at, from) = (self.prompt(), other.prompt());
+        let mut ids = [&self.ids[..at], &other.ids[from..]].concat();
+        ids.truncate(longest);
+        let moved = |r: &Range<usize>| r.start - from + at..(r.end - from + at).min(ids.len());
+        let predicted = other.predicted.iter().map(moved).filter(|r| r.start < r.end).collect();
+        Self { ids, predicted, place: self.place.clone() }
+    }
+}
+
 impl AsRef<[u32]> for Sequence {
     fn as_ref(&self) -> &[u32] {
         &self.ids
@@ -45,6 +63,8 @@ pub struct Dataset {
     /// Margin of each pair: how much better the chosen text is, where people said so; empty without
     /// pairs.
     pub margins: Vec<Option<f64>>,
+    /// Whether people called each completion good; empty without judgements.
+    pub labels: Vec<bool>,
     pub stats: DatasetStats,
     /// What was cut or dropped, a reason each.
     pub omissions: Vec<Omission>,
@@ -99,12 +119,29 @@ impl Dataset {
         &self.sequences[i * self.unit()..(i + 1) * self.unit()]
     }
 
+    /// Leaves out pairs of which a side predicts no token: a policy has no log-prob of it.
+    pub fn keep_predicted(&mut self) {
+        let all = std::mem::take(self);
+        self.stats = all.stats;
+        let pairs = all.sequences.chunks_exact(2).zip(all.margins);
+        for (pair, margin) in pairs {
+            if pair.iter().all(|s| s.tokens() > 0) {
+                self.sequences.extend_from_slice(pair);
+                self.margins.push(margin);
+            } else {
+                self.stats.examples -= 1;
+                self.stats.tokens -= pair.iter().map(|s| s.ids.len()).sum::<usize>();
+                self.stats.dropped += 1;
+            }
+        }
+    }
+
     /// Tokens of the longest sequence.
     pub fn longest(&self) -> usize {
         self.sequences.iter().map(|s| s.ids.len()).max().unwrap_or(0)
     }
 
-    /// SHA-256 of all that is learned: tokens, which of them are predicted, margins.
+    /// SHA-256 of all that is learned: tokens, which of them are predicted, margins, labels.
     pub fn digest(&self) -> String {
         let mut hash = Sha256::new();
         let mut part = |numbers: &mut dyn ExactSizeIterator<Item = u64>| {
@@ -117,6 +154,9 @@ impl Dataset {
         }
         // NaN stands for no margin: data has none.
         part(&mut self.margins.iter().map(|m| m.unwrap_or(f64::NAN).to_bits()));
+        if !self.labels.is_empty() {
+            part(&mut self.labels.iter().map(|good| u64::from(*good)));
+        }
         hex(hash.finalize())
     }
 
@@ -244,7 +284,7 @@ impl Maker<'_> {
     /// The messages of a record, and how many of them are no answer that is learned.
     fn chat(&self, at: &Located) -> Result<Option<(Chat, usize)>> {
         let read = |text: &ChatText| Chat::read(text).map_err(|e| at.error(e));
-        Ok(match &at.record {
+        Ok(match at.record.content() {
             Record::Messages(chat) => Some((read(chat)?, 0)),
             Record::ChatCompletion { prompt, completion } => {
                 let mut chat = read(prompt)?;
@@ -305,7 +345,7 @@ impl Maker<'_> {
     /// The ids before the answer to the last message that a record has for a prompt.
     fn chat_prompt(&self, at: &Located) -> Result<Option<Vec<u32>>> {
         let read = |text: &ChatText| Chat::read(text).map_err(|e| at.error(e));
-        let chat = match &at.record {
+        let chat = match at.record.content() {
             Record::ChatPrompt(prompt) | Record::ChatCompletion { prompt, .. } => read(prompt)?,
             Record::Messages(chat) => read(chat)?.without_answer(),
             Record::ChatPreference { prompt: Some(prompt), .. } => read(prompt)?,
@@ -329,7 +369,7 @@ impl Maker<'_> {
             }
             return Ok(s);
         }
-        let mut s = match &at.record {
+        let mut s = match at.record.content() {
             Record::Text { text } | Record::Labelled { text, .. } => self.whole(at, text)?,
             Record::Completion { prompt, completion }
             | Record::Preference { prompt, chosen: completion, .. } => {
@@ -366,6 +406,9 @@ pub fn texts(
 ) -> Result<Dataset> {
     let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::default());
     for at in records {
+        if let Record::Judged { .. } = at.record {
+            return Err(at.error("has `label` beside a completion: what is bad would be learned"));
+        }
         let text = maker.text(at, completion_only)?;
         let useless = |[s]: &[Sequence; 1]| s.predicted.is_empty().then_some("nothing to learn");
         out.push([text], limits.max_length, useless);
@@ -429,14 +472,10 @@ pub fn pairs(
             _ => return Err(unfit(at, "preferences, or texts with labels")),
         }
     }
-    let labels = || labelled.iter().map(|l| l.0);
-    if let (Some(low), Some(high)) = (labels().reduce(f64::min), labels().reduce(f64::max)) {
-        if low == high {
-            return Err(Error::value("labels of all texts", "two or more", format!("only {low}")));
-        }
+    if let Some([low, high]) = extremes(&labelled)? {
         for (_, s) in labelled.iter().filter(|l| l.0 != low && l.0 != high) {
             out.stats.dropped += 1;
-            out.omit("dropped: a label between the lowest and the highest".into(), &s.place);
+            out.omit(BETWEEN.into(), &s.place);
         }
         all.extend(drawn(&labelled, (low, high), seed).map(|pair| (pair, None)));
     }
@@ -448,6 +487,58 @@ pub fn pairs(
         };
         if out.push(pair, limits.max_length, useless) {
             out.margins.push(margin);
+        }
+    }
+    Ok(out)
+}
+
+/// Why a text with a label is no example of good or of bad.
+const BETWEEN: &str = "dropped: a label between the lowest and the highest";
+
+/// The lowest and the highest label.
+fn extremes(labelled: &[(f64, Sequence)]) -> Result<Option<[f64; 2]>> {
+    let labels = || labelled.iter().map(|l| l.0);
+    match (labels().reduce(f64::min), labels().reduce(f64::max)) {
+        (Some(low), Some(high)) if low == high => {
+            Err(Error::value("labels of all texts", "two or more", format!("only {low}")))
+        }
+        (Some(low), Some(high)) => Ok(Some([low, high])),
+        _ => Ok(None),
+    }
+}
+
+/// Completions that people judged: with labels, of which the highest is good, the lowest bad, and
+/// those between count as dropped; texts with labels; both sides of preferences.
+pub fn judged(
+    records: &[Located],
+    tokenizer: Option<&Tokenizer>,
+    limits: Limits,
+) -> Result<Dataset> {
+    let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::default());
+    let (mut all, mut labelled) = (Vec::new(), Vec::new());
+    for at in records {
+        match (&at.record, maker.pair(at)?) {
+            (_, Some(([chosen, rejected], _))) => all.extend([(chosen, true), (rejected, false)]),
+            (Record::Judged { label, .. } | Record::Labelled { label, .. }, _) => {
+                labelled.push((*label, maker.text(at, true)?));
+            }
+            _ => return Err(unfit(at, "completions or texts with labels, or preferences")),
+        }
+    }
+    if let Some([low, high]) = extremes(&labelled)? {
+        for (label, text) in labelled {
+            if label == low || label == high {
+                all.push((text, label == high));
+                continue;
+            }
+            out.stats.dropped += 1;
+            out.omit(BETWEEN.into(), &text.place);
+        }
+    }
+    for (text, good) in all {
+        let useless = |[s]: &[Sequence; 1]| s.predicted.is_empty().then_some("nothing to learn");
+        if out.push([text], limits.max_length, useless) {
+            out.labels.push(good);
         }
     }
     Ok(out)
@@ -481,7 +572,7 @@ pub fn prompts(
 ) -> Result<Dataset> {
     let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::default());
     for at in records {
-        let ids = match &at.record {
+        let ids = match at.record.content() {
             _ if at.record.is_chat() => maker.chat_prompt(at)?.unwrap_or_default(),
             Record::Prompt { prompt }
             | Record::Completion { prompt, .. }
@@ -524,45 +615,4 @@ pub fn prompts(
 fn cut(mut ids: Vec<u32>, tokens: Option<usize>) -> Vec<u32> {
     ids.truncate(tokens.unwrap_or(usize::MAX));
     ids
-}
-
-/// The order in which examples are drawn: endless epochs over `len` examples, each in an order of
-/// its own. A pure function of a counter, so that a resumed run needs no more than that counter.
-#[derive(Clone, Debug)]
-pub struct DrawOrder {
-    len: usize,
-    seed: u64,
-    shuffle: bool,
-    epoch: u64,
-    permutation: Vec<usize>,
-}
-
-impl DrawOrder {
-    /// File order without `shuffle`.
-    pub fn new(len: usize, seed: u64, shuffle: bool) -> Self {
-        Self { len, seed, shuffle, epoch: u64::MAX, permutation: Vec::new() }
-    }
-
-    /// The example of draw `i`, over all epochs.
-    ///
-    /// # Panics
-    /// If there are no examples.
-    pub fn index(&mut self, i: u64) -> usize {
-        let (epoch, at) = (i / self.len as u64, (i % self.len as u64) as usize);
-        if !self.shuffle {
-            return at;
-        }
-        if epoch != self.epoch {
-            self.permutation =
-                Philox::new(self.seed, epoch, 0, Purpose::Shuffle).permutation(self.len);
-            self.epoch = epoch;
-        }
-        self.permutation[at]
-    }
-
-    /// The examples of step `step` of `batch` draws each. Epochs flow into each other: a step may
-    /// end one and begin the next, so that every step has the same size.
-    pub fn batch(&mut self, step: u64, batch: usize) -> Vec<usize> {
-        (0..batch as u64).map(|k| self.index(step * batch as u64 + k)).collect()
-    }
 }

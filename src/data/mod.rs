@@ -3,14 +3,16 @@
 mod chat;
 mod dataset;
 pub mod jinja;
+mod order;
 mod records;
 mod template;
 mod tokenizer;
 
 pub use chat::{Chat, ChatIds, ChatText, chat_texts, turn_end, unasked_opening};
 pub use dataset::{
-    Dataset, DatasetStats, DrawOrder, Limits, Omission, Sequence, pairs, prompts, scored, texts,
+    Dataset, DatasetStats, Limits, Omission, Sequence, judged, pairs, prompts, scored, texts,
 };
+pub use order::DrawOrder;
 pub use records::{DataPlace, Located, Record, read};
 pub use template::{BUILT_IN, ChatTemplate};
 pub use tokenizer::{Kept, Tokenizer};

@@ -34,6 +34,8 @@ pub enum Record {
     Preference { prompt: String, chosen: String, rejected: String, margin: Option<f64> },
     /// `prompt`
     Prompt { prompt: String },
+    /// A completion, and `label`: people's judgement of it, the higher the better
+    Judged { completion: Box<Record>, label: f64 },
     /// `input_ids`, `labels`: -100 is not learned
     LabelledIds { input_ids: Vec<u32>, learn: Vec<bool> },
     /// `input_ids`
@@ -58,9 +60,17 @@ pub enum Record {
 }
 
 impl Record {
+    /// What was judged, or the record itself.
+    pub fn content(&self) -> &Self {
+        match self {
+            Self::Judged { completion, .. } => completion,
+            other => other,
+        }
+    }
+
     /// Its texts; those of messages are the JSON texts of their lists.
     pub fn texts(&self) -> impl Iterator<Item = &str> {
-        let texts: [&str; 3] = match self {
+        let texts: [&str; 3] = match self.content() {
             Self::Text { text } | Self::Labelled { text, .. } => [text, "", ""],
             Self::Completion { prompt, completion } => [prompt, completion, ""],
             Self::Preference { prompt, chosen, rejected, .. } => [prompt, chosen, rejected],
@@ -78,7 +88,7 @@ impl Record {
     /// Whether it is made of messages, which need a chat template.
     pub fn is_chat(&self) -> bool {
         matches!(
-            self,
+            self.content(),
             Self::Messages(_)
                 | Self::ChatPrompt(_)
                 | Self::ChatCompletion { .. }
@@ -94,6 +104,11 @@ impl Record {
             Self::Completion { .. } => "prompt, completion",
             Self::Preference { .. } => "prompt, chosen, rejected",
             Self::Prompt { .. } => "prompt",
+            Self::Judged { completion, .. } => match &**completion {
+                Self::CompletionIds { .. } => "input_ids, output_ids, label",
+                Self::ChatCompletion { .. } => "prompt, completion, label (messages)",
+                _ => "prompt, completion, label",
+            },
             Self::LabelledIds { .. } => "input_ids, labels",
             Self::Ids { .. } => "input_ids",
             Self::CompletionIds { .. } => "input_ids, output_ids",
@@ -377,6 +392,14 @@ impl RawRecord<'_> {
         })
     }
 
+    /// A completion, with what people said of it, if they did.
+    fn judged(&self, completion: Record) -> Result<Record, String> {
+        match self.has("label") {
+            true => Ok(Record::Judged { completion: Box::new(completion), label: self.label()? }),
+            false => Ok(completion),
+        }
+    }
+
     fn record(&self) -> Result<Record, String> {
         if let Some(name) = &self.twice {
             return Err(format!("has column {name:?} twice"));
@@ -394,7 +417,7 @@ impl RawRecord<'_> {
             let input_ids = self.ids("input_ids")?;
             if has("output_ids") {
                 let completion = self.ids("output_ids")?;
-                return Ok(Record::CompletionIds { prompt: input_ids, completion });
+                return self.judged(Record::CompletionIds { prompt: input_ids, completion });
             }
             if !has("labels") {
                 return Ok(Record::Ids { input_ids });
@@ -418,29 +441,27 @@ impl RawRecord<'_> {
             return transcripts(&chosen, &rejected, margin);
         }
         let question = has("question") && !has("text");
-        let completes = COMPLETIONS.iter().any(|key| self.has(key));
-        if completes && has("label") && (has("prompt") || question) {
-            return Err("has `label` beside a completion: what is bad would be learned".into());
-        }
         // A text beside a conversation is its beginning once more.
         if self.is_chat("messages") && !self.is_chat("prompt") && !has("text") {
             return Ok(Record::Messages(self.chat("messages")?));
         }
         if self.is_chat("prompt") {
             let prompt = self.chat("prompt")?;
-            return Ok(match COMPLETIONS.iter().find(|key| self.has(key)) {
+            return match COMPLETIONS.iter().find(|key| self.has(key)) {
                 Some(key) => {
                     let completion = self.chat(key)?.messages;
-                    Record::ChatCompletion { prompt, completion }
+                    self.judged(Record::ChatCompletion { prompt, completion })
                 }
-                None => Record::ChatPrompt(prompt),
-            });
+                None => Ok(Record::ChatPrompt(prompt)),
+            };
         }
         if let Some(prompt) = has("prompt").then_some("prompt").or(question.then_some("question")) {
             let prompt = self.text(prompt)?;
             let completion = COMPLETIONS.iter().find(|key| self.has(key));
             return match completion {
-                Some(key) => Ok(Record::Completion { prompt, completion: self.text(key)? }),
+                Some(key) => {
+                    self.judged(Record::Completion { prompt, completion: self.text(key)? })
+                }
                 None => Ok(Record::Prompt { prompt }),
             };
         }
@@ -457,7 +478,7 @@ impl RawRecord<'_> {
         let found = self.found();
         Err(format!(
             "has columns {found}, wanted messages | text | text, label | prompt | \
-             prompt, completion | [prompt,] chosen, rejected | \
+             prompt, completion[, label] | [prompt,] chosen, rejected | \
              input_ids[, labels | output_ids] | prompt_ids, chosen_ids, rejected_ids"
         ))
     }

@@ -5,23 +5,9 @@ use crate::{
         Device, Float, View, ViewMut, Work,
         cuda::{Launch, kernels::gae as kernel},
     },
-    error::{Error, Result},
+    error::Result,
     shape,
 };
-
-/// Checks that `offsets` `[sequences + 1]` ascends from 0 to `len`.
-fn check_offsets(op: &str, offsets: &[u32], len: usize) -> Result<()> {
-    let bad = offsets.windows(2).position(|w| w[0] > w[1]);
-    if let Some(i) = bad {
-        let got = format!("{} after {}", offsets[i + 1], offsets[i]);
-        return Err(Error::value(format!("{op}: offsets"), "ascending numbers", got));
-    }
-    if offsets.first().is_none_or(|o| *o == 0) && offsets.last().map_or(0, |o| *o as usize) == len {
-        return Ok(());
-    }
-    let got = format!("{:?} to {:?}", offsets.first(), offsets.last());
-    Err(Error::value(format!("{op}: offsets"), format!("0 to {len}"), got))
-}
 
 /// What advantages are estimated from.
 #[derive(Clone, Copy, Debug)]
@@ -56,7 +42,7 @@ pub fn forward<F: Float>(
     let _op = dev.op("gae", || Work::moves::<F>(4 * n));
     match dev {
         Device::Cpu(_) => {
-            check_offsets("gae", offsets.host(), n)?;
+            shape::offsets("gae", offsets.host(), n)?;
             let (advantages, returns) = (advantages.host(), returns.host());
             let (rewards, values) = (rewards.host(), values.host());
             // A few numbers a token: one thread is done before a second would have started.
@@ -74,7 +60,7 @@ pub fn forward<F: Float>(
         }
         Device::Cuda(cuda) => {
             // The kernel would follow a wrong offset out of the columns.
-            check_offsets("gae", &dev.read(offsets)?, n)?;
+            shape::offsets("gae", &dev.read(offsets)?, n)?;
             let sequences = offsets.len().saturating_sub(1);
             let launch = Launch::row(sequences, kernel::THREADS / 32 * 8)?;
             kernel::Forward { advantages, returns, rewards, values, offsets, gamma, lambda }

@@ -312,19 +312,21 @@ pub fn backward<T: Element>(
                 }
             });
             cpu.rows(channels, 64, (dw.host(), taps), |range, dw| {
+                // By taps, so that channels lie side by side.
+                let n = range.len();
+                let mut sums: Vec<T::Acc> =
+                    (0..taps * n).map(|i| dw[i % n * taps + i / n]).collect();
                 for s in spans {
                     for t in 0..s.rows as usize {
                         let du = &du[(s.at as usize + t) * channels..][range.clone()];
                         for j in (0..taps).filter(|j| taps - 1 - j <= t) {
                             let x = inputs.x.row(s.at as usize + t + j + 1 - taps, channels);
-                            for ((dw, du), x) in
-                                dw.chunks_exact_mut(taps).zip(du).zip(&x[range.clone()])
-                            {
-                                dw[j] = du.mul_add(*x, dw[j]);
-                            }
+                            let sum = &mut sums[j * n..][..n];
+                            add_product(cpu.isa(), sum, du, &x[range.clone()]);
                         }
                     }
                 }
+                sums.iter().enumerate().for_each(|(i, x)| dw[i % n * taps + i / n] = *x);
             });
             Ok(())
         }

@@ -14,7 +14,10 @@
 //! sum, for which every function gives 1, is the weight of all tokens. A maximum has no weight.
 
 use crate::{
-    device::{Cuda, Device, Float, Pending, View, ViewMut, Work, cuda::Launch},
+    device::{
+        Cuda, Device, Float, Pending, View, ViewMut, Work,
+        cuda::{Launch, Parts},
+    },
     error::Result,
     shape,
 };
@@ -170,9 +173,10 @@ impl<F: Float, const IN: usize, const GRADS: usize> TokenLoss<'_, F, IN, GRADS> 
                 Ok(Pending::now(sums))
             }
             Device::Cuda(cuda) => {
-                let sums = cuda.sums(tokens * per, S::MAXIMA, |row, partial, share| {
-                    launch(TokenLaunch { cuda, launch: row, grads, partial, share })
-                })?;
+                let sums =
+                    cuda.sums(Parts::of(tokens * per), S::MAXIMA, |row, partial, share| {
+                        launch(TokenLaunch { cuda, launch: row, grads, partial, share })
+                    })?;
                 Ok(sums.map(S::of))
             }
         }

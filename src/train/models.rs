@@ -86,7 +86,10 @@ pub static ROLES: [Role; 5] = [
         name: "reference",
         head: Head::Lm,
         last: false,
-        from: |n| n.reference.then_some(Origin::Model),
+        from: |n| match n.reference_model {
+            Some(_) => n.reference.then_some(Origin::ReferenceModel),
+            None => n.reference.then_some(Origin::Model),
+        },
         column: Some(|c| &mut c.ref_logp),
         trained: None,
     },
@@ -126,10 +129,12 @@ pub struct PlannedModel {
 /// The models that an algorithm needs.
 pub fn planned(s: &Settings, needs: &Needs) -> Result<Vec<PlannedModel>> {
     let plan = |(role, from): (&'static Role, Origin)| {
-        let dir = match (from, &needs.reward_model) {
-            (Origin::RewardModel, Some(dir)) => dir.clone(),
-            _ => PathBuf::from(&s.model),
+        let named = match from {
+            Origin::Model => None,
+            Origin::RewardModel => needs.reward_model.clone(),
+            Origin::ReferenceModel => needs.reference_model.clone(),
         };
+        let dir = named.unwrap_or_else(|| PathBuf::from(&s.model));
         let (_, spec) = Config::read(&dir)?.spec()?;
         Ok(PlannedModel { role, dir, spec, longest: None, from })
     };

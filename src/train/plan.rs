@@ -105,7 +105,7 @@ impl MemoryPlan {
                 parts.extend(models::bytes::<T>(&spec, head));
                 let (shape, options) = (sizes.micro_batch, options(s, needs, head));
                 let bytes = Arena::plan(|scope| {
-                    MicroBatch::<T::Acc>::plan(dev, scope, shape.rows)?;
+                    MicroBatch::<T::Acc>::plan(dev, scope, shape.rows, shape.sequences)?;
                     Pass::<T>::plan(dev, scope, (&spec, head), shape, options)
                 })?;
                 (format!("train the {role}"), bytes)

@@ -31,7 +31,7 @@ crate::settings! {
         /// Data files (JSONL); "-" is standard input.
         pub data: Vec<String> = Vec::new()
             => "at least one file (--data FILE)" if |d| !d.is_empty(),
-        /// Data files that are scored but never trained on (sft, reward).
+        /// Data files that are scored but never trained on (all but ppo).
         pub eval_data: Vec<String> = Vec::new(),
         /// Steps between evaluations; 0 evaluates at the end only.
         pub eval_every: u64 = 0,
@@ -44,8 +44,8 @@ crate::settings! {
         pub threads: usize = 0 => "at most 1024" if |n| *n <= 1024,
         /// Seed of everything that is drawn.
         pub seed: u64 = 0,
-        /// Sequences (for reward: pairs) of an optimizer step (Hugging Face Trainer: 8 a device;
-        /// InstructGPT, N+ and OpenRLHF use 32 to 512).
+        /// Sequences of an optimizer step; pairs, where an algorithm learns from these (Hugging
+        /// Face Trainer: 8 a device; InstructGPT, N+ and OpenRLHF use 32 to 512).
         pub batch_size: usize = 32 => "from 1 to 1000000" if |n| (1..=1_000_000).contains(n),
         /// Optimizer steps; 0 counts `epochs` instead.
         pub steps: u64 = 0,
@@ -53,7 +53,7 @@ crate::settings! {
         pub epochs: f64 = 1.0 => "above 0" if |e| *e > 0.0 && e.is_finite(),
         /// Draw examples in a new order each epoch (as everywhere).
         pub shuffle: bool = true,
-        /// Peak step size (TRL: 2e-5 for SFT, 1e-4 for reward, 3e-6 for PPO).
+        /// Peak step size (TRL: 2e-5 for SFT, 1e-4 for reward, 3e-6 for PPO, 1e-6 for DPO).
         pub learning_rate: f64 = 2e-5 => "0 or more" if |r| *r >= 0.0 && r.is_finite(),
         /// Its course after warm-up (TRL: linear).
         pub schedule: Schedule = Schedule::Linear,
@@ -136,6 +136,7 @@ impl Settings {
         // Their content is compared, not their place.
         "model",
         "reward_model",
+        "reference_model",
         "data",
         "eval_data",
         "chat_template",

@@ -22,6 +22,8 @@ pub struct Source {
     copies: usize,
     /// It is made of conversations.
     pub is_chat: bool,
+    /// Prompts are scored with the completions of others, too.
+    mismatches: bool,
     /// Heads read every predicted token, not the last one of a sequence.
     by_token: bool,
     /// What a user should know of the data.
@@ -33,6 +35,8 @@ pub struct Source {
 pub struct StepData {
     pub sequences: Vec<Sequence>,
     pub columns: Columns<f32>,
+    /// Each prompt with the completion before it, where a KL is estimated with these.
+    pub mismatched: Vec<Sequence>,
 }
 
 impl Source {
@@ -48,13 +52,17 @@ impl Source {
         for file in files {
             records.extend(data::read(Path::new(file))?);
         }
-        let data = match needs.inputs {
+        let mut data = match needs.inputs {
             Inputs::Texts { completion_only } => {
                 data::texts(&records, tokenizer, limits, completion_only)?
             }
             Inputs::Pairs => data::pairs(&records, tokenizer, limits, s.seed)?,
+            Inputs::Judged => data::judged(&records, tokenizer, limits)?,
             Inputs::Prompts(_) => data::prompts(&records, tokenizer, limits, s.prompt_tokens)?,
         };
+        if needs.inputs == Inputs::Pairs && needs.policy {
+            data.keep_predicted();
+        }
         if data.is_empty() {
             let why: Vec<String> = data.omissions.iter().map(ToString::to_string).collect();
             let got = format!("{} records, all dropped: {}", records.len(), why.join("; "));
@@ -66,12 +74,17 @@ impl Source {
         let draws = s.batch_size / copies;
         // A text twice in a step counts twice; a prompt has other samples each time.
         let draws = if needs.sampling().is_none() { draws.min(data.len()) } else { draws };
+        if needs.mismatched_kl && draws < 2 {
+            let want = "2 or more: the KL is that of a prompt with the completion of another";
+            return Err(Error::config("batch_size", want, draws));
+        }
         Ok(Self {
             order: DrawOrder::new(data.len(), s.seed, s.shuffle),
             draws,
             copies,
             warnings,
             is_chat: records.iter().any(|at| at.record.is_chat()),
+            mismatches: needs.mismatched_kl,
             by_token: needs.policy,
             data,
         })
@@ -98,14 +111,22 @@ impl Source {
 
     fn examples(&self, chosen: &[usize]) -> StepData {
         let copies = chosen.iter().flat_map(|i| std::iter::repeat_n(*i, self.copies));
-        let sequences = copies.flat_map(|i| self.data.example(i)).cloned().collect();
+        let sequences: Vec<_> = copies.flat_map(|i| self.data.example(i)).cloned().collect();
         let mut columns = Columns::default();
         let margin = |i: &usize| self.data.margins.get(*i).copied().flatten();
         // A pair without a margin has margin 0 beside one that has it.
         if chosen.iter().any(|i| margin(i).is_some()) {
             columns.margins = chosen.iter().map(|i| margin(i).unwrap_or(0.0) as f32).collect();
         }
-        let mut data = StepData { sequences, columns };
+        if !self.data.labels.is_empty() {
+            let label = |i: &usize| f32::from(u8::from(self.data.labels[*i]));
+            columns.labels = chosen.iter().map(label).collect();
+        }
+        let longest = if self.mismatches { self.data.longest() } else { 0 };
+        let others = sequences.iter().cycle().skip(sequences.len().saturating_sub(1));
+        let pairs = sequences.iter().zip(others).filter(|_| self.mismatches);
+        let mismatched = pairs.map(|(prompt, other)| prompt.answered_by(other, longest)).collect();
+        let mut data = StepData { sequences, columns, mismatched };
         data.lay_out(self.by_token);
         data
     }
@@ -182,7 +203,7 @@ impl StepData {
     pub fn subset(&self, chosen: &[usize], unit: usize) -> Self {
         let chosen: Vec<usize> = chosen.iter().flat_map(|i| i * unit..(i + 1) * unit).collect();
         let sequences = chosen.iter().map(|i| self.sequences[*i].clone()).collect();
-        Self { sequences, columns: self.columns.subset(&chosen) }
+        Self { sequences, columns: self.columns.subset(&chosen), mismatched: Vec::new() }
     }
 
     /// Adds the lines of data that the samples of a bad number come from.

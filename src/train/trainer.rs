@@ -14,7 +14,7 @@ use super::{
     source::StepData,
 };
 use crate::{
-    algorithms::{Algorithm, Columns, Inputs, Metrics, MicroBatch},
+    algorithms::{Algorithm, Columns, Inputs, Metrics, MicroBatch, Needs},
     device::{Arena, Device, Element, Pending, View},
     error::{Error, Result},
     models::{Batch, Head, Model, Pass},
@@ -99,6 +99,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             Inputs::Pairs => {
                 format!("{0} pairs = {1} texts a step", s.batch_size, 2 * s.batch_size)
             }
+            Inputs::Judged => format!("{} completions a step", s.batch_size),
             Inputs::Prompts(p) => format!(
                 "{} prompts x {} samples = {} sequences a step; x {} passes in {} minibatches of {} \
                  = {} updates a step",
@@ -238,7 +239,16 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     /// Fills the columns that the algorithm asks for with what the run's models say.
     fn fill(&mut self, data: &mut StepData) -> Result<()> {
         let (models, mut pass, inputs) = self.scoring();
-        models.fill(&mut pass, &inputs.needs, &data.sequences, &mut data.columns)
+        models.fill(&mut pass, &inputs.needs, &data.sequences, &mut data.columns)?;
+        if inputs.needs.mismatched_kl {
+            let needs = Needs { old_logp: true, ..inputs.needs.clone() };
+            let mut c = Columns::default();
+            models.fill(&mut pass, &needs, &data.mismatched, &mut c)?;
+            let ratios = c.old_logp.iter().zip(&c.ref_logp);
+            let kl: f64 = ratios.map(|(l, r)| f64::from(*l) - f64::from(*r)).sum();
+            data.columns.mismatched_kl = Some(kl / data.mismatched.len() as f64);
+        }
+        Ok(())
     }
 
     /// Metrics of the held-out data.

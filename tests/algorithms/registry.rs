@@ -54,8 +54,9 @@ fn every_algorithm_is_in_the_registry() {
                 let needs = algorithm.needs();
                 assert!(needs.policy || needs.scalar.is_some(), "{} trains nothing", e.name);
                 assert!(needs.epochs > 0 && needs.minibatches > 0);
-                let samples = matches!(needs.inputs, Inputs::Prompts(_));
-                assert!(!needs.reference || samples, "{}: who reads the reference?", e.name);
+                let reads =
+                    matches!(needs.inputs, Inputs::Prompts(_) | Inputs::Pairs | Inputs::Judged);
+                assert!(!needs.reference || reads, "{}: who reads the reference?", e.name);
             }
             Err(Error::Config { key, .. }) => {
                 assert!(own.iter().any(|k| k.name == key), "{}: {key}", e.name);
@@ -77,7 +78,19 @@ fn every_setting_survives_the_template() {
         let mut section = (e.section)();
         let mut settings = Settings::default();
         for key in settings.keys().into_iter().chain(section.keys()) {
-            let texts = ["none", "k3", "loss", "cosine", "biased", "policy", "bfloat16", "é = # x"];
+            let texts = [
+                "none",
+                "k3",
+                "loss",
+                "cosine",
+                "biased",
+                "policy",
+                "bfloat16",
+                "hinge",
+                "zero",
+                "forward_kl",
+                "é = # x",
+            ];
             let numbers = ["true", "false", "7", "0.25"].map(String::from);
             let candidates = [&numbers[..], &texts.map(|t| format!("{t:?}"))].concat();
             let change = candidates.iter().find(|v| {

@@ -264,6 +264,56 @@ fn preferences_stay_beside_labelled_texts_and_middle_labels_are_counted() {
     assert_eq!(error, "labels of all texts: got only 5, wanted two or more");
 }
 
+/// Judgements of completions: the highest label is good, the lowest bad, what is between is
+/// counted; both sides of a preference have one; nothing that may be bad is learned by SFT.
+#[test]
+fn judged_completions_are_good_or_bad() {
+    let judged = |n: u32, label: f64| Record::Judged {
+        completion: Box::new(Record::CompletionIds { prompt: vec![5, 6], completion: vec![n] }),
+        label,
+    };
+    let pair =
+        Record::PreferenceIds { prompt: vec![7], chosen: vec![8], rejected: vec![9], margin: None };
+    let records = located([judged(20, 2.0), judged(21, 1.0), judged(22, 0.5), pair]);
+    let data = data::judged(&records, None, LIMITS).unwrap();
+    assert_eq!(all_ids(&data), [&[7, 8][..], &[7, 9], &[5, 6, 20], &[5, 6, 22]]);
+    assert_eq!(data.labels, [true, false, true, false]);
+    assert_eq!(data.sequences[2].predicted[0], 2..3, "not the prompt");
+    assert_eq!((data.len(), data.stats.examples, data.stats.dropped), (4, 4, 1));
+    let labels = |labels| Dataset { labels, ..data.clone() }.digest();
+    assert_ne!(labels(vec![true, false, true, false]), labels(vec![true, false, false, true]));
+    let fail = |records: &[Located]| data::judged(records, None, LIMITS).unwrap_err().to_string();
+    assert_eq!(fail(&records[..1]), "labels of all texts: got only 2, wanted two or more");
+    let texts = located([ids(3..7)]);
+    let want = "has columns input_ids, wanted completions or texts with labels, or preferences";
+    assert!(fail(&texts).ends_with(want), "{}", fail(&texts));
+    let error = data::texts(&records[..1], None, LIMITS, true).unwrap_err().to_string();
+    let want = "has `label` beside a completion: what is bad would be learned";
+    assert!(error.ends_with(want), "{error}");
+    // It may be scored, and gives its prompt.
+    assert_eq!(all_ids(&data::scored(&records[..1], None, LIMITS).unwrap()), [[5, 6, 20]]);
+    assert_eq!(all_ids(&data::prompts(&records[..1], None, LIMITS, None).unwrap()), [[5, 6]]);
+}
+
+/// A completion of which nothing is left has no log-prob: a policy does not see its pair.
+#[test]
+fn pairs_without_a_predicted_token_are_left_out_for_a_policy() {
+    let pair = |n: u32, rejected: &[u32]| Record::PreferenceIds {
+        prompt: vec![5, 6, 7],
+        chosen: vec![n],
+        rejected: rejected.to_vec(),
+        margin: Some(f64::from(n)),
+    };
+    let records = located([pair(20, &[30]), pair(21, &[]), pair(22, &[31])]);
+    let mut data = data::pairs(&records, None, LIMITS, 0).unwrap();
+    assert_eq!(data.len(), 3, "a reward model reads all");
+    data.keep_predicted();
+    assert_eq!(data.margins, [Some(20.0), Some(22.0)]);
+    assert_eq!(all_ids(&data)[2..], [[5, 6, 7, 22], [5, 6, 7, 31]]);
+    let stats = DatasetStats { examples: 2, tokens: 16, truncated: 0, dropped: 1 };
+    assert_eq!(data.stats, stats);
+}
+
 #[test]
 fn prompts_come_from_prompts_or_from_the_first_tokens_of_texts() {
     let t = tokenizer();

@@ -109,6 +109,28 @@ fn the_format_is_told_by_the_columns() {
             preference_ids(Some(0.5)),
         ),
         // unknown columns are ignored, and so are known ones that are null
+        (
+            r#"{"prompt": "p", "completion": "bad", "label": false}"#,
+            "prompt, completion, label",
+            Record::Judged {
+                completion: Box::new(Record::Completion {
+                    prompt: text("p"),
+                    completion: text("bad"),
+                }),
+                label: 0.0,
+            },
+        ),
+        (
+            r#"{"input_ids": [5], "output_ids": [6], "label": 1}"#,
+            "input_ids, output_ids, label",
+            Record::Judged {
+                completion: Box::new(Record::CompletionIds {
+                    prompt: vec![5],
+                    completion: vec![6],
+                }),
+                label: 1.0,
+            },
+        ),
         (r#"{"text": "a", "score": [1], "label": null}"#, "text", Record::Text { text: text("a") }),
         (
             r#"{"text": "t", "prompt": "p", "messages": []}"#,
@@ -191,7 +213,7 @@ fn a_bad_line_is_named() {
         (
             r#"{"text": null}"#,
             "has columns [\"text\" (null)], wanted messages | text | text, label | prompt | \
-             prompt, completion | [prompt,] chosen, rejected | \
+             prompt, completion[, label] | [prompt,] chosen, rejected | \
              input_ids[, labels | output_ids] | prompt_ids, chosen_ids, rejected_ids",
         ),
         (r#"{"input_ids": 7}"#, "`input_ids` has 7, wanted token ids"),
@@ -210,18 +232,14 @@ fn a_bad_line_is_named() {
             "`labels`[0] is null, wanted -100 or the token's id 1",
         ),
         (
-            r#"{"prompt": "p", "completion": "bad", "label": false}"#,
-            "has `label` beside a completion: what is bad would be learned",
-        ),
-        (
-            r#"{"prompt": [{"role": "user"}], "completion": [{"role": "assistant"}], "label": 0}"#,
-            "has `label` beside a completion: what is bad would be learned",
+            r#"{"prompt": "p", "completion": "c", "label": "soso"}"#,
+            "`label` is \"soso\", wanted a number, true or false, positive or negative, good or bad",
         ),
         (r#"{"messages": {}}"#, "`messages` is {}, wanted a list of messages"),
         (
             r#"{"chosen": "c", "instruction": "i"}"#,
             "has columns [\"chosen\", \"instruction\"], wanted messages | text | text, label | \
-             prompt | prompt, completion | [prompt,] chosen, rejected | \
+             prompt | prompt, completion[, label] | [prompt,] chosen, rejected | \
              input_ids[, labels | output_ids] | prompt_ids, chosen_ids, rejected_ids",
         ),
         (

@@ -207,15 +207,17 @@ fn kernels_readme_has_the_table() {
 }
 
 /// Kernels that load no 16 bytes at once, and why.
-const NARROW: [(&str, &str); 17] = [
+const NARROW: [(&str, &str); 19] = [
     ("embedding_sort", "ids, a lane a row"),
     ("gae_forward", "sequences begin at any token, a lane a token"),
     ("grad_norm_sum", "a sum of at most 256 numbers, in order"),
+    ("kto_loss_forward", "sequences begin at any token, a lane a token"),
     ("logprob_from_logits_bf16", "rows begin anywhere, four lanes a chunk"),
     ("logprob_from_logits_f32", "rows begin anywhere, four lanes a chunk"),
     ("logprob_top", "keys of a list, a lane each"),
     ("next_ids_forward", "tokens from anywhere, a lane each"),
     ("norm_add_partials", "a column a lane, 128 bytes a warp"),
+    ("preference_loss_forward", "sequences begin at any token, a lane a token"),
     ("routing_backward_bf16", "a row of as many experts as there are, a lane each"),
     ("routing_backward_f32", "a row of as many experts as there are, a lane each"),
     ("routing_balance", "a row of as many experts as there are, a lane each"),

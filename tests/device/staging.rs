@@ -5,7 +5,7 @@ use std::thread;
 
 use warpo::device::{
     Arena, Buffer, Cuda, Device, Pending, ViewMut,
-    cuda::{Calls, Launch, Ring, Swizzle, Tiles, kernels::norm as kernel},
+    cuda::{Calls, Launch, Parts, Ring, Swizzle, Tiles, kernels::norm as kernel},
 };
 
 use crate::support::{
@@ -219,7 +219,7 @@ fn a_thread_that_did_nothing_before_may_ask_for_anything() {
         fresh("free memory", &|| dev.free_memory().map(|_| ()));
         fresh("ring", &|| cuda.clone().with_ring(Ring { slots: 1, bytes: 64 }).map(|_| ()));
         fresh("launch", &|| {
-            cuda.sums::<1>(0, 0, |_, _, _| Ok(())).and_then(Pending::get).map(|_| ())
+            cuda.sums::<1>(Parts::of(0), 0, |_, _, _| Ok(())).and_then(Pending::get).map(|_| ())
         });
     });
 }

@@ -1,4 +1,4 @@
-//! A minibatch of PPO against TRL in float64: advantages, losses and gradients.
+//! A minibatch of PPO, and pairs of DPO, against TRL in float64: advantages, losses and gradients.
 
 use warpo::{
     device::Device,
@@ -7,6 +7,8 @@ use warpo::{
         gae,
         kl::KlEstimator,
         ppo_loss::{self, PpoLoss, PpoTokens},
+        preference_loss::{self, PairCounts, PreferenceKind, PreferenceLoss},
+        sequence_loss::{Offsets, SequenceColumns},
         value_loss::{self, ValueLoss, ValueTokens},
         whiten::{self, Moments, Variance},
     },
@@ -226,4 +228,72 @@ fn ppo_losses_and_gradients_are_those_of_trl() {
         assert_close("scores", &scores, g.get("scores"), 1e-11, 1e-10);
         g.all_read(&[]);
     }
+}
+
+/// Pairs of DPO: log-probs of completions, the losses of TRL, and all gradients of a model.
+#[test]
+fn dpo_losses_and_gradients_are_those_of_trl() {
+    let name = "llama_tied";
+    let g = Golden::open(&format!("{name}/dpo.safetensors"));
+    let (rows, masks) =
+        (unpad(&g, "input_ids", "attention_mask"), unpad(&g, "completion_mask", "attention_mask"));
+    // Golden rows: all chosen, then all rejected.
+    let pairs = rows.len() / 2;
+    let order: Vec<usize> = (0..pairs).flat_map(|i| [i, pairs + i]).collect();
+    let model = load::<f64>(name, Head::Lm);
+    let (mut batch, mut grads) = (Batch::default(), params(model.params().layout()));
+    let (mut offsets, mut chosen_tokens) = (vec![0u32], 0.0);
+    for (k, &i) in order.iter().enumerate() {
+        let n = masks[i].iter().filter(|m| **m == 1).count();
+        batch.push_predicted(&rows[i], rows[i].len() - n);
+        offsets.push(offsets[k] + n as u32);
+        chosen_tokens += if k % 2 == 0 { n as f64 } else { 0.0 };
+    }
+    // The log-prob of a completion under the reference is given as a sum: it stands at the first
+    // token.
+    let mut reference = vec![0.0; offsets[2 * pairs] as usize];
+    let sums = g.get("ref_logps");
+    order.iter().zip(&offsets).for_each(|(i, o)| reference[*o as usize] = sums[*i]);
+    let (dev, mut memory) = (host(), pass_room(host(), &model, &batch, keep_all(false)));
+    let scope = memory.scope();
+    Pass::new(dev, &model, &scope, &batch)
+        .train(&mut grads, keep_all(false), |mut c| {
+            let columns = SequenceColumns {
+                logp: c.y,
+                ref_logp: Some((&reference).into()),
+                weights: None,
+                offsets: Offsets { host: &offsets, view: (&offsets).into() },
+            };
+            for (k, &i) in order.iter().enumerate() {
+                let got = columns.sequence(k).logp;
+                assert_close("logps", &[got], &g.get("logps")[i..=i], 1e-11, 1e-10);
+            }
+            // DPO last: its gradient goes on.
+            for (key, kind) in [
+                ("loss_robust", PreferenceKind::Robust),
+                ("loss_hinge", PreferenceKind::Hinge),
+                ("loss_ipo", PreferenceKind::Ipo),
+                ("loss_sigmoid_norm", PreferenceKind::SigmoidNorm),
+                ("loss_apo_zero", PreferenceKind::ApoZero),
+                ("loss_nca_pair", PreferenceKind::NcaPair),
+                ("loss_sppo_hard", PreferenceKind::SppoHard),
+                ("loss_sigmoid", PreferenceKind::Sigmoid),
+                ("loss", PreferenceKind::Sigmoid),
+            ] {
+                let robust = kind == PreferenceKind::Robust;
+                let s = PreferenceLoss {
+                    terms: vec![(kind, 1.0)],
+                    label_smoothing: if robust { 0.1 } else { 0.0 },
+                    ..PreferenceLoss::default()
+                };
+                let of = PairCounts { pairs: pairs as f64, chosen_tokens };
+                let d = c.dy.reborrow();
+                let sums = preference_loss::forward(dev, d, columns, None, &s, of)?.get()?;
+                assert_close(key, &[sums.loss], &[g.scalar(key)], 1e-11, 1e-10);
+            }
+            Ok(())
+        })
+        .unwrap();
+    assert_gradients(&g, "grad/", (&model, &grads), stored(name));
+    g.all_read(&[]);
 }

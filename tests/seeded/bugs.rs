@@ -167,6 +167,20 @@ pub const BUGS: &[Bug] = &[
         test: "train::run::rollout_equals_training_when_nothing_is_learned",
     },
     Bug {
+        what: "the reference's log-probs are added to the policy's",
+        file: "src/ops/sequence_loss.rs",
+        place: "sums.ratio += self.weight(t) * («logp - reference»);",
+        mistake: "logp + reference",
+        test: "algorithms::preference::only_the_ratio_to_the_reference_counts",
+    },
+    Bug {
+        what: "the prompt counts as part of the completion that people chose",
+        file: "src/data/dataset.rs",
+        place: "let end = «prompt.len().max(1)»..ids.len();",
+        mistake: "1",
+        test: "algorithms::preference::completions_count_and_prompts_do_not",
+    },
+    Bug {
         what: "a resumed run begins with new moments",
         file: "src/train/run.rs",
         place: "«t.dev.write(to.flat_mut(), &numbers)?»;",

@@ -37,12 +37,19 @@ pub fn data(dir: &Path, algorithm: &str, n: usize) -> PathBuf {
         let len = |k: u64| 2 + (i * 7 + k * 5) as usize % 13;
         match algorithm {
             "sft" => writeln!(text, "{{\"input_ids\": {:?}}}", ids(i, len(0) + 3)),
-            "reward" => writeln!(
+            "reward" | "dpo" | "simpo" | "cpo" | "orpo" => writeln!(
                 text,
                 "{{\"prompt_ids\": {:?}, \"chosen_ids\": {:?}, \"rejected_ids\": {:?}}}",
                 ids(i, len(0)),
                 ids(i + 1000, len(1)),
                 ids(i + 2000, len(2))
+            ),
+            "kto" => writeln!(
+                text,
+                "{{\"input_ids\": {:?}, \"output_ids\": {:?}, \"label\": {}}}",
+                ids(i, len(0)),
+                ids(i + 1000, len(1)),
+                i % 3 == 1
             ),
             _ => writeln!(text, "{{\"input_ids\": {:?}}}", ids(i, len(0))),
         }

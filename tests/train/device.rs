@@ -107,6 +107,41 @@ fn reward_takes_the_first_steps_on_a_device_as_on_the_cpu() {
     first_steps("reward", "reward", 1, (0.3, 0.05));
 }
 
+/// Algorithms over pairs take the steps of the CPU, to what bf16 makes of weights and log-probs;
+/// and those that know their gradient before the pass find the log-probs that it is of.
+#[test]
+fn pairs_take_the_first_steps_on_a_device_as_on_the_cpu() {
+    let dir = temp_dir("device_pairs");
+    let runs = [
+        ("dpo", "ld_alpha=0.5"),
+        ("dpo", "loss_type=aot"),
+        ("dpo", "loss_type=[\"sigmoid\", \"bco_pair\"]"),
+        ("simpo", "beta=2"),
+        ("orpo", "beta=0.5"),
+    ];
+    sim::on_devices(|dev| {
+        for (algorithm, own) in sim::cases(3, runs) {
+            let fixed = [own, "learning_rate=0.001", "warmup_steps=0", "micro_batch_tokens=1"];
+            let pairs = on_device(&dir, algorithm, &fixed);
+            let mut cpu = trainer::<f32>(host(), algorithm, &pairs);
+            let mut t = trainer::<bf16>(dev, algorithm, &pairs);
+            for n in 0..3 {
+                let (want, got) = (step(&mut cpu), step(&mut t));
+                for (name, within) in
+                    [("loss", 0.03), ("reward_margin", 0.05), ("chosen_logp", 0.3)]
+                {
+                    let (want, got) = (metric(&want, name), metric(&got, name));
+                    println!("{algorithm} {own} step {n} {name}: {got} for {want}");
+                    assert!(
+                        (got - want).abs() < within,
+                        "{algorithm} {own} {n} {name}: {got} for {want}"
+                    );
+                }
+            }
+        }
+    });
+}
+
 /// PPO's first ratio is exactly 1 and its first KL exactly 0: what was sampled is what is trained,
 /// bit for bit.
 #[test]
@@ -179,7 +214,7 @@ fn a_step_waits_for_its_device_twice() {
             let after = cuda.calls();
             (after.waits - before.waits, after.launches - before.launches)
         };
-        for algorithm in ["sft", "reward"] {
+        for algorithm in ["sft", "reward", "simpo"] {
             let (waits, launches) = calls(algorithm, &["batch_size=4", "micro_batch_tokens=10000"]);
             let (again, more) = calls(algorithm, &["batch_size=4", "micro_batch_tokens=1"]);
             // The gradient's norm decides whether there is an update; whether its weights are
@@ -209,7 +244,7 @@ fn plans() {
     }
     let dir = temp_dir("device_plans");
     fn check<T: Element<Acc = f32>>(dev: &Device, dir: &Path) {
-        for algorithm in ["sft", "reward", "ppo"] {
+        for algorithm in ["sft", "reward", "dpo", "kto", "ppo"] {
             for more in [
                 &[][..],
                 &["recompute=true"],

@@ -72,7 +72,7 @@ fn a_flipped_bit_is_found() {
 /// What is verified has the bits of what is not, for every algorithm.
 #[test]
 fn verifying_changes_no_bit() {
-    for algorithm in ["sft", "reward", "ppo"] {
+    for algorithm in ["sft", "reward", "dpo", "ppo"] {
         let dir = temp_dir(&format!("guard_{algorithm}"));
         let [plain, verified] = ["verify_every=0", "verify_every=2"].map(|every| {
             let mut run = trainer(&dir, algorithm, &[every]).unwrap();

@@ -62,6 +62,16 @@ fn reward_resumes_at_every_step() {
 }
 
 #[test]
+fn kto_resumes_at_every_step() {
+    resumes_at_every_step("kto");
+}
+
+#[test]
+fn dpo_resumes_at_every_step() {
+    resumes_at_every_step("dpo");
+}
+
+#[test]
 fn ppo_resumes_at_every_step() {
     resumes_at_every_step("ppo");
 }
@@ -290,7 +300,7 @@ fn a_finished_or_refused_run_leaves_its_folder_alone() {
 /// Property 4: splitting a step into micro-batches changes nothing but rounding.
 #[test]
 fn whole_step_denominators() {
-    for algorithm in ["sft", "reward", "ppo"] {
+    for algorithm in ["sft", "reward", "dpo", "kto", "ppo"] {
         let dir = temp_dir(&format!("micro_{algorithm}"));
         let losses = |tokens: usize| {
             let run = dir.join(tokens.to_string());
@@ -324,6 +334,8 @@ fn neither_the_split_nor_held_out_texts_change_a_weight() {
         ("sft", "llama"),
         ("sft", "gpt2"),
         ("reward", "llama_tied"),
+        ("dpo", "llama_tied"),
+        ("kto", "llama_tied"),
         ("ppo", "llama_tied"),
     ] {
         let weights = |more: &str| {

@@ -30,6 +30,10 @@ fn ten_steps() {
     for (algorithm, more) in [
         ("sft", &[][..]),
         ("reward", &[]),
+        ("dpo", &["ld_alpha=0.5"]),
+        ("dpo", &["loss_type=aot"]),
+        ("simpo", &[]),
+        ("kto", &[]),
         ("ppo", &[]),
         ("ppo", &["entropy_coef=0.01", "kl_in=loss", "minibatches=1", "ppo_epochs=1"]),
     ] {
@@ -54,6 +58,8 @@ fn held_out_data_is_rated_as_training_data() {
     for (algorithm, names) in [
         ("sft", [("loss", "eval_loss"), ("perplexity", "eval_perplexity")]),
         ("reward", [("loss", "eval_loss"), ("accuracy", "eval_accuracy")]),
+        ("simpo", [("loss", "eval_loss"), ("accuracy", "eval_accuracy")]),
+        ("orpo", [("loss", "eval_loss"), ("accuracy", "eval_accuracy")]),
     ] {
         let dir = temp_dir(&format!("trainer_eval_{algorithm}"));
         let eval = format!("eval_data={}", dir.join(format!("{algorithm}.jsonl")).display());
@@ -302,7 +308,7 @@ fn every_tensor_is_trained() {
     for name in ["gpt2", "llama", "llama_tied"] {
         let model = format!("model={}", golden::path(name).display());
         let judge = format!("reward_model={}", golden::path(&format!("{name}/rm")).display());
-        for algorithm in ["sft", "reward", "ppo"] {
+        for algorithm in ["sft", "reward", "dpo", "orpo", "kto", "ppo"] {
             let mut more = vec![&model[..], "warmup_steps=0", "weight_decay=0"];
             match algorithm {
                 // A bias under the head is the same for both texts of a pair, but for the centring.

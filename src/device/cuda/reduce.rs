@@ -27,7 +27,7 @@ const TILE: usize = 4 * kernels::sums::THREADS;
 pub struct Parts {
     /// Parts, a block each, at most [`PARTS`].
     pub count: usize,
-    /// Tokens of a part, whole tiles; the last one has what is left.
+    /// Tokens of a part, in whole tiles, or other items; the last one has what is left.
     pub share: usize,
 }
 
@@ -36,6 +36,12 @@ impl Parts {
     pub fn of(tokens: usize) -> Self {
         let share = tokens.div_ceil(PARTS * TILE).max(1) * TILE;
         Self { count: tokens.div_ceil(share), share }
+    }
+
+    /// The parts of `items` items, each of which takes a whole block.
+    pub fn of_blocks(items: usize) -> Self {
+        let share = items.div_ceil(PARTS).max(1);
+        Self { count: items.div_ceil(share), share }
     }
 }
 
@@ -100,16 +106,15 @@ impl Cuda {
         }))
     }
 
-    /// `N` sums over a column of `tokens` tokens, of which the last `maxima` are maxima: `work`
-    /// launches a kernel that leaves those of each part in a row of its second argument. 0 without
-    /// tokens.
+    /// `N` sums over tokens or other items in `parts`, of which the last `maxima` are maxima:
+    /// `work` launches a kernel that leaves those of each part in a row of its second argument. 0
+    /// without parts.
     pub fn sums<const N: usize>(
         &self,
-        tokens: usize,
+        parts: Parts,
         maxima: usize,
         work: impl FnOnce(Launch, ViewMut<'_, f64>, usize) -> Result<()>,
     ) -> Result<Pending<[f64; N]>> {
-        let parts = Parts::of(tokens);
         self.reduce(parts.count, |total, mut partial| {
             let launch = Launch::row(parts.count, kernels::sums::THREADS / 32 * N * 8)?;
             work(launch, partial.reborrow(), parts.share)?;
