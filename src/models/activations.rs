@@ -94,7 +94,7 @@ impl<'s, T: Element> Cache<'s, T> {
         let (shape, pages) = (spec.attention(), pass.pages(dev, spec));
         let layers = if pass.cached == 0 { 1 } else { spec.layers };
         let layer = |l: usize| {
-            let other = spec.layer(l).other.filter(|_| pass.cached > 0);
+            let other = spec.layer(l).state_mixer.filter(|_| pass.cached > 0);
             let pages = if other.is_some() { 0 } else { pages };
             let slots = pass.sequences;
             let conv = other.map_or(0, |m| slots * short_conv::state_len(m.conv(spec.hidden)));
@@ -161,7 +161,7 @@ impl<'s, T: Element> BlockActivations<'s, T> {
     ) -> Result<Self> {
         let mut blocks = l.map_or(0..spec.layers, |l| l..l + 1);
         let experts = blocks.clone().find_map(|l| spec.experts_at(l));
-        let other = blocks.clone().find_map(|l| spec.layer(l).other);
+        let other = blocks.clone().find_map(|l| spec.layer(l).state_mixer);
         let attends = if blocks.clone().any(|l| spec.attends(l)) { rows } else { 0 };
         let dense = if blocks.any(|l| spec.experts_at(l).is_none()) { rows } else { 0 };
         let mixer = other.map(|m| MixerActivations::new(scope, m, spec.hidden, rows));
@@ -243,7 +243,7 @@ impl<'s, T: Element> Activations<'s, T> {
         let alone = if pass.cached > 0 { pass.sequences } else { 0 };
         let trained = keep != Keep::Nothing;
         let scratch = |layer: LayerSpec| {
-            if let Some(m) = layer.other {
+            if let Some(m) = layer.state_mixer {
                 return mixer::scratch_len(dev, m, spec.hidden, (rows, sequences), trained);
             }
             let forward = attention::forward_scratch_len(dev, &layer.attention, alone, pass.cached);
@@ -259,7 +259,7 @@ impl<'s, T: Element> Activations<'s, T> {
                 Keep::All => (0..spec.layers).map(|l| one(Some(l))).collect::<Result<_>>()?,
                 Keep::Nothing | Keep::Streams => vec![one(None)?],
             },
-            scratch: scope.alloc("attention scratch", scratch)?,
+            scratch: scope.alloc("scratch of attention and mixers", scratch)?,
             pairs: scope.alloc("rows of experts", pair_rows_len(spec, rows))?,
             input: HeadInput {
                 x: scope.alloc("selected rows", selected * spec.hidden)?,
@@ -321,7 +321,7 @@ impl<'s, T: Element> Gradients<'s, T> {
         let mixture = spec.experts.as_ref().map(|e| MixtureGradients::new(scope, spec, e, rows));
         let dense = if (0..spec.layers).any(|l| spec.experts_at(l).is_none()) { rows } else { 0 };
         let stream = || scope.alloc("gradient of the residual stream", rows * spec.hidden);
-        let mixer = spec.other_mixer.map(|m| MixerGradients::new(scope, m, spec.hidden, rows));
+        let mixer = spec.state_mixer.map(|m| MixerGradients::new(scope, m, spec.hidden, rows));
         let qkv = |cols| scope.alloc("gradient of queries, keys, values", rows * cols);
         let attention = |what| scope.alloc(what, rows * spec.attention_cols());
         let dgated = spec.attention_gate.then(|| attention("gradient of gated attention"));

@@ -73,7 +73,7 @@ impl Batch {
     pub fn push_masked(&mut self, ids: &[u32], predicted: &[Range<usize>]) {
         let at = self.ids.len();
         let end = predicted.iter().map(|r| r.end).max().unwrap_or(0).min(ids.len());
-        self.push_rows(&ids[..end.saturating_sub(1)], 0, None);
+        self.push_rows(&ids[..end.saturating_sub(1)], 0, None, 0);
         for t in predicted.iter().cloned().flatten().filter(|t| *t > 0 && *t < ids.len()) {
             self.selected.push((at + t - 1) as u32);
             self.targets.push(ids[t]);
@@ -83,7 +83,7 @@ impl Batch {
 
     /// A whole sequence whose last row is selected, where a reward model puts its score.
     pub fn push_last(&mut self, ids: &[u32]) {
-        self.push_rows(ids, 0, None);
+        self.push_rows(ids, 0, None, 0);
         if let Some(last) = self.ids.len().checked_sub(1).filter(|_| !ids.is_empty()) {
             self.selected.push(last as u32);
             self.targets.push(0);
@@ -92,11 +92,12 @@ impl Batch {
     }
 
     /// Rows of a sequence from position `first` on, for decoding; the last is selected. `pages`
-    /// hold the keys and values of the whole sequence, these rows included.
-    pub fn push_cached(&mut self, ids: &[u32], first: usize, pages: &[u32]) {
+    /// hold the keys and values of the whole sequence, these rows included; `slot` has what mixers
+    /// with a state keep of it, from pass to pass.
+    pub fn push_cached(&mut self, ids: &[u32], first: usize, pages: &[u32], slot: u32) {
         let start = self.pages.len() as u32;
         self.pages.extend_from_slice(pages);
-        self.push_rows(ids, first, Some(start..self.pages.len() as u32));
+        self.push_rows(ids, first, Some(start..self.pages.len() as u32), slot);
         self.selected.push(self.ids.len() as u32 - 1);
         self.targets.push(0);
         self.close();
@@ -104,28 +105,19 @@ impl Batch {
 
     /// Like [`Batch::push_cached`] with one row, whose id is token `from` of the last pass.
     /// The host need not know it: [`Staged::put_drawn`] copies it on the device.
-    pub fn push_drawn(&mut self, from: u32, at: usize, pages: &[u32]) {
+    pub fn push_drawn(&mut self, from: u32, at: usize, pages: &[u32], slot: u32) {
         let [rows, sources] = &mut self.drawn;
         rows.push(self.ids.len() as u32);
         sources.push(from);
-        self.push_cached(&[UNREAD], at, pages);
+        self.push_cached(&[UNREAD], at, pages, slot);
     }
 
-    fn push_rows(&mut self, ids: &[u32], first: usize, pages: Option<Range<u32>>) {
+    fn push_rows(&mut self, ids: &[u32], first: usize, pages: Option<Range<u32>>, slot: u32) {
         let at = self.ids.len() as u32;
         self.ids.extend_from_slice(ids);
         self.positions.extend((first..first + ids.len()).map(|p| p as u32));
         let (first, rows) = (first as u32, ids.len() as u32);
-        let slot = self.sequences.len() as u32;
         self.sequences.push(NewRows { first, rows, at, pages, slot });
-    }
-
-    /// Says where the state of the sequence that was pushed last is: one that has rows in several
-    /// passes has the same slot in all of them. Else it is its place in the batch.
-    pub fn in_slot(&mut self, slot: u32) {
-        if let Some(last) = self.sequences.last_mut() {
-            last.slot = slot;
-        }
     }
 
     fn close(&mut self) {
@@ -183,7 +175,7 @@ impl Batch {
             partition.set(dev, &shape, &segments, &list, pages)?;
         }
         let ids = Cow::Borrowed(&self.ids[..]);
-        let spans = if spec.other_blocks() > 0 { self.spans() } else { Vec::new() };
+        let spans = if spec.keeps_state() { self.spans() } else { Vec::new() };
         let mut staged =
             Staged { batch: self, ids, segments, list, partitions, spans, words: None };
         if let Device::Cuda(_) = dev {
@@ -258,7 +250,7 @@ impl<'a> Staged<'a> {
         let pages = pass_shape.pages(dev, spec);
         // A pass over whole sequences reads no drawn tokens.
         let drawn = if cached > 0 { sequences } else { 0 };
-        let spans = if spec.other_blocks() > 0 { SPAN_WORDS * sequences } else { 0 };
+        let spans = if spec.keeps_state() { SPAN_WORDS * sequences } else { 0 };
         let words = [rows, rows, selected, selected, pages, first, second, drawn, drawn, spans];
         let words: usize = words.iter().map(|n| n.next_multiple_of(LINE)).sum();
         scope.alloc::<u32>(WORDS, words).map(drop)

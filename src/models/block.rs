@@ -43,7 +43,7 @@ impl<'a, T: Element> BlockPass<'a, T> {
     /// What it has in the place of attention, if something.
     fn mixer(&self) -> Option<BlockMixer<'a, T>> {
         let Self { dev, model, rows, at, .. } = *self;
-        self.spec.other.map(|spec| BlockMixer { dev, model, at, spec, spans: rows.spans })
+        self.spec.state_mixer.map(|spec| BlockMixer { dev, model, at, spec, spans: rows.spans })
     }
 
     fn rope(&self) -> Option<&'a rope::Table<T::Acc>> {
@@ -294,7 +294,8 @@ impl<'a, T: Element> BlockPass<'a, T> {
         up.backward(dev, grads, g.dnorm.view_mut(), g.dup.view(), input)
     }
 
-    /// From the gradient of `mid` to that of attention's output, in `g.dattention`.
+    /// From the gradient of `mid` to that of what the last projection before it reads: attention's
+    /// output, be it gated, or a mixer's.
     fn out_backward(
         &self,
         grads: &mut Params<T::Acc>,
@@ -304,7 +305,7 @@ impl<'a, T: Element> BlockPass<'a, T> {
         let moved = self.join_backward(grads, ParamKind::PostNorm1, &b.post1, g)?;
         let Gradients { dx, dnorm, dattention, dgated, mixer, .. } = g;
         let dy = if moved { dnorm.view() } else { dx.view() };
-        if let (Some(_), Some(own), Some(to)) = (self.spec.other, &b.mixer, mixer) {
+        if let (Some(_), Some(own), Some(to)) = (self.spec.state_mixer, &b.mixer, mixer) {
             let (out, d) = (self.linear(ParamKind::MixerOut)?, to.doutput.view_mut());
             return out.backward(self.dev, grads, d, dy, own.output.view());
         }

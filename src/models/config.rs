@@ -275,6 +275,7 @@ fn text_part(mut json: serde_json::Map<String, Value>) -> serde_json::Map<String
         "eos_token_id",
         "pad_token_id",
         "tie_word_embeddings",
+        "architectures",
         "dtype",
         "torch_dtype",
         "transformers_version",

@@ -1,7 +1,7 @@
 //! How Hugging Face stores the models of a family.
 
 use super::{
-    Config, FAMILIES, OtherMixer, ParamKind, Spec, Widths, config::MOST_LAYERS, spec::WINDOWS,
+    Config, FAMILIES, ParamKind, Spec, StateMixer, Widths, config::MOST_LAYERS, spec::WINDOWS,
 };
 use crate::{
     error::Result,
@@ -192,8 +192,8 @@ impl Config {
             let dims = dims.map(|(key, n)| (key, n, 1 << 10));
             [heads, keys, dims[0], dims[1]]
         });
-        let taps = spec.other_mixer.map(|m| match m {
-            OtherMixer::Delta(_, taps) | OtherMixer::Conv(taps) => {
+        let taps = spec.state_mixer.map(|m| match m {
+            StateMixer::Delta(_, taps) | StateMixer::Conv(taps) => {
                 ("taps of a convolution", taps, 64)
             }
         });

@@ -70,7 +70,7 @@ fn spec(c: &Config) -> Result<Spec> {
         parallel: false,
         mlp: Mlp::Plain(c.activation("activation_function", "gelu_new")?),
         experts: None,
-        other_mixer: None,
+        state_mixer: None,
         attention_gate: false,
         sinks: false,
         qkv_bias: true,

@@ -54,7 +54,7 @@ fn spec(c: &Config) -> Result<Spec> {
         parallel: c.bool_or("use_parallel_residual", true)?,
         mlp: Mlp::Plain(c.activation("hidden_act", "gelu")?),
         experts: None,
-        other_mixer: None,
+        state_mixer: None,
         attention_gate: false,
         sinks: false,
         qkv_bias: bias,

@@ -2,7 +2,7 @@
 //! attention.
 
 use super::{
-    BlockKind, Config, Family, Mixer, Mlp, OtherMixer, ParamKind, QkNorm, Spec, StoredOrder,
+    BlockKind, Config, Family, Mixer, Mlp, ParamKind, QkNorm, Spec, StateMixer, StoredOrder,
     StoredWeight,
     family::{by_rows, ordered},
     llama,
@@ -59,14 +59,18 @@ fn spec(c: &Config) -> Result<Spec> {
     for key in ["conv_bias", "attention_bias", "mlp_bias"] {
         c.must_be(key, false)?;
     }
-    let defaults = RopeDefaults { theta: c.f64_or("theta", 1e6)?, ..RopeDefaults::default() };
-    let base = Spec { ropes: vec![c.rope(defaults)?], ..llama::shape(c)? };
+    let rope = c.rope(RopeDefaults { theta: 1e6, ..RopeDefaults::default() })?;
+    if let Some(theta) = c.f64_opt("theta")?.filter(|theta| *theta != rope.theta) {
+        // transformers does not read it, and others do.
+        return Err(c.wrong("theta", &format!("that of the rope, {}", rope.theta), &theta));
+    }
+    let base = Spec { ropes: vec![rope], ..llama::shape(c)? };
     let tied = c.bool_or("tie_embedding", c.bool_or("tie_word_embeddings", true)?)?;
     let attends = c.indices("full_attn_idxs")?;
     let default = |l: usize| c.get("full_attn_idxs").is_some() && !attends.contains(&l);
     let convolves = c.kinds(base.layers, ["full_attention", "conv"], default)?;
     let kind = |conv| match conv {
-        true => BlockKind { mixer: Mixer::Other, ..BlockKind::default() },
+        true => BlockKind { mixer: Mixer::State, ..BlockKind::default() },
         false => BlockKind::attention(None, Some(0)),
     };
     Ok(Spec {
@@ -74,7 +78,7 @@ fn spec(c: &Config) -> Result<Spec> {
         mlp: Mlp::Gated(Activation::Silu),
         norm_eps: c.f64_or("norm_eps", 1e-5)?,
         qk_norm: Some(QkNorm::Heads),
-        other_mixer: Some(OtherMixer::Conv(c.usize_or("conv_L_cache", 3)?)),
+        state_mixer: Some(StateMixer::Conv(c.usize_or("conv_L_cache", 3)?)),
         blocks: convolves.into_iter().map(kind).collect(),
         tied,
         ..base

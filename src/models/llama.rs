@@ -93,7 +93,7 @@ pub(super) fn shape(c: &Config) -> Result<Spec> {
         parallel: false,
         mlp: Mlp::Gated(c.activation("hidden_act", "silu")?),
         experts: None,
-        other_mixer: None,
+        state_mixer: None,
         attention_gate: false,
         sinks: false,
         qkv_bias: attention_bias,

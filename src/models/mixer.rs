@@ -2,7 +2,7 @@
 //! short convolution between two gates.
 
 use super::{
-    Linear, Model, OtherMixer, ParamKind, Params,
+    Linear, Model, ParamKind, Params, StateMixer,
     norm::{NormInputGradient, Normed},
 };
 use crate::{
@@ -51,7 +51,7 @@ struct DeltaActivations<'s, T: Element> {
 impl<'s, T: Element> MixerActivations<'s, T> {
     pub fn new(
         scope: &'s Scope<'_>,
-        mixer: OtherMixer,
+        mixer: StateMixer,
         hidden: usize,
         rows: usize,
     ) -> Result<Self> {
@@ -90,7 +90,7 @@ pub(super) struct MixerGradients<'s, T: Element> {
 impl<'s, T: Element> MixerGradients<'s, T> {
     pub fn new(
         scope: &'s Scope<'_>,
-        mixer: OtherMixer,
+        mixer: StateMixer,
         hidden: usize,
         rows: usize,
     ) -> Result<Self> {
@@ -109,10 +109,10 @@ impl<'s, T: Element> MixerGradients<'s, T> {
     }
 }
 
-/// Elements of scratch that [`Mixer::forward`] needs, or both passes.
+/// Elements of scratch that [`BlockMixer::forward`] needs, or both passes.
 pub(super) fn scratch_len(
     dev: &Device,
-    mixer: OtherMixer,
+    mixer: StateMixer,
     hidden: usize,
     (rows, sequences): (usize, usize),
     trained: bool,
@@ -131,7 +131,7 @@ pub(super) struct BlockMixer<'a, T: Element> {
     pub dev: &'a Device,
     pub model: &'a Model<T>,
     pub at: Option<usize>,
-    pub spec: OtherMixer,
+    pub spec: StateMixer,
     /// Of the pass's sequences.
     pub spans: View<'a, u32>,
 }

@@ -49,8 +49,8 @@ pub use params::{Layout, ParamKind, ParamTensor, Params, WEIGHTS};
 pub use pass::Pass;
 pub use save::{Named, config_text, count, named, save, tensor_at, write_weights};
 pub use spec::{
-    BlockKind, BlockNorms, Experts, Head, LayerSpec, Mixer, Mlp, Norm, OtherMixer, QkNorm,
-    QueryScale, Scales, Spec, Widths,
+    BlockKind, BlockNorms, Experts, Head, LayerSpec, Mixer, Mlp, Norm, QkNorm, QueryScale, Scales,
+    Spec, StateMixer, Widths,
 };
 
 pub use weights::{LoadOptions, WEIGHTS_FILE, load};

@@ -2,13 +2,16 @@
 //! place of attention (Yang et al. 2024), whose output is gated in the others.
 
 use super::{
-    BlockKind, Config, Family, Mixer, OtherMixer, ParamKind, QkNorm, Spec, StoredOrder,
+    BlockKind, Config, Family, Mixer, ParamKind, QkNorm, Spec, StateMixer, StoredOrder,
     StoredWeight,
     family::{by_rows, ordered},
     llama,
     rope::RopeDefaults,
 };
-use crate::{error::Result, ops::delta_rule::DeltaShape};
+use crate::{
+    error::Result,
+    ops::{activation::Activation, delta_rule::DeltaShape},
+};
 
 pub(super) const FAMILY: Family = Family {
     model_type: "qwen3_5_text",
@@ -20,7 +23,7 @@ pub(super) const FAMILY: Family = Family {
     ..llama::FAMILY
 };
 
-pub(super) const COMPUTES: &[&str] = &["layer_types", "partial_rotary_factor"];
+const COMPUTES: &[&str] = &["layer_types", "partial_rotary_factor"];
 
 const WEIGHTS: &[StoredWeight] = &[
     by_rows(ParamKind::Embedding, &["embed_tokens.weight"]),
@@ -57,7 +60,7 @@ const WEIGHTS: &[StoredWeight] = &[
     by_rows(ParamKind::FinalNorm, &["norm.weight"]),
 ];
 
-pub(super) fn spec(c: &Config) -> Result<Spec> {
+fn spec(c: &Config) -> Result<Spec> {
     let c = &c.with_defaults(&[
         ("num_key_value_heads", 4),
         ("head_dim", 256),
@@ -65,6 +68,10 @@ pub(super) fn spec(c: &Config) -> Result<Spec> {
     ]);
     c.must_be("attention_bias", false)?;
     c.must_be("attn_output_gate", true)?;
+    if c.activation("hidden_act", "silu")? != Activation::Silu {
+        // Of the convolutions, too.
+        return Err(c.unsupported("hidden_act", "silu"));
+    }
     // Sections of positions are for images: to text all are one.
     let also = &["partial_rotary_factor", "mrope_section", "mrope_interleaved"];
     let rope = c.rope(RopeDefaults { also, ..RopeDefaults::default() })?;
@@ -76,7 +83,7 @@ pub(super) fn spec(c: &Config) -> Result<Spec> {
     let kinds = ["full_attention", "linear_attention"];
     let linear = c.kinds(base.layers, kinds, |l| !(l + 1).is_multiple_of(every))?;
     let kind = |linear| match linear {
-        true => BlockKind { mixer: Mixer::Other, ..BlockKind::default() },
+        true => BlockKind { mixer: Mixer::State, ..BlockKind::default() },
         false => BlockKind::attention(None, Some(0)),
     };
     let shape = DeltaShape {
@@ -91,7 +98,7 @@ pub(super) fn spec(c: &Config) -> Result<Spec> {
         norm_one_plus: true,
         qk_norm: Some(QkNorm::Heads),
         attention_gate: true,
-        other_mixer: Some(OtherMixer::Delta(shape, taps)),
+        state_mixer: Some(StateMixer::Delta(shape, taps)),
         blocks: linear.into_iter().map(kind).collect(),
         ..base
     })

@@ -73,13 +73,13 @@ pub enum QkNorm {
 pub enum Mixer {
     #[default]
     Attention,
-    /// The one of [`Spec::other_mixer`].
-    Other,
+    /// The one of [`Spec::state_mixer`].
+    State,
 }
 
 /// What the blocks without attention have in its place: it keeps a state of fixed size.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum OtherMixer {
+pub enum StateMixer {
     /// `out(silu(z) norm(delta_rule(silu(conv(q, k, v)), b, a)))`, all of it projected from the
     /// input (Yang et al. 2024); the convolution has so many taps.
     Delta(DeltaShape, usize),
@@ -140,7 +140,7 @@ pub struct Spec {
     pub mlp: Mlp,
     pub experts: Option<Experts>,
     /// Of the blocks without attention.
-    pub other_mixer: Option<OtherMixer>,
+    pub state_mixer: Option<StateMixer>,
     /// What attention gives is gated, by what a further part of its projection says.
     pub attention_gate: bool,
     /// A learned logit of each head joins the softmax over attention scores.
@@ -227,10 +227,10 @@ pub struct LayerSpec {
     /// The one of [`Spec::ropes`] that rotates queries and keys, if one does.
     pub rope: Option<usize>,
     /// What it has in the place of attention, if something.
-    pub other: Option<OtherMixer>,
+    pub state_mixer: Option<StateMixer>,
 }
 
-impl OtherMixer {
+impl StateMixer {
     /// Its convolution in a model of this hidden size.
     pub fn conv(self, hidden: usize) -> ConvSpec {
         match self {
@@ -273,14 +273,14 @@ impl Spec {
         let wide = |e: &Experts| Experts { hidden: matmul::width(dev, e.hidden), ..e.clone() };
         let experts = self.experts.as_ref().map(wide);
         let unpadded = matches!(dev, Device::Cuda(_)).then_some(widths);
-        let other_mixer = self.other_mixer.map(|m| match m {
-            OtherMixer::Delta(shape, taps) => {
+        let state_mixer = self.state_mixer.map(|m| match m {
+            StateMixer::Delta(shape, taps) => {
                 let value_dim = matmul::width(dev, shape.value_dim);
-                OtherMixer::Delta(DeltaShape { value_dim, ..shape }, taps)
+                StateMixer::Delta(DeltaShape { value_dim, ..shape }, taps)
             }
             conv => conv,
         });
-        Self { head_dim, mlp_hidden, experts, other_mixer, unpadded, ..self }
+        Self { head_dim, mlp_hidden, experts, state_mixer, unpadded, ..self }
     }
 
     /// Whether `dev` computes such a model, after [`Spec::on`].
@@ -289,7 +289,7 @@ impl Spec {
             let what = "hidden size on a CUDA device";
             return Err(Error::value(what, "a multiple of 8", self.hidden));
         }
-        if let Some(other) = self.other_mixer {
+        if let Some(other) = self.state_mixer {
             let cols = other.input_cols(self.hidden);
             if matmul::width(dev, cols) != cols {
                 let what = "columns of the input of a block without attention on a CUDA device";
@@ -309,24 +309,29 @@ impl Spec {
         self.unpadded.unwrap_or(Widths { head_dim, mlp_hidden, expert_hidden, value_dim })
     }
 
+    fn kind(&self, l: usize) -> BlockKind {
+        self.blocks.get(l).or(self.blocks.first()).copied().unwrap_or_default()
+    }
+
     /// What block `l` computes.
     pub fn layer(&self, l: usize) -> LayerSpec {
-        let kind = self.blocks.get(l).or(self.blocks.first()).copied().unwrap_or_default();
+        let kind = self.kind(l);
         // Of the one or two windows, in ascending order.
-        let window = usize::from(self.windows().len() > 1 && self.windows()[0] != kind.window);
+        let windows = self.windows();
+        let window = usize::from(windows.len() > 1 && windows[0] != kind.window);
         let attention = attention::Shape { window: kind.window, ..self.attention() };
-        let other = self.other_mixer.filter(|_| kind.mixer == Mixer::Other);
-        LayerSpec { attention, window, rope: kind.rope, other }
+        let state_mixer = self.state_mixer.filter(|_| kind.mixer == Mixer::State);
+        LayerSpec { attention, window, rope: kind.rope, state_mixer }
     }
 
     /// Whether block `l` has attention.
     pub fn attends(&self, l: usize) -> bool {
-        self.layer(l).other.is_none()
+        self.kind(l).mixer == Mixer::Attention
     }
 
     /// The delta rule of blocks without attention, if it is one.
     pub fn delta(&self) -> Option<DeltaShape> {
-        self.other_mixer.and_then(OtherMixer::delta)
+        self.state_mixer.and_then(StateMixer::delta)
     }
 
     /// The same without padding, as files have it.
@@ -334,9 +339,9 @@ impl Spec {
         self.delta().map(|shape| DeltaShape { value_dim: self.widths().value_dim, ..shape })
     }
 
-    /// Blocks that keep a state, not keys and values.
-    pub fn other_blocks(&self) -> usize {
-        self.each_layer().filter(|l| l.other.is_some()).count()
+    /// Whether some blocks keep a state, not keys and values.
+    pub fn keeps_state(&self) -> bool {
+        self.blocks.iter().any(|kind| kind.mixer == Mixer::State)
     }
 
     /// Columns of the projection that attention reads: gates behind queries, keys and values.

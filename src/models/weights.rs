@@ -28,6 +28,8 @@ const INDEX: &str = "model.safetensors.index.json";
 /// The heads' names, which most families share.
 const HEADS: [StoredWeight; 2] =
     [by_rows(ParamKind::LmHead, &[LM_HEAD]), by_rows(ParamKind::Score, &[SCORE])];
+/// The text part among the tensors of a model with others.
+const TEXT_PART: &str = "model.language_model.";
 const LM_HEAD: &str = "lm_head.weight";
 const SCORE: &str = "score.weight";
 
@@ -294,7 +296,9 @@ pub fn load<T: Element>(dev: &Device, dir: &Path, options: LoadOptions) -> Resul
     }
     let folder = Folder::open(dir)?;
     let mut stored = folder.tensors()?;
-    if config.is_nested() {
+    // So does transformers name what it saves of the text part of a model that it read whole.
+    let part = |name: &String| name.starts_with(TEXT_PART) || name.starts_with("mtp.");
+    if config.is_nested() || stored.keys().any(part) {
         let all = stored.into_iter();
         stored = all.filter_map(|(name, tensor)| Some((text_name(&name)?, tensor))).collect();
     }

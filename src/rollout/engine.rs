@@ -305,7 +305,7 @@ impl LiveSlots {
         let pages = Pages::new(page, sizes.slots * sizes.max_len.div_ceil(page));
         let free = (0..sizes.slots as u32).rev().collect();
         // A state is of all tokens before it: pages of some of them are no beginning.
-        let share = spec.other_blocks() == 0;
+        let share = !spec.keeps_state();
         Self { live, waiting: (0..prompts).collect(), pages, free, share }
     }
 
@@ -319,8 +319,7 @@ impl LiveSlots {
         batch.clear();
         for s in &mut *live {
             pages.grow(s);
-            batch.push_drawn(s.drawn, s.len - 1, &s.pages);
-            batch.in_slot(s.slot);
+            batch.push_drawn(s.drawn, s.len - 1, &s.pages, s.slot);
         }
         while let Some(&index) = waiting.front().filter(|_| live.len() < sizes.slots) {
             let Prompt { sample, ids } = &prompts[index];
@@ -337,8 +336,7 @@ impl LiveSlots {
             waiting.pop_front();
             free.pop();
             pages.grow(&mut s);
-            batch.push_cached(&ids[shared..], shared, &s.pages);
-            batch.in_slot(slot);
+            batch.push_cached(&ids[shared..], shared, &s.pages, slot);
             live.push(s);
         }
     }

@@ -412,6 +412,18 @@ fn families_have_their_own_defaults() {
     let wide = |edit: Value| {
         spec("lfm2", &|json| json.extend(edit.as_object().unwrap().clone())).mlp_hidden
     };
+    let refused = |golden: &str, key: &str, value: Value| {
+        let mut json = Config::read(&crate::support::golden::path(golden)).unwrap().json().clone();
+        json.insert(key.into(), value);
+        let config = Config::parse(&Value::Object(json).to_string(), golden).unwrap();
+        crate::support::refusal(config.spec())
+    };
+    let e = refused("qwen3_5", "hidden_act", json!("gelu"));
+    assert!(e.contains("`hidden_act` = \"gelu\" is not supported, wanted silu"), "{e}");
+    let e = refused("qwen3_5", "attn_output_gate", json!(false));
+    assert!(e.contains("`attn_output_gate`"), "{e}");
+    let e = refused("lfm2", "theta", json!(5e5));
+    assert!(e.contains("`theta` is 500000, wanted that of the rope, 1000000"), "{e}");
     assert_eq!(wide(json!({})), 24);
     assert_eq!(wide(json!({"block_auto_adjust_ff_dim": false})), 36);
     assert_eq!(wide(json!({"block_ffn_dim_multiplier": 1.4})), 40);

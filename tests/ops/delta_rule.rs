@@ -14,7 +14,7 @@ use warpo::{
 
 use super::short_conv::whole;
 use crate::support::{
-    OP, assert_bits, assert_close, devices, gradcheck, host, inner, randn, refusal,
+    OP, assert_bits, assert_close, devices, gradcheck, host, inner, narrow, randn, refusal,
     sim::{self, Case, Lab, Order},
 };
 
@@ -208,6 +208,39 @@ fn extremes_are_finite() {
         let (rows, sums) = backward(&dev, SHAPE, x, &dout, &LENS).unwrap();
         for d in rows.iter().chain(&sums) {
             assert!(d.host().iter().all(|x| Float::is_finite(*x)));
+        }
+    }
+}
+
+/// The gradient of a decay is a sum over all that follows, in which terms cancel: long sequences
+/// lose little by it, whether they forget fast or never.
+#[test]
+fn long_sequences_are_exact() {
+    let (rows, shape) = (4096, DeltaShape { key_heads: 1, value_heads: 2, ..SHAPE });
+    let wide = 2 * shape.value_heads + FIRST;
+    for rate in [-8.0, 0.0] {
+        let mut all = numbers(shape, rows, wide);
+        all[2].fill(rate);
+        let dy: Vec<f64> = randn("dy", rows * shape.values());
+        let exact = {
+            let inputs = Inputs::<f64>::of(host(), &all);
+            let dout = Buffer::of(host(), "dy", &dy).unwrap();
+            let x = inputs.view(0..rows, shape, wide);
+            let ([qkv, gates], [rate, bias]) = backward(host(), shape, x, &dout, &[rows]).unwrap();
+            [qkv, gates, rate, bias].map(|d| d.host().to_vec())
+        };
+        let inputs = Inputs::<f32>::of(host(), &all);
+        let dout = Buffer::of(host(), "dy", &narrow(&dy)).unwrap();
+        let x = inputs.view(0..rows, shape, wide);
+        let ([qkv, gates], [rates, bias]) = backward(host(), shape, x, &dout, &[rows]).unwrap();
+        let names = ["dqkv", "dgates", "drate", "dbias"];
+        for ((name, ours), truth) in names.into_iter().zip([qkv, gates, rates, bias]).zip(&exact) {
+            let off = |(a, t): (&f32, &f64)| (f64::from(*a) - t).powi(2);
+            let error: f64 = ours.host().iter().zip(truth).map(off).sum();
+            let error = (error / inner(truth, truth)).sqrt();
+            println!("rate {rate}: {name} off by {error:.1e}");
+            let most = if name == "drate" { 1e-3 } else { 1e-5 };
+            assert!(error < most, "rate {rate}: {name} is off by {error:e}");
         }
     }
 }

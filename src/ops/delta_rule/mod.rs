@@ -181,9 +181,13 @@ pub fn forward<T: Element>(
     let slots = of.state.len() / shape.state_len();
     shape::check(OP, "state", &[slots, shape.state_len()], of.state.len())?;
     supported(dev, shape)?;
+    let errors_len = errors.len();
+    // What is read of a slot, and written.
+    let states = if slots > 0 { 2 * of.count() * shape.state_len() } else { 0 };
     let _op = dev.op(OP, || Work {
         flops: rows as f64 * shape.flops(),
-        ..Work::moves::<T>(rows * (shape.qkv_cols() + 3 * shape.values()))
+        bytes: Work::moves::<T>(rows * (shape.qkv_cols() + shape.values())).bytes
+            + Work::moves::<T::Acc>(errors_len + states).bytes,
     });
     match dev {
         _ if rows == 0 => Ok(()),
@@ -276,11 +280,13 @@ pub fn backward<T: Element>(
     shape::check(OP, "drate", &[value_heads], drate.len())?;
     shape::check(OP, "dbias", &[value_heads], dbias.len())?;
     check_rows((OP, "dgates"), dgates.view(), 2 * value_heads, rows)?;
-    let mut scratch = scratch.scratch(OP, backward_scratch_len(shape, rows))?;
+    let scratch_len = backward_scratch_len(shape, rows);
+    let mut scratch = scratch.scratch(OP, scratch_len)?;
     supported(dev, shape)?;
     let _op = dev.op(OP, || Work {
         flops: 2.5 * rows as f64 * shape.flops(),
-        ..Work::moves::<T>(rows * (2 * shape.qkv_cols() + 3 * shape.values()))
+        bytes: Work::moves::<T>(rows * (2 * shape.qkv_cols() + shape.values())).bytes
+            + Work::moves::<T::Acc>(rows * shape.values() + 3 * scratch_len).bytes,
     });
     match dev {
         _ if rows == 0 => Ok(()),
