@@ -443,12 +443,15 @@ fn instructions_stay_in_ptx() {
     }
 }
 
-/// A kernel file opens with the headings of the house; those of a loss stand in token_loss.cuh.
+/// A kernel file opens with the headings of the house; those of a loss stand in what it includes.
 #[test]
 fn kernels_open_with_their_headings() {
-    let loss = fs::read_to_string(folder().join("include/token_loss.cuh")).unwrap();
+    let shared = ["include/token_loss.cuh", "include/sequence_loss.cuh"].map(|name| {
+        (format!("#include \"{name}\""), fs::read_to_string(folder().join(name)).unwrap())
+    });
     for (stem, text, entries) in sources() {
-        let text = if text.contains("include/token_loss.cuh\"") { &loss } else { &text };
+        let of = shared.iter().find(|(include, _)| text.contains(include));
+        let text = of.map_or(&text, |(_, loss)| loss);
         let head: Vec<&str> = text.lines().take_while(|l| l.starts_with("//")).collect();
         for heading in ["shapes", "tiling", "memory", "numerics", "needs"] {
             let there = head.iter().any(|l| l.starts_with(&format!("//   {heading} ")));

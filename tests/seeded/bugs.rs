@@ -116,7 +116,7 @@ pub const BUGS: &[Bug] = &[
     Bug {
         what: "the cache's key is not all that its content depends on",
         file: "src/rollout/engine.rs",
-        place: "live.iter().find(|s| «prompts[s.index].ids == *ids»);",
+        place: "live.iter().find(|s| *share && «prompts[s.index].ids == *ids»);",
         mistake: "prompts[s.index].ids.len() == ids.len()",
         test: "rollout::engine::prompts_that_differ_share_no_pages",
     },

@@ -469,11 +469,11 @@ impl<'a> Lab<'a> {
     }
 
     /// Keeps an output in f32 that is summed over `n` rows of what is a sum over the rows behind
-    /// each: their roundings are as a walk of n steps.
+    /// each: n roundings are in each of them.
     pub fn sum_of_sums<F: Float>(&mut self, name: &'static str, x: &Buffer<'_, F>, n: usize) {
         self.sum(name, x);
         if let Some(output) = self.outputs.last_mut() {
-            output.epsilon *= (n as f64).sqrt();
+            output.epsilon *= n as f64;
         }
     }
 
