@@ -5,7 +5,7 @@
 
 pub mod elsewhere;
 
-use std::{any::Any, fmt::Debug, path::PathBuf};
+use std::{any::Any, collections::BTreeMap, fmt::Debug, path::PathBuf};
 
 use toml::Value;
 
@@ -75,6 +75,20 @@ fields! {
     String: "a text", |v| v.as_str().map(Self::from), |s| Value::String(s.clone()).to_string();
     PathBuf: "a path", |v| v.as_str().map(Self::from),
         |p| Value::String(p.to_string_lossy().into_owned()).to_string();
+}
+
+impl Field for BTreeMap<String, String> {
+    fn kind() -> String {
+        "texts by name: { name = \"text\" }".into()
+    }
+    fn parse(value: &Value) -> Option<Self> {
+        let text = |(k, v): (&String, &Value)| Some((k.clone(), v.as_str()?.to_owned()));
+        value.as_table()?.iter().map(text).collect()
+    }
+    fn show(&self) -> String {
+        let table = self.iter().map(|(k, v)| (k.clone(), Value::String(v.clone()))).collect();
+        Value::Table(table).to_string()
+    }
 }
 
 fn number(value: &Value) -> Option<f64> {

@@ -21,7 +21,9 @@ mod algorithms {
 }
 mod data {
     mod chat;
+    mod columns;
     mod dataset;
+    mod files;
     mod jinja;
     mod records;
     mod tokenizer;

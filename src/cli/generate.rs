@@ -8,7 +8,7 @@ use serde_json::json;
 
 use super::{DeviceArgs, finite, note, warn};
 use crate::{
-    data::{self, Limits, Tokenizer},
+    data::{self, Limits, ReadOptions, Tokenizer},
     device::{Arena, Device, Element},
     error::{Error, Result},
     eval,
@@ -36,7 +36,8 @@ pub(super) struct SamplingArgs {
     min_p: f32,
 }
 
-/// Continue prompts (JSONL with `prompt`, `messages`, `text` or `input_ids`) and write JSONL
+/// Continue prompts (data with `prompt`, `messages`, `text`, `input_ids` or as the README says) and
+/// write JSONL
 #[derive(Debug, clap::Args)]
 pub(super) struct GenerateArgs {
     /// The model's folder
@@ -45,6 +46,9 @@ pub(super) struct GenerateArgs {
     /// Prompts, `-` for standard input
     #[arg(long, value_name = "FILE", default_value = "-")]
     data: PathBuf,
+    /// What a column is called in the data, as prompt=question; may be given again
+    #[arg(long, value_name = "OURS=THEIRS")]
+    column: Vec<String>,
     /// A reward model's folder: adds `reward`
     #[arg(long, value_name = "DIR")]
     reward_model: Option<PathBuf>,
@@ -98,7 +102,9 @@ fn run_in<T: Element<Acc = f32>>(
         return Err(Error::config("--max-new-tokens", want, new));
     };
     let limits = Limits { max_length, vocab: spec.vocab, eos: None };
-    let records = data::read(&args.data)?;
+    let chats = tokenizer.as_ref().is_some_and(|t| t.template().is_ok());
+    let options = ReadOptions::of_pairs(&args.column, chats)?;
+    let records = data::read_as(&args.data, &options)?;
     let data = data::prompts(&records, tokenizer.as_ref(), limits, Some(usize::MAX))?;
     let (prompts, stats) = (&data.sequences, data.stats);
     // They are in the order of the data.

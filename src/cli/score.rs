@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use super::{DeviceArgs, finite, warn};
 use crate::{
-    data::{self, Limits, Record, Sequence, Tokenizer},
+    data::{self, Limits, ReadOptions, Record, Sequence, Tokenizer},
     device::{Arena, Device, Element},
     error::{Error, Result},
     eval,
@@ -34,6 +34,9 @@ pub(super) struct ScoreArgs {
     /// Texts, `-` for standard input
     #[arg(long, value_name = "FILE", default_value = "-")]
     data: PathBuf,
+    /// What a column is called in the data, as prompt=question; may be given again
+    #[arg(long, value_name = "OURS=THEIRS")]
+    column: Vec<String>,
     /// chatml, llama3, gemma, mistral, zephyr, vicuna or a file, not the model's own template
     #[arg(long, value_name = "NAME")]
     chat_template: Option<String>,
@@ -78,7 +81,9 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
     // Rated as the reward model was trained, whatever the language model scores.
     let trained = args.reward_model.as_deref().and_then(train::appended_eos);
     let as_trained = Limits { eos: trained.or(limits.eos), ..limits };
-    let records = data::read(&args.data)?;
+    let chats = tokenizer.as_ref().is_some_and(|t| t.template().is_ok());
+    let options = ReadOptions::of_pairs(&args.column, chats)?;
+    let records = data::read_as(&args.data, &options)?;
     let rated = data::scored(&records, tokenizer.as_ref(), as_trained)?;
     let apart = args.model.is_some() && as_trained.eos != limits.eos;
     let apart = apart.then(|| data::scored(&records, tokenizer.as_ref(), limits)).transpose()?;

@@ -21,7 +21,7 @@ pub(super) struct TokenizeArgs {
     /// The model's folder
     #[arg(long, value_name = "DIR")]
     model: String,
-    /// A data file (JSONL), `-` for standard input; may be given again
+    /// Data files as in training, `-` for standard input; may be given again
     #[arg(long, value_name = "FILE", default_value = "-")]
     data: Vec<String>,
     #[arg(long, default_value = "sft", help = super::algorithms())]

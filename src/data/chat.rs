@@ -12,6 +12,7 @@ use super::{
     Tokenizer,
     jinja::Rendering,
     template::{ChatTemplate, Conversation, Ending, ROLES},
+    unique,
 };
 
 /// Bytes of the longest conversation.
@@ -264,7 +265,7 @@ fn bounded(text: &str) -> Result<Value, String> {
     if text.len() > MAX_CHAT {
         return Err(format!("a conversation has {} bytes, wanted at most {MAX_CHAT}", text.len()));
     }
-    serde_json::from_str(text).map_err(|e| not_json(&e))
+    unique::parse(text).map_err(|e| not_json(&e))
 }
 
 /// The parser's message without its "line 1", which would contradict the file's line.
@@ -284,6 +285,7 @@ pub fn messages(text: &str) -> Result<Vec<Value>, String> {
         let wrong = |what: &str| format!("message {} {what}", i + 1);
         let Value::Object(fields) = message else { return Err(wrong("is no object")) };
         fields.retain(|_, v| !v.is_null());
+        named_as_ours(fields).map_err(|e| wrong(&e))?;
         if !fields.get("role").is_some_and(Value::is_string) {
             return Err(wrong("has no `role`"));
         }
@@ -302,6 +304,28 @@ pub fn messages(text: &str) -> Result<Vec<Value>, String> {
         }
     }
     Ok(all)
+}
+
+/// Gives a message of ShareGPT's (`from`, `value`) the names that templates know.
+fn named_as_ours(fields: &mut Map<String, Value>) -> Result<(), String> {
+    let Some(from) = fields.get("from").and_then(Value::as_str) else { return Ok(()) };
+    if fields.contains_key("role") || !fields.contains_key("value") {
+        return Ok(());
+    }
+    let role = match from {
+        "human" | "user" => "user",
+        "gpt" | "assistant" | "model" | "chatgpt" | "bing" | "bard" => "assistant",
+        "system" => "system",
+        "tool" | "observation" | "function_response" => "tool",
+        other => {
+            return Err(format!("is from {other:?}, wanted human, gpt, system or observation"));
+        }
+    };
+    let value = fields.remove("value").unwrap_or_default();
+    fields.remove("from");
+    fields.insert("role".into(), role.into());
+    fields.insert("content".into(), value);
+    Ok(())
 }
 
 /// All texts in the JSON text of messages, none if it is wrong.

@@ -7,7 +7,7 @@ use std::ops::Range;
 use sha2::{Digest, Sha256};
 
 use super::{
-    DataPlace, Kept, Located, Record, Tokenizer,
+    DataPlace, Kept, Located, Omission, Record, Tokenizer,
     chat::{self, Chat, ChatText},
 };
 use crate::{
@@ -73,25 +73,6 @@ pub struct Dataset {
     pub omissions: Vec<Omission>,
 }
 
-/// Examples that were cut or dropped for one reason.
-#[derive(Clone, Debug, PartialEq, Eq)]
-pub struct Omission {
-    /// "cut ..." or "dropped: ...".
-    pub reason: String,
-    pub count: usize,
-    pub first: DataPlace,
-}
-
-impl std::fmt::Display for Omission {
-    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
-        let Self { reason, count, first } = self;
-        match count {
-            1 => write!(f, "1 example is {reason} ({first})"),
-            n => write!(f, "{n} examples are {reason} (the first: {first})"),
-        }
-    }
-}
-
 /// Counts of a data set's records and tokens.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct DatasetStats {
@@ -125,7 +106,7 @@ impl Dataset {
     /// Leaves out pairs of which a side predicts no token: a policy has no log-prob of it.
     pub fn keep_predicted(&mut self) {
         let all = std::mem::take(self);
-        self.stats = all.stats;
+        (self.stats, self.omissions) = (all.stats, all.omissions);
         let pairs = all.sequences.chunks_exact(2).zip(all.margins);
         for (pair, margin) in pairs {
             if pair.iter().all(|s| s.tokens() > 0) {
@@ -135,6 +116,7 @@ impl Dataset {
                 self.stats.examples -= 1;
                 self.stats.tokens -= pair.iter().map(|s| s.ids.len()).sum::<usize>();
                 self.stats.dropped += 1;
+                self.omit("dropped: a side without a completion".into(), &pair[0].place);
             }
         }
     }

@@ -1,18 +1,22 @@
 //! Data: files to records, text to tokens, records to the sequences that steps train on.
 
 mod chat;
+mod columns;
 mod dataset;
+mod files;
 pub mod jinja;
 mod order;
+mod reading;
 mod records;
 mod template;
 mod tokenizer;
+mod unique;
 
 pub use chat::{Chat, ChatIds, ChatText, chat_texts, turn_end, unasked_opening};
-pub use dataset::{
-    Dataset, DatasetStats, Limits, Omission, Sequence, judged, pairs, prompts, scored, texts,
-};
+pub use columns::ReadOptions;
+pub use dataset::{Dataset, DatasetStats, Limits, Sequence, judged, pairs, prompts, scored, texts};
 pub use order::DrawOrder;
-pub use records::{DataPlace, Located, Record, read};
+pub use reading::{read, read_as};
+pub use records::{DataPlace, Located, Omission, Record};
 pub use template::{BUILT_IN, ChatTemplate};
 pub use tokenizer::{Kept, Tokenizer};

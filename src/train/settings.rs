@@ -1,5 +1,7 @@
 //! Settings that all algorithms share.
 
+use std::collections::BTreeMap;
+
 use safetensors::Dtype;
 
 use crate::{
@@ -28,11 +30,14 @@ crate::settings! {
     pub struct Settings {
         /// The model's folder: config.json, safetensors, tokenizer.json, as Hugging Face stores it.
         pub model: String = String::new() => "a model folder (--model DIR)" if |m| !m.is_empty(),
-        /// Data files (JSONL); "-" is standard input.
+        /// Data files (JSON lines or lists, CSV, TSV; each also as .gz or .zst), folders of these,
+        /// or patterns with * and ?; "-" is standard input.
         pub data: Vec<String> = Vec::new()
             => "at least one file (--data FILE)" if |d| !d.is_empty(),
         /// Data files that are scored but never trained on (all but ppo).
         pub eval_data: Vec<String> = Vec::new(),
+        /// What columns are called in the data, where that is not known here: prompt = "question".
+        pub columns: BTreeMap<String, String> = BTreeMap::new(),
         /// Steps between evaluations; 0 evaluates at the end only.
         pub eval_every: u64 = 0,
         /// Folder of the run: metrics, rollouts, checkpoints, the final model.
@@ -139,6 +144,7 @@ impl Settings {
         "reference_model",
         "data",
         "eval_data",
+        "columns",
         "chat_template",
         "device",
         "threads",

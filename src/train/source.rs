@@ -6,7 +6,7 @@ use std::path::Path;
 use super::settings::Settings;
 use crate::{
     algorithms::{Columns, Inputs, Needs},
-    data::{self, Dataset, DrawOrder, Limits, Sequence, Tokenizer},
+    data::{self, Dataset, DrawOrder, Limits, ReadOptions, Sequence, Tokenizer},
     error::{Error, Result},
     rollout::{Completion, Prompt},
 };
@@ -48,9 +48,11 @@ impl Source {
         limits: Limits,
         s: &Settings,
     ) -> Result<Self> {
+        let chats = tokenizer.is_some_and(|t| t.template().is_ok());
+        let options = ReadOptions { columns: s.columns.clone(), chats };
         let mut records = Vec::new();
         for file in files {
-            records.extend(data::read(Path::new(file))?);
+            records.extend(data::read_as(Path::new(file), &options)?);
         }
         let mut data = match needs.inputs {
             Inputs::Texts { completion_only } => {

@@ -92,7 +92,8 @@ fn every_setting_survives_the_template() {
                 "é = # x",
             ];
             let numbers = ["true", "false", "7", "0.25"].map(String::from);
-            let candidates = [&numbers[..], &texts.map(|t| format!("{t:?}"))].concat();
+            let table = ["{ prompt = \"q\" }".to_owned()];
+            let candidates = [&numbers[..], &texts.map(|t| format!("{t:?}")), &table].concat();
             let change = candidates.iter().find(|v| {
                 let pair = format!("{}={v}", key.name);
                 **v != key.value

@@ -183,7 +183,7 @@ fn a_bad_line_is_named() {
         ("nope", "not JSON: expected ident at column 2"),
         (r#"{"text": "a""#, "not JSON: EOF while parsing an object at column 12"),
         (r#"{"text": "a"} {"#, "not JSON: trailing characters at column 15"),
-        ("[1, 2]", "wanted a JSON object, got [1, 2]"),
+        ("7", "wanted a JSON object, got 7"),
         (r#""text""#, r#"wanted a JSON object, got "text""#),
         (r#"{"text": 5}"#, "`text` is 5, wanted a text"),
         (r#"{"prompt": ["p"]}"#, r#"`prompt` is ["p"], wanted a text"#),
@@ -212,9 +212,10 @@ fn a_bad_line_is_named() {
         ),
         (
             r#"{"text": null}"#,
-            "has columns [\"text\" (null)], wanted messages | text | text, label | prompt | \
-             prompt, completion[, label] | [prompt,] chosen, rejected | \
-             input_ids[, labels | output_ids] | prompt_ids, chosen_ids, rejected_ids",
+            "has columns [\"text\" (null)], wanted messages | conversations | text | text, label | \
+             prompt | prompt, completion[, label] | instruction[, input], output | [prompt,] chosen, rejected | \
+             input_ids[, labels | output_ids] | prompt_ids, chosen_ids, rejected_ids; \
+             other names are told by columns = { prompt = \"...\" }",
         ),
         (r#"{"input_ids": 7}"#, "`input_ids` has 7, wanted token ids"),
         (r#"{"input_ids": [1, -2]}"#, "`input_ids` has -2, wanted token ids"),
@@ -236,12 +237,7 @@ fn a_bad_line_is_named() {
             "`label` is \"soso\", wanted a number, true or false, positive or negative, good or bad",
         ),
         (r#"{"messages": {}}"#, "`messages` is {}, wanted a list of messages"),
-        (
-            r#"{"chosen": "c", "instruction": "i"}"#,
-            "has columns [\"chosen\", \"instruction\"], wanted messages | text | text, label | \
-             prompt | prompt, completion[, label] | [prompt,] chosen, rejected | \
-             input_ids[, labels | output_ids] | prompt_ids, chosen_ids, rejected_ids",
-        ),
+        (r#"{"chosen": "c", "instruction": "i"}"#, "has `chosen` without `rejected`"),
         (
             r#"{"prompt": [], "completion": "c"}"#,
             "`completion` is \"c\", wanted a list of messages",

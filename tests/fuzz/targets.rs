@@ -193,13 +193,16 @@ fn dataset_line(dir: &Path, input: &[u8]) -> String {
         words.set_template(&folder, Some("chatml")).unwrap();
         words
     });
+    put(dir, "data.csv", input);
+    let table = told(data::read(&dir.join("data.csv")));
     put(dir, "data.jsonl", input);
     let records = match data::read(&dir.join("data.jsonl")) {
         Ok(records) => records,
-        Err(error) => return error.to_string(),
+        Err(error) => return table + &error.to_string(),
     };
     let (words, limits) = (Some(words), data::Limits { max_length: 16, vocab: 7, eos: Some(0) });
-    told(data::texts(&records, words, limits, true))
+    table
+        + &told(data::texts(&records, words, limits, true))
         + &told(data::texts(&records, None, limits, false))
         + &told(data::pairs(&records, words, limits, 1))
         + &told(data::prompts(&records, words, limits, Some(2)))
