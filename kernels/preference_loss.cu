@@ -44,7 +44,7 @@ struct Shaped {
 
 struct PreferenceLoss : SequenceLoss<2, 8> {
     uint32_t kinds;
-    double weights[3];
+    double weight0, weight1, weight2;
     int divergence;
     double alpha;
     int wpo;
@@ -128,9 +128,10 @@ struct PreferenceLoss : SequenceLoss<2, 8> {
             const double nc = normalises(kind) ? c.tokens : 1.0, nr = normalises(kind) ? r.tokens : 1.0;
             const Shaped a = shape(c.ratio / nc), b = shape(r.ratio / nr);
             const Term t = term(kind, a.value, b.value, own);
-            loss += weights[i] * t.value;
-            dc += weights[i] * t.chosen * a.slope / nc;
-            dr += weights[i] * t.rejected * b.slope / nr;
+            const double weight = i == 0 ? weight0 : i == 1 ? weight1 : weight2;
+            loss += weight * t.value;
+            dc += weight * t.chosen * a.slope / nc;
+            dr += weight * t.rejected * b.slope / nr;
         }
         double weight = 1.0;
         if (wpo) {
@@ -150,7 +151,7 @@ KERNEL(THREADS, preference_loss_forward)(float* dlogp, double* partial, const fl
                                          int units, int share, uint32_t kinds, double weight0, double weight1, double weight2,
                                          int divergence, double alpha, int wpo, double beta, double smoothing, double margin,
                                          double tau, double scale, double sft) {
-    const PreferenceLoss loss{{},   kinds,     {weight0, weight1, weight2}, divergence, alpha, wpo,
-                              beta, smoothing, margin,                      tau,        scale, sft};
+    const PreferenceLoss loss{{},  kinds, weight0,   weight1, weight2, divergence, alpha,
+                              wpo, beta,  smoothing, margin,  tau,     scale,      sft};
     sequence_loss(loss, {dlogp, logp, ref_logp, weights, offsets}, margins, partial, units, share);
 }

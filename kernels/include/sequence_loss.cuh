@@ -56,6 +56,7 @@ __device__ __forceinline__ void sequence_loss(const L& loss, const SequenceColum
     const int64_t first = int64_t(blockIdx.x) * share, last = first + share < units ? first + share : units;
     for (int64_t u = first; u < last; ++u) {
         SequenceSums x[L::UNIT];
+#pragma unroll
         for (int k = 0; k < L::UNIT; ++k) {
             const int64_t start = at.offsets[u * L::UNIT + k], end = at.offsets[u * L::UNIT + k + 1];
             double ratio = 0.0, all = 0.0;
@@ -69,6 +70,7 @@ __device__ __forceinline__ void sequence_loss(const L& loss, const SequenceColum
             x[k].tokens = double(end - start);
         }
         const typename L::Result result = loss(x, single == nullptr ? 0.0 : double(single[u]));
+#pragma unroll
         for (int k = 0; k < L::UNIT; ++k) {
             const int64_t start = at.offsets[u * L::UNIT + k], end = at.offsets[u * L::UNIT + k + 1];
             for (int64_t t = start + threadIdx.x; t < end; t += THREADS) {
