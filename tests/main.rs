@@ -54,6 +54,7 @@ mod models {
     mod mixture;
     mod pass;
     mod stories;
+    mod text_part;
     mod trl;
     mod weights;
 }

@@ -21,14 +21,14 @@ use crate::support::{assert_bits, golden, host, temp_dir};
 
 /// A stored tensor.
 #[derive(Clone, Debug, PartialEq)]
-struct Tensor {
+pub struct Tensor {
     dtype: Dtype,
     shape: Vec<usize>,
     data: Vec<u8>,
 }
 
 impl Tensor {
-    fn f32(shape: &[usize], x: &[f32]) -> Self {
+    pub fn f32(shape: &[usize], x: &[f32]) -> Self {
         let data = bytemuck::cast_slice(x).to_vec();
         Self { dtype: Dtype::F32, shape: shape.to_vec(), data }
     }
@@ -44,7 +44,7 @@ impl Tensor {
     }
 }
 
-type Tensors = BTreeMap<String, Tensor>;
+pub type Tensors = BTreeMap<String, Tensor>;
 
 fn write(path: &Path, tensors: &Tensors) {
     let mut views = Vec::new();
@@ -75,7 +75,7 @@ fn read(path: &Path) -> Tensors {
 pub struct Folder {
     pub dir: PathBuf,
     pub config: Value,
-    tensors: Tensors,
+    pub tensors: Tensors,
 }
 
 impl Folder {
@@ -347,29 +347,6 @@ fn the_prefix_may_be_missing() {
 }
 
 /// Where the head is tied, the embedding is the head; where it is not, its own weight is.
-/// So transformers saves the text part of a model that it read whole; what predicts further tokens
-/// is left out, as there.
-#[test]
-fn a_text_part_alone_may_have_the_names_of_the_whole() {
-    let (mut folder, want) =
-        (Folder::copy("text_part", "qwen3_5"), load::<f32>("qwen3_5", Head::Lm));
-    let tensors = std::mem::take(&mut folder.tensors);
-    let renamed =
-        |(name, t): (String, Tensor)| (name.replacen("model.", "model.language_model.", 1), t);
-    folder.tensors = tensors.into_iter().map(renamed).collect();
-    folder.tensors.insert("mtp.fc.weight".into(), Tensor::f32(&[1], &[1.0]));
-    let got = folder.write().load::<f32>(Head::Lm).unwrap();
-    assert_bits("weights", flat(&got), flat(&want));
-}
-
-#[test]
-fn a_reward_model_inside_another_is_no_policy() {
-    let mut folder = Folder::copy("nested_reward", "gemma3_nested");
-    folder.config["architectures"] = json!(["Gemma3ForSequenceClassification"]);
-    let e = folder.write().refused(Head::Lm);
-    assert!(e.contains("`architectures` is Gemma3ForSequenceClassification"), "{e}");
-}
-
 #[test]
 fn a_tied_head_is_the_embedding() {
     let mut folder = Folder::copy("tied", "llama_tied");
