@@ -10,6 +10,7 @@ use super::{
 };
 use crate::{
     config::Section,
+    error::Error,
     ops::preference_loss::{PreferenceKind, PreferenceLoss},
 };
 
@@ -40,6 +41,10 @@ pub(super) const ENTRY: AlgorithmEntry = AlgorithmEntry {
     section: || Box::new(CpoSettings::default()),
     build: |s: &dyn Section| {
         let s: CpoSettings = own(s)?;
+        if s.label_smoothing > 0.0 && !matches!(s.loss_type, CpoLoss::Sigmoid) {
+            let want = "0: nothing here reads it";
+            return Err(Error::config("label_smoothing", want, s.label_smoothing));
+        }
         let kind = match s.loss_type {
             CpoLoss::Sigmoid => PreferenceKind::Sigmoid,
             CpoLoss::Hinge => PreferenceKind::Hinge,

@@ -68,8 +68,8 @@ crate::settings! {
             => "0 or more each" if |w| w.iter().all(|w| *w >= 0.0),
         /// Strength of the pull to the reference (TRL, OpenRLHF: 0.1).
         pub beta: f64 = 0.1 => "above 0" if |b| *b > 0.0,
-        /// Chance that a label is wrong, in sigmoid, robust, exo_pair and aot (TRL: 0; exo_pair
-        /// takes 0.001 for 0, as there).
+        /// Chance that a label is wrong, in sigmoid, sigmoid_norm, robust, exo_pair and aot (TRL:
+        /// 0; exo_pair takes 0.001 for 0, as there).
         pub label_smoothing: f64 = 0.0 => "from 0 to below 0.5" if |e| (0.0..0.5).contains(e),
         /// The divergence to the reference (TRL: reverse_kl).
         pub f_divergence: FDivergence = FDivergence::ReverseKl,
@@ -108,6 +108,25 @@ fn built(s: &DpoSettings) -> Result<Preference> {
     }
     let weights = s.loss_weights.iter().copied().chain(std::iter::repeat(1.0));
     let terms = s.loss_type.iter().map(|l| l.kind()).zip(weights).collect();
+    let reads = |those: &[DpoLoss]| s.loss_type.iter().any(|l| those.contains(l));
+    let smoothed = [
+        DpoLoss::Sigmoid,
+        DpoLoss::SigmoidNorm,
+        DpoLoss::Robust,
+        DpoLoss::ExoPair,
+        DpoLoss::Aot,
+        DpoLoss::AotUnpaired,
+    ];
+    for (key, set, read, default) in [
+        ("label_smoothing", s.label_smoothing, reads(&smoothed), 0.0),
+        ("discopop_tau", s.discopop_tau, reads(&[DpoLoss::Discopop]), 0.05),
+        ("f_alpha", s.f_alpha, s.f_divergence == FDivergence::AlphaDivergence, 0.5),
+    ] {
+        if set != default && !read {
+            let want = format!("{default}: nothing here reads it");
+            return Err(Error::config(key, want, set));
+        }
+    }
     let divergence = match s.f_divergence {
         FDivergence::ReverseKl => Divergence::ReverseKl,
         FDivergence::ForwardKl => Divergence::ForwardKl,

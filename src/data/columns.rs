@@ -329,6 +329,25 @@ impl<'a> DataRow<'a> {
         })
     }
 
+    /// Refuses what instructions have a place for and other records have not: it would be left out.
+    fn is_all_placed(&self) -> Result<(), String> {
+        let has = |key: &&&str| self.has(key);
+        let told = ["chosen", "messages", "conversations", "prompt", "question"];
+        let Some(of) = told.iter().find(has).filter(|_| !has(&&"instruction") && !has(&&"text"))
+        else {
+            return Ok(());
+        };
+        let empty = |key: &str| [r#""""#, "[]", "{}"].contains(&self.columns[key].get());
+        let opens = |key: &str| key == "system" && self.has("conversations");
+        let left = ["system", "context", "input", "history"];
+        match left.iter().filter(has).find(|key| !empty(key) && !opens(key)) {
+            None => Ok(()),
+            Some(key) => Err(format!(
+                "has `{key}`, for which `{of}` has no place: write it there, or take it out"
+            )),
+        }
+    }
+
     /// The prompt of an instruction: a text under the headings that Alpaca made customary.
     fn instruction(&self) -> Result<(String, String), String> {
         let part = |key: &str| if self.has(key) { self.text(key) } else { Ok(String::new()) };
@@ -424,6 +443,7 @@ impl<'a> DataRow<'a> {
         if let Some(record) = self.of_ids()? {
             return Ok(record);
         }
+        self.is_all_placed()?;
         let has = |key| self.has(key);
         let names: &[&str] = if has("text") { &["prompt"] } else { &["prompt", "question"] };
         let asks = || self.one_of(names);

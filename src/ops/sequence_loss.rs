@@ -3,7 +3,7 @@
 //! f64, and once in CUDA (`kernels/include/sequence_loss.cuh`). Everything else (shapes, sums over
 //! tokens, gradients of tokens, launch, profile) is in this file.
 //!
-//! To add a loss: as [`super::token_loss`] says, with [`SequenceLoss`] in the place of `TokenLoss`.
+//! To add a loss: as `token_loss` says, with `SequenceLoss` in the place of `TokenLoss`.
 
 use super::token_loss::Sums;
 use crate::{

@@ -279,6 +279,26 @@ fn a_wrong_setting_is_a_wrong_configuration() {
         ),
         (
             "dpo",
+            &["loss_type=hinge", "label_smoothing=0.1"],
+            "config key `label_smoothing`: got 0.1, wanted 0: nothing here reads it",
+        ),
+        (
+            "dpo",
+            &["discopop_tau=0.1"],
+            "config key `discopop_tau`: got 0.1, wanted 0.05: nothing here reads it",
+        ),
+        (
+            "dpo",
+            &["f_alpha=0.3"],
+            "config key `f_alpha`: got 0.3, wanted 0.5: nothing here reads it",
+        ),
+        (
+            "cpo",
+            &["loss_type=hinge", "label_smoothing=0.1"],
+            "config key `label_smoothing`: got 0.1, wanted 0: nothing here reads it",
+        ),
+        (
+            "dpo",
             &["loss_type=aot", "sft_coef=0.5"],
             "config key `sft_coef`: got another value, wanted its default with aot",
         ),

@@ -153,6 +153,17 @@ fn what_could_be_meant_otherwise_is_refused_by_name() {
         ),
         (json!({"instruction": "a", "history": [["b", "c"]]}), "has a `history`, wanted"),
         (json!({"prompt": "a", "rejected": "b"}), "has `rejected` without `chosen`"),
+        // What other formats have a place for is not left out.
+        (
+            json!({"system": "a", "question": "b", "chosen": "c", "rejected": "d"}),
+            "has `system`, for which `chosen` has no place",
+        ),
+        (
+            json!({"question": "a", "context": "b", "answer": "c"}),
+            "has `context`, for which `question` has no place",
+        ),
+        (json!({"messages": user, "system": "a"}), "has `system`, for which `messages`"),
+        (json!({"prompt": "a", "history": [["b", "c"]]}), "has `history`, for which `prompt`"),
         (
             json!({"input": "a", "output": "b"}),
             "has columns [\"input\", \"output\"], wanted messages | conversations | text",
