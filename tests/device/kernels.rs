@@ -207,9 +207,23 @@ fn kernels_readme_has_the_table() {
 }
 
 /// Kernels that load no 16 bytes at once, and why.
-const NARROW: [(&str, &str); 19] = [
+const NARROW: [(&str, &str); 38] = [
+    ("delta_rule_backward_bf16", "a column of a state has four lanes"),
+    ("delta_rule_backward_f32", "a column of a state has four lanes"),
+    ("delta_rule_forward_bf16", "a column of a state has four lanes"),
+    ("delta_rule_forward_f32", "a column of a state has four lanes"),
+    ("delta_rule_rows_bf16", "heads of any size, a lane each"),
+    ("delta_rule_rows_f32", "heads of any size, a lane each"),
+    ("delta_rule_sums_bf16", "a column of a row, rows a lane each"),
+    ("delta_rule_sums_f32", "a column of a row, rows a lane each"),
     ("embedding_sort", "ids, a lane a row"),
     ("gae_forward", "sequences begin at any token, a lane a token"),
+    ("gate_backward_bf16", "columns begin anywhere in their rows, a lane each"),
+    ("gate_backward_f32", "columns begin anywhere in their rows, a lane each"),
+    ("gate_copy_bf16", "columns begin anywhere in their rows, a lane each"),
+    ("gate_copy_f32", "columns begin anywhere in their rows, a lane each"),
+    ("gate_forward_bf16", "columns begin anywhere in their rows, a lane each"),
+    ("gate_forward_f32", "columns begin anywhere in their rows, a lane each"),
     ("grad_norm_sum", "a sum of at most 256 numbers, in order"),
     ("kto_loss_forward", "sequences begin at any token, a lane a token"),
     ("logprob_from_logits_bf16", "rows begin anywhere, four lanes a chunk"),
@@ -225,6 +239,11 @@ const NARROW: [(&str, &str); 19] = [
     ("routing_count", "experts of a share of pairs, a lane each"),
     ("routing_place", "experts of a share of pairs, a lane each"),
     ("routing_scan", "counts of shares, a lane an expert"),
+    ("short_conv_backward_bf16", "a lane walks a channel"),
+    ("short_conv_backward_f32", "a lane walks a channel"),
+    ("short_conv_forward_bf16", "a lane walks a channel"),
+    ("short_conv_forward_f32", "a lane walks a channel"),
+    ("short_conv_sum", "a weight a lane"),
     ("sums_total", "a sum of at most 256 rows"),
     ("whiten_moments", "a sum of at most 256 rows"),
 ];
