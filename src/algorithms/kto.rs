@@ -3,8 +3,9 @@
 //! prompts estimate.
 //!
 //! Departures from TRL's KTOTrainer (1.16):
-//! - the KL is estimated over the whole step, each prompt with the completion before it, not over a
-//!   micro-batch; a mean is over the whole step, too;
+//! - the KL is estimated over the whole step, not over a micro-batch: each prompt with the
+//!   completion before it that is of another prompt, or of the same where there is no other;
+//! - a mean is over the whole step, too;
 //! - a mismatched completion is cut where the run's longest sequence ends.
 
 use std::path::PathBuf;

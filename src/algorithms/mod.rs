@@ -89,6 +89,8 @@ pub struct Needs {
     pub reference_model: Option<PathBuf>,
     /// The mean KL to the reference of prompts with completions of others.
     pub mismatched_kl: bool,
+    /// The margin that a pair of data may have is read.
+    pub margins: bool,
     /// Folder of the frozen reward model that scores every sequence.
     pub reward_model: Option<PathBuf>,
     /// The entropy of each prediction.
@@ -110,6 +112,7 @@ impl Needs {
             reference: false,
             reference_model: None,
             mismatched_kl: false,
+            margins: true,
             reward_model: None,
             entropy: false,
             epochs: 1,

@@ -170,6 +170,7 @@ impl Algorithm for Preference {
             reference: self.reference != Reference::None,
             reference_model,
             old_logp: self.ranked.is_some(),
+            margins: self.ranked.is_none() && self.loss.terms.iter().all(|(k, _)| k.has_margin()),
             ..Needs::of(Inputs::Pairs)
         }
     }

@@ -2,7 +2,8 @@
 //! et al. 2024), and AlphaPO's shape of it (Gupta et al. 2025).
 //!
 //! Departures from TRL, where it is a loss of the CPO trainer: no negative log-likelihood is added
-//! unless asked for, and the defaults are the authors'.
+//! unless asked for, and beta and the margin are
+//! those of the paper's Llama 3 Base.
 
 use super::{
     AlgorithmEntry, own,

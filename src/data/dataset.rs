@@ -32,12 +32,15 @@ impl Sequence {
     pub fn tokens(&self) -> usize {
         self.predicted.iter().map(Range::len).sum()
     }
-}
 
-impl Sequence {
     /// Tokens before the first that is predicted.
     fn prompt(&self) -> usize {
         self.predicted.first().map_or(self.ids.len(), |r| r.start)
+    }
+
+    /// These tokens.
+    pub fn opening(&self) -> &[u32] {
+        &self.ids[..self.prompt()]
     }
 
     /// Its prompt with the completion of another, cut at `longest` tokens, which is more than the

@@ -229,14 +229,45 @@ fn list(mut lines: Lines<'_>, take: &mut Take<'_>) -> Result<()> {
     Ok(())
 }
 
+/// Whether a row of a table goes on in the next line: a text in quotes does. Quotes are those of a
+/// cell that begins with one; there a quote stands twice.
+#[derive(Default)]
+struct Quotes {
+    inside: bool,
+    /// A byte of the cell was read that did not begin it, or ended its quotes.
+    behind: bool,
+}
+
+impl Quotes {
+    /// Reads on, a byte once.
+    fn goes_on(&mut self, bytes: &[u8], by: u8) -> bool {
+        for b in bytes {
+            match b {
+                b'"' if self.inside => (self.inside, self.behind) = (false, false),
+                _ if self.inside => {}
+                b'"' if !self.behind => self.inside = true,
+                b => self.behind = *b != by,
+            }
+        }
+        self.inside
+    }
+}
+
 /// The rows of a table whose first one names its columns.
 fn table(mut lines: Lines<'_>, by: u8, options: &ReadOptions, take: &mut Take<'_>) -> Result<()> {
     let mut header: Option<Vec<String>> = None;
     loop {
         lines.bytes.clear();
         let first = lines.line + 1;
-        // A text in quotes may go over lines; a quote within it stands twice.
-        while lines.more()? && lines.bytes.iter().filter(|b| **b == b'"').count() % 2 == 1 {}
+        let (mut quotes, mut read) = (Quotes::default(), 0);
+        while lines.more()? {
+            let opens = lines.line == 1 && lines.bytes.starts_with("\u{feff}".as_bytes());
+            read = read.max(if opens { "\u{feff}".len() } else { 0 });
+            if !quotes.goes_on(&lines.bytes[read..], by) {
+                break;
+            }
+            read = lines.bytes.len();
+        }
         if lines.bytes.is_empty() {
             let none = || Error::file(lines.name, "is empty, wanted a line that names the columns");
             return header.map(drop).ok_or_else(none);

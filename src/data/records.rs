@@ -116,6 +116,14 @@ pub struct DataPlace {
     pub line: usize,
 }
 
+impl DataPlace {
+    /// An error about what stands there.
+    pub fn error(&self, message: impl Into<String>) -> Error {
+        let Self { path, line } = self;
+        Error::Data { path: path.to_path_buf(), line: *line, message: message.into() }
+    }
+}
+
 impl std::fmt::Display for DataPlace {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "{}:{}", self.path.display(), self.line)
@@ -132,8 +140,7 @@ pub struct Located {
 impl Located {
     /// An error about this record.
     pub fn error(&self, message: impl Into<String>) -> Error {
-        let DataPlace { path, line } = &self.place;
-        Error::Data { path: path.to_path_buf(), line: *line, message: message.into() }
+        self.place.error(message)
     }
 }
 

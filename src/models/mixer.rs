@@ -187,14 +187,7 @@ impl<'a, T: Element> BlockMixer<'a, T> {
         self.linear(ParamKind::MixerIn)?.forward(dev, b.input.view_mut(), x, None)?;
         let (input, mixed) = (b.input.view(), b.mixed.view_mut());
         let (Some(shape), Some(delta)) = (self.spec.delta(), &mut b.delta) else {
-            let [gates, outer, u] = [0, hidden, 2 * hidden].map(|at| self.columns(input, at));
-            let gated = Strided::dense(b.gated.view_mut(), hidden);
-            gate::forward(dev, Gate::Identity, gated, u, gates, hidden)?;
-            let gated = Strided::dense(b.gated.view(), hidden);
-            short_conv::forward(dev, conv, mixed, gated, taps, of)?;
-            let mixed = Strided::dense(b.mixed.view(), hidden);
-            let output = Strided::dense(b.output.view_mut(), hidden);
-            return gate::forward(dev, Gate::Identity, output, mixed, outer, hidden);
+            return self.gated_conv(b, taps, of);
         };
         short_conv::forward(dev, conv, mixed, self.columns(input, 0), taps, of)?;
         let of = Sequences { spans: self.spans, state: state.view_mut() };
@@ -223,28 +216,14 @@ impl<'a, T: Element> BlockMixer<'a, T> {
         let (dev, hidden) = (self.dev, self.model.spec().hidden);
         let conv = self.spec.conv(hidden);
         let (w, spans) = (self.weight(ParamKind::Conv)?, self.spans);
-        let frozen = || Error::value("gradients", "those of all mixers", "none");
         let input = b.input.view();
-        let MixerGradients { dinput, dgated, dmixed, ddelta: [dout, dnormed], doutput } = g;
-        let dy = doutput.view();
         let (Some(shape), Some(delta)) = (self.spec.delta(), &b.delta) else {
-            let [gates, outer, u] = [0, hidden, 2 * hidden].map(|at| self.columns(input, at));
-            let dense = |x| Strided::dense(x, hidden);
-            let to = self.columns(dinput.view_mut(), hidden);
-            let mixed = dense(b.mixed.view());
-            gate::backward(dev, Gate::Identity, to, dy, [mixed, outer], hidden)?;
-            let to = Strided::dense(dmixed.view_mut(), hidden);
-            gate::forward(dev, Gate::Identity, to, dense(dy), outer, hidden)?;
-            let dw = grads.get_mut(ParamKind::Conv, self.at).ok_or_else(frozen)?;
-            let to = (Strided::dense(dgated.view_mut(), hidden), dw);
-            let kept = ConvKept { x: dense(b.gated.view()), w, spans };
-            short_conv::backward(dev, conv, to, dmixed.view(), kept, scratch)?;
-            let to = self.columns(dinput.view_mut(), 0);
-            gate::backward(dev, Gate::Identity, to, dgated.view(), [u, gates], hidden)?;
-            let to = self.columns(dinput.view_mut(), 2 * hidden);
-            gate::forward(dev, Gate::Identity, to, dense(dgated.view()), gates, hidden)?;
-            return self.linear(ParamKind::MixerIn)?.backward(dev, grads, dx, dinput.view(), x);
+            self.gated_conv_backward(grads, b, g, scratch)?;
+            let dinput = g.dinput.view();
+            return self.linear(ParamKind::MixerIn)?.backward(dev, grads, dx, dinput, x);
         };
+        let MixerGradients { dinput, dmixed, ddelta: [dout, dnormed], doutput, .. } = g;
+        let dy = doutput.view();
         let cols = shape.values();
         let (z, normed) = (self.columns(input, shape.qkv_cols()), delta.normed.view());
         let to = self.columns(dinput.view_mut(), shape.qkv_cols());
@@ -271,4 +250,54 @@ impl<'a, T: Element> BlockMixer<'a, T> {
         short_conv::backward(dev, conv, to, dmixed.view(), kept, scratch)?;
         self.linear(ParamKind::MixerIn)?.backward(dev, grads, dx, dinput.view(), x)
     }
+
+    /// `c conv(b u)` of the columns `b`, `c` and `u` of the first projection.
+    fn gated_conv(
+        &self,
+        b: &mut MixerActivations<'_, T>,
+        taps: View<'_, T>,
+        of: Sequences<'_, T>,
+    ) -> Result<()> {
+        let (dev, hidden) = (self.dev, self.model.spec().hidden);
+        let at = |at| self.columns(b.input.view(), at);
+        let [gates, outer, u] = [at(0), at(hidden), at(2 * hidden)];
+        let gated = Strided::dense(b.gated.view_mut(), hidden);
+        gate::forward(dev, Gate::Identity, gated, u, gates, hidden)?;
+        let (gated, mixed) = (Strided::dense(b.gated.view(), hidden), b.mixed.view_mut());
+        short_conv::forward(dev, self.spec.conv(hidden), mixed, gated, taps, of)?;
+        let (mixed, output) = (b.mixed.view(), Strided::dense(b.output.view_mut(), hidden));
+        gate::forward(dev, Gate::Identity, output, Strided::dense(mixed, hidden), outer, hidden)
+    }
+
+    /// From the gradient of [`BlockMixer::gated_conv`] to that of the first projection.
+    fn gated_conv_backward(
+        &self,
+        grads: &mut Params<T::Acc>,
+        b: &MixerActivations<'_, T>,
+        g: &mut MixerGradients<'_, T>,
+        scratch: ViewMut<'_, T::Acc>,
+    ) -> Result<()> {
+        let (dev, hidden) = (self.dev, self.model.spec().hidden);
+        let at = |at| self.columns(b.input.view(), at);
+        let [gates, outer, u] = [at(0), at(hidden), at(2 * hidden)];
+        let MixerGradients { dinput, dgated, dmixed, doutput, .. } = g;
+        let (dense, dy) = (|x| Strided::dense(x, hidden), doutput.view());
+        let to = self.columns(dinput.view_mut(), hidden);
+        gate::backward(dev, Gate::Identity, to, dy, [dense(b.mixed.view()), outer], hidden)?;
+        let to = Strided::dense(dmixed.view_mut(), hidden);
+        gate::forward(dev, Gate::Identity, to, dense(dy), outer, hidden)?;
+        let dw = grads.get_mut(ParamKind::Conv, self.at).ok_or_else(frozen)?;
+        let to = (Strided::dense(dgated.view_mut(), hidden), dw);
+        let w = self.weight(ParamKind::Conv)?;
+        let kept = ConvKept { x: dense(b.gated.view()), w, spans: self.spans };
+        short_conv::backward(dev, self.spec.conv(hidden), to, dmixed.view(), kept, scratch)?;
+        let to = self.columns(dinput.view_mut(), 0);
+        gate::backward(dev, Gate::Identity, to, dgated.view(), [u, gates], hidden)?;
+        let to = self.columns(dinput.view_mut(), 2 * hidden);
+        gate::forward(dev, Gate::Identity, to, dense(dgated.view()), gates, hidden)
+    }
+}
+
+fn frozen() -> Error {
+    Error::value("gradients", "those of all mixers", "none")
 }

@@ -70,6 +70,11 @@ impl Source {
             let got = format!("{} records, all dropped: {}", records.len(), why.join("; "));
             return Err(Error::value(files.join(", "), "at least one example", got));
         }
+        let with_margin = data.margins.iter().position(Option::is_some).filter(|_| !needs.margins);
+        if let Some(i) = with_margin {
+            let place = &data.example(i)[0].place;
+            return Err(place.error("has a `margin`, which this loss does not read: take it out"));
+        }
         let copies = needs.sampling().map_or(1, |s| s.samples_per_prompt);
         let mut warnings = Vec::from_iter(tokenizer.and_then(|t| spelled(t, &records)));
         warnings.extend(data.omissions.iter().map(ToString::to_string));
@@ -125,9 +130,16 @@ impl Source {
             columns.labels = chosen.iter().map(label).collect();
         }
         let longest = if self.mismatches { self.data.longest() } else { 0 };
-        let others = sequences.iter().cycle().skip(sequences.len().saturating_sub(1));
-        let pairs = sequences.iter().zip(others).filter(|_| self.mismatches);
-        let mismatched = pairs.map(|(prompt, other)| prompt.answered_by(other, longest)).collect();
+        // The completion before it that is of another prompt; the one before it if all are of one.
+        let mismatch = |i: usize| {
+            let own = &sequences[i];
+            let mut before = sequences[..i].iter().rev().chain(sequences[i + 1..].iter().rev());
+            let last = before.clone().next();
+            let other = before.find(|other| other.opening() != own.opening()).or(last);
+            other.map(|other| own.answered_by(other, longest))
+        };
+        let all = if self.mismatches { 0..sequences.len() } else { 0..0 };
+        let mismatched = all.filter_map(mismatch).collect();
         let mut data = StepData { sequences, columns, mismatched };
         data.lay_out(self.by_token);
         data

@@ -99,6 +99,11 @@ fn tables_have_a_header_and_quotes() {
     let want = rows(&[(2, "a, \"b\"|c\r\nd"), (5, "e|")]);
     assert_eq!(read(&put("table", "a.csv", table)), want);
     assert_eq!(read(&put("table", "a.tsv", "text\tid\na, b\t1")), rows(&[(2, "a, b")]));
+    // A quote within a cell that does not begin with one is text, and nothing goes on.
+    let inches = "text\n5\" disk\n6\" disk\n";
+    assert_eq!(read(&put("table", "a.tsv", inches)), rows(&[(2, "5\" disk"), (3, "6\" disk")]));
+    let inches = "\u{feff}\"text\",\"of\"\n5\" disk,\"a\n\"\"\nb\"\n\"\",c\n";
+    assert_eq!(read(&put("table", "a.csv", inches)), rows(&[(2, "5\" disk"), (5, "")]));
     // columns that are lists or numbers
     let lists = "input_ids,labels\n\"[5, 6]\",\"[-100, 6]\"\n";
     let records = data::read(&put("table", "a.csv", lists)).unwrap();

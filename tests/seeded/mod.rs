@@ -156,7 +156,7 @@ fn run(program: &Path, copy: &Path, bug: usize, tests: &[&str]) -> Result<Durati
 }
 
 #[test]
-#[ignore = "builds a copy of the tree and runs 26 times some of its tests: ten minutes"]
+#[ignore = "builds a copy of the tree and runs, for each mistake, some of its tests: ten minutes"]
 fn every_seeded_bug_is_killed() {
     let dir = temp_dir("seeded");
     copy(&dir);

@@ -16,7 +16,7 @@ use warpo::{
     },
 };
 
-use crate::support::{assert_bits, golden, host, room, runs::small, temp_dir};
+use crate::support::{assert_bits, golden, host, losses::build, room, runs::small, temp_dir};
 
 const TEXTS: Inputs = Inputs::Texts { completion_only: true };
 const LIMITS: Limits = Limits { max_length: 50, vocab: 100, eos: None };
@@ -74,6 +74,37 @@ fn pairs_lie_side_by_side_with_their_margin() {
     assert_eq!((c.samples, c.margins.len()), (vec![4, 5, 6, 7], 0));
     let c = load("pairs", &policy(Inputs::Pairs), &[&text], 2).unwrap().draw(0).columns;
     assert_eq!((c.offsets, c.weights), (vec![0, 1, 3, 4, 6], vec![1.0; 6]));
+}
+
+/// A loss that reads no margin refuses data that has one, before a step is made.
+#[test]
+fn a_margin_that_is_not_read_is_refused() {
+    let pair = |m: &str| {
+        format!("{{\"prompt_ids\": [1], \"chosen_ids\": [2], \"rejected_ids\": [3]{m}}}\n")
+    };
+    let needs = |own: &str| build("dpo", &[own]).unwrap().needs();
+    let text = pair("") + &pair(", \"margin\": 0.5");
+    for own in ["loss_type=ipo", "loss_type=aot", "loss_type=[\"sigmoid\", \"apo_zero\"]"] {
+        let e = load("margin", &needs(own), &[&text], 2).map(drop).unwrap_err().to_string();
+        assert!(e.contains(":2: has a `margin`, which this loss does not read"), "{own}: {e}");
+        assert!(load("margin", &needs(own), &[&pair("")], 1).is_ok());
+    }
+    assert!(load("margin", &needs("loss_type=hinge"), &[&text], 2).is_ok());
+}
+
+/// Both sides of a pair have one prompt: a mismatched completion is of another.
+#[test]
+fn mismatched_completions_are_of_other_prompts() {
+    let pair = |p: u32, c: u32, r: u32| {
+        format!("{{\"prompt_ids\": [{p}], \"chosen_ids\": [{c}], \"rejected_ids\": [{r}]}}\n")
+    };
+    let needs = build("kto", &[]).unwrap().needs();
+    let all = load("kto", &needs, &[&(pair(1, 11, 12) + &pair(2, 21, 22))], 4).unwrap();
+    let of = |data: StepData| data.mismatched.into_iter().map(|s| s.ids).collect::<Vec<_>>();
+    assert_eq!(of(all.all()), [[1, 22], [1, 22], [2, 12], [2, 12]]);
+    // Of one prompt there is nothing else than another completion.
+    let one = load("kto", &needs, &[&(pair(1, 11, 12) + &pair(1, 13, 14))], 4).unwrap();
+    assert_eq!(of(one.all()), [[1, 14], [1, 11], [1, 12], [1, 13]]);
 }
 
 #[test]
