@@ -112,8 +112,10 @@ struct PreferenceLoss : SequenceLoss<2, 8> {
             }
             case ODDS_RATIO: {
                 // 1 - p of p = e^x.
-                const double c = -expm1(a), r = -expm1(b), odds = (a - b) - (log(c) - log(r)), d = -beta * logistic(-odds);
-                return {beta * softplus_minus(odds), d / c, -d / r};
+                const double c = -expm1(a), r = -expm1(b), odds = (a - b) - (log(c) - log(r));
+                // Not by way of the odds, which are 0 / 0 where the chosen one is certain.
+                const double d = beta / (c + exp(a - b) * r);
+                return {beta * softplus_minus(odds), -d, d * c / r};
             }
         }
         return {};

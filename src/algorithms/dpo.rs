@@ -17,7 +17,7 @@ use super::{
     preference::{self, Preference, Ranked, Reference},
 };
 use crate::{
-    config::Section,
+    config::{Field, Section},
     error::{Error, Result},
     ops::preference_loss::{Divergence, PreferenceKind, PreferenceLoss, TERMS},
 };
@@ -126,6 +126,14 @@ fn built(s: &DpoSettings) -> Result<Preference> {
             let want = format!("{default}: nothing here reads it");
             return Err(Error::config(key, want, set));
         }
+    }
+    // TRL shapes what the others compare in ways of their own.
+    let shaped =
+        [DpoLoss::Sigmoid, DpoLoss::Hinge, DpoLoss::Robust, DpoLoss::ExoPair, DpoLoss::Discopop];
+    let other = s.loss_type.iter().find(|l| !shaped.contains(l));
+    if let Some(other) = other.filter(|_| s.f_divergence != FDivergence::ReverseKl) {
+        let want = format!("\"reverse_kl\" beside the loss {}", other.show());
+        return Err(Error::config("f_divergence", want, s.f_divergence.show()));
     }
     let divergence = match s.f_divergence {
         FDivergence::ReverseKl => Divergence::ReverseKl,

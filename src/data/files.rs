@@ -59,7 +59,11 @@ pub(super) fn expand(path: &Path) -> Result<Vec<PathBuf>> {
             (None, _) => kind(Path::new(&name)).is_some(),
             _ => false,
         };
-        found.extend(Some(folder.join(name)).filter(|path| fits && path.is_file()));
+        let path = folder.join(name);
+        // A link to nothing is an error, not a file less.
+        if fits && fs::metadata(&path).map_err(Error::io("read", &path))?.is_file() {
+            found.push(path);
+        }
     }
     found.sort();
     match (found.is_empty(), pattern) {
@@ -123,17 +127,30 @@ impl Read for Zstd {
             *self = match std::mem::replace(self, Self::End) {
                 Self::End => return Ok(0),
                 Self::Next(mut reader) => {
-                    if reader.fill_buf()?.is_empty() {
-                        return Ok(0);
+                    match reader.fill_buf().map(<[u8]>::is_empty) {
+                        Ok(true) => return Ok(0),
+                        Ok(false) => {}
+                        // It may be asked again.
+                        Err(e) => {
+                            *self = Self::Next(reader);
+                            return Err(e);
+                        }
                     }
                     let frame = StreamingDecoder::new_with_max_window_size(reader, ZSTD_WINDOW);
                     Self::Frame(Box::new(frame.map_err(io::Error::other)?))
                 }
-                Self::Frame(mut frame) => match frame.read(out)? {
-                    0 => Self::Next(frame.into_inner()),
-                    n => {
+                Self::Frame(mut frame) => match frame.read(out) {
+                    Ok(0) => {
+                        let decoder = &frame.decoder;
+                        let said = decoder.get_checksum_from_data();
+                        if said.is_some() && said != decoder.get_calculated_checksum() {
+                            return Err(io::Error::other("its content has another checksum"));
+                        }
+                        Self::Next(frame.into_inner())
+                    }
+                    done => {
                         *self = Self::Frame(frame);
-                        return Ok(n);
+                        return done;
                     }
                 },
             };
@@ -290,8 +307,12 @@ fn table(mut lines: Lines<'_>, by: u8, options: &ReadOptions, take: &mut Take<'_
             return Err(lines.error(first, want));
         }
         let named = header.iter().cloned().zip(row);
-        let object: Map<String, Value> =
-            named.map(|(name, cell)| (name.clone(), value(options.ours(&name), cell))).collect();
+        let read = |(name, cell): (String, String)| {
+            let value = value(options.ours(&name), cell)?;
+            Ok((name, value))
+        };
+        let object = named.map(read).collect::<Result<Map<_, _>, String>>();
+        let object = object.map_err(|e| lines.error(first, e))?;
         take(first, &Value::Object(object).to_string())?;
     }
 }
@@ -326,9 +347,23 @@ fn cells(row: &str, by: u8) -> Result<Vec<String>, String> {
     }
 }
 
-/// A cell of one of our columns: text, but for those that are lists or numbers.
-fn value(column: &str, cell: String) -> Value {
-    match column {
+/// A cell of one of our columns: text, but for those that are lists or numbers, and for messages.
+fn value(column: &str, cell: String) -> Result<Value, String> {
+    let is_list =
+        |v: &Value| v.as_array().is_some_and(|all| all.iter().all(|m| m["role"].is_string()));
+    Ok(match column {
+        "prompt" | "completion" | "chosen" | "rejected" if cell.trim_start().starts_with("[{") => {
+            let python = |key: &str| cell.trim_start().starts_with(&format!("[{{'{key}'"));
+            match unique::parse(cell.trim()) {
+                Ok(list) if is_list(&list) => list,
+                _ if python("role") || python("content") => {
+                    return Err(format!(
+                        "`{column}` has messages as Python prints them, wanted JSON"
+                    ));
+                }
+                _ => Value::String(cell),
+            }
+        }
         "messages"
         | "conversations"
         | "tools"
@@ -346,5 +381,5 @@ fn value(column: &str, cell: String) -> Value {
             text => unique::parse(text).unwrap_or(Value::String(cell)),
         },
         _ => Value::String(cell),
-    }
+    })
 }

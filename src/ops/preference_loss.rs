@@ -291,8 +291,9 @@ impl PreferenceKind {
                 // 1 - p of p = e^x
                 let [c, r] = [a, b].map(|x| -libm::expm1(x));
                 let odds = (a - b) - (libm::log(c) - libm::log(r));
-                let d = -beta * logistic(-odds);
-                (beta * softplus_minus(odds), d / c, -d / r)
+                // Not by way of the odds, which are 0 / 0 where the chosen one is certain.
+                let d = beta / (c + libm::exp(a - b) * r);
+                (beta * softplus_minus(odds), -d, d * c / r)
             }
         }
     }

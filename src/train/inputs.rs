@@ -158,11 +158,11 @@ impl RunInputs {
             settings.batch_size = draws;
         }
         let sizes = PassSizes::new(&settings, &needs, source.data.longest(), longest);
+        let most = sizes.longest.max(sizes.held_out);
         for m in models.iter().filter(|m| m.dir != models[0].dir) {
             let tokenizer = tokenizer.as_ref();
-            eval::check_reward_model(&m.dir, &m.spec, spec, tokenizer, sizes.longest)?;
+            eval::check_reward_model(&m.dir, &m.spec, spec, tokenizer, most)?;
         }
-        let most = sizes.longest.max(sizes.held_out);
         for m in &mut models {
             for note in m.for_sequences(most)? {
                 if !warnings.contains(&note) {

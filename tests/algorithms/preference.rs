@@ -289,6 +289,12 @@ fn a_wrong_setting_is_a_wrong_configuration() {
         ),
         (
             "dpo",
+            &["loss_type=ipo", "f_divergence=forward_kl"],
+            "config key `f_divergence`: got \"forward_kl\", wanted \"reverse_kl\" beside the loss \
+             \"ipo\"",
+        ),
+        (
+            "dpo",
             &["f_alpha=0.3"],
             "config key `f_alpha`: got 0.3, wanted 0.5: nothing here reads it",
         ),

@@ -93,6 +93,16 @@ fn a_json_list_is_a_row_an_object() {
     }
 }
 
+/// The content of a zstd frame is held to its checksum: one bit of a text changes nothing else.
+#[test]
+fn a_flipped_bit_in_a_zstd_file_is_noticed() {
+    let mut bytes = zstd(LINES.as_bytes());
+    let at = bytes.windows(3).position(|w| w == b"\"a\"").unwrap() + 1;
+    bytes[at] ^= 1;
+    let e = read(&put("checksum", "a.jsonl.zst", bytes)).unwrap_err();
+    assert_eq!(e, "cannot read a.jsonl.zst: its content has another checksum");
+}
+
 #[test]
 fn tables_have_a_header_and_quotes() {
     let table = "\u{feff}prompt,id,completion\r\n\"a, \"\"b\"\"\",1,\"c\r\nd\"\r\n\r\ne,2,\r\n";
@@ -116,7 +126,17 @@ fn tables_have_a_header_and_quotes() {
         other => panic!("{other:?}"),
     };
     assert_eq!([margin(0), margin(1)], [("r".into(), Some(0.5)), ("1".into(), None)]);
+    // messages are JSON; a text that looks like them is a text
+    let chats = "chosen,rejected\n\"[{\"\"role\"\": \"\"user\"\", \"\"content\"\": \"\"a\"\"}]\",\"[{\"\"role\"\": \"\"user\"\", \"\"content\"\": \"\"b\"\"}]\"\n";
+    let records = data::read(&put("table", "a.csv", chats)).unwrap();
+    assert!(matches!(&records[0].record, Record::ChatPreference { .. }), "{records:?}");
+    let call = "prompt,completion\na,\"[{\"\"name\"\": 1}]\"\n";
+    assert_eq!(read(&put("table", "a.csv", call)), rows(&[(2, "a|[{\"name\": 1}]")]));
     for (text, want) in [
+        (
+            "chosen,rejected\n\"[{'role': 'user'}]\",b",
+            "a.csv:2: `chosen` has messages as Python prints them, wanted JSON",
+        ),
         ("", "a.csv: is empty, wanted a line that names the columns"),
         ("text\n", "a.csv: has no records, wanted JSON objects, one a line"),
         ("text,text\na,b", "a.csv:1: has column \"text\" twice"),
@@ -160,6 +180,10 @@ fn a_folder_and_a_pattern_are_their_files_by_name() {
     // a file whose name is a pattern is that file
     fs::write(dir.join("b*"), line("star")).unwrap();
     assert_eq!(texts(&dir.join("b*")), ["star"]);
+    // a link to nothing, as a hub's cache that was fetched in part has
+    std::os::unix::fs::symlink("gone", dir.join("c.jsonl")).unwrap();
+    let e = read(&dir).unwrap_err();
+    assert!(e.starts_with("cannot read c.jsonl: "), "{e}");
     let empty = temp_dir("files_empty");
     let e = data::read(&empty).unwrap_err().to_string();
     assert!(e.contains("has no data file, wanted .jsonl, .ndjson, .json, .csv, .tsv"), "{e}");

@@ -330,6 +330,22 @@ fn neither_sign_overflows() {
     }
 }
 
+/// Where the chosen completion is certain its odds have no end, and the gradient of ORPO has: at
+/// p = 1 for the chosen one and b = ln 1/2 it is -beta / (2 . 1/2), and 0 for the other.
+#[test]
+fn a_certain_completion_has_a_gradient() {
+    let c = Completions {
+        logp: vec![0.0, -f64::ln(2.0)],
+        reference: vec![],
+        weights: vec![],
+        margins: vec![],
+        offsets: vec![0, 1, 2],
+    };
+    let (sums, d) = c.loss(&PreferenceLoss { beta: 0.3, ..one(OddsRatio) });
+    assert_close("loss", &[sums.loss], &[0.0], 0.0, 0.0);
+    assert_close("d", &d, &[-0.3, 0.0], 0.0, 1e-15);
+}
+
 #[test]
 fn micro_batches_add_up() {
     let c = Completions::<f32>::random(&[3, 1, 1, 4, 5, 2, 7, 7, 2, 2]);
