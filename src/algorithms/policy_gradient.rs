@@ -3,7 +3,10 @@
 
 use std::path::PathBuf;
 
-use super::{Column, Columns, Inputs, Metrics, MicroBatch, Needs};
+use super::{
+    Column, Columns, Inputs, Metrics, MicroBatch, Needs,
+    reward_list::{self, RewardEntry},
+};
 use crate::{
     device::{Device, Pending, View, ViewMut},
     error::{Error, Result},
@@ -64,9 +67,12 @@ impl Sampling {
 crate::settings! {
     /// How a sample is scored, and the score as it enters the reward.
     pub struct RewardShaping {
-        /// The reward model's folder: a model with a scalar head, as `warpo train reward` saves it.
-        pub reward_model: PathBuf = PathBuf::new()
-            => "a folder with a reward model" if |p| !p.as_os_str().is_empty(),
+        /// The reward model's folder: a model with a scalar head, as `warpo train reward` saves it;
+        /// short for rewards = [{ kind = "model", path = "..." }].
+        pub reward_model: PathBuf = PathBuf::new(),
+        /// What scores a sample; the score is the sum, each times its weight. Kinds: model, math,
+        /// exact, regex, format, length, repetition, code, command, python, http (README, Rewards).
+        pub rewards: Vec<RewardEntry> = Vec::new(),
         /// Multiplies the score (1 everywhere).
         pub reward_scale: f64 = 1.0,
         /// Bounds the score to ± this, after scaling (OpenRLHF: 10; DeepSpeed-Chat: 5; off in TRL).
@@ -79,6 +85,23 @@ crate::settings! {
 }
 
 impl RewardShaping {
+    /// The folder of the reward model, if one scores.
+    fn model(&self) -> Result<Option<PathBuf>> {
+        match (self.reward_model.as_os_str().is_empty(), self.rewards.is_empty()) {
+            (true, true) => Err(Error::config(
+                "reward_model",
+                "a folder with a reward model, or `rewards`",
+                "\"\"",
+            )),
+            (false, true) => Ok(Some(self.reward_model.clone())),
+            (true, false) => reward_list::model_of(&self.rewards),
+            (false, false) => {
+                let want = "none beside `rewards`: { kind = \"model\", path = \"...\" } there";
+                Err(Error::config("reward_model", want, self.reward_model.display()))
+            }
+        }
+    }
+
     fn shaped(&self, score: f32, stopped: bool) -> f64 {
         let mut score = f64::from(score) * self.reward_scale;
         if let Some(c) = self.reward_clip {
@@ -152,6 +175,8 @@ crate::settings! {
 #[derive(Debug)]
 pub struct PolicyGradient {
     settings: PolicyGradientSettings,
+    /// Folder of the reward model, if one scores.
+    reward_model: Option<PathBuf>,
     kl_coef: f64,
     /// One of each micro-batch.
     stats: Vec<Pending<PpoSums>>,
@@ -163,7 +188,10 @@ pub struct PolicyGradient {
 
 /// Metrics of samples and of the clipped loss.
 pub const METRICS: &[(&str, &str)] = &[
-    ("score", "Mean score of the samples by the reward model, as it came."),
+    (
+        "score",
+        "Mean score of the samples, by the reward model or the sum of all rewards, as it came.",
+    ),
     ("reward", "Mean reward of a sample: shaped score, less the KL penalty where it stands there."),
     ("kl", "KL to the reference in nats a sample, by the chosen estimator."),
     ("kl_per_token", "The same a token."),
@@ -181,18 +209,22 @@ pub const METRICS: &[(&str, &str)] = &[
 ];
 
 impl PolicyGradient {
-    pub fn new(settings: PolicyGradientSettings) -> Self {
-        let kl_coef = settings.kl.kl_coef;
-        Self { settings, kl_coef, stats: Vec::new(), updates: 0.0, kl: 0.0, sequences: 0.0 }
+    /// # Errors
+    /// [`Error::Config`] if nothing scores, or two things would that exclude each other.
+    pub fn new(settings: PolicyGradientSettings) -> Result<Self> {
+        let (reward_model, kl_coef) = (settings.shaping.model()?, settings.kl.kl_coef);
+        let (stats, updates, kl, sequences) = (Vec::new(), 0.0, 0.0, 0.0);
+        Ok(Self { settings, reward_model, kl_coef, stats, updates, kl, sequences })
     }
 
-    /// A policy that is trained on its own samples, which a reward model scores.
+    /// A policy that is trained on its own samples, which rewards score.
     pub fn needs(&self) -> Needs {
         let s = &self.settings;
         Needs {
             policy: true,
             old_logp: true,
-            reward_model: Some(s.shaping.reward_model.clone()),
+            reward_model: self.reward_model.clone(),
+            rewards: s.shaping.rewards.clone(),
             entropy: s.clip.entropy_coef != 0.0,
             minibatches: s.minibatches,
             ..Needs::of(Inputs::Prompts(s.sampling.clone()))
