@@ -1,6 +1,9 @@
 //! The columns of a row, which tell its format.
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use serde::{
     Deserialize, Deserializer,
@@ -11,6 +14,7 @@ use serde_json::{Value, json, value::RawValue};
 use super::{
     chat::{Chat, ChatText, not_json},
     records::Record,
+    reward_columns::{RewardColumns, RowColumns},
 };
 use crate::error::{Error, Result};
 
@@ -24,6 +28,8 @@ pub struct ReadOptions {
     pub columns: BTreeMap<String, String>,
     /// Instructions become conversations: the model has a chat template.
     pub chats: bool,
+    /// Columns that are kept as they are, for rewards.
+    pub rewards: RewardColumns,
 }
 
 impl ReadOptions {
@@ -35,7 +41,8 @@ impl ReadOptions {
             })?;
             Ok((ours.trim().to_owned(), theirs.trim().to_owned()))
         };
-        Ok(Self { columns: pairs.iter().map(pair).collect::<Result<_>>()?, chats })
+        let columns = pairs.iter().map(pair).collect::<Result<_>>()?;
+        Ok(Self { columns, chats, rewards: RewardColumns::None })
     }
 
     /// Checks that our names are names of ours.
@@ -46,14 +53,30 @@ impl ReadOptions {
         }
     }
 
+    /// The columns of a row that rewards read, by our names. No value is null: that is no column.
+    fn kept(&self, row: &RawRow<'_>) -> Result<RowColumns, String> {
+        let mut kept = RowColumns::new();
+        for (name, value) in &row.columns {
+            let name = self.ours(name);
+            if self.rewards.has(name) && value.get() != "null" {
+                let value = serde_json::from_str(value.get()).map_err(|e| not_json(&e))?;
+                kept.insert(name.to_owned(), value);
+            }
+        }
+        Ok(kept)
+    }
+
     /// Our name of a column of the data.
     pub fn ours<'a>(&'a self, name: &'a str) -> &'a str {
         self.columns.iter().find(|(_, theirs)| *theirs == name).map_or(name, |(ours, _)| ours)
     }
 }
 
-/// Reads the JSON text of a row.
-pub(super) fn read(text: &str, options: &ReadOptions) -> Result<Record, String> {
+/// Reads the JSON text of a row: its record, and the columns that rewards read.
+pub(super) fn read(
+    text: &str,
+    options: &ReadOptions,
+) -> Result<(Record, Arc<RowColumns>), String> {
     let row: RawRow<'_> = serde_json::from_str(text).map_err(|e| match text.starts_with('{') {
         true => not_json(&e),
         false => match serde_json::from_str::<&RawValue>(text) {
@@ -61,7 +84,8 @@ pub(super) fn read(text: &str, options: &ReadOptions) -> Result<Record, String> 
             Err(e) => not_json(&e),
         },
     })?;
-    DataRow::of(row, options)?.record()
+    let kept = options.kept(&row)?;
+    Ok((DataRow::of(row, options)?.record()?, Arc::new(kept)))
 }
 
 fn brief(v: &RawValue) -> String {
@@ -146,6 +170,9 @@ impl<'de> Deserialize<'de> for RawRow<'de> {
     }
 }
 
+/// Columns that answer a prompt, or say something of an answer.
+const ANSWERS: [&str; 5] = ["completion", "response", "answer", "output", "label"];
+
 /// Names of a completion.
 const COMPLETIONS: [&str; 3] = ["completion", "response", "answer"];
 
@@ -163,9 +190,12 @@ impl<'a> DataRow<'a> {
             let is_free = ours != name || !options.columns.contains_key(name);
             COLUMNS.into_iter().find(|c| is_free && *c == ours).map(|c| (c, *v))
         };
-        let this = Self { columns: row.columns.iter().filter_map(known).collect(), found, options };
+        let mut this = Self { columns: row.columns.iter().filter_map(known).collect(), found, options };
         let lacks = |(ours, _): &(&String, &String)| !this.columns.contains_key(&***ours);
-        match options.columns.iter().find(lacks) {
+        let lacking = options.columns.iter().find(lacks);
+        // An answer that a reward reads is no part of a prompt, and may be a number.
+        this.columns.retain(|name, _| !ANSWERS.contains(name) || !options.rewards.has(name));
+        match lacking {
             Some((ours, theirs)) => {
                 let found = this.found();
                 Err(format!(

@@ -8,6 +8,7 @@ pub mod jinja;
 mod order;
 mod reading;
 mod records;
+mod reward_columns;
 mod template;
 mod tokenizer;
 mod unique;
@@ -18,5 +19,6 @@ pub use dataset::{Dataset, DatasetStats, Limits, Sequence, judged, pairs, prompt
 pub use order::DrawOrder;
 pub use reading::{read, read_as};
 pub use records::{DataPlace, Located, Omission, Record};
+pub use reward_columns::{RewardColumns, RowColumns};
 pub use template::{BUILT_IN, ChatTemplate};
 pub use tokenizer::{Kept, Tokenizer};

@@ -10,7 +10,7 @@ use super::{
 use crate::error::{Error, Result};
 
 /// Reads a data file, or standard input for `-`, a folder of files, or those that a pattern with
-/// `*` or `?` matches. Blank lines are skipped, unknown columns are ignored, and all rows of a file
+/// `*` or `?` matches. Blank lines are skipped, columns that are neither known here nor read by a reward are ignored, and all rows of a file
 /// must have the format of its first.
 pub fn read(path: &Path) -> Result<Vec<Located>> {
     read_as(path, &ReadOptions::default())
@@ -25,15 +25,16 @@ pub fn read_as(path: &Path, options: &ReadOptions) -> Result<Vec<Located>> {
         let (name, first): (Arc<Path>, usize) = (name.into(), out.len());
         files::rows(&file, &name, options, &mut |line, text| {
             let bad = |message| Error::Data { path: name.to_path_buf(), line, message };
-            let record = columns::read(text, options).map_err(bad)?;
-            if let Some(Located { place, record: first }) = out.get(first) {
+            let (record, columns) = columns::read(text, options).map_err(bad)?;
+            if let Some(Located { place, record: first, .. }) = out.get(first) {
                 let (want, got) = (first.format(), record.format());
                 if want != got {
                     let line = place.line;
                     return Err(bad(format!("has columns {got}, wanted {want} as in line {line}")));
                 }
             }
-            out.push(Located { place: DataPlace { path: name.clone(), line }, record });
+            let place = DataPlace { path: name.clone(), line };
+            out.push(Located { place, record, columns });
             Ok(())
         })?;
         if out.len() == first {

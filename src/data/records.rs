@@ -2,7 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
-use super::chat::ChatText;
+use super::{chat::ChatText, reward_columns::RowColumns};
 use crate::error::Error;
 
 /// One line of a data file.
@@ -135,6 +135,8 @@ impl std::fmt::Display for DataPlace {
 pub struct Located {
     pub place: DataPlace,
     pub record: Record,
+    /// Empty unless rewards read some.
+    pub columns: Arc<RowColumns>,
 }
 
 impl Located {

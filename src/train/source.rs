@@ -1,14 +1,14 @@
 //! The source of a step's sequences: a data set's texts or pairs as they are, or prompts that the
 //! policy continues first.
 
-use std::path::Path;
+use std::{path::Path, sync::Arc};
 
 use super::settings::Settings;
 use crate::{
     algorithms::{Columns, Inputs, Needs},
-    data::{self, Dataset, DrawOrder, Limits, ReadOptions, Sequence, Tokenizer},
+    data::{self, Dataset, DrawOrder, Limits, ReadOptions, RowColumns, Sequence, Tokenizer},
     error::{Error, Result},
-    rollout::{Completion, Prompt},
+    rollout::{Completion, Prompt, rewards::Rewards},
 };
 
 /// A data set, and how steps draw from it.
@@ -37,6 +37,10 @@ pub struct StepData {
     pub columns: Columns<f32>,
     /// Each prompt with the completion before it, where a KL is estimated with these.
     pub mismatched: Vec<Sequence>,
+    /// Of each sequence, the columns of its row that rewards read.
+    pub rows: Vec<Arc<RowColumns>>,
+    /// Scores of each sequence by each of the rewards, by the name of its metric.
+    pub parts: Vec<(&'static str, Vec<f64>)>,
 }
 
 impl Source {
@@ -47,12 +51,16 @@ impl Source {
         tokenizer: Option<&Tokenizer>,
         limits: Limits,
         s: &Settings,
+        rewards: &Rewards,
     ) -> Result<Self> {
         let chats = tokenizer.is_some_and(|t| t.template().is_ok());
-        let options = ReadOptions { columns: s.columns.clone(), chats };
+        let options = ReadOptions { columns: s.columns.clone(), chats, rewards: rewards.columns() };
         let mut records = Vec::new();
         for file in files {
             records.extend(data::read_as(Path::new(file), &options)?);
+        }
+        for at in &records {
+            rewards.admit(&at.columns).map_err(|e| at.error(e))?;
         }
         let mut data = match needs.inputs {
             Inputs::Texts { completion_only } => {
@@ -140,7 +148,11 @@ impl Source {
         };
         let all = if self.mismatches { 0..sequences.len() } else { 0..0 };
         let mismatched = all.filter_map(mismatch).collect();
-        let mut data = StepData { sequences, columns, mismatched };
+        let rows = chosen.iter().flat_map(|i| {
+            self.data.columns.get(*i).into_iter().flat_map(|row| vec![row.clone(); self.copies])
+        });
+        let (rows, parts) = (rows.collect(), Vec::new());
+        let mut data = StepData { sequences, columns, mismatched, rows, parts };
         data.lay_out(self.by_token);
         data
     }
@@ -217,7 +229,7 @@ impl StepData {
     pub fn subset(&self, chosen: &[usize], unit: usize) -> Self {
         let chosen: Vec<usize> = chosen.iter().flat_map(|i| i * unit..(i + 1) * unit).collect();
         let sequences = chosen.iter().map(|i| self.sequences[*i].clone()).collect();
-        Self { sequences, columns: self.columns.subset(&chosen), mismatched: Vec::new() }
+        Self { sequences, columns: self.columns.subset(&chosen), ..Self::default() }
     }
 
     /// Adds the lines of data that the samples of a bad number come from.
@@ -226,6 +238,10 @@ impl StepData {
             let at = |id: &u64| self.columns.samples.iter().position(|s| s == id);
             let place = |id| at(id).map(|i| self.sequences[i].place.to_string());
             *places = samples.iter().filter_map(place).collect();
+        }
+        if let Error::Reward { sample, place, .. } = &mut e {
+            let at = self.columns.samples.iter().position(|s| s == sample);
+            *place = at.map(|i| self.sequences[i].place.to_string());
         }
         e
     }

@@ -25,7 +25,7 @@ fn with_template() -> ReadOptions {
 
 fn renamed(pairs: &[(&str, &str)]) -> ReadOptions {
     let columns = pairs.iter().map(|(a, b)| ((*a).to_owned(), (*b).to_owned())).collect();
-    ReadOptions { columns, chats: false }
+    ReadOptions { columns, ..ReadOptions::default() }
 }
 
 fn chat(text: &str) -> Chat {
