@@ -137,7 +137,9 @@ pub fn scores(value: &Value, count: usize) -> Option<Vec<f64>> {
 
 /// Prompts, completions and columns of samples, each a list.
 pub fn lists(samples: &[RewardInput]) -> [Value; 3] {
-    let text = |of: fn(&RewardInput) -> &String| samples.iter().map(|s| of(s).clone().into());
+    let text = |of: fn(&RewardInput) -> &String| -> Value {
+        samples.iter().map(|s| Value::String(of(s).clone())).collect::<Vec<_>>().into()
+    };
     let mut columns = RowColumns::new();
     for name in samples.iter().flat_map(|s| s.columns.keys()) {
         if !columns.contains_key(name) {
@@ -145,7 +147,7 @@ pub fn lists(samples: &[RewardInput]) -> [Value; 3] {
             columns.insert(name.clone(), samples.iter().map(value).collect());
         }
     }
-    [text(|s| &s.prompt).collect(), text(|s| &s.completion).collect(), columns.into()]
+    [text(|s| &s.prompt), text(|s| &s.completion), columns.into()]
 }
 
 /// Refuses a column whose name a sample's own text has.
