@@ -206,7 +206,7 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         let mut all = inputs.warnings.clone();
         let (warmup, steps) = (inputs.course.warmup, inputs.steps);
         if warmup >= steps {
-            all.push(format!("the warm-up has {warmup} steps, the run has {steps} steps: the learning rate never reaches its peak"));
+            all.push(format!("the warmup has {warmup} steps, the run has {steps} steps: the learning rate never reaches its peak"));
         }
         all
     }

@@ -292,13 +292,14 @@ fn every_setting_is_a_flag() {
     let out = temp_dir("cli_flags");
     let (model, to) = (golden::path("llama_tied"), out.to_str().unwrap());
     let args = ["train", "sft", "--model", model.to_str().unwrap(), "--data", "-", "--out", to];
-    let flags =
-        ["--batch-size", "1", "--decay_all", "--schedule=cosine", "--learning-rate", "1e-3"];
+    let flags = ["--batch-size", "1", "--decay_all", "--schedule=cosine", "--warmup-ratio", "1"];
     let done = feed(&[&args[..], &flags[..]].concat(), "{\"input_ids\": [5, 6, 7]}\n");
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let said = String::from_utf8(done.stderr).unwrap();
+    assert!(said.contains("warning: the warmup has 1 steps, the run has 1 steps"), "{said}");
     let config = std::fs::read_to_string(out.join("config.toml")).unwrap();
     for line in
-        ["batch_size = 1", "decay_all = true", "schedule = \"cosine\"", "learning_rate = 0.001"]
+        ["batch_size = 1", "decay_all = true", "schedule = \"cosine\"", "warmup_ratio = 1.0"]
     {
         assert!(config.lines().any(|l| l == line), "{line}");
     }

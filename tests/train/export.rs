@@ -50,8 +50,8 @@ fn a_model_that_is_stale_or_damaged_is_exported_again() {
     }
 }
 
-/// The model of a checkpoint is that of a run of so many steps, by the export command and wherever a
-/// model is named.
+/// The model of a checkpoint is that of a run of so many steps, by the command and wherever a model
+/// is named.
 #[test]
 fn a_checkpoint_is_a_model() {
     let dir = temp_dir("export_checkpoint");
