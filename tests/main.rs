@@ -49,6 +49,7 @@ mod eval {
 mod models {
     mod config;
     mod device;
+    mod folder;
     pub mod golden;
     mod gradients;
     mod mixture;
@@ -96,6 +97,7 @@ mod rollout {
     mod score;
 }
 mod train {
+    mod best;
     mod checkpoint;
     mod device;
     mod events;

@@ -1,12 +1,10 @@
 //! `warpo export`: a model folder of a checkpoint, or of another one in another dtype.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
-use half::bf16;
-
-use super::DeviceArgs;
 use crate::{
-    device::{Device, Element},
+    config,
+    device::Device,
     error::{Error, Result},
     train::{self, settings::SaveDtype},
 };
@@ -26,31 +24,23 @@ pub(super) struct ExportArgs {
     /// The trained model of a checkpoint of several: policy, value or reward
     #[arg(long, value_name = "NAME")]
     role: Option<String>,
-    #[command(flatten)]
-    place: DeviceArgs,
 }
 
 pub(super) fn run(args: &ExportArgs) -> Result<()> {
-    let dtype: SaveDtype =
-        crate::config::read("--save-dtype", &toml::Value::String(args.save_dtype.clone()))?;
-    if args.out.exists() {
-        return Err(Error::config("--out", "a folder that is not there yet", args.out.display()));
-    }
-    args.place.run(|dev| match dev {
-        Device::Cpu(_) => run_in::<f32>(args, dev, dtype),
-        Device::Cuda(_) => run_in::<bf16>(args, dev, dtype),
-    })?;
-    super::print(&format!("{}\n", args.out.display()))
-}
-
-/// [`run`] with models that compute in `T`.
-fn run_in<T: Element<Acc = f32>>(args: &ExportArgs, dev: &Device, dtype: SaveDtype) -> Result<()> {
+    let dtype: SaveDtype = config::read("--save-dtype", &args.save_dtype.clone().into())?;
     let (from, out, role) = (&args.from, &args.out, args.role.as_deref());
-    if train::is_checkpoint(from) {
-        return train::export_checkpoint::<T>(dev, from, role, dtype.known(), out);
+    let parent = out.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
+    if out.exists() || !parent.is_dir() {
+        let want = format!("a new folder in one that is there, not in {}", parent.display());
+        let want = if out.exists() { "a folder that is not there yet" } else { &*want };
+        return Err(Error::config("--out", want, out.display()));
     }
-    if let Some(role) = role {
-        return Err(Error::config("--role", "none for a folder of one model", role));
+    match (train::is_checkpoint(from), role) {
+        (true, _) => train::export_checkpoint(from, role, dtype.known(), out)?,
+        (false, None) => train::export_again::<f32>(&Device::cpu(), from, dtype, out)?,
+        (false, Some(role)) => {
+            return Err(Error::config("--role", "none for a folder of one model", role));
+        }
     }
-    train::export_again::<T>(dev, from, dtype, out)
+    super::print(&format!("{}\n", out.display()))
 }

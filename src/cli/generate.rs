@@ -5,7 +5,7 @@ use std::{path::PathBuf, time::Instant};
 use half::bf16;
 use serde_json::json;
 
-use super::{DeviceArgs, finite, note, rows::RowArgs, warn};
+use super::{DeviceArgs, best_of::KeptSamples, finite, note, rows::RowArgs, warn};
 use crate::{
     data::{self, Limits, ReadOptions, Tokenizer},
     device::{Arena, Device, Element},
@@ -60,12 +60,16 @@ pub(super) struct GenerateArgs {
     /// Samples a prompt
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..))]
     samples: u32,
+    /// Of a prompt's samples write all, the best by reward (data for SFT), or the pair of the best
+    /// and the worst (data for DPO; none where all are equal)
+    #[arg(long, value_enum, default_value = "all")]
+    keep: KeptSamples,
     #[command(flatten)]
     sampling: SamplingArgs,
     /// More ids that end a sample
     #[arg(long, value_name = "ID")]
     stop_id: Vec<u32>,
-    /// Ends a sample where its text has TEXT, which is cut off; may be given again
+    /// Cuts a sample before TEXT, where its text has it; may be given again
     #[arg(long, value_name = "TEXT")]
     stop: Vec<String>,
     /// Seed of the draws
@@ -110,7 +114,10 @@ fn run_in<T: Element<Acc = f32>>(
     if args.stop.iter().any(String::is_empty) {
         return Err(Error::config("--stop", "a text", "an empty one"));
     }
-    let mut out = args.rows.open()?;
+    if args.keep != KeptSamples::All && (args.reward_model.is_none() || args.samples < 2) {
+        let want = "--reward-model and --samples of 2 or more";
+        return Err(Error::config("--keep", want, format!("{:?}", args.keep).to_lowercase()));
+    }
     let new = args.max_new_tokens as usize;
     let Some(max_length) = spec.max_positions.checked_sub(new).filter(|n| *n > 0) else {
         let want = format!("less than the model's {} positions", spec.max_positions);
@@ -162,11 +169,17 @@ fn run_in<T: Element<Acc = f32>>(
         stop_ids: eos.chain(args.stop_id.iter().copied()).collect(),
         stream: Stream { seed: args.seed, step: 0, purpose: Purpose::Sample },
     };
+    let mut out = args.rows.open()?;
     let bar = super::rows::bar(total, args.rows.to_file());
-    let (start, mut tokens, mut next) = (Instant::now(), 0, out.done as u64);
+    let done = match args.keep {
+        KeptSamples::All => out.done as u64,
+        // Some prompts have no row.
+        _ => out.last_example()?.unwrap_or(0) * each,
+    };
+    let (start, mut tokens, mut next) = (Instant::now(), 0, done);
     bar.set_position(next);
     while next < total {
-        let end = (next + (PART * slots) as u64).min(total);
+        let end = (next + (PART * slots) as u64).next_multiple_of(each).min(total);
         let prompt = |i: u64| prompts[(i / each) as usize].ids.clone();
         let part: Vec<Prompt> =
             (next..end).map(|sample| Prompt { sample, ids: prompt(sample) }).collect();
@@ -182,6 +195,7 @@ fn run_in<T: Element<Acc = f32>>(
             Some(model) => eval::rate(dev, model, &whole)?,
             None => Vec::new(),
         };
+        let mut samples = Vec::new();
         for (i, (p, c)) in part.iter().zip(&done).enumerate() {
             let sample = |i| format!("the log-prob of token {i} of sample {}", p.sample);
             finite(&c.logprobs, sample)?;
@@ -200,12 +214,17 @@ fn run_in<T: Element<Acc = f32>>(
                 line["reward"] = json!(reward);
             }
             tokens += c.ids.len();
-            out.write(&line)?;
+            samples.push(line);
+            if (p.sample + 1).is_multiple_of(each) || args.keep == KeptSamples::All {
+                let rows = args.keep.rows(p.sample / each, std::mem::take(&mut samples));
+                rows.iter().try_for_each(|row| out.write(row))?;
+            }
         }
         bar.inc(end - next);
         next = end;
     }
     bar.finish_and_clear();
+    out.finish()?;
     let seconds = start.elapsed().as_secs_f64();
     let speed = tokens as f64 / seconds;
     note(&format!("{tokens} tokens in {seconds:.3} s, {speed:.0} tokens/s on {}", dev.describe()));
@@ -239,14 +258,12 @@ fn cut<F>(
     stops: &[String],
     text: impl Fn(&[u32]) -> Result<Option<String>>,
 ) -> Result<Option<String>> {
-    let Some(mut whole) = text(&c.ids)? else { return Ok(None) };
-    let Some(at) = stops.iter().filter_map(|stop| whole.find(&**stop)).min() else {
+    let Some(whole) = text(&c.ids)? else { return Ok(None) };
+    let first = |text: &str| stops.iter().filter_map(|stop| text.find(&**stop)).min();
+    if first(&whole).is_none() {
         return Ok(Some(whole));
-    };
-    let stopped = |n: usize| {
-        let text = text(&c.ids[..n])?.unwrap_or_default();
-        Ok(stops.iter().any(|stop| text.contains(&**stop)))
-    };
+    }
+    let stopped = |n: usize| Ok(first(&text(&c.ids[..n])?.unwrap_or_default()).is_some());
     // More tokens never take a text back.
     let (mut low, mut high) = (0, c.ids.len());
     while high - low > 1 {
@@ -256,6 +273,7 @@ fn cut<F>(
     c.ids.truncate(high);
     c.logprobs.truncate(high);
     c.stopped = true;
-    whole.truncate(at);
-    Ok(Some(whole))
+    let mut kept = text(&c.ids)?.unwrap_or_default();
+    kept.truncate(first(&kept).unwrap_or(kept.len()));
+    Ok(Some(kept))
 }

@@ -1,5 +1,6 @@
 //! The command line: one file a command.
 
+mod best_of;
 mod chat;
 mod config;
 mod doctor;

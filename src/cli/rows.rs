@@ -26,16 +26,27 @@ pub(super) struct RowArgs {
 pub(super) struct RowFile {
     /// The file, if they go to one.
     file: Option<(PathBuf, File)>,
-    /// The last row of a file that is gone on with: the first that is made again.
-    last: Option<String>,
-    /// RowFile that are there and not made again.
+    /// What a file has that is gone on with, until its last row was made again.
+    before: Option<Before>,
+    /// Rows that are there and not made again.
     pub done: usize,
+}
+
+/// What was in a file.
+struct Before {
+    /// Bytes of its whole rows.
+    whole: u64,
+    last: Option<String>,
+    /// What follows them, without an end.
+    torn: String,
 }
 
 impl RowArgs {
     /// Opens the file, which must not be there yet, or be one to go on with.
     pub fn open(&self) -> Result<RowFile> {
-        let Some(path) = &self.out else { return Ok(RowFile { file: None, last: None, done: 0 }) };
+        let Some(path) = &self.out else {
+            return Ok(RowFile { file: None, before: None, done: 0 });
+        };
         if self.resume && path.exists() {
             return RowFile::resumed(path);
         }
@@ -46,7 +57,7 @@ impl RowArgs {
             }
             _ => Error::io("create", path)(e),
         })?;
-        Ok(RowFile { file: Some((path.clone(), file)), last: None, done: 0 })
+        Ok(RowFile { file: Some((path.clone(), file)), before: None, done: 0 })
     }
 
     /// Gives the first `n` rows of the file to `take`.
@@ -70,23 +81,31 @@ impl RowArgs {
 impl RowFile {
     fn resumed(path: &Path) -> Result<Self> {
         let file = OpenOptions::new().read(true).write(true).open(path);
-        let mut file = file.map_err(Error::io("open", path))?;
-        let (mut whole, mut rows, mut last) = (0, 0, None);
+        let file = file.map_err(Error::io("open", path))?;
+        let (mut before, mut rows) = (Before { whole: 0, last: None, torn: String::new() }, 0);
         let (mut reader, mut line) = (BufReader::new(&file), Vec::new());
         loop {
             line.clear();
             let n = reader.read_until(b'\n', &mut line).map_err(Error::io("read", path))?;
-            // What has no end was cut off.
-            if n == 0 || line.pop() != Some(b'\n') {
+            if line.pop_if(|end| *end == b'\n').is_none() {
+                before.torn = String::from_utf8_lossy(&line).into_owned();
                 break;
             }
-            (whole, rows) = (whole + n as u64, rows + 1);
-            last = Some(String::from_utf8_lossy(&line).into_owned());
+            (before.whole, rows) = (before.whole + n as u64, rows + 1);
+            before.last = Some(String::from_utf8_lossy(&line).into_owned());
         }
-        file.set_len(whole).map_err(Error::io("cut", path))?;
-        file.seek(SeekFrom::End(0)).map_err(Error::io("seek in", path))?;
         let done = usize::saturating_sub(rows, 1);
-        Ok(Self { file: Some((path.to_owned(), file)), last, done })
+        Ok(Self { file: Some((path.to_owned(), file)), before: Some(before), done })
+    }
+
+    /// The example of the data that the last row names, if there is one.
+    pub fn last_example(&self) -> Result<Option<u64>> {
+        let last = self.before.as_ref().and_then(|before| before.last.as_ref());
+        let (Some(last), Some((path, _))) = (last, &self.file) else { return Ok(None) };
+        let example = serde_json::from_str::<Value>(last).ok().and_then(|v| v["example"].as_u64());
+        let unknown =
+            || Error::file(path, "has a last row without `example`, wanted that of --keep");
+        example.map(Some).ok_or_else(unknown)
     }
 
     /// Writes a row.
@@ -95,18 +114,36 @@ impl RowFile {
         let Some((path, file)) = &mut self.file else {
             return super::print(&format!("{row}\n"));
         };
-        match self.last.take() {
-            Some(last) if last == row => Ok(()),
-            Some(_) => {
-                let message = format!(
-                    "row {} is another than this command makes: other data, model or settings",
-                    self.done + 1
-                );
+        if let Some(before) = self.before.take() {
+            // Nothing of a file is touched before it is known to be this command's.
+            let same = match &before.last {
+                Some(last) => *last == row,
+                None => row.starts_with(&before.torn),
+            };
+            if !same {
+                let n = self.done + 1;
+                let what = "other data, model, settings or device";
+                let message = format!("row {n} is another than this command makes: {what}");
+                return Err(Error::file(path.clone(), message));
+            }
+            file.set_len(before.whole).map_err(Error::io("cut", &*path))?;
+            file.seek(SeekFrom::End(0)).map_err(Error::io("seek in", &*path))?;
+            if before.last.is_some() {
+                return Ok(());
+            }
+        }
+        file.write_all(format!("{row}\n").as_bytes()).map_err(Error::io("write", &*path))
+    }
+
+    /// Ends the file.
+    pub fn finish(&self) -> Result<()> {
+        match (&self.before, &self.file) {
+            (Some(before), Some((path, _))) if before.last.is_some() => {
+                let n = self.done + 1;
+                let message = format!("has {n} rows, more than this command makes: other data");
                 Err(Error::file(path.clone(), message))
             }
-            None => {
-                file.write_all(format!("{row}\n").as_bytes()).map_err(Error::io("write", &*path))
-            }
+            _ => Ok(()),
         }
     }
 }

@@ -156,6 +156,7 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
         bar.inc((n / unit) as u64);
     }
     bar.finish_and_clear();
+    out.finish()?;
     match (args.summary, args.rows.to_file()) {
         (true, true) => super::print(&format!("{}\n", summary.of_all())),
         (true, false) => {
@@ -170,7 +171,7 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
 #[derive(Default)]
 struct Summary {
     rows: usize,
-    tokens: f64,
+    tokens: usize,
     logprob: f64,
     rewards: Vec<f64>,
     /// Rewards of chosen texts less those of rejected ones, and the same of log-probs.
@@ -193,7 +194,7 @@ impl Summary {
         self.rewards.extend(each("reward"));
         self.logprob += each("sum_logprob").iter().sum::<f64>();
         let tokens = texts.iter().filter_map(|t| t["logprobs"].as_array());
-        self.tokens += tokens.map(|all| all.len() as f64).sum::<f64>();
+        self.tokens += tokens.map(Vec::len).sum::<usize>();
     }
 
     /// What is known of them: only what was computed.
@@ -203,9 +204,9 @@ impl Summary {
         // Of equal numbers half are won.
         let won = |m: &f64| if *m == 0.0 { 0.5 } else { f64::from(u8::from(*m > 0.0)) };
         let accuracy = |x: &[f64]| mean(&x.iter().map(won).collect::<Vec<_>>());
-        if self.tokens > 0.0 {
+        if self.tokens > 0 {
             all["tokens"] = json!(self.tokens);
-            all["perplexity"] = json!(libm::exp(-self.logprob / self.tokens));
+            all["perplexity"] = json!(libm::exp(-self.logprob / self.tokens as f64));
         }
         if !self.rewards.is_empty() {
             let m = mean(&self.rewards);

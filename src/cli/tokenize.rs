@@ -16,7 +16,7 @@ use crate::{
 /// Write what training sees of data: a JSON line a sequence, with `text`, `input_ids` and `labels`
 /// (-100 is not learned); on a terminal the text, and in green what is learned. The model's folder
 /// needs no weights
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub(super) struct TokenizeArgs {
     /// The model's folder
     #[arg(long, value_name = "DIR")]
@@ -37,6 +37,8 @@ pub(super) struct TokenizeArgs {
 pub(super) fn run(args: &TokenizeArgs) -> Result<()> {
     let (entry, mut settings, mut section) =
         train::settings_of(&args.algorithm, args.config.as_deref(), &args.set)?;
+    let model = super::model_folder(args.model.as_ref())?.display().to_string();
+    let args = &TokenizeArgs { model, ..args.clone() };
     settings.model.clone_from(&args.model);
     settings.data.clone_from(&args.data);
     config::Section::validate(&settings)?;

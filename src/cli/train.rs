@@ -73,20 +73,23 @@ pub(super) fn settings(
     all.extend(args.out.iter().map(|out| name("out", out)));
     all.extend(args.device.iter().map(|device| name("device", device)));
     all.extend(args.set.iter().cloned());
-    let (entry, mut settings, mut section) =
-        settings_of(&args.algorithm, args.config.as_deref(), &all)?;
+    settings_of(&args.algorithm, args.config.as_deref(), &all)
+}
+
+/// Puts model folders for the checkpoints that are named as models.
+fn take_checkpoints(settings: &mut Settings, section: &mut dyn Section) -> Result<()> {
     if !settings.model.is_empty() {
         settings.model = super::model_folder(settings.model.as_ref())?.display().to_string();
     }
     for key in section.keys().iter().filter(|k| k.name.ends_with("_model")) {
         let table = format!("x = {}", key.value).parse::<toml::Table>().unwrap_or_default();
         let path = table.get("x").and_then(|x| x.as_str()).unwrap_or_default();
-        if train::is_checkpoint(path.as_ref()) {
+        if !path.is_empty() {
             let folder = super::model_folder(path.as_ref())?.display().to_string();
             section.set(key.name, &folder.into()).transpose()?;
         }
     }
-    Ok((entry, settings, section))
+    Ok(())
 }
 
 /// The settings of an algorithm after those of a file and these pairs of key and value.
@@ -116,7 +119,8 @@ pub(super) fn settings_of(
 
 pub(super) fn run(args: &TrainArgs) -> Result<()> {
     signals::install()?;
-    let (entry, settings, section) = settings(&args.run)?;
+    let (entry, mut settings, mut section) = settings(&args.run)?;
+    take_checkpoints(&mut settings, &mut *section)?;
     let dev = Device::from_name(&settings.device, settings.threads)?;
     let dir = args.profiling.on(dev, |dev| {
         let mut progress = Progress::new(entry.name);

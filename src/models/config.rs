@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::folder;
 use crate::{
     device::file,
     error::{Error, Result},
@@ -31,7 +32,8 @@ impl Config {
     /// Reads `dir/config.json`.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
-        Self::parse(&file::read_text(&path, LIMIT)?, path)
+        let text = file::read_text(&path, LIMIT);
+        Self::parse(&text.map_err(|e| folder::without(dir, "config.json", e))?, path)
     }
 
     /// Parses the text of a `config.json`; `path` is for messages.
@@ -79,7 +81,9 @@ impl Config {
     pub(super) fn with_defaults(&self, all: &[(&str, u64)]) -> Self {
         let mut config = self.clone();
         for (key, n) in all {
-            config.json.entry(*key).or_insert((*n).into());
+            if config.get(key).is_none() {
+                config.json.insert((*key).into(), (*n).into());
+            }
         }
         config
     }

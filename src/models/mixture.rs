@@ -36,8 +36,8 @@ impl<'s, T: Element> MixtureActivations<'s, T> {
 /// What a block keeps of the expert that all rows have.
 #[derive(Debug)]
 pub(super) struct SharedActivations<'s, T: Element> {
-    /// Through a sigmoid, how much it counts for each row.
-    pub gate: Buffer<'s, T::Acc>,
+    /// Before a sigmoid: how much it counts for each row.
+    pub gate_logit: Buffer<'s, T::Acc>,
     /// Its activations, times that.
     pub act: Buffer<'s, T>,
 }
@@ -45,7 +45,7 @@ pub(super) struct SharedActivations<'s, T: Element> {
 impl<'s, T: Element> SharedActivations<'s, T> {
     pub fn new(scope: &'s Scope<'_>, spec: &Spec, rows: usize) -> Result<Self> {
         Ok(Self {
-            gate: scope.alloc("gates of a shared expert", rows)?,
+            gate_logit: scope.alloc("gates of a shared expert", rows)?,
             act: scope.alloc("gated activations of a shared expert", rows * spec.mlp_hidden)?,
         })
     }
@@ -168,8 +168,8 @@ impl<T: Element> Mixture<'_, T> {
         act: View<'_, T>,
         x: View<'_, T>,
     ) -> Result<()> {
-        scalar_head::forward(self.dev, s.gate.view_mut(), x, self.shared_gate()?)?;
-        gate::rows(self.dev, s.act.view_mut(), act, s.gate.view())
+        scalar_head::forward(self.dev, s.gate_logit.view_mut(), x, self.shared_gate()?)?;
+        gate::rows(self.dev, s.act.view_mut(), act, s.gate_logit.view())
     }
 
     /// Turns `dact` from the gradient of `s.act` into that of `act`.
@@ -180,7 +180,7 @@ impl<T: Element> Mixture<'_, T> {
         dact: ViewMut<'_, T>,
         act: View<'_, T>,
     ) -> Result<()> {
-        gate::rows_backward(self.dev, dact, g.dgate.view_mut(), act, s.gate.view())
+        gate::rows_backward(self.dev, dact, g.dgate.view_mut(), act, s.gate_logit.view())
     }
 
     /// Writes `dx`, the gradient of `x` through the gate, after [`Mixture::share_backward`].

@@ -9,6 +9,7 @@ mod batch;
 mod block;
 mod config;
 mod family;
+mod folder;
 mod gemma2;
 mod gemma3;
 mod gpt2;

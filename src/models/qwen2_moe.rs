@@ -16,6 +16,10 @@ pub(super) const FAMILY: Family = Family {
 
 fn spec(c: &Config) -> Result<Spec> {
     let c = &c.with_defaults(&[
+        ("num_key_value_heads", 16),
+        ("max_position_embeddings", 32768),
+        // All its blocks have experts.
+        ("intermediate_size", 1),
         ("num_experts", 60),
         ("num_experts_per_tok", 4),
         ("moe_intermediate_size", 1408),

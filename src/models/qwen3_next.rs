@@ -49,6 +49,8 @@ pub(super) const EXPERTS: &[StoredWeight] = &[
 fn spec(c: &Config) -> Result<Spec> {
     let c = &c.with_defaults(&[
         ("num_key_value_heads", 2),
+        // All its blocks have experts.
+        ("intermediate_size", 1),
         ("num_experts", 512),
         ("num_experts_per_tok", 10),
         ("moe_intermediate_size", 512),

@@ -381,7 +381,7 @@ impl Spec {
         if self.unpadded.is_some() { self.vocab.next_multiple_of(8) } else { self.vocab }
     }
 
-    /// The experts of block `l`; none if it has an MLP.
+    /// The experts of block `l`, if it has some.
     pub fn experts_at(&self, l: usize) -> Option<&Experts> {
         self.experts.as_ref().filter(|e| !e.dense.contains(&l))
     }

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::{
     Config, Family, Head, Layout, Model, ParamKind, ParamTensor, Residency, Spec, StoredOrder,
-    StoredWeight, family::by_rows, model::new_score,
+    StoredWeight, family::by_rows, folder, model::new_score,
 };
 use crate::{
     device::{Device, Element, Float, file, reserve},
@@ -151,7 +151,8 @@ impl Folder {
         let names = index.as_ref().map_or(Ok(vec![WEIGHTS_FILE]), ShardIndex::files)?;
         let open = |name: &str| {
             let path = dir.join(name);
-            file::map(&path).map(|map| (path, map))
+            let map = file::map(&path).map_err(|e| folder::without(dir, name, e))?;
+            Ok((path, map))
         };
         let files = names.into_iter().map(open).collect::<Result<_>>()?;
         Ok(Self { files, index })
@@ -218,8 +219,16 @@ fn no_safetensors(bytes: &[u8], e: &SafeTensorError) -> String {
     let header = || {
         let (size, rest) = bytes.split_at_checked(8)?;
         let size = usize::try_from(u64::from_le_bytes(size.try_into().ok()?)).ok()?;
-        serde_json::from_slice::<HashMap<String, Value>>(rest.get(..size)?).ok()
+        let all = serde_json::from_slice::<HashMap<String, Value>>(rest.get(..size)?).ok()?;
+        Some((8 + size, all))
     };
+    if let Some((start, all)) = header() {
+        let ends = all.values().filter_map(|t| t["data_offsets"][1].as_u64());
+        let end = ends.max().unwrap_or(0).saturating_add(start as u64);
+        if end > bytes.len() as u64 {
+            return format!("is cut off: it has {} bytes, its header tells of {end}", bytes.len());
+        }
+    }
     let wrong = |(_, t): &(String, Value)| {
         let number = |v: &Value| v.as_u64().map(u128::from);
         let shape = t["shape"].as_array().into_iter().flatten();
@@ -229,7 +238,8 @@ fn no_safetensors(bytes: &[u8], e: &SafeTensorError) -> String {
         let span = number(&t["data_offsets"][1]).zip(number(&t["data_offsets"][0]));
         bytes.is_some() && span.and_then(|(end, start)| end.checked_sub(start)) != bytes
     };
-    let mut tensors = header().into_iter().flatten().filter(|(name, _)| name != "__metadata__");
+    let mut tensors =
+        header().into_iter().flat_map(|(_, all)| all).filter(|(name, _)| name != "__metadata__");
     let of = tensors.find(wrong).map(|(name, _)| format!(" (`{name}`)")).unwrap_or_default();
     format!("no safetensors file: {e}{of}")
 }

@@ -107,6 +107,11 @@ pub fn appended_eos(dir: &Path) -> Option<u32> {
     record(&Disk, dir)?.of.eos
 }
 
+/// Whether the folder holds a model of this run, be it damaged.
+pub fn is_of(dir: &Path, run: &str) -> bool {
+    record(&Disk, dir).is_some_and(|record| record.of.run == run)
+}
+
 /// Whether the folder holds a model of this step of this run, with every byte as it was written.
 pub fn is_whole(storage: &dyn Storage, dir: &Path, of: &ExportedFrom) -> bool {
     record(storage, dir).is_some_and(|record| {
@@ -128,7 +133,12 @@ pub fn export<T: Element>(
     of: &ExportedFrom,
     new: &NewCompanions,
 ) -> Result<()> {
-    let (aside, before) = (dir.with_extension("tmp"), dir.with_extension("old"));
+    let beside = |end: &str| {
+        let mut name = dir.file_name().unwrap_or_default().to_owned();
+        name.push(end);
+        dir.with_file_name(name)
+    };
+    let (aside, before) = (beside(".tmp"), beside(".old"));
     for stray in [&aside, &before] {
         remove(storage, stray).map_err(Error::io("remove", stray))?;
     }
@@ -175,7 +185,7 @@ pub fn export<T: Element>(
     }
     let record = format!("{:#}\n", json!(ExportRecord { of: of.clone(), files }));
     write_file(storage, &aside.join(RECORD), record.as_bytes())?;
-    let parent = dir.parent().unwrap_or(Path::new("."));
+    let parent = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let moved = |from: &Path, to: &Path| match storage.rename(from, to) {
         Err(e) if e.kind() == ErrorKind::NotFound && from == dir => Ok(()),
         done => done.map_err(Error::io("rename", from)),

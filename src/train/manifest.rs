@@ -8,6 +8,7 @@ use sha2::{Digest, Sha256};
 
 use super::{Settings, export::ExportPlan, inputs::RunInputs};
 use crate::{
+    algorithms::algorithm,
     config::Section,
     data::Tokenizer,
     digest::hex,
@@ -48,6 +49,9 @@ pub struct RunState {
     /// How its models become folders.
     #[serde(default)]
     pub export: Option<ExportPlan>,
+    /// Steps that are done.
+    #[serde(default)]
+    pub step: u64,
     /// Steps that the run was to have.
     #[serde(default)]
     pub steps: u64,
@@ -119,7 +123,11 @@ impl Manifest {
         out: &Path,
         longer: bool,
     ) -> Result<BTreeMap<String, [String; 2]>> {
-        let before: BTreeMap<&str, String> = was.fields().into_iter().collect();
+        // A setting that was not known then had its default.
+        let defaults = Settings::defaults(algorithm(&self.algorithm)?)?;
+        let defaults = Section::keys(&defaults.0).into_iter().chain(defaults.1.keys());
+        let mut before: BTreeMap<&str, String> = defaults.map(|k| (k.name, k.value)).collect();
+        before.extend(was.fields());
         let all = self.fields();
         let differs = |(key, is): &&(&str, String)| before.get(key) != Some(is);
         let may = |key: &str| longer && Settings::OF_LENGTH.contains(&key);

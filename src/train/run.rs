@@ -12,6 +12,7 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Observer, Settings, StepReport, Trainer,
+    best::Best,
     checkpoint::{self, SavedTensor},
     export::{self, ExportPlan, ExportedFrom, ExportedRole, NewCompanions},
     lock::Lock,
@@ -88,8 +89,9 @@ fn run_in<T: Element<Acc = f32>>(
     drop(loading);
     let manifest = Manifest::new(entry.name, T::NAME, &trainer.inputs, section, &hashes);
     let checkpoints = out.join("checkpoints");
-    let mut run =
-        RunFolder { checkpoints, out, trainer, manifest, saved: None, extended: Vec::new() };
+    let best = Best::new(settings, trainer.inputs.held_out.is_some())?;
+    let (saved, extended) = (None, Vec::new());
+    let mut run = RunFolder { checkpoints, out, trainer, manifest, saved, extended, best };
     let about = run.about(entry);
     about.iter().for_each(|(name, text)| seen.note(&format!("{name}: {text}")));
     run.warnings().iter().for_each(|text| seen.note(&format!("warning: {text}")));
@@ -112,7 +114,7 @@ fn run_in<T: Element<Acc = f32>>(
         seen.note(&format!("{path} ends at step {last}: what it had of later steps is lost"));
     }
     let held = signals::Hold::new();
-    while run.trainer.step < run.trainer.inputs.steps {
+    while !run.is_over() {
         let start = Instant::now();
         let stepped = match run.trainer.step(seen) {
             // The step is not done: what was before it is saved below.
@@ -122,7 +124,13 @@ fn run_in<T: Element<Acc = f32>>(
         if let Some(mut report) = stepped {
             let (seconds, at) = (start.elapsed().as_secs_f64(), run.trainer.step);
             if run.evaluates() {
-                report.metrics.extend(run.trainer.evaluate()?);
+                let found = run.trainer.evaluate()?;
+                if let Some(best) = &mut run.best
+                    && best.hear(&found)?
+                {
+                    run.export_best()?;
+                }
+                report.metrics.extend(found);
             }
             if let Some(data) = &run.trainer.sampled {
                 let tokenizer = run.trainer.inputs.tokenizer.as_ref();
@@ -135,7 +143,7 @@ fn run_in<T: Element<Acc = f32>>(
         let signal = signals::requested();
         let every = run.trainer.inputs.settings.checkpoint_every;
         let due = every > 0 && run.trainer.step.is_multiple_of(every);
-        let last = run.trainer.step == run.trainer.inputs.steps;
+        let last = run.is_over();
         if signal.is_some() || due || last {
             metrics.lines.sync()?;
             timing.sync()?;
@@ -144,6 +152,12 @@ fn run_in<T: Element<Acc = f32>>(
         if let Some(signal) = signal.filter(|_| !last) {
             return Err(Error::Interrupted { signal, step: run.trainer.step });
         }
+    }
+    if let Some(best) = run.best.as_ref().filter(|best| best.is_over()) {
+        let (step, since, what) = (run.trainer.step, best.since, best.describe());
+        seen.note(&format!(
+            "ended at step {step}: the last {since} evaluations had no better {what}"
+        ));
     }
     // What is left is done again if it is cut off.
     drop(held);
@@ -171,6 +185,7 @@ struct RunFolder<T: Element> {
     /// Step of the newest checkpoint.
     saved: Option<u64>,
     extended: Vec<Extension>,
+    best: Option<Best>,
 }
 
 impl<T: Element<Acc = f32>> RunFolder<T> {
@@ -230,15 +245,14 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
 
     /// All steps are done and all models exported, with every byte as it was written.
     fn is_finished(&self) -> bool {
-        let (t, of) = (&self.trainer, self.exported_from());
-        t.step == t.inputs.steps
-            && self.exports().all(|(_, dir)| export::is_whole(&Disk, &dir, &of))
+        let of = self.exported_from();
+        self.is_over() && self.exports().all(|(_, dir)| export::is_whole(&Disk, &dir, &of))
     }
 
     fn exported_from(&self) -> ExportedFrom {
         let inputs = &self.trainer.inputs;
         let eos = inputs.eos.first().copied();
-        ExportedFrom { step: inputs.steps, run: self.manifest.digest(), eos }
+        ExportedFrom { step: self.trainer.step, run: self.manifest.digest(), eos }
     }
 
     /// Refuses to train from a model that the export would replace.
@@ -272,7 +286,7 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         let disk = |path: &Path| fs::metadata(path).map(|about| about.dev()).ok();
         let apart = disk(&self.checkpoints).filter(|d| Some(*d) != disk(&self.out)).is_some();
         let at = if apart { &self.checkpoints } else { &self.out };
-        let models = 4 * numbers;
+        let models = 4 * numbers * (1 + u64::from(self.best.is_some()));
         check_room(&Disk, "the run", at, 12 * more * numbers + if apart { 0 } else { models })?;
         check_room(&Disk, "the run", &self.out, models)
     }
@@ -328,6 +342,11 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
             state_of.updates = state.updates.get(name).copied().unwrap_or(0);
         }
         t.inputs.algorithm.restore(&state.algorithm)?;
+        if let Some(best) = &mut self.best {
+            best.recall(&self.out.join("metrics.jsonl"), loaded.step)?;
+            // One that goes on for longer goes on.
+            best.since = if longer { 0 } else { best.since };
+        }
         t.step = loaded.step;
         self.saved = Some(loaded.step);
         let keep = t.inputs.settings.keep_checkpoints;
@@ -361,6 +380,7 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
             version: env!("CARGO_PKG_VERSION").into(),
             family: t.dev.family().into(),
             export: Some(self.export_plan()),
+            step: t.step,
             steps: t.inputs.steps,
             extended: self.extended.clone(),
         };
@@ -378,8 +398,29 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
     /// Whether the step just done is followed by an evaluation.
     fn evaluates(&self) -> bool {
         let (t, every) = (&self.trainer, self.trainer.inputs.settings.eval_every);
-        t.inputs.held_out.is_some()
-            && (t.step == t.inputs.steps || every > 0 && t.step.is_multiple_of(every))
+        let source = &t.inputs.source;
+        let epoch = |step: u64| step * source.draws() as u64 / source.data.len() as u64;
+        let due = match every {
+            0 => epoch(t.step) > epoch(t.step - 1),
+            n => t.step.is_multiple_of(n),
+        };
+        t.inputs.held_out.is_some() && (due || t.step == t.inputs.steps)
+    }
+
+    /// All steps are done, or evaluations have not become better for too long.
+    fn is_over(&self) -> bool {
+        let over = self.best.as_ref().is_some_and(Best::is_over);
+        over || self.trainer.step == self.trainer.inputs.steps
+    }
+
+    /// Exports the model of the best evaluation so far.
+    fn export_best(&self) -> Result<()> {
+        let (plan, of) = (self.export_plan(), self.exported_from());
+        let Some(((state, dir), role)) = self.exports().zip(&plan.roles).next() else {
+            return Ok(());
+        };
+        let model = (&self.trainer.dev, &state.model, role.dtype);
+        export::export(&Disk, model, (&plan.from, &dir.with_file_name("best")), &of, &plan.new)
     }
 
     fn write_config(&self, entry: &AlgorithmEntry, section: &dyn Section) -> Result<()> {
@@ -400,7 +441,8 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         let _phase = dev.span("export");
         for ((state, dir), role) in self.exports().zip(&plan.roles) {
             let model = (dev, &state.model, role.dtype);
-            export::export(&Disk, model, (&plan.from, &dir), &of, &plan.new)?;
+            let from = Path::new(&self.trainer.inputs.settings.model);
+            export::export(&Disk, model, (from, &dir), &of, &plan.new)?;
         }
         Ok(self.out.join("final"))
     }
@@ -431,8 +473,9 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         };
         let from = Path::new(&inputs.settings.model);
         ExportPlan {
-            // A checkpoint may be read from elsewhere.
-            from: fs::canonicalize(from).unwrap_or_else(|_| from.to_owned()),
+            // A checkpoint may be read from elsewhere. JSON has no other names.
+            from: fs::canonicalize(from)
+                .map_or(from.into(), |path| path.to_string_lossy().into_owned().into()),
             new,
             eos: inputs.eos.first().copied(),
             roles: self.exports().map(role).collect(),

@@ -1,4 +1,6 @@
-//! The learning rate of each step, as Hugging Face's schedulers compute it.
+//! The learning rate of each step, as Hugging Face's schedulers compute it, with two departures:
+//! a polynomial ends at 0 or its floor, not at 1e-7, and every warm-up begins at 0, that of
+//! warmup_stable_decay too.
 
 use super::settings::{Schedule, Settings};
 use crate::error::{Error, Result};
@@ -56,7 +58,11 @@ impl Course {
             0.0 => s.warmup_steps,
             ratio => (ratio * steps as f64).ceil() as u64,
         };
-        let decay = s.decay_steps.unwrap_or(steps / 10);
+        let decay = s.decay_steps.unwrap_or((steps / 10).max(1));
+        if s.decay_steps.is_some() && warmup.saturating_add(decay) > steps {
+            let want = format!("at most {}, the steps after warm-up", steps.saturating_sub(warmup));
+            return Err(Error::config("decay_steps", want, decay));
+        }
         let power = s.schedule_power.unwrap_or(1.0);
         Ok(Self { schedule: s.schedule, steps, warmup, decay, power, floor })
     }
@@ -66,8 +72,8 @@ impl Course {
     /// Warm-up: `step / warmup`. Then, with `progress = (step - warmup) / (steps - warmup)`:
     /// constant 1; linear `1 - progress`; polynomial `(1 - progress)^power`; cosine
     /// `(1 + cos(pi progress)) / 2`; inverse_sqrt `sqrt(warmup / step)`, without a warm-up
-    /// `sqrt(10000 / (step + 10000))`; warmup_stable_decay 1, and over the last `decay` steps
-    /// linearly to 0. With a floor they run from 1 to it.
+    /// `sqrt(10000 / (step + 10000))`; warmup_stable_decay 1, and over the last `decay` steps as
+    /// cosine. With a floor they run from 1 to it.
     pub fn factor(&self, step: u64) -> f64 {
         let Self { steps, warmup, decay, power, floor, .. } = *self;
         if step < warmup {
@@ -85,7 +91,8 @@ impl Course {
             Schedule::Polynomial => libm::pow(1.0 - progress, power),
             Schedule::Cosine => 0.5 * (1.0 + libm::cos(std::f64::consts::PI * progress)),
             Schedule::WarmupStableDecay => {
-                (steps.saturating_sub(step) as f64 / decay.max(1) as f64).min(1.0)
+                let left = (steps.saturating_sub(step) as f64 / decay.max(1) as f64).min(1.0);
+                0.5 * (1.0 - libm::cos(std::f64::consts::PI * left))
             }
         };
         course * (1.0 - floor) + floor

@@ -45,8 +45,14 @@ crate::settings! {
         pub eval_data: Vec<String> = Vec::new(),
         /// What columns are called in the data, where that is not known here: prompt = "question".
         pub columns: BTreeMap<String, String> = BTreeMap::new(),
-        /// Steps between evaluations; 0 evaluates at the end only.
+        /// Steps between evaluations; 0 evaluates at each end of an epoch.
         pub eval_every: u64 = 0,
+        /// Keep the model with the best eval_loss, eval_perplexity or eval_accuracy in the folder
+        /// `best` (Hugging Face Trainer: metric_for_best_model).
+        pub keep_best: Option<String> = None,
+        /// Evaluations without a better one after which the run ends (Hugging Face:
+        /// early_stopping_patience).
+        pub patience: Option<u64> = None => "1 or more" if |n| *n != Some(0),
         /// Folder of the run: metrics, rollouts, checkpoints, the final model.
         pub out: String = "run".into(),
         /// auto (a GPU if there is one, else the CPU), cpu, cuda, cuda:N; sim or sim:hopper, for
@@ -67,7 +73,8 @@ crate::settings! {
         pub shuffle: bool = true,
         /// Peak step size (TRL: 2e-5 for SFT, 1e-4 for reward, 3e-6 for PPO, 1e-6 for DPO).
         pub learning_rate: f64 = 2e-5 => "0 or more" if |r| *r >= 0.0 && r.is_finite(),
-        /// Its course after warm-up, as Hugging Face computes it (TRL: linear).
+        /// Its course after warm-up, as Hugging Face computes it, but that a polynomial ends at 0
+        /// or the floor, not at 1e-7 (TRL: linear).
         pub schedule: Schedule = Schedule::Linear,
         /// Steps from 0 to the peak (Hugging Face Trainer: 0).
         pub warmup_steps: u64 = 0,

@@ -292,21 +292,38 @@ fn every_setting_is_a_flag() {
     let out = temp_dir("cli_flags");
     let (model, to) = (golden::path("llama_tied"), out.to_str().unwrap());
     let args = ["train", "sft", "--model", model.to_str().unwrap(), "--data", "-", "--out", to];
-    let flags = ["--batch-size", "1", "--decay_all", "--schedule=cosine", "--warmup-ratio", "1"];
+    let flags = [
+        "--batch-size",
+        "1",
+        "--decay_all",
+        "--stop-ids",
+        "3",
+        "--stop-ids=4",
+        "--schedule=cosine",
+        "--warmup-ratio",
+        "1",
+    ];
     let done = feed(&[&args[..], &flags[..]].concat(), "{\"input_ids\": [5, 6, 7]}\n");
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     let said = String::from_utf8(done.stderr).unwrap();
     assert!(said.contains("warning: the warmup has 1 steps, the run has 1 steps"), "{said}");
     let config = std::fs::read_to_string(out.join("config.toml")).unwrap();
-    for line in
-        ["batch_size = 1", "decay_all = true", "schedule = \"cosine\"", "warmup_ratio = 1.0"]
-    {
+    for line in [
+        "batch_size = 1",
+        "decay_all = true",
+        "stop_ids = [3, 4]",
+        "schedule = \"cosine\"",
+        "warmup_ratio = 1.0",
+    ] {
         assert!(config.lines().any(|l| l == line), "{line}");
     }
     for (flags, says) in [
         (&["--learning-rate", "-1"][..], "`learning_rate`: got -1, wanted 0 or more"),
-        (&["--learning-rate", "--steps", "3"], "`learning_rate`: got true, wanted a number"),
-        (&["--learning_rate"], "`learning_rate`: got true, wanted a number"),
+        (&["--learning-rate", "--steps", "3"], "`learning_rate`: wanted key=value"),
+        (&["--learning_rate"], "`learning_rate`: wanted key=value"),
+        (&["--steps", "3", "--steps", "4"], "`steps`: got [3, 4], wanted a whole number"),
+        (&["--stop-ids", "3", "--stop-ids=x"], "`stop_ids`: got [3, \"x\"], wanted a list"),
+        (&["--decay-all", "sft"], "unexpected argument 'sft'"),
         (&["--lerning-rate=1"], "did you mean `learning_rate`?"),
         (&["--num-train-epochs", "3"], "did you mean `epochs`?"),
         (&["--value-clip", "1"], "is a setting of ppo, not of sft"),
@@ -375,7 +392,14 @@ fn training_reads_standard_input_and_leaves_a_whole_folder() {
         assert!(out.join(file).exists(), "{file}");
     }
     let text = String::from_utf8(done.stderr).unwrap();
-    for words in ["algorithm: sft", "4 texts a step", "sft 3/3: ", "tokens/s, loss"] {
+    for words in [
+        "algorithm: sft",
+        "4 texts a step",
+        "sft 3/3: ",
+        "tokens/s, loss",
+        "100 %, 0:00:0",
+        "0:00:00 left",
+    ] {
         assert!(text.contains(words), "{words}: {text}");
     }
     let page = run(&["report", out.to_str().unwrap()]);

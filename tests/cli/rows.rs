@@ -2,8 +2,8 @@
 
 use serde_json::Value;
 
-use super::{feed, floats, lines, model, refused};
-use crate::support::temp_dir;
+use super::{feed, floats, lines, model, refused, run};
+use crate::support::{golden, temp_dir};
 
 const PROMPTS: &str = "{\"prompt\": \"Once upon\"}\n{\"prompt\": \"Lily and Tom\"}\n";
 
@@ -33,6 +33,16 @@ fn a_file_of_rows_is_gone_on_with() {
     let (code, e) = refused(&generate(&["--resume", "--seed", "1"]));
     assert!(code == 1 && e.contains("rows.jsonl: row 4 is another than this command makes"), "{e}");
     assert!(std::fs::read(path).unwrap() == whole[..ends[3]], "nothing was added");
+    for (text, says) in [
+        ("[1, 2]", "row 1 is another"),
+        ("{}\n{}", "row 1 is another"),
+        (&"{}\n".repeat(9), "has 9 rows, more than this command makes"),
+    ] {
+        std::fs::write(path, text).unwrap();
+        let (code, e) = refused(&generate(&["--resume"]));
+        assert!(code == 1 && e.contains(says), "{e}");
+        assert_eq!(std::fs::read_to_string(path).unwrap(), text, "it is not this command's");
+    }
     let (code, e) = refused(&generate(&[]));
     assert!(code == 2 && e.contains("`--out`"), "{e}");
     let (code, e) = refused(&feed(&["generate", "--model", &m, "--resume"], PROMPTS));
@@ -99,6 +109,14 @@ fn a_text_ends_a_sample() {
     let n = floats(&cut[0]["logprobs"]).len();
     assert!(n < 40 && cut[0]["output_ids"].as_array().unwrap().len() == n);
     assert_eq!(floats(&cut[0]["logprobs"]), floats(&whole[0]["logprobs"])[..n]);
+    // of two texts that overlap the one that is complete first counts, as a reader sees them come
+    let inner: String = stop.chars().skip(1).take(1).collect();
+    let both = generate(&["--stop", &stop, "--stop", &inner]);
+    let one = generate(&["--stop", &inner]);
+    assert_eq!(
+        (&both[0]["text"], &both[0]["output_ids"]),
+        (&one[0]["text"], &one[0]["output_ids"])
+    );
     // one token fewer does not hold it
     let ids = &whole[0]["output_ids"].as_array().unwrap()[..n];
     assert_eq!(cut[0]["output_ids"].as_array().unwrap(), ids);
@@ -107,8 +125,63 @@ fn a_text_ends_a_sample() {
     }
     let (code, e) = refused(&feed(&[&args[..], &["5", "--stop", ""]].concat(), PROMPTS));
     assert!(code == 2 && e.contains("`--stop`: got an empty one, wanted a text"), "{e}");
-    let ids = crate::support::golden::path("llama_tied").display().to_string();
+    let ids = golden::path("llama_tied").display().to_string();
     let args = ["generate", "--model", &ids, "--stop", "x"];
     let (code, e) = refused(&feed(&args, "{\"input_ids\": [5]}\n"));
     assert!(code == 2 && e.contains("wanted a tokenizer in"), "{e}");
+}
+
+/// The best of a prompt's samples are data for fine-tuning, the best and the worst for DPO.
+#[test]
+fn the_best_samples_are_data_to_learn_from() {
+    let dir = temp_dir("cli_best_of");
+    let (m, rm) = (golden::path("llama_tied"), golden::path("llama_tied/rm"));
+    let (m, rm) = (m.to_str().unwrap(), rm.to_str().unwrap());
+    let prompts = "{\"input_ids\": [5, 6, 7]}\n{\"input_ids\": [8]}\n{\"input_ids\": [9, 4]}\n";
+    let args = ["generate", "--model", m, "--reward-model", rm, "--samples", "4", "--slots", "1"];
+    let args = [&args[..], &["--max-new-tokens", "5", "--keep"]].concat();
+    let keep = |what: &str, more: &[&str]| feed(&[&args[..], &[what], more].concat(), prompts);
+    let (all, best, pairs) =
+        (lines(&keep("all", &[])), lines(&keep("best", &[])), lines(&keep("pair", &[])));
+    assert_eq!((all.len(), best.len(), pairs.len()), (12, 3, 3));
+    let reward = |row: &Value| row["reward"].as_f64().unwrap();
+    for (i, samples) in all.chunks(4).enumerate() {
+        let by = |a: &&Value, b: &&Value| reward(a).total_cmp(&reward(b));
+        let (low, high) = (samples.iter().min_by(by).unwrap(), samples.iter().max_by(by).unwrap());
+        assert_ne!(low["output_ids"], high["output_ids"]);
+        assert_eq!(best[i]["output_ids"], high["output_ids"]);
+        assert_eq!(best[i]["example"], i);
+        assert_eq!(floats(&best[i]["rewards"]), samples.iter().map(reward).collect::<Vec<_>>());
+        assert_eq!(pairs[i]["prompt_ids"], high["input_ids"]);
+        assert_eq!(pairs[i]["chosen_ids"], high["output_ids"]);
+        assert_eq!(pairs[i]["rejected_ids"], low["output_ids"]);
+        assert_eq!(pairs[i]["chosen_reward"], high["reward"]);
+        assert_eq!(pairs[i]["rejected_reward"], low["reward"]);
+    }
+    // gone on with, then learned from
+    let path = dir.join("pairs.jsonl");
+    let file = ["--out", path.to_str().unwrap()];
+    assert!(keep("pair", &file).status.success());
+    let whole = std::fs::read_to_string(&path).unwrap();
+    let end = whole.find('\n').unwrap() + 1;
+    for cut in [0, end, end + 20, whole.len()] {
+        std::fs::write(&path, &whole[..cut]).unwrap();
+        let done = keep("pair", &[&file[..], &["--resume"]].concat());
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        assert!(std::fs::read_to_string(&path).unwrap() == whole, "cut at {cut}");
+    }
+    let best = dir.join("best.jsonl");
+    assert!(keep("best", &["--out", best.to_str().unwrap()]).status.success());
+    for (algorithm, data) in [("sft", &best), ("dpo", &path)] {
+        let out = dir.join(algorithm);
+        let args = ["train", algorithm, "--model", m, "--steps", "1", "--eos-id", "54", "--data"];
+        let paths = [data.to_str().unwrap(), "--out", out.to_str().unwrap()];
+        let done = run(&[&args[..], &paths].concat());
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    }
+    // samples of one reward make no pair
+    let greedy = [&args[..], &["pair", "--temperature", "0"]].concat();
+    assert!(lines(&feed(&greedy, prompts)).is_empty());
+    let (code, e) = refused(&feed(&["generate", "--model", m, "--keep", "best"], prompts));
+    assert!(code == 2 && e.contains("`--keep`: got best, wanted --reward-model and"), "{e}");
 }

@@ -99,6 +99,20 @@ fn a_checkpoint_is_a_model() {
         .stderr;
     assert!(String::from_utf8(e).unwrap().contains("a/step-2"), "the folder that stands for it");
 
+    // the checkpoint may go, its model stays; what is of no run is left alone
+    fs::rename(&at, path("aside")).unwrap();
+    assert!(!score(&at).1);
+    fs::rename(path("aside"), &at).unwrap();
+    copy(&dir.join("a/checkpoints/step-3"), &dir.join("a/checkpoints/step-7"));
+    copy(&golden::path("llama_tied"), &dir.join("a/step-7"));
+    let e = warpo(&["chat", "--model", &path("a/checkpoints/step-7")]).output().unwrap().stderr;
+    assert!(String::from_utf8(e).unwrap().contains("a/step-7: is no model of"));
+    assert!(bytes("a/step-7") == fs::read(golden::path("llama_tied/model.safetensors")).unwrap());
+    // elsewhere than in a run it is no name of a model
+    copy(&dir.join("a/checkpoints/step-3"), &dir.join("b/c/final"));
+    let e = warpo(&["chat", "--model", &path("b/c/final")]).output().unwrap().stderr;
+    assert!(String::from_utf8(e).unwrap().contains("it is a checkpoint: `warpo export`"));
+
     let (code, e) = export(&at, "other", &["--role", "reward"]);
     assert!(code == Some(2) && e.contains("`--role`: got reward, wanted policy or value"), "{e}");
     let (code, e) = export(&at, "policy", &[]);

@@ -85,6 +85,10 @@ fn a_setting_that_a_schedule_does_not_read_is_refused() {
         (&["decay_steps=5"], "`decay_steps`: got 5, wanted schedule = \"warmup_stable_decay\""),
         (&["schedule=constant", "min_learning_rate_ratio=0.1"], "`min_learning_rate_ratio`"),
         (&["schedule=inverse_sqrt", "min_learning_rate_ratio=0.1"], "`min_learning_rate_ratio`"),
+        (
+            &["schedule=warmup_stable_decay", "warmup_steps=20", "decay_steps=22"],
+            "`decay_steps`: got 22, wanted at most 21, the steps after warm-up",
+        ),
         (&["warmup_ratio=0.1", "warmup_steps=3"], "`warmup_ratio`: got 0.1, wanted none beside"),
     ] {
         let e = of(pairs).unwrap_err();
