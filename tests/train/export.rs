@@ -110,7 +110,9 @@ fn a_checkpoint_is_a_model() {
     assert!(bytes("a/step-7") == fs::read(golden::path("llama_tied/model.safetensors")).unwrap());
     // elsewhere than in a run it is no name of a model
     copy(&dir.join("a/checkpoints/step-3"), &dir.join("b/c/final"));
-    let e = warpo(&["chat", "--model", &path("b/c/final")]).output().unwrap().stderr;
+    let data = path("ppo.jsonl");
+    let args = ["score", "--model", &path("b/c/final"), "--data", &data];
+    let e = warpo(&args).output().unwrap().stderr;
     assert!(String::from_utf8(e).unwrap().contains("it is a checkpoint: `warpo export`"));
 
     let (code, e) = export(&at, "other", &["--role", "reward"]);
