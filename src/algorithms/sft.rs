@@ -32,6 +32,7 @@ pub(super) const ENTRY: AlgorithmEntry = AlgorithmEntry {
     name: "sft",
     about: "Supervised fine-tuning on texts, prompt-completion pairs or chosen answers",
     defaults: &[],
+    presets: &[],
     metrics: &[&[
         ("loss", "Mean negative log-likelihood of the learned tokens, in nats a token."),
         ("perplexity", "e to the loss."),

@@ -36,7 +36,7 @@ pub(super) struct TokenizeArgs {
 
 pub(super) fn run(args: &TokenizeArgs) -> Result<()> {
     let (entry, mut settings, mut section) =
-        train::settings_of(&args.algorithm, args.config.as_deref(), &args.set)?;
+        train::settings_of((&args.algorithm, None), args.config.as_deref(), &args.set)?;
     settings.model.clone_from(&args.model);
     settings.data.clone_from(&args.data);
     config::Section::validate(&settings)?;
