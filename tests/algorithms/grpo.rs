@@ -4,6 +4,7 @@
 
 use std::collections::BTreeMap;
 
+use half::bf16;
 use warpo::{
     Error,
     algorithms::{ALGORITHMS, Algorithm, Columns, Metrics},
@@ -12,13 +13,15 @@ use warpo::{
     train::Settings,
 };
 
+use super::ppo::learns;
 use crate::support::{
     assert_bits, assert_close,
     golden::Golden,
+    host,
     losses::{build, finish, policy_loss},
     narrow, randn,
     runs::entry,
-    wide,
+    sim, temp_dir, wide,
 };
 
 /// What `prepare` reports.
@@ -341,6 +344,27 @@ fn advantages_by_hand() {
         (4.0 - 1.5) / std(1.0),
     ];
     assert_close("leave_one_out_std", &each, &want, 1e-6, 1e-6);
+}
+
+/// By every preset a policy comes to pull the arm that the judge likes.
+#[test]
+fn a_policy_learns_a_bandit_by_every_preset() {
+    for e in ALGORITHMS {
+        for (i, p) in e.presets.iter().enumerate() {
+            let values: Vec<String> = p.values.iter().map(|(k, v)| format!("{k}={v}")).collect();
+            let mut own: Vec<&str> = values.iter().map(String::as_str).collect();
+            own.extend(["grpo_epochs=1", "samples_per_prompt=8"]);
+            let dir = temp_dir(&format!("bandit_{}_{}", e.name, p.name));
+            learns::<f32>(host(), (e.name, &own), i % 2, &dir);
+        }
+    }
+}
+
+/// The same in bf16 on a device.
+#[test]
+fn a_policy_learns_a_bandit_on_a_device() {
+    let own = ["grpo_epochs=1", "samples_per_prompt=8", "ratio=sequence", "aggregation=sequences"];
+    sim::on_devices(|dev| learns::<bf16>(dev, ("grpo", &own), 1, &temp_dir("grpo_bandit")));
 }
 
 /// A sample that was cut off is compared, but not learned; a step of nothing else has a loss of 0.
