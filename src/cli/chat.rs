@@ -26,7 +26,7 @@ use crate::{
 };
 
 /// Talk with a model: a line is a message. Ctrl-C ends an answer, Ctrl-D the conversation
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub(super) struct ChatArgs {
     /// The model's folder
     #[arg(long, value_name = "DIR")]
@@ -55,6 +55,7 @@ pub(super) struct ChatArgs {
 
 pub(super) fn run(args: &ChatArgs) -> Result<()> {
     let sampling = args.sampling.params()?;
+    let args = &ChatArgs { model: super::model_folder(&args.model)?, ..args.clone() };
     let mut tokenizer = Tokenizer::open(&args.model)?;
     if let Some(name) = &args.chat_template {
         tokenizer.set_template(&args.model, Some(name))?;

@@ -1,12 +1,11 @@
 //! `warpo generate`: continue prompts.
 
-use std::{io::IsTerminal, path::PathBuf, time::Instant};
+use std::{path::PathBuf, time::Instant};
 
 use half::bf16;
-use indicatif::ProgressBar;
 use serde_json::json;
 
-use super::{DeviceArgs, finite, note, warn};
+use super::{DeviceArgs, finite, note, rows::RowArgs, warn};
 use crate::{
     data::{self, Limits, ReadOptions, Tokenizer},
     device::{Arena, Device, Element},
@@ -15,12 +14,12 @@ use crate::{
     models::{self, Config, Head, LoadOptions, Model},
     ops::sample,
     rng::{Purpose, Stream},
-    rollout::{GenerationConfig, Generator, Prompt},
+    rollout::{Completion, GenerationConfig, Generator, Prompt},
     train::inputs,
 };
 
 /// How tokens are drawn.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub(super) struct SamplingArgs {
     /// Divides the logits; 0 takes the likeliest token
     #[arg(long, default_value_t = 1.0)]
@@ -38,7 +37,7 @@ pub(super) struct SamplingArgs {
 
 /// Continue prompts (data with `prompt`, `messages`, `text`, `input_ids` or as the README says) and
 /// write JSONL
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub(super) struct GenerateArgs {
     /// The model's folder
     #[arg(long, value_name = "DIR")]
@@ -66,12 +65,17 @@ pub(super) struct GenerateArgs {
     /// More ids that end a sample
     #[arg(long, value_name = "ID")]
     stop_id: Vec<u32>,
+    /// Ends a sample where its text has TEXT, which is cut off; may be given again
+    #[arg(long, value_name = "TEXT")]
+    stop: Vec<String>,
     /// Seed of the draws
     #[arg(long, default_value_t = 0)]
     seed: u64,
     /// Sequences at once; changes no token
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     slots: u32,
+    #[command(flatten)]
+    rows: RowArgs,
     #[command(flatten)]
     place: DeviceArgs,
 }
@@ -82,6 +86,9 @@ const PART: usize = 8;
 
 pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     let sampling = args.sampling.params()?;
+    let reward_model = args.reward_model.as_deref().map(super::model_folder).transpose()?;
+    let model = super::model_folder(&args.model)?;
+    let args = &GenerateArgs { model, reward_model, ..args.clone() };
     args.place.run(|dev| match dev {
         Device::Cpu(_) => run_in::<f32>(args, dev, sampling),
         Device::Cuda(_) => run_in::<bf16>(args, dev, sampling),
@@ -96,6 +103,14 @@ fn run_in<T: Element<Acc = f32>>(
 ) -> Result<()> {
     let (_, spec) = Config::read(&args.model)?.spec()?;
     let tokenizer = Tokenizer::open_if_there(&args.model, args.chat_template.as_deref())?;
+    if let (None, Some(stop)) = (&tokenizer, args.stop.first()) {
+        let want = format!("a tokenizer in {}", args.model.display());
+        return Err(Error::config("--stop", want, stop));
+    }
+    if args.stop.iter().any(String::is_empty) {
+        return Err(Error::config("--stop", "a text", "an empty one"));
+    }
+    let mut out = args.rows.open()?;
     let new = args.max_new_tokens as usize;
     let Some(max_length) = spec.max_positions.checked_sub(new).filter(|n| *n > 0) else {
         let want = format!("less than the model's {} positions", spec.max_positions);
@@ -147,14 +162,20 @@ fn run_in<T: Element<Acc = f32>>(
         stop_ids: eos.chain(args.stop_id.iter().copied()).collect(),
         stream: Stream { seed: args.seed, step: 0, purpose: Purpose::Sample },
     };
-    let bar = bar(total);
-    let (start, mut tokens, mut next) = (Instant::now(), 0, 0);
+    let bar = super::rows::bar(total, args.rows.to_file());
+    let (start, mut tokens, mut next) = (Instant::now(), 0, out.done as u64);
+    bar.set_position(next);
     while next < total {
         let end = (next + (PART * slots) as u64).min(total);
         let prompt = |i: u64| prompts[(i / each) as usize].ids.clone();
         let part: Vec<Prompt> =
             (next..end).map(|sample| Prompt { sample, ids: prompt(sample) }).collect();
-        let done = generator.run(dev, &model, &arena.scope(), &part, &settings, |_| Ok(()))?;
+        let mut done = generator.run(dev, &model, &arena.scope(), &part, &settings, |_| Ok(()))?;
+        let mut texts = Vec::with_capacity(done.len());
+        for (p, c) in part.iter().zip(&mut done) {
+            let text = |ids: &[u32]| tokenizer.as_ref().map(|t| t.decode_continuation(&p.ids, ids));
+            texts.push(cut(c, &args.stop, |ids| text(ids).transpose())?);
+        }
         let whole: Vec<Vec<u32>> =
             part.iter().zip(&done).map(|(p, c)| [&p.ids[..], &c.ids].concat()).collect();
         let rewards = match &reward_model {
@@ -167,11 +188,10 @@ fn run_in<T: Element<Acc = f32>>(
             finite(rewards.get(i..=i).unwrap_or(&[]), |_| {
                 format!("the reward of sample {}", p.sample)
             })?;
-            let text = tokenizer.as_ref().map(|t| t.decode_continuation(&p.ids, &c.ids));
             let mut line = json!({
                 "input_ids": p.ids,
                 "output_ids": c.ids,
-                "text": text.transpose()?,
+                "text": texts[i],
                 "logprobs": c.logprobs,
                 "sum_logprob": c.logprobs.iter().map(|x| f64::from(*x)).sum::<f64>(),
                 "stopped": c.stopped,
@@ -180,7 +200,7 @@ fn run_in<T: Element<Acc = f32>>(
                 line["reward"] = json!(reward);
             }
             tokens += c.ids.len();
-            super::print(&format!("{line}\n"))?;
+            out.write(&line)?;
         }
         bar.inc(end - next);
         next = end;
@@ -212,7 +232,30 @@ impl SamplingArgs {
     }
 }
 
-/// A bar of samples on a terminal, unless the samples themselves go there.
-fn bar(total: u64) -> ProgressBar {
-    if std::io::stdout().is_terminal() { ProgressBar::hidden() } else { ProgressBar::new(total) }
+/// The text of a sample, which ends before the first text that stops it; its tokens end with that
+/// which completes it.
+fn cut<F>(
+    c: &mut Completion<F>,
+    stops: &[String],
+    text: impl Fn(&[u32]) -> Result<Option<String>>,
+) -> Result<Option<String>> {
+    let Some(mut whole) = text(&c.ids)? else { return Ok(None) };
+    let Some(at) = stops.iter().filter_map(|stop| whole.find(&**stop)).min() else {
+        return Ok(Some(whole));
+    };
+    let stopped = |n: usize| {
+        let text = text(&c.ids[..n])?.unwrap_or_default();
+        Ok(stops.iter().any(|stop| text.contains(&**stop)))
+    };
+    // More tokens never take a text back.
+    let (mut low, mut high) = (0, c.ids.len());
+    while high - low > 1 {
+        let middle = (low + high) / 2;
+        if stopped(middle)? { high = middle } else { low = middle }
+    }
+    c.ids.truncate(high);
+    c.logprobs.truncate(high);
+    c.stopped = true;
+    whole.truncate(at);
+    Ok(Some(whole))
 }

@@ -3,21 +3,32 @@
 mod chat;
 mod config;
 mod doctor;
+mod export;
+mod flags;
 mod generate;
 mod plan;
 mod profile;
 mod progress;
 mod quickstart;
 mod report;
+mod rows;
 mod score;
 mod tokenize;
 mod train;
 
-use std::{io::Write, process::ExitCode};
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::{algorithms::ALGORITHMS, device::Device, error::Error};
+use crate::{
+    algorithms::ALGORITHMS,
+    device::Device,
+    error::{Error, Result},
+};
 
 /// Train language models from human feedback: SFT, reward models and PPO in one process.
 #[derive(Debug, Parser)]
@@ -34,7 +45,7 @@ stopped the step, 5 the run's folder is in use, 130 SIGINT and 143 SIGTERM (a ru
 Examples:
   warpo quickstart
   warpo config ppo > ppo.toml
-  warpo train sft --model DIR --data texts.jsonl --out run
+  warpo train sft --model DIR --data texts.jsonl --out run --learning-rate 1e-5
   echo '{\"prompt\": \"Once upon\"}' | warpo generate --model DIR --data -";
 
 #[derive(Debug, Subcommand)]
@@ -45,6 +56,7 @@ enum Command {
     Score(score::ScoreArgs),
     Tokenize(tokenize::TokenizeArgs),
     Chat(chat::ChatArgs),
+    Export(export::ExportArgs),
     Config(config::ConfigArgs),
     Report(report::ReportArgs),
     Quickstart(quickstart::QuickstartArgs),
@@ -53,13 +65,15 @@ enum Command {
 
 /// Runs the command of this process.
 pub fn run() -> ExitCode {
-    let done = match Cli::parse().command {
+    let args = flags::as_settings(&Cli::command(), std::env::args_os());
+    let done = match Cli::parse_from(args).command {
         Command::Train(args) => train::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Score(args) => score::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Export(args) => export::run(&args),
         Command::Config(args) => config::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Quickstart(args) => quickstart::run(&args),
@@ -86,7 +100,7 @@ fn fail(error: &Error) -> ExitCode {
 }
 
 /// The device to compute on.
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 struct DeviceArgs {
     /// auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
@@ -100,9 +114,14 @@ struct DeviceArgs {
 
 impl DeviceArgs {
     /// Runs `work` there.
-    fn run<R>(&self, work: impl FnOnce(&Device) -> crate::Result<R>) -> crate::Result<R> {
+    fn run<R>(&self, work: impl FnOnce(&Device) -> Result<R>) -> Result<R> {
         self.profiling.on(Device::from_name(&self.device, self.threads)?, work)
     }
+}
+
+/// The model folder that a user means: of a checkpoint the one that is made of it.
+fn model_folder(dir: &Path) -> Result<PathBuf> {
+    crate::train::model_folder(dir, note)
 }
 
 /// The names of all algorithms, for help.
@@ -152,7 +171,7 @@ fn plain(text: &str) -> String {
 }
 
 /// Writes to standard output.
-fn print(text: &str) -> crate::Result<()> {
+fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
@@ -160,7 +179,7 @@ fn print(text: &str) -> crate::Result<()> {
 }
 
 /// Refuses numbers of a model's that are none; `what` says which the i-th is.
-fn finite(numbers: &[f32], what: impl Fn(usize) -> String) -> crate::Result<()> {
+fn finite(numbers: &[f32], what: impl Fn(usize) -> String) -> Result<()> {
     match numbers.iter().position(|x| !x.is_finite()) {
         None => Ok(()),
         Some(i) => Err(Error::NotFinite { what: what(i), value: numbers[i].into() }),

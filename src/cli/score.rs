@@ -5,7 +5,7 @@ use std::path::PathBuf;
 use half::bf16;
 use serde_json::{Value, json};
 
-use super::{DeviceArgs, finite, warn};
+use super::{DeviceArgs, finite, note, rows::RowArgs, warn};
 use crate::{
     data::{self, Limits, ReadOptions, Record, Sequence, Tokenizer},
     device::{Arena, Device, Element},
@@ -23,7 +23,7 @@ const PART: usize = 8192;
 /// `input_ids` all tokens but the first count, of `prompt, completion` (or `input_ids, output_ids`)
 /// those of the completion, of `messages` those of the model's; `chosen` and `rejected` are scored
 /// both
-#[derive(Debug, clap::Args)]
+#[derive(Clone, Debug, clap::Args)]
 pub(super) struct ScoreArgs {
     /// The folder of a language model
     #[arg(long, value_name = "DIR", required_unless_present = "reward_model")]
@@ -46,6 +46,12 @@ pub(super) struct ScoreArgs {
     /// Append the end-of-text token to texts; a reward model that Warpo trained has it anyway
     #[arg(long)]
     eos: bool,
+    /// Print means over all rows at the end: perplexity, rewards, chosen against rejected; to
+    /// standard error, unless the rows go to a file
+    #[arg(long)]
+    summary: bool,
+    #[command(flatten)]
+    rows: RowArgs,
     #[command(flatten)]
     place: DeviceArgs,
 }
@@ -54,6 +60,9 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
     if !(args.temperature >= 1e-3 && args.temperature.is_finite()) {
         return Err(Error::config("--temperature", "0.001 or more", args.temperature));
     }
+    let folder = |dir: &Option<PathBuf>| dir.as_deref().map(super::model_folder).transpose();
+    let (model, reward_model) = (folder(&args.model)?, folder(&args.reward_model)?);
+    let args = &ScoreArgs { model, reward_model, ..args.clone() };
     args.place.run(|dev| match dev {
         Device::Cpu(_) => run_in::<f32>(args, dev),
         Device::Cuda(_) => run_in::<bf16>(args, dev),
@@ -108,13 +117,23 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
     });
     let reward_model = reward_model.transpose()?;
     let score = Score { dev, tokenizer, model, reward_model, temperature: args.temperature };
-    let (mut rest, mut rated) = (&data.sequences[..], &rated.sequences[..]);
     // All lines have the format of the first.
     let pairs = matches!(
         records[0].record,
         Record::Preference { .. } | Record::PreferenceIds { .. } | Record::ChatPreference { .. }
     );
     let unit = if pairs { 2 } else { 1 };
+    let (mut out, mut summary) = (args.rows.open()?, Summary::default());
+    let both = |line: &Value| [line["chosen"].clone(), line["rejected"].clone()];
+    args.rows.earlier(out.done, |line| match unit {
+        2 => summary.add(&both(line)),
+        _ => summary.add(std::slice::from_ref(line)),
+    })?;
+    let done = (out.done * unit).min(data.sequences.len());
+    let (mut rest, mut rated) = (&data.sequences[done..], &rated.sequences[done..]);
+    let all = data.sequences.len() / unit;
+    let bar = super::rows::bar(all as u64, args.rows.to_file());
+    bar.set_position((done / unit) as u64);
     while !rest.is_empty() {
         let mut tokens = 0;
         let full = |example: &[Sequence]| {
@@ -125,16 +144,84 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
         let (part, rated_part);
         (part, rest) = rest.split_at(n);
         (rated_part, rated) = rated.split_at(n);
-        for line in score.lines(part, rated_part)?.chunks(unit) {
-            let line = match line {
+        for lines in score.lines(part, rated_part)?.chunks(unit) {
+            summary.add(lines);
+            let line = match lines {
                 [chosen, rejected] => json!({ "chosen": chosen, "rejected": rejected }),
                 [line, ..] => line.clone(),
                 [] => Value::Null,
             };
-            super::print(&format!("{line}\n"))?;
+            out.write(&line)?;
         }
+        bar.inc((n / unit) as u64);
     }
-    Ok(())
+    bar.finish_and_clear();
+    match (args.summary, args.rows.to_file()) {
+        (true, true) => super::print(&format!("{}\n", summary.of_all())),
+        (true, false) => {
+            note(&summary.of_all().to_string());
+            Ok(())
+        }
+        (false, _) => Ok(()),
+    }
+}
+
+/// Sums over all rows.
+#[derive(Default)]
+struct Summary {
+    rows: usize,
+    tokens: f64,
+    logprob: f64,
+    rewards: Vec<f64>,
+    /// Rewards of chosen texts less those of rejected ones, and the same of log-probs.
+    margins: Vec<f64>,
+    logprob_margins: Vec<f64>,
+}
+
+impl Summary {
+    /// Adds a row: one text, or a chosen and a rejected one.
+    fn add(&mut self, texts: &[Value]) {
+        self.rows += 1;
+        let each = |key: &str| texts.iter().filter_map(|t| t[key].as_f64()).collect::<Vec<_>>();
+        for (key, margins) in
+            [("reward", &mut self.margins), ("sum_logprob", &mut self.logprob_margins)]
+        {
+            if let [chosen, rejected] = each(key)[..] {
+                margins.push(chosen - rejected);
+            }
+        }
+        self.rewards.extend(each("reward"));
+        self.logprob += each("sum_logprob").iter().sum::<f64>();
+        let tokens = texts.iter().filter_map(|t| t["logprobs"].as_array());
+        self.tokens += tokens.map(|all| all.len() as f64).sum::<f64>();
+    }
+
+    /// What is known of them: only what was computed.
+    fn of_all(&self) -> Value {
+        let mut all = json!({ "rows": self.rows });
+        let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
+        // Of equal numbers half are won.
+        let won = |m: &f64| if *m == 0.0 { 0.5 } else { f64::from(u8::from(*m > 0.0)) };
+        let accuracy = |x: &[f64]| mean(&x.iter().map(won).collect::<Vec<_>>());
+        if self.tokens > 0.0 {
+            all["tokens"] = json!(self.tokens);
+            all["perplexity"] = json!(libm::exp(-self.logprob / self.tokens));
+        }
+        if !self.rewards.is_empty() {
+            let m = mean(&self.rewards);
+            let square = |x: &f64| (x - m) * (x - m);
+            let variance = mean(&self.rewards.iter().map(square).collect::<Vec<_>>());
+            all["reward_mean"] = json!(m);
+            all["reward_std"] = json!(variance.sqrt());
+        }
+        for (name, x) in [("reward", &self.margins), ("logprob", &self.logprob_margins)] {
+            if !x.is_empty() {
+                all[format!("{name}_accuracy")] = json!(accuracy(x));
+                all[format!("{name}_margin")] = json!(mean(x));
+            }
+        }
+        all
+    }
 }
 
 /// What texts are scored with.

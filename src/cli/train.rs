@@ -43,7 +43,7 @@ pub(super) struct RunArgs {
     /// auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N
     #[arg(long)]
     device: Option<String>,
-    /// One setting, as in the TOML; may be given again
+    /// One setting, as in the TOML; may be given again. Each is a flag, too: --learning-rate 1e-5
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
 }
@@ -77,8 +77,20 @@ pub(super) fn settings(
     all.extend(args.out.iter().map(|out| name("out", out)));
     all.extend(args.device.iter().map(|device| name("device", device)));
     all.extend(args.set.iter().cloned());
-    let preset = args.preset.as_deref();
-    settings_of((&args.algorithm, preset), args.config.as_deref(), &all)
+    let chosen = (&*args.algorithm, args.preset.as_deref());
+    let (entry, mut settings, mut section) = settings_of(chosen, args.config.as_deref(), &all)?;
+    if !settings.model.is_empty() {
+        settings.model = super::model_folder(settings.model.as_ref())?.display().to_string();
+    }
+    for key in section.keys().iter().filter(|k| k.name.ends_with("_model")) {
+        let table = format!("x = {}", key.value).parse::<toml::Table>().unwrap_or_default();
+        let path = table.get("x").and_then(|x| x.as_str()).unwrap_or_default();
+        if train::is_checkpoint(path.as_ref()) {
+            let folder = super::model_folder(path.as_ref())?.display().to_string();
+            section.set(key.name, &folder.into()).transpose()?;
+        }
+    }
+    Ok((entry, settings, section))
 }
 
 /// The settings of an algorithm and its preset after those of a file and these pairs of key and

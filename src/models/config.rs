@@ -193,6 +193,15 @@ impl Config {
         self.kinds(layers, ["full_attention", "sliding_attention"], default)
     }
 
+    /// Before something is made for each block.
+    pub fn check_layers(&self, layers: usize) -> Result<()> {
+        if layers <= MOST_LAYERS {
+            return Ok(());
+        }
+        let want = format!("a number from 1 to {MOST_LAYERS}");
+        Err(self.wrong("number of layers", &want, &layers))
+    }
+
     /// Which of `layers` blocks are of the second of two kinds: `layer_types`, or as `default` says
     /// of a block.
     pub fn kinds(
@@ -202,10 +211,7 @@ impl Config {
         default: impl Fn(usize) -> bool,
     ) -> Result<Vec<bool>> {
         const KEY: &str = "layer_types";
-        if layers > MOST_LAYERS {
-            let want = format!("a number from 1 to {MOST_LAYERS}");
-            return Err(self.wrong("number of layers", &want, &layers));
-        }
+        self.check_layers(layers)?;
         let Some(v) = self.get(KEY) else { return Ok((0..layers).map(default).collect()) };
         let kind = |v: &Value| match v.as_str() {
             Some(kind) if kind == second => Ok(true),

@@ -40,7 +40,7 @@ pub(super) struct StoredRows {
 }
 
 fn stored_as(family: &Family, kind: ParamKind) -> Option<&StoredWeight> {
-    family.weights.iter().chain(&HEADS).find(|w| w.kind == kind)
+    family.weights.iter().copied().flatten().chain(&HEADS).find(|w| w.kind == kind)
 }
 
 pub(super) fn order(family: &Family, t: &ParamTensor) -> StoredOrder {
@@ -302,6 +302,9 @@ pub fn load<T: Element>(dev: &Device, dir: &Path, options: LoadOptions) -> Resul
         let all = stored.into_iter();
         stored = all.filter_map(|(name, tensor)| Some((text_name(&name)?, tensor))).collect();
     }
+    if stored_as(family, ParamKind::ExpertsUp).is_some_and(|w| w.names[0].contains("{e}")) {
+        unstack(&mut stored)?;
+    }
     if spec.tied && head == Head::Lm {
         check_tied(family, &spec, &stored)?;
     }
@@ -350,6 +353,32 @@ pub fn load<T: Element>(dev: &Device, dir: &Path, options: LoadOptions) -> Resul
     }
     model.repack(dev)?;
     Ok(model)
+}
+
+/// Experts that lie in one tensor `[experts, out, in]`, as Qwen 3.5 has them, under the names of
+/// each; where they have names of their own, nothing changes.
+fn unstack(stored: &mut Tensors<'_>) -> Result<()> {
+    let all = [(".gate_up_proj", &["gate_proj", "up_proj"][..]), (".down_proj", &["down_proj"])];
+    for (end, parts) in all {
+        let stacks = stored.keys().filter(|name| name.ends_with(&format!(".experts{end}")));
+        for name in stacks.cloned().collect::<Vec<_>>() {
+            let Some((view, path)) = stored.remove(&name) else { continue };
+            let wrong = |e: &dyn std::fmt::Display| Error::file(path, format!("`{name}` {e}"));
+            let &[experts, rows, cols] = view.shape() else {
+                let message = format!("has shape {:?}, wanted [experts, out, in]", view.shape());
+                return Err(wrong(&message));
+            };
+            let (each, stem) = (experts * parts.len(), name.trim_end_matches(end));
+            let bytes = view.data().len() / each.max(1);
+            for (i, data) in view.data().chunks_exact(bytes.max(1)).enumerate() {
+                let (e, part) = (i / parts.len(), parts[i % parts.len()]);
+                let shape = vec![rows / parts.len(), cols];
+                let view = TensorView::new(view.dtype(), shape, data).map_err(|e| wrong(&e))?;
+                stored.insert(format!("{stem}.{e}.{part}.weight"), (view, path));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The name under which a weight is stored, with the family's prefix or without.

@@ -5,6 +5,7 @@ use std::path::Path;
 use super::{
     models::{self, PlannedModel},
     plan::{MemoryPlan, PassSizes},
+    schedule::Course,
     settings::Settings,
     source::Source,
 };
@@ -35,6 +36,8 @@ pub struct RunInputs {
     /// What a user should know of them.
     pub warnings: Vec<String>,
     pub steps: u64,
+    /// Of the learning rate.
+    pub course: Course,
     pub sizes: PassSizes,
 }
 
@@ -178,8 +181,10 @@ impl RunInputs {
             }
             n => n,
         };
+        let course = Course::new(&settings, steps)?;
         Ok(Self {
             settings,
+            course,
             algorithm,
             needs,
             models,

@@ -24,6 +24,7 @@
 //! 14. `models/params.rs`: the gradient of each weight, flat; `train/models.rs` hands it to AdamW.
 
 pub mod checkpoint;
+mod checkpoint_model;
 pub mod events;
 pub mod export;
 pub mod guard;
@@ -43,7 +44,8 @@ pub mod source;
 pub mod storage;
 mod trainer;
 
-pub use export::appended_eos;
+pub use checkpoint_model::{export_checkpoint, is_checkpoint, model_folder};
+pub use export::{appended_eos, export_again};
 pub use observer::{Observer, Silent};
 pub use run::{run, run_on};
 pub use settings::Settings;

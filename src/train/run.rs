@@ -13,9 +13,9 @@ use serde_json::{Map, Value, json};
 use super::{
     Observer, Settings, StepReport, Trainer,
     checkpoint::{self, SavedTensor},
-    export::{self, ExportedFrom, NewCompanions},
+    export::{self, ExportPlan, ExportedFrom, ExportedRole, NewCompanions},
     lock::Lock,
-    manifest::{Manifest, RunState},
+    manifest::{Extension, Manifest, RunState},
     metrics::{MetricsLog, StepLines},
     models::TrainState,
     rollouts, signals,
@@ -27,7 +27,7 @@ use crate::{
     data::Tokenizer,
     device::{Device, Element, file},
     error::{Error, Result},
-    models,
+    models::{self, Head},
 };
 
 /// Trains, or goes on with the run that is in `settings.out`; returns the folder of the final
@@ -88,7 +88,8 @@ fn run_in<T: Element<Acc = f32>>(
     drop(loading);
     let manifest = Manifest::new(entry.name, T::NAME, &trainer.inputs, section, &hashes);
     let checkpoints = out.join("checkpoints");
-    let mut run = RunFolder { checkpoints, out, trainer, manifest, saved: None };
+    let mut run =
+        RunFolder { checkpoints, out, trainer, manifest, saved: None, extended: Vec::new() };
     let about = run.about(entry);
     about.iter().for_each(|(name, text)| seen.note(&format!("{name}: {text}")));
     run.warnings().iter().for_each(|text| seen.note(&format!("warning: {text}")));
@@ -169,6 +170,7 @@ struct RunFolder<T: Element> {
     manifest: Manifest,
     /// Step of the newest checkpoint.
     saved: Option<u64>,
+    extended: Vec<Extension>,
 }
 
 impl<T: Element<Acc = f32>> RunFolder<T> {
@@ -202,9 +204,9 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
     fn warnings(&self) -> Vec<String> {
         let inputs = &self.trainer.inputs;
         let mut all = inputs.warnings.clone();
-        let (warmup, steps) = (inputs.settings.warmup_steps, inputs.steps);
+        let (warmup, steps) = (inputs.course.warmup, inputs.steps);
         if warmup >= steps {
-            all.push(format!("warmup_steps is {warmup}, the run has {steps} steps: the learning rate never reaches its peak"));
+            all.push(format!("the warmup has {warmup} steps, the run has {steps} steps: the learning rate never reaches its peak"));
         }
         all
     }
@@ -218,6 +220,9 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         let mut all: Map<String, Value> =
             about.into_iter().map(|(name, text)| (name.to_owned(), text.into())).collect();
         all.insert("steps".into(), self.trainer.inputs.steps.into());
+        if !self.extended.is_empty() {
+            all.insert("extended".into(), json!(self.extended));
+        }
         all.insert("version".into(), env!("CARGO_PKG_VERSION").into());
         all.insert("started".into(), before["started"].as_f64().unwrap_or(now).into());
         write_file(&Disk, &path, format!("{:#}\n", Value::from(all)).as_bytes())
@@ -286,7 +291,20 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
             let message = format!("is not the state of a run of this version: {e}");
             Error::file(loaded.path.join("state.json"), message)
         })?;
-        self.manifest.check(&state.run, &self.out)?;
+        let steps = self.trainer.inputs.steps;
+        let longer = state.steps > 0 && steps > state.steps;
+        let changed = self.manifest.check(&state.run, &self.out, longer)?;
+        self.extended = state.extended;
+        if longer {
+            let all = changed.iter().map(|(key, [was, is])| format!("{key} {was} -> {is}"));
+            let all = all.collect::<Vec<_>>().join(", ");
+            seen.note(&format!(
+                "the run goes on from step {} to {steps}, it was to have {}: {all}; the learning \
+                 rate goes on by the course of {steps} steps",
+                loaded.step, state.steps
+            ));
+            self.extended.push(Extension { at: loaded.step, settings: changed });
+        }
         let t = &mut self.trainer;
         for (what, was, is) in [
             ("by version", &*state.version, env!("CARGO_PKG_VERSION")),
@@ -342,6 +360,9 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
             algorithm: t.inputs.algorithm.state(),
             version: env!("CARGO_PKG_VERSION").into(),
             family: t.dev.family().into(),
+            export: Some(self.export_plan()),
+            steps: t.inputs.steps,
+            extended: self.extended.clone(),
         };
         let state =
             serde_json::to_value(state).map_err(|e| Error::value("state of a run", "JSON", e))?;
@@ -375,8 +396,18 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
     /// Exports the trained models: `final/`, and `final-value/` beside a policy.
     fn finish(self) -> Result<PathBuf> {
         self.trainer.verify()?;
-        let (dev, inputs, of) = (&self.trainer.dev, &self.trainer.inputs, self.exported_from());
+        let (dev, of, plan) = (&self.trainer.dev, self.exported_from(), self.export_plan());
         let _phase = dev.span("export");
+        for ((state, dir), role) in self.exports().zip(&plan.roles) {
+            let model = (dev, &state.model, role.dtype);
+            export::export(&Disk, model, (&plan.from, &dir), &of, &plan.new)?;
+        }
+        Ok(self.out.join("final"))
+    }
+
+    /// What the folders of its models have that other folders have not.
+    fn export_plan(&self) -> ExportPlan {
+        let inputs = &self.trainer.inputs;
         let (tokenizer, eos_id) = (inputs.tokenizer.as_ref(), inputs.settings.eos_id);
         let known = tokenizer.map_or(&[][..], Tokenizer::eos);
         let template = tokenizer.and_then(|t| t.template().ok()?.chosen());
@@ -389,12 +420,23 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
             eos_token: eos_id.and_then(|id| tokenizer?.token(id)),
             chat_template: template.map(str::to_owned),
         };
-        for (state, dir) in self.exports() {
-            let folders = (Path::new(&inputs.settings.model), &*dir);
+        let role = |(state, _): (&TrainState<T>, PathBuf)| {
             let dtype = inputs.settings.save_dtype.of(state.model.stored_dtype());
-            export::export(&Disk, (dev, &state.model, dtype), folders, &of, &new)?;
+            ExportedRole {
+                name: state.role.name.into(),
+                scalar: state.role.head == Head::Scalar,
+                dtype,
+                config: models::config_text(&state.model, dtype),
+            }
+        };
+        let from = Path::new(&inputs.settings.model);
+        ExportPlan {
+            // A checkpoint may be read from elsewhere.
+            from: fs::canonicalize(from).unwrap_or_else(|_| from.to_owned()),
+            new,
+            eos: inputs.eos.first().copied(),
+            roles: self.exports().map(role).collect(),
         }
-        Ok(self.out.join("final"))
     }
 
     /// Each trained model and the folder that it is exported to.

@@ -12,7 +12,14 @@ use crate::{
 
 crate::choices! {
     /// Course of the learning rate after warm-up.
-    pub enum Schedule { Constant = "constant", Linear = "linear", Cosine = "cosine" }
+    pub enum Schedule {
+        Constant = "constant",
+        Linear = "linear",
+        Cosine = "cosine",
+        Polynomial = "polynomial",
+        InverseSqrt = "inverse_sqrt",
+        WarmupStableDecay = "warmup_stable_decay",
+    }
 }
 
 crate::choices! {
@@ -61,10 +68,18 @@ crate::settings! {
         /// Peak step size (TRL: 2e-5 for SFT, 1e-4 for reward, 3e-6 for PPO, 1e-6 for DPO
         /// and GRPO).
         pub learning_rate: f64 = 2e-5 => "0 or more" if |r| *r >= 0.0 && r.is_finite(),
-        /// Its course after warm-up (TRL: linear).
+        /// Its course after warm-up, as Hugging Face computes it (TRL: linear).
         pub schedule: Schedule = Schedule::Linear,
         /// Steps from 0 to the peak (Hugging Face Trainer: 0).
         pub warmup_steps: u64 = 0,
+        /// The same as a fraction of all steps, rounded up.
+        pub warmup_ratio: f64 = 0.0 => "from 0 to 1" if |r| (0.0..=1.0).contains(r),
+        /// Exponent of a polynomial schedule (Hugging Face: 1).
+        pub schedule_power: Option<f64> = None
+            => "above 0" if |p| p.is_none_or(|p| p > 0.0 && p.is_finite()),
+        /// Last steps, in which warmup_stable_decay falls to its floor; "none" takes a tenth of
+        /// all.
+        pub decay_steps: Option<u64> = None => "1 or more" if |n| *n != Some(0),
         /// The schedule ends at this fraction of the peak (OpenRLHF: 0.1).
         pub min_learning_rate_ratio: f64 = 0.0 => "from 0 to 1" if |r| (0.0..=1.0).contains(r),
         /// Decoupled weight decay of matrices (Hugging Face Trainer: 0).
@@ -124,14 +139,19 @@ crate::settings! {
 }
 
 impl SaveDtype {
+    /// The dtype, if it is named.
+    pub fn known(self) -> Option<Dtype> {
+        match self {
+            Self::Auto => None,
+            Self::F32 => Some(Dtype::F32),
+            Self::Bf16 => Some(Dtype::BF16),
+            Self::F16 => Some(Dtype::F16),
+        }
+    }
+
     /// For a model that was stored in `own`.
     pub fn of(self, own: Dtype) -> Dtype {
-        match self {
-            Self::Auto => own,
-            Self::F32 => Dtype::F32,
-            Self::Bf16 => Dtype::BF16,
-            Self::F16 => Dtype::F16,
-        }
+        self.known().unwrap_or(own)
     }
 }
 
@@ -156,6 +176,20 @@ impl Settings {
         "checkpoint_every",
         "keep_checkpoints",
         "verify_every",
+    ];
+
+    /// Keys that may differ in a run that goes on for longer than it was to: its length, and the
+    /// course of its learning rate.
+    pub const OF_LENGTH: &[&str] = &[
+        "steps",
+        "epochs",
+        "learning_rate",
+        "schedule",
+        "warmup_steps",
+        "warmup_ratio",
+        "schedule_power",
+        "decay_steps",
+        "min_learning_rate_ratio",
     ];
 
     /// The defaults of an algorithm: shared settings, and its own.

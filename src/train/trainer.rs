@@ -8,7 +8,6 @@ use super::{
     models::Models,
     observer::Observer,
     plan::{self, MemoryPlan},
-    schedule,
     settings::Settings,
     signals,
     source::StepData,
@@ -270,9 +269,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
 
     /// This step's fraction of the peak learning rate.
     fn schedule(&self) -> f64 {
-        let s = &self.inputs.settings;
-        let floor = s.min_learning_rate_ratio;
-        schedule::factor(s.schedule, self.step, self.inputs.steps, s.warmup_steps, floor)
+        self.inputs.course.factor(self.step)
     }
 
     /// Gradients over all micro-batches of a minibatch, then one update of each trained model.

@@ -2,6 +2,7 @@
 
 mod chat;
 mod profile;
+mod rows;
 
 use std::{
     io::{Read, Write},
@@ -284,6 +285,41 @@ fn names_elsewhere_are_answered() {
         let (code, text) = refused(&run(&["train", "ppo", "--set", &format!("{key}=1")]));
         assert!(code == 2 && text.contains(&format!("did you mean `{want}`?")), "{key}: {text}");
     }
+}
+
+#[test]
+fn every_setting_is_a_flag() {
+    let out = temp_dir("cli_flags");
+    let (model, to) = (golden::path("llama_tied"), out.to_str().unwrap());
+    let args = ["train", "sft", "--model", model.to_str().unwrap(), "--data", "-", "--out", to];
+    let flags = ["--batch-size", "1", "--decay_all", "--schedule=cosine", "--warmup-ratio", "1"];
+    let done = feed(&[&args[..], &flags[..]].concat(), "{\"input_ids\": [5, 6, 7]}\n");
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let said = String::from_utf8(done.stderr).unwrap();
+    assert!(said.contains("warning: the warmup has 1 steps, the run has 1 steps"), "{said}");
+    let config = std::fs::read_to_string(out.join("config.toml")).unwrap();
+    for line in
+        ["batch_size = 1", "decay_all = true", "schedule = \"cosine\"", "warmup_ratio = 1.0"]
+    {
+        assert!(config.lines().any(|l| l == line), "{line}");
+    }
+    for (flags, says) in [
+        (&["--learning-rate", "-1"][..], "`learning_rate`: got -1, wanted 0 or more"),
+        (&["--learning-rate", "--steps", "3"], "`learning_rate`: got true, wanted a number"),
+        (&["--learning_rate"], "`learning_rate`: got true, wanted a number"),
+        (&["--lerning-rate=1"], "did you mean `learning_rate`?"),
+        (&["--num-train-epochs", "3"], "did you mean `epochs`?"),
+        (&["--value-clip", "1"], "is a setting of ppo, not of sft"),
+        (&["--", "--steps"], "unexpected argument"),
+        (&["--model"], "a value is required for '--model <DIR>'"),
+    ] {
+        for command in ["train", "plan"] {
+            let (code, text) = refused(&run(&[&[command, "sft"], flags].concat()));
+            assert!(code == 2 && text.contains(says), "{command} {flags:?}: {text}");
+        }
+    }
+    let (code, text) = refused(&run(&["generate", "--learning-rate", "1"]));
+    assert!(code == 2 && text.contains("unexpected argument '--learning-rate'"), "{text}");
 }
 
 #[test]

@@ -183,7 +183,7 @@ fn a_folder_and_a_pattern_are_their_files_by_name() {
     // a link to nothing, as a hub's cache that was fetched in part has
     std::os::unix::fs::symlink("gone", dir.join("c.jsonl")).unwrap();
     let e = read(&dir).unwrap_err();
-    assert!(e.starts_with("cannot read c.jsonl: "), "{e}");
+    assert!(e.contains("c.jsonl: No such file"), "{e}");
     let empty = temp_dir("files_empty");
     let e = data::read(&empty).unwrap_err().to_string();
     assert!(e.contains("has no data file, wanted .jsonl, .ndjson, .json, .csv, .tsv"), "{e}");

@@ -33,7 +33,7 @@ impl Tensor {
         Self { dtype: Dtype::F32, shape: shape.to_vec(), data }
     }
 
-    fn numbers(&self) -> Vec<f32> {
+    pub fn numbers(&self) -> Vec<f32> {
         bytemuck::pod_collect_to_vec(&self.data)
     }
 

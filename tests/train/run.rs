@@ -13,7 +13,7 @@ use warpo::{
 };
 
 use crate::support::{
-    assert_bits, golden, host, root,
+    assert_bits, assert_close, golden, host, root,
     runs::{
         assert_same, copy, data, entry, metrics, outcome, small, train, train_command, trainer,
     },
@@ -180,6 +180,55 @@ fn other_settings_or_data_do_not_resume() {
     assert!(matches!(&error, Error::Config { key, .. } if key == "data"), "{error}");
     let error = train("reward", &small(&dir, "reward", &run)).unwrap_err();
     assert!(matches!(&error, Error::Config { key, .. } if key == "algorithm"), "{error}");
+}
+
+/// A run goes on for longer than it was to: with a constant rate as if it had been so long from the
+/// start, else by the course of the longer run from there on, which is said and kept.
+#[test]
+fn a_run_is_extended() {
+    let dir = temp_dir("extended");
+    let pairs = |name: &str, more: &[&str]| {
+        let mut pairs = small(&dir, "sft", &dir.join(name));
+        pairs.extend(more.iter().map(|s| s.to_string()));
+        pairs
+    };
+    let constant = |name: &str, steps: &str| pairs(name, &["schedule=constant", steps]);
+    let (short, whole) = (dir.join("short"), dir.join("whole"));
+    train("sft", &constant("short", "steps=25")).unwrap();
+    train("sft", &constant("whole", "steps=40")).unwrap();
+    train("sft", &constant("short", "steps=40")).unwrap();
+    let weights = |run: &Path| std::fs::read(run.join("final/model.safetensors")).unwrap();
+    assert!(weights(&short) == weights(&whole));
+    assert_eq!(metrics(&short), metrics(&whole));
+    let about = |key: &str| -> serde_json::Value {
+        let text = std::fs::read_to_string(short.join("run.json")).unwrap();
+        serde_json::from_str::<serde_json::Value>(&text).unwrap()[key].clone()
+    };
+    let first = serde_json::json!({ "at": 25, "settings": { "steps": ["25", "40"] } });
+    assert_eq!(about("extended"), serde_json::json!([first]));
+    // again, with another course
+    train("sft", &pairs("short", &["schedule=linear", "steps=50", "warmup_steps=0"])).unwrap();
+    let course = ["schedule", "steps", "warmup_steps"]
+        .map(|key| about("extended")[1]["settings"][key].clone());
+    let course = course.map(|pair| pair.to_string());
+    assert_eq!(
+        course,
+        ["[\"\\\"constant\\\"\",\"\\\"linear\\\"\"]", "[\"40\",\"50\"]", "[\"3\",\"0\"]"]
+    );
+    let rates: Vec<f64> =
+        metrics(&short).iter().map(|m| m["learning_rate"].as_f64().unwrap()).collect();
+    assert_eq!(rates.len(), 50);
+    let got = [rates[39], rates[40], rates[49]];
+    assert_close("rates", &got, &[0.003, 0.003 * 0.2, 0.003 * 0.02], 0.0, 1e-12);
+    // no longer run, or another one that is longer, is none of it
+    for (more, key) in [
+        (&["schedule=linear", "steps=50", "warmup_steps=1"][..], "warmup_steps"),
+        (&["schedule=linear", "steps=45", "warmup_steps=0"], "steps"),
+        (&["schedule=linear", "steps=60", "weight_decay=0.5"], "weight_decay"),
+    ] {
+        let e = train("sft", &pairs("short", more)).unwrap_err();
+        assert!(matches!(&e, Error::Config { key: k, .. } if k == key), "{e}");
+    }
 }
 
 /// Nor do other models under the same name, another mask, or other margins. A fixed bug: only the
