@@ -12,6 +12,7 @@ mod seeded;
 mod support;
 
 mod algorithms {
+    mod grpo;
     mod kto;
     mod ppo;
     mod preference;
@@ -77,7 +78,7 @@ mod ops {
     mod next_ids;
     mod nll;
     mod norm;
-    mod ppo_loss;
+    mod policy_loss;
     mod preference_loss;
     mod residual;
     mod rope;

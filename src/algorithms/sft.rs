@@ -36,6 +36,7 @@ pub(super) const ENTRY: AlgorithmEntry = AlgorithmEntry {
     name: "sft",
     about: "Supervised fine-tuning on texts, prompt-completion pairs or chosen answers",
     defaults: &[],
+    presets: &[],
     metrics: &[&[
         (
             "loss",

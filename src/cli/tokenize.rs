@@ -36,7 +36,7 @@ pub(super) struct TokenizeArgs {
 
 pub(super) fn run(args: &TokenizeArgs) -> Result<()> {
     let (entry, mut settings, mut section) =
-        train::settings_of(&args.algorithm, args.config.as_deref(), &args.set)?;
+        train::settings_of((&args.algorithm, None), args.config.as_deref(), &args.set)?;
     let model = super::model_folder(args.model.as_ref())?.display().to_string();
     let args = &TokenizeArgs { model, ..args.clone() };
     settings.model.clone_from(&args.model);

@@ -25,6 +25,9 @@ pub(super) struct TrainArgs {
 pub(super) struct RunArgs {
     #[arg(help = super::algorithms())]
     algorithm: String,
+    /// Settings of another system, over which all others win; `warpo config ALGORITHM` names them
+    #[arg(long, value_name = "NAME")]
+    preset: Option<String>,
     /// Settings in TOML; `warpo config ALGORITHM` prints all of them
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
@@ -58,7 +61,8 @@ fn other_algorithm(entry: &AlgorithmEntry, error: Error) -> Error {
     Error::Config { key, message, hint }
 }
 
-/// An algorithm, and its settings: the defaults, then the file, then what the command line says.
+/// An algorithm, and its settings: the defaults, then the preset, then the file, then what the
+/// command line says.
 pub(super) fn settings(
     args: &RunArgs,
 ) -> Result<(&'static AlgorithmEntry, Settings, Box<dyn Section>)> {
@@ -73,7 +77,8 @@ pub(super) fn settings(
     all.extend(args.out.iter().map(|out| name("out", out)));
     all.extend(args.device.iter().map(|device| name("device", device)));
     all.extend(args.set.iter().cloned());
-    settings_of(&args.algorithm, args.config.as_deref(), &all)
+    let chosen = (&*args.algorithm, args.preset.as_deref());
+    settings_of(chosen, args.config.as_deref(), &all)
 }
 
 /// Puts model folders for the checkpoints that are named as models.
@@ -92,14 +97,15 @@ fn take_checkpoints(settings: &mut Settings, section: &mut dyn Section) -> Resul
     Ok(())
 }
 
-/// The settings of an algorithm after those of a file and these pairs of key and value.
+/// The settings of an algorithm and its preset after those of a file and these pairs of key and
+/// value.
 pub(super) fn settings_of(
-    algorithm_name: &str,
+    (name, preset): (&str, Option<&str>),
     config: Option<&Path>,
     pairs: &[String],
 ) -> Result<(&'static AlgorithmEntry, Settings, Box<dyn Section>)> {
-    let entry = algorithm(algorithm_name)?;
-    let (mut settings, mut section) = Settings::defaults(entry)?;
+    let entry = algorithm(name)?;
+    let (mut settings, mut section) = Settings::of_preset(entry, preset)?;
     if let Some(path) = config {
         let text = file::read_bounded(path, 1 << 20).map_err(|e| Error::Config {
             key: "--config".into(),

@@ -7,7 +7,7 @@ use safetensors::Dtype;
 use crate::{
     algorithms::AlgorithmEntry,
     config::{self, Section},
-    error::Result,
+    error::{Error, Result},
 };
 
 crate::choices! {
@@ -71,7 +71,8 @@ crate::settings! {
         pub epochs: f64 = 1.0 => "above 0" if |e| *e > 0.0 && e.is_finite(),
         /// Draw examples in a new order each epoch (as everywhere).
         pub shuffle: bool = true,
-        /// Peak step size (TRL: 2e-5 for SFT, 1e-4 for reward, 3e-6 for PPO, 1e-6 for DPO).
+        /// Peak step size (TRL: 2e-5 for SFT, 1e-4 for reward, 3e-6 for PPO, 1e-6 for DPO
+        /// and GRPO).
         pub learning_rate: f64 = 2e-5 => "0 or more" if |r| *r >= 0.0 && r.is_finite(),
         /// Its course after warm-up, as Hugging Face computes it, but that a polynomial ends at 0
         /// or the floor, not at 1e-7 (TRL: linear).
@@ -202,6 +203,28 @@ impl Settings {
     pub fn defaults(entry: &AlgorithmEntry) -> Result<(Self, Box<dyn Section>)> {
         let (mut settings, mut section) = (Settings::default(), (entry.section)());
         for (key, value) in entry.defaults {
+            config::set_pair(&mut [&mut settings, &mut *section], &format!("{key}={value}"))?;
+        }
+        Ok((settings, section))
+    }
+
+    /// The same after a preset of the algorithm.
+    pub fn of_preset(
+        entry: &AlgorithmEntry,
+        name: Option<&str>,
+    ) -> Result<(Self, Box<dyn Section>)> {
+        let (mut settings, mut section) = Self::defaults(entry)?;
+        let Some(name) = name else { return Ok((settings, section)) };
+        let preset = entry.presets.iter().find(|p| p.name == name).ok_or_else(|| {
+            let known: Vec<&str> = entry.presets.iter().map(|p| p.name).collect();
+            let known = if known.is_empty() { "none".into() } else { known.join(", ") };
+            Error::Config {
+                key: "--preset".into(),
+                message: format!("{} has no `{name}`", entry.name),
+                hint: Some(format!("known are: {known}")),
+            }
+        })?;
+        for (key, value) in preset.values {
             config::set_pair(&mut [&mut settings, &mut *section], &format!("{key}={value}"))?;
         }
         Ok((settings, section))

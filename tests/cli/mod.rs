@@ -542,3 +542,37 @@ fn a_bad_number_of_a_model_is_an_error() {
         assert!(code == 4 && text.contains(what), "{args:?}: {code} {text}");
     }
 }
+
+/// A preset wins over defaults, a file over the preset, the command line over both; what is printed
+/// is complete, and a run records the values.
+#[test]
+fn a_preset_gives_way_to_what_is_set() {
+    let text = String::from_utf8(run(&["config", "grpo", "--preset", "dapo"]).stdout).unwrap();
+    for line in ["\nclip_range_high = 0.28\n", "\noverlong_share = 0.2\n", "\nkl_coef = 0.0\n"] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+    assert!(
+        text.contains("\n# --preset dapo, which is this: DAPO")
+            && text.contains("\n# --preset trl: ")
+    );
+    let dir = temp_dir("cli_preset");
+    let (out, file) = (dir.join("run"), dir.join("grpo.toml"));
+    std::fs::write(&file, "clip_range = 0.3\nkl_coef = 0.01\noverlong_share = 0.3\n").unwrap();
+    let mut args = ["train", "grpo", "--preset", "dapo", "--config"].map(String::from).to_vec();
+    args.push(file.display().to_string());
+    for pair in small(&dir, "grpo", &out).into_iter().chain(["overlong_share=0.5".into()]) {
+        args.extend(["--set".into(), pair]);
+    }
+    args.extend(["--set".into(), "steps=1".into()]);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let done = run(&args);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let text = std::fs::read_to_string(out.join("config.toml")).unwrap();
+    for line in
+        ["clip_range = 0.3", "clip_range_high = 0.28", "overlong_share = 0.5", "kl_coef = 0.05"]
+    {
+        assert!(text.lines().any(|l| l == line), "{line}: {text}");
+    }
+    let (code, text) = refused(&run(&["train", "grpo", "--preset", "dapp"]));
+    assert!(code == 2 && text.contains("grpo has no `dapp`") && text.contains("dapo"), "{text}");
+}

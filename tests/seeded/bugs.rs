@@ -136,14 +136,14 @@ pub const BUGS: &[Bug] = &[
     },
     Bug {
         what: "the gradient of the KL term has mean 0",
-        file: "src/ops/ppo_loss.rs",
-        place: "if kl.unbiased { (ratio * k, «ratio * (dk + k)») } else { (k, dk) };",
-        mistake: "ratio * dk",
+        file: "src/ops/policy_loss.rs",
+        place: "KlWeight::Ratio => (own_ratio * k, «own_ratio * (dk + k)»),",
+        mistake: "own_ratio * dk",
         test: "ops::kl::in_the_loss_the_mean_gradient_is_the_exact_one",
     },
     Bug {
         what: "the gradient of the policy is 0",
-        file: "src/ops/ppo_loss.rs",
+        file: "src/ops/policy_loss.rs",
         place: "return «(free, free)»;",
         mistake: "(free, 0.0)",
         test: "algorithms::ppo::ppo_learns_a_bandit",

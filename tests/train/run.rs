@@ -76,6 +76,11 @@ fn ppo_resumes_at_every_step() {
     resumes_at_every_step("ppo");
 }
 
+#[test]
+fn grpo_resumes_at_every_step() {
+    resumes_at_every_step("grpo");
+}
+
 /// G2, G8: SIGKILL, SIGTERM and SIGINT at random instants; the same command goes on, and ends with
 /// the bytes of the straight run.
 #[test]
@@ -349,7 +354,7 @@ fn a_finished_or_refused_run_leaves_its_folder_alone() {
 /// Property 4: splitting a step into micro-batches changes nothing but rounding.
 #[test]
 fn whole_step_denominators() {
-    for algorithm in ["sft", "reward", "dpo", "kto", "ppo"] {
+    for algorithm in ["sft", "reward", "dpo", "kto", "ppo", "grpo"] {
         let dir = temp_dir(&format!("micro_{algorithm}"));
         let losses = |tokens: usize| {
             let run = dir.join(tokens.to_string());
@@ -386,6 +391,7 @@ fn neither_the_split_nor_held_out_texts_change_a_weight() {
         ("dpo", "llama_tied"),
         ("kto", "llama_tied"),
         ("ppo", "llama_tied"),
+        ("rloo", "llama_tied"),
     ] {
         let weights = |more: &str| {
             let model = format!("model={}", golden::path(model).display());
