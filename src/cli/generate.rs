@@ -6,9 +6,9 @@ use half::bf16;
 use indicatif::ProgressBar;
 use serde_json::json;
 
-use super::{DeviceArgs, finite, note, warn};
+use super::{DeviceArgs, RowArgs, finite, note, warn};
 use crate::{
-    data::{self, Limits, ReadOptions, Tokenizer},
+    data::{self, Limits, Tokenizer},
     device::{Arena, Device, Element},
     error::{Error, Result},
     eval,
@@ -46,9 +46,8 @@ pub(super) struct GenerateArgs {
     /// Prompts, `-` for standard input
     #[arg(long, value_name = "FILE", default_value = "-")]
     data: PathBuf,
-    /// What a column is called in the data, as prompt=question; may be given again
-    #[arg(long, value_name = "OURS=THEIRS")]
-    column: Vec<String>,
+    #[command(flatten)]
+    rows: RowArgs,
     /// A reward model's folder: adds `reward`
     #[arg(long, value_name = "DIR")]
     reward_model: Option<PathBuf>,
@@ -94,41 +93,39 @@ fn run_in<T: Element<Acc = f32>>(
     dev: &Device,
     sampling: sample::SamplingParams,
 ) -> Result<()> {
-    let (_, spec) = Config::read(&args.model)?.spec()?;
-    let tokenizer = Tokenizer::open_if_there(&args.model, args.chat_template.as_deref())?;
+    let dir = super::model_folder(&args.model)?;
+    let (_, spec) = Config::read(&dir)?.spec()?;
+    let tokenizer = Tokenizer::open_if_there(&dir, args.chat_template.as_deref())?;
     let new = args.max_new_tokens as usize;
     let Some(max_length) = spec.max_positions.checked_sub(new).filter(|n| *n > 0) else {
         let want = format!("less than the model's {} positions", spec.max_positions);
         return Err(Error::config("--max-new-tokens", want, new));
     };
-    let limits = Limits { max_length, vocab: spec.vocab, eos: None };
     let chats = tokenizer.as_ref().is_some_and(|t| t.template().is_ok());
-    let options = ReadOptions::of_pairs(&args.column, chats)?;
-    let records = data::read_as(&args.data, &options)?;
+    let records = data::read_as(&args.data, &args.rows.options(chats)?)?;
+    let (vocab, skip_bad) = (spec.vocab, records.bad.left);
+    let limits = Limits { max_length, vocab, eos: None, skip_bad };
     let data = data::prompts(&records, tokenizer.as_ref(), limits, Some(usize::MAX))?;
     let (prompts, stats) = (&data.sequences, data.stats);
-    // They are in the order of the data.
-    let mut kept = prompts.iter().peekable();
-    let dropped = |at: &&data::Located| kept.next_if(|p| p.place == at.place).is_none();
-    if stats.dropped > 0
-        && let Some(empty) = records.iter().find(dropped)
-    {
-        return Err(empty.error("has no tokens to continue, wanted at least one"));
+    if let Some(empty) = data.omissions.iter().find(|o| o.reason.starts_with("dropped")) {
+        return Err(empty.first.error("has no tokens to continue, wanted at least one"));
     }
+    let bad = [records.bad.note("read"), data.bad.note("continued")];
+    bad.iter().flatten().for_each(|text| warn(text));
     if stats.truncated > 0 {
         let n = stats.truncated;
         warn(&format!("{n} prompts lost their beginning: longer than {max_length} tokens"));
     }
     let longest = data.longest();
     let options = LoadOptions { longest: Some(longest + new), ..LoadOptions::frozen(Head::Lm) };
-    let model: Model<T> = models::load(dev, &args.model, options)?;
+    let model: Model<T> = models::load(dev, &dir, options)?;
     let spec = model.spec();
     let reward_model = match &args.reward_model {
         None => None,
         Some(dir) => {
-            let longest = longest + new;
+            let (dir, longest) = (super::model_folder(dir)?, longest + new);
             let tokenizer = tokenizer.as_ref();
-            Some(eval::load_reward_model::<T>(dev, dir, spec, tokenizer, longest)?)
+            Some(eval::load_reward_model::<T>(dev, &dir, spec, tokenizer, longest)?)
         }
     };
     let (each, slots) = (u64::from(args.samples), args.slots as usize);

@@ -13,11 +13,15 @@ mod score;
 mod tokenize;
 mod train;
 
-use std::{io::Write, process::ExitCode};
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
 use clap::{Parser, Subcommand};
 
-use crate::{algorithms::ALGORITHMS, device::Device, error::Error};
+use crate::{algorithms::ALGORITHMS, data::ReadOptions, device::Device, error::Error, hub};
 
 /// Train language models from human feedback: SFT, reward models and PPO in one process.
 #[derive(Debug, Parser)]
@@ -98,6 +102,24 @@ struct DeviceArgs {
     profiling: profile::Profiling,
 }
 
+/// How rows of data are read.
+#[derive(Debug, clap::Args)]
+struct RowArgs {
+    /// What a column is called in the data, as prompt=question; may be given again
+    #[arg(long, value_name = "OURS=THEIRS")]
+    column: Vec<String>,
+    /// Leave out up to so many lines that cannot be read
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    skip_bad: usize,
+}
+
+impl RowArgs {
+    fn options(&self, chats: bool) -> crate::Result<ReadOptions> {
+        let options = ReadOptions::of_pairs(&self.column, chats)?;
+        Ok(ReadOptions { skip_bad: self.skip_bad, ..options })
+    }
+}
+
 impl DeviceArgs {
     /// Runs `work` there.
     fn run<R>(&self, work: impl FnOnce(&Device) -> crate::Result<R>) -> crate::Result<R> {
@@ -109,6 +131,15 @@ impl DeviceArgs {
 fn algorithms() -> String {
     let names: Vec<&str> = ALGORITHMS.iter().map(|e| e.name).collect();
     names.join(", ")
+}
+
+/// The folder of a model: as it is given, or a name of the Hub's, whose snapshot is told.
+fn model_folder(given: &Path) -> crate::Result<PathBuf> {
+    let found = hub::model(given)?;
+    if found != given {
+        note(&format!("{} is {}", given.display(), found.display()));
+    }
+    Ok(found)
 }
 
 /// A line on standard error.

@@ -28,12 +28,15 @@ pub(super) struct RunArgs {
     /// Settings in TOML; `warpo config ALGORITHM` prints all of them
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// The model's folder
+    /// The model's folder, or its name on the Hub where it is in the local cache
     #[arg(long, value_name = "DIR")]
     model: Option<String>,
-    /// A data file (JSONL), `-` for standard input; may be given again
+    /// A data file, folder, pattern or name of the Hub, `-` for standard input; may be given again
     #[arg(long, value_name = "FILE")]
     data: Vec<String>,
+    /// Leave out up to so many lines that cannot be read
+    #[arg(long, value_name = "N")]
+    skip_bad: Option<u32>,
     /// Folder of the run
     #[arg(long, value_name = "DIR")]
     out: Option<String>,
@@ -70,10 +73,32 @@ pub(super) fn settings(
         let list: Vec<toml::Value> = args.data.iter().map(|d| d.clone().into()).collect();
         all.push(format!("data={}", toml::Value::Array(list)));
     }
+    all.extend(args.skip_bad.iter().map(|n| format!("skip_bad={n}")));
     all.extend(args.out.iter().map(|out| name("out", out)));
     all.extend(args.device.iter().map(|device| name("device", device)));
     all.extend(args.set.iter().cloned());
-    settings_of(&args.algorithm, args.config.as_deref(), &all)
+    let (entry, mut settings, mut section) =
+        settings_of(&args.algorithm, args.config.as_deref(), &all)?;
+    find_models(&mut settings, &mut *section)?;
+    Ok((entry, settings, section))
+}
+
+/// Puts folders in place of names of the Hub.
+fn find_models(settings: &mut Settings, section: &mut dyn Section) -> Result<()> {
+    let folder = |given: &str| Ok(super::model_folder(Path::new(given))?.display().to_string());
+    settings.model = folder(&settings.model)?;
+    for key in section.keys() {
+        if !matches!(key.name, "reward_model" | "reference_model") {
+            continue;
+        }
+        let value = format!("x = {}", key.value).parse::<toml::Table>().ok();
+        let given = value.as_ref().and_then(|t| t["x"].as_str()).unwrap_or_default();
+        let found = folder(given)?;
+        if found != given {
+            section.set(key.name, &toml::Value::String(found)).transpose()?;
+        }
+    }
+    Ok(())
 }
 
 /// The settings of an algorithm after those of a file and these pairs of key and value.

@@ -24,6 +24,7 @@
 //! 14. `models/params.rs`: the gradient of each weight, flat; `train/models.rs` hands it to AdamW.
 
 pub mod checkpoint;
+pub mod data_file;
 pub mod events;
 pub mod export;
 pub mod guard;
@@ -31,6 +32,7 @@ pub mod inputs;
 pub mod lock;
 pub mod manifest;
 pub mod metrics;
+pub mod mixture;
 pub mod models;
 mod observer;
 pub mod plan;
@@ -43,6 +45,7 @@ pub mod source;
 pub mod storage;
 mod trainer;
 
+pub use data_file::DataFile;
 pub use export::appended_eos;
 pub use observer::{Observer, Silent};
 pub use run::{run, run_on};
