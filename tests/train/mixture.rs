@@ -138,6 +138,16 @@ fn weights_are_settings_and_change_what_a_step_draws() {
         let Error::Config { key, .. } = &e else { panic!("{e}") };
         assert!(key == "data" && e.to_string().contains(want), "{data}: {e}");
     }
+    // An epoch is as long as its draws: 2 x 2 x 77 examples in steps of 4.
+    let mut s = Settings::default();
+    let mut pairs = small(&dir, "sft", &dir.join("run"));
+    let path = dir.join("sft.jsonl");
+    pairs.push(format!("data=[{{path={path:?}, weight=2}}]"));
+    pairs.extend(["steps=0".into(), "epochs=2".into()]);
+    for pair in &pairs {
+        config::set_pair(&mut [&mut s], pair).unwrap();
+    }
+    assert_eq!(RunInputs::new(s, build("sft", &[]).unwrap()).unwrap().steps, 77);
     // A config that was written is read again.
     let mut s = Settings::default();
     let pair = format!("data=[{{path={a:?}, weight=2.5}}, {b:?}]");
