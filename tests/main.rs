@@ -26,7 +26,9 @@ mod data {
     mod dataset;
     mod files;
     mod jinja;
+    mod parquet;
     mod records;
+    mod skipping;
     mod tokenizer;
 }
 mod device {
@@ -106,6 +108,7 @@ mod train {
     mod guard;
     mod lock;
     mod metrics;
+    mod mixture;
     mod models;
     mod rollouts;
     mod run;

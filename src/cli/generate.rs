@@ -5,9 +5,9 @@ use std::{path::PathBuf, time::Instant};
 use half::bf16;
 use serde_json::json;
 
-use super::{DeviceArgs, best_of::KeptSamples, finite, note, rows::RowArgs, warn};
+use super::{DeviceArgs, RowArgs, best_of::KeptSamples, finite, note, rows::OutArgs, warn};
 use crate::{
-    data::{self, Limits, ReadOptions, Tokenizer},
+    data::{self, Limits, Tokenizer},
     device::{Arena, Device, Element},
     error::{Error, Result},
     eval,
@@ -19,7 +19,7 @@ use crate::{
 };
 
 /// How tokens are drawn.
-#[derive(Clone, Debug, clap::Args)]
+#[derive(Debug, clap::Args)]
 pub(super) struct SamplingArgs {
     /// Divides the logits; 0 takes the likeliest token
     #[arg(long, default_value_t = 1.0)]
@@ -37,7 +37,7 @@ pub(super) struct SamplingArgs {
 
 /// Continue prompts (data with `prompt`, `messages`, `text`, `input_ids` or as the README says) and
 /// write JSONL
-#[derive(Clone, Debug, clap::Args)]
+#[derive(Debug, clap::Args)]
 pub(super) struct GenerateArgs {
     /// The model's folder
     #[arg(long, value_name = "DIR")]
@@ -45,9 +45,8 @@ pub(super) struct GenerateArgs {
     /// Prompts, `-` for standard input
     #[arg(long, value_name = "FILE", default_value = "-")]
     data: PathBuf,
-    /// What a column is called in the data, as prompt=question; may be given again
-    #[arg(long, value_name = "OURS=THEIRS")]
-    column: Vec<String>,
+    #[command(flatten)]
+    rows: RowArgs,
     /// A reward model's folder: adds `reward`
     #[arg(long, value_name = "DIR")]
     reward_model: Option<PathBuf>,
@@ -79,7 +78,7 @@ pub(super) struct GenerateArgs {
     #[arg(long, default_value_t = 64, value_parser = clap::value_parser!(u32).range(1..))]
     slots: u32,
     #[command(flatten)]
-    rows: RowArgs,
+    to: OutArgs,
     #[command(flatten)]
     place: DeviceArgs,
 }
@@ -90,9 +89,6 @@ const PART: usize = 8;
 
 pub(super) fn run(args: &GenerateArgs) -> Result<()> {
     let sampling = args.sampling.params()?;
-    let reward_model = args.reward_model.as_deref().map(super::model_folder).transpose()?;
-    let model = super::model_folder(&args.model)?;
-    let args = &GenerateArgs { model, reward_model, ..args.clone() };
     args.place.run(|dev| match dev {
         Device::Cpu(_) => run_in::<f32>(args, dev, sampling),
         Device::Cuda(_) => run_in::<bf16>(args, dev, sampling),
@@ -105,10 +101,11 @@ fn run_in<T: Element<Acc = f32>>(
     dev: &Device,
     sampling: sample::SamplingParams,
 ) -> Result<()> {
-    let (_, spec) = Config::read(&args.model)?.spec()?;
-    let tokenizer = Tokenizer::open_if_there(&args.model, args.chat_template.as_deref())?;
+    let dir = super::model_folder(&args.model)?;
+    let (_, spec) = Config::read(&dir)?.spec()?;
+    let tokenizer = Tokenizer::open_if_there(&dir, args.chat_template.as_deref())?;
     if let (None, Some(stop)) = (&tokenizer, args.stop.first()) {
-        let want = format!("a tokenizer in {}", args.model.display());
+        let want = format!("a tokenizer in {}", dir.display());
         return Err(Error::config("--stop", want, stop));
     }
     if args.stop.iter().any(String::is_empty) {
@@ -123,34 +120,31 @@ fn run_in<T: Element<Acc = f32>>(
         let want = format!("less than the model's {} positions", spec.max_positions);
         return Err(Error::config("--max-new-tokens", want, new));
     };
-    let limits = Limits { max_length, vocab: spec.vocab, eos: None };
     let chats = tokenizer.as_ref().is_some_and(|t| t.template().is_ok());
-    let options = ReadOptions::of_pairs(&args.column, chats)?;
-    let records = data::read_as(&args.data, &options)?;
+    let records = data::read_as(&args.data, &args.rows.options(chats)?)?;
+    let (vocab, skip_bad) = (spec.vocab, records.bad.left);
+    let limits = Limits { max_length, vocab, eos: None, skip_bad };
     let data = data::prompts(&records, tokenizer.as_ref(), limits, Some(usize::MAX))?;
     let (prompts, stats) = (&data.sequences, data.stats);
-    // They are in the order of the data.
-    let mut kept = prompts.iter().peekable();
-    let dropped = |at: &&data::Located| kept.next_if(|p| p.place == at.place).is_none();
-    if stats.dropped > 0
-        && let Some(empty) = records.iter().find(dropped)
-    {
-        return Err(empty.error("has no tokens to continue, wanted at least one"));
+    if let Some(empty) = data.omissions.iter().find(|o| o.reason.starts_with("dropped")) {
+        return Err(empty.first.error("has no tokens to continue, wanted at least one"));
     }
+    let bad = [records.bad.note("read"), data.bad.note("continued")];
+    bad.iter().flatten().for_each(|text| warn(text));
     if stats.truncated > 0 {
         let n = stats.truncated;
         warn(&format!("{n} prompts lost their beginning: longer than {max_length} tokens"));
     }
     let longest = data.longest();
     let options = LoadOptions { longest: Some(longest + new), ..LoadOptions::frozen(Head::Lm) };
-    let model: Model<T> = models::load(dev, &args.model, options)?;
+    let model: Model<T> = models::load(dev, &dir, options)?;
     let spec = model.spec();
     let reward_model = match &args.reward_model {
         None => None,
         Some(dir) => {
-            let longest = longest + new;
+            let (dir, longest) = (super::model_folder(dir)?, longest + new);
             let tokenizer = tokenizer.as_ref();
-            Some(eval::load_reward_model::<T>(dev, dir, spec, tokenizer, longest)?)
+            Some(eval::load_reward_model::<T>(dev, &dir, spec, tokenizer, longest)?)
         }
     };
     let (each, slots) = (u64::from(args.samples), args.slots as usize);
@@ -169,8 +163,8 @@ fn run_in<T: Element<Acc = f32>>(
         stop_ids: eos.chain(args.stop_id.iter().copied()).collect(),
         stream: Stream { seed: args.seed, step: 0, purpose: Purpose::Sample },
     };
-    let mut out = args.rows.open()?;
-    let bar = super::rows::bar(total, args.rows.to_file());
+    let mut out = args.to.open()?;
+    let bar = super::rows::bar(total, args.to.to_file());
     let done = match args.keep {
         KeptSamples::All => out.done as u64,
         // Some prompts have no row.

@@ -27,8 +27,10 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::{
     algorithms::ALGORITHMS,
+    data::ReadOptions,
     device::Device,
     error::{Error, Result},
+    hub, train as runs,
 };
 
 /// Train language models from human feedback: SFT, reward models and PPO in one process.
@@ -101,7 +103,7 @@ fn fail(error: &Error) -> ExitCode {
 }
 
 /// The device to compute on.
-#[derive(Clone, Debug, clap::Args)]
+#[derive(Debug, clap::Args)]
 struct DeviceArgs {
     /// auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N
     #[arg(long, default_value = "auto")]
@@ -113,6 +115,24 @@ struct DeviceArgs {
     profiling: profile::Profiling,
 }
 
+/// How rows of data are read.
+#[derive(Debug, clap::Args)]
+struct RowArgs {
+    /// What a column is called in the data, as prompt=question; may be given again
+    #[arg(long, value_name = "OURS=THEIRS")]
+    column: Vec<String>,
+    /// Leave out up to so many lines that cannot be read
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    skip_bad: usize,
+}
+
+impl RowArgs {
+    fn options(&self, chats: bool) -> Result<ReadOptions> {
+        let options = ReadOptions::of_pairs(&self.column, chats)?;
+        Ok(ReadOptions { skip_bad: self.skip_bad, ..options })
+    }
+}
+
 impl DeviceArgs {
     /// Runs `work` there.
     fn run<R>(&self, work: impl FnOnce(&Device) -> Result<R>) -> Result<R> {
@@ -120,15 +140,28 @@ impl DeviceArgs {
     }
 }
 
-/// The model folder that a user means: of a checkpoint the one that is made of it.
-fn model_folder(dir: &Path) -> Result<PathBuf> {
-    crate::train::model_folder(dir, note)
-}
-
 /// The names of all algorithms, for help.
 fn algorithms() -> String {
     let names: Vec<&str> = ALGORITHMS.iter().map(|e| e.name).collect();
     names.join(", ")
+}
+
+/// The folder of a model that a user means: as it is given, a name of the Hub's, whose snapshot is
+/// told, or a checkpoint, of which one is made.
+fn model_folder(given: &Path) -> Result<PathBuf> {
+    runs::model_folder(&hub_folder(given)?, note)
+}
+
+/// The same without a checkpoint.
+fn hub_folder(given: &Path) -> Result<PathBuf> {
+    if runs::is_of_checkpoint(given) {
+        return Ok(given.to_owned());
+    }
+    let found = hub::model(given)?;
+    if found != given {
+        note(&format!("{} is {}", given.display(), found.display()));
+    }
+    Ok(found)
 }
 
 /// A line on standard error.

@@ -12,7 +12,7 @@ use crate::{
 };
 
 /// Whether a command says where its time goes.
-#[derive(Clone, Debug, clap::Args)]
+#[derive(Debug, clap::Args)]
 pub(super) struct Profiling {
     /// Write a trace of phases, ops and kernels to FILE, for <https://ui.perfetto.dev>, and print
     /// tables of them

@@ -12,8 +12,8 @@ use serde_json::Value;
 use crate::error::{Error, Result};
 
 /// Where rows go.
-#[derive(Clone, Debug, clap::Args)]
-pub(super) struct RowArgs {
+#[derive(Debug, clap::Args)]
+pub(super) struct OutArgs {
     /// Write to FILE, not to standard output
     #[arg(long, value_name = "FILE")]
     out: Option<PathBuf>,
@@ -41,7 +41,7 @@ struct Before {
     torn: String,
 }
 
-impl RowArgs {
+impl OutArgs {
     /// Opens the file, which must not be there yet, or be one to go on with.
     pub fn open(&self) -> Result<RowFile> {
         let Some(path) = &self.out else {

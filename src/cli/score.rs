@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use half::bf16;
 use serde_json::{Value, json};
 
-use super::{DeviceArgs, finite, note, rows::RowArgs, warn};
+use super::{DeviceArgs, RowArgs, finite, note, rows::OutArgs, warn};
 use crate::{
-    data::{self, Limits, ReadOptions, Record, Sequence, Tokenizer},
+    data::{self, Limits, Record, Sequence, Tokenizer},
     device::{Arena, Device, Element},
     error::{Error, Result},
     eval,
@@ -23,7 +23,7 @@ const PART: usize = 8192;
 /// `input_ids` all tokens but the first count, of `prompt, completion` (or `input_ids, output_ids`)
 /// those of the completion, of `messages` those of the model's; `chosen` and `rejected` are scored
 /// both
-#[derive(Clone, Debug, clap::Args)]
+#[derive(Debug, clap::Args)]
 pub(super) struct ScoreArgs {
     /// The folder of a language model
     #[arg(long, value_name = "DIR", required_unless_present = "reward_model")]
@@ -34,9 +34,8 @@ pub(super) struct ScoreArgs {
     /// Texts, `-` for standard input
     #[arg(long, value_name = "FILE", default_value = "-")]
     data: PathBuf,
-    /// What a column is called in the data, as prompt=question; may be given again
-    #[arg(long, value_name = "OURS=THEIRS")]
-    column: Vec<String>,
+    #[command(flatten)]
+    rows: RowArgs,
     /// chatml, llama3, gemma, mistral, zephyr, vicuna or a file, not the model's own template
     #[arg(long, value_name = "NAME")]
     chat_template: Option<String>,
@@ -51,7 +50,7 @@ pub(super) struct ScoreArgs {
     #[arg(long)]
     summary: bool,
     #[command(flatten)]
-    rows: RowArgs,
+    to: OutArgs,
     #[command(flatten)]
     place: DeviceArgs,
 }
@@ -60,9 +59,6 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
     if !(args.temperature >= 1e-3 && args.temperature.is_finite()) {
         return Err(Error::config("--temperature", "0.001 or more", args.temperature));
     }
-    let folder = |dir: &Option<PathBuf>| dir.as_deref().map(super::model_folder).transpose();
-    let (model, reward_model) = (folder(&args.model)?, folder(&args.reward_model)?);
-    let args = &ScoreArgs { model, reward_model, ..args.clone() };
     args.place.run(|dev| match dev {
         Device::Cpu(_) => run_in::<f32>(args, dev),
         Device::Cuda(_) => run_in::<bf16>(args, dev),
@@ -72,9 +68,11 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
 /// [`run`] with models that compute in `T`.
 fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
     let spec_of = |d: &PathBuf| Ok(Config::read(d)?.spec()?.1);
-    let dirs = [&args.model, &args.reward_model];
+    let folder = |dir: &Option<PathBuf>| dir.as_deref().map(super::model_folder).transpose();
+    let (model_dir, reward_dir) = (folder(&args.model)?, folder(&args.reward_model)?);
+    let dirs = [&model_dir, &reward_dir];
     let specs = dirs.into_iter().flatten().map(spec_of).collect::<Result<Vec<_>>>()?;
-    let Some(dir) = args.model.as_ref().or(args.reward_model.as_ref()) else {
+    let Some(dir) = model_dir.as_ref().or(reward_dir.as_ref()) else {
         return Err(Error::config("--model", "a model or a reward model", "neither"));
     };
     let tokenizer = Tokenizer::open_if_there(dir, args.chat_template.as_deref())?;
@@ -86,28 +84,36 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
         let want = format!("a tokenizer in {} that names an end of text", dir.display());
         return Err(Error::config("--eos", want, "none"));
     }
-    let limits = Limits { max_length, vocab, eos: eos.filter(|_| args.eos) };
+    let limits = Limits { max_length, vocab, eos: eos.filter(|_| args.eos), skip_bad: 0 };
     // Rated as the reward model was trained, whatever the language model scores.
-    let trained = args.reward_model.as_deref().and_then(train::appended_eos);
-    let as_trained = Limits { eos: trained.or(limits.eos), ..limits };
+    let trained = reward_dir.as_deref().and_then(train::appended_eos);
     let chats = tokenizer.as_ref().is_some_and(|t| t.template().is_ok());
-    let options = ReadOptions::of_pairs(&args.column, chats)?;
+    let options = args.rows.options(chats)?;
     let records = data::read_as(&args.data, &options)?;
-    let rated = data::scored(&records, tokenizer.as_ref(), as_trained)?;
-    let apart = args.model.is_some() && as_trained.eos != limits.eos;
+    let limits = Limits { skip_bad: records.bad.left, ..limits };
+    let as_trained = Limits { eos: trained.or(limits.eos), ..limits };
+    let mut rated = data::scored(&records, tokenizer.as_ref(), as_trained)?;
+    let apart = model_dir.is_some() && as_trained.eos != limits.eos;
     let apart = apart.then(|| data::scored(&records, tokenizer.as_ref(), limits)).transpose()?;
+    let bad = &apart.as_ref().unwrap_or(&rated).bad;
+    [records.bad.note("read"), bad.note("scored")].iter().flatten().for_each(|text| warn(text));
+    if let Some(apart) = &apart {
+        // A text that has no token without EOS is scored by neither.
+        let mut kept = apart.sequences.iter().map(|s| &s.place).peekable();
+        rated.sequences.retain(|s| kept.next_if(|place| **place == s.place).is_some());
+    }
     let data = apart.as_ref().unwrap_or(&rated);
     let n = data.stats.truncated;
     if n > 0 {
         warn(&format!("{n} texts lost their end: longer than {max_length} tokens"));
     }
     let longest = data.longest().max(rated.longest());
-    let model = args.model.as_ref().map(|dir| {
+    let model = model_dir.as_ref().map(|dir| {
         let options = LoadOptions { longest: Some(longest), ..LoadOptions::frozen(Head::Lm) };
         models::load::<T>(dev, dir, options)
     });
     let model = model.transpose()?;
-    let reward_model = args.reward_model.as_ref().map(|dir| {
+    let reward_model = reward_dir.as_ref().map(|dir| {
         let options = LoadOptions { longest: Some(longest), ..LoadOptions::frozen(Head::Scalar) };
         let loaded: Model<T> = models::load(dev, dir, options)?;
         if let Some(model) = &model {
@@ -123,16 +129,16 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
         Record::Preference { .. } | Record::PreferenceIds { .. } | Record::ChatPreference { .. }
     );
     let unit = if pairs { 2 } else { 1 };
-    let (mut out, mut summary) = (args.rows.open()?, Summary::default());
+    let (mut out, mut summary) = (args.to.open()?, Summary::default());
     let both = |line: &Value| [line["chosen"].clone(), line["rejected"].clone()];
-    args.rows.earlier(out.done, |line| match unit {
+    args.to.earlier(out.done, |line| match unit {
         2 => summary.add(&both(line)),
         _ => summary.add(std::slice::from_ref(line)),
     })?;
     let done = (out.done * unit).min(data.sequences.len());
     let (mut rest, mut rated) = (&data.sequences[done..], &rated.sequences[done..]);
     let all = data.sequences.len() / unit;
-    let bar = super::rows::bar(all as u64, args.rows.to_file());
+    let bar = super::rows::bar(all as u64, args.to.to_file());
     bar.set_position((done / unit) as u64);
     while !rest.is_empty() {
         let mut tokens = 0;
@@ -157,7 +163,7 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
     }
     bar.finish_and_clear();
     out.finish()?;
-    match (args.summary, args.rows.to_file()) {
+    match (args.summary, args.to.to_file()) {
         (true, true) => super::print(&format!("{}\n", summary.of_all())),
         (true, false) => {
             note(&summary.of_all().to_string());

@@ -10,13 +10,13 @@ use crate::{
     data::{Sequence, Tokenizer},
     error::Result,
     models::Config,
-    train::inputs::RunData,
+    train::{DataFile, inputs::RunData},
 };
 
 /// Write what training sees of data: a JSON line a sequence, with `text`, `input_ids` and `labels`
 /// (-100 is not learned); on a terminal the text, and in green what is learned. The model's folder
 /// needs no weights
-#[derive(Clone, Debug, clap::Args)]
+#[derive(Debug, clap::Args)]
 pub(super) struct TokenizeArgs {
     /// The model's folder
     #[arg(long, value_name = "DIR")]
@@ -24,6 +24,9 @@ pub(super) struct TokenizeArgs {
     /// Data files as in training, `-` for standard input; may be given again
     #[arg(long, value_name = "FILE", default_value = "-")]
     data: Vec<String>,
+    /// Leave out up to so many lines that cannot be read
+    #[arg(long, value_name = "N")]
+    skip_bad: Option<usize>,
     #[arg(long, default_value = "sft", help = super::algorithms())]
     algorithm: String,
     /// Settings in TOML
@@ -37,19 +40,19 @@ pub(super) struct TokenizeArgs {
 pub(super) fn run(args: &TokenizeArgs) -> Result<()> {
     let (entry, mut settings, mut section) =
         train::settings_of((&args.algorithm, None), args.config.as_deref(), &args.set)?;
-    let model = super::model_folder(args.model.as_ref())?.display().to_string();
-    let args = &TokenizeArgs { model, ..args.clone() };
-    settings.model.clone_from(&args.model);
-    settings.data.clone_from(&args.data);
+    let model = super::model_folder(args.model.as_ref())?;
+    settings.model = model.display().to_string();
+    settings.data = args.data.iter().map(DataFile::from).collect();
+    settings.skip_bad = args.skip_bad.unwrap_or(settings.skip_bad);
     config::Section::validate(&settings)?;
     // The model that rates reads what the policy writes; here nothing is written.
     let rates = section.keys().iter().any(|k| k.name == "reward_model" && k.value == "\"\"");
     if rates {
-        let folder = toml::Value::String(args.model.clone());
+        let folder = toml::Value::String(settings.model.clone());
         section.set("reward_model", &folder).transpose()?;
     }
     let needs = (entry.build)(&*section)?.needs();
-    let (_, spec) = Config::read(args.model.as_ref())?.spec()?;
+    let (_, spec) = Config::read(&model)?.spec()?;
     let data = RunData::read(&settings, &needs, &spec)?;
     data.source.warnings.iter().for_each(|text| warn(text));
     let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();

@@ -31,12 +31,15 @@ pub(super) struct RunArgs {
     /// Settings in TOML; `warpo config ALGORITHM` prints all of them
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// The model's folder
+    /// The model's folder, or its name on the Hub where it is in the local cache
     #[arg(long, value_name = "DIR")]
     model: Option<String>,
-    /// A data file (JSONL), `-` for standard input; may be given again
+    /// A data file, folder, pattern or name of the Hub, `-` for standard input; may be given again
     #[arg(long, value_name = "FILE")]
     data: Vec<String>,
+    /// Leave out up to so many lines that cannot be read
+    #[arg(long, value_name = "N")]
+    skip_bad: Option<u32>,
     /// Folder of the run
     #[arg(long, value_name = "DIR")]
     out: Option<String>,
@@ -74,24 +77,31 @@ pub(super) fn settings(
         let list: Vec<toml::Value> = args.data.iter().map(|d| d.clone().into()).collect();
         all.push(format!("data={}", toml::Value::Array(list)));
     }
+    all.extend(args.skip_bad.iter().map(|n| format!("skip_bad={n}")));
     all.extend(args.out.iter().map(|out| name("out", out)));
     all.extend(args.device.iter().map(|device| name("device", device)));
     all.extend(args.set.iter().cloned());
     let chosen = (&*args.algorithm, args.preset.as_deref());
-    settings_of(chosen, args.config.as_deref(), &all)
+    let (entry, mut settings, mut section) = settings_of(chosen, args.config.as_deref(), &all)?;
+    find_models(&mut settings, &mut *section, super::hub_folder)?;
+    Ok((entry, settings, section))
 }
 
-/// Puts model folders for the checkpoints that are named as models.
-fn take_checkpoints(settings: &mut Settings, section: &mut dyn Section) -> Result<()> {
+/// Puts folders in place of the names of models: of the Hub's, or of checkpoints, too.
+fn find_models(
+    settings: &mut Settings,
+    section: &mut dyn Section,
+    folder: impl Fn(&Path) -> Result<PathBuf>,
+) -> Result<()> {
     if !settings.model.is_empty() {
-        settings.model = super::model_folder(settings.model.as_ref())?.display().to_string();
+        settings.model = folder(settings.model.as_ref())?.display().to_string();
     }
     for key in section.keys().iter().filter(|k| k.name.ends_with("_model")) {
         let table = format!("x = {}", key.value).parse::<toml::Table>().unwrap_or_default();
-        let path = table.get("x").and_then(|x| x.as_str()).unwrap_or_default();
-        if !path.is_empty() {
-            let folder = super::model_folder(path.as_ref())?.display().to_string();
-            section.set(key.name, &folder.into()).transpose()?;
+        let given = table.get("x").and_then(|x| x.as_str()).unwrap_or_default();
+        if !given.is_empty() {
+            let found = folder(given.as_ref())?.display().to_string();
+            section.set(key.name, &found.into()).transpose()?;
         }
     }
     Ok(())
@@ -126,7 +136,7 @@ pub(super) fn settings_of(
 pub(super) fn run(args: &TrainArgs) -> Result<()> {
     signals::install()?;
     let (entry, mut settings, mut section) = settings(&args.run)?;
-    take_checkpoints(&mut settings, &mut *section)?;
+    find_models(&mut settings, &mut *section, super::model_folder)?;
     let dev = Device::from_name(&settings.device, settings.threads)?;
     let dir = args.profiling.on(dev, |dev| {
         let mut progress = Progress::new(entry.name);

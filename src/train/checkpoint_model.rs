@@ -28,6 +28,11 @@ pub fn is_checkpoint(dir: &Path) -> bool {
     dir.join("state.json").is_file() && !dir.join("config.json").exists()
 }
 
+/// Whether a path is that of a checkpoint in a run's folder, be it there or not.
+pub fn is_of_checkpoint(dir: &Path) -> bool {
+    place(dir).is_some()
+}
+
 /// The model folder that `dir` stands for: itself, or `RUN/step-N` for `RUN/checkpoints/step-N`,
 /// which is written if it is not there yet, as `told` hears. It stays when the checkpoint goes.
 pub fn model_folder(dir: &Path, told: impl Fn(&str)) -> Result<PathBuf> {

@@ -3,6 +3,8 @@
 use std::path::Path;
 
 use super::{
+    data_file::DataFile,
+    mixture::SourceRows,
     models::{self, PlannedModel},
     plan::{MemoryPlan, PassSizes},
     schedule::Course,
@@ -12,7 +14,7 @@ use super::{
 use crate::{
     algorithms::{Algorithm, Needs},
     config::Section,
-    data::{self, Limits, Sequence, Tokenizer},
+    data::{self, FolderPart, Limits, Sequence, Tokenizer},
     device::{Device, Element},
     error::{Error, Result},
     eval,
@@ -91,14 +93,34 @@ impl RunData {
             return Err(Error::config("load_balance", want, settings.load_balance));
         }
         let max_length = max_length(settings, needs, spec)?;
-        if !settings.eval_data.is_empty() && needs.sampling().is_some() {
+        let (given, split) = (settings.eval_data.join(", "), settings.validation_split);
+        if needs.sampling().is_some() {
             let want = "none for an algorithm that samples; its metrics are of new samples";
-            return Err(Error::config("eval_data", want, settings.eval_data.join(", ")));
+            let config = |key: &str, got: &str| Err(Error::config(key, want, got));
+            if !given.is_empty() {
+                return config("eval_data", &given);
+            }
+            if split > 0.0 {
+                return config("validation_split", &split.to_string());
+            }
         }
-        let limits = Limits { max_length, vocab: spec.vocab, eos: eos.first().copied() };
+        if split > 0.0 && !given.is_empty() {
+            let want = format!("0 beside eval_data, which is {given}");
+            return Err(Error::config("validation_split", want, split));
+        }
+        let (vocab, eos_id) = (spec.vocab, eos.first().copied());
+        let limits = Limits { max_length, vocab, eos: eos_id, skip_bad: 0 };
+        let chats = tokenizer.as_ref().is_some_and(|t| t.template().is_ok());
+        let read = |files: &[DataFile], part| SourceRows::read(files, part, chats, settings);
         let load =
-            |files: &[String]| Source::load(files, needs, tokenizer.as_ref(), limits, settings);
-        let mut source = load(&settings.data)?;
+            |rows: &SourceRows| Source::of(rows, needs, tokenizer.as_ref(), limits, settings);
+        let mut rows = read(&settings.data, FolderPart::Training)?;
+        let apart = match split > 0.0 {
+            true => Some(rows.hold_out(split, settings.seed)?),
+            false => None,
+        };
+        let mut source = load(&rows)?;
+        drop(rows);
         let end = tokenizer.as_ref().and_then(data::turn_end);
         let ended = |s: &Sequence| s.ids.iter().any(|id| eos.contains(id));
         let learns = source.is_chat && needs.sampling().is_none();
@@ -127,9 +149,13 @@ impl RunData {
         };
         ids("eos_id", &eos)?;
         ids("stop_ids", &settings.stop_ids)?;
-        let held_out = match settings.eval_data.is_empty() {
-            false => Some(load(&settings.eval_data)?),
-            true => None,
+        let held_out = match (apart, settings.eval_data.is_empty()) {
+            (None, true) => None,
+            (Some(rows), _) => Some(load(&rows)?),
+            (None, false) => {
+                let files: Vec<DataFile> = settings.eval_data.iter().map(DataFile::from).collect();
+                Some(load(&read(&files, FolderPart::HeldOut)?)?)
+            }
         };
         Ok(Self { tokenizer, eos, source, held_out })
     }
@@ -156,7 +182,7 @@ impl RunInputs {
         let (asked, draws) = (settings.batch_size, source.draws() * per_prompt);
         if draws < asked {
             warnings.push(format!(
-                "batch_size is {asked}, the data has {draws} examples: a step takes each once"
+                "batch_size is {asked}, an epoch has {draws} examples: a step takes each once"
             ));
             settings.batch_size = draws;
         }
@@ -175,7 +201,7 @@ impl RunInputs {
         }
         let steps = match settings.steps {
             0 => {
-                let exact = settings.epochs * source.data.len() as f64 / source.draws() as f64;
+                let exact = settings.epochs * source.epoch() as f64 / source.draws() as f64;
                 // 0.07 * 100 is above 7 by a rounding.
                 (exact * (1.0 - 1e-12)).ceil().max(1.0) as u64
             }

@@ -6,7 +6,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::{Settings, export::ExportPlan, inputs::RunInputs};
+use super::{Settings, export::ExportPlan, inputs::RunInputs, source::Source};
 use crate::{
     algorithms::algorithm,
     config::Section,
@@ -84,8 +84,8 @@ impl Manifest {
         let keys = keys.filter(|k| !Settings::FREE.contains(&k.name) || split(k.name));
         Self {
             algorithm: algorithm.into(),
-            data: inputs.source.data.digest(),
-            eval_data: inputs.held_out.as_ref().map(|s| s.data.digest()),
+            data: inputs.source.digest(),
+            eval_data: inputs.held_out.as_ref().map(Source::digest),
             tokenizer: inputs.tokenizer.as_ref().map(Tokenizer::digest),
             eos: inputs.eos.clone(),
             precision: precision.into(),

@@ -193,7 +193,7 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
     fn about(&self, entry: &AlgorithmEntry) -> Vec<(&'static str, String)> {
         let t = &self.trainer;
         let mib = t.memory().shared() as f64 / (1 << 20) as f64;
-        let s = &t.inputs.source.data.stats;
+        let (s, skipped) = (&t.inputs.source.data.stats, t.inputs.source.skipped);
         let mut about = vec![("algorithm", entry.name.to_owned()), ("device", t.dev.describe())];
         for (role, m) in t.models.all() {
             let mut text = format!("{}, {} weights", m.family().model_type, models::count(m));
@@ -203,13 +203,19 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
             }
             about.push((role.name, text));
         }
-        about.push((
-            "data",
-            format!(
-                "{} examples, {} tokens, {} truncated, {} dropped",
-                s.examples, s.tokens, s.truncated, s.dropped
-            ),
-        ));
+        let mut data = format!(
+            "{} examples, {} tokens, {} truncated, {} dropped",
+            s.examples, s.tokens, s.truncated, s.dropped
+        );
+        if skipped > 0 {
+            data += &format!(", {skipped} bad lines left out");
+        }
+        about.push(("data", data));
+        about.extend(t.inputs.source.weights.clone().map(|text| ("weights", text)));
+        if let Some(held_out) = &t.inputs.held_out {
+            let s = &held_out.data.stats;
+            about.push(("held out", format!("{} examples, {} tokens", s.examples, s.tokens)));
+        }
         about.push(("step", t.equation()));
         about.push(("memory", format!("{mib:.1} MiB for activations and KV cache, planned once")));
         about

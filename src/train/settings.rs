@@ -4,6 +4,7 @@ use std::collections::BTreeMap;
 
 use safetensors::Dtype;
 
+use super::data_file::DataFile;
 use crate::{
     algorithms::AlgorithmEntry,
     config::{self, Section},
@@ -37,12 +38,22 @@ crate::settings! {
     pub struct Settings {
         /// The model's folder: config.json, safetensors, tokenizer.json, as Hugging Face stores it.
         pub model: String = String::new() => "a model folder (--model DIR)" if |m| !m.is_empty(),
-        /// Data files (JSON lines or lists, CSV, TSV; each also as .gz or .zst), folders of these,
-        /// or patterns with * and ?; "-" is standard input.
-        pub data: Vec<String> = Vec::new()
+        /// Data files (JSON lines or lists, CSV, TSV; each also as .gz or .zst; Parquet where it is
+        /// built in), folders of these, patterns with * and ?, or names of the Hub; "-" is standard
+        /// input. An epoch draws each example once; of a file with weight w round(w n) of its n
+        /// examples, at least one, and none again before all others were drawn, over epochs.
+        pub data: Vec<DataFile> = Vec::new()
             => "at least one file (--data FILE)" if |d| !d.is_empty(),
         /// Data files that are scored but never trained on (all but ppo).
         pub eval_data: Vec<String> = Vec::new(),
+        /// Instead of eval_data, of the rows of data: below 1 each with this probability, else so
+        /// many; 0 is off. A row's side follows from its content and the seed: equal rows go
+        /// together (Hugging Face: train_test_split, by position).
+        pub validation_split: f64 = 0.0
+            => "from 0 to below 1, or a whole number" if is_split,
+        /// Lines that may be left out because they cannot be read or learned, of the data, and of
+        /// what is held out; one more is an error.
+        pub skip_bad: usize = 0,
         /// What columns are called in the data, where that is not known here: prompt = "question".
         pub columns: BTreeMap<String, String> = BTreeMap::new(),
         /// Steps between evaluations; 0 evaluates at each end of an epoch.
@@ -143,6 +154,10 @@ crate::settings! {
         /// named; 0 is off (our own).
         pub verify_every: u64 = 0,
     }
+}
+
+fn is_split(share: &f64) -> bool {
+    (0.0..1.0).contains(share) || *share >= 1.0 && share.fract() == 0.0 && *share < 1e15
 }
 
 impl SaveDtype {

@@ -1,12 +1,13 @@
 //! The source of a step's sequences: a data set's texts or pairs as they are, or prompts that the
 //! policy continues first.
 
-use std::path::Path;
+use sha2::{Digest, Sha256};
 
-use super::settings::Settings;
+use super::{data_file::DataFile, mixture::SourceRows, settings::Settings};
 use crate::{
     algorithms::{Columns, Inputs, Needs},
-    data::{self, Dataset, DrawOrder, Limits, ReadOptions, Sequence, Tokenizer},
+    data::{self, Dataset, DrawOrder, FolderPart, Limits, Sequence, Tokenizer},
+    digest::hex,
     error::{Error, Result},
     rollout::{Completion, Prompt},
 };
@@ -28,6 +29,10 @@ pub struct Source {
     by_token: bool,
     /// What a user should know of the data.
     pub warnings: Vec<String>,
+    /// What an epoch draws of each file, if that is not each example once.
+    pub weights: Option<String>,
+    /// Lines that are left out because they cannot be read or learned.
+    pub skipped: usize,
 }
 
 /// The sequences of a step, and the columns of their tokens.
@@ -42,33 +47,43 @@ pub struct StepData {
 impl Source {
     /// Loads the examples of data files.
     pub fn load(
-        files: &[String],
+        files: &[DataFile],
         needs: &Needs,
         tokenizer: Option<&Tokenizer>,
         limits: Limits,
         s: &Settings,
     ) -> Result<Self> {
         let chats = tokenizer.is_some_and(|t| t.template().is_ok());
-        let options = ReadOptions { columns: s.columns.clone(), chats };
-        let mut records = Vec::new();
-        for file in files {
-            records.extend(data::read_as(Path::new(file), &options)?);
-        }
+        let rows = SourceRows::read(files, FolderPart::Training, chats, s)?;
+        Self::of(&rows, needs, tokenizer, limits, s)
+    }
+
+    /// The examples of rows that were read.
+    pub fn of(
+        from: &SourceRows,
+        needs: &Needs,
+        tokenizer: Option<&Tokenizer>,
+        limits: Limits,
+        s: &Settings,
+    ) -> Result<Self> {
+        let (records, limits) = (&from.rows, Limits { skip_bad: from.skip_bad, ..limits });
         let mut data = match needs.inputs {
             Inputs::Texts { completion_only } => {
-                data::texts(&records, tokenizer, limits, completion_only)?
+                data::texts(records, tokenizer, limits, completion_only)?
             }
-            Inputs::Pairs => data::pairs(&records, tokenizer, limits, s.seed)?,
-            Inputs::Judged => data::judged(&records, tokenizer, limits)?,
-            Inputs::Prompts(_) => data::prompts(&records, tokenizer, limits, s.prompt_tokens)?,
+            Inputs::Pairs => data::pairs(records, tokenizer, limits, s.seed)?,
+            Inputs::Judged => data::judged(records, tokenizer, limits)?,
+            Inputs::Prompts(_) => data::prompts(records, tokenizer, limits, s.prompt_tokens)?,
         };
         if needs.inputs == Inputs::Pairs && needs.policy {
             data.keep_predicted();
         }
         if data.is_empty() {
-            let why: Vec<String> = data.omissions.iter().map(ToString::to_string).collect();
+            let why =
+                data.omissions.iter().map(ToString::to_string).chain(data.bad.note("learned"));
+            let why: Vec<String> = why.collect();
             let got = format!("{} records, all dropped: {}", records.len(), why.join("; "));
-            return Err(Error::value(files.join(", "), "at least one example", got));
+            return Err(Error::value(&from.names, "at least one example", got));
         }
         let with_margin = data.margins.iter().position(Option::is_some).filter(|_| !needs.margins);
         if let Some(i) = with_margin {
@@ -76,21 +91,29 @@ impl Source {
             return Err(place.error("has a `margin`, which this loss does not read: take it out"));
         }
         let copies = needs.sampling().map_or(1, |s| s.samples_per_prompt);
-        let mut warnings = Vec::from_iter(tokenizer.and_then(|t| spelled(t, &records)));
+        let mut warnings = from.notes.clone();
+        warnings.extend(data.bad.note("learned"));
+        warnings.extend(tokenizer.and_then(|t| spelled(t, records)));
         warnings.extend(data.omissions.iter().map(ToString::to_string));
         let draws = s.batch_size / copies;
         // A text twice in a step counts twice; a prompt has other samples each time.
-        let draws = if needs.sampling().is_none() { draws.min(data.len()) } else { draws };
+        let order = match from.groups(&data) {
+            Some(groups) => DrawOrder::weighted(groups, s.seed, s.shuffle),
+            None => DrawOrder::new(data.len(), s.seed, s.shuffle),
+        };
+        let draws = if needs.sampling().is_none() { draws.min(order.len()) } else { draws };
         if needs.mismatched_kl && draws < 2 {
             let want = "2 or more: the KL is that of a prompt with the completion of another";
             return Err(Error::config("batch_size", want, draws));
         }
         Ok(Self {
-            order: DrawOrder::new(data.len(), s.seed, s.shuffle),
+            weights: Some(from.weights(order.groups())).filter(|_| !order.groups().is_empty()),
+            order,
             draws,
             copies,
+            skipped: from.skipped + data.bad.count,
             warnings,
-            is_chat: records.iter().any(|at| at.record.is_chat()),
+            is_chat: from.has_chats(),
             mismatches: needs.mismatched_kl,
             by_token: needs.policy,
             data,
@@ -100,6 +123,26 @@ impl Source {
     /// Examples of a step.
     pub fn draws(&self) -> usize {
         self.draws
+    }
+
+    /// Draws of an epoch.
+    pub fn epoch(&self) -> usize {
+        self.order.len()
+    }
+
+    /// SHA-256 of all that is learned, and of how often.
+    pub fn digest(&self) -> String {
+        let data = self.data.digest();
+        if self.order.groups().is_empty() {
+            return data;
+        }
+        let mut hash = Sha256::new();
+        hash.update(data);
+        for group in self.order.groups() {
+            let all = [group.draws, group.examples.len()].into_iter().chain(group.examples.clone());
+            all.for_each(|n| hash.update((n as u64).to_le_bytes()));
+        }
+        hex(hash.finalize())
     }
 
     /// The sequences of a step, counted from 0. Those of prompts are to be continued.

@@ -1,6 +1,7 @@
 //! The command line as a user meets it: help, wrong input, pipes, exit codes.
 
 mod chat;
+mod hub;
 mod profile;
 mod rows;
 
