@@ -353,7 +353,7 @@ fn a_policy_learns_a_bandit_by_every_preset() {
         for (i, p) in e.presets.iter().enumerate() {
             let values: Vec<String> = p.values.iter().map(|(k, v)| format!("{k}={v}")).collect();
             let mut own: Vec<&str> = values.iter().map(String::as_str).collect();
-            own.extend(["grpo_epochs=1", "samples_per_prompt=8"]);
+            own.extend(["grpo_epochs=1", "samples_per_prompt=8", "min_learning_rate_ratio=0"]);
             let dir = temp_dir(&format!("bandit_{}_{}", e.name, p.name));
             learns::<f32>(host(), (e.name, &own), i % 2, &dir);
         }
