@@ -59,7 +59,7 @@ pub const BUGS: &[Bug] = &[
     Bug {
         what: "a micro-batch's loss is its own mean",
         file: "src/algorithms/policy_gradient.rs",
-        place: "let total = «micro.columns.tokens()» as f64;",
+        place: "let total = loss.denominator(«count», c.sequences(), sampling.max_new_tokens);",
         mistake: "micro.tokens().len()",
         test: "algorithms::ppo::whole_step_denominators",
     },
