@@ -207,7 +207,7 @@ fn kernels_readme_has_the_table() {
 }
 
 /// Kernels that load no 16 bytes at once, and why.
-const NARROW: [(&str, &str); 42] = [
+const NARROW: [(&str, &str); 43] = [
     ("delta_rule_backward_bf16", "a column of a state has four lanes"),
     ("delta_rule_backward_f32", "a column of a state has four lanes"),
     ("delta_rule_forward_bf16", "a column of a state has four lanes"),
@@ -235,6 +235,7 @@ const NARROW: [(&str, &str); 42] = [
     ("logprob_top", "keys of a list, a lane each"),
     ("next_ids_forward", "tokens from anywhere, a lane each"),
     ("norm_add_partials", "a column a lane, 128 bytes a warp"),
+    ("policy_loss_forward", "a sequence a block, whose columns begin anywhere"),
     ("preference_loss_forward", "sequences begin at any token, a lane a token"),
     ("routing_backward_bf16", "a row of as many experts as there are, a lane each"),
     ("routing_backward_f32", "a row of as many experts as there are, a lane each"),
