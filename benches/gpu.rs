@@ -35,10 +35,11 @@ use warpo::{
         bradley_terry::{self, Pairs},
         embedding, gae, grad_norm, next_ids, nll,
         norm::{self, Norm, NormGrads, NormKept, NormOut, NormSpec},
-        ppo_loss::{self, PpoLoss, PpoTokens},
+        policy_loss::{self, PolicyLoss, PolicyTokens},
         residual,
         rope::{self, Rope, Table},
         sample, scale,
+        sequence_loss::Offsets,
         value_loss::{self, ValueLoss, ValueTokens},
         whiten::{self, Moments, Variance},
     },
@@ -275,14 +276,22 @@ fn losses(b: &mut Bench) {
     let n = b.sizes.tokens;
     let [x, y, z] = [1, 2, 3].map(|i| b.inputs::<f32>(i, n));
     let (mut d, mut e) = (b.inputs::<f32>(4, n), b.inputs::<f32>(5, n));
-    let settings =
-        PpoLoss { clip_low: 0.2, clip_high: 0.2, dual_clip: None, kl: None, entropy_coef: 0.0 };
+    let settings = PolicyLoss::default();
+    let ends: Vec<u32> = (0..=1000).map(|i| i * (n as u32 / 1000)).collect();
+    let offsets = Buffer::of(&b.dev, "offsets", &ends).unwrap();
     let denominator = n as f64;
-    b.run("ppo_loss", 16 * n, |dev, i| {
+    b.run("policy_loss", 16 * n, |dev, i| {
         let (logp, old_logp, advantages) = (x[i].view(), y[i].view(), z[i].view());
-        let t =
-            PpoTokens { logp, old_logp, ref_logp: None, entropy: None, advantages, weights: None };
-        drop(ppo_loss::policy(dev, d[i].view_mut(), None, t, &settings, denominator).unwrap());
+        let t = PolicyTokens {
+            logp,
+            old_logp,
+            ref_logp: None,
+            entropy: None,
+            advantages,
+            weights: None,
+            offsets: Offsets { host: &ends, view: offsets.view() },
+        };
+        drop(policy_loss::forward(dev, d[i].view_mut(), None, t, &settings, denominator).unwrap());
     });
     b.run("value_loss", 16 * n, |dev, i| {
         let (v, old, returns) = (x[i].view(), y[i].view(), z[i].view());

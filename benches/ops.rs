@@ -27,12 +27,13 @@ use warpo::{
         matmul::{self, Packed},
         nll,
         norm::{self, Norm, NormGrads, NormKept, NormOut, NormSpec},
-        ppo_loss::{self, KlTerm, PpoLoss, PpoTokens},
+        policy_loss::{self, KlTerm, KlWeight, PolicyLoss, PolicyTokens, Surrogate},
         residual,
         rope::{self, Rope, Table},
         routing::{self, Router, Routes},
         sample::{self, Draws},
         scalar_head, scale,
+        sequence_loss::Offsets,
         short_conv::{self, ConvKept, ConvSpec, Sequences},
         value_loss::{self, ValueLoss, ValueTokens},
         whiten::{self, Moments, Variance},
@@ -398,20 +399,23 @@ fn losses(c: &mut Criterion) {
     let col = |s: u64| randn(s, n);
     let (logp, old, reference, adv) = (col(1), col(2), col(3), col(4));
     let (mut d, mut e) = (vec![0.0; n], vec![0.0; n]);
-    let kl = Some(KlTerm { coef: 0.05, estimator: KlEstimator::K3, unbiased: true });
-    let settings =
-        PpoLoss { clip_low: 0.2, clip_high: 0.28, dual_clip: Some(3.0), kl, entropy_coef: 0.01 };
-    bench(&mut g, "ppo_loss/cpu/f32/65536", moves(7 * n), || {
-        let tokens = PpoTokens {
+    let weight = KlWeight::Ratio;
+    let kl = Some(KlTerm { coef: 0.05, estimator: KlEstimator::K3, weight });
+    let surrogate = Surrogate::Clip { low: 0.2, high: 0.28, dual: Some(3.0) };
+    let settings = PolicyLoss { surrogate, kl, entropy_coef: 0.01, ..PolicyLoss::default() };
+    let ends: Vec<u32> = (0..=64).map(|i| i * 1024).collect();
+    bench(&mut g, "policy_loss/cpu/f32/65536", moves(7 * n), || {
+        let tokens = PolicyTokens {
             logp: (&logp).into(),
             old_logp: (&old).into(),
             ref_logp: Some((&reference).into()),
             entropy: Some((&adv).into()),
             advantages: (&adv).into(),
             weights: None,
+            offsets: Offsets { host: &ends, view: (&ends[..]).into() },
         };
         let (d, e) = ((&mut d).into(), Some((&mut e).into()));
-        ppo_loss::policy(dev, d, e, tokens, &settings, n as f64).unwrap().get().unwrap();
+        policy_loss::forward(dev, d, e, tokens, &settings, n as f64).unwrap().get().unwrap();
     });
     bench(&mut g, "value_loss/cpu/f32/65536", moves(4 * n), || {
         let (v, old, returns) = ((&logp).into(), (&old).into(), (&adv).into());

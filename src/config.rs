@@ -321,7 +321,13 @@ pub fn set_pair(sections: &mut [&mut dyn Section], pair: &str) -> Result<()> {
     let value = parsed.unwrap_or_else(plain);
     set(sections, key, &value).or_else(|e| {
         // A text that looks like a number or a date is still a text where the key takes one.
-        if set(sections, key, &plain()).is_ok() { Ok(()) } else { Err(e) }
+        if !matches!(value, Value::Array(_) | Value::Table(_))
+            && set(sections, key, &plain()).is_ok()
+        {
+            Ok(())
+        } else {
+            Err(e)
+        }
     })
 }
 

@@ -66,6 +66,7 @@ mod digest;
 pub mod error;
 #[doc(hidden)]
 pub mod eval;
+mod hub;
 #[doc(hidden)]
 pub mod models;
 #[doc(hidden)]

@@ -12,6 +12,7 @@ mod seeded;
 mod support;
 
 mod algorithms {
+    mod grpo;
     mod kto;
     mod ppo;
     mod preference;
@@ -25,7 +26,9 @@ mod data {
     mod dataset;
     mod files;
     mod jinja;
+    mod parquet;
     mod records;
+    mod skipping;
     mod tokenizer;
 }
 mod device {
@@ -49,6 +52,7 @@ mod eval {
 mod models {
     mod config;
     mod device;
+    mod folder;
     pub mod golden;
     mod gradients;
     mod mixture;
@@ -76,7 +80,7 @@ mod ops {
     mod next_ids;
     mod nll;
     mod norm;
-    mod ppo_loss;
+    mod policy_loss;
     mod preference_loss;
     mod residual;
     mod rope;
@@ -96,6 +100,7 @@ mod rollout {
     mod score;
 }
 mod train {
+    mod best;
     mod checkpoint;
     mod device;
     mod events;
@@ -103,6 +108,7 @@ mod train {
     mod guard;
     mod lock;
     mod metrics;
+    mod mixture;
     mod models;
     mod rollouts;
     mod run;

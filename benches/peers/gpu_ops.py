@@ -76,7 +76,7 @@ def sample(z, k=None, p=None):
     return torch.multinomial(z.float().softmax(-1), 1)
 
 
-def ppo_loss(logp, old, adv):
+def policy_loss(logp, old, adv):
     ratio = (logp - old).exp()
     loss = torch.maximum(-adv * ratio, -adv * ratio.clamp(0.8, 1.2))
     # verl and TRL read their metrics off the same columns
@@ -184,7 +184,7 @@ def ops():
     columns = lambda n: lambda: tuple(randn(TOKENS, dtype=F32) for _ in range(n))
     # of which the first has a gradient
     loss = lambda n: lambda: (randn(TOKENS, dtype=F32).requires_grad_(), *columns(n - 1)())
-    yield "ppo_loss", loss(3), Loss(ppo_loss)
+    yield "policy_loss", loss(3), Loss(policy_loss)
     clip = lambda v, old: old + (v - old).clamp(-0.2, 0.2)
     value_loss = lambda v, old, ret: torch.maximum((v - ret) ** 2, (clip(v, old) - ret) ** 2).mean() / 2
     yield "value_loss", loss(3), Loss(value_loss)

@@ -37,6 +37,7 @@ pub(super) const ENTRY: AlgorithmEntry = AlgorithmEntry {
     name: "cpo",
     about: "CPO or SLiC on pairs of completions: no reference, likelihood of the chosen",
     defaults: &[("learning_rate", "1e-6")],
+    presets: &[],
     metrics: &[preference::METRICS],
     section: || Box::new(CpoSettings::default()),
     build: |s: &dyn Section| {

@@ -96,6 +96,7 @@ pub(super) const ENTRY: AlgorithmEntry = AlgorithmEntry {
     name: "dpo",
     about: "DPO and its relatives on pairs of completions, with a reference",
     defaults: &[("learning_rate", "1e-6")],
+    presets: &[],
     metrics: &[preference::METRICS],
     section: || Box::new(DpoSettings::default()),
     build: |s: &dyn Section| Ok(Box::new(built(&own(s)?)?)),

@@ -58,6 +58,7 @@ pub(super) const ENTRY: AlgorithmEntry = AlgorithmEntry {
     name: "kto",
     about: "KTO on single completions that people called good or bad, with a reference",
     defaults: &[("learning_rate", "1e-6")],
+    presets: &[],
     metrics: &[&[
         ("loss", "Mean loss of the step's completions."),
         ("kl", "KL to the reference in nats a completion, estimated with mismatched prompts."),

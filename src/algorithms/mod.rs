@@ -4,18 +4,23 @@
 //!
 //! To add one: write `algorithms/<name>.rs`, and add it to [`ALGORITHMS`] here.
 
+mod advantage;
 mod columns;
 mod cpo;
 mod dpo;
+mod grpo;
 mod kto;
 mod orpo;
 mod policy_gradient;
 mod ppo;
 mod preference;
+mod reinforce;
 mod reward;
 mod reward_list;
+mod rloo;
 mod sft;
 mod simpo;
+mod surrogate;
 
 pub use columns::{Column, Columns, MicroBatch};
 pub use policy_gradient::Sampling;
@@ -216,12 +221,24 @@ pub struct AlgorithmEntry {
     pub about: &'static str,
     /// Defaults of shared settings that differ for it, in its own parts too.
     pub defaults: &'static [(&'static str, &'static str)],
+    /// The settings of other systems, by name.
+    pub presets: &'static [Preset],
     /// Its metrics and what each means.
     pub metrics: &'static [&'static [(&'static str, &'static str)]],
     /// Its configuration with defaults.
     pub section: fn() -> Box<dyn Section>,
     /// Made from its configuration.
     pub build: fn(&dyn Section) -> Result<Box<dyn Algorithm>>,
+}
+
+/// Settings under which an algorithm computes what another system or a paper does.
+pub struct Preset {
+    /// `--preset NAME`
+    pub name: &'static str,
+    /// Whose they are, and what that system does beside them and this one does not.
+    pub about: &'static str,
+    /// Keys and values, shared ones too. What a user sets wins over them.
+    pub values: &'static [(&'static str, &'static str)],
 }
 
 /// An algorithm's own settings, checked.
@@ -252,6 +269,9 @@ pub const ALGORITHMS: &[AlgorithmEntry] = &[
     orpo::ENTRY,
     kto::ENTRY,
     ppo::ENTRY,
+    grpo::ENTRY,
+    rloo::ENTRY,
+    reinforce::ENTRY,
 ];
 
 /// Finds an algorithm by the name that `warpo train` takes.

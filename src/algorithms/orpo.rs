@@ -27,6 +27,7 @@ pub(super) const ENTRY: AlgorithmEntry = AlgorithmEntry {
     name: "orpo",
     about: "ORPO on pairs of completions: fine-tuning and an odds ratio, no reference",
     defaults: &[("learning_rate", "1e-6")],
+    presets: &[],
     metrics: &[preference::METRICS],
     section: || Box::new(OrpoSettings::default()),
     build: |s: &dyn Section| {

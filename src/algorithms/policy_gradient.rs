@@ -1,19 +1,21 @@
 //! The shared part of algorithms that improve a policy by its own samples: settings that compose,
-//! the rewards of tokens, and the clipped loss. An algorithm adds its advantages.
+//! the rewards of tokens, and the loss. An algorithm adds its advantages.
 
 use std::path::PathBuf;
 
 use super::{
     Column, Columns, Inputs, Metrics, MicroBatch, Needs,
     reward_list::{self, RewardEntry},
+    surrogate::{PolicyLossSettings, unread},
 };
 use crate::{
-    device::{Device, Pending, View, ViewMut},
+    device::{Device, Float, Pending, View, ViewMut},
     error::{Error, Result},
     ops::{
         kl::KlEstimator,
-        ppo_loss::{self, KlTerm, PpoLoss, PpoSums, PpoTokens},
+        policy_loss::{self, KlTerm, KlWeight, PolicyLoss, PolicySums, PolicyTokens},
         sample,
+        whiten::Variance,
     },
 };
 
@@ -25,6 +27,20 @@ crate::choices! {
 crate::choices! {
     /// Place of the KL penalty.
     pub enum KlIn { Reward = "reward", Loss = "loss" }
+}
+
+crate::choices! {
+    /// Which variance whitening divides by.
+    pub enum WhitenVariance { Unbiased = "unbiased", Biased = "biased" }
+}
+
+impl WhitenVariance {
+    pub fn variance(self) -> Variance {
+        match self {
+            Self::Unbiased => Variance::Unbiased,
+            Self::Biased => Variance::Biased,
+        }
+    }
 }
 
 crate::settings! {
@@ -81,6 +97,11 @@ crate::settings! {
         /// fixed -1).
         pub missing_eos_penalty: Option<f64> = None
             => "0 or more" if |p| p.is_none_or(|p| p >= 0.0),
+        /// The last share of max_new_tokens, over which a penalty grows from 0 to overlong_coef;
+        /// 0 is off (DAPO: 0.2; OpenRLHF, verl: off).
+        pub overlong_share: f64 = 0.0 => "from 0 to 1" if |s| (0.0..=1.0).contains(s),
+        /// Subtracted from the score of a sample of max_new_tokens (DAPO: 1).
+        pub overlong_coef: f64 = 1.0 => "0 or more" if |c| *c >= 0.0 && c.is_finite(),
     }
 }
 
@@ -88,11 +109,10 @@ impl RewardShaping {
     /// The folder of the reward model, if one scores.
     fn model(&self) -> Result<Option<PathBuf>> {
         match (self.reward_model.as_os_str().is_empty(), self.rewards.is_empty()) {
-            (true, true) => Err(Error::config(
-                "reward_model",
-                "a folder with a reward model, or `rewards`",
-                "\"\"",
-            )),
+            (true, true) => {
+                let want = "a folder with a reward model, or `rewards`";
+                Err(Error::config("reward_model", want, "\"\""))
+            }
             (false, true) => Ok(Some(self.reward_model.clone())),
             (true, false) => reward_list::model_of(&self.rewards),
             (false, false) => {
@@ -102,13 +122,18 @@ impl RewardShaping {
         }
     }
 
-    fn shaped(&self, score: f32, stopped: bool) -> f64 {
+    /// The score of a sample as it enters the reward; `length` is a share of max_new_tokens.
+    fn shaped(&self, score: f32, stopped: bool, length: f64) -> f64 {
         let mut score = f64::from(score) * self.reward_scale;
         if let Some(c) = self.reward_clip {
             score = score.clamp(-c, c);
         }
         if !stopped {
             score -= self.missing_eos_penalty.unwrap_or(0.0);
+        }
+        if self.overlong_share > 0.0 {
+            let over = (length - 1.0) / self.overlong_share + 1.0;
+            score -= self.overlong_coef * over.clamp(0.0, 1.0);
         }
         score
     }
@@ -121,9 +146,12 @@ crate::settings! {
         pub kl_coef: f64 = 0.05 => "0 or more" if |c| *c >= 0.0 && c.is_finite(),
         /// Its estimator (TRL: k1).
         pub kl_estimator: Estimator = Estimator::K1,
-        /// Place of the penalty: in the reward of each token (TRL, N+), or in the loss (GRPO; with
-        /// the unbiased gradient of NeMo RL).
+        /// Place of the penalty: in the reward of each token (TRL's PPO, N+), or in the loss
+        /// (GRPO).
         pub kl_in: KlIn = KlIn::Reward,
+        /// What weighs an estimate in the loss: the token's ratio (TRL 1.16), the same as if it
+        /// were 1 (score: NeMo RL), nothing, which biases the gradient (one: verl, OpenRLHF).
+        pub kl_weight: KlWeight = KlWeight::Ratio,
         /// Adapts kl_coef to reach this KL of a sequence, in nats (Ziegler et al. 2019; off in
         /// TRL).
         pub kl_target: Option<f64> = None => "above 0" if |k| k.is_none_or(|k| k > 0.0),
@@ -144,27 +172,13 @@ impl KlPenalty {
 }
 
 crate::settings! {
-    /// The clipped loss.
-    pub struct Clip {
-        /// Clip range of the ratio (0.2 everywhere).
-        pub clip_range: f64 = 0.2 => "between 0 and 1" if |c| *c > 0.0 && *c < 1.0,
-        /// Clip range above 1, if another than below (DAPO: 0.28).
-        pub clip_range_high: Option<f64> = None => "above 0" if |c| c.is_none_or(|c| c > 0.0),
-        /// Bound for negative advantages, as a multiple (verl: 3; off in TRL and OpenRLHF).
-        pub dual_clip: Option<f64> = None => "above 1" if |c| c.is_none_or(|c| c > 1.0),
-        /// Weight of an entropy bonus (0 everywhere).
-        pub entropy_coef: f64 = 0.0 => "0 or more" if |c| *c >= 0.0 && c.is_finite(),
-    }
-}
-
-crate::settings! {
     /// Settings of every policy-gradient algorithm.
     pub struct PolicyGradientSettings {
         parts {
             pub shaping: RewardShaping,
             pub sampling: Sampling,
             pub kl: KlPenalty,
-            pub clip: Clip,
+            pub loss: PolicyLossSettings,
         }
         /// Updates a pass (TRL: 1).
         pub minibatches: usize = 1 => "1 or more" if |n| *n > 0,
@@ -177,30 +191,30 @@ pub struct PolicyGradient {
     settings: PolicyGradientSettings,
     /// Folder of the reward model, if one scores.
     reward_model: Option<PathBuf>,
+    loss: PolicyLoss,
     kl_coef: f64,
+    /// Only tokens of samples that ended by themselves are learned.
+    pub masks: bool,
     /// One of each micro-batch.
-    stats: Vec<Pending<PpoSums>>,
+    stats: Vec<Pending<PolicySums>>,
     updates: f64,
     /// KL of all tokens and number of sequences of the step.
     kl: f64,
     sequences: f64,
 }
 
-/// Metrics of samples and of the clipped loss.
+/// Metrics of samples and of the policy's loss. Those of tokens are over the tokens that count.
 pub const METRICS: &[(&str, &str)] = &[
-    (
-        "score",
-        "Mean score of the samples, by the reward model or the sum of all rewards, as it came.",
-    ),
+    ("score", "Mean score of the samples: of the reward model, or the sum of all rewards."),
     ("reward", "Mean reward of a sample: shaped score, less the KL penalty where it stands there."),
-    ("kl", "KL to the reference in nats a sample, by the chosen estimator."),
+    ("kl", "KL to the reference in nats a sample, by the chosen estimator (with a reference)."),
     ("kl_per_token", "The same a token."),
     ("kl_coef", "Weight of the KL penalty in this step."),
     ("sampled_nll", "Mean -log-prob of the sampled tokens: an estimate of the entropy."),
     ("response_tokens", "Mean length of a sample."),
     ("stopped", "Samples that ended by themselves."),
-    ("policy_loss", "Clipped policy term; mean over tokens."),
-    ("clip_fraction", "Tokens whose ratio is clipped."),
+    ("policy_loss", "The policy's term without KL and entropy; mean over tokens."),
+    ("clip_fraction", "Tokens whose ratio is clipped, or that DPPO drops."),
     ("clip_fraction_low", "Those below the range."),
     ("clip_fraction_high", "Those above the range."),
     ("approx_kl", "Estimate of KL(old || new) a token: how far the updates of a step go."),
@@ -210,11 +224,23 @@ pub const METRICS: &[(&str, &str)] = &[
 
 impl PolicyGradient {
     /// # Errors
-    /// [`Error::Config`] if nothing scores, or two things would that exclude each other.
+    /// [`Error::Config`] for a setting that the others leave without a reader, or if nothing
+    /// scores.
     pub fn new(settings: PolicyGradientSettings) -> Result<Self> {
-        let (reward_model, kl_coef) = (settings.shaping.model()?, settings.kl.kl_coef);
-        let (stats, updates, kl, sequences) = (Vec::new(), 0.0, 0.0, 0.0);
-        Ok(Self { settings, reward_model, kl_coef, stats, updates, kl, sequences })
+        let PolicyGradientSettings { kl, shaping, loss, .. } = &settings;
+        if kl.kl_in == KlIn::Reward {
+            unread(kl, "kl_weight", "kl_in \"reward\"")?;
+        }
+        if kl.kl_coef == 0.0 {
+            unread(kl, "kl_target", "kl_coef 0")?;
+        }
+        if shaping.overlong_share == 0.0 {
+            unread(shaping, "overlong_coef", "overlong_share 0")?;
+        }
+        let (loss, kl_coef) = (loss.loss()?, kl.kl_coef);
+        let (reward_model, masks, stats) = (shaping.model()?, false, Vec::new());
+        let (updates, kl, sequences) = (0.0, 0.0, 0.0);
+        Ok(Self { settings, reward_model, loss, kl_coef, masks, stats, updates, kl, sequences })
     }
 
     /// A policy that is trained on its own samples, which rewards score.
@@ -225,7 +251,7 @@ impl PolicyGradient {
             old_logp: true,
             reward_model: self.reward_model.clone(),
             rewards: s.shaping.rewards.clone(),
-            entropy: s.clip.entropy_coef != 0.0,
+            entropy: s.loss.entropy_coef != 0.0,
             minibatches: s.minibatches,
             ..Needs::of(Inputs::Prompts(s.sampling.clone()))
         }
@@ -234,20 +260,20 @@ impl PolicyGradient {
     /// Fills the rewards: the shaped score at each sequence's last token, less the KL penalty of
     /// every token where it stands there.
     pub fn rewards(&mut self, c: &mut Columns<f32>) {
-        let PolicyGradientSettings { kl, shaping, .. } = &self.settings;
+        let PolicyGradientSettings { kl, shaping, sampling, .. } = &self.settings;
         let (estimator, in_reward) = (kl.estimator(), kl.kl_in == KlIn::Reward);
         (self.kl, self.sequences) = (0.0, c.sequences() as f64);
         c.rewards.clear();
         for s in 0..c.sequences() {
             let span = c.span(&(s..s + 1));
-            let end = span.end;
+            let (end, length) = (span.end, span.len() as f64 / sampling.max_new_tokens as f64);
             for t in span {
                 let kl = |r: &f32| estimator.value(f64::from(c.old_logp[t]), f64::from(*r));
                 let kl = c.ref_logp.get(t).map_or(0.0, kl);
                 self.kl += kl;
                 let mut r = if in_reward { -self.kl_coef * kl } else { 0.0 };
                 if t + 1 == end {
-                    r += shaping.shaped(c.scores[s], c.stopped[s]);
+                    r += shaping.shaped(c.scores[s], c.stopped[s], length);
                 }
                 c.rewards.push(r as f32);
             }
@@ -260,15 +286,17 @@ impl PolicyGradient {
         let sum = |x: &[f32]| x.iter().map(|x| f64::from(*x)).sum::<f64>();
         out.push(("score", sum(&c.scores) / c.scores.len() as f64));
         out.push(("reward", sum(&c.rewards) / sequences));
-        out.push(("kl", self.kl / sequences));
-        out.push(("kl_per_token", self.kl / n));
-        out.push(("kl_coef", self.kl_coef));
+        if !c.ref_logp.is_empty() {
+            out.push(("kl", self.kl / sequences));
+            out.push(("kl_per_token", self.kl / n));
+            out.push(("kl_coef", self.kl_coef));
+        }
         out.push(("sampled_nll", -(sum(&c.old_logp) / c.old_logp.len() as f64)));
         out.push(("response_tokens", n / sequences));
         out.push(("stopped", c.stopped.iter().filter(|s| **s).count() as f64 / sequences));
     }
 
-    /// [`Algorithm::policy_loss`](super::Algorithm::policy_loss) of the clipped ratio.
+    /// [`Algorithm::policy_loss`](super::Algorithm::policy_loss) of the chosen loss.
     pub fn loss(
         &mut self,
         dev: &Device,
@@ -278,26 +306,24 @@ impl PolicyGradient {
         dlogp: ViewMut<'_, f32>,
         dentropy: Option<ViewMut<'_, f32>>,
     ) -> Result<()> {
-        let PolicyGradientSettings { clip, kl, .. } = &self.settings;
-        let term = KlTerm { coef: self.kl_coef, estimator: kl.estimator(), unbiased: true };
-        let settings = PpoLoss {
-            clip_low: clip.clip_range,
-            clip_high: clip.clip_range_high.unwrap_or(clip.clip_range),
-            dual_clip: clip.dual_clip,
-            kl: (kl.kl_in == KlIn::Loss).then_some(term),
-            entropy_coef: clip.entropy_coef,
-        };
-        let reference = !micro.columns.ref_logp.is_empty();
-        let tokens = PpoTokens {
+        let PolicyGradientSettings { loss, kl, sampling, .. } = &self.settings;
+        let c = micro.columns;
+        let term = KlTerm { coef: self.kl_coef, estimator: kl.estimator(), weight: kl.kl_weight };
+        let kl = (kl.kl_in == KlIn::Loss && !c.ref_logp.is_empty()).then_some(term);
+        let tokens = PolicyTokens {
             logp,
             old_logp: micro.view(Column::OldLogp),
-            ref_logp: reference.then(|| micro.view(Column::RefLogp)),
+            ref_logp: kl.map(|_| micro.view(Column::RefLogp)),
             entropy,
             advantages: micro.view(Column::Advantages),
-            weights: None,
+            weights: self.masks.then(|| micro.view(Column::Weights)),
+            offsets: micro.offsets(),
         };
-        let total = micro.columns.tokens() as f64;
-        self.stats.push(ppo_loss::policy(dev, dlogp, dentropy, tokens, &settings, total)?);
+        let learned = |s: &usize| !self.masks || c.stopped[*s];
+        let count = (0..c.sequences()).filter(learned).map(|s| c.span(&(s..s + 1)).len()).sum();
+        let total = loss.denominator(count, c.sequences(), sampling.max_new_tokens);
+        let settings = PolicyLoss { kl, ..self.loss };
+        self.stats.push(policy_loss::forward(dev, dlogp, dentropy, tokens, &settings, total)?);
         if micro.sequences.end == micro.columns.sequences() {
             self.updates += 1.0;
         }
@@ -307,19 +333,21 @@ impl PolicyGradient {
     /// Metrics of the loss; returns the sum of the losses of the step's updates, and how many there
     /// were. Adapts the KL coefficient: all updates of a step see the same one.
     pub fn finish(&mut self, out: &mut Metrics) -> Result<(f64, f64)> {
-        let mut p = PpoSums::default();
+        let mut p = PolicySums::default();
         for part in self.stats.drain(..) {
             p.merge(&part.get()?);
         }
         let updates = std::mem::take(&mut self.updates).max(1.0);
-        out.push(("policy_loss", p.policy / p.tokens));
-        out.push(("clip_fraction", (p.clipped_low + p.clipped_high) / p.tokens));
-        out.push(("clip_fraction_low", p.clipped_low / p.tokens));
-        out.push(("clip_fraction_high", p.clipped_high / p.tokens));
-        out.push(("approx_kl", p.approx_kl / p.tokens));
+        // No token counts where all samples are masked.
+        let n = p.tokens.max_nan(1.0);
+        out.push(("policy_loss", p.policy / n));
+        out.push(("clip_fraction", (p.clipped_low + p.clipped_high) / n));
+        out.push(("clip_fraction_low", p.clipped_low / n));
+        out.push(("clip_fraction_high", p.clipped_high / n));
+        out.push(("approx_kl", p.approx_kl / n));
         out.push(("max_log_ratio", p.max_log_ratio));
-        if self.settings.clip.entropy_coef != 0.0 {
-            out.push(("entropy", p.entropy / p.tokens));
+        if self.loss.entropy_coef != 0.0 {
+            out.push(("entropy", p.entropy / n));
         }
         if let Some(target) = self.settings.kl.kl_target {
             let error = (self.kl / self.sequences / target - 1.0).clamp(-0.2, 0.2);

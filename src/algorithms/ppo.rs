@@ -11,7 +11,7 @@
 
 use super::{
     Algorithm, AlgorithmEntry, Column, Columns, Metrics, MicroBatch, Needs, Origin, Scalar, own,
-    policy_gradient::{self, PolicyGradient, PolicyGradientSettings},
+    policy_gradient::{self, PolicyGradient, PolicyGradientSettings, WhitenVariance},
 };
 use crate::{
     config::Section,
@@ -20,18 +20,13 @@ use crate::{
     ops::{
         gae,
         value_loss::{self, ValueLoss, ValueSums, ValueTokens},
-        whiten::{self, Moments, Variance},
+        whiten::{self, Moments},
     },
 };
 
 crate::choices! {
     /// Initial weights of the value model.
     pub enum ValueInit { Reward = "reward", Policy = "policy" }
-}
-
-crate::choices! {
-    /// Which variance whitening divides by.
-    pub enum WhitenVariance { Unbiased = "unbiased", Biased = "biased" }
 }
 
 crate::settings! {
@@ -76,6 +71,7 @@ pub(super) const ENTRY: AlgorithmEntry = AlgorithmEntry {
     name: "ppo",
     about: "PPO against a reward model or other rewards, with a value model and a KL penalty",
     defaults: &[("learning_rate", "3e-6"), ("steps", "100")],
+    presets: &[],
     metrics: &[
         policy_gradient::METRICS,
         &[
@@ -128,10 +124,7 @@ impl Algorithm for Ppo {
     fn prepare(&mut self, dev: &Device, c: &mut Columns<f32>, out: &mut Metrics) -> Result<()> {
         self.shared.rewards(c);
         let s = &self.settings;
-        let variance = match s.whiten_variance {
-            WhitenVariance::Unbiased => Variance::Unbiased,
-            WhitenVariance::Biased => Variance::Biased,
-        };
+        let variance = s.whiten_variance.variance();
         if s.whiten_rewards {
             let moments = Moments::of(dev, View::from(&c.rewards))?;
             whiten::apply(dev, (&mut c.rewards).into(), &moments, false, variance, 1e-8)?;

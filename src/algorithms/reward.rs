@@ -32,6 +32,7 @@ pub(super) const ENTRY: AlgorithmEntry = AlgorithmEntry {
     name: "reward",
     about: "Reward model on pairs of which people chose one",
     defaults: &[("learning_rate", "1e-4")],
+    presets: &[],
     metrics: &[&[
         ("loss", "Mean of -log sigmoid(chosen - rejected - margin), with the centring term."),
         ("accuracy", "Pairs of the step whose chosen text scores higher."),

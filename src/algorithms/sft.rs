@@ -1,6 +1,7 @@
 //! Supervised fine-tuning: the mean negative log-likelihood of the tokens to learn, over all tokens
 //! of the step, never of a micro-batch. A departure from the Hugging Face Trainer: dropout that a
-//! config names (0.1 in GPT-2's) is not applied, so that a text has one log-prob.
+//! config names (0.1 in GPT-2's) is not applied, so that a text has one log-prob. Held-out data has
+//! the plain likelihood with DFT, too.
 
 use super::{Algorithm, AlgorithmEntry, Column, Inputs, Metrics, MicroBatch, Needs, own};
 use crate::{
@@ -16,6 +17,9 @@ crate::settings! {
         /// Learn the tokens of the completion only, where the data has prompts (TRL:
         /// completion_only_loss for prompt-completion data).
         pub completion_only: bool = true,
+        /// Weigh each token by its probability, as a constant: what is unlikely then teaches less
+        /// (DFT, Wu et al. 2025; TRL: loss_type dft, off).
+        pub dft: bool = false,
     }
 }
 
@@ -32,9 +36,14 @@ pub(super) const ENTRY: AlgorithmEntry = AlgorithmEntry {
     name: "sft",
     about: "Supervised fine-tuning on texts, prompt-completion pairs or chosen answers",
     defaults: &[],
+    presets: &[],
     metrics: &[&[
-        ("loss", "Mean negative log-likelihood of the learned tokens, in nats a token."),
-        ("perplexity", "e to the loss."),
+        (
+            "loss",
+            "Mean negative log-likelihood of the learned tokens, in nats a token; with dft each \
+             times its probability.",
+        ),
+        ("perplexity", "e to the loss; none with dft."),
         ("learned_tokens", "Tokens that the loss is a mean over."),
     ]],
     section: || Box::new(SftSettings::default()),
@@ -62,7 +71,8 @@ impl Algorithm for Sft {
         let denominator: f64 = all.iter().map(|w| f64::from(*w)).sum();
         let weights = micro.view(Column::Weights);
         self.tokens += weights.len() as f64;
-        self.losses.push(nll::forward(dev, dlogp, logp, weights, denominator)?);
+        let loss = if self.settings.dft { nll::dft } else { nll::forward };
+        self.losses.push(loss(dev, dlogp, logp, weights, denominator)?);
         Ok(())
     }
 
@@ -84,7 +94,9 @@ impl Algorithm for Sft {
             loss += part.get()?;
         }
         out.push(("loss", loss));
-        out.push(("perplexity", libm::exp(loss)));
+        if !self.settings.dft {
+            out.push(("perplexity", libm::exp(loss)));
+        }
         out.push(("learned_tokens", self.tokens));
         self.tokens = 0.0;
         Ok(())

@@ -35,6 +35,7 @@ pub(super) const ENTRY: AlgorithmEntry = AlgorithmEntry {
     name: "simpo",
     about: "SimPO on pairs of completions: mean log-probs and a margin, no reference",
     defaults: &[("learning_rate", "1e-6")],
+    presets: &[],
     metrics: &[preference::METRICS],
     section: || Box::new(SimpoSettings::default()),
     build: |s: &dyn Section| {

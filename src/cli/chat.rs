@@ -2,7 +2,7 @@
 
 use std::{
     io::{BufRead, IsTerminal, stdin},
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
@@ -55,29 +55,30 @@ pub(super) struct ChatArgs {
 
 pub(super) fn run(args: &ChatArgs) -> Result<()> {
     let sampling = args.sampling.params()?;
-    let mut tokenizer = Tokenizer::open(&args.model)?;
+    let dir = &super::model_folder(&args.model)?;
+    let mut tokenizer = Tokenizer::open(dir)?;
     if let Some(name) = &args.chat_template {
-        tokenizer.set_template(&args.model, Some(name))?;
+        tokenizer.set_template(dir, Some(name))?;
     }
     tokenizer.tell_the_time();
-    tokenizer.template().map_err(|e| Error::file(&args.model, e))?;
+    tokenizer.template().map_err(|e| Error::file(dir, e))?;
     data::unasked_opening(&tokenizer).iter().for_each(|text| warn(&inputs::unasked(text)));
     args.place.run(|dev| match dev {
-        Device::Cpu(_) => run_in::<f32>(args, dev, &tokenizer, sampling),
-        Device::Cuda(_) => run_in::<bf16>(args, dev, &tokenizer, sampling),
+        Device::Cpu(_) => run_in::<f32>((args, dir), dev, &tokenizer, sampling),
+        Device::Cuda(_) => run_in::<bf16>((args, dir), dev, &tokenizer, sampling),
     })
 }
 
 /// [`run`] with a model that computes in `T`.
 fn run_in<T: Element<Acc = f32>>(
-    args: &ChatArgs,
+    (args, dir): (&ChatArgs, &Path),
     dev: &Device,
     tokenizer: &Tokenizer,
     sampling: sample::SamplingParams,
 ) -> Result<()> {
     let longest = Some(args.max_length as usize);
     let options = LoadOptions { longest, ..LoadOptions::frozen(Head::Lm) };
-    let model: Model<T> = models::load(dev, &args.model, options)?;
+    let model: Model<T> = models::load(dev, dir, options)?;
     // Asked for a message, a signal ends the process; while the model answers, the answer.
     let (waits, stop) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
     flag::register_conditional_shutdown(SIGINT, 130, waits.clone())

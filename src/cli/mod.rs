@@ -1,23 +1,37 @@
 //! The command line: one file a command.
 
+mod best_of;
 mod chat;
 mod config;
 mod doctor;
+mod export;
+mod flags;
 mod generate;
 mod plan;
 mod profile;
 mod progress;
 mod quickstart;
 mod report;
+mod rows;
 mod score;
 mod tokenize;
 mod train;
 
-use std::{io::Write, process::ExitCode};
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    process::ExitCode,
+};
 
-use clap::{Parser, Subcommand};
+use clap::{CommandFactory, Parser, Subcommand};
 
-use crate::{algorithms::ALGORITHMS, device::Device, error::Error};
+use crate::{
+    algorithms::ALGORITHMS,
+    data::ReadOptions,
+    device::Device,
+    error::{Error, Result},
+    hub, train as runs,
+};
 
 /// Train language models from human feedback: SFT, reward models and PPO in one process.
 #[derive(Debug, Parser)]
@@ -34,7 +48,7 @@ stopped the step, 5 the run's folder is in use, 130 SIGINT and 143 SIGTERM (a ru
 Examples:
   warpo quickstart
   warpo config ppo > ppo.toml
-  warpo train sft --model DIR --data texts.jsonl --out run
+  warpo train sft --model DIR --data texts.jsonl --out run --learning-rate 1e-5
   echo '{\"prompt\": \"Once upon\"}' | warpo generate --model DIR --data -";
 
 #[derive(Debug, Subcommand)]
@@ -45,6 +59,7 @@ enum Command {
     Score(score::ScoreArgs),
     Tokenize(tokenize::TokenizeArgs),
     Chat(chat::ChatArgs),
+    Export(export::ExportArgs),
     Config(config::ConfigArgs),
     Report(report::ReportArgs),
     Quickstart(quickstart::QuickstartArgs),
@@ -53,13 +68,15 @@ enum Command {
 
 /// Runs the command of this process.
 pub fn run() -> ExitCode {
-    let done = match Cli::parse().command {
+    let args = flags::as_settings(&Cli::command(), std::env::args_os());
+    let done = match Cli::parse_from(args).command {
         Command::Train(args) => train::run(&args),
         Command::Plan(args) => plan::run(&args),
         Command::Generate(args) => generate::run(&args),
         Command::Score(args) => score::run(&args),
         Command::Tokenize(args) => tokenize::run(&args),
         Command::Chat(args) => chat::run(&args),
+        Command::Export(args) => export::run(&args),
         Command::Config(args) => config::run(&args),
         Command::Report(args) => report::run(&args),
         Command::Quickstart(args) => quickstart::run(&args),
@@ -98,9 +115,27 @@ struct DeviceArgs {
     profiling: profile::Profiling,
 }
 
+/// How rows of data are read.
+#[derive(Debug, clap::Args)]
+struct RowArgs {
+    /// What a column is called in the data, as prompt=question; may be given again
+    #[arg(long, value_name = "OURS=THEIRS")]
+    column: Vec<String>,
+    /// Leave out up to so many lines that cannot be read
+    #[arg(long, value_name = "N", default_value_t = 0)]
+    skip_bad: usize,
+}
+
+impl RowArgs {
+    fn options(&self, chats: bool) -> Result<ReadOptions> {
+        let options = ReadOptions::of_pairs(&self.column, chats)?;
+        Ok(ReadOptions { skip_bad: self.skip_bad, ..options })
+    }
+}
+
 impl DeviceArgs {
     /// Runs `work` there.
-    fn run<R>(&self, work: impl FnOnce(&Device) -> crate::Result<R>) -> crate::Result<R> {
+    fn run<R>(&self, work: impl FnOnce(&Device) -> Result<R>) -> Result<R> {
         self.profiling.on(Device::from_name(&self.device, self.threads)?, work)
     }
 }
@@ -109,6 +144,24 @@ impl DeviceArgs {
 fn algorithms() -> String {
     let names: Vec<&str> = ALGORITHMS.iter().map(|e| e.name).collect();
     names.join(", ")
+}
+
+/// The folder of a model that a user means: as it is given, a name of the Hub's, whose snapshot is
+/// told, or a checkpoint, of which one is made.
+fn model_folder(given: &Path) -> Result<PathBuf> {
+    runs::model_folder(&hub_folder(given)?, note)
+}
+
+/// The same without a checkpoint.
+fn hub_folder(given: &Path) -> Result<PathBuf> {
+    if runs::is_of_checkpoint(given) {
+        return Ok(given.to_owned());
+    }
+    let found = hub::model(given)?;
+    if found != given {
+        note(&format!("{} is {}", given.display(), found.display()));
+    }
+    Ok(found)
 }
 
 /// A line on standard error.
@@ -152,7 +205,7 @@ fn plain(text: &str) -> String {
 }
 
 /// Writes to standard output.
-fn print(text: &str) -> crate::Result<()> {
+fn print(text: &str) -> Result<()> {
     let mut out = std::io::stdout().lock();
     out.write_all(text.as_bytes())
         .and_then(|()| out.flush())
@@ -160,7 +213,7 @@ fn print(text: &str) -> crate::Result<()> {
 }
 
 /// Refuses numbers of a model's that are none; `what` says which the i-th is.
-fn finite(numbers: &[f32], what: impl Fn(usize) -> String) -> crate::Result<()> {
+fn finite(numbers: &[f32], what: impl Fn(usize) -> String) -> Result<()> {
     match numbers.iter().position(|x| !x.is_finite()) {
         None => Ok(()),
         Some(i) => Err(Error::NotFinite { what: what(i), value: numbers[i].into() }),

@@ -17,6 +17,8 @@ pub(super) struct Progress {
     numbers: String,
     /// Time of the last printed line of a step.
     printed: Option<Instant>,
+    /// When this process began, and at which step.
+    begun: (Instant, u64),
 }
 
 impl Progress {
@@ -30,7 +32,7 @@ impl Progress {
             bar.enable_steady_tick(Duration::from_millis(250));
             bar
         });
-        Self { name, bar, numbers: String::new(), printed: None }
+        Self { name, bar, numbers: String::new(), printed: None, begun: (Instant::now(), 0) }
     }
 
     pub(super) fn finish(&self) {
@@ -62,12 +64,19 @@ const SHOWN: &[&str] = &[
     "grad_norm",
 ];
 
+/// Hours, minutes and seconds.
+fn clock(seconds: f64) -> String {
+    let s = seconds.round() as u64;
+    format!("{}:{:02}:{:02}", s / 3600, s / 60 % 60, s % 60)
+}
+
 impl Observer for Progress {
     fn note(&mut self, line: &str) {
         self.line(line);
     }
 
     fn begin(&mut self, step: u64, steps: u64) {
+        self.begun = (Instant::now(), step);
         if let Some(bar) = &self.bar {
             bar.set_length(steps);
             bar.set_position(step);
@@ -97,7 +106,14 @@ impl Observer for Progress {
             // In a log, short steps share a line: the last of each second stands for it.
             None if step == steps || self.printed.is_none_or(|t| t.elapsed() >= EVERY) => {
                 self.printed = Some(Instant::now());
-                self.line(&format!("{} {step}/{steps}: {text}", self.name));
+                let (elapsed, first) = (self.begun.0.elapsed().as_secs_f64(), self.begun.1);
+                let each = elapsed / (step - first).max(1) as f64;
+                let times = [elapsed, each * (steps - step) as f64].map(clock);
+                let percent = 100 * step / steps.max(1);
+                self.line(&format!(
+                    "{} {step}/{steps}: {percent} %, {} elapsed, {} left, {text}",
+                    self.name, times[0], times[1]
+                ));
             }
             None => {}
         }

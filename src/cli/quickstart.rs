@@ -184,7 +184,8 @@ impl QuickstartArgs {
             return Err(Error::value("quickstart", "an algorithm that samples", "another"));
         };
         let room = before.spec().max_positions.saturating_sub(sampling.max_new_tokens);
-        let limits = Limits { max_length: room, vocab: before.spec().vocab, eos: None };
+        let limits =
+            Limits { max_length: room, vocab: before.spec().vocab, eos: None, skip_bad: 0 };
         let records = data::read(&self.from.join("heldout_prompts.jsonl"))?;
         let prompts = data::prompts(&records, Some(&tokenizer), limits, None)?;
         let generation = rollout::GenerationConfig {

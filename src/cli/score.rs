@@ -5,9 +5,9 @@ use std::path::PathBuf;
 use half::bf16;
 use serde_json::{Value, json};
 
-use super::{DeviceArgs, finite, warn};
+use super::{DeviceArgs, RowArgs, finite, note, rows::OutArgs, warn};
 use crate::{
-    data::{self, Limits, ReadOptions, Record, Sequence, Tokenizer},
+    data::{self, Limits, Record, Sequence, Tokenizer},
     device::{Arena, Device, Element},
     error::{Error, Result},
     eval,
@@ -34,9 +34,8 @@ pub(super) struct ScoreArgs {
     /// Texts, `-` for standard input
     #[arg(long, value_name = "FILE", default_value = "-")]
     data: PathBuf,
-    /// What a column is called in the data, as prompt=question; may be given again
-    #[arg(long, value_name = "OURS=THEIRS")]
-    column: Vec<String>,
+    #[command(flatten)]
+    rows: RowArgs,
     /// chatml, llama3, gemma, mistral, zephyr, vicuna or a file, not the model's own template
     #[arg(long, value_name = "NAME")]
     chat_template: Option<String>,
@@ -46,6 +45,12 @@ pub(super) struct ScoreArgs {
     /// Append the end-of-text token to texts; a reward model that Warpo trained has it anyway
     #[arg(long)]
     eos: bool,
+    /// Print means over all rows at the end: perplexity, rewards, chosen against rejected; to
+    /// standard error, unless the rows go to a file
+    #[arg(long)]
+    summary: bool,
+    #[command(flatten)]
+    to: OutArgs,
     #[command(flatten)]
     place: DeviceArgs,
 }
@@ -63,9 +68,11 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
 /// [`run`] with models that compute in `T`.
 fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
     let spec_of = |d: &PathBuf| Ok(Config::read(d)?.spec()?.1);
-    let dirs = [&args.model, &args.reward_model];
+    let folder = |dir: &Option<PathBuf>| dir.as_deref().map(super::model_folder).transpose();
+    let (model_dir, reward_dir) = (folder(&args.model)?, folder(&args.reward_model)?);
+    let dirs = [&model_dir, &reward_dir];
     let specs = dirs.into_iter().flatten().map(spec_of).collect::<Result<Vec<_>>>()?;
-    let Some(dir) = args.model.as_ref().or(args.reward_model.as_ref()) else {
+    let Some(dir) = model_dir.as_ref().or(reward_dir.as_ref()) else {
         return Err(Error::config("--model", "a model or a reward model", "neither"));
     };
     let tokenizer = Tokenizer::open_if_there(dir, args.chat_template.as_deref())?;
@@ -77,28 +84,36 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
         let want = format!("a tokenizer in {} that names an end of text", dir.display());
         return Err(Error::config("--eos", want, "none"));
     }
-    let limits = Limits { max_length, vocab, eos: eos.filter(|_| args.eos) };
+    let limits = Limits { max_length, vocab, eos: eos.filter(|_| args.eos), skip_bad: 0 };
     // Rated as the reward model was trained, whatever the language model scores.
-    let trained = args.reward_model.as_deref().and_then(train::appended_eos);
-    let as_trained = Limits { eos: trained.or(limits.eos), ..limits };
+    let trained = reward_dir.as_deref().and_then(train::appended_eos);
     let chats = tokenizer.as_ref().is_some_and(|t| t.template().is_ok());
-    let options = ReadOptions::of_pairs(&args.column, chats)?;
+    let options = args.rows.options(chats)?;
     let records = data::read_as(&args.data, &options)?;
-    let rated = data::scored(&records, tokenizer.as_ref(), as_trained)?;
-    let apart = args.model.is_some() && as_trained.eos != limits.eos;
+    let limits = Limits { skip_bad: records.bad.left, ..limits };
+    let as_trained = Limits { eos: trained.or(limits.eos), ..limits };
+    let mut rated = data::scored(&records, tokenizer.as_ref(), as_trained)?;
+    let apart = model_dir.is_some() && as_trained.eos != limits.eos;
     let apart = apart.then(|| data::scored(&records, tokenizer.as_ref(), limits)).transpose()?;
+    let bad = &apart.as_ref().unwrap_or(&rated).bad;
+    [records.bad.note("read"), bad.note("scored")].iter().flatten().for_each(|text| warn(text));
+    if let Some(apart) = &apart {
+        // A text that has no token without EOS is scored by neither.
+        let mut kept = apart.sequences.iter().map(|s| &s.place).peekable();
+        rated.sequences.retain(|s| kept.next_if(|place| **place == s.place).is_some());
+    }
     let data = apart.as_ref().unwrap_or(&rated);
     let n = data.stats.truncated;
     if n > 0 {
         warn(&format!("{n} texts lost their end: longer than {max_length} tokens"));
     }
     let longest = data.longest().max(rated.longest());
-    let model = args.model.as_ref().map(|dir| {
+    let model = model_dir.as_ref().map(|dir| {
         let options = LoadOptions { longest: Some(longest), ..LoadOptions::frozen(Head::Lm) };
         models::load::<T>(dev, dir, options)
     });
     let model = model.transpose()?;
-    let reward_model = args.reward_model.as_ref().map(|dir| {
+    let reward_model = reward_dir.as_ref().map(|dir| {
         let options = LoadOptions { longest: Some(longest), ..LoadOptions::frozen(Head::Scalar) };
         let loaded: Model<T> = models::load(dev, dir, options)?;
         if let Some(model) = &model {
@@ -108,13 +123,23 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
     });
     let reward_model = reward_model.transpose()?;
     let score = Score { dev, tokenizer, model, reward_model, temperature: args.temperature };
-    let (mut rest, mut rated) = (&data.sequences[..], &rated.sequences[..]);
     // All lines have the format of the first.
     let pairs = matches!(
         records[0].record,
         Record::Preference { .. } | Record::PreferenceIds { .. } | Record::ChatPreference { .. }
     );
     let unit = if pairs { 2 } else { 1 };
+    let (mut out, mut summary) = (args.to.open()?, Summary::default());
+    let both = |line: &Value| [line["chosen"].clone(), line["rejected"].clone()];
+    args.to.earlier(out.done, |line| match unit {
+        2 => summary.add(&both(line)),
+        _ => summary.add(std::slice::from_ref(line)),
+    })?;
+    let done = (out.done * unit).min(data.sequences.len());
+    let (mut rest, mut rated) = (&data.sequences[done..], &rated.sequences[done..]);
+    let all = data.sequences.len() / unit;
+    let bar = super::rows::bar(all as u64, args.to.to_file());
+    bar.set_position((done / unit) as u64);
     while !rest.is_empty() {
         let mut tokens = 0;
         let full = |example: &[Sequence]| {
@@ -125,16 +150,85 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
         let (part, rated_part);
         (part, rest) = rest.split_at(n);
         (rated_part, rated) = rated.split_at(n);
-        for line in score.lines(part, rated_part)?.chunks(unit) {
-            let line = match line {
+        for lines in score.lines(part, rated_part)?.chunks(unit) {
+            summary.add(lines);
+            let line = match lines {
                 [chosen, rejected] => json!({ "chosen": chosen, "rejected": rejected }),
                 [line, ..] => line.clone(),
                 [] => Value::Null,
             };
-            super::print(&format!("{line}\n"))?;
+            out.write(&line)?;
         }
+        bar.inc((n / unit) as u64);
     }
-    Ok(())
+    bar.finish_and_clear();
+    out.finish()?;
+    match (args.summary, args.to.to_file()) {
+        (true, true) => super::print(&format!("{}\n", summary.of_all())),
+        (true, false) => {
+            note(&summary.of_all().to_string());
+            Ok(())
+        }
+        (false, _) => Ok(()),
+    }
+}
+
+/// Sums over all rows.
+#[derive(Default)]
+struct Summary {
+    rows: usize,
+    tokens: usize,
+    logprob: f64,
+    rewards: Vec<f64>,
+    /// Rewards of chosen texts less those of rejected ones, and the same of log-probs.
+    margins: Vec<f64>,
+    logprob_margins: Vec<f64>,
+}
+
+impl Summary {
+    /// Adds a row: one text, or a chosen and a rejected one.
+    fn add(&mut self, texts: &[Value]) {
+        self.rows += 1;
+        let each = |key: &str| texts.iter().filter_map(|t| t[key].as_f64()).collect::<Vec<_>>();
+        for (key, margins) in
+            [("reward", &mut self.margins), ("sum_logprob", &mut self.logprob_margins)]
+        {
+            if let [chosen, rejected] = each(key)[..] {
+                margins.push(chosen - rejected);
+            }
+        }
+        self.rewards.extend(each("reward"));
+        self.logprob += each("sum_logprob").iter().sum::<f64>();
+        let tokens = texts.iter().filter_map(|t| t["logprobs"].as_array());
+        self.tokens += tokens.map(Vec::len).sum::<usize>();
+    }
+
+    /// What is known of them: only what was computed.
+    fn of_all(&self) -> Value {
+        let mut all = json!({ "rows": self.rows });
+        let mean = |x: &[f64]| x.iter().sum::<f64>() / x.len() as f64;
+        // Of equal numbers half are won.
+        let won = |m: &f64| if *m == 0.0 { 0.5 } else { f64::from(u8::from(*m > 0.0)) };
+        let accuracy = |x: &[f64]| mean(&x.iter().map(won).collect::<Vec<_>>());
+        if self.tokens > 0 {
+            all["tokens"] = json!(self.tokens);
+            all["perplexity"] = json!(libm::exp(-self.logprob / self.tokens as f64));
+        }
+        if !self.rewards.is_empty() {
+            let m = mean(&self.rewards);
+            let square = |x: &f64| (x - m) * (x - m);
+            let variance = mean(&self.rewards.iter().map(square).collect::<Vec<_>>());
+            all["reward_mean"] = json!(m);
+            all["reward_std"] = json!(variance.sqrt());
+        }
+        for (name, x) in [("reward", &self.margins), ("logprob", &self.logprob_margins)] {
+            if !x.is_empty() {
+                all[format!("{name}_accuracy")] = json!(accuracy(x));
+                all[format!("{name}_margin")] = json!(mean(x));
+            }
+        }
+        all
+    }
 }
 
 /// What texts are scored with.

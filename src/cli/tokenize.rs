@@ -10,7 +10,7 @@ use crate::{
     data::{Sequence, Tokenizer},
     error::Result,
     models::Config,
-    train::inputs::RunData,
+    train::{DataFile, inputs::RunData},
 };
 
 /// Write what training sees of data: a JSON line a sequence, with `text`, `input_ids` and `labels`
@@ -24,6 +24,9 @@ pub(super) struct TokenizeArgs {
     /// Data files as in training, `-` for standard input; may be given again
     #[arg(long, value_name = "FILE", default_value = "-")]
     data: Vec<String>,
+    /// Leave out up to so many lines that cannot be read
+    #[arg(long, value_name = "N")]
+    skip_bad: Option<usize>,
     #[arg(long, default_value = "sft", help = super::algorithms())]
     algorithm: String,
     /// Settings in TOML
@@ -36,19 +39,21 @@ pub(super) struct TokenizeArgs {
 
 pub(super) fn run(args: &TokenizeArgs) -> Result<()> {
     let (entry, mut settings, mut section) =
-        train::settings_of(&args.algorithm, args.config.as_deref(), &args.set)?;
-    settings.model.clone_from(&args.model);
-    settings.data.clone_from(&args.data);
+        train::settings_of((&args.algorithm, None), args.config.as_deref(), &args.set)?;
+    let model = super::model_folder(args.model.as_ref())?;
+    settings.model = model.display().to_string();
+    settings.data = args.data.iter().map(DataFile::from).collect();
+    settings.skip_bad = args.skip_bad.unwrap_or(settings.skip_bad);
     config::Section::validate(&settings)?;
     // The model that rates reads what the policy writes; here nothing is written.
     let keys = section.keys();
     let lacks = |name: &str, none: &str| keys.iter().any(|k| k.name == name && k.value == none);
     if lacks("reward_model", "\"\"") && lacks("rewards", "[]") {
-        let folder = toml::Value::String(args.model.clone());
+        let folder = toml::Value::String(settings.model.clone());
         section.set("reward_model", &folder).transpose()?;
     }
     let needs = (entry.build)(&*section)?.needs();
-    let (_, spec) = Config::read(args.model.as_ref())?.spec()?;
+    let (_, spec) = Config::read(&model)?.spec()?;
     let data = RunData::read(&settings, &needs, &spec)?;
     data.source.warnings.iter().for_each(|text| warn(text));
     let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();

@@ -25,22 +25,28 @@ pub(super) struct TrainArgs {
 pub(super) struct RunArgs {
     #[arg(help = super::algorithms())]
     algorithm: String,
+    /// Settings of another system, over which all others win; `warpo config ALGORITHM` names them
+    #[arg(long, value_name = "NAME")]
+    preset: Option<String>,
     /// Settings in TOML; `warpo config ALGORITHM` prints all of them
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// The model's folder
+    /// The model's folder, or its name on the Hub where it is in the local cache
     #[arg(long, value_name = "DIR")]
     model: Option<String>,
-    /// A data file (JSONL), `-` for standard input; may be given again
+    /// A data file, folder, pattern or name of the Hub, `-` for standard input; may be given again
     #[arg(long, value_name = "FILE")]
     data: Vec<String>,
+    /// Leave out up to so many lines that cannot be read
+    #[arg(long, value_name = "N")]
+    skip_bad: Option<u32>,
     /// Folder of the run
     #[arg(long, value_name = "DIR")]
     out: Option<String>,
     /// auto (a GPU if there is one, else the CPU), cpu, cuda or cuda:N
     #[arg(long)]
     device: Option<String>,
-    /// One setting, as in the TOML; may be given again
+    /// One setting, as in the TOML; may be given again. Each is a flag, too: --learning-rate 1e-5
     #[arg(long, value_name = "KEY=VALUE")]
     set: Vec<String>,
 }
@@ -58,7 +64,8 @@ fn other_algorithm(entry: &AlgorithmEntry, error: Error) -> Error {
     Error::Config { key, message, hint }
 }
 
-/// An algorithm, and its settings: the defaults, then the file, then what the command line says.
+/// An algorithm, and its settings: the defaults, then the preset, then the file, then what the
+/// command line says.
 pub(super) fn settings(
     args: &RunArgs,
 ) -> Result<(&'static AlgorithmEntry, Settings, Box<dyn Section>)> {
@@ -70,20 +77,45 @@ pub(super) fn settings(
         let list: Vec<toml::Value> = args.data.iter().map(|d| d.clone().into()).collect();
         all.push(format!("data={}", toml::Value::Array(list)));
     }
+    all.extend(args.skip_bad.iter().map(|n| format!("skip_bad={n}")));
     all.extend(args.out.iter().map(|out| name("out", out)));
     all.extend(args.device.iter().map(|device| name("device", device)));
     all.extend(args.set.iter().cloned());
-    settings_of(&args.algorithm, args.config.as_deref(), &all)
+    let chosen = (&*args.algorithm, args.preset.as_deref());
+    let (entry, mut settings, mut section) = settings_of(chosen, args.config.as_deref(), &all)?;
+    find_models(&mut settings, &mut *section, super::hub_folder)?;
+    Ok((entry, settings, section))
 }
 
-/// The settings of an algorithm after those of a file and these pairs of key and value.
+/// Puts folders in place of the names of models: of the Hub's, or of checkpoints, too.
+fn find_models(
+    settings: &mut Settings,
+    section: &mut dyn Section,
+    folder: impl Fn(&Path) -> Result<PathBuf>,
+) -> Result<()> {
+    if !settings.model.is_empty() {
+        settings.model = folder(settings.model.as_ref())?.display().to_string();
+    }
+    for key in section.keys().iter().filter(|k| k.name.ends_with("_model")) {
+        let table = format!("x = {}", key.value).parse::<toml::Table>().unwrap_or_default();
+        let given = table.get("x").and_then(|x| x.as_str()).unwrap_or_default();
+        if !given.is_empty() {
+            let found = folder(given.as_ref())?.display().to_string();
+            section.set(key.name, &found.into()).transpose()?;
+        }
+    }
+    Ok(())
+}
+
+/// The settings of an algorithm and its preset after those of a file and these pairs of key and
+/// value.
 pub(super) fn settings_of(
-    algorithm_name: &str,
+    (name, preset): (&str, Option<&str>),
     config: Option<&Path>,
     pairs: &[String],
 ) -> Result<(&'static AlgorithmEntry, Settings, Box<dyn Section>)> {
-    let entry = algorithm(algorithm_name)?;
-    let (mut settings, mut section) = Settings::defaults(entry)?;
+    let entry = algorithm(name)?;
+    let (mut settings, mut section) = Settings::of_preset(entry, preset)?;
     if let Some(path) = config {
         let text = file::read_bounded(path, 1 << 20).map_err(|e| Error::Config {
             key: "--config".into(),
@@ -103,7 +135,8 @@ pub(super) fn settings_of(
 
 pub(super) fn run(args: &TrainArgs) -> Result<()> {
     signals::install()?;
-    let (entry, settings, section) = settings(&args.run)?;
+    let (entry, mut settings, mut section) = settings(&args.run)?;
+    find_models(&mut settings, &mut *section, super::model_folder)?;
     let dev = Device::from_name(&settings.device, settings.threads)?;
     let dir = args.profiling.on(dev, |dev| {
         let mut progress = Progress::new(entry.name);

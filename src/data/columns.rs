@@ -1,5 +1,7 @@
 //! The columns of a row, which tell its format.
 
+mod instructions;
+
 use std::{
     collections::{BTreeMap, BTreeSet},
     sync::Arc,
@@ -9,73 +11,24 @@ use serde::{
     Deserialize, Deserializer,
     de::{MapAccess, Visitor},
 };
-use serde_json::{Value, json, value::RawValue};
+use serde_json::value::RawValue;
 
 use super::{
     chat::{Chat, ChatText, not_json},
+    options::ReadOptions,
     records::Record,
-    reward_columns::{RewardColumns, RowColumns},
+    reward_columns::RowColumns,
 };
-use crate::error::{Error, Result};
 
 /// Columns of the widest row.
 const MAX_COLUMNS: usize = 4096;
 
-/// How rows are read.
-#[derive(Clone, Debug, Default, PartialEq)]
-pub struct ReadOptions {
-    /// Names of columns in the data, by our own names for them.
-    pub columns: BTreeMap<String, String>,
-    /// Instructions become conversations: the model has a chat template.
-    pub chats: bool,
-    /// Columns that are kept as they are, for rewards.
-    pub rewards: RewardColumns,
-}
-
-impl ReadOptions {
-    /// Reads pairs as `prompt=question`.
-    pub fn of_pairs(pairs: &[String], chats: bool) -> Result<Self> {
-        let pair = |pair: &String| {
-            let (ours, theirs) = pair.split_once('=').ok_or_else(|| {
-                Error::config("--column", "a name of ours, =, and that in the data", pair)
-            })?;
-            Ok((ours.trim().to_owned(), theirs.trim().to_owned()))
-        };
-        let columns = pairs.iter().map(pair).collect::<Result<_>>()?;
-        Ok(Self { columns, chats, rewards: RewardColumns::None })
-    }
-
-    /// Checks that our names are names of ours.
-    pub fn validate(&self) -> Result<()> {
-        match self.columns.keys().find(|ours| !COLUMNS.contains(&&***ours)) {
-            Some(other) => Err(Error::config("columns", format!("one of {COLUMNS:?}"), other)),
-            None => Ok(()),
-        }
-    }
-
-    /// The columns of a row that rewards read, by our names. No value is null: that is no column.
-    fn kept(&self, row: &RawRow<'_>) -> Result<RowColumns, String> {
-        let mut kept = RowColumns::new();
-        for (name, value) in &row.columns {
-            let name = self.ours(name);
-            if self.rewards.has(name) && value.get() != "null" {
-                let value = serde_json::from_str(value.get()).map_err(|e| not_json(&e))?;
-                kept.insert(name.to_owned(), value);
-            }
-        }
-        Ok(kept)
-    }
-
-    /// Our name of a column of the data.
-    pub fn ours<'a>(&'a self, name: &'a str) -> &'a str {
-        self.columns.iter().find(|(_, theirs)| *theirs == name).map_or(name, |(ours, _)| ours)
-    }
-}
-
-/// Reads the JSON text of a row: its record, and the columns that rewards read.
-pub(super) fn read(
+/// Reads the JSON text of a row: its record, and the columns that rewards read; renamed columns
+/// that it has are no longer `unseen`.
+pub(super) fn read<'a>(
     text: &str,
-    options: &ReadOptions,
+    options: &'a ReadOptions,
+    unseen: &mut BTreeSet<&'a str>,
 ) -> Result<(Record, Arc<RowColumns>), String> {
     let row: RawRow<'_> = serde_json::from_str(text).map_err(|e| match text.starts_with('{') {
         true => not_json(&e),
@@ -84,8 +37,12 @@ pub(super) fn read(
             Err(e) => not_json(&e),
         },
     })?;
-    let kept = options.kept(&row)?;
-    Ok((DataRow::of(row, options)?.record()?, Arc::new(kept)))
+    let kept = Arc::new(row.kept(options)?);
+    let mut row = DataRow::of(row, options)?;
+    unseen.retain(|ours| !row.columns.contains_key(ours));
+    // An answer that a reward reads is no part of a prompt, and may be a number.
+    row.columns.retain(|name, _| !ANSWERS.contains(name) || !options.rewards.has(name));
+    Ok((row.record()?, kept))
 }
 
 fn brief(v: &RawValue) -> String {
@@ -94,36 +51,6 @@ fn brief(v: &RawValue) -> String {
         Some(_) => v.get().chars().take(57).chain("...".chars()).collect(),
     }
 }
-
-/// What records are made of.
-const COLUMNS: [&str; 26] = [
-    "text",
-    "label",
-    "prompt",
-    "question",
-    "instruction",
-    "input",
-    "context",
-    "output",
-    "system",
-    "history",
-    "completion",
-    "response",
-    "answer",
-    "chosen",
-    "rejected",
-    "margin",
-    "input_ids",
-    "output_ids",
-    "labels",
-    "prompt_ids",
-    "chosen_ids",
-    "rejected_ids",
-    "messages",
-    "conversations",
-    "tools",
-    "chat_template_kwargs",
-];
 
 /// The columns of a row, each as its JSON text, under the names that they have there.
 #[derive(Default)]
@@ -139,6 +66,21 @@ struct DataRow<'a> {
     /// All names in the data, and whether the value is null.
     found: Vec<(String, bool)>,
     options: &'a ReadOptions,
+}
+
+impl RawRow<'_> {
+    /// The columns that rewards read, by our names. No value is null: that is no column.
+    fn kept(&self, options: &ReadOptions) -> Result<RowColumns, String> {
+        let mut kept = RowColumns::new();
+        for (name, value) in &self.columns {
+            let name = options.ours(name);
+            if options.rewards.has(name) && value.get() != "null" {
+                let value = serde_json::from_str(value.get()).map_err(|e| not_json(&e))?;
+                kept.insert(name.to_owned(), value);
+            }
+        }
+        Ok(kept)
+    }
 }
 
 impl<'de> Deserialize<'de> for RawRow<'de> {
@@ -185,38 +127,25 @@ impl<'a> DataRow<'a> {
         }
         let found: Vec<(String, bool)> =
             row.columns.iter().map(|(name, v)| (name.clone(), v.get() == "null")).collect();
-        let known = |(name, v): &(String, &'a RawValue)| {
-            let ours = options.ours(name);
-            let is_free = ours != name || !options.columns.contains_key(name);
-            COLUMNS.into_iter().find(|c| is_free && *c == ours).map(|c| (c, *v))
-        };
-        let mut this = Self { columns: row.columns.iter().filter_map(known).collect(), found, options };
-        let lacks = |(ours, _): &(&String, &String)| !this.columns.contains_key(&***ours);
-        let lacking = options.columns.iter().find(lacks);
-        // An answer that a reward reads is no part of a prompt, and may be a number.
-        this.columns.retain(|name, _| !ANSWERS.contains(name) || !options.rewards.has(name));
-        match lacking {
-            Some((ours, theirs)) => {
-                let found = this.found();
-                Err(format!(
-                    "has columns {found}, wanted {theirs:?} (`columns` has it as `{ours}`)"
-                ))
-            }
-            None => Ok(this),
-        }
+        let known = |(name, v): &(String, &'a RawValue)| options.column(name).map(|c| (c, *v));
+        Ok(Self { columns: row.columns.iter().filter_map(known).collect(), found, options })
     }
 
     fn has(&self, key: &str) -> bool {
         self.columns.get(key).is_some_and(|v| v.get() != "null")
     }
 
-    /// Which of these names of one thing is there; more than one is refused, unless the first one
-    /// was given in the options.
+    /// Which of these names of one thing is there; more than one is refused. If one of them was
+    /// given in the options, it is meant.
     fn one_of(&self, names: &[&'static str]) -> Result<Option<&'static str>, String> {
+        let named = |name: &&str| self.options.columns.contains_key(*name);
+        if let Some(name) = names.iter().copied().find(named) {
+            return Ok(Some(name).filter(|name| self.has(name)));
+        }
         let mut there = names.iter().copied().filter(|name| self.has(name));
         let (first, second) = (there.next(), there.next());
         match (first, second) {
-            (Some(a), Some(b)) if !self.options.columns.contains_key(names[0]) => Err(format!(
+            (Some(a), Some(b)) => Err(format!(
                 "has `{a}` and `{b}`, wanted one of them; say which: columns = {{ {} = {b:?} }}",
                 names[0]
             )),
@@ -258,12 +187,6 @@ impl<'a> DataRow<'a> {
             let value = self.has(key).then(|| self.columns[key].get().to_owned())?;
             Some(match self.is_message(key) {
                 true => format!("[{value}]"),
-                false if key == "conversations" && self.has("system") => {
-                    let told = self.columns["system"].get();
-                    let rest = value.trim_start_matches('[').trim_start();
-                    let comma = if rest.starts_with(']') { "" } else { ", " };
-                    format!(r#"[{{"role": "system", "content": {told}}}{comma}{rest}"#)
-                }
                 false => value,
             })
         };
@@ -285,16 +208,22 @@ impl<'a> DataRow<'a> {
         let (chosen, rejected) = (self.chat("chosen")?, self.chat("rejected")?.messages);
         let mut prompt = None;
         if self.is_message("chosen") && self.is_chat("conversations") {
-            prompt = Some(self.chat("conversations")?);
+            prompt = Some(self.opened(self.chat("conversations")?)?);
         } else if self.is_chat("prompt") {
-            prompt = Some(self.chat("prompt")?);
+            prompt = Some(self.opened(self.chat("prompt")?)?);
         } else if self.has("prompt") {
             let opening = self.text("prompt")?;
             if Chat::read(&chosen)?.opening() != Some(&opening) {
                 return Err("has a text as `prompt`, with which `chosen` does not open".into());
             }
         }
-        Ok(Record::ChatPreference { prompt, chosen, rejected, margin: self.margin()? })
+        let margin = self.margin()?;
+        if prompt.is_some() {
+            return Ok(Record::ChatPreference { prompt, chosen, rejected, margin });
+        }
+        let rejected = self.opened(chosen.with(&rejected))?.messages;
+        let chosen = self.opened(chosen)?;
+        Ok(Record::ChatPreference { prompt, chosen, rejected, margin })
     }
 
     fn ids(&self, key: &str) -> Result<Vec<u32>, String> {
@@ -359,82 +288,6 @@ impl<'a> DataRow<'a> {
         })
     }
 
-    /// Refuses what instructions have a place for and other records have not: it would be left out.
-    fn is_all_placed(&self) -> Result<(), String> {
-        let has = |key: &&&str| self.has(key);
-        let told = ["chosen", "messages", "conversations", "prompt", "question"];
-        let Some(of) = told.iter().find(has).filter(|_| !has(&&"instruction") && !has(&&"text"))
-        else {
-            return Ok(());
-        };
-        let empty = |key: &str| [r#""""#, "[]", "{}"].contains(&self.columns[key].get());
-        let opens = |key: &str| key == "system" && self.has("conversations");
-        let left = ["system", "context", "input", "history"];
-        match left.iter().filter(has).find(|key| !empty(key) && !opens(key)) {
-            None => Ok(()),
-            Some(key) => Err(format!(
-                "has `{key}`, for which `{of}` has no place: write it there, or take it out"
-            )),
-        }
-    }
-
-    /// The prompt of an instruction: a text under the headings that Alpaca made customary.
-    fn instruction(&self) -> Result<(String, String), String> {
-        let part = |key: &str| if self.has(key) { self.text(key) } else { Ok(String::new()) };
-        let history = self.has("history") && self.columns["history"].get() != "[]";
-        if history {
-            return Err("has a `history`, wanted the conversation as `messages`".into());
-        }
-        let (system, told) = (part("system")?, self.text("instruction")?);
-        let input = self.one_of(&["input", "context"])?.map_or(Ok(String::new()), part)?;
-        let headed = |heading: &str, text: &str| match text {
-            "" => String::new(),
-            text => format!("### {heading}:\n{text}\n\n"),
-        };
-        let before = if system.is_empty() { String::new() } else { format!("{system}\n\n") };
-        let (told_text, input_text) = (headed("Instruction", &told), headed("Input", &input));
-        let text = format!("{before}{told_text}{input_text}### Response:\n");
-        let asked = if input.is_empty() { told } else { format!("{told}\n\n{input}") };
-        let mut messages = vec![json!({"role": "user", "content": asked})];
-        if !system.is_empty() {
-            messages.insert(0, json!({"role": "system", "content": system}));
-        }
-        Ok((text, Value::Array(messages).to_string()))
-    }
-
-    /// An instruction with what follows it: nothing, an output, or two of which one was chosen. It
-    /// is a conversation where the model has a template.
-    fn instructed(&self) -> Result<Record, String> {
-        let (prompt, messages) = self.instruction()?;
-        let tools = self.has("tools").then(|| self.columns["tools"].get().to_owned());
-        let chat = ChatText { messages, tools, variables: None };
-        let answer = |text: String| json!([{"role": "assistant", "content": text}]).to_string();
-        let chats = self.options.chats;
-        if self.has("chosen") {
-            let (chosen, rejected) = (self.text("chosen")?, self.text("rejected")?);
-            let margin = self.margin()?;
-            return Ok(match chats {
-                false => Record::Preference { prompt, chosen, rejected, margin },
-                true => Record::ChatPreference {
-                    chosen: chat.with(&answer(chosen)),
-                    rejected: answer(rejected),
-                    prompt: Some(chat),
-                    margin,
-                },
-            });
-        }
-        let output = self.one_of(&["completion", "output", "response", "answer"])?;
-        match (output.map(|key| self.text(key)).transpose()?, chats) {
-            (None, false) => Ok(Record::Prompt { prompt }),
-            (None, true) => Ok(Record::ChatPrompt(chat)),
-            (Some(completion), false) => self.judged(Record::Completion { prompt, completion }),
-            (Some(completion), true) => {
-                let completion = answer(completion);
-                self.judged(Record::ChatCompletion { prompt: chat, completion })
-            }
-        }
-    }
-
     /// The record of ids, if there are some.
     fn of_ids(&self) -> Result<Option<Record>, String> {
         let has = |key| self.has(key);
@@ -493,6 +346,9 @@ impl<'a> DataRow<'a> {
             let (chosen, rejected) = (self.text("chosen")?, self.text("rejected")?);
             let margin = self.margin()?;
             if let Some(key) = asks()? {
+                if self.is_told() {
+                    return self.asked(key);
+                }
                 let prompt = self.text(key)?;
                 return Ok(Record::Preference { prompt, chosen, rejected, margin });
             }
@@ -504,10 +360,10 @@ impl<'a> DataRow<'a> {
             let Some(key) = self.one_of(&["messages", "conversations"])? else {
                 return Err("has no conversation".into());
             };
-            return self.judged(Record::Messages(self.chat(key)?));
+            return self.judged(Record::Messages(self.opened(self.chat(key)?)?));
         }
         if self.is_chat("prompt") {
-            let prompt = self.chat("prompt")?;
+            let prompt = self.opened(self.chat("prompt")?)?;
             return match self.one_of(&COMPLETIONS)? {
                 Some(key) => {
                     let completion = self.chat(key)?.messages;
@@ -519,6 +375,9 @@ impl<'a> DataRow<'a> {
         if let Some(key) = asks()? {
             if has("instruction") {
                 return Err(format!("has `{key}` and `instruction`, wanted one of them"));
+            }
+            if self.is_told() {
+                return self.asked(key);
             }
             let prompt = self.text(key)?;
             return match self.one_of(&COMPLETIONS)? {

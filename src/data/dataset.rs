@@ -7,7 +7,7 @@ use std::{ops::Range, sync::Arc};
 use sha2::{Digest, Sha256};
 
 use super::{
-    DataPlace, Kept, Located, Omission, Record, RowColumns, Tokenizer,
+    BadLines, DataPlace, Kept, Located, Omission, Record, RowColumns, Tokenizer,
     chat::{self, Chat, ChatText},
 };
 use crate::{
@@ -76,6 +76,8 @@ pub struct Dataset {
     pub stats: DatasetStats,
     /// What was cut or dropped, a reason each.
     pub omissions: Vec<Omission>,
+    /// Lines of which no example could be made.
+    pub bad: BadLines,
 }
 
 /// Counts of a data set's records and tokens.
@@ -90,6 +92,11 @@ pub struct DatasetStats {
 }
 
 impl Dataset {
+    /// Nothing yet.
+    fn within(limits: Limits) -> Self {
+        Self { bad: BadLines::up_to(limits.skip_bad), ..Self::default() }
+    }
+
     /// Sequences of an example.
     pub fn unit(&self) -> usize {
         if self.margins.is_empty() { 1 } else { 2 }
@@ -111,7 +118,7 @@ impl Dataset {
     /// Leaves out pairs of which a side predicts no token: a policy has no log-prob of it.
     pub fn keep_predicted(&mut self) {
         let all = std::mem::take(self);
-        (self.stats, self.omissions) = (all.stats, all.omissions);
+        (self.stats, self.omissions, self.bad) = (all.stats, all.omissions, all.bad);
         let pairs = all.sequences.chunks_exact(2).zip(all.margins);
         for (pair, margin) in pairs {
             if pair.iter().all(|s| s.tokens() > 0) {
@@ -206,6 +213,8 @@ pub struct Limits {
     pub vocab: usize,
     /// Appended to whole texts and completions, if the data is text.
     pub eos: Option<u32>,
+    /// Lines that may be left out because no example can be made of them.
+    pub skip_bad: usize,
 }
 
 /// Makes sequences of records.
@@ -387,83 +396,40 @@ impl Maker<'_> {
         }
         Ok(s)
     }
-}
 
-fn unfit(at: &Located, want: &str) -> Error {
-    at.error(format!("has columns {}, wanted {want}", at.record.format()))
-}
-
-/// Texts to learn: `text` (all of it), `prompt, completion` and the chosen side of preferences
-/// (the completion; all of it unless `completion_only`), labelled texts (as text), or ids.
-pub fn texts(
-    records: &[Located],
-    tokenizer: Option<&Tokenizer>,
-    limits: Limits,
-    completion_only: bool,
-) -> Result<Dataset> {
-    let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::default());
-    for at in records {
-        if let Record::Judged { .. } = at.record {
-            return Err(at.error("has `label` beside a completion: what is bad would be learned"));
-        }
-        let text = maker.text(at, completion_only)?;
-        let useless = |[s]: &[Sequence; 1]| s.predicted.is_empty().then_some("nothing to learn");
-        out.push([text], limits.max_length, useless);
-    }
-    Ok(out)
-}
-
-/// Texts to score: one for each record, its prompt not scored; two, chosen and rejected, for each
-/// preference.
-pub fn scored(
-    records: &[Located],
-    tokenizer: Option<&Tokenizer>,
-    limits: Limits,
-) -> Result<Dataset> {
-    let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::default());
-    for at in records {
-        let texts = match (&at.record, maker.pair(at)?) {
+    /// The texts of a record that are scored.
+    fn scored(&self, at: &Located) -> Result<Vec<Sequence>> {
+        let texts = match (&at.record, self.pair(at)?) {
             (_, Some((pair, _))) => pair.to_vec(),
             (Record::Prompt { prompt }, _) => {
-                let ids = maker.start(at, prompt, Kept::First)?;
-                vec![maker.completed_ids(at, &[], &ids)?]
+                let ids = self.start(at, prompt, Kept::First)?;
+                vec![self.completed_ids(at, &[], &ids)?]
             }
             (Record::ChatPrompt(_), _) => {
-                let ids = maker.chat_prompt(at)?.unwrap_or_default();
-                vec![maker.completed_ids(at, &[], &ids)?]
+                let ids = self.chat_prompt(at)?.unwrap_or_default();
+                vec![self.completed_ids(at, &[], &ids)?]
             }
             _ if at.record.is_chat() => {
-                let chat = maker.chat(at)?;
-                let one = chat.map(|(chat, from)| maker.conversation(at, &chat, from, true));
+                let chat = self.chat(at)?;
+                let one = chat.map(|(chat, from)| self.conversation(at, &chat, from, true));
                 one.transpose()?.into_iter().collect()
             }
-            _ => vec![maker.text(at, true)?],
+            _ => vec![self.text(at, true)?],
         };
-        if texts.iter().any(|s| s.ids.is_empty()) {
-            return Err(at.error("has no tokens, wanted at least one"));
-        }
-        for text in texts {
-            out.push([text], limits.max_length, |_| None);
+        match texts.iter().any(|s| s.ids.is_empty()) {
+            true => Err(at.error("has no tokens, wanted at least one")),
+            false => Ok(texts),
         }
     }
-    Ok(out)
-}
 
-/// Prompts: `prompt` of any record that has one, as it is; ids before the first that is learned;
-/// other ids or texts, of which the first `tokens` tokens are the prompt (all: `usize::MAX`).
-pub fn prompts(
-    records: &[Located],
-    tokenizer: Option<&Tokenizer>,
-    limits: Limits,
-    tokens: Option<usize>,
-) -> Result<Dataset> {
-    let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::default());
-    for at in records {
+    /// The prompt of a record, whole; of ids and texts the first `tokens` tokens.
+    fn asked(&self, at: &Located, tokens: Option<usize>) -> Result<Sequence> {
+        let limits = self.limits;
         let ids = match at.record.content() {
-            _ if at.record.is_chat() => maker.chat_prompt(at)?.unwrap_or_default(),
+            _ if at.record.is_chat() => self.chat_prompt(at)?.unwrap_or_default(),
             Record::Prompt { prompt }
             | Record::Completion { prompt, .. }
-            | Record::Preference { prompt, .. } => maker.start(at, prompt, Kept::Last)?,
+            | Record::Preference { prompt, .. } => self.start(at, prompt, Kept::Last)?,
             Record::PreferenceIds { prompt, .. } | Record::CompletionIds { prompt, .. } => {
                 prompt.clone()
             }
@@ -479,11 +445,68 @@ pub fn prompts(
                 let first = tokens.filter(|n| *n < usize::MAX);
                 let kept = if first.is_some() { Kept::First } else { Kept::Last };
                 let limits = Limits { max_length: first.unwrap_or(limits.max_length), ..limits };
-                cut(Maker { limits, ..maker }.start(at, text, kept)?, tokens)
+                cut(Maker { limits, ..*self }.start(at, text, kept)?, tokens)
             }
             _ => return Err(unfit(at, "prompts (or `prompt_tokens` to cut them from texts)")),
         };
-        let mut prompt = maker.sequence(at, ids, Vec::new())?;
+        self.sequence(at, ids, Vec::new())
+    }
+}
+
+fn unfit(at: &Located, want: &str) -> Error {
+    at.error(format!("has columns {}, wanted {want}", at.record.format()))
+}
+
+/// Texts to learn: `text` (all of it), `prompt, completion` and the chosen side of preferences
+/// (the completion; all of it unless `completion_only`), labelled texts (as text), or ids.
+pub fn texts(
+    records: &[Located],
+    tokenizer: Option<&Tokenizer>,
+    limits: Limits,
+    completion_only: bool,
+) -> Result<Dataset> {
+    let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::within(limits));
+    for at in records {
+        let made = match at.record {
+            Record::Judged { .. } => {
+                Err(at.error("has `label` beside a completion: what is bad would be learned"))
+            }
+            _ => maker.text(at, completion_only),
+        };
+        let Some(text) = out.bad.kept(made)? else { continue };
+        let useless = |[s]: &[Sequence; 1]| s.predicted.is_empty().then_some("nothing to learn");
+        out.push([text], limits.max_length, useless);
+    }
+    Ok(out)
+}
+
+/// Texts to score: one for each record, its prompt not scored; two, chosen and rejected, for each
+/// preference.
+pub fn scored(
+    records: &[Located],
+    tokenizer: Option<&Tokenizer>,
+    limits: Limits,
+) -> Result<Dataset> {
+    let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::within(limits));
+    for at in records {
+        for text in out.bad.kept(maker.scored(at))?.unwrap_or_default() {
+            out.push([text], limits.max_length, |_| None);
+        }
+    }
+    Ok(out)
+}
+
+/// Prompts: `prompt` of any record that has one, as it is; ids before the first that is learned;
+/// other ids or texts, of which the first `tokens` tokens are the prompt (all: `usize::MAX`).
+pub fn prompts(
+    records: &[Located],
+    tokenizer: Option<&Tokenizer>,
+    limits: Limits,
+    tokens: Option<usize>,
+) -> Result<Dataset> {
+    let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::within(limits));
+    for at in records {
+        let Some(mut prompt) = out.bad.kept(maker.asked(at, tokens))? else { continue };
         let surplus = prompt.ids.len().saturating_sub(limits.max_length);
         if surplus > 0 {
             out.stats.truncated += 1;

@@ -1,78 +1,160 @@
 //! Files of data: which ones a path stands for, and the JSON text of each row.
 //!
 //! JSON lines, a JSON list of objects, CSV (RFC 4180) or TSV with a header; each also as gzip or
-//! zstd, which their first bytes tell.
+//! zstd, which their first bytes tell; Parquet, in a build that has it.
+
+mod lines;
+mod list;
+mod packed;
+#[cfg_attr(not(feature = "parquet"), path = "files/no_parquet.rs")]
+mod parquet;
+mod table;
 
 use std::{
-    fs::{self, File},
-    io::{self, BufRead, BufReader, Read, stdin},
+    fs,
+    io::BufRead,
     path::{Path, PathBuf},
 };
 
-use flate2::bufread::MultiGzDecoder;
-use ruzstd::decoding::StreamingDecoder;
-use serde_json::{Map, Value, value::RawValue};
-
-use super::{chat::not_json, columns::ReadOptions, unique};
-use crate::error::{Error, Result};
-
-/// The longest row that is read, in bytes.
-const MAX_LINE: u64 = 64 << 20;
-
-/// The longest JSON list that is read, in bytes: it is held whole.
-const MAX_LIST: u64 = 8 << 30;
-
-/// The largest window of a zstd file, which is memory: what every decoder should take (RFC 8878,
-/// 3.1.1.1.2) and levels up to 19 need.
-const ZSTD_WINDOW: u64 = 8 << 20;
+use self::lines::Lines;
+use super::options::{FolderPart, ReadOptions};
+use crate::{
+    error::{Error, Result},
+    hub,
+};
 
 /// Ends of the names of data files, before `.gz` or `.zst`.
-const KINDS: [&str; 5] = ["jsonl", "ndjson", "json", "csv", "tsv"];
+const KINDS: [&str; 6] = ["jsonl", "ndjson", "json", "csv", "tsv", "parquet"];
 
-/// Takes the line that a row begins in, and its JSON text.
-type Take<'a> = dyn FnMut(usize, &str) -> Result<()> + 'a;
+/// Takes the line that a row begins in, and its JSON text, or why it has none.
+type Take<'a> = dyn FnMut(usize, Result<&str, String>) -> Result<()> + 'a;
+
+/// Files of the Hub that have no rows.
+const NO_DATA: [&str; 3] = ["dataset_infos.json", "dataset_info.json", "state.json"];
+
+/// First words of the names of files that are kept apart to test on.
+const HELD_OUT: [&str; 7] = ["test", "validation", "valid", "val", "dev", "eval", "heldout"];
+
+/// The files that a path stands for.
+#[derive(Debug, Default)]
+pub(super) struct DataFiles {
+    pub files: Vec<PathBuf>,
+    /// Those of a folder that are not read.
+    pub left_out: Vec<PathBuf>,
+}
 
 /// The kind of a file that has data, by its name.
 fn kind(path: &Path) -> Option<&'static str> {
     let name = path.file_name()?.to_str()?.to_lowercase();
     let plain = [".gz", ".zst"].iter().find_map(|end| name.strip_suffix(end)).unwrap_or(&name);
     let kind = plain.rsplit_once('.')?.1;
-    KINDS.into_iter().find(|k| *k == kind && !name.starts_with('.'))
+    let is_data = !name.starts_with('.') && !NO_DATA.contains(&&*name);
+    KINDS.into_iter().find(|k| *k == kind && is_data)
+}
+
+/// Whether a file's name says that it is kept apart to test on.
+fn is_held_out(path: &Path) -> bool {
+    let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default().to_lowercase();
+    HELD_OUT.contains(&name.split(['-', '_', '.']).next().unwrap_or_default())
 }
 
 /// The files that a path stands for, by name: itself; those of a folder, not of folders in it;
-/// those that a pattern with `*` or `?` in its last part matches.
-pub(super) fn expand(path: &Path) -> Result<Vec<PathBuf>> {
+/// those that a pattern with `*` or `?` in its last part matches; a name of the Hub, where these
+/// are in its cache.
+pub(super) fn expand(path: &Path, part: FolderPart) -> Result<DataFiles> {
+    let cached = cached(path)?;
+    let path = cached.as_deref().unwrap_or(path);
     let pattern = path.file_name().and_then(|n| n.to_str()).filter(|n| n.contains(['*', '?']));
-    let (folder, pattern) = match pattern {
-        _ if path.is_dir() => (path, None),
-        Some(name) if !path.exists() => (path.parent().unwrap_or(Path::new("")), Some(name)),
-        _ => return Ok(vec![path.to_owned()]),
+    let (mut folder, pattern) = match pattern {
+        _ if path.is_dir() => (path.to_owned(), None),
+        Some(name) if !path.exists() => (path.parent().unwrap_or(path).to_owned(), Some(name)),
+        _ => return Ok(DataFiles { files: vec![path.to_owned()], ..DataFiles::default() }),
     };
+    if cached.is_some() && pattern.is_none() {
+        folder = data_folder(&folder)?;
+    }
+    let fits = |name: &str| match pattern {
+        Some(pattern) => matches(pattern.as_bytes(), name.as_bytes()),
+        None => kind(Path::new(name)).is_some(),
+    };
+    let mut files = files_of(&folder, fits)?;
+    match (files.is_empty(), pattern) {
+        (false, _) => {}
+        (true, Some(_)) => return Err(Error::file(path, "matches no file")),
+        (true, None) => {
+            let ends = KINDS.map(|k| format!(".{k}")).join(", ");
+            let want = format!("has no data file, wanted {ends}, or these with .gz or .zst behind");
+            return Err(Error::file(path, want));
+        }
+    }
+    let mut left_out = Vec::new();
+    if pattern.is_none() && part != FolderPart::All {
+        let is_read = |file: &PathBuf| is_held_out(file) == (part == FolderPart::HeldOut);
+        if files.iter().any(is_read) {
+            (files, left_out) = files.into_iter().partition(is_read);
+        }
+    }
+    Ok(DataFiles { files, left_out })
+}
+
+/// What a name of the Hub stands for in its cache; `None` for what is no such name, as a file that
+/// is not there.
+fn cached(path: &Path) -> Result<Option<PathBuf>> {
+    match hub::name_of(path) {
+        Some((_, rest)) if rest.as_os_str().is_empty() && kind(path).is_some() => Ok(None),
+        Some((name, rest)) => {
+            let snapshot = hub::dataset(name)?;
+            Ok(Some(if rest.as_os_str().is_empty() { snapshot } else { snapshot.join(rest) }))
+        }
+        None => Ok(None),
+    }
+}
+
+/// The files of a folder whose names fit.
+fn files_of(folder: &Path, fits: impl Fn(&str) -> bool) -> Result<Vec<PathBuf>> {
     let here = if folder.as_os_str().is_empty() { Path::new(".") } else { folder };
-    let failed = || Error::io("list", here);
     let mut found = Vec::new();
-    for entry in fs::read_dir(here).map_err(failed())? {
-        let name = entry.map_err(failed())?.file_name();
-        let fits = match (pattern, name.to_str()) {
-            (Some(pattern), Some(name)) => matches(pattern.as_bytes(), name.as_bytes()),
-            (None, _) => kind(Path::new(&name)).is_some(),
-            _ => false,
-        };
-        let path = folder.join(name);
+    for entry in fs::read_dir(here).map_err(Error::io("list", here))? {
+        let name = entry.map_err(Error::io("list", here))?.file_name();
+        let path = folder.join(&name);
         // A link to nothing is an error, not a file less.
-        if fits && fs::metadata(&path).map_err(Error::io("read", &path))?.is_file() {
+        if name.to_str().is_some_and(&fits)
+            && fs::metadata(&path).map_err(Error::io("read", &path))?.is_file()
+        {
             found.push(path);
         }
     }
     found.sort();
-    match (found.is_empty(), pattern) {
-        (false, _) => Ok(found),
-        (true, Some(_)) => Err(Error::file(path, "matches no file")),
-        (true, None) => {
-            let ends = KINDS.map(|k| format!(".{k}")).join(", ");
-            let want = format!("has no data file, wanted {ends}, or these with .gz or .zst behind");
-            Err(Error::file(path, want))
+    Ok(found)
+}
+
+/// The folder of a data set of the Hub that has its files: itself, or the only one in it.
+fn data_folder(folder: &Path) -> Result<PathBuf> {
+    let mut found = Vec::new();
+    let mut left = vec![folder.to_owned()];
+    while let Some(folder) = left.pop() {
+        if !files_of(&folder, |name| kind(Path::new(name)).is_some())?.is_empty() {
+            found.push(folder);
+            continue;
+        }
+        for entry in fs::read_dir(&folder).map_err(Error::io("list", &folder))? {
+            let path = entry.map_err(Error::io("list", &folder))?.path();
+            left.extend(path.is_dir().then_some(path));
+        }
+    }
+    found.sort();
+    match &found[..] {
+        [] => Ok(folder.to_owned()),
+        [one] => Ok(one.clone()),
+        many => {
+            let name =
+                |path: &PathBuf| path.strip_prefix(folder).unwrap_or(path).display().to_string();
+            let names: Vec<String> = many.iter().map(name).collect();
+            let message = format!(
+                "has data in {}: say which one, behind the name of the data set and a slash",
+                names.join(", ")
+            );
+            Err(Error::file(folder, message))
         }
     }
 }
@@ -100,64 +182,6 @@ fn matches(pattern: &[u8], name: &[u8]) -> bool {
     pattern[p..].iter().all(|c| *c == b'*')
 }
 
-/// A file, or standard input for `-`, as it was before it was packed.
-fn open(path: &Path) -> Result<Box<dyn BufRead>> {
-    let failed = || Error::io("read", path);
-    let mut reader: Box<dyn BufRead> = match path == Path::new("-") {
-        true => Box::new(BufReader::new(stdin())),
-        false => Box::new(BufReader::new(File::open(path).map_err(Error::io("open", path))?)),
-    };
-    Ok(match reader.fill_buf().map_err(failed())? {
-        [0x1f, 0x8b, ..] => Box::new(BufReader::new(MultiGzDecoder::new(reader))),
-        [0x28, 0xb5, 0x2f, 0xfd, ..] => Box::new(BufReader::new(Zstd::Next(reader))),
-        _ => reader,
-    })
-}
-
-/// The frames of a zstd file, one behind the other.
-enum Zstd {
-    Next(Box<dyn BufRead>),
-    Frame(Box<StreamingDecoder<Box<dyn BufRead>, ruzstd::decoding::FrameDecoder>>),
-    End,
-}
-
-impl Read for Zstd {
-    fn read(&mut self, out: &mut [u8]) -> io::Result<usize> {
-        loop {
-            *self = match std::mem::replace(self, Self::End) {
-                Self::End => return Ok(0),
-                Self::Next(mut reader) => {
-                    match reader.fill_buf().map(<[u8]>::is_empty) {
-                        Ok(true) => return Ok(0),
-                        Ok(false) => {}
-                        // It may be asked again.
-                        Err(e) => {
-                            *self = Self::Next(reader);
-                            return Err(e);
-                        }
-                    }
-                    let frame = StreamingDecoder::new_with_max_window_size(reader, ZSTD_WINDOW);
-                    Self::Frame(Box::new(frame.map_err(io::Error::other)?))
-                }
-                Self::Frame(mut frame) => match frame.read(out) {
-                    Ok(0) => {
-                        let decoder = &frame.decoder;
-                        let said = decoder.get_checksum_from_data();
-                        if said.is_some() && said != decoder.get_calculated_checksum() {
-                            return Err(io::Error::other("its content has another checksum"));
-                        }
-                        Self::Next(frame.into_inner())
-                    }
-                    done => {
-                        *self = Self::Frame(frame);
-                        return done;
-                    }
-                },
-            };
-        }
-    }
-}
-
 /// Gives each row of a file; `name` stands for it in messages.
 pub(super) fn rows(
     path: &Path,
@@ -165,221 +189,34 @@ pub(super) fn rows(
     options: &ReadOptions,
     take: &mut Take<'_>,
 ) -> Result<()> {
-    let mut lines = Lines { reader: open(path)?, name, line: 0, bytes: Vec::new() };
+    let mut reader = packed::open(path)?;
+    let begins = |reader: &mut Box<dyn BufRead>, with: &[u8]| {
+        reader.fill_buf().map(|b| b.starts_with(with)).map_err(Error::io("read", name))
+    };
+    if begins(&mut reader, b"PAR1")? {
+        return parquet::rows(path, options, take);
+    }
+    if begins(&mut reader, b"version https://git-lfs")? {
+        let message = "is a pointer of Git LFS, not the file: `git lfs pull` gets it";
+        return Err(Error::file(name, message));
+    }
+    let mut lines = Lines::new(reader, name);
     match kind(path) {
-        Some("csv") => table(lines, b',', options, take),
-        Some("tsv") => table(lines, b'\t', options, take),
-        _ => {
-            while let Some((line, text)) = lines.next()? {
-                // A byte order mark is no content.
-                let text = text.trim_start_matches('\u{feff}').trim();
-                if text.starts_with('[') && line == 1 {
-                    return list(lines, take);
-                }
-                if !text.is_empty() {
-                    take(line, text)?;
-                }
+        Some("parquet") => {
+            Err(Error::file(name, "is no Parquet file, wanted PAR1 at its beginning"))
+        }
+        Some("csv") => table::table(lines, b',', options, take),
+        Some("tsv") => table::table(lines, b'\t', options, take),
+        _ if lines.first()? == Some(b'[') => list::list(lines, take),
+        _ => loop {
+            lines.bytes.clear();
+            if !lines.more()? {
+                return Ok(());
             }
-            Ok(())
-        }
-    }
-}
-
-/// Lines of a file, of bounded length.
-struct Lines<'a> {
-    reader: Box<dyn BufRead>,
-    name: &'a Path,
-    /// The number of the last one.
-    line: usize,
-    bytes: Vec<u8>,
-}
-
-impl Lines<'_> {
-    fn error(&self, line: usize, message: String) -> Error {
-        Error::Data { path: self.name.to_owned(), line, message }
-    }
-
-    /// Reads one more line behind what `bytes` has; false at the end.
-    fn more(&mut self) -> Result<bool> {
-        let left = (MAX_LINE + 1).saturating_sub(self.bytes.len() as u64);
-        let n = (&mut self.reader).take(left).read_until(b'\n', &mut self.bytes);
-        if n.map_err(Error::io("read", self.name))? == 0 {
-            return Ok(false);
-        }
-        self.line += 1;
-        match self.bytes.len() as u64 > MAX_LINE {
-            true => Err(self.error(self.line, format!("longer than {MAX_LINE} bytes"))),
-            false => Ok(true),
-        }
-    }
-
-    fn text(&self, line: usize) -> Result<&str> {
-        let wrong = |e: std::str::Utf8Error| format!("not UTF-8 at byte {}", e.valid_up_to() + 1);
-        std::str::from_utf8(&self.bytes).map_err(|e| self.error(line, wrong(e)))
-    }
-
-    fn next(&mut self) -> Result<Option<(usize, &str)>> {
-        self.bytes.clear();
-        if !self.more()? {
-            return Ok(None);
-        }
-        Ok(Some((self.line, self.text(self.line)?)))
-    }
-}
-
-/// The objects of a JSON list, of which the first line was read.
-fn list(mut lines: Lines<'_>, take: &mut Take<'_>) -> Result<()> {
-    let n = (&mut lines.reader).take(MAX_LIST).read_to_end(&mut lines.bytes);
-    if n.map_err(Error::io("read", lines.name))? as u64 == MAX_LIST {
-        return Err(lines.error(1, format!("a list longer than {MAX_LIST} bytes")));
-    }
-    let text = lines.text(1)?.trim_start_matches('\u{feff}');
-    let wrong = |e: serde_json::Error| lines.error(e.line(), not_json(&e));
-    let all: Vec<&RawValue> = serde_json::from_str(text).map_err(wrong)?;
-    let (mut line, mut at) = (1, 0);
-    for row in all {
-        let start = row.get().as_ptr() as usize - text.as_ptr() as usize;
-        line += text.as_bytes()[at..start].iter().filter(|b| **b == b'\n').count();
-        at = start;
-        take(line, row.get())?;
-    }
-    Ok(())
-}
-
-/// Whether a row of a table goes on in the next line: a text in quotes does. Quotes are those of a
-/// cell that begins with one; there a quote stands twice.
-#[derive(Default)]
-struct Quotes {
-    inside: bool,
-    /// A byte of the cell was read that did not begin it, or ended its quotes.
-    behind: bool,
-}
-
-impl Quotes {
-    /// Reads on, a byte once.
-    fn goes_on(&mut self, bytes: &[u8], by: u8) -> bool {
-        for b in bytes {
-            match b {
-                b'"' if self.inside => (self.inside, self.behind) = (false, false),
-                _ if self.inside => {}
-                b'"' if !self.behind => self.inside = true,
-                b => self.behind = *b != by,
+            let text = lines.text().map(str::trim);
+            if text != Ok("") {
+                take(lines.line, text)?;
             }
-        }
-        self.inside
-    }
-}
-
-/// The rows of a table whose first one names its columns.
-fn table(mut lines: Lines<'_>, by: u8, options: &ReadOptions, take: &mut Take<'_>) -> Result<()> {
-    let mut header: Option<Vec<String>> = None;
-    loop {
-        lines.bytes.clear();
-        let first = lines.line + 1;
-        let (mut quotes, mut read) = (Quotes::default(), 0);
-        while lines.more()? {
-            let opens = lines.line == 1 && lines.bytes.starts_with("\u{feff}".as_bytes());
-            read = read.max(if opens { "\u{feff}".len() } else { 0 });
-            if !quotes.goes_on(&lines.bytes[read..], by) {
-                break;
-            }
-            read = lines.bytes.len();
-        }
-        if lines.bytes.is_empty() {
-            let none = || Error::file(lines.name, "is empty, wanted a line that names the columns");
-            return header.map(drop).ok_or_else(none);
-        }
-        let text = lines.text(first)?.trim_start_matches('\u{feff}');
-        let row = cells(text.trim_end_matches(['\n', '\r']), by);
-        let row = row.map_err(|e| lines.error(first, e))?;
-        if text.trim().is_empty() {
-            continue;
-        }
-        let Some(header) = &header else {
-            if let Some(i) = (1..row.len()).find(|i| row[..*i].contains(&row[*i])) {
-                return Err(lines.error(first, format!("has column {:?} twice", row[i])));
-            }
-            header = Some(row);
-            continue;
-        };
-        if row.len() != header.len() {
-            let want = format!("has {} cells, wanted {} as the header", row.len(), header.len());
-            return Err(lines.error(first, want));
-        }
-        let named = header.iter().cloned().zip(row);
-        let read = |(name, cell): (String, String)| {
-            let value = value(options.ours(&name), cell)?;
-            Ok((name, value))
-        };
-        let object = named.map(read).collect::<Result<Map<_, _>, String>>();
-        let object = object.map_err(|e| lines.error(first, e))?;
-        take(first, &Value::Object(object).to_string())?;
-    }
-}
-
-/// The cells of a row.
-fn cells(row: &str, by: u8) -> Result<Vec<String>, String> {
-    let (mut all, mut rest) = (Vec::new(), row);
-    loop {
-        let mut cell = String::new();
-        if let Some(mut quoted) = rest.strip_prefix('"') {
-            loop {
-                let end = quoted.find('"').ok_or("has a quote that does not end")?;
-                cell += &quoted[..end];
-                quoted = &quoted[end + 1..];
-                match quoted.strip_prefix('"') {
-                    Some(more) => (cell, quoted) = (cell + "\"", more),
-                    None => break,
-                }
-            }
-            rest = quoted;
-        } else {
-            let end = rest.bytes().position(|b| b == by).unwrap_or(rest.len());
-            cell += &rest[..end];
-            rest = &rest[end..];
-        }
-        all.push(cell);
-        match rest.as_bytes().first() {
-            None => return Ok(all),
-            Some(b) if *b == by => rest = &rest[1..],
-            Some(_) => return Err(format!("has text behind the quotes of cell {}", all.len())),
-        }
-    }
-}
-
-/// A cell of one of our columns: text, but for those that are lists or numbers, and for messages.
-fn value(column: &str, cell: String) -> Result<Value, String> {
-    let is_list =
-        |v: &Value| v.as_array().is_some_and(|all| all.iter().all(|m| m["role"].is_string()));
-    Ok(match column {
-        "prompt" | "completion" | "chosen" | "rejected" if cell.trim_start().starts_with("[{") => {
-            let python = |key: &str| cell.trim_start().starts_with(&format!("[{{'{key}'"));
-            match unique::parse(cell.trim()) {
-                Ok(list) if is_list(&list) => list,
-                _ if python("role") || python("content") => {
-                    return Err(format!(
-                        "`{column}` has messages as Python prints them, wanted JSON"
-                    ));
-                }
-                _ => Value::String(cell),
-            }
-        }
-        "messages"
-        | "conversations"
-        | "tools"
-        | "chat_template_kwargs"
-        | "history"
-        | "margin"
-        | "label"
-        | "labels"
-        | "input_ids"
-        | "output_ids"
-        | "prompt_ids"
-        | "chosen_ids"
-        | "rejected_ids" => match cell.trim() {
-            "" => Value::Null,
-            text => unique::parse(text).unwrap_or(Value::String(cell)),
         },
-        _ => Value::String(cell),
-    })
+    }
 }

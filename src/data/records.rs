@@ -2,8 +2,10 @@
 
 use std::{path::Path, sync::Arc};
 
-use super::{chat::ChatText, reward_columns::RowColumns};
-use crate::error::Error;
+use sha2::{Digest, Sha256};
+
+use super::{chat::ChatText, reward_columns::RowColumns, unique};
+use crate::error::{Error, Result};
 
 /// One line of a data file.
 #[derive(Clone, Debug, PartialEq)]
@@ -68,6 +70,31 @@ impl Record {
             _ => [""; 3],
         };
         texts.into_iter().filter(|text| !text.is_empty())
+    }
+
+    /// A number that is the same for records of the same texts, messages or ids, whatever people
+    /// said of them and whatever white space their JSON has; another with each seed.
+    pub fn draw(&self, seed: u64) -> u64 {
+        let mut hash = Sha256::new();
+        let mut part = |bytes: &[u8]| {
+            hash.update((bytes.len() as u64).to_le_bytes());
+            hash.update(bytes);
+        };
+        part(&seed.to_le_bytes());
+        for text in self.texts() {
+            let json = if self.is_chat() { unique::parse(text).ok() } else { None };
+            part(json.map_or(text.into(), |json| json.to_string()).as_bytes());
+        }
+        let ids: [&[u32]; 3] = match self.content() {
+            Self::LabelledIds { input_ids, .. } | Self::Ids { input_ids } => [input_ids, &[], &[]],
+            Self::CompletionIds { prompt, completion } => [prompt, completion, &[]],
+            Self::PreferenceIds { prompt, chosen, rejected, .. } => [prompt, chosen, rejected],
+            _ => [&[]; 3],
+        };
+        ids.iter().for_each(|ids| part(bytemuck::cast_slice(ids)));
+        let mut first = [0; 8];
+        first.copy_from_slice(&hash.finalize()[..8]);
+        u64::from_le_bytes(first)
     }
 
     /// Whether it is made of messages, which need a chat template.
@@ -143,6 +170,46 @@ impl Located {
     /// An error about this record.
     pub fn error(&self, message: impl Into<String>) -> Error {
         self.place.error(message)
+    }
+}
+
+/// Lines that are left out because of what is wrong with them, up to a number.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct BadLines {
+    /// Lines that may still be left out.
+    pub left: usize,
+    pub count: usize,
+    /// What is wrong with the first one.
+    first: Option<String>,
+}
+
+impl BadLines {
+    /// None yet, of at most `most`.
+    pub fn up_to(most: usize) -> Self {
+        Self { left: most, ..Self::default() }
+    }
+
+    /// Leaves a line out, or gives back the error about it: there were as many before, or it is not
+    /// about a line.
+    pub fn skip(&mut self, error: Error) -> Result<()> {
+        if self.left == 0 || !matches!(error, Error::Data { .. }) {
+            return Err(error);
+        }
+        (self.left, self.count) = (self.left - 1, self.count + 1);
+        self.first.get_or_insert_with(|| error.to_string());
+        Ok(())
+    }
+
+    /// What a line gives, or nothing if it is left out.
+    pub fn kept<T>(&mut self, made: Result<T>) -> Result<Option<T>> {
+        made.map(Some).or_else(|e| self.skip(e).map(|()| None))
+    }
+
+    /// Says how many, if there are some, and the first; `done` is what could not be done with them.
+    pub fn note(&self, done: &str) -> Option<String> {
+        let lines = if self.count == 1 { "1 line".into() } else { format!("{} lines", self.count) };
+        let first = self.first.as_ref()?;
+        Some(format!("{lines} left out that cannot be {done}; the first: {first}"))
     }
 }
 

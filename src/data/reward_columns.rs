@@ -7,7 +7,7 @@ pub type RowColumns = serde_json::Map<String, serde_json::Value>;
 
 /// Columns that rewards read, beside what a prompt is made of.
 #[derive(Clone, Debug, Default, PartialEq)]
-pub enum RewardColumns {
+pub enum ColumnsRead {
     /// Rewards read none.
     #[default]
     None,
@@ -17,7 +17,7 @@ pub enum RewardColumns {
     All,
 }
 
-impl RewardColumns {
+impl ColumnsRead {
     pub fn has(&self, name: &str) -> bool {
         match self {
             Self::None => false,

@@ -3,7 +3,7 @@
 use super::{
     LayerSpec, QkNorm, Spec,
     mixer::{self, LayerCache, MixerActivations, MixerGradients},
-    mixture::{MixtureActivations, MixtureGradients, pair_rows_len},
+    mixture::{MixtureActivations, MixtureGradients, SharedActivations, pair_rows_len},
     norm::{self, Normed},
     spec::WINDOWS,
 };
@@ -130,6 +130,7 @@ pub(super) struct BlockActivations<'s, T: Element> {
     pub act: Buffer<'s, T>,
     /// Of those with experts.
     pub mixture: Option<MixtureActivations<'s, T>>,
+    pub shared: Option<SharedActivations<'s, T>>,
     pub post2: Option<PostNormed<'s, T>>,
 }
 
@@ -163,9 +164,11 @@ impl<'s, T: Element> BlockActivations<'s, T> {
         let experts = blocks.clone().find_map(|l| spec.experts_at(l));
         let other = blocks.clone().find_map(|l| spec.layer(l).state_mixer);
         let attends = if blocks.clone().any(|l| spec.attends(l)) { rows } else { 0 };
-        let dense = if blocks.any(|l| spec.experts_at(l).is_none()) { rows } else { 0 };
+        let dense = if blocks.any(|l| spec.has_mlp(l)) { rows } else { 0 };
         let mixer = other.map(|m| MixerActivations::new(scope, m, spec.hidden, rows));
         let mixture = experts.map(|e| MixtureActivations::new(dev, scope, e, rows));
+        let shared = experts.filter(|e| e.shared);
+        let shared = shared.map(|_| SharedActivations::new(scope, spec, rows));
         let stream = |what| scope.alloc(what, rows * spec.hidden);
         let before = || spec.norms_before().then(|| Normed::new(scope, spec, rows)).transpose();
         let after = || {
@@ -200,6 +203,7 @@ impl<'s, T: Element> BlockActivations<'s, T> {
             up: scope.alloc("MLP inputs", dense * spec.up_cols())?,
             act: scope.alloc("MLP activations", dense * spec.mlp_hidden)?,
             mixture: mixture.transpose()?,
+            shared: shared.transpose()?,
             post2: after()?,
         })
     }
@@ -319,7 +323,7 @@ impl<'s, T: Element> Gradients<'s, T> {
         let PassShape { rows, selected, .. } = pass;
         let most = rows.max(selected);
         let mixture = spec.experts.as_ref().map(|e| MixtureGradients::new(scope, spec, e, rows));
-        let dense = if (0..spec.layers).any(|l| spec.experts_at(l).is_none()) { rows } else { 0 };
+        let dense = if (0..spec.layers).any(|l| spec.has_mlp(l)) { rows } else { 0 };
         let stream = || scope.alloc("gradient of the residual stream", rows * spec.hidden);
         let mixer = spec.state_mixer.map(|m| MixerGradients::new(scope, m, spec.hidden, rows));
         let qkv = |cols| scope.alloc("gradient of queries, keys, values", rows * cols);

@@ -192,25 +192,37 @@ impl<'a, T: Element> BlockPass<'a, T> {
             Mlp::Gated(act) => matmul::Epilogue { act, gated: true },
         };
         let input = self.before(ParamKind::Norm2, &mut b.norm2, x)?;
-        if let (Some(experts), Some(b)) = (self.experts(), &mut b.mixture) {
-            return experts.expand(b, pairs, input);
+        let experts = self.experts();
+        if let (Some(experts), Some(b)) = (&experts, &mut b.mixture) {
+            experts.expand(b, pairs, input)?;
+            if !experts.spec.shared {
+                return Ok(());
+            }
         }
         let (act, up) = (b.act.view_mut(), b.up.view_mut());
-        self.linear(ParamKind::Up)?.activated(dev, epilogue, act, up, input)
+        self.linear(ParamKind::Up)?.activated(dev, epilogue, act, up, input)?;
+        if let (Some(experts), Some(shared)) = (&experts, &mut b.shared) {
+            experts.share(shared, b.act.view(), input)?;
+        }
+        Ok(())
     }
 
     /// `y = mid + r post2(down(act))`
     pub fn contract(
         &self,
         b: &mut BlockActivations<'_, T>,
-        y: ViewMut<'_, T>,
+        mut y: ViewMut<'_, T>,
         pairs: ViewMut<'_, T>,
     ) -> Result<()> {
-        if let (Some(experts), Some(mixture)) = (self.experts(), &b.mixture) {
-            return experts.contract(mixture, pairs, y, b.mid.view());
-        }
         let kinds = [ParamKind::Down, ParamKind::PostNorm2];
-        self.join(kinds, &mut b.post2, y, b.act.view(), b.mid.view())
+        let (Some(experts), Some(mixture)) = (self.experts(), &b.mixture) else {
+            return self.join(kinds, &mut b.post2, y, b.act.view(), b.mid.view());
+        };
+        let Some(shared) = &b.shared else {
+            return experts.contract(mixture, pairs, y, Some(b.mid.view()));
+        };
+        self.join(kinds, &mut b.post2, y.reborrow(), shared.act.view(), b.mid.view())?;
+        experts.contract(mixture, pairs, y, None)
     }
 
     /// Turns `g.dx` from the gradient of the block's output into that of its input `x`.
@@ -270,28 +282,49 @@ impl<'a, T: Element> BlockPass<'a, T> {
         b: &BlockActivations<'_, T>,
         x: View<'_, T>,
         g: &mut Gradients<'_, T>,
-        pairs: ViewMut<'_, T>,
+        mut pairs: ViewMut<'_, T>,
     ) -> Result<()> {
         let (dev, spec) = (self.dev, self.model.spec());
         let input = if spec.parallel { x } else { b.mid.view() };
         let input = b.norm2.as_ref().map_or(input, |normed| normed.y.view());
-        if let (Some(experts), Some(b), Some(to)) = (self.experts(), &b.mixture, &mut g.mixture) {
+        let experts = self.experts();
+        if let (Some(experts), Some(own), Some(to)) = (&experts, &b.mixture, &mut g.mixture) {
             let d = (g.dnorm.view_mut(), g.dx.view());
-            return experts.backward(grads, b, (to, pairs), d, input);
+            experts.backward(grads, own, (to, pairs.reborrow()), d, input)?;
+            let Some(shared) = &b.shared else { return Ok(()) };
+            // Rows of pairs are done with.
+            let mut dinput = pairs.range(0..input.len());
+            let down = self.linear(ParamKind::Down)?;
+            down.backward(dev, grads, g.dact.view_mut(), g.dx.view(), shared.act.view())?;
+            experts.share_backward(shared, to, g.dact.view_mut(), b.act.view())?;
+            experts.gate_backward(grads, to, dinput.reborrow(), input)?;
+            residual::add(dev, g.dnorm.view_mut(), dinput.view())?;
+            self.activation_backward(b, g)?;
+            let up = self.linear(ParamKind::Up)?;
+            up.backward(dev, grads, dinput.reborrow(), g.dup.view(), input)?;
+            return residual::add(dev, g.dnorm.view_mut(), dinput.view());
         }
         let down = self.linear(ParamKind::Down)?;
         let moved = self.join_backward(grads, ParamKind::PostNorm2, &b.post2, g)?;
         let dy = if moved { g.dnorm.view() } else { g.dx.view() };
         down.backward(dev, grads, g.dact.view_mut(), dy, b.act.view())?;
-        let (dup, dact, up) = (g.dup.view_mut(), g.dact.view(), b.up.view());
-        match spec.mlp {
-            Mlp::Plain(act) => activation::backward(dev, act, dup, dact, up)?,
-            Mlp::Gated(act) => {
-                activation::gated_backward(dev, act, dup, dact, up, spec.mlp_hidden)?;
-            }
-        }
+        self.activation_backward(b, g)?;
         let up = self.linear(ParamKind::Up)?;
         up.backward(dev, grads, g.dnorm.view_mut(), g.dup.view(), input)
+    }
+
+    /// From `g.dact` to `g.dup`.
+    fn activation_backward(
+        &self,
+        b: &BlockActivations<'_, T>,
+        g: &mut Gradients<'_, T>,
+    ) -> Result<()> {
+        let (dev, spec) = (self.dev, self.model.spec());
+        let (dup, dact, up) = (g.dup.view_mut(), g.dact.view(), b.up.view());
+        match spec.mlp {
+            Mlp::Plain(act) => activation::backward(dev, act, dup, dact, up),
+            Mlp::Gated(act) => activation::gated_backward(dev, act, dup, dact, up, spec.mlp_hidden),
+        }
     }
 
     /// From the gradient of `mid` to that of what the last projection before it reads: attention's

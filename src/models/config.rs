@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
+use super::folder;
 use crate::{
     device::file,
     error::{Error, Result},
@@ -31,7 +32,8 @@ impl Config {
     /// Reads `dir/config.json`.
     pub fn read(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
-        Self::parse(&file::read_text(&path, LIMIT)?, path)
+        let text = file::read_text(&path, LIMIT);
+        Self::parse(&text.map_err(|e| folder::without(dir, "config.json", e))?, path)
     }
 
     /// Parses the text of a `config.json`; `path` is for messages.
@@ -79,7 +81,9 @@ impl Config {
     pub(super) fn with_defaults(&self, all: &[(&str, u64)]) -> Self {
         let mut config = self.clone();
         for (key, n) in all {
-            config.json.entry(*key).or_insert((*n).into());
+            if config.get(key).is_none() {
+                config.json.insert((*key).into(), (*n).into());
+            }
         }
         config
     }
@@ -193,6 +197,15 @@ impl Config {
         self.kinds(layers, ["full_attention", "sliding_attention"], default)
     }
 
+    /// Before something is made for each block.
+    pub fn check_layers(&self, layers: usize) -> Result<()> {
+        if layers <= MOST_LAYERS {
+            return Ok(());
+        }
+        let want = format!("a number from 1 to {MOST_LAYERS}");
+        Err(self.wrong("number of layers", &want, &layers))
+    }
+
     /// Which of `layers` blocks are of the second of two kinds: `layer_types`, or as `default` says
     /// of a block.
     pub fn kinds(
@@ -202,10 +215,7 @@ impl Config {
         default: impl Fn(usize) -> bool,
     ) -> Result<Vec<bool>> {
         const KEY: &str = "layer_types";
-        if layers > MOST_LAYERS {
-            let want = format!("a number from 1 to {MOST_LAYERS}");
-            return Err(self.wrong("number of layers", &want, &layers));
-        }
+        self.check_layers(layers)?;
         let Some(v) = self.get(KEY) else { return Ok((0..layers).map(default).collect()) };
         let kind = |v: &Value| match v.as_str() {
             Some(kind) if kind == second => Ok(true),

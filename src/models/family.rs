@@ -19,7 +19,8 @@ pub struct Family {
     pub sequence_classification: &'static str,
     /// Before the name of every weight but the heads'; some files leave it out.
     pub prefix: &'static str,
-    pub weights: &'static [StoredWeight],
+    /// Tables of its weights; of two that have one, the first counts.
+    pub weights: &'static [&'static [StoredWeight]],
     /// Endings of stored tensors that are no weights, such as mask buffers.
     pub ignored: &'static [&'static str],
     /// Keys of `config.json` that it computes, and others must not have.
@@ -48,6 +49,9 @@ pub enum StoredOrder {
     Heads,
     /// `[out, in]` with the query of each head followed by its gate.
     GatedQueries,
+    /// `[out, in]` of a delta rule: the query, key, values and gates of the first key head, then
+    /// those of the next; then in the same way what its value heads write and forget by.
+    KeyHeads,
     /// `[channels, 1, taps]`
     Channels,
     /// `[experts, in, out]`, a bias `[experts, out]`.
@@ -72,6 +76,24 @@ impl StoredOrder {
                     (head, at) => (q + 2 * kv + head) * d + at - d,
                 }
             }
+            Self::KeyHeads => spec.stored_delta().map_or(i, |s| {
+                let (keys, values) = (s.keys(), s.values());
+                let of_head = s.value_heads / s.key_heads;
+                let (k, v) = (s.key_dim, of_head * s.value_dim);
+                let wide = 2 * (keys + values);
+                match i.checked_sub(wide) {
+                    Some(i) => {
+                        let (head, at) = (i / (2 * of_head), i % (2 * of_head));
+                        wide + at / of_head * s.value_heads + head * of_head + at % of_head
+                    }
+                    None => match (i / (2 * (k + v)), i % (2 * (k + v))) {
+                        (head, at) if at < 2 * k => at / k * keys + head * k + at % k,
+                        (head, at) => {
+                            2 * keys + (at - 2 * k) / v * values + head * v + (at - 2 * k) % v
+                        }
+                    },
+                }
+            }),
             Self::Rows | Self::Columns | Self::Experts | Self::Channels => i,
         }
     }

@@ -11,7 +11,7 @@ pub(super) const FAMILY: Family = Family {
     model_type: "gemma2",
     causal_lm: "Gemma2ForCausalLM",
     sequence_classification: "Gemma2ForSequenceClassification",
-    weights: WEIGHTS,
+    weights: &[WEIGHTS],
     computes: &[
         "sliding_window",
         "layer_types",

@@ -12,7 +12,7 @@ pub(super) const FAMILY: Family = Family {
     causal_lm: "GPT2LMHeadModel",
     sequence_classification: "GPT2ForSequenceClassification",
     prefix: "transformer.",
-    weights: &[
+    weights: &[&[
         by_rows(ParamKind::Embedding, &["wte.weight"]),
         by_rows(ParamKind::Positions, &["wpe.weight"]),
         by_rows(ParamKind::Norm1, &["h.{}.ln_1.weight"]),
@@ -29,7 +29,7 @@ pub(super) const FAMILY: Family = Family {
         by_rows(ParamKind::DownBias, &["h.{}.mlp.c_proj.bias"]),
         by_rows(ParamKind::FinalNorm, &["ln_f.weight"]),
         by_rows(ParamKind::FinalNormBias, &["ln_f.bias"]),
-    ],
+    ]],
     ignored: &[".attn.bias", ".attn.masked_bias"],
     computes: &[],
     spec,

@@ -14,7 +14,7 @@ pub(super) const FAMILY: Family = Family {
     causal_lm: "GPTNeoXForCausalLM",
     sequence_classification: "GPTNeoXForSequenceClassification",
     prefix: "gpt_neox.",
-    weights: &[
+    weights: &[&[
         by_rows(ParamKind::Embedding, &["embed_in.weight"]),
         by_rows(ParamKind::Norm1, &["layers.{}.input_layernorm.weight"]),
         by_rows(ParamKind::Norm1Bias, &["layers.{}.input_layernorm.bias"]),
@@ -31,7 +31,7 @@ pub(super) const FAMILY: Family = Family {
         by_rows(ParamKind::FinalNorm, &["final_layer_norm.weight"]),
         by_rows(ParamKind::FinalNormBias, &["final_layer_norm.bias"]),
         by_rows(ParamKind::LmHead, &["embed_out.weight"]),
-    ],
+    ]],
     ignored: &[".attention.bias", ".attention.masked_bias", ".rotary_emb.inv_freq"],
     computes: &["rotary_pct", "partial_rotary_factor"],
     spec,

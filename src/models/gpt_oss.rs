@@ -20,7 +20,7 @@ pub(super) const FAMILY: Family = Family {
     model_type: "gpt_oss",
     causal_lm: "GptOssForCausalLM",
     sequence_classification: "GptOssForSequenceClassification",
-    weights: WEIGHTS,
+    weights: &[WEIGHTS],
     computes: &["sliding_window", "layer_types", "num_experts", "num_local_experts"],
     spec,
     ..llama::FAMILY
@@ -80,6 +80,7 @@ fn spec(c: &Config) -> Result<Spec> {
         hidden: base.mlp_hidden,
         glu: Glu { act: Activation::QuickGelu, limit: Some(limit as f32) },
         bias: true,
+        shared: false,
         dense: Vec::new(),
     };
     let window = c.window(Some(128))?;

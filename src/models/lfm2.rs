@@ -14,7 +14,7 @@ pub(super) const FAMILY: Family = Family {
     model_type: "lfm2",
     causal_lm: "Lfm2ForCausalLM",
     sequence_classification: "Lfm2ForSequenceClassification",
-    weights: WEIGHTS,
+    weights: &[WEIGHTS],
     computes: &["layer_types"],
     spec,
     ..llama::FAMILY

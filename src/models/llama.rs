@@ -12,7 +12,7 @@ pub(super) const FAMILY: Family = Family {
     causal_lm: "LlamaForCausalLM",
     sequence_classification: "LlamaForSequenceClassification",
     prefix: "model.",
-    weights: WEIGHTS,
+    weights: &[WEIGHTS],
     ignored: &[".rotary_emb.inv_freq"],
     computes: &[],
     spec,

@@ -4,10 +4,12 @@
 //! of its weights to ours. To add one, write `models/<name>.rs` and name it in [`FAMILIES`].
 
 mod activations;
+mod axis;
 mod batch;
 mod block;
 mod config;
 mod family;
+mod folder;
 mod gemma2;
 mod gemma3;
 mod gpt2;
@@ -28,9 +30,12 @@ mod params;
 mod pass;
 mod phi3;
 mod qwen2;
+mod qwen2_moe;
 mod qwen3;
 mod qwen3_5;
+mod qwen3_5_moe;
 mod qwen3_moe;
+mod qwen3_next;
 mod rope;
 mod save;
 mod smollm3;
@@ -72,8 +77,11 @@ pub const FAMILIES: &[&Family] = &[
     &olmo2::OLMO3,
     &phi3::FAMILY,
     &qwen2::FAMILY,
+    &qwen2_moe::FAMILY,
     &qwen3::FAMILY,
     &qwen3_5::FAMILY,
+    &qwen3_5_moe::FAMILY,
     &qwen3_moe::FAMILY,
+    &qwen3_next::FAMILY,
     &smollm3::FAMILY,
 ];

@@ -7,9 +7,9 @@ use safetensors::Dtype;
 
 use super::{
     Config, Family, Head, Layout, Norm, ParamKind, ParamTensor, Params, QkNorm, QueryScale, Spec,
+    axis::Axis,
     linear::{Linear, PackedWeights},
     norm::NormLayer,
-    params::Axis,
 };
 use crate::{
     device::{Buffer, Device, Element, Float, View, ViewMut, reserve},

@@ -10,7 +10,7 @@ pub(super) const FAMILY: Family = Family {
     model_type: "olmo2",
     causal_lm: "Olmo2ForCausalLM",
     sequence_classification: "Olmo2ForSequenceClassification",
-    weights: gemma2::WEIGHTS,
+    weights: &[gemma2::WEIGHTS],
     spec: |c| Ok(Spec { ropes: vec![c.rope(RopeDefaults::default())?], ..common(c)? }),
     ..llama::FAMILY
 };
@@ -19,7 +19,7 @@ pub(super) const OLMO3: Family = Family {
     model_type: "olmo3",
     causal_lm: "Olmo3ForCausalLM",
     sequence_classification: "Olmo3ForSequenceClassification",
-    weights: gemma2::WEIGHTS,
+    weights: &[gemma2::WEIGHTS],
     computes: &["sliding_window", "layer_types"],
     spec,
     ..llama::FAMILY

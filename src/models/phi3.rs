@@ -11,7 +11,7 @@ pub(super) const FAMILY: Family = Family {
     model_type: "phi3",
     causal_lm: "Phi3ForCausalLM",
     sequence_classification: "Phi3ForSequenceClassification",
-    weights: WEIGHTS,
+    weights: &[WEIGHTS],
     computes: &["sliding_window", "partial_rotary_factor"],
     spec,
     ..llama::FAMILY

@@ -17,7 +17,7 @@ pub(super) const FAMILY: Family = Family {
     model_type: "qwen3_5_text",
     causal_lm: "Qwen3_5ForCausalLM",
     sequence_classification: "Qwen3_5TextForSequenceClassification",
-    weights: WEIGHTS,
+    weights: &[WEIGHTS],
     computes: COMPUTES,
     spec,
     ..llama::FAMILY
@@ -25,7 +25,7 @@ pub(super) const FAMILY: Family = Family {
 
 const COMPUTES: &[&str] = &["layer_types", "partial_rotary_factor"];
 
-const WEIGHTS: &[StoredWeight] = &[
+pub(super) const WEIGHTS: &[StoredWeight] = &[
     by_rows(ParamKind::Embedding, &["embed_tokens.weight"]),
     by_rows(ParamKind::Norm1, &["layers.{}.input_layernorm.weight"]),
     ordered(
@@ -60,7 +60,7 @@ const WEIGHTS: &[StoredWeight] = &[
     by_rows(ParamKind::FinalNorm, &["norm.weight"]),
 ];
 
-fn spec(c: &Config) -> Result<Spec> {
+pub(super) fn spec(c: &Config) -> Result<Spec> {
     let c = &c.with_defaults(&[
         ("num_key_value_heads", 4),
         ("head_dim", 256),

@@ -21,6 +21,15 @@ const COMPUTES: &[&str] =
 
 fn spec(c: &Config) -> Result<Spec> {
     let base = qwen3::spec(c)?;
+    let experts = experts(c, base.layers)?;
+    // In all layers, unlike in Qwen 3.
+    let window = if c.bool_or("use_sliding_window", false)? { c.window(Some(4096))? } else { None };
+    Ok(Spec { experts, blocks: vec![BlockKind::attention(window, Some(0))], ..base })
+}
+
+/// The experts of a Qwen; none if all its blocks have an MLP.
+pub(super) fn experts(c: &Config, layers: usize) -> Result<Option<Experts>> {
+    c.check_layers(layers)?;
     // An auxiliary loss, which no training here has.
     c.must_be("output_router_logits", false)?;
     let step = c.usize_or("decoder_sparse_step", 1)?;
@@ -40,10 +49,8 @@ fn spec(c: &Config) -> Result<Spec> {
         hidden: c.usize_or("moe_intermediate_size", 768)?,
         glu: Glu { act: c.activation("hidden_act", "silu")?, limit: None },
         bias: false,
-        dense: (0..base.layers).filter(dense).collect(),
+        shared: false,
+        dense: (0..layers).filter(dense).collect(),
     };
-    let experts = Some(experts).filter(|e| e.dense.len() < base.layers);
-    // In all layers, unlike in Qwen 3.
-    let window = if c.bool_or("use_sliding_window", false)? { c.window(Some(4096))? } else { None };
-    Ok(Spec { experts, blocks: vec![BlockKind::attention(window, Some(0))], ..base })
+    Ok(Some(experts).filter(|e| e.dense.len() < layers))
 }

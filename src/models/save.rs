@@ -40,7 +40,7 @@ fn stored<T: Element>(model: &Model<T>) -> impl Iterator<Item = StoredTensor<'_>
             let places = Places::of(model.family(), of, model.spec());
             let cols = places.cols.len();
             let shape = match of.kind {
-                ParamKind::Score => vec![1, of.cols],
+                ParamKind::Score | ParamKind::SharedGate => vec![1, of.cols],
                 _ => stored_shape(model.family(), of, rows.len(), cols),
             };
             StoredTensor { name, shape, of, places, rows, transposed }

@@ -44,6 +44,8 @@ pub struct Experts {
     pub glu: Glu,
     /// Biases inside each.
     pub bias: bool,
+    /// The MLP of a block is there, too, as an expert of all rows behind a gate of its own.
+    pub shared: bool,
     /// Blocks that have an MLP all the same.
     pub dense: Vec<usize>,
 }
@@ -379,9 +381,14 @@ impl Spec {
         if self.unpadded.is_some() { self.vocab.next_multiple_of(8) } else { self.vocab }
     }
 
-    /// The experts of block `l`; none if it has an MLP.
+    /// The experts of block `l`, if it has some.
     pub fn experts_at(&self, l: usize) -> Option<&Experts> {
         self.experts.as_ref().filter(|e| !e.dense.contains(&l))
+    }
+
+    /// Whether block `l` has an MLP, be it an expert of all rows.
+    pub fn has_mlp(&self, l: usize) -> bool {
+        self.experts_at(l).is_none_or(|e| e.shared)
     }
 
     /// Blocks with experts.

@@ -6,7 +6,7 @@
 //! parallel blocks `norm2(x)` for `norm2(m)`. Rows are packed: sequences lie back to back, nothing
 //! is padded. A row's bits depend on its own sequence only, so the log-prob of a token is the same
 //! number whenever and with whomever it is computed. Some blocks have experts in the place of
-//! the MLP.
+//! the MLP, or beside it.
 
 use super::{
     Activations, BatchRows, Cache, Model, ParamKind, Params, block::BlockPass,

@@ -14,7 +14,7 @@ use serde_json::Value;
 
 use super::{
     Config, Family, Head, Layout, Model, ParamKind, ParamTensor, Residency, Spec, StoredOrder,
-    StoredWeight, family::by_rows, model::new_score,
+    StoredWeight, family::by_rows, folder, model::new_score,
 };
 use crate::{
     device::{Device, Element, Float, file, reserve},
@@ -40,7 +40,7 @@ pub(super) struct StoredRows {
 }
 
 fn stored_as(family: &Family, kind: ParamKind) -> Option<&StoredWeight> {
-    family.weights.iter().chain(&HEADS).find(|w| w.kind == kind)
+    family.weights.iter().copied().flatten().chain(&HEADS).find(|w| w.kind == kind)
 }
 
 pub(super) fn order(family: &Family, t: &ParamTensor) -> StoredOrder {
@@ -151,7 +151,8 @@ impl Folder {
         let names = index.as_ref().map_or(Ok(vec![WEIGHTS_FILE]), ShardIndex::files)?;
         let open = |name: &str| {
             let path = dir.join(name);
-            file::map(&path).map(|map| (path, map))
+            let map = file::map(&path).map_err(|e| folder::without(dir, name, e))?;
+            Ok((path, map))
         };
         let files = names.into_iter().map(open).collect::<Result<_>>()?;
         Ok(Self { files, index })
@@ -218,8 +219,16 @@ fn no_safetensors(bytes: &[u8], e: &SafeTensorError) -> String {
     let header = || {
         let (size, rest) = bytes.split_at_checked(8)?;
         let size = usize::try_from(u64::from_le_bytes(size.try_into().ok()?)).ok()?;
-        serde_json::from_slice::<HashMap<String, Value>>(rest.get(..size)?).ok()
+        let all = serde_json::from_slice::<HashMap<String, Value>>(rest.get(..size)?).ok()?;
+        Some((8 + size, all))
     };
+    if let Some((start, all)) = header() {
+        let ends = all.values().filter_map(|t| t["data_offsets"][1].as_u64());
+        let end = ends.max().unwrap_or(0).saturating_add(start as u64);
+        if end > bytes.len() as u64 {
+            return format!("is cut off: it has {} bytes, its header tells of {end}", bytes.len());
+        }
+    }
     let wrong = |(_, t): &(String, Value)| {
         let number = |v: &Value| v.as_u64().map(u128::from);
         let shape = t["shape"].as_array().into_iter().flatten();
@@ -229,7 +238,8 @@ fn no_safetensors(bytes: &[u8], e: &SafeTensorError) -> String {
         let span = number(&t["data_offsets"][1]).zip(number(&t["data_offsets"][0]));
         bytes.is_some() && span.and_then(|(end, start)| end.checked_sub(start)) != bytes
     };
-    let mut tensors = header().into_iter().flatten().filter(|(name, _)| name != "__metadata__");
+    let mut tensors =
+        header().into_iter().flat_map(|(_, all)| all).filter(|(name, _)| name != "__metadata__");
     let of = tensors.find(wrong).map(|(name, _)| format!(" (`{name}`)")).unwrap_or_default();
     format!("no safetensors file: {e}{of}")
 }
@@ -302,6 +312,9 @@ pub fn load<T: Element>(dev: &Device, dir: &Path, options: LoadOptions) -> Resul
         let all = stored.into_iter();
         stored = all.filter_map(|(name, tensor)| Some((text_name(&name)?, tensor))).collect();
     }
+    if stored_as(family, ParamKind::ExpertsUp).is_some_and(|w| w.names[0].contains("{e}")) {
+        unstack(&mut stored)?;
+    }
     if spec.tied && head == Head::Lm {
         check_tied(family, &spec, &stored)?;
     }
@@ -350,6 +363,32 @@ pub fn load<T: Element>(dev: &Device, dir: &Path, options: LoadOptions) -> Resul
     }
     model.repack(dev)?;
     Ok(model)
+}
+
+/// Experts that lie in one tensor `[experts, out, in]`, as Qwen 3.5 has them, under the names of
+/// each; where they have names of their own, nothing changes.
+fn unstack(stored: &mut Tensors<'_>) -> Result<()> {
+    let all = [(".gate_up_proj", &["gate_proj", "up_proj"][..]), (".down_proj", &["down_proj"])];
+    for (end, parts) in all {
+        let stacks = stored.keys().filter(|name| name.ends_with(&format!(".experts{end}")));
+        for name in stacks.cloned().collect::<Vec<_>>() {
+            let Some((view, path)) = stored.remove(&name) else { continue };
+            let wrong = |e: &dyn std::fmt::Display| Error::file(path, format!("`{name}` {e}"));
+            let &[experts, rows, cols] = view.shape() else {
+                let message = format!("has shape {:?}, wanted [experts, out, in]", view.shape());
+                return Err(wrong(&message));
+            };
+            let (each, stem) = (experts * parts.len(), name.trim_end_matches(end));
+            let bytes = view.data().len() / each.max(1);
+            for (i, data) in view.data().chunks_exact(bytes.max(1)).enumerate() {
+                let (e, part) = (i / parts.len(), parts[i % parts.len()]);
+                let shape = vec![rows / parts.len(), cols];
+                let view = TensorView::new(view.dtype(), shape, data).map_err(|e| wrong(&e))?;
+                stored.insert(format!("{stem}.{e}.{part}.weight"), (view, path));
+            }
+        }
+    }
+    Ok(())
 }
 
 /// The name under which a weight is stored, with the family's prefix or without.

@@ -6,10 +6,11 @@
 use crate::{
     device::{
         Device, Element, Float, View, ViewMut, Work,
+        cpu::math,
         cuda::{Launch, kernels::gate as kernel},
     },
     error::{Error, Result},
-    simd,
+    shape, simd,
 };
 
 /// What a gate goes through. `kernels/gate.cu` knows them by their places here.
@@ -233,6 +234,82 @@ pub fn backward<T: Element>(
     }
 }
 
+/// `y[r,c] = x[r,c] sigmoid(g[r])`: a gate for each row.
+///
+/// Reads x and g, writes y, `[rows, cols]`.
+///
+/// # Errors
+/// [`Error::Shape`] if x is not as long as y; [`Error::Value`] if it has no whole rows.
+pub fn rows<T: Element>(
+    dev: &Device,
+    y: ViewMut<'_, T>,
+    x: View<'_, T>,
+    g: View<'_, T::Acc>,
+) -> Result<()> {
+    const OP: &str = "gate::rows";
+    let cols = cols_of((OP, "y"), y.len(), g.len())?;
+    shape::check(OP, "x", &[g.len(), cols], x.len())?;
+    let _op = dev.op(OP, || Work::moves::<T>(2 * x.len()));
+    match dev {
+        Device::Cpu(cpu) => {
+            let (y, x, g) = (y.float()?.host(), x.float()?.host(), g.host());
+            cpu.rows(g.len(), grain(cols), (y, cols), |range, y| {
+                for (y, r) in y.chunks_exact_mut(cols.max(1)).zip(range) {
+                    scaled(cpu.isa(), y, &x[r * cols..][..cols], g[r].sigmoid());
+                }
+            });
+            Ok(())
+        }
+        Device::Cuda(cuda) => {
+            let launch = Launch::threads(x.len(), kernel::THREADS)?;
+            kernel::Rows { y, x, rows: g.len(), g, cols }.launch(cuda, launch)
+        }
+    }
+}
+
+/// Turns `dy` into the gradient of `x` of [`rows`], and writes that of its gates:
+/// `dg[r] = sigmoid'(g[r]) sum_c dy[r,c] x[r,c]`, in an order of `cols` alone.
+///
+/// Reads dy, x and g, writes dy and dg.
+pub fn rows_backward<T: Element>(
+    dev: &Device,
+    dy: ViewMut<'_, T>,
+    dg: ViewMut<'_, T::Acc>,
+    x: View<'_, T>,
+    g: View<'_, T::Acc>,
+) -> Result<()> {
+    const OP: &str = "gate::rows_backward";
+    let cols = cols_of((OP, "dy"), dy.len(), g.len())?;
+    shape::check(OP, "x", &[g.len(), cols], x.len())?;
+    shape::check(OP, "dg", &[g.len()], dg.len())?;
+    let _op = dev.op(OP, || Work::moves::<T>(3 * x.len()));
+    match dev {
+        Device::Cpu(cpu) => {
+            let (x, g) = (x.float()?.host(), g.host());
+            let to = ((dy.float()?.host(), cols), (dg.host(), 1));
+            cpu.rows(g.len(), grain(cols), to, |range, (dy, dg)| {
+                for ((dy, dg), r) in dy.chunks_exact_mut(cols.max(1)).zip(dg).zip(range) {
+                    let s = g[r].sigmoid();
+                    *dg = s * (T::Acc::ONE - s) * dot(cpu.isa(), dy, &x[r * cols..][..cols]);
+                    times(cpu.isa(), dy, s);
+                }
+            });
+            Ok(())
+        }
+        Device::Cuda(cuda) => {
+            let launch = Launch::row(g.len().div_ceil(kernel::THREADS / 32), 0)?;
+            kernel::RowsBackward { dy, dg, x, rows: g.len(), g, cols }.launch(cuda, launch)
+        }
+    }
+}
+
+/// Columns of a matrix with so many rows.
+fn cols_of((op, name): (&'static str, &'static str), len: usize, rows: usize) -> Result<usize> {
+    let cols = len / rows.max(1);
+    shape::check(op, name, &[rows, cols], len)?;
+    Ok(cols)
+}
+
 /// The same as the CPU computes with it.
 pub(super) fn floats<T: Element>(of: Strided<View<'_, T>>) -> Result<Strided<View<'_, T::Acc>>> {
     let Strided { data, first, stride } = of;
@@ -240,6 +317,18 @@ pub(super) fn floats<T: Element>(of: Strided<View<'_, T>>) -> Result<Strided<Vie
 }
 
 simd! {
+    fn scaled[F: Float](y: &mut [F], x: &[F], s: F) {
+        y.iter_mut().zip(x).for_each(|(y, x)| *y = *x * s);
+    }
+
+    fn times[F: Float](y: &mut [F], s: F) {
+        y.iter_mut().for_each(|y| *y *= s);
+    }
+
+    fn dot[F: Float](a: &[F], b: &[F]) -> F {
+        math::dot(a, b)
+    }
+
     fn gated[F: Float](act: Gate, y: &mut [F], x: &[F], g: &[F]) {
         let all = y.iter_mut().zip(x).zip(g);
         match act {

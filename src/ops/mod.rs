@@ -22,7 +22,7 @@ pub mod matmul;
 pub mod next_ids;
 pub mod nll;
 pub mod norm;
-pub mod ppo_loss;
+pub mod policy_loss;
 pub mod preference_loss;
 pub mod residual;
 pub mod rope;

@@ -1,7 +1,12 @@
 //! The models that a run leaves: each a folder that is complete and on the disk once it has its
 //! name, and that says which step of which run it is of.
 
-use std::{collections::BTreeMap, fs, io::ErrorKind, path::Path};
+use std::{
+    collections::BTreeMap,
+    fs,
+    io::ErrorKind,
+    path::{Path, PathBuf},
+};
 
 use safetensors::Dtype;
 use serde::{Deserialize, Serialize};
@@ -10,13 +15,14 @@ use sha2::{Digest, Sha256};
 
 use super::{
     checkpoint,
+    settings::SaveDtype,
     storage::{Disk, Storage, append_all, read_small, remove, write_file},
 };
 use crate::{
     device::{Device, Element},
     digest::hex,
     error::{Error, Result},
-    models::{self, Model},
+    models::{self, Config, Head, LoadOptions, Model, Residency},
 };
 
 /// Files of a model folder that a trained model takes along.
@@ -37,7 +43,7 @@ const COMPANIONS: &[&str] = &[
 const TEMPLATE: &str = "chat_template.jinja";
 
 /// What files beside a trained model say otherwise than those of the folder that it came from.
-#[derive(Clone, Debug, Default)]
+#[derive(Clone, Debug, Default, Serialize, Deserialize)]
 pub struct NewCompanions {
     /// Ids that end a sample; as before, if there are none.
     pub eos: Vec<u32>,
@@ -45,6 +51,29 @@ pub struct NewCompanions {
     pub eos_token: Option<String>,
     /// The template that the run was told.
     pub chat_template: Option<String>,
+}
+
+/// How a run's models become folders: what its checkpoints say of it.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ExportPlan {
+    /// The folder that tokenizer and the like come from.
+    pub from: PathBuf,
+    pub new: NewCompanions,
+    /// The id that was appended to every text.
+    pub eos: Option<u32>,
+    pub roles: Vec<ExportedRole>,
+}
+
+/// A model that a run trains.
+#[derive(Clone, Debug, Serialize, Deserialize)]
+pub struct ExportedRole {
+    pub name: String,
+    /// It has a scalar head.
+    pub scalar: bool,
+    /// What its weights are stored in.
+    pub dtype: Dtype,
+    /// Its `config.json`.
+    pub config: String,
 }
 
 /// The file that says what the folder is.
@@ -78,6 +107,11 @@ pub fn appended_eos(dir: &Path) -> Option<u32> {
     record(&Disk, dir)?.of.eos
 }
 
+/// Whether the folder holds a model of this run, be it damaged.
+pub fn is_of(dir: &Path, run: &str) -> bool {
+    record(&Disk, dir).is_some_and(|record| record.of.run == run)
+}
+
 /// Whether the folder holds a model of this step of this run, with every byte as it was written.
 pub fn is_whole(storage: &dyn Storage, dir: &Path, of: &ExportedFrom) -> bool {
     record(storage, dir).is_some_and(|record| {
@@ -99,7 +133,12 @@ pub fn export<T: Element>(
     of: &ExportedFrom,
     new: &NewCompanions,
 ) -> Result<()> {
-    let (aside, before) = (dir.with_extension("tmp"), dir.with_extension("old"));
+    let beside = |end: &str| {
+        let mut name = dir.file_name().unwrap_or_default().to_owned();
+        name.push(end);
+        dir.with_file_name(name)
+    };
+    let (aside, before) = (beside(".tmp"), beside(".old"));
     for stray in [&aside, &before] {
         remove(storage, stray).map_err(Error::io("remove", stray))?;
     }
@@ -146,7 +185,7 @@ pub fn export<T: Element>(
     }
     let record = format!("{:#}\n", json!(ExportRecord { of: of.clone(), files }));
     write_file(storage, &aside.join(RECORD), record.as_bytes())?;
-    let parent = dir.parent().unwrap_or(Path::new("."));
+    let parent = dir.parent().filter(|p| !p.as_os_str().is_empty()).unwrap_or(Path::new("."));
     let moved = |from: &Path, to: &Path| match storage.rename(from, to) {
         Err(e) if e.kind() == ErrorKind::NotFound && from == dir => Ok(()),
         done => done.map_err(Error::io("rename", from)),
@@ -155,6 +194,26 @@ pub fn export<T: Element>(
     moved(&aside, dir)?;
     storage.sync_dir(parent).map_err(Error::io("sync", parent))?;
     remove(storage, &before).map_err(Error::io("remove", &before))
+}
+
+/// Writes the model of a folder, of whatever head, into the folder `to` in another dtype.
+pub fn export_again<T: Element>(
+    dev: &Device,
+    from: &Path,
+    dtype: SaveDtype,
+    to: &Path,
+) -> Result<()> {
+    let config = Config::read(from)?;
+    let name = config.json().get("architectures").and_then(|v| v[0].as_str());
+    let scalar = name.is_some_and(|name| name.ends_with("Classification"));
+    let head = if scalar { Head::Scalar } else { Head::Lm };
+    // In f32 whatever the device computes in.
+    let options = LoadOptions { residency: Residency::Trained, ..LoadOptions::frozen(head) };
+    let model: Model<T> = models::load(dev, from, options)?;
+    let none = ExportedFrom { step: 0, run: String::new(), eos: None };
+    let of = record(&Disk, from).map_or(none, |record| record.of);
+    let dtype = dtype.of(model.stored_dtype());
+    export(&Disk, (dev, &model, dtype), (from, to), &of, &NewCompanions::default())
 }
 
 /// Writes a file's bytes piece by piece.

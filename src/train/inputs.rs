@@ -3,19 +3,23 @@
 use std::path::Path;
 
 use super::{
+    data_file::DataFile,
+    mixture::SourceRows,
     models::{self, PlannedModel},
     plan::{MemoryPlan, PassSizes},
+    schedule::Course,
     settings::Settings,
     source::Source,
 };
 use crate::{
     algorithms::{Algorithm, Needs},
     config::Section,
-    data::{self, Limits, Sequence, Tokenizer},
+    data::{self, FolderPart, Limits, Sequence, Tokenizer},
     device::{Device, Element},
     error::{Error, Result},
     eval,
     models::Spec,
+    rollout::rewards::Rewards,
 };
 
 /// A run without its weights.
@@ -32,9 +36,13 @@ pub struct RunInputs {
     pub source: Source,
     /// Evaluation data.
     pub held_out: Option<Source>,
+    /// What scores samples beside the reward model.
+    pub rewards: Rewards,
     /// What a user should know of them.
     pub warnings: Vec<String>,
     pub steps: u64,
+    /// Of the learning rate.
+    pub course: Course,
     pub sizes: PassSizes,
 }
 
@@ -71,6 +79,8 @@ pub struct RunData {
     pub source: Source,
     /// Evaluation data.
     pub held_out: Option<Source>,
+    /// What scores samples beside the reward model.
+    pub rewards: Rewards,
 }
 
 impl RunData {
@@ -79,6 +89,11 @@ impl RunData {
     pub fn read(settings: &Settings, needs: &Needs, spec: &Spec) -> Result<Self> {
         let dir = Path::new(&settings.model);
         let tokenizer = Tokenizer::open_if_there(dir, settings.chat_template.as_deref())?;
+        let rewards = Rewards::new(&needs.rewards)?;
+        if rewards.read_texts() && tokenizer.is_none() {
+            let want = "a model folder with tokenizer.json: rewards read texts";
+            return Err(Error::config("rewards", want, dir.display()));
+        }
         let mut eos: Vec<u32> = settings.eos_id.into_iter().collect();
         if eos.is_empty() {
             eos.extend(tokenizer.iter().flat_map(|t| t.eos().to_vec()));
@@ -88,14 +103,39 @@ impl RunData {
             return Err(Error::config("load_balance", want, settings.load_balance));
         }
         let max_length = max_length(settings, needs, spec)?;
-        if !settings.eval_data.is_empty() && needs.sampling().is_some() {
+        let (given, split) = (settings.eval_data.join(", "), settings.validation_split);
+        if needs.sampling().is_some() {
             let want = "none for an algorithm that samples; its metrics are of new samples";
-            return Err(Error::config("eval_data", want, settings.eval_data.join(", ")));
+            let config = |key: &str, got: &str| Err(Error::config(key, want, got));
+            if !given.is_empty() {
+                return config("eval_data", &given);
+            }
+            if split > 0.0 {
+                return config("validation_split", &split.to_string());
+            }
         }
-        let limits = Limits { max_length, vocab: spec.vocab, eos: eos.first().copied() };
+        if split > 0.0 && !given.is_empty() {
+            let want = format!("0 beside eval_data, which is {given}");
+            return Err(Error::config("validation_split", want, split));
+        }
+        let (vocab, eos_id) = (spec.vocab, eos.first().copied());
+        let limits = Limits { max_length, vocab, eos: eos_id, skip_bad: 0 };
+        let chats = tokenizer.as_ref().is_some_and(|t| t.template().is_ok());
+        let read = |files: &[DataFile], part| {
+            SourceRows::read(files, part, chats, &rewards.columns(), settings)
+        };
         let load =
-            |files: &[String]| Source::load(files, needs, tokenizer.as_ref(), limits, settings);
-        let mut source = load(&settings.data)?;
+            |rows: &SourceRows| Source::of(rows, needs, tokenizer.as_ref(), limits, settings);
+        let mut rows = read(&settings.data, FolderPart::Training)?;
+        let apart = match split > 0.0 {
+            true => Some(rows.hold_out(split, settings.seed)?),
+            false => None,
+        };
+        let mut source = load(&rows)?;
+        drop(rows);
+        for (columns, sequence) in source.data.columns.iter().zip(&source.data.sequences) {
+            rewards.admit(columns).map_err(|e| sequence.place.error(e))?;
+        }
         let end = tokenizer.as_ref().and_then(data::turn_end);
         let ended = |s: &Sequence| s.ids.iter().any(|id| eos.contains(id));
         let learns = source.is_chat && needs.sampling().is_none();
@@ -124,11 +164,15 @@ impl RunData {
         };
         ids("eos_id", &eos)?;
         ids("stop_ids", &settings.stop_ids)?;
-        let held_out = match settings.eval_data.is_empty() {
-            false => Some(load(&settings.eval_data)?),
-            true => None,
+        let held_out = match (apart, settings.eval_data.is_empty()) {
+            (None, true) => None,
+            (Some(rows), _) => Some(load(&rows)?),
+            (None, false) => {
+                let files: Vec<DataFile> = settings.eval_data.iter().map(DataFile::from).collect();
+                Some(load(&read(&files, FolderPart::HeldOut)?)?)
+            }
         };
-        Ok(Self { tokenizer, eos, source, held_out })
+        Ok(Self { tokenizer, eos, source, held_out, rewards })
     }
 }
 
@@ -139,7 +183,8 @@ impl RunInputs {
         let needs = algorithm.needs();
         let mut models = models::planned(&settings, &needs)?;
         let spec = &models[0].spec;
-        let RunData { tokenizer, eos, source, held_out } = RunData::read(&settings, &needs, spec)?;
+        let data = RunData::read(&settings, &needs, spec)?;
+        let RunData { tokenizer, eos, source, held_out, rewards } = data;
         let longest = held_out.as_ref().map_or(0, |s| s.data.longest());
         let per_prompt = needs.sampling().map_or(1, |s| s.samples_per_prompt);
         if !settings.batch_size.is_multiple_of(per_prompt.saturating_mul(needs.minibatches)) {
@@ -153,7 +198,7 @@ impl RunInputs {
         let (asked, draws) = (settings.batch_size, source.draws() * per_prompt);
         if draws < asked {
             warnings.push(format!(
-                "batch_size is {asked}, the data has {draws} examples: a step takes each once"
+                "batch_size is {asked}, an epoch has {draws} examples: a step takes each once"
             ));
             settings.batch_size = draws;
         }
@@ -172,14 +217,16 @@ impl RunInputs {
         }
         let steps = match settings.steps {
             0 => {
-                let exact = settings.epochs * source.data.len() as f64 / source.draws() as f64;
+                let exact = settings.epochs * source.epoch() as f64 / source.draws() as f64;
                 // 0.07 * 100 is above 7 by a rounding.
                 (exact * (1.0 - 1e-12)).ceil().max(1.0) as u64
             }
             n => n,
         };
+        let course = Course::new(&settings, steps)?;
         Ok(Self {
             settings,
+            course,
             algorithm,
             needs,
             models,
@@ -187,6 +234,7 @@ impl RunInputs {
             eos,
             source,
             held_out,
+            rewards,
             warnings,
             steps,
             sizes,

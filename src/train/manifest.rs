@@ -6,8 +6,9 @@ use serde::{Deserialize, Serialize};
 use serde_json::Value;
 use sha2::{Digest, Sha256};
 
-use super::{Settings, inputs::RunInputs};
+use super::{Settings, export::ExportPlan, inputs::RunInputs, source::Source};
 use crate::{
+    algorithms::algorithm,
     config::Section,
     data::Tokenizer,
     digest::hex,
@@ -45,6 +46,27 @@ pub struct RunState {
     pub version: String,
     /// The kernels that computed it.
     pub family: String,
+    /// How its models become folders.
+    #[serde(default)]
+    pub export: Option<ExportPlan>,
+    /// Steps that are done.
+    #[serde(default)]
+    pub step: u64,
+    /// Steps that the run was to have.
+    #[serde(default)]
+    pub steps: u64,
+    /// Where it was given more than that.
+    #[serde(default)]
+    pub extended: Vec<Extension>,
+}
+
+/// A run that goes on beyond the steps that it had, with a course of the learning rate of its own.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Extension {
+    /// The steps done by then.
+    pub at: u64,
+    /// Settings that changed: what was, what is.
+    pub settings: BTreeMap<String, [String; 2]>,
 }
 
 impl Manifest {
@@ -62,8 +84,8 @@ impl Manifest {
         let keys = keys.filter(|k| !Settings::FREE.contains(&k.name) || split(k.name));
         Self {
             algorithm: algorithm.into(),
-            data: inputs.source.data.digest(),
-            eval_data: inputs.held_out.as_ref().map(|s| s.data.digest()),
+            data: inputs.source.digest(),
+            eval_data: inputs.held_out.as_ref().map(Source::digest),
             tokenizer: inputs.tokenizer.as_ref().map(Tokenizer::digest),
             eos: inputs.eos.clone(),
             precision: precision.into(),
@@ -93,17 +115,38 @@ impl Manifest {
         fields.into_iter().chain(maps.map(|(key, value)| (&key[..], value.clone()))).collect()
     }
 
-    /// Refuses to go on in `out` with the run that `was` there, if it is another.
-    pub fn check(&self, was: &Self, out: &Path) -> Result<()> {
-        let before: BTreeMap<&str, String> = was.fields().into_iter().collect();
-        let differs = |(key, is): &(&str, String)| before.get(key) != Some(is);
-        let Some((key, is)) = self.fields().into_iter().find(differs) else { return Ok(()) };
+    /// Refuses to go on in `out` with the run that `was` there, if it is another; says what changed
+    /// in a run that is `longer` than it was to be.
+    pub fn check(
+        &self,
+        was: &Self,
+        out: &Path,
+        longer: bool,
+    ) -> Result<BTreeMap<String, [String; 2]>> {
+        // A setting that was not known then had its default.
+        let defaults = Settings::defaults(algorithm(&self.algorithm)?)?;
+        let defaults = Section::keys(&defaults.0).into_iter().chain(defaults.1.keys());
+        let mut before: BTreeMap<&str, String> = defaults.map(|k| (k.name, k.value)).collect();
+        before.extend(was.fields());
+        let all = self.fields();
+        let differs = |(key, is): &&(&str, String)| before.get(key) != Some(is);
+        let may = |key: &str| longer && Settings::OF_LENGTH.contains(&key);
+        let Some(&(key, ref is)) = all.iter().find(|at| differs(at) && !may(at.0)) else {
+            let changed = all.iter().filter(differs);
+            let pair = |(key, is): &(&str, String)| {
+                ((*key).to_owned(), [before.get(key).cloned().unwrap_or_default(), is.clone()])
+            };
+            return Ok(changed.map(pair).collect());
+        };
         let nothing = "nothing".to_owned();
         let begun = before.get(key).unwrap_or(&nothing);
         let message = format!("{} holds a run with {begun}, this one has {is}", out.display());
         let hint = match (key, &*was.precision) {
             ("device", "F32") => "go on with --device cpu, or take another --out folder",
             ("device", _) => "go on with --device cuda, or take another --out folder",
+            _ if Settings::OF_LENGTH.contains(&key) => {
+                "use the run's config.toml, another --out folder, or more steps than it was to have"
+            }
             _ => "use the run's config.toml, or another --out folder",
         };
         Err(Error::Config { key: key.into(), message, hint: Some(hint.into()) })

@@ -23,7 +23,10 @@
 //! 13. `algorithms/sft.rs`, or another: d loss / d log-prob.
 //! 14. `models/params.rs`: the gradient of each weight, flat; `train/models.rs` hands it to AdamW.
 
+pub mod best;
 pub mod checkpoint;
+mod checkpoint_model;
+pub mod data_file;
 pub mod events;
 pub mod export;
 pub mod guard;
@@ -31,6 +34,7 @@ pub mod inputs;
 pub mod lock;
 pub mod manifest;
 pub mod metrics;
+pub mod mixture;
 pub mod models;
 mod observer;
 pub mod plan;
@@ -43,7 +47,9 @@ pub mod source;
 pub mod storage;
 mod trainer;
 
-pub use export::appended_eos;
+pub use checkpoint_model::{export_checkpoint, is_checkpoint, is_of_checkpoint, model_folder};
+pub use data_file::DataFile;
+pub use export::{appended_eos, export_again};
 pub use observer::{Observer, Silent};
 pub use run::{run, run_on};
 pub use settings::Settings;

@@ -101,6 +101,11 @@ impl MemoryPlan {
             let (role, head, spec) = (m.role.name, m.role.head, m.spec.clone().on(dev));
             spec.check(dev)?;
             let mut parts = bytes::<T>(dev, &spec, head, m.residency::<T>(dev, s, all));
+            // Held-out texts may be longer than those that are trained on.
+            if m.role.trained.is_some() && sizes.held_out > 0 {
+                let bytes = sizes.scorer().plan::<T>(dev, &spec, head)?;
+                plan.phases.push((format!("evaluate the {role}"), bytes));
+            }
             let phase = if m.role.trained.is_some() {
                 parts.extend(models::bytes::<T>(&spec, head));
                 let (shape, options) = (sizes.micro_batch, options(s, needs, head));

@@ -12,10 +12,11 @@ use serde_json::{Map, Value, json};
 
 use super::{
     Observer, Settings, StepReport, Trainer,
+    best::Best,
     checkpoint::{self, SavedTensor},
-    export::{self, ExportedFrom, NewCompanions},
+    export::{self, ExportPlan, ExportedFrom, ExportedRole, NewCompanions},
     lock::Lock,
-    manifest::{Manifest, RunState},
+    manifest::{Extension, Manifest, RunState},
     metrics::{MetricsLog, StepLines},
     models::TrainState,
     rollouts, signals,
@@ -27,7 +28,7 @@ use crate::{
     data::Tokenizer,
     device::{Device, Element, file},
     error::{Error, Result},
-    models,
+    models::{self, Head},
 };
 
 /// Trains, or goes on with the run that is in `settings.out`; returns the folder of the final
@@ -88,7 +89,9 @@ fn run_in<T: Element<Acc = f32>>(
     drop(loading);
     let manifest = Manifest::new(entry.name, T::NAME, &trainer.inputs, section, &hashes);
     let checkpoints = out.join("checkpoints");
-    let mut run = RunFolder { checkpoints, out, trainer, manifest, saved: None };
+    let best = Best::new(settings, trainer.inputs.held_out.is_some())?;
+    let (saved, extended) = (None, Vec::new());
+    let mut run = RunFolder { checkpoints, out, trainer, manifest, saved, extended, best };
     let about = run.about(entry);
     about.iter().for_each(|(name, text)| seen.note(&format!("{name}: {text}")));
     run.warnings().iter().for_each(|text| seen.note(&format!("warning: {text}")));
@@ -111,7 +114,7 @@ fn run_in<T: Element<Acc = f32>>(
         seen.note(&format!("{path} ends at step {last}: what it had of later steps is lost"));
     }
     let held = signals::Hold::new();
-    while run.trainer.step < run.trainer.inputs.steps {
+    while !run.is_over() {
         let start = Instant::now();
         let stepped = match run.trainer.step(seen) {
             // The step is not done: what was before it is saved below.
@@ -121,7 +124,13 @@ fn run_in<T: Element<Acc = f32>>(
         if let Some(mut report) = stepped {
             let (seconds, at) = (start.elapsed().as_secs_f64(), run.trainer.step);
             if run.evaluates() {
-                report.metrics.extend(run.trainer.evaluate()?);
+                let found = run.trainer.evaluate()?;
+                if let Some(best) = &mut run.best
+                    && best.hear(&found)?
+                {
+                    run.export_best()?;
+                }
+                report.metrics.extend(found);
             }
             if let Some(data) = &run.trainer.sampled {
                 let tokenizer = run.trainer.inputs.tokenizer.as_ref();
@@ -134,7 +143,7 @@ fn run_in<T: Element<Acc = f32>>(
         let signal = signals::requested();
         let every = run.trainer.inputs.settings.checkpoint_every;
         let due = every > 0 && run.trainer.step.is_multiple_of(every);
-        let last = run.trainer.step == run.trainer.inputs.steps;
+        let last = run.is_over();
         if signal.is_some() || due || last {
             metrics.lines.sync()?;
             timing.sync()?;
@@ -143,6 +152,12 @@ fn run_in<T: Element<Acc = f32>>(
         if let Some(signal) = signal.filter(|_| !last) {
             return Err(Error::Interrupted { signal, step: run.trainer.step });
         }
+    }
+    if let Some(best) = run.best.as_ref().filter(|best| best.is_over()) {
+        let (step, since, what) = (run.trainer.step, best.since, best.describe());
+        seen.note(&format!(
+            "ended at step {step}: the last {since} evaluations had no better {what}"
+        ));
     }
     // What is left is done again if it is cut off.
     drop(held);
@@ -169,6 +184,8 @@ struct RunFolder<T: Element> {
     manifest: Manifest,
     /// Step of the newest checkpoint.
     saved: Option<u64>,
+    extended: Vec<Extension>,
+    best: Option<Best>,
 }
 
 impl<T: Element<Acc = f32>> RunFolder<T> {
@@ -176,7 +193,7 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
     fn about(&self, entry: &AlgorithmEntry) -> Vec<(&'static str, String)> {
         let t = &self.trainer;
         let mib = t.memory().shared() as f64 / (1 << 20) as f64;
-        let s = &t.inputs.source.data.stats;
+        let (s, skipped) = (&t.inputs.source.data.stats, t.inputs.source.skipped);
         let mut about = vec![("algorithm", entry.name.to_owned()), ("device", t.dev.describe())];
         for (role, m) in t.models.all() {
             let mut text = format!("{}, {} weights", m.family().model_type, models::count(m));
@@ -186,13 +203,19 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
             }
             about.push((role.name, text));
         }
-        about.push((
-            "data",
-            format!(
-                "{} examples, {} tokens, {} truncated, {} dropped",
-                s.examples, s.tokens, s.truncated, s.dropped
-            ),
-        ));
+        let mut data = format!(
+            "{} examples, {} tokens, {} truncated, {} dropped",
+            s.examples, s.tokens, s.truncated, s.dropped
+        );
+        if skipped > 0 {
+            data += &format!(", {skipped} bad lines left out");
+        }
+        about.push(("data", data));
+        about.extend(t.inputs.source.weights.clone().map(|text| ("weights", text)));
+        if let Some(held_out) = &t.inputs.held_out {
+            let s = &held_out.data.stats;
+            about.push(("held out", format!("{} examples, {} tokens", s.examples, s.tokens)));
+        }
         about.push(("step", t.equation()));
         about.push(("memory", format!("{mib:.1} MiB for activations and KV cache, planned once")));
         about
@@ -202,9 +225,9 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
     fn warnings(&self) -> Vec<String> {
         let inputs = &self.trainer.inputs;
         let mut all = inputs.warnings.clone();
-        let (warmup, steps) = (inputs.settings.warmup_steps, inputs.steps);
+        let (warmup, steps) = (inputs.course.warmup, inputs.steps);
         if warmup >= steps {
-            all.push(format!("warmup_steps is {warmup}, the run has {steps} steps: the learning rate never reaches its peak"));
+            all.push(format!("the warmup has {warmup} steps, the run has {steps} steps: the learning rate never reaches its peak"));
         }
         all
     }
@@ -218,6 +241,9 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         let mut all: Map<String, Value> =
             about.into_iter().map(|(name, text)| (name.to_owned(), text.into())).collect();
         all.insert("steps".into(), self.trainer.inputs.steps.into());
+        if !self.extended.is_empty() {
+            all.insert("extended".into(), json!(self.extended));
+        }
         all.insert("version".into(), env!("CARGO_PKG_VERSION").into());
         all.insert("started".into(), before["started"].as_f64().unwrap_or(now).into());
         write_file(&Disk, &path, format!("{:#}\n", Value::from(all)).as_bytes())
@@ -225,15 +251,14 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
 
     /// All steps are done and all models exported, with every byte as it was written.
     fn is_finished(&self) -> bool {
-        let (t, of) = (&self.trainer, self.exported_from());
-        t.step == t.inputs.steps
-            && self.exports().all(|(_, dir)| export::is_whole(&Disk, &dir, &of))
+        let of = self.exported_from();
+        self.is_over() && self.exports().all(|(_, dir)| export::is_whole(&Disk, &dir, &of))
     }
 
     fn exported_from(&self) -> ExportedFrom {
         let inputs = &self.trainer.inputs;
         let eos = inputs.eos.first().copied();
-        ExportedFrom { step: inputs.steps, run: self.manifest.digest(), eos }
+        ExportedFrom { step: self.trainer.step, run: self.manifest.digest(), eos }
     }
 
     /// Refuses to train from a model that the export would replace.
@@ -267,7 +292,7 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         let disk = |path: &Path| fs::metadata(path).map(|about| about.dev()).ok();
         let apart = disk(&self.checkpoints).filter(|d| Some(*d) != disk(&self.out)).is_some();
         let at = if apart { &self.checkpoints } else { &self.out };
-        let models = 4 * numbers;
+        let models = 4 * numbers * (1 + u64::from(self.best.is_some()));
         check_room(&Disk, "the run", at, 12 * more * numbers + if apart { 0 } else { models })?;
         check_room(&Disk, "the run", &self.out, models)
     }
@@ -286,7 +311,20 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
             let message = format!("is not the state of a run of this version: {e}");
             Error::file(loaded.path.join("state.json"), message)
         })?;
-        self.manifest.check(&state.run, &self.out)?;
+        let steps = self.trainer.inputs.steps;
+        let longer = state.steps > 0 && steps > state.steps;
+        let changed = self.manifest.check(&state.run, &self.out, longer)?;
+        self.extended = state.extended;
+        if longer {
+            let all = changed.iter().map(|(key, [was, is])| format!("{key} {was} -> {is}"));
+            let all = all.collect::<Vec<_>>().join(", ");
+            seen.note(&format!(
+                "the run goes on from step {} to {steps}, it was to have {}: {all}; the learning \
+                 rate goes on by the course of {steps} steps",
+                loaded.step, state.steps
+            ));
+            self.extended.push(Extension { at: loaded.step, settings: changed });
+        }
         let t = &mut self.trainer;
         for (what, was, is) in [
             ("by version", &*state.version, env!("CARGO_PKG_VERSION")),
@@ -310,6 +348,11 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
             state_of.updates = state.updates.get(name).copied().unwrap_or(0);
         }
         t.inputs.algorithm.restore(&state.algorithm)?;
+        if let Some(best) = &mut self.best {
+            best.recall(&self.out.join("metrics.jsonl"), loaded.step)?;
+            // One that goes on for longer goes on.
+            best.since = if longer { 0 } else { best.since };
+        }
         t.step = loaded.step;
         self.saved = Some(loaded.step);
         let keep = t.inputs.settings.keep_checkpoints;
@@ -342,6 +385,10 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
             algorithm: t.inputs.algorithm.state(),
             version: env!("CARGO_PKG_VERSION").into(),
             family: t.dev.family().into(),
+            export: Some(self.export_plan()),
+            step: t.step,
+            steps: t.inputs.steps,
+            extended: self.extended.clone(),
         };
         let state =
             serde_json::to_value(state).map_err(|e| Error::value("state of a run", "JSON", e))?;
@@ -357,8 +404,29 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
     /// Whether the step just done is followed by an evaluation.
     fn evaluates(&self) -> bool {
         let (t, every) = (&self.trainer, self.trainer.inputs.settings.eval_every);
-        t.inputs.held_out.is_some()
-            && (t.step == t.inputs.steps || every > 0 && t.step.is_multiple_of(every))
+        let source = &t.inputs.source;
+        let epoch = |step: u64| step * source.draws() as u64 / source.data.len() as u64;
+        let due = match every {
+            0 => epoch(t.step) > epoch(t.step - 1),
+            n => t.step.is_multiple_of(n),
+        };
+        t.inputs.held_out.is_some() && (due || t.step == t.inputs.steps)
+    }
+
+    /// All steps are done, or evaluations have not become better for too long.
+    fn is_over(&self) -> bool {
+        let over = self.best.as_ref().is_some_and(Best::is_over);
+        over || self.trainer.step == self.trainer.inputs.steps
+    }
+
+    /// Exports the model of the best evaluation so far.
+    fn export_best(&self) -> Result<()> {
+        let (plan, of) = (self.export_plan(), self.exported_from());
+        let Some(((state, dir), role)) = self.exports().zip(&plan.roles).next() else {
+            return Ok(());
+        };
+        let model = (&self.trainer.dev, &state.model, role.dtype);
+        export::export(&Disk, model, (&plan.from, &dir.with_file_name("best")), &of, &plan.new)
     }
 
     fn write_config(&self, entry: &AlgorithmEntry, section: &dyn Section) -> Result<()> {
@@ -375,8 +443,19 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
     /// Exports the trained models: `final/`, and `final-value/` beside a policy.
     fn finish(self) -> Result<PathBuf> {
         self.trainer.verify()?;
-        let (dev, inputs, of) = (&self.trainer.dev, &self.trainer.inputs, self.exported_from());
+        let (dev, of, plan) = (&self.trainer.dev, self.exported_from(), self.export_plan());
         let _phase = dev.span("export");
+        for ((state, dir), role) in self.exports().zip(&plan.roles) {
+            let model = (dev, &state.model, role.dtype);
+            let from = Path::new(&self.trainer.inputs.settings.model);
+            export::export(&Disk, model, (from, &dir), &of, &plan.new)?;
+        }
+        Ok(self.out.join("final"))
+    }
+
+    /// What the folders of its models have that other folders have not.
+    fn export_plan(&self) -> ExportPlan {
+        let inputs = &self.trainer.inputs;
         let (tokenizer, eos_id) = (inputs.tokenizer.as_ref(), inputs.settings.eos_id);
         let known = tokenizer.map_or(&[][..], Tokenizer::eos);
         let template = tokenizer.and_then(|t| t.template().ok()?.chosen());
@@ -389,12 +468,24 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
             eos_token: eos_id.and_then(|id| tokenizer?.token(id)),
             chat_template: template.map(str::to_owned),
         };
-        for (state, dir) in self.exports() {
-            let folders = (Path::new(&inputs.settings.model), &*dir);
+        let role = |(state, _): (&TrainState<T>, PathBuf)| {
             let dtype = inputs.settings.save_dtype.of(state.model.stored_dtype());
-            export::export(&Disk, (dev, &state.model, dtype), folders, &of, &new)?;
+            ExportedRole {
+                name: state.role.name.into(),
+                scalar: state.role.head == Head::Scalar,
+                dtype,
+                config: models::config_text(&state.model, dtype),
+            }
+        };
+        let from = Path::new(&inputs.settings.model);
+        ExportPlan {
+            // A checkpoint may be read from elsewhere. JSON has no other names.
+            from: fs::canonicalize(from)
+                .map_or(from.into(), |path| path.to_string_lossy().into_owned().into()),
+            new,
+            eos: inputs.eos.first().copied(),
+            roles: self.exports().map(role).collect(),
         }
-        Ok(self.out.join("final"))
     }
 
     /// Each trained model and the folder that it is exported to.

@@ -4,15 +4,23 @@ use std::collections::BTreeMap;
 
 use safetensors::Dtype;
 
+use super::data_file::DataFile;
 use crate::{
     algorithms::AlgorithmEntry,
     config::{self, Section},
-    error::Result,
+    error::{Error, Result},
 };
 
 crate::choices! {
     /// Course of the learning rate after warm-up.
-    pub enum Schedule { Constant = "constant", Linear = "linear", Cosine = "cosine" }
+    pub enum Schedule {
+        Constant = "constant",
+        Linear = "linear",
+        Cosine = "cosine",
+        Polynomial = "polynomial",
+        InverseSqrt = "inverse_sqrt",
+        WarmupStableDecay = "warmup_stable_decay",
+    }
 }
 
 crate::choices! {
@@ -30,16 +38,32 @@ crate::settings! {
     pub struct Settings {
         /// The model's folder: config.json, safetensors, tokenizer.json, as Hugging Face stores it.
         pub model: String = String::new() => "a model folder (--model DIR)" if |m| !m.is_empty(),
-        /// Data files (JSON lines or lists, CSV, TSV; each also as .gz or .zst), folders of these,
-        /// or patterns with * and ?; "-" is standard input.
-        pub data: Vec<String> = Vec::new()
+        /// Data files (JSON lines or lists, CSV, TSV; each also as .gz or .zst; Parquet where it is
+        /// built in), folders of these, patterns with * and ?, or names of the Hub; "-" is standard
+        /// input. An epoch draws each example once; of a file with weight w round(w n) of its n
+        /// examples, at least one, and none again before all others were drawn, over epochs.
+        pub data: Vec<DataFile> = Vec::new()
             => "at least one file (--data FILE)" if |d| !d.is_empty(),
         /// Data files that are scored but never trained on (all but ppo).
         pub eval_data: Vec<String> = Vec::new(),
+        /// Instead of eval_data, of the rows of data: below 1 each with this probability, else so
+        /// many; 0 is off. A row's side follows from its content and the seed: equal rows go
+        /// together (Hugging Face: train_test_split, by position).
+        pub validation_split: f64 = 0.0
+            => "from 0 to below 1, or a whole number" if is_split,
+        /// Lines that may be left out because they cannot be read or learned, of the data, and of
+        /// what is held out; one more is an error.
+        pub skip_bad: usize = 0,
         /// What columns are called in the data, where that is not known here: prompt = "question".
         pub columns: BTreeMap<String, String> = BTreeMap::new(),
-        /// Steps between evaluations; 0 evaluates at the end only.
+        /// Steps between evaluations; 0 evaluates at each end of an epoch.
         pub eval_every: u64 = 0,
+        /// Keep the model with the best eval_loss, eval_perplexity or eval_accuracy in the folder
+        /// `best` (Hugging Face Trainer: metric_for_best_model).
+        pub keep_best: Option<String> = None,
+        /// Evaluations without a better one after which the run ends (Hugging Face:
+        /// early_stopping_patience).
+        pub patience: Option<u64> = None => "1 or more" if |n| *n != Some(0),
         /// Folder of the run: metrics, rollouts, checkpoints, the final model.
         pub out: String = "run".into(),
         /// auto (a GPU if there is one, else the CPU), cpu, cuda, cuda:N; sim or sim:hopper, for
@@ -58,12 +82,22 @@ crate::settings! {
         pub epochs: f64 = 1.0 => "above 0" if |e| *e > 0.0 && e.is_finite(),
         /// Draw examples in a new order each epoch (as everywhere).
         pub shuffle: bool = true,
-        /// Peak step size (TRL: 2e-5 for SFT, 1e-4 for reward, 3e-6 for PPO, 1e-6 for DPO).
+        /// Peak step size (TRL: 2e-5 for SFT, 1e-4 for reward, 3e-6 for PPO, 1e-6 for DPO
+        /// and GRPO).
         pub learning_rate: f64 = 2e-5 => "0 or more" if |r| *r >= 0.0 && r.is_finite(),
-        /// Its course after warm-up (TRL: linear).
+        /// Its course after warm-up, as Hugging Face computes it, but that a polynomial ends at 0
+        /// or the floor, not at 1e-7 (TRL: linear).
         pub schedule: Schedule = Schedule::Linear,
         /// Steps from 0 to the peak (Hugging Face Trainer: 0).
         pub warmup_steps: u64 = 0,
+        /// The same as a fraction of all steps, rounded up.
+        pub warmup_ratio: f64 = 0.0 => "from 0 to 1" if |r| (0.0..=1.0).contains(r),
+        /// Exponent of a polynomial schedule (Hugging Face: 1).
+        pub schedule_power: Option<f64> = None
+            => "above 0" if |p| p.is_none_or(|p| p > 0.0 && p.is_finite()),
+        /// Last steps, in which warmup_stable_decay falls to its floor; "none" takes a tenth of
+        /// all.
+        pub decay_steps: Option<u64> = None => "1 or more" if |n| *n != Some(0),
         /// The schedule ends at this fraction of the peak (OpenRLHF: 0.1).
         pub min_learning_rate_ratio: f64 = 0.0 => "from 0 to 1" if |r| (0.0..=1.0).contains(r),
         /// Decoupled weight decay of matrices (Hugging Face Trainer: 0).
@@ -122,15 +156,24 @@ crate::settings! {
     }
 }
 
+fn is_split(share: &f64) -> bool {
+    (0.0..1.0).contains(share) || *share >= 1.0 && share.fract() == 0.0 && *share < 1e15
+}
+
 impl SaveDtype {
+    /// The dtype, if it is named.
+    pub fn known(self) -> Option<Dtype> {
+        match self {
+            Self::Auto => None,
+            Self::F32 => Some(Dtype::F32),
+            Self::Bf16 => Some(Dtype::BF16),
+            Self::F16 => Some(Dtype::F16),
+        }
+    }
+
     /// For a model that was stored in `own`.
     pub fn of(self, own: Dtype) -> Dtype {
-        match self {
-            Self::Auto => own,
-            Self::F32 => Dtype::F32,
-            Self::Bf16 => Dtype::BF16,
-            Self::F16 => Dtype::F16,
-        }
+        self.known().unwrap_or(own)
     }
 }
 
@@ -157,10 +200,46 @@ impl Settings {
         "verify_every",
     ];
 
+    /// Keys that may differ in a run that goes on for longer than it was to: its length, and the
+    /// course of its learning rate.
+    pub const OF_LENGTH: &[&str] = &[
+        "steps",
+        "epochs",
+        "learning_rate",
+        "schedule",
+        "warmup_steps",
+        "warmup_ratio",
+        "schedule_power",
+        "decay_steps",
+        "min_learning_rate_ratio",
+    ];
+
     /// The defaults of an algorithm: shared settings, and its own.
     pub fn defaults(entry: &AlgorithmEntry) -> Result<(Self, Box<dyn Section>)> {
         let (mut settings, mut section) = (Settings::default(), (entry.section)());
         for (key, value) in entry.defaults {
+            config::set_pair(&mut [&mut settings, &mut *section], &format!("{key}={value}"))?;
+        }
+        Ok((settings, section))
+    }
+
+    /// The same after a preset of the algorithm.
+    pub fn of_preset(
+        entry: &AlgorithmEntry,
+        name: Option<&str>,
+    ) -> Result<(Self, Box<dyn Section>)> {
+        let (mut settings, mut section) = Self::defaults(entry)?;
+        let Some(name) = name else { return Ok((settings, section)) };
+        let preset = entry.presets.iter().find(|p| p.name == name).ok_or_else(|| {
+            let known: Vec<&str> = entry.presets.iter().map(|p| p.name).collect();
+            let known = if known.is_empty() { "none".into() } else { known.join(", ") };
+            Error::Config {
+                key: "--preset".into(),
+                message: format!("{} has no `{name}`", entry.name),
+                hint: Some(format!("known are: {known}")),
+            }
+        })?;
+        for (key, value) in preset.values {
             config::set_pair(&mut [&mut settings, &mut *section], &format!("{key}={value}"))?;
         }
         Ok((settings, section))

@@ -1,14 +1,19 @@
 //! The source of a step's sequences: a data set's texts or pairs as they are, or prompts that the
 //! policy continues first.
 
-use std::{path::Path, sync::Arc};
+use std::sync::Arc;
 
-use super::settings::Settings;
+use sha2::{Digest, Sha256};
+
+use super::{data_file::DataFile, mixture::SourceRows, settings::Settings};
 use crate::{
     algorithms::{Columns, Inputs, Needs},
-    data::{self, Dataset, DrawOrder, Limits, ReadOptions, RowColumns, Sequence, Tokenizer},
+    data::{
+        self, ColumnsRead, Dataset, DrawOrder, FolderPart, Limits, RowColumns, Sequence, Tokenizer,
+    },
+    digest::hex,
     error::{Error, Result},
-    rollout::{Completion, Prompt, rewards::Rewards},
+    rollout::{Completion, Prompt, rewards::RewardInput},
 };
 
 /// A data set, and how steps draw from it.
@@ -28,6 +33,10 @@ pub struct Source {
     by_token: bool,
     /// What a user should know of the data.
     pub warnings: Vec<String>,
+    /// What an epoch draws of each file, if that is not each example once.
+    pub weights: Option<String>,
+    /// Lines that are left out because they cannot be read or learned.
+    pub skipped: usize,
 }
 
 /// The sequences of a step, and the columns of their tokens.
@@ -44,39 +53,45 @@ pub struct StepData {
 }
 
 impl Source {
-    /// Loads the examples of data files.
+    /// Loads the examples of data files, without columns for rewards.
     pub fn load(
-        files: &[String],
+        files: &[DataFile],
         needs: &Needs,
         tokenizer: Option<&Tokenizer>,
         limits: Limits,
         s: &Settings,
-        rewards: &Rewards,
     ) -> Result<Self> {
         let chats = tokenizer.is_some_and(|t| t.template().is_ok());
-        let options = ReadOptions { columns: s.columns.clone(), chats, rewards: rewards.columns() };
-        let mut records = Vec::new();
-        for file in files {
-            records.extend(data::read_as(Path::new(file), &options)?);
-        }
-        for at in &records {
-            rewards.admit(&at.columns).map_err(|e| at.error(e))?;
-        }
+        let rows = SourceRows::read(files, FolderPart::Training, chats, &ColumnsRead::None, s)?;
+        Self::of(&rows, needs, tokenizer, limits, s)
+    }
+
+    /// The examples of rows that were read.
+    pub fn of(
+        from: &SourceRows,
+        needs: &Needs,
+        tokenizer: Option<&Tokenizer>,
+        limits: Limits,
+        s: &Settings,
+    ) -> Result<Self> {
+        let (records, limits) = (&from.rows, Limits { skip_bad: from.skip_bad, ..limits });
         let mut data = match needs.inputs {
             Inputs::Texts { completion_only } => {
-                data::texts(&records, tokenizer, limits, completion_only)?
+                data::texts(records, tokenizer, limits, completion_only)?
             }
-            Inputs::Pairs => data::pairs(&records, tokenizer, limits, s.seed)?,
-            Inputs::Judged => data::judged(&records, tokenizer, limits)?,
-            Inputs::Prompts(_) => data::prompts(&records, tokenizer, limits, s.prompt_tokens)?,
+            Inputs::Pairs => data::pairs(records, tokenizer, limits, s.seed)?,
+            Inputs::Judged => data::judged(records, tokenizer, limits)?,
+            Inputs::Prompts(_) => data::prompts(records, tokenizer, limits, s.prompt_tokens)?,
         };
         if needs.inputs == Inputs::Pairs && needs.policy {
             data.keep_predicted();
         }
         if data.is_empty() {
-            let why: Vec<String> = data.omissions.iter().map(ToString::to_string).collect();
+            let why =
+                data.omissions.iter().map(ToString::to_string).chain(data.bad.note("learned"));
+            let why: Vec<String> = why.collect();
             let got = format!("{} records, all dropped: {}", records.len(), why.join("; "));
-            return Err(Error::value(files.join(", "), "at least one example", got));
+            return Err(Error::value(&from.names, "at least one example", got));
         }
         let with_margin = data.margins.iter().position(Option::is_some).filter(|_| !needs.margins);
         if let Some(i) = with_margin {
@@ -84,21 +99,29 @@ impl Source {
             return Err(place.error("has a `margin`, which this loss does not read: take it out"));
         }
         let copies = needs.sampling().map_or(1, |s| s.samples_per_prompt);
-        let mut warnings = Vec::from_iter(tokenizer.and_then(|t| spelled(t, &records)));
+        let mut warnings = from.notes.clone();
+        warnings.extend(data.bad.note("learned"));
+        warnings.extend(tokenizer.and_then(|t| spelled(t, records)));
         warnings.extend(data.omissions.iter().map(ToString::to_string));
         let draws = s.batch_size / copies;
         // A text twice in a step counts twice; a prompt has other samples each time.
-        let draws = if needs.sampling().is_none() { draws.min(data.len()) } else { draws };
+        let order = match from.groups(&data) {
+            Some(groups) => DrawOrder::weighted(groups, s.seed, s.shuffle),
+            None => DrawOrder::new(data.len(), s.seed, s.shuffle),
+        };
+        let draws = if needs.sampling().is_none() { draws.min(order.len()) } else { draws };
         if needs.mismatched_kl && draws < 2 {
             let want = "2 or more: the KL is that of a prompt with the completion of another";
             return Err(Error::config("batch_size", want, draws));
         }
         Ok(Self {
-            order: DrawOrder::new(data.len(), s.seed, s.shuffle),
+            weights: Some(from.weights(order.groups())).filter(|_| !order.groups().is_empty()),
+            order,
             draws,
             copies,
+            skipped: from.skipped + data.bad.count,
             warnings,
-            is_chat: records.iter().any(|at| at.record.is_chat()),
+            is_chat: from.has_chats(),
             mismatches: needs.mismatched_kl,
             by_token: needs.policy,
             data,
@@ -108,6 +131,26 @@ impl Source {
     /// Examples of a step.
     pub fn draws(&self) -> usize {
         self.draws
+    }
+
+    /// Draws of an epoch.
+    pub fn epoch(&self) -> usize {
+        self.order.len()
+    }
+
+    /// SHA-256 of all that is learned, and of how often.
+    pub fn digest(&self) -> String {
+        let data = self.data.digest();
+        if self.order.groups().is_empty() {
+            return data;
+        }
+        let mut hash = Sha256::new();
+        hash.update(data);
+        for group in self.order.groups() {
+            let all = [group.draws, group.examples.len()].into_iter().chain(group.examples.clone());
+            all.for_each(|n| hash.update((n as u64).to_le_bytes()));
+        }
+        hex(hash.finalize())
     }
 
     /// The sequences of a step, counted from 0. Those of prompts are to be continued.
@@ -148,11 +191,10 @@ impl Source {
         };
         let all = if self.mismatches { 0..sequences.len() } else { 0..0 };
         let mismatched = all.filter_map(mismatch).collect();
-        let rows = chosen.iter().flat_map(|i| {
-            self.data.columns.get(*i).into_iter().flat_map(|row| vec![row.clone(); self.copies])
-        });
-        let (rows, parts) = (rows.collect(), Vec::new());
-        let mut data = StepData { sequences, columns, mismatched, rows, parts };
+        let of = |i: &usize| self.data.columns.get(*i).cloned();
+        let rows = chosen.iter().filter_map(of);
+        let rows = rows.flat_map(|row| std::iter::repeat_n(row, self.copies)).collect();
+        let mut data = StepData { sequences, columns, mismatched, rows, parts: Vec::new() };
         data.lay_out(self.by_token);
         data
     }
@@ -212,6 +254,22 @@ impl StepData {
         all.map(|(s, sample)| Prompt { sample: *sample, ids: s.ids.clone() }).collect()
     }
 
+    /// A finished sample as rewards see it. A token that ended it is no text.
+    pub fn reward_input(
+        &self,
+        at: usize,
+        ids: &[u32],
+        stopped: bool,
+        tokenizer: Option<&Tokenizer>,
+    ) -> Result<RewardInput> {
+        let prompt = &self.sequences[at].ids;
+        let text = &ids[..ids.len() - usize::from(stopped)];
+        let text = tokenizer.map(|t| Ok((t.decode(prompt)?, t.decode_continuation(prompt, text)?)));
+        let (prompt, completion) = text.unwrap_or_else(|| Ok(Default::default()))?;
+        let (id, columns) = (self.columns.samples[at], self.rows[at].clone());
+        Ok(RewardInput { id, prompt, completion, tokens: ids.len(), columns })
+    }
+
     /// Continues the prompts with what the policy sampled.
     pub fn continue_with(&mut self, completions: Vec<Completion<f32>>) {
         for (s, c) in self.sequences.iter_mut().zip(completions) {
@@ -234,14 +292,14 @@ impl StepData {
 
     /// Adds the lines of data that the samples of a bad number come from.
     pub fn locate(&self, mut e: Error) -> Error {
+        if let Error::Reward { sample, place, .. } = &mut e {
+            let at = self.columns.samples.iter().position(|s| s == sample);
+            *place = at.map(|i| self.sequences[i].place.to_string());
+        }
         if let Error::BadNumber { samples, places, .. } = &mut e {
             let at = |id: &u64| self.columns.samples.iter().position(|s| s == id);
             let place = |id| at(id).map(|i| self.sequences[i].place.to_string());
             *places = samples.iter().filter_map(place).collect();
-        }
-        if let Error::Reward { sample, place, .. } = &mut e {
-            let at = self.columns.samples.iter().position(|s| s == sample);
-            *place = at.map(|i| self.sequences[i].place.to_string());
         }
         e
     }

@@ -81,7 +81,9 @@ fn every_setting_survives_the_template() {
             let texts = [
                 "none",
                 "k3",
+                "k1",
                 "loss",
+                "reward",
                 "cosine",
                 "biased",
                 "policy",
@@ -90,6 +92,12 @@ fn every_setting_survives_the_template() {
                 "zero",
                 "forward_kl",
                 "é = # x",
+                "sequence",
+                "sequences",
+                "tokens",
+                "cispo",
+                "one",
+                "mean",
             ];
             let numbers = ["true", "false", "7", "0.25"].map(String::from);
             let table = ["{ prompt = \"q\" }".to_owned()];

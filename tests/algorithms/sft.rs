@@ -41,6 +41,19 @@ fn hand_worked() {
     assert_eq!(finish(&mut *sft)["loss"], 5.0);
 }
 
+/// Tokens of probability 1 / 2, 1 / 4 and 1, over the three of the step.
+#[test]
+fn hand_worked_dft() {
+    let mut sft = build("sft", &["dft=true"]).unwrap();
+    let ln2 = std::f32::consts::LN_2;
+    let d = policy_loss(&mut *sft, &columns(&[2, 1]), &[-ln2, -2.0 * ln2, 0.0], None, 1);
+    let d: Vec<f64> = d.into_iter().map(f64::from).collect();
+    assert_close("d", &d, &[-1.0 / 6.0, -1.0 / 12.0, -1.0 / 3.0], 0.0, 1e-6);
+    let m = finish(&mut *sft);
+    assert_close("loss", &[m["loss"]], &[2f64.ln() / 3.0], 0.0, 1e-6);
+    assert!(!m.contains_key("perplexity"), "e to this loss is none");
+}
+
 /// Property 4: a micro-batch changes no bit of a token's gradient, and of the loss only rounding.
 #[test]
 fn whole_step_denominators() {

@@ -1,7 +1,9 @@
 //! The command line as a user meets it: help, wrong input, pipes, exit codes.
 
 mod chat;
+mod hub;
 mod profile;
+mod rows;
 
 use std::{
     io::{Read, Write},
@@ -287,6 +289,58 @@ fn names_elsewhere_are_answered() {
 }
 
 #[test]
+fn every_setting_is_a_flag() {
+    let out = temp_dir("cli_flags");
+    let (model, to) = (golden::path("llama_tied"), out.to_str().unwrap());
+    let args = ["train", "sft", "--model", model.to_str().unwrap(), "--data", "-", "--out", to];
+    let flags = [
+        "--batch-size",
+        "1",
+        "--decay_all",
+        "--stop-ids",
+        "3",
+        "--stop-ids=4",
+        "--schedule=cosine",
+        "--warmup-ratio",
+        "1",
+    ];
+    let done = feed(&[&args[..], &flags[..]].concat(), "{\"input_ids\": [5, 6, 7]}\n");
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let said = String::from_utf8(done.stderr).unwrap();
+    assert!(said.contains("warning: the warmup has 1 steps, the run has 1 steps"), "{said}");
+    let config = std::fs::read_to_string(out.join("config.toml")).unwrap();
+    for line in [
+        "batch_size = 1",
+        "decay_all = true",
+        "stop_ids = [3, 4]",
+        "schedule = \"cosine\"",
+        "warmup_ratio = 1.0",
+    ] {
+        assert!(config.lines().any(|l| l == line), "{line}");
+    }
+    for (flags, says) in [
+        (&["--learning-rate", "-1"][..], "`learning_rate`: got -1, wanted 0 or more"),
+        (&["--learning-rate", "--steps", "3"], "`learning_rate`: wanted key=value"),
+        (&["--learning_rate"], "`learning_rate`: wanted key=value"),
+        (&["--steps", "3", "--steps", "4"], "`steps`: got [3, 4], wanted a whole number"),
+        (&["--stop-ids", "3", "--stop-ids=x"], "`stop_ids`: got [3, \"x\"], wanted a list"),
+        (&["--decay-all", "sft"], "unexpected argument 'sft'"),
+        (&["--lerning-rate=1"], "did you mean `learning_rate`?"),
+        (&["--num-train-epochs", "3"], "did you mean `epochs`?"),
+        (&["--value-clip", "1"], "is a setting of ppo, not of sft"),
+        (&["--", "--steps"], "unexpected argument"),
+        (&["--model"], "a value is required for '--model <DIR>'"),
+    ] {
+        for command in ["train", "plan"] {
+            let (code, text) = refused(&run(&[&[command, "sft"], flags].concat()));
+            assert!(code == 2 && text.contains(says), "{command} {flags:?}: {text}");
+        }
+    }
+    let (code, text) = refused(&run(&["generate", "--learning-rate", "1"]));
+    assert!(code == 2 && text.contains("unexpected argument '--learning-rate'"), "{text}");
+}
+
+#[test]
 fn a_reward_model_adds_rewards() {
     let (m, rm) = (golden::path("llama_tied"), golden::path("llama_tied/rm"));
     let (m, rm) = (m.to_str().unwrap(), rm.to_str().unwrap());
@@ -339,7 +393,14 @@ fn training_reads_standard_input_and_leaves_a_whole_folder() {
         assert!(out.join(file).exists(), "{file}");
     }
     let text = String::from_utf8(done.stderr).unwrap();
-    for words in ["algorithm: sft", "4 texts a step", "sft 3/3: ", "tokens/s, loss"] {
+    for words in [
+        "algorithm: sft",
+        "4 texts a step",
+        "sft 3/3: ",
+        "tokens/s, loss",
+        "100 %, 0:00:0",
+        "0:00:00 left",
+    ] {
         assert!(text.contains(words), "{words}: {text}");
     }
     let page = run(&["report", out.to_str().unwrap()]);
@@ -481,4 +542,38 @@ fn a_bad_number_of_a_model_is_an_error() {
         let (code, text) = refused(&feed(args, input));
         assert!(code == 4 && text.contains(what), "{args:?}: {code} {text}");
     }
+}
+
+/// A preset wins over defaults, a file over the preset, the command line over both; what is printed
+/// is complete, and a run records the values.
+#[test]
+fn a_preset_gives_way_to_what_is_set() {
+    let text = String::from_utf8(run(&["config", "grpo", "--preset", "dapo"]).stdout).unwrap();
+    for line in ["\nclip_range_high = 0.28\n", "\noverlong_share = 0.2\n", "\nkl_coef = 0.0\n"] {
+        assert!(text.contains(line), "{line}: {text}");
+    }
+    assert!(
+        text.contains("\n# --preset dapo, which is this: DAPO")
+            && text.contains("\n# --preset trl: ")
+    );
+    let dir = temp_dir("cli_preset");
+    let (out, file) = (dir.join("run"), dir.join("grpo.toml"));
+    std::fs::write(&file, "clip_range = 0.3\nkl_coef = 0.01\noverlong_share = 0.3\n").unwrap();
+    let mut args = ["train", "grpo", "--preset", "dapo", "--config"].map(String::from).to_vec();
+    args.push(file.display().to_string());
+    for pair in small(&dir, "grpo", &out).into_iter().chain(["overlong_share=0.5".into()]) {
+        args.extend(["--set".into(), pair]);
+    }
+    args.extend(["--set".into(), "steps=1".into()]);
+    let args: Vec<&str> = args.iter().map(String::as_str).collect();
+    let done = run(&args);
+    assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+    let text = std::fs::read_to_string(out.join("config.toml")).unwrap();
+    for line in
+        ["clip_range = 0.3", "clip_range_high = 0.28", "overlong_share = 0.5", "kl_coef = 0.05"]
+    {
+        assert!(text.lines().any(|l| l == line), "{line}: {text}");
+    }
+    let (code, text) = refused(&run(&["train", "grpo", "--preset", "dapp"]));
+    assert!(code == 2 && text.contains("grpo has no `dapp`") && text.contains("dapo"), "{text}");
 }

@@ -77,7 +77,7 @@ fn a_run_says_where_its_time_goes() {
         (
             "ppo",
             &["sample", "prefill", "decode", "score", "policy gradient", "value gradient"],
-            &["gae", "ppo_loss", "value_loss", "sample"],
+            &["gae", "policy_loss", "value_loss", "sample"],
         ),
     ];
     for (algorithm, phases, ops) in cases {

@@ -54,7 +54,7 @@ fn tokenizer(test: &str, template: &str) -> Tokenizer {
     Tokenizer::open(&folder(test, "qwen2", Some(template))).unwrap()
 }
 
-const LIMITS: Limits = Limits { max_length: 4000, vocab: 600, eos: Some(0) };
+const LIMITS: Limits = Limits { max_length: 4000, vocab: 600, eos: Some(0), skip_bad: 0 };
 
 fn user(text: &str) -> Value {
     json!({ "role": "user", "content": text })

@@ -123,9 +123,24 @@ fn columns_have_the_names_that_they_are_given() {
     let names = renamed(&[("completion", "answer")]);
     assert_eq!(read("renamed", &row, &names), Ok(completion("p", "a")));
     let e = read("renamed", &row, &renamed(&[("completion", "reply")])).unwrap_err();
-    let want = "data.jsonl:1: has columns [\"prompt\", \"response\", \"answer\"], wanted \"reply\" \
-                (`columns` has it as `completion`)";
+    let want = "data.jsonl: no row has column \"reply\" (`columns` has it as `completion`)";
     assert!(e.ends_with(want), "{e}");
+    // One that some rows do not have is missing there, as under its own name.
+    let path = temp_dir("columns_some").join("data.jsonl");
+    let pair = |more: &str| {
+        format!("{{\"prompt\": \"p\", \"chosen\": \"c\", \"rejected\": \"r\"{more}}}\n")
+    };
+    fs::write(&path, pair("") + &pair(", \"gap\": 2")).unwrap();
+    let all = data::read_as(&path, &renamed(&[("margin", "gap")])).unwrap();
+    let margin = |i: usize| match all[i].record {
+        Record::Preference { margin, .. } => margin,
+        _ => panic!(),
+    };
+    assert_eq!([margin(0), margin(1)], [None, Some(2.0)]);
+    fs::write(&path, "{\"prompt\": \"p\", \"a\": \"c\"}\n{\"prompt\": \"p\", \"answer\": \"c\"}\n")
+        .unwrap();
+    let e = data::read_as(&path, &renamed(&[("completion", "a")])).unwrap_err().to_string();
+    assert!(e.ends_with(":2: has columns prompt, wanted prompt, completion as in line 1"), "{e}");
     let e = read("renamed", &row, &renamed(&[("completions", "answer")])).unwrap_err();
     assert!(e.contains("config key `columns`: got completions, wanted one of [\"text\""), "{e}");
     let pairs = ReadOptions::of_pairs(&["prompt = q".into(), "completion=a".into()], false);
@@ -156,13 +171,20 @@ fn what_could_be_meant_otherwise_is_refused_by_name() {
         // What other formats have a place for is not left out.
         (
             json!({"system": "a", "question": "b", "chosen": "c", "rejected": "d"}),
+            "has `system`, for which `chosen` has no place where the model has no chat template",
+        ),
+        (
+            json!({"system": "a", "chosen": "\n\nAssistant: c", "rejected": "\n\nAssistant: d"}),
             "has `system`, for which `chosen` has no place",
+        ),
+        (
+            json!({"messages": [{"role": "system", "content": "b"}], "system": "a"}),
+            "has `system`, and its conversation begins with one",
         ),
         (
             json!({"question": "a", "context": "b", "answer": "c"}),
             "has `context`, for which `question` has no place",
         ),
-        (json!({"messages": user, "system": "a"}), "has `system`, for which `messages`"),
         (json!({"prompt": "a", "history": [["b", "c"]]}), "has `history`, for which `prompt`"),
         (
             json!({"input": "a", "output": "b"}),
@@ -194,4 +216,59 @@ fn a_key_twice_is_refused_at_any_depth() {
     let all: Value = serde_json::from_str(text).unwrap();
     let Value::Array(all) = all else { panic!() };
     assert_eq!(chat(text), Chat::of(all));
+}
+
+/// A `system` column opens the conversation that a row is, or becomes where the model has a chat
+/// template.
+#[test]
+fn a_system_column_opens_the_conversation() {
+    let with = |row: &Value| read("system", row, &with_template()).unwrap();
+    let said = |role: &str, text: &str| json!({"role": role, "content": text});
+    let (told, asked) = (said("system", "Be \"brief\"."), said("user", "Hi"));
+    let system = "Be \"brief\".";
+    let opened = Chat::of(vec![told.clone(), asked.clone()]);
+    let answered = |text: &str| Chat::of(vec![said("assistant", text)]);
+    let row = json!({"system": system, "question": "Hi", "chosen": "A", "rejected": "B"});
+    let Record::ChatPreference { prompt: Some(prompt), chosen, rejected, .. } = with(&row) else {
+        panic!()
+    };
+    assert_eq!(Chat::read(&prompt).unwrap(), opened);
+    assert_eq!((Chat::read(&chosen).unwrap(), chat(&rejected)), (answered("A"), answered("B")));
+    for (row, want) in [
+        (json!({"system": system, "question": "Hi", "answer": "A"}), &opened),
+        (json!({"system": system, "prompt": "Hi", "response": "A"}), &opened),
+        (
+            json!({"system": system, "prompt": [asked], "completion": [said("assistant", "A")]}),
+            &opened,
+        ),
+        // Empty or null it opens nothing; the row is of the same kind.
+        (json!({"system": "", "question": "Hi", "answer": "A"}), &Chat::of(vec![asked.clone()])),
+        (json!({"system": null, "question": "Hi", "answer": "A"}), &Chat::of(vec![asked.clone()])),
+    ] {
+        let Record::ChatCompletion { prompt, completion } = with(&row) else { panic!("{row}") };
+        assert_eq!((&Chat::read(&prompt).unwrap(), chat(&completion)), (want, answered("A")));
+    }
+    for row in
+        [json!({"system": system, "prompt": "Hi"}), json!({"system": system, "prompt": [asked]})]
+    {
+        let Record::ChatPrompt(prompt) = with(&row) else { panic!("{row}") };
+        assert_eq!(Chat::read(&prompt).unwrap(), opened);
+    }
+    let plain = ReadOptions::default();
+    let row = json!({"system": system, "messages": [asked]});
+    let Ok(Record::Messages(text)) = read("system", &row, &plain) else { panic!() };
+    assert_eq!(Chat::read(&text).unwrap(), opened);
+    // both sides of a pair of conversations
+    let side = |text: &str| json!([asked, said("assistant", text)]);
+    let row = json!({"system": system, "chosen": side("A"), "rejected": side("B")});
+    let Ok(Record::ChatPreference { prompt: None, chosen, rejected, .. }) =
+        read("system", &row, &plain)
+    else {
+        panic!()
+    };
+    let whole = |text: &str| Chat::of(vec![told.clone(), asked.clone(), said("assistant", text)]);
+    assert_eq!((Chat::read(&chosen).unwrap(), chat(&rejected)), (whole("A"), whole("B")));
+    // without a system column texts stay texts
+    let row = json!({"question": "Hi", "answer": "A"});
+    assert_eq!(with(&row), completion("Hi", "A"));
 }

@@ -33,7 +33,7 @@ fn place(line: usize) -> DataPlace {
     DataPlace { path: Path::new("data.jsonl").into(), line }
 }
 
-const LIMITS: Limits = Limits { max_length: 100, vocab: 512, eos: Some(2) };
+const LIMITS: Limits = Limits { max_length: 100, vocab: 512, eos: Some(2), skip_bad: 0 };
 
 fn text(s: &str) -> Record {
     Record::Text { text: s.into() }

@@ -93,6 +93,59 @@ fn a_json_list_is_a_row_an_object() {
     }
 }
 
+/// A list is read an element at a time, whatever stands in its texts and however long its lines.
+#[test]
+fn a_list_is_taken_apart_as_its_texts_say() {
+    let odd = "]},{\\\"[\\\\";
+    let element = |text: &str| format!("{{\"text\": \"{text}\", \"n\": [1, {{}}, []]}}");
+    let want = rows(&[(3, "]},{\"[\\"), (4, "b")]);
+    let list = format!("\n\n[ {} \n,{}]", element(odd), element("b"));
+    assert_eq!(read(&put("apart", "a.json", list)), want);
+    // Longer in one line than a row may be, of which nothing is kept.
+    let long = format!("[{}]", vec![element(&"x".repeat(1 << 20)); 80].join(","));
+    assert_eq!(read(&put("apart", "a.json", long)).unwrap().len(), 80);
+    let e = read(&put("apart", "a.json", "[1, true]")).unwrap_err();
+    assert_eq!(e, "a.json:1: wanted a JSON object, got 1");
+    let e = read(&put("apart", "a.json", "[{\"text\": \"a\"}}]")).unwrap_err();
+    assert_eq!(e, "a.json:1: not JSON: expected `,` or `]` at column 15");
+}
+
+/// A small file that would fill the memory is refused by name.
+#[test]
+fn what_unpacks_to_far_more_than_text_is_refused() {
+    let line = format!("{{\"text\": \"{}\"}}\n", "a".repeat(1 << 20));
+    let bomb = line.repeat(100);
+    for (name, bytes) in
+        [("a.jsonl.gz", gzip(bomb.as_bytes())), ("a.jsonl.zst", zstd(bomb.as_bytes()))]
+    {
+        assert!(bytes.len() < 1 << 18, "{}", bytes.len());
+        let e = read(&put("bomb", name, bytes)).unwrap_err();
+        let want =
+            format!("cannot read {name}: it unpacks to more than 64 MiB and 100 times its size");
+        assert!(e.starts_with(&want), "{e}");
+    }
+    // as many as that are no bomb
+    let few = line.repeat(50);
+    assert_eq!(read(&put("bomb", "a.jsonl.gz", gzip(few.as_bytes()))).unwrap().len(), 50);
+}
+
+/// Frames that hold no content are skipped wherever they stand (RFC 8878, 3.1.2).
+#[test]
+fn skippable_frames_of_zstd_are_skipped() {
+    let skip = |magic: u8, n: u32| {
+        let head = [[magic, 0x2a, 0x4d, 0x18], n.to_le_bytes()].concat();
+        [head, vec![b'x'; n as usize]].concat()
+    };
+    let part = |range: std::ops::Range<usize>| zstd(&LINES.as_bytes()[range]);
+    let n = LINES.len();
+    let frames =
+        [skip(0x50, 0), part(0..9), skip(0x5f, 70_000), part(9..n), skip(0x55, 3)].concat();
+    assert_eq!(read(&put("skippable", "a.jsonl.zst", frames)), rows(&[(1, "a"), (3, "b")]));
+    let cut = [part(0..n), skip(0x50, 9)[..12].to_vec()].concat();
+    let e = read(&put("skippable", "a.jsonl.zst", cut)).unwrap_err();
+    assert_eq!(e, "cannot read a.jsonl.zst: it ends within a skippable frame");
+}
+
 /// The content of a zstd frame is held to its checksum: one bit of a text changes nothing else.
 #[test]
 fn a_flipped_bit_in_a_zstd_file_is_noticed() {

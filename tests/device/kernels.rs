@@ -207,7 +207,7 @@ fn kernels_readme_has_the_table() {
 }
 
 /// Kernels that load no 16 bytes at once, and why.
-const NARROW: [(&str, &str); 38] = [
+const NARROW: [(&str, &str); 43] = [
     ("delta_rule_backward_bf16", "a column of a state has four lanes"),
     ("delta_rule_backward_f32", "a column of a state has four lanes"),
     ("delta_rule_forward_bf16", "a column of a state has four lanes"),
@@ -224,6 +224,10 @@ const NARROW: [(&str, &str); 38] = [
     ("gate_copy_f32", "columns begin anywhere in their rows, a lane each"),
     ("gate_forward_bf16", "columns begin anywhere in their rows, a lane each"),
     ("gate_forward_f32", "columns begin anywhere in their rows, a lane each"),
+    ("gate_rows_bf16", "rows of any length, a lane an element"),
+    ("gate_rows_f32", "rows of any length, a lane an element"),
+    ("gate_rows_backward_bf16", "rows of any length, a lane an element"),
+    ("gate_rows_backward_f32", "rows of any length, a lane an element"),
     ("grad_norm_sum", "a sum of at most 256 numbers, in order"),
     ("kto_loss_forward", "sequences begin at any token, a lane a token"),
     ("logprob_from_logits_bf16", "rows begin anywhere, four lanes a chunk"),
@@ -231,6 +235,7 @@ const NARROW: [(&str, &str); 38] = [
     ("logprob_top", "keys of a list, a lane each"),
     ("next_ids_forward", "tokens from anywhere, a lane each"),
     ("norm_add_partials", "a column a lane, 128 bytes a warp"),
+    ("policy_loss_forward", "a sequence a block, whose columns begin anywhere"),
     ("preference_loss_forward", "sequences begin at any token, a lane a token"),
     ("routing_backward_bf16", "a row of as many experts as there are, a lane each"),
     ("routing_backward_f32", "a row of as many experts as there are, a lane each"),

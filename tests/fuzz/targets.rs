@@ -200,7 +200,8 @@ fn dataset_line(dir: &Path, input: &[u8]) -> String {
         Ok(records) => records,
         Err(error) => return table + &error.to_string(),
     };
-    let (words, limits) = (Some(words), data::Limits { max_length: 16, vocab: 7, eos: Some(0) });
+    let (words, limits) =
+        (Some(words), data::Limits { max_length: 16, vocab: 7, eos: Some(0), skip_bad: 0 });
     table
         + &told(data::texts(&records, words, limits, true))
         + &told(data::texts(&records, None, limits, false))

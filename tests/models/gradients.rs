@@ -8,7 +8,8 @@ use warpo::{
         bradley_terry::{self, Pairs},
         kl::KlEstimator,
         nll,
-        ppo_loss::{self, KlTerm, PpoLoss, PpoTokens},
+        policy_loss::{self, KlTerm, KlWeight, PolicyLoss, PolicyTokens, Surrogate},
+        sequence_loss::Offsets,
         value_loss::{self, ValueLoss, ValueTokens},
     },
     rollout::Scorer,
@@ -136,25 +137,23 @@ impl PolicyColumns {
         entropy: View<'_, f64>,
         dlogp: ViewMut<'_, f64>,
         dentropy: ViewMut<'_, f64>,
-    ) -> ppo_loss::PpoSums {
-        let kl = KlTerm { coef: 0.2, estimator: KlEstimator::K3, unbiased: true };
-        let settings = PpoLoss {
-            clip_low: 0.2,
-            clip_high: 0.2,
-            dual_clip: Some(1.5),
-            kl: Some(kl),
-            entropy_coef: 0.1,
-        };
-        let tokens = PpoTokens {
+    ) -> policy_loss::PolicySums {
+        let weight = KlWeight::Ratio;
+        let kl = Some(KlTerm { coef: 0.2, estimator: KlEstimator::K3, weight });
+        let surrogate = Surrogate::Clip { low: 0.2, high: 0.2, dual: Some(1.5) };
+        let settings = PolicyLoss { surrogate, kl, entropy_coef: 0.1, ..PolicyLoss::default() };
+        let ends = [0, logp.len() as u32];
+        let tokens = PolicyTokens {
             logp,
             old_logp: (&self.old).into(),
             ref_logp: Some((&self.reference).into()),
             entropy: Some(entropy),
             advantages: (&self.advantages).into(),
             weights: None,
+            offsets: Offsets { host: &ends, view: (&ends[..]).into() },
         };
         let n = logp.len() as f64;
-        ppo_loss::policy(&device(), dlogp, Some(dentropy), tokens, &settings, n)
+        policy_loss::forward(&device(), dlogp, Some(dentropy), tokens, &settings, n)
             .unwrap()
             .get()
             .unwrap()

@@ -10,7 +10,10 @@ use warpo::{
     ops::routing,
 };
 
-use super::golden::{forward, unpad};
+use super::{
+    golden::{forward, load, unpad},
+    weights::{Folder, Tensor},
+};
 use crate::support::{
     assert_bits, assert_close, golden, golden::Golden, keep_all, params, pass_bytes, pass_room,
 };
@@ -36,6 +39,10 @@ fn sharded_models_of_16_bits_load() {
     }
 }
 
+/// Matrices before the experts.
+const MIXERS: [ParamKind; 4] =
+    [ParamKind::Qkv, ParamKind::Out, ParamKind::MixerIn, ParamKind::MixerOut];
+
 /// A token is multiplied by the experts that it chose and no others; all have their weights.
 #[test]
 fn a_mixture_counts_what_it_computes() {
@@ -43,15 +50,16 @@ fn a_mixture_counts_what_it_computes() {
         // Two blocks with experts: a router of 6 and 2 experts of 3 x 10 x 32, one of 3 x 24 x 32.
         ("qwen3_moe", 2 * (6 * 32 + 2 * 960) + 2304),
         ("gpt_oss", 2 * (4 * 32 + 2 * 3 * 16 * 32)),
+        // Beside 2 experts of 3 x 10 x 32 one of 3 x 12 x 32.
+        ("qwen3_next", 2 * (4 * 32 + 2 * 960 + 1152)),
     ] {
         let spec = spec(name);
         let layout = Layout::new(&spec, Head::Lm);
-        let attention =
-            |t: &&models::ParamTensor| matches!(t.kind, ParamKind::Qkv | ParamKind::Out);
+        let attention = |t: &&models::ParamTensor| MIXERS.contains(&t.kind);
         let rest: usize = layout.tensors().iter().filter(attention).map(|t| t.len()).sum();
         assert_eq!(layout.block_flops(), 2.0 * (active + rest) as f64, "{name}");
     }
-    for name in ["qwen3_moe", "gpt_oss"] {
+    for name in ["qwen3_moe", "gpt_oss", "qwen3_next", "qwen2_moe"] {
         let (dev, path) = (Device::cpu(), golden::path(name));
         let model = Model::<f32>::load(&dev, &path, Head::Lm, None).unwrap();
         let planned = models::bytes::<f32>(&dev, model.spec(), Head::Lm, Residency::Frozen);
@@ -62,6 +70,40 @@ fn a_mixture_counts_what_it_computes() {
     assert!(layout.find(ParamKind::ExpertsUp, Some(1)).is_none(), "block 1 has an MLP");
     let t = layout.find(ParamKind::ExpertsUp, Some(0)).unwrap();
     assert_eq!((t.stack, t.used, t.sides()), (6, 2, (20, 32)));
+}
+
+/// So Qwen 3.5 is released; transformers saves, and the golden folder has, a tensor an expert.
+#[test]
+fn experts_may_lie_in_one_tensor() {
+    let (name, layers) = ("qwen3_5_moe", 2);
+    let mut folder = Folder::copy("stacked_experts", name);
+    for l in 0..layers {
+        let at = format!("model.layers.{l}.mlp.experts");
+        let of = |e: usize, part: &str| format!("{at}.{e}.{part}.weight");
+        for (stack, parts, shape) in [
+            ("gate_up_proj", &["gate_proj", "up_proj"][..], [4, 20, 32]),
+            ("down_proj", &["down_proj"][..], [4, 32, 10]),
+        ] {
+            let each = (0..4).flat_map(|e| parts.iter().map(move |part| of(e, part)));
+            let each: Vec<_> = each.filter_map(|name| folder.tensors.remove(&name)).collect();
+            let numbers: Vec<f32> = each.iter().flat_map(|t| t.numbers()).collect();
+            folder.tensors.insert(format!("{at}.{stack}"), Tensor::f32(&shape, &numbers));
+        }
+    }
+    let (got, want) = (folder.write().load::<f32>(Head::Lm).unwrap(), load::<f32>(name, Head::Lm));
+    assert_bits("weights", got.params().flat().host(), want.params().flat().host());
+
+    let stack = "model.layers.1.mlp.experts.down_proj";
+    let whole = folder.tensors.insert(stack.into(), Tensor::f32(&[1280], &[0.5; 1280])).unwrap();
+    let e = folder.write().refused(Head::Lm);
+    assert!(e.contains(&format!("`{stack}` has shape [1280], wanted [experts, out, in]")), "{e}");
+    let few = Tensor::f32(&[3, 32, 10], &whole.numbers()[..960]);
+    folder.tensors.insert(stack.into(), few);
+    let e = folder.write().refused(Head::Lm);
+    assert!(e.contains("`model.layers.1.mlp.experts.3.down_proj.weight` is missing"), "{e}");
+    folder.tensors.insert(stack.into(), whole);
+    folder.tensors.insert(format!("{stack}s"), Tensor::f32(&[1], &[0.5]));
+    assert!(folder.write().refused(Head::Lm).contains("down_projs` is no weight"));
 }
 
 /// A pass takes memory for the pairs of its rows, not for all experts.
@@ -80,10 +122,12 @@ fn a_pass_has_room_for_pairs() {
 /// Logits of a row among others, alone, and in another order: the same experts, the same bits.
 #[test]
 fn rows_choose_the_same_experts_in_every_batch() {
-    for name in ["qwen3_moe", "gpt_oss"] {
+    for name in ["qwen3_moe", "gpt_oss", "qwen3_next", "qwen2_moe"] {
         let path = golden::path(name);
         let model = Model::<f32>::load(&Device::cpu(), &path, Head::Lm, None).unwrap();
-        let ids = |s: u32, n: u32| (0..n).map(|t| (5 * s + 3 * t + t * t) % 90).collect::<Vec<_>>();
+        let vocab = model.spec().vocab as u32;
+        let id = |s: u32, t: u32| (5 * s + 3 * t + t * t) % vocab;
+        let ids = |s: u32, n: u32| (0..n).map(|t| id(s, t)).collect::<Vec<_>>();
         let rows: Vec<Vec<u32>> = (0..6).map(|s| ids(s, 3 + 7 * s)).collect();
         let whole = forward(&model, &rows).logits;
         let mut at = 0;
@@ -94,7 +138,7 @@ fn rows_choose_the_same_experts_in_every_batch() {
         }
         let mut batch = Batch::default();
         rows.iter().for_each(|r| batch.push_last(r));
-        assert_eq!(batch.len() * 90, at);
+        assert_eq!(batch.len() * vocab as usize, at);
     }
 }
 
@@ -102,13 +146,14 @@ fn rows_choose_the_same_experts_in_every_batch() {
 /// differences.
 #[test]
 fn the_loss_that_balances_experts_has_its_gradient() {
-    for name in ["qwen3_moe", "gpt_oss"] {
+    for name in ["qwen3_moe", "gpt_oss", "qwen3_next", "qwen2_moe"] {
         let dev = Device::cpu();
         let path = golden::path(name);
         let mut model = Model::<f64>::load(&dev, &path, Head::Lm, None).unwrap();
         let mut batch = Batch::default();
         for n in [3, 9, 14] {
-            batch.push_predicted(&(0..n).map(|t| (7 * n + t * t) % 90).collect::<Vec<_>>(), 1);
+            let ids: Vec<u32> = (0..n).map(|t| (7 * n + t * t) % 89).collect();
+            batch.push_predicted(&ids, 1);
         }
         let balanced = |model: &Model<f64>| -> f64 {
             let (spec, shape) = (model.spec(), batch.shape());
@@ -176,6 +221,11 @@ fn keys_of_mixtures_are_computed_or_refused() {
         ("qwen3_moe", "num_experts_per_tok", "7", "`experts of a token` is 7, wanted a number"),
         ("qwen3_moe", "num_local_experts", "2000", "wanted a number from 1 to 1024"),
         ("qwen3_moe", "mlp_only_layers", "3", "`mlp_only_layers` is 3, wanted a list"),
+        ("qwen3_next", "mlp_only_layers", "[1]", "wanted experts in every block"),
+        ("qwen3_next", "decoder_sparse_step", "2", "wanted experts in every block"),
+        ("qwen3_next", "num_experts", "0", "`number of experts` is 0, wanted a number from 1"),
+        ("qwen3_5_moe", "norm_topk_prob", "false", "`norm_topk_prob` = false is not supported"),
+        ("qwen2_moe", "use_sliding_window", "true", "`use_sliding_window` = true"),
         ("gpt_oss", "output_router_logits", "true", "`output_router_logits`"),
         ("gpt_oss", "swiglu_alpha", "1.5", "`swiglu_alpha` = 1.5 is not supported"),
         ("gpt_oss", "swiglu_limit", "0", "`swiglu_limit` is 0, wanted a number above 0"),

@@ -6,7 +6,7 @@ use warpo::{
     ops::{
         gae,
         kl::KlEstimator,
-        ppo_loss::{self, PpoLoss, PpoTokens},
+        policy_loss::{self, PolicyLoss, PolicyTokens},
         preference_loss::{self, PairCounts, PreferenceKind, PreferenceLoss},
         sequence_loss::{Offsets, SequenceColumns},
         value_loss::{self, ValueLoss, ValueTokens},
@@ -151,22 +151,19 @@ fn ppo_losses_and_gradients_are_those_of_trl() {
                 // k1 last: its gradient goes on
                 for tag in ["k3w/", ""] {
                     let (advantages, _) = m.estimate(&g, tag);
-                    let tokens = PpoTokens {
+                    let ends = [0, logp.len() as u32];
+                    let tokens = PolicyTokens {
                         logp: c.y,
                         old_logp: (&old).into(),
                         ref_logp: None,
                         entropy: None,
                         advantages: (&advantages).into(),
                         weights: None,
+                        offsets: Offsets { host: &ends, view: (&ends[..]).into() },
                     };
-                    let s = PpoLoss {
-                        clip_low: 0.2,
-                        clip_high: 0.2,
-                        dual_clip: None,
-                        kl: None,
-                        entropy_coef: 0.0,
-                    };
-                    let s = ppo_loss::policy(&dev, c.dy.reborrow(), None, tokens, &s, n)?.get()?;
+                    let s = PolicyLoss::default();
+                    let s =
+                        policy_loss::forward(&dev, c.dy.reborrow(), None, tokens, &s, n)?.get()?;
                     let close = |key: &str, x: f64| {
                         let key = format!("{tag}{key}");
                         assert_close(&key, &[x], &[g.scalar(&key)], 1e-11, 1e-10);

@@ -62,6 +62,39 @@ fn gradients() {
     }
 }
 
+/// sigmoid(ln 3) = 3 / 4, and its derivative 3 / 16.
+#[test]
+fn a_gate_for_each_row() {
+    let (ln3, x) = (3f64.ln(), [4.0, 8.0, -4.0, 12.0]);
+    let (mut y, mut dy, mut dg) = ([9.0; 4], [1.0, 2.0, 4.0, 8.0], [9.0; 2]);
+    let g = [ln3, -ln3];
+    gate::rows(host(), y[..].as_mut().into(), x[..].into(), g[..].into()).unwrap();
+    assert_close("y", &y, &[3.0, 6.0, -1.0, 3.0], 0.0, 1e-15);
+    let to = (dy[..].as_mut().into(), dg[..].as_mut().into());
+    gate::rows_backward(host(), to.0, to.1, x[..].into(), g[..].into()).unwrap();
+    assert_close("dx", &dy, &[0.75, 1.5, 1.0, 2.0], 0.0, 1e-15);
+    assert_close("dg", &dg, &[3.75, 15.0], 0.0, 1e-15);
+
+    let [x, g, dy]: [Vec<f64>; 3] =
+        [("x", 35), ("g", 5), ("dy", 35)].map(|(name, n)| randn(name, n));
+    let forward = |x: &[f64], g: &[f64]| {
+        let mut y = vec![0.0; 35];
+        gate::rows(host(), (&mut y).into(), x.into(), g.into()).unwrap();
+        y
+    };
+    let (mut dx, mut dg) = (dy.clone(), vec![0.0; 5]);
+    let to = ((&mut dx).into(), (&mut dg).into());
+    gate::rows_backward(host(), to.0, to.1, (&x).into(), (&g).into()).unwrap();
+    gradcheck("x", &x, &dx, OP, |x| inner(&forward(x, &g), &dy));
+    gradcheck("g", &g, &dg, OP, |g| inner(&forward(&x, g), &dy));
+
+    let (mut y, x, g) = ([0.0f32; 6], [0.0f32; 5], [0.0f32; 2]);
+    let e = refusal(gate::rows(host(), y[..].as_mut().into(), x[..].into(), g[..].into()));
+    assert!(e.contains("gate::rows") && e.contains("`x`"), "{e}");
+    let e = refusal(gate::rows(host(), y[..5].as_mut().into(), x[..].into(), g[..].into()));
+    assert!(e.contains("gate::rows") && e.contains("`y`"), "{e}");
+}
+
 #[test]
 fn rows_do_not_see_their_batch() {
     let (rows, cols) = (300, 40);
@@ -125,6 +158,15 @@ impl Case for Gated {
         let mut y = room()?;
         gate::copy(dev, at(y.view_mut(), 0, wide), x, cols)?;
         lab.by_row("copy", &y);
+        let x = lab.rows::<T>("values", rows, cols);
+        let g = lab.rows::<T::Acc>("gates", rows, 1);
+        let (mut y, mut d) = (lab.room::<T>(rows * cols), lab.rows::<T>("dy", rows, cols));
+        let mut dg = lab.room::<T::Acc>(rows);
+        gate::rows(dev, y.view_mut(), x.view(), g.view())?;
+        lab.by_row("rows", &y);
+        gate::rows_backward(dev, d.view_mut(), dg.view_mut(), x.view(), g.view())?;
+        lab.by_row("rows, dx", &d);
+        lab.by_row("rows, dg", &dg);
         Ok(())
     }
 }

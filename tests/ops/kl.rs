@@ -6,7 +6,8 @@ use warpo::{
     ops::{
         gae,
         kl::KlEstimator::{self, K1, K2, K3},
-        ppo_loss::{self, KlTerm, PpoLoss, PpoTokens},
+        policy_loss::{self, KlTerm, KlWeight, PolicyLoss, PolicyTokens},
+        sequence_loss::Offsets,
     },
 };
 
@@ -129,16 +130,18 @@ fn loss_gradient(
     let column = |x: &[f64]| places().concat().iter().map(|p| x[*p]).collect::<Vec<f64>>();
     let (logp, reference) = (column(logp), column(reference));
     let mut dlogp = vec![f64::NAN; logp.len()];
-    let tokens = PpoTokens {
+    let ends = [0, logp.len() as u32];
+    let tokens = PolicyTokens {
         logp: (&logp).into(),
         old_logp: (&logp).into(),
         ref_logp: Some((&reference).into()),
         entropy: None,
         advantages: advantages.into(),
         weights: None,
+        offsets: Offsets { host: &ends, view: (&ends[..]).into() },
     };
-    let s = PpoLoss { clip_low: 0.2, clip_high: 0.2, dual_clip: None, kl, entropy_coef: 0.0 };
-    ppo_loss::policy(&Device::cpu(), (&mut dlogp).into(), None, tokens, &s, 1.0)
+    let s = PolicyLoss { kl, ..PolicyLoss::default() };
+    policy_loss::forward(&Device::cpu(), (&mut dlogp).into(), None, tokens, &s, 1.0)
         .unwrap()
         .get()
         .unwrap();
@@ -172,25 +175,27 @@ fn in_the_loss_the_mean_gradient_is_the_exact_one() {
     gradcheck("the exact gradient", &theta, &exact, crate::support::OP, objective);
 
     let zeros = vec![0.0; 2 * V * V];
-    let mean = |estimator, unbiased| {
-        let term = KlTerm { coef: 1.0, estimator, unbiased };
+    let mean = |estimator, weight| {
+        let term = KlTerm { coef: 1.0, estimator, weight };
         expected(&logp, &loss_gradient(&logp, &reference, &zeros, Some(term)))
     };
     for k in [K1, K3] {
-        assert_close(&format!("{k:?} unbiased"), &mean(k, true), &exact, 1e-10, 0.0);
+        for weight in [KlWeight::Ratio, KlWeight::Score] {
+            assert_close(&format!("{k:?} {weight:?}"), &mean(k, weight), &exact, 1e-10, 0.0);
+        }
     }
     // Without the weight: k1 pulls nowhere, k2 is right, k3 follows the KL the other way round.
-    assert_close("k1", &mean(K1, false), &vec![0.0; exact.len()], 1e-10, 0.0);
-    assert_close("k2", &mean(K2, false), &exact, 1e-10, 0.0);
+    assert_close("k1", &mean(K1, KlWeight::One), &vec![0.0; exact.len()], 1e-10, 0.0);
+    assert_close("k2", &mean(K2, KlWeight::One), &exact, 1e-10, 0.0);
     let reversed: Vec<f64> = (0..theta.len())
         .map(|i| {
             let weight = if i < V { 1.0 } else { fixed[i / V - 1] };
             weight * (logp[i].exp() - reference[i].exp())
         })
         .collect();
-    assert_close("k3", &mean(K3, false), &reversed, 1e-10, 0.0);
+    assert_close("k3", &mean(K3, KlWeight::One), &reversed, 1e-10, 0.0);
     let far = |x: &[f64]| x.iter().zip(&exact).any(|(a, b)| (a - b).abs() > 1e-2);
-    assert!(far(&reversed) && far(&mean(K2, true)) && far(&vec![0.0; exact.len()]));
+    assert!(far(&reversed) && far(&mean(K2, KlWeight::Ratio)) && far(&vec![0.0; exact.len()]));
 }
 
 /// In the reward, with gamma and lambda 1 and no value model, the mean policy gradient is that of

@@ -10,7 +10,7 @@ use crate::support::{
     sim::{self, Column, FloatCase, Lab, Variant, rounded},
 };
 
-/// The loss and dlogp.
+/// The loss and dlogp, of likelihoods or weighed by them.
 fn forward<F: Float>(logp: &[F], weights: &[F], denominator: f64) -> (f64, Vec<F>) {
     forward_on(host(), 0, logp, weights, denominator).unwrap()
 }
@@ -35,6 +35,16 @@ fn hand_worked() {
     assert_eq!(loss, 0.5);
     assert_eq!(d, [-0.25, -0.125, 0.0]);
     assert_eq!(forward::<f64>(&[], &[], 4.0), (0.0, vec![]));
+}
+
+/// Probabilities 1/2 and 1/4: half and a quarter of the gradient, and of a loss of ln 2 and 2 ln 2.
+#[test]
+fn hand_worked_dft() {
+    let (ln2, mut d) = (2f64.ln(), [9.0; 3]);
+    let (logp, weights) = ([-ln2, -2.0 * ln2, 0.0], [1.0, 0.5, 2.0]);
+    let loss = nll::dft(host(), d[..].as_mut().into(), logp[..].into(), weights[..].into(), 4.0);
+    assert_close("loss", &[loss.unwrap().get().unwrap()], &[0.75 * ln2 / 4.0], 0.0, 1e-15);
+    assert_close("dlogp", &d, &[-0.125, -0.03125, -0.5], 0.0, 1e-15);
 }
 
 #[test]
@@ -81,6 +91,12 @@ impl FloatCase for Tokens {
         let (loss, d) = forward_on(lab.dev(), self.first, &logp, &weights, 7.0)?;
         lab.sums("loss", &[loss]);
         lab.column("dlogp", &d);
+        let dev = lab.dev();
+        let mut d = Column::room(dev, self.first, self.n);
+        let [logp, weights] = [logp, weights].map(|x| Column::of(dev, self.first, &x));
+        let loss = nll::dft(dev, d.view_mut(), logp.view(), weights.view(), 7.0)?.get()?;
+        lab.sums("loss of DFT", &[loss]);
+        lab.column("dlogp of DFT", &d.read());
         Ok(())
     }
 }

@@ -1,10 +1,11 @@
 //! What all losses over tokens share: weights. Each loss's own file has its values.
 
 use warpo::{
-    device::{Device, Float},
+    device::{Buffer, Device, Float},
     ops::{
         bradley_terry::{self, PairSums, Pairs},
-        ppo_loss::{self, PpoLoss, PpoSums, PpoTokens},
+        policy_loss::{self, PolicyLoss, PolicySums, PolicyTokens, Surrogate},
+        sequence_loss::Offsets,
         value_loss::{self, ValueLoss, ValueSums, ValueTokens},
     },
 };
@@ -16,7 +17,7 @@ use crate::support::{
 
 #[derive(Debug)]
 struct Losses<F> {
-    ppo: (PpoSums, Vec<F>),
+    ppo: (PolicySums, Vec<F>),
     value: (ValueSums, Vec<F>),
     pairs: (PairSums, Vec<F>),
 }
@@ -32,24 +33,22 @@ fn losses<F: Float>(
     let half = weights.map(|w| Column::of(dev, 1, &w[..n / 2]));
     let weights = weights.map(|w| Column::of(dev, 1, w));
     let weights = weights.as_ref().map(Column::view);
+    let ends = [0, n as u32];
+    let offsets = Buffer::of(dev, "offsets", &ends)?;
     let mut out = [(); 3].map(|()| Column::room(dev, 1, n));
     let [dlogp, dv, dscores] = &mut out;
-    let t = PpoTokens {
+    let t = PolicyTokens {
         logp: a.view(),
         old_logp: b.view(),
         ref_logp: None,
         entropy: Some(c.view()),
         advantages: d.view(),
         weights,
+        offsets: Offsets { host: &ends, view: offsets.view() },
     };
-    let s = PpoLoss {
-        clip_low: 0.2,
-        clip_high: 0.3,
-        dual_clip: Some(1.5),
-        kl: None,
-        entropy_coef: 0.5,
-    };
-    let ppo = ppo_loss::policy(dev, dlogp.view_mut(), None, t, &s, 7.0)?.get()?;
+    let surrogate = Surrogate::Clip { low: 0.2, high: 0.3, dual: Some(1.5) };
+    let s = PolicyLoss { surrogate, entropy_coef: 0.5, ..PolicyLoss::default() };
+    let ppo = policy_loss::forward(dev, dlogp.view_mut(), None, t, &s, 7.0)?.get()?;
     let t = ValueTokens { v: a.view(), old: b.view(), returns: c.view(), weights };
     let s = ValueLoss { clip: Some(0.2), coef: 0.5 };
     let value = value_loss::forward(dev, dv.view_mut(), t, s, 7.0)?.get()?;
@@ -73,7 +72,7 @@ fn a_weight_repeats_its_token() {
     let twice = columns.each_ref().map(|x| vec![x[0], x[0], x[2], x[3]]);
     let want = losses(host(), &twice, None).unwrap();
     let plain = losses(host(), &columns, None).unwrap();
-    let ppo = |s: &PpoSums| [s.tokens, s.loss, s.policy, s.entropy, s.approx_kl, s.clipped_low];
+    let ppo = |s: &PolicySums| [s.tokens, s.loss, s.policy, s.entropy, s.approx_kl, s.clipped_low];
     let value = |s: &ValueSums| [s.tokens, s.loss, s.value, s.clipped, s.squared_error];
     assert_close("ppo", &ppo(&ours.ppo.0), &ppo(&want.ppo.0), 1e-15, 1e-14);
     assert_close("value", &value(&ours.value.0), &value(&want.value.0), 1e-15, 1e-14);
@@ -110,5 +109,5 @@ fn kernels_weight_tokens_as_the_cpu() {
 #[test]
 fn as_many_weights_as_tokens_are_wanted() {
     let e = refusal(losses(host(), &columns::<f32>(4), Some(&[1.0; 3])));
-    assert_eq!(e, "ppo_loss: `weights` has shape [3], wanted [4]");
+    assert_eq!(e, "policy_loss: `weights` has shape [3], wanted [4]");
 }

@@ -1,5 +1,5 @@
 //! The clipped value loss: hand-worked branches, central differences, micro-batches. Its goldens
-//! are read by `ppo_loss`.
+//! are read by `policy_loss`.
 
 use warpo::{
     device::{Device, Float},

@@ -59,7 +59,7 @@ pub const BUGS: &[Bug] = &[
     Bug {
         what: "a micro-batch's loss is its own mean",
         file: "src/algorithms/policy_gradient.rs",
-        place: "let total = «micro.columns.tokens()» as f64;",
+        place: "let total = loss.denominator(«count», c.sequences(), sampling.max_new_tokens);",
         mistake: "micro.tokens().len()",
         test: "algorithms::ppo::whole_step_denominators",
     },
@@ -136,14 +136,14 @@ pub const BUGS: &[Bug] = &[
     },
     Bug {
         what: "the gradient of the KL term has mean 0",
-        file: "src/ops/ppo_loss.rs",
-        place: "if kl.unbiased { (ratio * k, «ratio * (dk + k)») } else { (k, dk) };",
-        mistake: "ratio * dk",
+        file: "src/ops/policy_loss.rs",
+        place: "KlWeight::Ratio => (own_ratio * k, «own_ratio * (dk + k)»),",
+        mistake: "own_ratio * dk",
         test: "ops::kl::in_the_loss_the_mean_gradient_is_the_exact_one",
     },
     Bug {
         what: "the gradient of the policy is 0",
-        file: "src/ops/ppo_loss.rs",
+        file: "src/ops/policy_loss.rs",
         place: "return «(free, free)»;",
         mistake: "(free, 0.0)",
         test: "algorithms::ppo::ppo_learns_a_bandit",

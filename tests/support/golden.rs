@@ -1,5 +1,5 @@
-//! Reads the float64 oracles under `tests/golden`, which `gen_fixtures.py`, `gen_more.py` and
-//! `gen_preference.py` there made from Hugging Face transformers and TRL.
+//! Reads the float64 oracles under `tests/golden`, which `gen_fixtures.py`, `gen_more.py`,
+//! `gen_policy.py` and `gen_preference.py` there made from Hugging Face transformers and TRL.
 
 use std::{
     cell::RefCell,

@@ -73,17 +73,21 @@ pub fn small(dir: &Path, algorithm: &str, out: &Path) -> Vec<String> {
         "eos_id=54".into(),
         "micro_batch_tokens=40".into(),
     ];
-    if algorithm == "ppo" {
-        pairs.extend([
-            format!("reward_model={}", golden::path("llama_tied/rm").display()),
-            "max_new_tokens=6".into(),
-            "temperature=0.9".into(),
-            "ppo_epochs=2".into(),
-            "minibatches=2".into(),
-            "kl_target=0.5".into(),
-            "rollout_slots=3".into(),
-        ]);
-    }
+    let own: &[&str] = match algorithm {
+        "ppo" => &["ppo_epochs=2"],
+        "grpo" | "rloo" => &["grpo_epochs=2", "samples_per_prompt=2", "kl_coef=0.05"],
+        "reinforce++" => &["grpo_epochs=2"],
+        _ => return pairs,
+    };
+    pairs.extend([
+        format!("reward_model={}", golden::path("llama_tied/rm").display()),
+        "max_new_tokens=6".into(),
+        "temperature=0.9".into(),
+        "minibatches=2".into(),
+        "kl_target=0.5".into(),
+        "rollout_slots=3".into(),
+    ]);
+    pairs.extend(own.iter().map(|pair| pair.to_string()));
     pairs
 }
 

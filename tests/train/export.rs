@@ -50,6 +50,115 @@ fn a_model_that_is_stale_or_damaged_is_exported_again() {
     }
 }
 
+/// The model of a checkpoint is that of a run of so many steps, by the command and wherever a model
+/// is named.
+#[test]
+fn a_checkpoint_is_a_model() {
+    let dir = temp_dir("export_checkpoint");
+    run(&dir, "ppo", "a", &["schedule=constant", "checkpoint_every=2"]).unwrap();
+    run(&dir, "ppo", "short", &["schedule=constant", "steps=2"]).unwrap();
+    let (at, path) =
+        (dir.join("a/checkpoints/step-2"), |name: &str| dir.join(name).display().to_string());
+    let at = at.display().to_string();
+    let export = |from: &str, to: &str, more: &[&str]| {
+        let to = path(to);
+        let done = warpo(&[&["export", from, "--out", &to], more].concat()).output().unwrap();
+        (done.status.code(), String::from_utf8(done.stderr).unwrap())
+    };
+    let bytes = |model: &str| fs::read(dir.join(model).join("model.safetensors")).unwrap();
+    let files = |model: &str| {
+        let all = fs::read_dir(dir.join(model)).unwrap().map(|f| f.unwrap().file_name());
+        all.collect::<std::collections::BTreeSet<_>>()
+    };
+    for (to, more, want) in
+        [("policy", &[][..], "short/final"), ("value", &["--role", "value"], "short/final-value")]
+    {
+        assert_eq!(export(&at, to, more), (Some(0), String::new()));
+        assert_eq!((bytes(to), files(to)), (bytes(want), files(want)), "{to}");
+    }
+    assert_ne!(bytes("policy"), bytes("a/final"));
+
+    let score = |model: &str| {
+        let data = dir.join("ppo.jsonl").display().to_string();
+        let done = warpo(&["score", "--model", model, "--data", &data]).output().unwrap();
+        assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
+        (done.stdout, String::from_utf8(done.stderr).unwrap().contains("writing the model of"))
+    };
+    let (want, _) = score(&path("policy"));
+    assert_eq!(score(&at), (want.clone(), true));
+    assert_eq!(score(&at), (want.clone(), false), "it is there by now");
+    // one that is damaged is written again
+    fs::write(dir.join("a/step-2/model.safetensors"), "").unwrap();
+    assert_eq!(score(&at), (want, true));
+    // and is trained on
+    let out = path("next");
+    let args = ["train", "ppo", "--model", &at, "--reward-model", &at];
+    let e = warpo(&[&args[..], &["--data", &path("ppo.jsonl"), "--out", &out]].concat())
+        .output()
+        .unwrap()
+        .stderr;
+    assert!(String::from_utf8(e).unwrap().contains("a/step-2"), "the folder that stands for it");
+
+    // the checkpoint may go, its model stays; what is of no run is left alone
+    fs::rename(&at, path("aside")).unwrap();
+    assert!(!score(&at).1);
+    fs::rename(path("aside"), &at).unwrap();
+    copy(&dir.join("a/checkpoints/step-3"), &dir.join("a/checkpoints/step-7"));
+    copy(&golden::path("llama_tied"), &dir.join("a/step-7"));
+    let e = warpo(&["chat", "--model", &path("a/checkpoints/step-7")]).output().unwrap().stderr;
+    assert!(String::from_utf8(e).unwrap().contains("a/step-7: is no model of"));
+    assert!(bytes("a/step-7") == fs::read(golden::path("llama_tied/model.safetensors")).unwrap());
+    // elsewhere than in a run it is no name of a model
+    copy(&dir.join("a/checkpoints/step-3"), &dir.join("b/c/final"));
+    let data = path("ppo.jsonl");
+    let args = ["score", "--model", &path("b/c/final"), "--data", &data];
+    let e = warpo(&args).output().unwrap().stderr;
+    assert!(String::from_utf8(e).unwrap().contains("it is a checkpoint: `warpo export`"));
+
+    let (code, e) = export(&at, "other", &["--role", "reward"]);
+    assert!(code == Some(2) && e.contains("`--role`: got reward, wanted policy or value"), "{e}");
+    let (code, e) = export(&at, "policy", &[]);
+    assert!(code == Some(2) && e.contains("wanted a folder that is not there yet"), "{e}");
+    let policy = dir.join("a/checkpoints/step-2/policy.safetensors");
+    let mut damaged = fs::read(&policy).unwrap();
+    *damaged.last_mut().unwrap() ^= 1;
+    fs::write(&policy, damaged).unwrap();
+    let (code, e) = export(&at, "other", &[]);
+    assert!(code == Some(1) && e.contains("policy.safetensors"), "{e}");
+    assert!(!dir.join("other").exists());
+}
+
+/// A model folder in another dtype, what is beside the weights being the same.
+#[test]
+fn a_model_folder_is_exported_in_another_dtype() {
+    let dir = temp_dir("export_dtype_again");
+    run(&dir, "reward", "a", &[]).unwrap();
+    let from = dir.join("a/final");
+    let export = |to: &Path, dtype: &str| {
+        let (from, to) = (from.to_str().unwrap(), to.to_str().unwrap());
+        let args = ["export", from, "--out", to, "--save-dtype", dtype];
+        warpo(&args).output().unwrap()
+    };
+    let (same, half) = (dir.join("same"), dir.join("half"));
+    assert!(export(&same, "auto").status.success());
+    for file in fs::read_dir(&from).unwrap().map(|file| file.unwrap().file_name()) {
+        let read = |dir: &Path| fs::read(dir.join(&file)).unwrap();
+        assert!(read(&same) == read(&from), "{file:?}");
+    }
+    assert!(export(&half, "bfloat16").status.success());
+    let config = fs::read_to_string(half.join("config.json")).unwrap();
+    assert!(config.contains("bfloat16") && config.contains("ForSequenceClassification"));
+    let (plain, rounded) = (tensors(&from), tensors(&half));
+    assert_eq!(plain.len(), rounded.len());
+    for ((name, _, x), (_, dtype, y)) in plain.iter().zip(&rounded) {
+        assert_eq!(*dtype, Dtype::BF16, "{name}");
+        let x: Vec<f32> = x.iter().map(|x| bf16::from_f32(*x).to_f32()).collect();
+        assert_bits(name, &x, y);
+    }
+    let e = String::from_utf8(export(&dir.join("x"), "int8").stderr).unwrap();
+    assert!(e.contains("`--save-dtype`: got \"int8\", wanted one of"), "{e}");
+}
+
 /// What a server needs goes along, readable for all whom the umask allows.
 #[test]
 fn a_model_takes_along_what_a_server_needs() {

@@ -13,7 +13,7 @@ use warpo::{
 };
 
 use crate::support::{
-    assert_bits, golden, host, root,
+    assert_bits, assert_close, golden, host, root,
     runs::{
         assert_same, copy, data, entry, metrics, outcome, small, train, train_command, trainer,
     },
@@ -74,6 +74,11 @@ fn dpo_resumes_at_every_step() {
 #[test]
 fn ppo_resumes_at_every_step() {
     resumes_at_every_step("ppo");
+}
+
+#[test]
+fn grpo_resumes_at_every_step() {
+    resumes_at_every_step("grpo");
 }
 
 /// G2, G8: SIGKILL, SIGTERM and SIGINT at random instants; the same command goes on, and ends with
@@ -175,6 +180,55 @@ fn other_settings_or_data_do_not_resume() {
     assert!(matches!(&error, Error::Config { key, .. } if key == "data"), "{error}");
     let error = train("reward", &small(&dir, "reward", &run)).unwrap_err();
     assert!(matches!(&error, Error::Config { key, .. } if key == "algorithm"), "{error}");
+}
+
+/// A run goes on for longer than it was to: with a constant rate as if it had been so long from the
+/// start, else by the course of the longer run from there on, which is said and kept.
+#[test]
+fn a_run_is_extended() {
+    let dir = temp_dir("extended");
+    let pairs = |name: &str, more: &[&str]| {
+        let mut pairs = small(&dir, "sft", &dir.join(name));
+        pairs.extend(more.iter().map(|s| s.to_string()));
+        pairs
+    };
+    let constant = |name: &str, steps: &str| pairs(name, &["schedule=constant", steps]);
+    let (short, whole) = (dir.join("short"), dir.join("whole"));
+    train("sft", &constant("short", "steps=25")).unwrap();
+    train("sft", &constant("whole", "steps=40")).unwrap();
+    train("sft", &constant("short", "steps=40")).unwrap();
+    let weights = |run: &Path| std::fs::read(run.join("final/model.safetensors")).unwrap();
+    assert!(weights(&short) == weights(&whole));
+    assert_eq!(metrics(&short), metrics(&whole));
+    let about = |key: &str| -> serde_json::Value {
+        let text = std::fs::read_to_string(short.join("run.json")).unwrap();
+        serde_json::from_str::<serde_json::Value>(&text).unwrap()[key].clone()
+    };
+    let first = serde_json::json!({ "at": 25, "settings": { "steps": ["25", "40"] } });
+    assert_eq!(about("extended"), serde_json::json!([first]));
+    // again, with another course
+    train("sft", &pairs("short", &["schedule=linear", "steps=50", "warmup_steps=0"])).unwrap();
+    let course = ["schedule", "steps", "warmup_steps"]
+        .map(|key| about("extended")[1]["settings"][key].clone());
+    let course = course.map(|pair| pair.to_string());
+    assert_eq!(
+        course,
+        ["[\"\\\"constant\\\"\",\"\\\"linear\\\"\"]", "[\"40\",\"50\"]", "[\"3\",\"0\"]"]
+    );
+    let rates: Vec<f64> =
+        metrics(&short).iter().map(|m| m["learning_rate"].as_f64().unwrap()).collect();
+    assert_eq!(rates.len(), 50);
+    let got = [rates[39], rates[40], rates[49]];
+    assert_close("rates", &got, &[0.003, 0.003 * 0.2, 0.003 * 0.02], 0.0, 1e-12);
+    // no longer run, or another one that is longer, is none of it
+    for (more, key) in [
+        (&["schedule=linear", "steps=50", "warmup_steps=1"][..], "warmup_steps"),
+        (&["schedule=linear", "steps=45", "warmup_steps=0"], "steps"),
+        (&["schedule=linear", "steps=60", "weight_decay=0.5"], "weight_decay"),
+    ] {
+        let e = train("sft", &pairs("short", more)).unwrap_err();
+        assert!(matches!(&e, Error::Config { key: k, .. } if k == key), "{e}");
+    }
 }
 
 /// Nor do other models under the same name, another mask, or other margins. A fixed bug: only the
@@ -300,7 +354,7 @@ fn a_finished_or_refused_run_leaves_its_folder_alone() {
 /// Property 4: splitting a step into micro-batches changes nothing but rounding.
 #[test]
 fn whole_step_denominators() {
-    for algorithm in ["sft", "reward", "dpo", "kto", "ppo"] {
+    for algorithm in ["sft", "reward", "dpo", "kto", "ppo", "grpo"] {
         let dir = temp_dir(&format!("micro_{algorithm}"));
         let losses = |tokens: usize| {
             let run = dir.join(tokens.to_string());
@@ -337,6 +391,7 @@ fn neither_the_split_nor_held_out_texts_change_a_weight() {
         ("dpo", "llama_tied"),
         ("kto", "llama_tied"),
         ("ppo", "llama_tied"),
+        ("rloo", "llama_tied"),
     ] {
         let weights = |more: &str| {
             let model = format!("model={}", golden::path(model).display());

@@ -11,7 +11,7 @@ use warpo::{
     models::{Batch, Head, Model, Pass},
     rollout::{Completion, Scorer},
     train::{
-        Settings, Silent, Trainer,
+        DataFile, Settings, Silent, Trainer,
         source::{Source, StepData},
     },
 };
@@ -19,7 +19,7 @@ use warpo::{
 use crate::support::{assert_bits, golden, host, losses::build, room, runs::small, temp_dir};
 
 const TEXTS: Inputs = Inputs::Texts { completion_only: true };
-const LIMITS: Limits = Limits { max_length: 50, vocab: 100, eos: None };
+const LIMITS: Limits = Limits { max_length: 50, vocab: 100, eos: None, skip_bad: 0 };
 
 /// A source of these files in file order, `batch` examples a step; `policy`: heads read tokens.
 fn load(test: &str, needs: &Needs, files: &[&str], batch: usize) -> Result<Source> {
@@ -28,6 +28,7 @@ fn load(test: &str, needs: &Needs, files: &[&str], batch: usize) -> Result<Sourc
         (0..files.len()).map(|i| dir.join(format!("{i}.jsonl")).display().to_string()).collect();
     names.iter().zip(files).for_each(|(name, text)| std::fs::write(name, text).unwrap());
     let settings = Settings { batch_size: batch, shuffle: false, ..Settings::default() };
+    let names: Vec<_> = names.iter().map(DataFile::from).collect();
     Source::load(&names, needs, None, LIMITS, &settings)
 }
 
@@ -237,7 +238,7 @@ fn a_policy_on_pairs_has_the_log_probs_of_itself_and_its_reference() {
     let algorithm = Box::new(OnPairs { needs, seen: seen.clone() });
     let mut trainer = Trainer::<f32>::new(host(), settings.clone(), algorithm).unwrap();
     let needs = policy(Inputs::Pairs);
-    let limits = Limits { max_length: 128, vocab: 113, eos: None };
+    let limits = Limits { max_length: 128, vocab: 113, eos: None, skip_bad: 0 };
     let mut source = Source::load(&settings.data, &needs, None, limits, &settings).unwrap();
     let dev = Device::cpu();
     let reference = Model::load(&dev, &golden::path("llama_tied"), Head::Lm, None).unwrap();

@@ -16,16 +16,19 @@ pub fn pairs(
     limits: Limits,
     seed: u64,
 ) -> Result<Dataset> {
-    let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::default());
+    let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::within(limits));
     let (mut all, mut labelled) = (Vec::new(), Vec::new());
     for at in records {
-        match (&at.record, maker.pair(at)?) {
-            (_, Some(pair)) => all.push(pair),
-            (Record::Labelled { text, label }, _) => {
-                labelled.push((*label, maker.whole(at, text)?));
+        let made = match (&at.record, out.bad.kept(maker.pair(at))?) {
+            (_, None) => continue,
+            (_, Some(Some(pair))) => {
+                all.push(pair);
+                continue;
             }
-            _ => return Err(unfit(at, "preferences, or texts with labels")),
-        }
+            (Record::Labelled { text, label }, _) => maker.whole(at, text).map(|s| (*label, s)),
+            _ => Err(unfit(at, "preferences, or texts with labels")),
+        };
+        labelled.extend(out.bad.kept(made)?);
     }
     if let Some([low, high]) = extremes(&labelled)? {
         for (_, s) in labelled.iter().filter(|l| l.0 != low && l.0 != high) {
@@ -69,16 +72,21 @@ pub fn judged(
     tokenizer: Option<&Tokenizer>,
     limits: Limits,
 ) -> Result<Dataset> {
-    let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::default());
+    let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::within(limits));
     let (mut all, mut labelled) = (Vec::new(), Vec::new());
     for at in records {
-        match (&at.record, maker.pair(at)?) {
-            (_, Some(([chosen, rejected], _))) => all.extend([(chosen, true), (rejected, false)]),
-            (Record::Judged { label, .. } | Record::Labelled { label, .. }, _) => {
-                labelled.push((*label, maker.text(at, true)?));
+        let made = match (&at.record, out.bad.kept(maker.pair(at))?) {
+            (_, None) => continue,
+            (_, Some(Some(([chosen, rejected], _)))) => {
+                all.extend([(chosen, true), (rejected, false)]);
+                continue;
             }
-            _ => return Err(unfit(at, "completions or texts with labels, or preferences")),
-        }
+            (Record::Judged { label, .. } | Record::Labelled { label, .. }, _) => {
+                maker.text(at, true).map(|s| (*label, s))
+            }
+            _ => Err(unfit(at, "completions or texts with labels, or preferences")),
+        };
+        labelled.extend(out.bad.kept(made)?);
     }
     if let Some([low, high]) = extremes(&labelled)? {
         for (label, text) in labelled {

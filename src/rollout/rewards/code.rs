@@ -1,13 +1,13 @@
-//! `code`: the last code block of a sample, run by a command: 1 if it ends with status 0, and prints
-//! what a column says, if one does; else 0.
+//! `code`: the last code block of a sample, run by a command: 1 if it ends with status 0, and
+//! prints what a column says, if one does; else 0.
 //!
-//! A run has a folder of its own, an environment of PATH, HOME, TMPDIR and LANG alone, and limits of
-//! time, CPU time, memory of a process, size of a file, and output; when it ends, all of its process
-//! group is killed. Where the kernel lets users make namespaces (`unshare`), it has no network and its
-//! processes cannot outlive it. That guards against mistakes and loops, not against malice: it may
-//! read and write whatever the user of Warpo may, start many processes, and leave its group where
-//! there are no namespaces. Run Warpo in a container of its own to let models that you do not trust
-//! write programs.
+//! A run has a folder of its own, an environment of PATH, HOME, TMPDIR and LANG alone, and limits
+//! of time, CPU time, memory of a process, size of a file, and output; when it ends, all of its
+//! process group is killed. Where the kernel lets users make namespaces (`unshare`), it has no
+//! network and its processes cannot outlive it. That guards against mistakes and loops, not against
+//! malice: it may read and write whatever the user of Warpo may, start many processes, and leave
+//! its group where there are no namespaces. Run Warpo in a container of its own to let models that
+//! you do not trust write programs.
 
 use std::{
     env, fs,
@@ -23,15 +23,16 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{AnswerColumn, Options, Reward, RewardFailure, RewardInput};
+use super::{AnswerColumn, Options, RewardFailure, RewardInput, SampleReward};
 use crate::{
-    data::{RewardColumns, RowColumns},
+    data::{ColumnsRead, RowColumns},
     device::kill_group,
     error::Result,
 };
 
 crate::choices! {
-    /// Whether programs reach the network: not where the kernel allows to forbid it, never, or always.
+    /// Whether programs reach the network: not where the kernel allows to forbid it, never, or
+    /// always.
     pub enum Network { Auto = "auto", Deny = "deny", Allow = "allow" }
 }
 
@@ -55,9 +56,9 @@ static FOLDERS: AtomicUsize = AtomicUsize::new(0);
 
 /// `command`, a list in which `{file}` is the program's file (at the end, if it is nowhere);
 /// `extension` (py); columns `append` (tests behind the program), `stdin` and `expect` (its output,
-/// white space at the ends apart); `timeout_s` (10), `memory_mb` (1024), `output_kb` (64), `workers`
-/// (as many as cores), `network` (auto, deny, allow).
-pub fn code(options: &mut Options<'_>) -> Result<Box<dyn Reward>> {
+/// white space at the ends apart); `timeout_s` (10), `memory_mb` (1024), `output_kb` (64),
+/// `workers` (as many as cores), `network` (auto, deny, allow).
+pub fn code(options: &mut Options<'_>) -> Result<Box<dyn SampleReward>> {
     let mut command: Vec<String> = options.need("command")?;
     let program = command.first().cloned().unwrap_or_default();
     if !is_program(&program) {
@@ -248,10 +249,10 @@ impl CodeReward {
     }
 }
 
-impl Reward for CodeReward {
-    fn columns(&self) -> RewardColumns {
+impl SampleReward for CodeReward {
+    fn columns(&self) -> ColumnsRead {
         let all = [&self.append, &self.input, &self.expect].into_iter().flatten();
-        all.map(AnswerColumn::columns).fold(RewardColumns::None, RewardColumns::and)
+        all.map(AnswerColumn::columns).fold(ColumnsRead::None, ColumnsRead::and)
     }
 
     fn admit(&self, row: &RowColumns) -> Result<(), String> {

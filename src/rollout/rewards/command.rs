@@ -1,15 +1,15 @@
 //! `command`: a process that scores. It is kept running and reads one line of JSON for each sample,
-//! `{"prompt": .., "completion": .., column: ..}` with all columns of the row; it writes one line for
-//! each, a number, `{"score": number}` or `{"error": "why"}`, which ends the run.
+//! `{"prompt": .., "completion": .., column: ..}` with all columns of the row; it writes one line
+//! for each, a number, `{"score": number}` or `{"error": "why"}`, which ends the run.
 
 use serde_json::Value;
 
 use super::{
-    Options, Reward, RewardFailure, RewardInput,
+    Options, RewardFailure, RewardInput, SampleReward,
     process::{self, LineProcess},
 };
 use crate::{
-    data::{RewardColumns, RowColumns},
+    data::{ColumnsRead, RowColumns},
     error::Result,
 };
 
@@ -17,7 +17,7 @@ use crate::{
 pub struct CommandReward(pub LineProcess);
 
 /// `command`, a list of program and arguments; `timeout_s` (60) of an answer; `retries` (2).
-pub fn command(options: &mut Options<'_>) -> Result<Box<dyn Reward>> {
+pub fn command(options: &mut Options<'_>) -> Result<Box<dyn SampleReward>> {
     let command: Vec<String> = options.need("command")?;
     if command.first().is_none_or(String::is_empty) {
         return Err(options.error("`command` is empty, wanted a program and its arguments"));
@@ -25,9 +25,9 @@ pub fn command(options: &mut Options<'_>) -> Result<Box<dyn Reward>> {
     Ok(Box::new(CommandReward(LineProcess::of(command, options)?)))
 }
 
-impl Reward for CommandReward {
-    fn columns(&self) -> RewardColumns {
-        RewardColumns::All
+impl SampleReward for CommandReward {
+    fn columns(&self) -> ColumnsRead {
+        ColumnsRead::All
     }
 
     fn admit(&self, row: &RowColumns) -> Result<(), String> {

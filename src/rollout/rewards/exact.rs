@@ -1,9 +1,9 @@
 //! `exact`: whether a sample is the text of its row's column, white space apart: every run of it is
 //! one space, at the ends none.
 
-use super::{AnswerColumn, Options, Reward, RewardFailure, RewardInput, each};
+use super::{AnswerColumn, Options, RewardFailure, RewardInput, SampleReward, each};
 use crate::{
-    data::{RewardColumns, RowColumns},
+    data::{ColumnsRead, RowColumns},
     error::Result,
 };
 
@@ -14,7 +14,7 @@ struct ExactReward {
 }
 
 /// `column` (answer or ground_truth); `case = false` reads all letters as small ones.
-pub fn exact(options: &mut Options<'_>) -> Result<Box<dyn Reward>> {
+pub fn exact(options: &mut Options<'_>) -> Result<Box<dyn SampleReward>> {
     let case = options.take("case")?.unwrap_or(true);
     Ok(Box::new(ExactReward { column: AnswerColumn::of(options)?, case }))
 }
@@ -26,8 +26,8 @@ impl ExactReward {
     }
 }
 
-impl Reward for ExactReward {
-    fn columns(&self) -> RewardColumns {
+impl SampleReward for ExactReward {
+    fn columns(&self) -> ColumnsRead {
         self.column.columns()
     }
 

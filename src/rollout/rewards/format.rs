@@ -1,6 +1,6 @@
 //! `format`: whether a sample thinks between tags, once and at its beginning, and then answers.
 
-use super::{Options, Reward, RewardFailure, RewardInput, each};
+use super::{Options, RewardFailure, RewardInput, SampleReward, each};
 use crate::error::Result;
 
 struct FormatReward {
@@ -10,7 +10,7 @@ struct FormatReward {
 
 /// `think` (think): the tag of the thought; `answer`: the tag that has to be around all of the
 /// answer, if one has to.
-pub fn format(options: &mut Options<'_>) -> Result<Box<dyn Reward>> {
+pub fn format(options: &mut Options<'_>) -> Result<Box<dyn SampleReward>> {
     let think = options.take("think")?.unwrap_or_else(|| "think".to_owned());
     let answer: Option<String> = options.take("answer")?;
     for tag in [Some(&think), answer.as_ref()].into_iter().flatten() {
@@ -40,7 +40,7 @@ impl FormatReward {
     }
 }
 
-impl Reward for FormatReward {
+impl SampleReward for FormatReward {
     fn score(&mut self, samples: &[RewardInput]) -> Result<Vec<f64>, RewardFailure> {
         each(samples, |s| Ok(f64::from(u8::from(self.is_kept(&s.completion)))))
     }

@@ -1,6 +1,6 @@
 //! `http`: a server that scores, in the form of OpenRLHF's remote reward model: it is sent
-//! `{"query": [prompt and completion], "prompts": [..], "completions": [..], "columns": {name: [..]}}`
-//! and answers `{"rewards": [..]}`. Plain HTTP/1.1; there is no TLS here: https is refused.
+//! `{"query": [prompt and completion], "prompts": [..], "completions": [..], "columns": {name:
+//! [..]}}` and answers `{"rewards": [..]}`. Plain HTTP/1.1; there is no TLS here: https is refused.
 
 use std::{
     io::{Read, Write},
@@ -11,9 +11,9 @@ use std::{
 
 use serde_json::{Value, json};
 
-use super::{Options, Reward, RewardFailure, RewardInput, process};
+use super::{Options, RewardFailure, RewardInput, SampleReward, process};
 use crate::{
-    data::{RewardColumns, RowColumns},
+    data::{ColumnsRead, RowColumns},
     error::Result,
 };
 
@@ -32,9 +32,9 @@ struct HttpReward {
     retries: u32,
 }
 
-/// `url`; `labels`, a column to send under that name; `batch_size` (0: all of a step); `timeout_s` (60)
-/// of a request; `retries` (3), with a pause that begins at 0.2 s and doubles.
-pub fn http(options: &mut Options<'_>) -> Result<Box<dyn Reward>> {
+/// `url`; `labels`, a column to send under that name; `batch_size` (0: all of a step); `timeout_s`
+/// (60) of a request; `retries` (3), with a pause that begins at 0.2 s and doubles.
+pub fn http(options: &mut Options<'_>) -> Result<Box<dyn SampleReward>> {
     let url: String = options.need("url")?;
     let Some(rest) = url.strip_prefix("http://") else {
         let why = if url.starts_with("https://") { "; there is no TLS here" } else { "" };
@@ -89,7 +89,10 @@ impl HttpReward {
             body.len()
         );
         stream.set_write_timeout(Some(left()?)).map_err(io)?;
-        stream.write_all(head.as_bytes()).and_then(|()| stream.write_all(body.as_bytes())).map_err(io)?;
+        stream
+            .write_all(head.as_bytes())
+            .and_then(|()| stream.write_all(body.as_bytes()))
+            .map_err(io)?;
         let (mut answer, mut piece) = (Vec::new(), vec![0; 1 << 16]);
         loop {
             if let Some(whole) = whole(&answer)? {
@@ -206,9 +209,9 @@ fn ended(answer: &[u8]) -> Result<(u16, Vec<u8>), String> {
     if open { Ok((status(head)?, body.to_vec())) } else { Err(cut()) }
 }
 
-impl Reward for HttpReward {
-    fn columns(&self) -> RewardColumns {
-        RewardColumns::All
+impl SampleReward for HttpReward {
+    fn columns(&self) -> ColumnsRead {
+        ColumnsRead::All
     }
 
     fn admit(&self, row: &RowColumns) -> Result<(), String> {

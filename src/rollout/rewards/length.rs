@@ -1,6 +1,6 @@
 //! `length`: a penalty, from 0 down to -1, for samples of another length than wanted, in tokens.
 
-use super::{Options, Reward, RewardFailure, RewardInput, each};
+use super::{Options, RewardFailure, RewardInput, SampleReward, each};
 use crate::error::Result;
 
 enum LengthReward {
@@ -11,7 +11,7 @@ enum LengthReward {
 }
 
 /// `target`, or `max` and perhaps `buffer` (0: all of the penalty beyond `max`).
-pub fn length(options: &mut Options<'_>) -> Result<Box<dyn Reward>> {
+pub fn length(options: &mut Options<'_>) -> Result<Box<dyn SampleReward>> {
     let (target, max) = (options.take::<u32>("target")?, options.take::<u32>("max")?);
     let buffer: Option<u32> = options.take("buffer")?;
     Ok(Box::new(match (target, max, buffer) {
@@ -26,7 +26,7 @@ pub fn length(options: &mut Options<'_>) -> Result<Box<dyn Reward>> {
     }))
 }
 
-impl Reward for LengthReward {
+impl SampleReward for LengthReward {
     fn score(&mut self, samples: &[RewardInput]) -> Result<Vec<f64>, RewardFailure> {
         each(samples, |s| {
             let n = s.tokens as f64;

@@ -21,7 +21,11 @@ mod regex;
 mod repetition;
 
 use std::{
-    sync::{Arc, mpsc},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+        mpsc,
+    },
     thread,
 };
 
@@ -29,12 +33,12 @@ pub use options::{AnswerColumn, Options};
 
 use crate::{
     algorithms::RewardEntry,
-    data::{RewardColumns, RowColumns},
+    data::{ColumnsRead, RowColumns},
     error::{Error, Result},
 };
 
 /// Makes a reward of its keys.
-type Make = fn(&mut Options<'_>) -> Result<Box<dyn Reward>>;
+type Make = fn(&mut Options<'_>) -> Result<Box<dyn SampleReward>>;
 
 /// All kinds but `model`, which is a role of the run.
 pub const KINDS: &[(&str, Make)] = &[
@@ -73,10 +77,10 @@ pub struct RewardFailure {
 }
 
 /// Scores samples.
-pub trait Reward: Send {
+pub trait SampleReward: Send {
     /// Columns of the data that it reads.
-    fn columns(&self) -> RewardColumns {
-        RewardColumns::None
+    fn columns(&self) -> ColumnsRead {
+        ColumnsRead::None
     }
 
     /// Checks a row of the data before the first step.
@@ -114,7 +118,7 @@ struct WeightedReward {
     metric: &'static str,
     weight: f64,
     /// None is the reward model, whose scores the run's models give.
-    by: Option<Box<dyn Reward>>,
+    by: Option<Box<dyn SampleReward>>,
 }
 
 /// Takes the samples of a step as they end.
@@ -141,7 +145,8 @@ impl Rewards {
                 None => {
                     let kinds: Vec<&str> = KINDS.iter().map(|k| k.0).collect();
                     let known = kinds.join(", ");
-                    let message = format!("there is no kind `{}`; known are model, {known}", entry.kind);
+                    let message =
+                        format!("there is no kind `{}`; known are model, {known}", entry.kind);
                     return Err(entry.error(message));
                 }
             };
@@ -153,7 +158,7 @@ impl Rewards {
     }
 
     /// Those that read texts.
-    fn readers(&self) -> impl Iterator<Item = (&str, &dyn Reward)> {
+    fn readers(&self) -> impl Iterator<Item = (&str, &dyn SampleReward)> {
         self.all.iter().filter_map(|r| Some((&*r.name, r.by.as_deref()?)))
     }
 
@@ -163,14 +168,14 @@ impl Rewards {
     }
 
     /// Columns of the data that they read.
-    pub fn columns(&self) -> RewardColumns {
+    pub fn columns(&self) -> ColumnsRead {
         let all = self.readers().map(|(_, by)| by.columns());
-        all.fold(RewardColumns::None, RewardColumns::and)
+        all.fold(ColumnsRead::None, ColumnsRead::and)
     }
 
     /// Checks a row of the data.
     pub fn admit(&self, row: &RowColumns) -> Result<(), String> {
-        let admit = |(name, by): (&str, &dyn Reward)| {
+        let admit = |(name, by): (&str, &dyn SampleReward)| {
             by.admit(row).map_err(|e| format!("{e}, wanted by the reward `{name}`"))
         };
         self.readers().try_for_each(admit)
@@ -186,6 +191,7 @@ impl Rewards {
         (step, count): (u64, usize),
         work: impl FnOnce(&RewardQueue) -> Result<R>,
     ) -> Result<(R, RewardScores)> {
+        let abandoned = &AtomicBool::new(false);
         thread::scope(|scope| {
             let (mut to, mut workers) = (Vec::new(), Vec::new());
             for reward in &mut self.all {
@@ -195,12 +201,13 @@ impl Rewards {
                 };
                 let (sender, from) = mpsc::channel();
                 to.push(sender);
-                let named = (&*reward.name, step);
-                let worker = move || score_queued(&mut **by, named, count, &from);
-                workers.push(Some(scope.spawn(worker)));
+                let (name, by, scores) = (&*reward.name, &mut **by, vec![f64::NAN; count]);
+                let worker = Worker { name, step, by, scores, from, abandoned };
+                workers.push(Some(scope.spawn(move || worker.run())));
             }
             let queue = RewardQueue { to };
             let done = work(&queue);
+            abandoned.store(done.is_err(), Ordering::Relaxed);
             drop(queue);
             let joined = workers.into_iter().map(|worker| {
                 let scores = worker.map(|worker| worker.join());
@@ -210,9 +217,9 @@ impl Rewards {
             let joined: Vec<Result<_>> = joined.collect();
             let failed = joined.iter().any(Result::is_err);
             match done {
-                // What failed first may be that a reward had.
-                Err(e) if !failed => Err(e),
-                Err(_) => Err(joined.into_iter().find_map(Result::err).unwrap_or_else(|| Error::value("a reward", "a score", "none"))),
+                Err(e) if !failed || matches!(e, Error::Interrupted { .. }) => Err(e),
+                // The work failed because a reward had.
+                Err(e) => joined.into_iter().collect::<Result<RewardScores>>().and(Err(e)),
                 Ok(done) => Ok((done, joined.into_iter().collect::<Result<_>>()?)),
             }
         })
@@ -220,11 +227,7 @@ impl Rewards {
 
     /// Puts the scores of the models in their place, and the sum of all in `scores`; returns the
     /// scores of each reward under the name of its metric.
-    pub fn sum(
-        &self,
-        parts: RewardScores,
-        scores: &mut Vec<f32>,
-    ) -> Vec<(&'static str, Vec<f64>)> {
+    pub fn sum(&self, parts: RewardScores, scores: &mut Vec<f32>) -> Vec<(&'static str, Vec<f64>)> {
         if self.all.is_empty() {
             return Vec::new();
         }
@@ -240,6 +243,11 @@ impl Rewards {
 }
 
 impl RewardQueue {
+    /// Whether anything takes samples.
+    pub fn is_read(&self) -> bool {
+        !self.to.is_empty()
+    }
+
     /// Hands a finished sample to all rewards, by its place in the step.
     ///
     /// # Errors
@@ -251,35 +259,54 @@ impl RewardQueue {
     }
 }
 
-/// Scores samples as they come; NaN stands for those that do not.
-fn score_queued(
-    by: &mut dyn Reward,
-    (name, step): (&str, u64),
-    count: usize,
-    from: &mpsc::Receiver<(usize, Arc<RewardInput>)>,
-) -> Result<Vec<f64>> {
-    let mut scores = vec![f64::NAN; count];
-    while let Ok(first) = from.recv() {
-        let more = if by.takes_all() { from.iter().collect() } else { from.try_iter().collect::<Vec<_>>() };
-        let mut queued = vec![first];
-        queued.extend(more);
-        // Their order is that of the step, whichever ended first.
-        queued.sort_by_key(|(at, _)| *at);
+/// Scores the samples that one reward is given.
+struct Worker<'a> {
+    name: &'a str,
+    step: u64,
+    by: &'a mut dyn SampleReward,
+    /// NaN for samples that have not come.
+    scores: Vec<f64>,
+    from: mpsc::Receiver<(usize, Arc<RewardInput>)>,
+    /// The step failed elsewhere.
+    abandoned: &'a AtomicBool,
+}
+
+impl Worker<'_> {
+    /// Scores samples as they come.
+    fn run(mut self) -> Result<Vec<f64>> {
+        while let Ok(first) = self.from.recv() {
+            let mut queued = vec![first];
+            match self.by.takes_all() {
+                true => queued.extend(self.from.iter()),
+                false => queued.extend(self.from.try_iter()),
+            }
+            if self.abandoned.load(Ordering::Relaxed) {
+                break;
+            }
+            // Their order is that of the step, whichever ended first.
+            queued.sort_by_key(|(at, _)| *at);
+            self.score(&queued)?;
+        }
+        Ok(self.scores)
+    }
+
+    fn score(&mut self, queued: &[(usize, Arc<RewardInput>)]) -> Result<()> {
         let samples: Vec<RewardInput> = queued.iter().map(|(_, s)| (**s).clone()).collect();
-        let new = by.score(&samples).map_err(|e| Error::Reward {
-            reward: name.into(),
+        let new = self.by.score(&samples).map_err(|e| Error::Reward {
+            reward: self.name.into(),
             sample: samples.get(e.at).map_or(u64::MAX, |s| s.id),
             place: None,
             message: e.cause,
         })?;
         for (((at, _), sample), score) in queued.iter().zip(&samples).zip(&new) {
             if !score.is_finite() {
-                let what = format!("the score of the reward `{name}`");
-                let (value, samples, places) = (*score, vec![sample.id], Vec::new());
+                let what = format!("the score of the reward `{}`", self.name);
+                let (step, value, samples, places) =
+                    (self.step, *score, vec![sample.id], Vec::new());
                 return Err(Error::BadNumber { step, what, value, samples, places });
             }
-            scores[*at] = *score;
+            self.scores[*at] = *score;
         }
+        Ok(())
     }
-    Ok(scores)
 }

@@ -5,7 +5,7 @@ use serde_json::Value;
 use crate::{
     algorithms::RewardEntry,
     config::Field,
-    data::{RewardColumns, RowColumns},
+    data::{ColumnsRead, RowColumns},
     error::Result,
 };
 
@@ -83,8 +83,8 @@ impl AnswerColumn {
         Self { names: vec![name] }
     }
 
-    pub fn columns(&self) -> RewardColumns {
-        RewardColumns::Named(self.names.iter().cloned().collect())
+    pub fn columns(&self) -> ColumnsRead {
+        ColumnsRead::Named(self.names.iter().cloned().collect())
     }
 
     /// The column of a row, with its name.

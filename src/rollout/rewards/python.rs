@@ -1,18 +1,19 @@
 //! `python`: a function in a file, in an interpreter of its own: `reward(prompt, completion,
-//! **columns)` returns a number; with `batch = true` `reward(prompts, completions, **columns)` takes
-//! lists of all samples of a step and returns one of numbers. Its traceback reaches the error.
+//! **columns)` returns a number; with `batch = true` `reward(prompts, completions, **columns)`
+//! takes lists of all samples of a step and returns one of numbers. Its traceback reaches the
+//! error.
 
 use std::path::PathBuf;
 
 use serde_json::{Value, json};
 
 use super::{
-    Options, Reward, RewardFailure, RewardInput,
+    Options, RewardFailure, RewardInput, SampleReward,
     command::CommandReward,
     process::{self, LineProcess},
 };
 use crate::{
-    data::{RewardColumns, RowColumns},
+    data::{ColumnsRead, RowColumns},
     error::Result,
 };
 
@@ -22,9 +23,9 @@ struct BatchReward(LineProcess);
 /// The program that calls the function.
 const HOST: &str = include_str!("host.py");
 
-/// `file`; `function` (reward); `batch` (false); `python` (python3), the interpreter; `timeout_s` (60)
-/// of a call, that of the first one with all imports; `retries` (2).
-pub fn python(options: &mut Options<'_>) -> Result<Box<dyn Reward>> {
+/// `file`; `function` (reward); `batch` (false); `python` (python3), the interpreter; `timeout_s`
+/// (60) of a call, that of the first one with all imports; `retries` (2).
+pub fn python(options: &mut Options<'_>) -> Result<Box<dyn SampleReward>> {
     let file: PathBuf = options.need("file")?;
     if !file.is_file() {
         return Err(options.error(format!("there is no file {}", file.display())));
@@ -39,9 +40,9 @@ pub fn python(options: &mut Options<'_>) -> Result<Box<dyn Reward>> {
     Ok(if batch { Box::new(BatchReward(process)) } else { Box::new(CommandReward(process)) })
 }
 
-impl Reward for BatchReward {
-    fn columns(&self) -> RewardColumns {
-        RewardColumns::All
+impl SampleReward for BatchReward {
+    fn columns(&self) -> ColumnsRead {
+        ColumnsRead::All
     }
 
     fn admit(&self, row: &RowColumns) -> Result<(), String> {

@@ -1,10 +1,10 @@
-//! `repetition`: a penalty on the share of n-grams of words that stand more than once: `max_penalty *
-//! (1 - different n-grams / n-grams)`; 0 for a sample of less than n words (Yeo et al. 2025, as TRL's
-//! `get_repetition_penalty_reward`).
+//! `repetition`: a penalty on the share of n-grams of words that stand more than once: `max_penalty
+//! * (1 - different n-grams / n-grams)`; 0 for a sample of less than n words (Yeo et al. 2025, as
+//! TRL's `get_repetition_penalty_reward`).
 
 use std::collections::HashSet;
 
-use super::{Options, Reward, RewardFailure, RewardInput, each};
+use super::{Options, RewardFailure, RewardInput, SampleReward, each};
 use crate::error::Result;
 
 struct RepetitionReward {
@@ -13,7 +13,7 @@ struct RepetitionReward {
 }
 
 /// `ngram` (3): words of an n-gram; `max_penalty` (-1), 0 or below.
-pub fn repetition(options: &mut Options<'_>) -> Result<Box<dyn Reward>> {
+pub fn repetition(options: &mut Options<'_>) -> Result<Box<dyn SampleReward>> {
     let n = options.take("ngram")?.unwrap_or(3);
     if n == 0 {
         return Err(options.error("`ngram` is 0, wanted 1 or more"));
@@ -22,7 +22,7 @@ pub fn repetition(options: &mut Options<'_>) -> Result<Box<dyn Reward>> {
     Ok(Box::new(RepetitionReward { n, most }))
 }
 
-impl Reward for RepetitionReward {
+impl SampleReward for RepetitionReward {
     fn score(&mut self, samples: &[RewardInput]) -> Result<Vec<f64>, RewardFailure> {
         each(samples, |s| {
             let text = s.completion.to_lowercase();

@@ -1,7 +1,7 @@
 //! Tokens to answers, and which answers are the same.
 
 use super::{
-    lexer::{Token, TokenKind, tokens},
+    lexer::{AnswerToken, TokenKind, tokens},
     number::{Exact, Rational},
     units,
 };
@@ -34,17 +34,18 @@ impl Answer {
     pub fn read(text: &str) -> Option<Self> {
         let text = undelimited(text);
         let all = tokens(text)?;
-        let says = |t: &Token| !matches!(&t.kind, TokenKind::Mark(c) if "{}+-−".contains(*c));
+        let says = |t: &AnswerToken| !matches!(&t.kind, TokenKind::Mark(c) if "{}+-−".contains(*c));
         all.iter().any(says).then(|| Self::of(&all, DEEPEST))
     }
 
-    fn of(all: &[Token], depth: usize) -> Self {
+    fn of(all: &[AnswerToken], depth: usize) -> Self {
         let (name, rest) = named(all);
         let name = name.iter().map(|t| t.kind.clone()).collect();
         Self { name, content: Content::of(rest, depth) }
     }
 
-    /// Whether two answers say the same. A name or a unit that only one of them has is not compared.
+    /// Whether two answers say the same. A name or a unit that only one of them has is not
+    /// compared.
     pub fn equals(&self, other: &Self) -> bool {
         let named = self.name.is_empty() || other.name.is_empty() || self.name == other.name;
         named && self.content.equals(&other.content)
@@ -56,7 +57,8 @@ fn undelimited(text: &str) -> &str {
     let mut text = text.trim();
     loop {
         let before = text;
-        let pairs = [("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`")];
+        let pairs =
+            [("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]"), ("**", "**"), ("`", "`")];
         for (open, close) in pairs {
             let inside = text.strip_prefix(open).and_then(|t| t.strip_suffix(close));
             if let Some(inside) = inside.filter(|t| !t.contains(open)) {
@@ -72,24 +74,24 @@ fn undelimited(text: &str) -> &str {
     }
 }
 
-fn mark(t: &Token) -> Option<char> {
+fn mark(t: &AnswerToken) -> Option<char> {
     if let TokenKind::Mark(c) = t.kind { Some(c) } else { None }
 }
 
-fn is_command(t: &Token, name: &str) -> bool {
+fn is_command(t: &AnswerToken, name: &str) -> bool {
     matches!(&t.kind, TokenKind::Command(c) if c == name)
 }
 
-fn opens(t: &Token) -> bool {
+fn opens(t: &AnswerToken) -> bool {
     mark(t).is_some_and(|c| "([{⦃".contains(c)) || is_command(t, "langle")
 }
 
-fn closes(t: &Token) -> bool {
+fn closes(t: &AnswerToken) -> bool {
     mark(t).is_some_and(|c| ")]}⦄".contains(c)) || is_command(t, "rangle")
 }
 
 /// Parts of `all` between the tokens outside of all brackets that `splits` names.
-fn split<'a>(all: &'a [Token], splits: impl Fn(&Token) -> bool) -> Vec<&'a [Token]> {
+fn split(all: &[AnswerToken], splits: impl Fn(&AnswerToken) -> bool) -> Vec<&[AnswerToken]> {
     let (mut depth, mut from, mut parts) = (0_i32, 0, Vec::new());
     for (at, t) in all.iter().enumerate() {
         depth += i32::from(opens(t)) - i32::from(closes(t));
@@ -103,12 +105,12 @@ fn split<'a>(all: &'a [Token], splits: impl Fn(&Token) -> bool) -> Vec<&'a [Toke
 }
 
 /// The name of what an answer gives, and the rest.
-fn named(all: &[Token]) -> (&[Token], &[Token]) {
-    let equals = |t: &Token| mark(t) == Some('=') || is_command(t, "in");
+fn named(all: &[AnswerToken]) -> (&[AnswerToken], &[AnswerToken]) {
+    let equals = |t: &AnswerToken| mark(t) == Some('=') || is_command(t, "in");
     let parts = split(all, equals);
     let [name, rest] = parts[..] else { return (&[], all) };
     let mut before = None;
-    let is_name = |t: &Token| {
+    let is_name = |t: &AnswerToken| {
         let index = before == Some('_') || before == Some('{');
         let ok = match &t.kind {
             TokenKind::Word { text, .. } => text.chars().count() == 1,
@@ -130,10 +132,10 @@ const GREEK: &[&str] = &[
 ];
 
 impl Content {
-    fn of(all: &[Token], depth: usize) -> Self {
+    fn of(all: &[AnswerToken], depth: usize) -> Self {
         let opaque = || Self::Tokens(simple(all));
         let Some(depth) = depth.checked_sub(1) else { return opaque() };
-        let read = |parts: Vec<&[Token]>| -> Option<Vec<Answer>> {
+        let read = |parts: Vec<&[AnswerToken]>| -> Option<Vec<Answer>> {
             let whole = parts.iter().all(|part| !part.is_empty());
             whole.then(|| parts.into_iter().map(|part| Answer::of(part, depth)).collect())
         };
@@ -141,7 +143,7 @@ impl Content {
         if parts.len() > 1 {
             return read(parts).map_or_else(opaque, Self::Union);
         }
-        let comma = |t: &Token| mark(t) == Some(',');
+        let comma = |t: &AnswerToken| mark(t) == Some(',');
         if let Some((brackets, inside)) = bracketed(all) {
             let parts = split(inside, comma);
             if brackets == ['(', ')'] && parts.len() == 1 {
@@ -183,7 +185,8 @@ impl Content {
             }
             (Self::List { brackets, items }, Self::List { brackets: others, items: other }) => {
                 let is_set = brackets == &['⦃', '⦄'];
-                brackets == others && if is_set { same_set(items, other) } else { all(items, other) }
+                brackets == others
+                    && if is_set { same_set(items, other) } else { all(items, other) }
             }
             (Self::Union(a), Self::Union(b)) => same_set(a, b),
             (Self::Tokens(a), Self::Tokens(b)) => {
@@ -205,7 +208,7 @@ fn same_set(a: &[Answer], b: &[Answer]) -> bool {
 }
 
 /// The brackets around all of the tokens, and what is inside.
-fn bracketed(all: &[Token]) -> Option<([char; 2], &[Token])> {
+fn bracketed(all: &[AnswerToken]) -> Option<([char; 2], &[AnswerToken])> {
     let (first, last) = (all.first()?, all.last()?);
     let (mut depth, end) = (0, all.len() - 1);
     let closes_first = all.iter().position(|t| {
@@ -213,12 +216,12 @@ fn bracketed(all: &[Token]) -> Option<([char; 2], &[Token])> {
         depth == 0
     });
     let whole = end > 0 && opens(first) && closes(last) && closes_first == Some(end);
-    let of = |t: &Token, angle: char| mark(t).unwrap_or(angle);
+    let of = |t: &AnswerToken, angle: char| mark(t).unwrap_or(angle);
     whole.then(|| ([of(first, '<'), of(last, '>')], &all[1..end]))
 }
 
 /// Tokens as they are compared: braces around one are none.
-fn simple(all: &[Token]) -> Vec<TokenKind> {
+fn simple(all: &[AnswerToken]) -> Vec<TokenKind> {
     let mut out: Vec<TokenKind> = Vec::new();
     for t in all {
         let one = out.len() >= 2 && out[out.len() - 2] == TokenKind::Mark('{');
@@ -246,16 +249,18 @@ fn same_token(a: &TokenKind, b: &TokenKind) -> bool {
 }
 
 /// The value of tokens, and its unit.
-fn quantity(all: &[Token]) -> Option<(Exact, Option<String>)> {
-    let sign = |t: &Token| mark(t) == Some('-') || mark(t) == Some('+');
+fn quantity(all: &[AnswerToken]) -> Option<(Exact, Option<String>)> {
+    let sign = |t: &AnswerToken| mark(t) == Some('-') || mark(t) == Some('+');
     let (mut rest, mut negative) = (all, false);
-    let currency = |t: &Token| match t.kind {
+    let currency = |t: &AnswerToken| match t.kind {
         TokenKind::Mark('$') => Some("dollar"),
-        TokenKind::Mark('£') | TokenKind::Mark('€') | TokenKind::Mark('¥') => mark(t).map(|c| match c {
-            '£' => "pound",
-            '€' => "euro",
-            _ => "yen",
-        }),
+        TokenKind::Mark('£') | TokenKind::Mark('€') | TokenKind::Mark('¥') => {
+            mark(t).map(|c| match c {
+                '£' => "pound",
+                '€' => "euro",
+                _ => "yen",
+            })
+        }
         _ => None,
     };
     // -$5 and $-5
@@ -283,7 +288,7 @@ fn quantity(all: &[Token]) -> Option<(Exact, Option<String>)> {
 
 /// Reads an expression.
 struct Reader<'a> {
-    rest: &'a [Token],
+    rest: &'a [AnswerToken],
     /// The last factor was divided by, without a fraction bar.
     divided: bool,
 }
@@ -329,7 +334,11 @@ impl Reader<'_> {
         let mut product = self.factor(true)?;
         self.divided = false;
         loop {
-            if self.take('*') || self.take_command("times") || self.take_command("cdot") || self.takes_x() {
+            if self.take('*')
+                || self.take_command("times")
+                || self.take_command("cdot")
+                || self.takes_x()
+            {
                 product = product.mul(&self.factor(true)?)?;
                 self.divided = false;
             } else if self.take('/') || self.take_command("div") {
@@ -375,7 +384,7 @@ impl Reader<'_> {
     /// A factor with its power; `first` in its product, or behind a sign.
     fn factor(&mut self, first: bool) -> Option<Exact> {
         let mut value = self.primary(first)?;
-        let degrees = |t: &Token| is_command(t, "circ") || is_command(t, "degree");
+        let degrees = |t: &AnswerToken| is_command(t, "circ") || is_command(t, "degree");
         let is_power = match self.rest {
             [hat, power, ..] if mark(hat) == Some('^') => {
                 let inside = self.rest.get(2).filter(|_| mark(power) == Some('{'));
@@ -486,11 +495,11 @@ impl Reader<'_> {
     /// The fraction of a mixed number, if one follows a whole number: it is below 1. A larger one
     /// makes no number at all.
     fn part(&mut self) -> Option<Option<Rational>> {
-        let literal = |t: &Token| match &t.kind {
+        let literal = |t: &AnswerToken| match &t.kind {
             TokenKind::Number(n) if n.bytes().all(|c| c.is_ascii_digit()) => n.parse::<i128>().ok(),
             _ => None,
         };
-        let braces = |t: &Token, c: char| mark(t) == Some(c);
+        let braces = |t: &AnswerToken, c: char| mark(t) == Some(c);
         let (above, below, length) = match self.rest {
             [a, bar, b, ..] if a.spaced && mark(bar) == Some('/') => (literal(a)?, literal(b)?, 3),
             [frac, o, a, c, o2, b, c2, ..]

@@ -2,7 +2,7 @@
 
 /// A piece of an answer.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Token {
+pub struct AnswerToken {
     pub kind: TokenKind,
     /// Space stands before it.
     pub spaced: bool,
@@ -28,25 +28,59 @@ const LONGEST: usize = 4096;
 
 /// Commands that change how their argument looks, not what it says.
 const FONTS: &[&str] = &[
-    "text", "textbf", "textit", "textrm", "textnormal", "textsf", "texttt", "mathrm", "mathbf", "mathit",
-    "mathsf", "mathtt", "mbox", "hbox", "operatorname", "boldsymbol", "bm", "emph", "underline",
+    "text",
+    "textbf",
+    "textit",
+    "textrm",
+    "textnormal",
+    "textsf",
+    "texttt",
+    "mathrm",
+    "mathbf",
+    "mathit",
+    "mathsf",
+    "mathtt",
+    "mbox",
+    "hbox",
+    "operatorname",
+    "boldsymbol",
+    "bm",
+    "emph",
+    "underline",
 ];
 
 /// Commands that say nothing.
 const SILENT: &[&str] = &[
-    "left", "right", "big", "Big", "bigg", "Bigg", "bigl", "bigr", "Bigl", "Bigr", "displaystyle",
-    "textstyle", "limits", "nolimits", "rm", "bf", "it", "phantom",
+    "left",
+    "right",
+    "big",
+    "Big",
+    "bigg",
+    "Bigg",
+    "bigl",
+    "bigr",
+    "Bigl",
+    "Bigr",
+    "displaystyle",
+    "textstyle",
+    "limits",
+    "nolimits",
+    "rm",
+    "bf",
+    "it",
+    "phantom",
 ];
 
 /// Commands that are spaces.
 const SPACES: &[&str] = &["quad", "qquad", "thinspace", "space", "enspace", "hspace"];
 
 /// The tokens of an answer; none if it is too long, too deep or has a brace without its other.
-pub fn tokens(text: &str) -> Option<Vec<Token>> {
+pub fn tokens(text: &str) -> Option<Vec<AnswerToken>> {
     if text.len() > LONGEST {
         return None;
     }
-    let mut lexer = Lexer { out: Vec::new(), spaced: false, roman: false, depth: 0, brackets: 0 };
+    let mut lexer =
+        AnswerLexer { out: Vec::new(), spaced: false, roman: false, depth: 0, brackets: 0 };
     lexer.read(&plain(text))?;
     Some(lexer.out)
 }
@@ -110,8 +144,8 @@ fn between_thousands(before: &str, after: &str) -> bool {
     (1..=3).contains(&before) && after >= 3 && after.is_multiple_of(3)
 }
 
-struct Lexer {
-    out: Vec<Token>,
+struct AnswerLexer {
+    out: Vec<AnswerToken>,
     spaced: bool,
     roman: bool,
     /// Arguments and groups around the present place.
@@ -120,9 +154,9 @@ struct Lexer {
     brackets: i32,
 }
 
-impl Lexer {
+impl AnswerLexer {
     fn push(&mut self, kind: TokenKind) {
-        self.out.push(Token { kind, spaced: self.spaced });
+        self.out.push(AnswerToken { kind, spaced: self.spaced });
         self.spaced = false;
     }
 

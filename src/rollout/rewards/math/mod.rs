@@ -1,10 +1,10 @@
 //! `math`: whether the answer of a sample is that of its row.
 //!
-//! The answer is what stands in the last `\boxed{...}`, or behind the last `####` on its line. It is
-//! right if it is exactly the number, the expression or the text of the column: 1/2, 0.5 and 50% are
-//! the same, 0.333 and 1/3 are not. A name (`x = 5`) or a unit (`5 cm`, `$5`, `50%`) that only one of
-//! both has is not compared, two of them are. Items of a list stand in the same order, those of a set
-//! in any. What is not understood has to have the same tokens.
+//! The answer is what stands in the last `\boxed{...}`, or behind the last `####` on its line. It
+//! is right if it is exactly the number, the expression or the text of the column: 1/2, 0.5 and 50%
+//! are the same, 0.333 and 1/3 are not. A name (`x = 5`) or a unit (`5 cm`, `$5`, `50%`) that only
+//! one of both has is not compared, two of them are. Items of a list stand in the same order, those
+//! of a set in any. What is not understood has to have the same tokens.
 
 mod answer;
 mod lexer;
@@ -13,9 +13,9 @@ mod units;
 
 use answer::Answer;
 
-use super::{AnswerColumn, Options, Reward, RewardFailure, RewardInput, each};
+use super::{AnswerColumn, Options, RewardFailure, RewardInput, SampleReward, each};
 use crate::{
-    data::{RewardColumns, RowColumns},
+    data::{ColumnsRead, RowColumns},
     error::Result,
 };
 
@@ -31,7 +31,7 @@ struct MathReward {
 
 /// `column` (answer or ground_truth), and what a sample without an answer is: `missing = "zero"` or
 /// `"error"`.
-pub fn math(options: &mut Options<'_>) -> Result<Box<dyn Reward>> {
+pub fn math(options: &mut Options<'_>) -> Result<Box<dyn SampleReward>> {
     let missing = options.take("missing")?.unwrap_or(Missing::Zero);
     Ok(Box::new(MathReward { column: AnswerColumn::of(options)?, missing }))
 }
@@ -42,13 +42,12 @@ impl MathReward {
         let marked = text.contains("\\boxed") || text.contains("####");
         let answer = if marked { final_answer(&text) } else { Some(&*text) };
         let answer = answer.and_then(Answer::read);
-        answer
-            .ok_or_else(|| format!("has {text:?} as its answer, which says nothing"))
+        answer.ok_or_else(|| format!("has {text:?} as its answer, which says nothing"))
     }
 }
 
-impl Reward for MathReward {
-    fn columns(&self) -> RewardColumns {
+impl SampleReward for MathReward {
+    fn columns(&self) -> ColumnsRead {
         self.column.columns()
     }
 
@@ -62,7 +61,9 @@ impl Reward for MathReward {
             match (final_answer(&sample.completion).and_then(Answer::read), self.missing) {
                 (Some(answer), _) => Ok(f64::from(u8::from(answer.equals(&truth)))),
                 (None, Missing::Zero) => Ok(0.0),
-                (None, Missing::Error) => Err("it has no answer in \\boxed{} or behind ####".into()),
+                (None, Missing::Error) => {
+                    Err("it has no answer in \\boxed{} or behind ####".into())
+                }
             }
         })
     }

@@ -212,7 +212,11 @@ impl Exact {
     /// powers.
     pub fn root(&self, degree: u32) -> Option<Self> {
         let r = self.as_rational()?;
-        let of = |n: u128| (0..1 << 20).take_while(|x: &u128| power(*x, degree) <= n).find(|x| power(*x, degree) == n);
+        let of = |n: u128| {
+            (0..1 << 20)
+                .take_while(|x: &u128| power(*x, degree) <= n)
+                .find(|x| power(*x, degree) == n)
+        };
         let (num, den) = (of(r.num.unsigned_abs())?, of(r.den.unsigned_abs())?);
         let root = Rational::new(i128::try_from(num).ok()?, i128::try_from(den).ok()?)?;
         match (r.num < 0, degree % 2) {
@@ -231,11 +235,11 @@ fn power(x: u128, n: u32) -> u128 {
 fn square_part(mut n: u128) -> Option<(u128, u128)> {
     let (mut out, mut left, mut d) = (1_u128, 1_u128, 2_u128);
     while d <= 10_000 && d * d <= n {
-        while n % (d * d) == 0 {
+        while n.is_multiple_of(d * d) {
             n /= d * d;
             out = out.checked_mul(d)?;
         }
-        if n % d == 0 {
+        if n.is_multiple_of(d) {
             n /= d;
             left *= d;
         }

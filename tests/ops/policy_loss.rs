@@ -1,12 +1,17 @@
 //! The policy loss of PPO: hand-worked branches, central differences, micro-batches, and TRL's
-//! whole chain from log-probs to gradients.
+//! whole chain from log-probs to gradients; its relatives are in `policy_loss/surrogates.rs`.
+
+mod surrogates;
 
 use warpo::{
-    device::{Device, Float},
+    device::{Buffer, Device, Float},
     ops::{
         gae,
         kl::KlEstimator::{self, K1, K2, K3},
-        ppo_loss::{self, KlTerm, PpoLoss, PpoSums, PpoTokens},
+        policy_loss::{
+            self, KlTerm, KlWeight, PolicyLoss, PolicySums, PolicyTokens, RatioLevel, Surrogate,
+        },
+        sequence_loss::Offsets,
         value_loss::{self, ValueLoss, ValueTokens},
         whiten::{self, Moments, Variance},
     },
@@ -20,8 +25,16 @@ use crate::support::{
     wide,
 };
 
-const PLAIN: PpoLoss =
-    PpoLoss { clip_low: 0.2, clip_high: 0.3, dual_clip: None, kl: None, entropy_coef: 0.0 };
+const PLAIN: PolicyLoss = clip(0.2, 0.3, None);
+
+const fn clip(low: f64, high: f64, dual: Option<f64>) -> PolicyLoss {
+    let (surrogate, ratio) = (Surrogate::Clip { low, high, dual }, RatioLevel::Token);
+    PolicyLoss { surrogate, ratio, sequence_means: false, kl: None, entropy_coef: 0.0 }
+}
+
+fn kl(coef: f64, estimator: KlEstimator, weight: KlWeight) -> Option<KlTerm> {
+    Some(KlTerm { coef, estimator, weight })
+}
 
 /// Columns of a micro-batch.
 #[derive(Clone)]
@@ -31,14 +44,17 @@ struct Columns<F> {
     reference: Vec<F>,
     entropy: Vec<F>,
     advantages: Vec<F>,
+    offsets: Vec<u32>,
 }
 
 impl<F: Float> Columns<F> {
+    /// Two sequences.
     fn random(n: usize) -> Self {
         let (old, moved): (Vec<F>, Vec<F>) = (randn("old", n), randn("moved", n));
         let logp = old.iter().zip(&moved).map(|(o, m)| *o + F::of(0.4) * *m).collect();
         let [reference, entropy, advantages] = ["ref", "entropy", "adv"].map(|s| randn(s, n));
-        Self { logp, old, reference, entropy, advantages }
+        let offsets = vec![0, n as u32 / 3, n as u32];
+        Self { logp, old, reference, entropy, advantages, offsets }
     }
 
     fn map<G>(&self, f: impl Fn(&[F]) -> Vec<G>) -> Columns<G> {
@@ -48,11 +64,18 @@ impl<F: Float> Columns<F> {
             reference: f(&self.reference),
             entropy: f(&self.entropy),
             advantages: f(&self.advantages),
+            offsets: self.offsets.clone(),
         }
     }
 
-    /// PpoSums, dlogp and dentropy.
-    fn policy(&self, s: &PpoLoss, n: f64) -> (PpoSums, Vec<F>, Vec<F>) {
+    /// The same in one sequence, of which `f` may keep some tokens.
+    fn cut<G>(&self, f: impl Fn(&[F]) -> Vec<G>) -> Columns<G> {
+        let c = self.map(f);
+        Columns { offsets: vec![0, c.logp.len() as u32], ..c }
+    }
+
+    /// PolicySums, dlogp and dentropy.
+    fn policy(&self, s: &PolicyLoss, n: f64) -> (PolicySums, Vec<F>, Vec<F>) {
         self.policy_on(host(), 0, s, n).unwrap()
     }
 
@@ -62,25 +85,27 @@ impl<F: Float> Columns<F> {
         &self,
         dev: &Device,
         first: usize,
-        s: &PpoLoss,
+        s: &PolicyLoss,
         n: f64,
-    ) -> warpo::Result<(PpoSums, Vec<F>, Vec<F>)> {
+    ) -> warpo::Result<(PolicySums, Vec<F>, Vec<F>)> {
         let column = |x: &Vec<F>| Column::of(dev, first, x);
         let [logp, old, adv] = [&self.logp, &self.old, &self.advantages].map(column);
         let [reference, entropy] = [&self.reference, &self.entropy].map(column);
+        let offsets = Buffer::of(dev, "offsets", &self.offsets)?;
         let there = |c: &'_ Column<F>| !c.view().is_empty();
         let mut dlogp = Column::room(dev, first, self.logp.len());
         let mut dentropy = Column::room(dev, first, self.entropy.len());
-        let tokens = PpoTokens {
+        let tokens = PolicyTokens {
             logp: logp.view(),
             old_logp: old.view(),
             ref_logp: there(&reference).then(|| reference.view()),
             entropy: there(&entropy).then(|| entropy.view()),
             advantages: adv.view(),
             weights: None,
+            offsets: Offsets { host: &self.offsets, view: offsets.view() },
         };
         let (d, dent) = (dlogp.view_mut(), there(&entropy).then(|| dentropy.view_mut()));
-        let stats = ppo_loss::policy(dev, d, dent, tokens, s, n)?.get()?;
+        let stats = policy_loss::forward(dev, d, dent, tokens, s, n)?.get()?;
         Ok((stats, dlogp.read(), dentropy.read()))
     }
 }
@@ -93,12 +118,13 @@ fn token(ratio: f64, advantage: f64) -> Columns<f64> {
         reference: vec![ratio.ln() + 5f64.ln()],
         entropy: vec![7.0],
         advantages: vec![advantage],
+        offsets: vec![0, 1],
     }
 }
 
 #[test]
 fn hand_worked() {
-    let dual = PpoLoss { dual_clip: Some(3.0), ..PLAIN };
+    let dual = clip(0.2, 0.3, Some(3.0));
     for (s, advantage, ratio, loss, slope, [low, high, bounded]) in [
         (&PLAIN, 2.0, 1.25, -2.5, -2.5, [0.0, 0.0, 0.0]),
         (&PLAIN, 2.0, 1.5, -2.6, 0.0, [0.0, 1.0, 0.0]), // no more than 1.3 is earned
@@ -112,7 +138,7 @@ fn hand_worked() {
         (&dual, -2.0, 0.5, 1.6, 0.0, [1.0, 0.0, 0.0]),
         (&dual, 2.0, 4.0, -2.6, 0.0, [0.0, 1.0, 0.0]), // only where the advantage is negative
     ] {
-        let what = format!("A {advantage}, ratio {ratio}, dual {:?}", s.dual_clip);
+        let what = format!("A {advantage}, ratio {ratio}, {:?}", s.surrogate);
         let (stats, d, dentropy) = token(ratio, advantage).policy(s, 4.0);
         assert_close(&what, &[stats.policy, 4.0 * stats.loss], &[loss, loss], 0.0, 1e-15);
         assert_close(&what, &d, &[slope / 4.0], 0.0, 1e-15);
@@ -126,11 +152,11 @@ fn hand_worked() {
         );
     }
     // On the border of the range the gradient is whole: 1 + (e^0.5 - 1) is e^0.5 exactly.
-    let edge = PpoLoss { clip_high: 0.5f64.exp() - 1.0, ..PLAIN };
+    let edge = clip(0.2, 0.5f64.exp() - 1.0, None);
     let (stats, d, _) = Columns { logp: vec![0.5], ..token(1.0, 2.0) }.policy(&edge, 1.0);
     assert_eq!((stats.clipped_high, d[0]), (0.0, -2.0 * 0.5f64.exp()));
-    let nothing = token(1.0, 1.0).map(|_| Vec::<f64>::new());
-    assert_eq!(nothing.policy(&PLAIN, 1.0).0, PpoSums::default());
+    let nothing = token(1.0, 1.0).cut(|_| Vec::<f64>::new());
+    assert_eq!(nothing.policy(&PLAIN, 1.0).0, PolicySums::default());
 }
 
 #[test]
@@ -138,12 +164,15 @@ fn kl_and_entropy_terms_are_added() {
     let (ln5, ratio) = (5f64.ln(), 1.25);
     for (estimator, k, dk) in [(K1, -ln5, 1.0), (K2, ln5 * ln5 / 2.0, -ln5), (K3, 4.0 - ln5, -4.0)]
     {
-        for unbiased in [false, true] {
-            let what = format!("{estimator:?} unbiased={unbiased}");
-            let kl = Some(KlTerm { coef: 0.1, estimator, unbiased });
-            let s = PpoLoss { kl, entropy_coef: 0.01, ..PLAIN };
+        for (weight, term, slope) in [
+            (KlWeight::One, k, dk),
+            (KlWeight::Score, k, dk + k),
+            (KlWeight::Ratio, ratio * k, ratio * (dk + k)),
+        ] {
+            let what = format!("{estimator:?} {weight:?}");
+            let kl = kl(0.1, estimator, weight);
+            let s = PolicyLoss { kl, entropy_coef: 0.01, ..PLAIN };
             let (stats, d, dentropy) = token(ratio, 2.0).policy(&s, 4.0);
-            let (term, slope) = if unbiased { (ratio * k, ratio * (dk + k)) } else { (k, dk) };
             let loss = -2.5 + 0.1 * term - 0.01 * 7.0;
             assert_close(&what, &[4.0 * stats.loss], &[loss], 0.0, 1e-14);
             assert_close(&what, &d, &[(-2.5 + 0.1 * slope) / 4.0], 0.0, 1e-14);
@@ -152,8 +181,8 @@ fn kl_and_entropy_terms_are_added() {
         }
     }
     // A clipped token still feels the KL.
-    let kl = Some(KlTerm { coef: 0.1, estimator: K1, unbiased: false });
-    let d = token(1.5, 2.0).policy(&PpoLoss { kl, ..PLAIN }, 1.0).1;
+    let kl = kl(0.1, K1, KlWeight::One);
+    let d = token(1.5, 2.0).policy(&PolicyLoss { kl, ..PLAIN }, 1.0).1;
     assert_close("clipped", &d, &[0.1], 0.0, 1e-15);
 }
 
@@ -169,28 +198,35 @@ fn the_first_pass_has_ratio_1() {
 }
 
 /// All settings that change the formula.
-fn all_settings() -> Vec<PpoLoss> {
+fn all_settings() -> Vec<PolicyLoss> {
     let mut all = Vec::new();
-    for dual_clip in [None, Some(1.5)] {
-        all.push(PpoLoss { dual_clip, ..PLAIN });
+    for dual in [None, Some(1.5)] {
+        let plain = clip(0.2, 0.3, dual);
+        all.push(plain);
         for estimator in [K1, K2, K3] {
-            for unbiased in [false, true] {
-                let kl = Some(KlTerm { coef: 0.3, estimator, unbiased });
-                all.push(PpoLoss { dual_clip, kl, entropy_coef: 0.05, ..PLAIN });
+            for weight in [KlWeight::One, KlWeight::Ratio, KlWeight::Score] {
+                let kl = kl(0.3, estimator, weight);
+                all.push(PolicyLoss { kl, entropy_coef: 0.05, ..plain });
             }
         }
     }
     all
 }
 
+/// Its gradient is that of the value, of which a score has no derivative.
+fn has_a_derivative(s: &PolicyLoss) -> bool {
+    s.kl.is_none_or(|kl| kl.weight != KlWeight::Score)
+}
+
 #[test]
 fn gradients() {
     let c = Columns::<f64>::random(60);
-    for s in all_settings() {
+    for s in all_settings().into_iter().filter(has_a_derivative) {
         let what = format!("{s:?}");
         let (stats, d, dentropy) = c.policy(&s, 60.0);
         assert!(stats.clipped_low > 3.0 && stats.clipped_high > 3.0, "both sides are visited");
-        assert_eq!(stats.dual_clipped > 0.0, s.dual_clip.is_some());
+        let dual = matches!(s.surrogate, Surrogate::Clip { dual: Some(_), .. });
+        assert_eq!(stats.dual_clipped > 0.0, dual);
         let loss = |logp: &[f64], entropy: &[f64]| {
             let c = Columns { logp: logp.to_vec(), entropy: entropy.to_vec(), ..c.clone() };
             c.policy(&s, 60.0).0.loss
@@ -200,7 +236,7 @@ fn gradients() {
     }
 }
 
-fn list(s: &PpoSums) -> [f64; 10] {
+fn list(s: &PolicySums) -> [f64; 10] {
     let counts = [s.clipped_low, s.clipped_high, s.dual_clipped, s.approx_kl, s.max_log_ratio];
     let [a, b, c, d, e] = counts;
     [s.tokens, s.loss, s.policy, s.kl, s.entropy, a, b, c, d, e]
@@ -213,13 +249,13 @@ fn micro_batches_add_up() {
     for s in all_settings() {
         let (whole, d, _) = c.policy(&s, 60.0);
         for cut in [0, 1, 29, 60] {
-            let (mut sum, low, _) = c.map(|x| x[..cut].to_vec()).policy(&s, 60.0);
-            let (rest, high, _) = c.map(|x| x[cut..].to_vec()).policy(&s, 60.0);
+            let (mut sum, low, _) = c.cut(|x| x[..cut].to_vec()).policy(&s, 60.0);
+            let (rest, high, _) = c.cut(|x| x[cut..].to_vec()).policy(&s, 60.0);
             sum.merge(&rest);
             assert_bits(&format!("{cut} {s:?}"), &[low, high].concat(), &d);
             assert_close(&format!("{cut} {s:?}"), &list(&sum), &list(&whole), 1e-13, 1e-13);
         }
-        let got = c.map(|x| gather(x, 1, &order)).policy(&s, 60.0).1;
+        let got = c.cut(|x| gather(x, 1, &order)).policy(&s, 60.0).1;
         assert_bits("permuted", &got, &gather(&d, 1, &order));
     }
 }
@@ -235,8 +271,8 @@ fn sums_are_made_in_f64() {
 
 #[test]
 fn a_nan_stays_in_its_token() {
-    let kl = Some(KlTerm { coef: 0.3, estimator: K3, unbiased: true });
-    let s = PpoLoss { kl, dual_clip: Some(3.0), entropy_coef: 0.1, ..PLAIN };
+    let kl = kl(0.3, K3, KlWeight::Ratio);
+    let s = PolicyLoss { kl, entropy_coef: 0.1, ..clip(0.2, 0.3, Some(3.0)) };
     let clean = Columns::<f32>::random(9);
     let want = clean.policy(&s, 9.0).1;
     let spoil: [fn(&mut Columns<f32>); 4] = [
@@ -272,15 +308,15 @@ fn a_nan_does_not_disappear_from_the_maximum() {
             assert!(first.max_log_ratio.is_nan(), "token {i}, merged");
         }
     }
-    let mut sum = PpoSums { max_log_ratio: 0.5, ..good };
-    sum.merge(&PpoSums { max_log_ratio: 0.25, ..good });
+    let mut sum = PolicySums { max_log_ratio: 0.5, ..good };
+    sum.merge(&PolicySums { max_log_ratio: 0.25, ..good });
     assert_eq!(sum.max_log_ratio, 0.5);
 }
 
 struct Policy<'a> {
     columns: &'a Columns<f32>,
     first: usize,
-    settings: &'a PpoLoss,
+    settings: &'a PolicyLoss,
 }
 
 impl FloatCase for Policy<'_> {
@@ -321,14 +357,14 @@ fn kernels_take_the_branches_of_the_cpu() {
         let mut c = Columns::<f32>::random(12);
         c.old = c.logp.clone();
         c.advantages = [-2.0, -1.0, 0.0, 0.5].repeat(3);
-        let kl = Some(KlTerm { coef: 0.5, estimator: K2, unbiased: true });
-        for (clip_low, clip_high, dual_clip, kl) in [
+        let kl = kl(0.5, K2, KlWeight::Ratio);
+        for (low, high, dual, kl) in [
             (0.0, 0.5, None, kl),
             (0.5, 0.0, None, kl),
             (0.5, -0.5, None, None),
             (0.0, 0.0, Some(1.0), kl),
         ] {
-            let s = PpoLoss { clip_low, clip_high, dual_clip, kl, entropy_coef: 0.25 };
+            let s = PolicyLoss { kl, entropy_coef: 0.25, ..clip(low, high, dual) };
             let (want, dlogp, dentropy) = c.policy(&s, 8.0);
             let (got, ours, ours_entropy) = c.policy_on(&dev, 1, &s, 8.0).unwrap();
             assert_bits("dlogp", &ours, &dlogp);
@@ -336,7 +372,7 @@ fn kernels_take_the_branches_of_the_cpu() {
             assert_close("stats", &list(&got), &list(&want), 1e-15, 1e-15);
             assert_eq!((got.approx_kl, got.max_log_ratio), (0.0, 0.0));
         }
-        let says = "device `cuda` is not available: `ppo_loss_forward` has no kernel for F64";
+        let says = "device `cuda` is not available: `policy_loss_forward` has no kernel for F64";
         assert_eq!(refusal(token(1.0, 1.0).policy_on(&dev, 0, &PLAIN, 1.0)), says);
     });
 }
@@ -360,22 +396,23 @@ fn kernels_keep_a_nan_in_the_maximum() {
 #[test]
 fn missing_and_wrong_columns_are_refused() {
     let (dev, x) = (Device::cpu(), [0.0f32; 3]);
-    let kl = Some(KlTerm { coef: 0.1, estimator: K1, unbiased: false });
-    let all = PpoLoss { kl, entropy_coef: 0.1, ..PLAIN };
+    let kl = kl(0.1, K1, KlWeight::One);
+    let all = PolicyLoss { kl, entropy_coef: 0.1, ..PLAIN };
     // lengths of old_logp, advantages, dlogp, dentropy; ref_logp, entropy
     let refused = |n: [usize; 4], optional: [Option<usize>; 2]| {
         let (mut d, mut dent) = ([0.0f32; 3], [0.0f32; 3]);
         let [reference, entropy] = optional.map(|n| n.map(|n| x[..n].into()));
-        let tokens = PpoTokens {
+        let tokens = PolicyTokens {
             logp: x[..].into(),
             old_logp: x[..n[0]].into(),
             ref_logp: reference,
             entropy,
             advantages: x[..n[1]].into(),
             weights: None,
+            offsets: Offsets { host: &[0, 3], view: [0, 3][..].into() },
         };
         let (d, dent) = ((&mut d[..n[2]]).into(), Some((&mut dent[..n[3]]).into()));
-        refusal(ppo_loss::policy(&dev, d, dent, tokens, &all, 1.0))
+        refusal(policy_loss::forward(&dev, d, dent, tokens, &all, 1.0))
     };
     let there = [Some(3), Some(3)];
     for (n, optional, says) in [
@@ -388,13 +425,13 @@ fn missing_and_wrong_columns_are_refused() {
         ([3; 4], [Some(3), None], "`entropy` has shape [0], wanted [3]"),
         ([3; 4], [Some(3), Some(2)], "`entropy` has shape [2], wanted [3]"),
     ] {
-        assert_eq!(refused(n, optional), format!("ppo_loss: {says}"));
+        assert_eq!(refused(n, optional), format!("policy_loss: {says}"));
     }
     // Entropies are summed without a bonus, too.
     let mut c = Columns::<f32>::random(3);
     c.entropy.truncate(2);
     let e = refusal(c.policy_on(&dev, 0, &PLAIN, 1.0));
-    assert_eq!(e, "ppo_loss: `entropy` has shape [2], wanted [3]");
+    assert_eq!(e, "policy_loss: `entropy` has shape [2], wanted [3]");
 }
 
 /// One variant of TRL's PPO, from log-probs and scores to gradients. TRL keeps the value after the
@@ -461,8 +498,9 @@ fn chain(g: &Golden, tag: &str, estimator: KlEstimator, whitened: bool, gamma: f
     whiten::apply(&dev, a, &m, true, Variance::Unbiased, 1e-8).unwrap();
     close("advantages", &advantages, &valid);
 
-    let c = Columns { logp: new, old, reference, entropy: kl.clone(), advantages };
-    let s = PpoLoss { clip_high: 0.2, ..PLAIN };
+    let offsets = vec![0, new.len() as u32];
+    let c = Columns { logp: new, old, reference, entropy: kl.clone(), advantages, offsets };
+    let s = clip(0.2, 0.2, None);
     let n = c.logp.len() as f64;
     let (p, dlogp, _) = c.policy(&s, n);
     close("d_new_logp", &dlogp, &valid);
@@ -476,7 +514,7 @@ fn chain(g: &Golden, tag: &str, estimator: KlEstimator, whitened: bool, gamma: f
     let v = value_loss::forward(&dev, d, t, clipped, tokens).unwrap().get().unwrap();
     close("d_vpred", &dv, &longer);
     // The ratio is the slope of the unclipped loss at advantage -1.
-    let free = PpoLoss { clip_high: f64::INFINITY, clip_low: 1.0, ..PLAIN };
+    let free = clip(1.0, f64::INFINITY, None);
     let unit = Columns { advantages: vec![-1.0; c.logp.len()], ..c.clone() };
     close("ratio", &unit.policy(&free, 1.0).1, &valid);
     // TRL's approxkl is k2, over all cells, padding too.
@@ -499,6 +537,7 @@ fn chain(g: &Golden, tag: &str, estimator: KlEstimator, whitened: bool, gamma: f
         reference: vec![],
         entropy: narrow(&c.entropy),
         advantages: narrow(&c.advantages),
+        offsets: c.offsets,
     };
     let dlogp = c.policy(&s, n).1;
     let plain = (0..c.logp.len()).map(|i| {
