@@ -97,6 +97,7 @@ mod ops {
 mod rng;
 mod rollout {
     mod engine;
+    mod rewards;
     mod score;
 }
 mod train {

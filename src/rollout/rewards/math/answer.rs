@@ -65,7 +65,9 @@ fn undelimited(text: &str) -> &str {
                 text = inside.trim();
             }
         }
-        for stop in ['.', ',', ';', ':'] {
+        // 0.333... goes on.
+        let stops: &[char] = if text.ends_with("..") { &[] } else { &['.', ',', ';', ':'] };
+        for stop in stops.iter().copied() {
             text = text.strip_suffix(stop).unwrap_or(text).trim_end();
         }
         if text == before {
@@ -240,12 +242,17 @@ fn same_token(a: &TokenKind, b: &TokenKind) -> bool {
             let value = |n: &str| Rational::decimal(n);
             a == b || value(a).is_some_and(|x| value(b) == Some(x))
         }
-        // Case tells variables and choices apart, not words.
-        (TokenKind::Word { text: a, .. }, TokenKind::Word { text: b, .. }) => {
-            a == b || a.chars().count() > 1 && a.to_lowercase() == b.to_lowercase()
-        }
+        (TokenKind::Word { text: a, .. }, TokenKind::Word { text: b, .. }) => same_word(a, b),
         _ => a == b,
     }
+}
+
+/// Case tells variables, choices and symbols as CO and Co apart, not longer words, nor whether one
+/// begins a sentence.
+fn same_word(a: &str, b: &str) -> bool {
+    let rest = |word: &str| word.chars().skip(1).collect::<String>();
+    let (count, same) = (a.chars().count(), a.to_lowercase() == b.to_lowercase());
+    a == b || same && (count > 3 || count > 1 && rest(a) == rest(b))
 }
 
 /// The value of tokens, and its unit.
@@ -273,7 +280,7 @@ fn quantity(all: &[AnswerToken]) -> Option<(Exact, Option<String>)> {
     } else if let Some(name) = rest.first().and_then(currency) {
         (before, rest) = (Some(name), &rest[1..]);
     }
-    let mut reader = Reader { rest, divided: false };
+    let mut reader = Reader { rest, divided: false, room: 32 };
     let value = reader.sum()?;
     let rest = reader.rest;
     let (scale, unit) = units::read(rest)?;
@@ -291,6 +298,8 @@ struct Reader<'a> {
     rest: &'a [AnswerToken],
     /// The last factor was divided by, without a fraction bar.
     divided: bool,
+    /// Brackets that may still open inside of those that are open.
+    room: usize,
 }
 
 impl Reader<'_> {
@@ -428,10 +437,11 @@ impl Reader<'_> {
             }
             TokenKind::Mark(open @ ('(' | '{')) => {
                 let close = if *open == '(' { ')' } else { '}' };
+                self.room = self.room.checked_sub(1)?;
                 self.take(*open);
                 let divided = std::mem::take(&mut self.divided);
                 let inside = self.sum()?;
-                self.divided = divided;
+                (self.divided, self.room) = (divided, self.room + 1);
                 self.take(close).then_some(inside)
             }
             TokenKind::Command(name) => {

@@ -68,7 +68,6 @@ const SILENT: &[&str] = &[
     "rm",
     "bf",
     "it",
-    "phantom",
 ];
 
 /// Commands that are spaces.

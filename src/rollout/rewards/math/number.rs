@@ -213,9 +213,13 @@ impl Exact {
     pub fn root(&self, degree: u32) -> Option<Self> {
         let r = self.as_rational()?;
         let of = |n: u128| {
-            (0..1 << 20)
-                .take_while(|x: &u128| power(*x, degree) <= n)
-                .find(|x| power(*x, degree) == n)
+            // The first whose power is not below n.
+            let (mut low, mut high) = (0_u128, n);
+            while low < high {
+                let middle = low + (high - low) / 2;
+                if power(middle, degree) < n { low = middle + 1 } else { high = middle }
+            }
+            (power(low, degree) == n).then_some(low)
         };
         let (num, den) = (of(r.num.unsigned_abs())?, of(r.den.unsigned_abs())?);
         let root = Rational::new(i128::try_from(num).ok()?, i128::try_from(den).ok()?)?;

@@ -192,7 +192,7 @@ pub fn read(rest: &[AnswerToken]) -> Option<(i128, Option<String>)> {
         return Some((scale, None));
     }
     let mut all: Vec<String> = Vec::new();
-    let (mut at, mut power) = (0, None);
+    let (mut at, mut power, mut nouns) = (0, None, 0);
     while let Some(t) = rest.get(at) {
         at += 1;
         let begins = all.is_empty() || all.last().is_some_and(|last| last == "/");
@@ -222,19 +222,26 @@ pub fn read(rest: &[AnswerToken]) -> Option<(i128, Option<String>)> {
                 let unit = match text.chars().count() {
                     // Degrees Celsius.
                     1 if own && ["C", "F", "K"].contains(&&**text) => text.clone(),
-                    _ => unit(text, *roman, t.spaced)?,
+                    _ => {
+                        let (unit, known) = unit(text, *roman, t.spaced)?;
+                        nouns += usize::from(!known);
+                        unit
+                    }
                 };
                 all.push(unit + power.take().unwrap_or_default());
             }
             _ => return None,
         }
     }
-    let whole = power.is_none() && all.last().is_some_and(|last| last != "/") && all.len() <= 5;
+    let whole = power.is_none()
+        && nouns < 2
+        && all.last().is_some_and(|last| last != "/")
+        && all.len() <= 5;
     whole.then(|| (scale, Some(all.join(" "))))
 }
 
-/// The name of a unit.
-fn unit(word: &str, roman: bool, spaced: bool) -> Option<String> {
+/// The name of a unit, and whether it is known here.
+fn unit(word: &str, roman: bool, spaced: bool) -> Option<(String, bool)> {
     let lower = word.to_lowercase();
     let singular = if lower.len() > 2 { lower.strip_suffix('s').unwrap_or(&lower) } else { &lower };
     let is = |name: &&str| *name == word || *name == singular || **name == *lower;
@@ -242,9 +249,9 @@ fn unit(word: &str, roman: bool, spaced: bool) -> Option<String> {
         return None;
     }
     if let Some(names) = UNITS.iter().find(|names| names.iter().any(is)) {
-        return Some(names[0].to_owned());
+        return Some((names[0].to_owned(), true));
     }
     // Any other noun: 5 apples.
     let noun = lower.len() >= 3 && lower.contains(['a', 'e', 'i', 'o', 'u']);
-    (noun && (spaced || roman)).then(|| singular.to_owned())
+    (noun && (spaced || roman)).then(|| (singular.to_owned(), false))
 }
