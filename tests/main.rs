@@ -111,6 +111,7 @@ mod train {
     mod metrics;
     mod mixture;
     mod models;
+    mod rewards;
     mod rollouts;
     mod run;
     mod schedule;

@@ -87,7 +87,8 @@ crate::settings! {
         /// short for rewards = [{ kind = "model", path = "..." }].
         pub reward_model: PathBuf = PathBuf::new(),
         /// What scores a sample; the score is the sum, each times its weight. Kinds: model, math,
-        /// exact, regex, format, length, repetition, code, command, python, http (README, Rewards).
+        /// exact, regex, json_schema, format, length, repetition, code, command, python, http (README,
+        /// Rewards).
         pub rewards: Vec<RewardEntry> = Vec::new(),
         /// Multiplies the score (1 everywhere).
         pub reward_scale: f64 = 1.0,

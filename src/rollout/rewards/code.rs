@@ -23,7 +23,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{AnswerColumn, Options, RewardFailure, RewardInput, SampleReward};
+use super::{AnswerColumn, Options, RewardFailure, RewardInput, SampleReward, last_block};
 use crate::{
     data::{ColumnsRead, RowColumns},
     device::kill_group,
@@ -117,20 +117,6 @@ fn namespaces() -> Vec<String> {
     };
     let found = [strict, &strict[..3]].into_iter().find(works).unwrap_or_default();
     found.iter().map(|word| (*word).to_owned()).collect()
-}
-
-/// What stands in the last code block of a text that ends.
-fn last_block(text: &str) -> Option<String> {
-    let (mut open, mut last): (Option<Vec<&str>>, _) = (None, None);
-    for line in text.lines() {
-        match (line.trim_start().starts_with("```"), &mut open) {
-            (true, Some(_)) => last = open.take(),
-            (true, None) => open = Some(Vec::new()),
-            (false, Some(lines)) => lines.push(line),
-            (false, None) => {}
-        }
-    }
-    last.map(|lines| lines.join("\n") + "\n")
 }
 
 /// A folder that is removed with all in it.

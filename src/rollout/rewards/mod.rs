@@ -12,6 +12,7 @@ mod command;
 mod exact;
 mod format;
 mod http;
+mod json_schema;
 mod length;
 pub mod math;
 mod options;
@@ -45,6 +46,7 @@ pub const KINDS: &[(&str, Make)] = &[
     ("math", math::math),
     ("exact", exact::exact),
     ("regex", regex::regex),
+    ("json_schema", json_schema::json_schema),
     ("format", format::format),
     ("length", length::length),
     ("repetition", repetition::repetition),
@@ -104,6 +106,20 @@ fn each(
 ) -> Result<Vec<f64>, RewardFailure> {
     let one = |(at, s)| score(s).map_err(|cause| RewardFailure { at, cause });
     samples.iter().enumerate().map(one).collect()
+}
+
+/// What stands in the last code block of a text that ends.
+fn last_block(text: &str) -> Option<String> {
+    let (mut open, mut last): (Option<Vec<&str>>, _) = (None, None);
+    for line in text.lines() {
+        match (line.trim_start().starts_with("```"), &mut open) {
+            (true, Some(_)) => last = open.take(),
+            (true, None) => open = Some(Vec::new()),
+            (false, Some(lines)) => lines.push(line),
+            (false, None) => {}
+        }
+    }
+    last.map(|lines| lines.join("\n") + "\n")
 }
 
 /// The rewards of a run.

@@ -76,6 +76,7 @@ fn a_wrong_reward_is_refused_by_name() {
         (r#"{ kind = "regex" }"#, "`regex`: wanted `pattern`, a text"),
         (r#"{ kind = "regex", pattern = "(" }"#, "`regex`: `pattern` is no regular expression"),
         (r#"{ kind = "regex", pattern = '(a)\1' }"#, "backreferences are not supported"),
+        (r#"{ kind = "json_schema", file = "nowhere.json" }"#, "nowhere.json: No such file"),
         (r#"{ kind = "format", think = "<think>" }"#, "\"<think>\" is no tag"),
         (r#"{ kind = "length" }"#, "`length`: wanted `target`"),
         (r#"{ kind = "length", target = 5, max = 6 }"#, "`length`: wanted `target`"),
@@ -148,7 +149,8 @@ fn scores_are_weighted_and_summed() {
         ]
     );
     let mut none = Rewards::default();
-    let (_, parts) = none.beside((1, 0), |queue| Ok(assert!(!queue.is_read()))).unwrap();
+    let (is_read, parts) = none.beside((1, 0), |queue| Ok(queue.is_read())).unwrap();
+    assert!(!is_read);
     assert_eq!((none.sum(parts, &mut scores), scores), (vec![], vec![4.0, 1.0, 5.0, 4.0]));
 }
 

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use super::{rewards, score};
+use crate::support::temp_dir;
 
 fn is(toml: &str, completion: &str, columns: &Value) -> bool {
     match score(toml, completion, columns).unwrap() {
@@ -159,5 +160,47 @@ fn repetition_is_the_share_of_ngrams_that_come_again() {
             if keys.is_empty() { "" } else { ", " }
         );
         assert_eq!(score(&toml, text, &json!({})).unwrap(), want, "{keys} {text}");
+    }
+}
+
+#[test]
+fn json_schema_checks_all_of_a_sample_or_its_last_block() {
+    let dir = temp_dir("json_schema");
+    let schema = |name: &str, text: &str| {
+        let file = dir.join(name);
+        std::fs::write(&file, text).unwrap();
+        format!(r#"{{ kind = "json_schema", file = "{}" }}"#, file.display())
+    };
+    let person = r##"{"type": "object", "required": ["name", "age"], "additionalProperties": false,
+        "properties": {"name": {"type": "string", "pattern": "^(a+)+$"},
+            "age": {"$ref": "#/$defs/age"}}, "$defs": {"age": {"type": "integer", "minimum": 0}}}"##;
+    let person = schema("person.json", person);
+    let long = format!(r#"{{"name": "{}b", "age": 3}}"#, "a".repeat(50_000));
+    for (text, want) in [
+        (r#"{"name": "aa", "age": 3}"#, true),
+        (" {\"name\": \"a\", \"age\": 3}\n", true),
+        ("So:\n```json\n{\"name\": \"a\", \"age\": 3}\n```\nDone.", true),
+        ("```\n{\"name\": \"a\", \"age\": 3}\n```\n```\n{}\n```", false),
+        (r#"{"name": "a", "age": -3}"#, false),
+        (r#"{"name": "a", "age": "3"}"#, false),
+        (r#"{"name": "a"}"#, false),
+        (r#"{"name": "a", "age": 3, "x": 1}"#, false),
+        (r#"So: {"name": "a", "age": 3}"#, false),
+        (r#"{"name": "a", "age": 3"#, false),
+        ("", false),
+        // Linear in its length.
+        (&long, false),
+    ] {
+        assert_eq!(is(&person, text, &json!({})), want, "{}", &text[..text.len().min(80)]);
+    }
+    for (name, text, want) in [
+        ("a.json", "{", "EOF while parsing"),
+        ("b.json", r#"{"type": "thing"}"#, "no schema"),
+        ("c.json", r#"{"$ref": "http://127.0.0.1:1/s.json"}"#, "no schema"),
+        ("d.json", r#"{"$ref": "file:///etc/passwd"}"#, "no schema"),
+        ("e.json", r#"{"pattern": "(a)\\1"}"#, "no schema"),
+    ] {
+        let e = rewards(&schema(name, text)).err().unwrap().to_string();
+        assert!(e.contains(name) && e.contains(want), "{e}");
     }
 }
