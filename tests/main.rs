@@ -98,6 +98,7 @@ mod ops {
 mod rng;
 mod rollout {
     mod engine;
+    mod rewards;
     mod score;
 }
 mod train {
@@ -111,6 +112,7 @@ mod train {
     mod metrics;
     mod mixture;
     mod models;
+    mod rewards;
     mod rollouts;
     mod run;
     mod schedule;

@@ -13,7 +13,8 @@ use super::{BadLines, DataPlace, Located, Omission, Tokenizer};
 use crate::{digest::hex, error::Result};
 
 use builder::MemoryRows;
-pub(super) use builder::{Builder, Built, ExampleRow, RowSink};
+pub(super) use builder::{Builder, Built, RowExtras, RowSink};
+pub(super) use labels::ExampleRow;
 pub use maker::ExampleKind;
 pub(super) use maker::{Made, Maker};
 
@@ -116,15 +117,22 @@ impl Dataset {
     /// [`digest_of`] all that is learned.
     pub fn digest(&self) -> String {
         let label = |i: usize| self.labels.get(i).copied();
-        digest_of(&self.sequences, self.margins.iter().copied(), (0..self.len()).map_while(label))
+        digest_of(
+            &self.sequences,
+            self.margins.iter().copied(),
+            (0..self.len()).map_while(label),
+            std::iter::empty(),
+        )
     }
 }
 
-/// SHA-256 of all that is learned: tokens, which of them are predicted, margins, labels.
+/// SHA-256 of all that is learned: tokens, which of them are predicted, margins, labels,
+/// and the columns that rewards read, as JSON, if one has some.
 pub(super) fn digest_of(
     sequences: impl IntoIterator<Item = impl Borrow<Sequence>>,
     margins: impl ExactSizeIterator<Item = Option<f64>>,
     labels: impl Iterator<Item = bool>,
+    columns: impl Iterator<Item = String>,
 ) -> String {
     let mut hash = Sha256::new();
     let mut bytes = Vec::new();
@@ -146,6 +154,10 @@ pub(super) fn digest_of(
     let mut labels = labels.map(u64::from).peekable();
     if labels.peek().is_some() {
         part(&mut labels);
+    }
+    for text in columns {
+        hash.update((text.len() as u64).to_le_bytes());
+        hash.update(text);
     }
     hex(hash.finalize())
 }

@@ -6,6 +6,7 @@ use std::{
     ops::{Deref, DerefMut},
     path::{Path, PathBuf},
     rc::Rc,
+    sync::Arc,
 };
 
 use super::{
@@ -13,7 +14,8 @@ use super::{
     files::{self, DataInput},
     options::ReadOptions,
     parallel::in_order,
-    records::{BadLines, DataPlace, Located},
+    records::{BadLines, DataPlace, Located, Record},
+    reward_columns::RowColumns,
 };
 use crate::error::{Error, Result};
 
@@ -45,8 +47,8 @@ impl DerefMut for Records {
 }
 
 /// Reads a data file, or standard input for `-`, a folder of files, or those that a pattern with
-/// `*` or `?` matches. Blank lines are skipped, unknown columns are ignored, and all rows of a file
-/// must have the format of its first.
+/// `*` or `?` matches. Blank lines are skipped, columns that neither
+/// records nor rewards read are ignored, and all rows of a file must have the format of its first.
 pub fn read(path: &Path) -> Result<Vec<Located>> {
     read_as(path, &ReadOptions::default()).map(|all| all.rows)
 }
@@ -158,11 +160,12 @@ impl Reading<'_> {
             let mut unseen = all();
             let path = batch.first.path;
             let one = |(line, text): (usize, Result<String, String>)| {
-                let record = text.and_then(|text| columns::read(&text, options, &mut unseen));
+                let row = text.and_then(|text| columns::read(&text, options, &mut unseen));
                 let place = DataPlace { path: path.clone(), line };
-                let made =
-                    |record: super::Record| (record.format(), work(Located { place, record }));
-                (line, record.map(made))
+                let made = |(record, columns): (Record, Arc<RowColumns>)| {
+                    (record.format(), work(Located { place, record, columns }))
+                };
+                (line, row.map(made))
             };
             let rows = batch.rows.into_iter().map(one).collect();
             ReadBatch { rows, unseen }

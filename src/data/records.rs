@@ -5,7 +5,7 @@ use std::{path::Path, sync::Arc};
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{chat::ChatText, unique};
+use super::{chat::ChatText, reward_columns::RowColumns, unique};
 use crate::error::{Error, Result};
 
 /// One line of a data file.
@@ -163,6 +163,8 @@ impl std::fmt::Display for DataPlace {
 pub struct Located {
     pub place: DataPlace,
     pub record: Record,
+    /// Empty unless rewards read some.
+    pub columns: Arc<RowColumns>,
 }
 
 impl Located {

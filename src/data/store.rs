@@ -4,7 +4,7 @@
 //! | words | |
 //! |---|---|
 //! | 4 | [`MAGIC`] |
-//! | of each row | 8 of its head, ids, starts and ends of what is predicted |
+//! | of each row | 8 of its head, ids, starts and ends of what is predicted, columns as JSON |
 //! | 2 a row | where the row begins, in words |
 //! | 1 a sequence | its row, if examples are not the rows as they lie |
 //! | 1 an example | whether people called it good, if they said so |
@@ -12,8 +12,8 @@
 //! | 10 | the counts and sizes of these parts, 64 bits each |
 //! | 8 | SHA-256 of all that stands before it |
 //!
-//! The head of a row has the numbers of its ids, of its predicted ranges, of its file and of its
-//! line (64 bits), and a margin (64 bits, NaN for none).
+//! The head of a row has the numbers of its ids, of its predicted ranges, of its file and of the
+//! bytes of its columns, its line (64 bits), and a margin (64 bits, NaN for none).
 
 use std::{
     io::Read,
@@ -24,11 +24,12 @@ use std::{
 
 use memmap2::Mmap;
 use serde::{Deserialize, Serialize};
+use serde_json::Value;
 use sha2::{Digest, Sha256};
 
 use super::{
-    BadLines, DataPlace, DatasetStats, Omission, Sequence,
-    dataset::{Built, ExampleRow, RowSink, digest_of},
+    BadLines, DataPlace, DatasetStats, Omission, RowColumns, Sequence,
+    dataset::{Built, ExampleRow, RowExtras, RowSink, digest_of},
 };
 use crate::{
     device::file,
@@ -75,14 +76,14 @@ pub struct About {
     pub spelled: Option<String>,
 }
 
-/// Words that are in memory or in a file.
+/// StoreWords that are in memory or in a file.
 #[derive(Debug)]
-enum Words {
+enum StoreWords {
     Memory(Vec<u32>),
     File(Mmap),
 }
 
-impl Words {
+impl StoreWords {
     fn get(&self) -> &[u32] {
         match self {
             Self::Memory(words) => words,
@@ -112,6 +113,8 @@ struct RowWords<'a> {
     file: usize,
     line: usize,
     margin: f64,
+    /// JSON, and spaces to whole words.
+    columns: &'a [u32],
     /// Where the next one begins.
     end: usize,
 }
@@ -120,10 +123,12 @@ impl<'a> RowWords<'a> {
     fn of(words: &'a [u32], at: usize) -> Option<Self> {
         let head = words.get(at..at.checked_add(HEAD)?)?;
         let predicted = at + HEAD + head[0] as usize;
-        let end = predicted + 2 * head[1] as usize;
+        let columns = predicted + 2 * head[1] as usize;
+        let end = columns + (head[3] as usize).div_ceil(4);
         Some(Self {
             ids: words.get(at + HEAD..predicted)?,
-            predicted: words.get(predicted..end)?,
+            predicted: words.get(predicted..columns)?,
+            columns: words.get(columns..end)?,
             file: head[2] as usize,
             line: long(head, 4)? as usize,
             margin: f64::from_bits(long(head, 6)?),
@@ -140,6 +145,11 @@ impl<'a> RowWords<'a> {
             fits
         });
         ranges && self.file < files && self.ids.iter().all(|id| (*id as usize) < vocab)
+    }
+
+    fn columns(&self) -> Arc<RowColumns> {
+        let text: &[u8] = bytemuck::cast_slice(self.columns);
+        Arc::new(serde_json::from_slice(text).unwrap_or_default())
     }
 
     fn sequence(&self, files: &[Arc<Path>]) -> Sequence {
@@ -162,10 +172,11 @@ pub(super) struct StoreWriter {
     hash: Sha256,
     /// Where rows begin.
     starts: Vec<u64>,
-    /// Words so far.
+    /// StoreWords so far.
     at: u64,
     /// The rows of the file, once they are settled.
     settled: Option<Mmap>,
+    has_columns: bool,
     /// Why they are in memory.
     failed: Option<Error>,
 }
@@ -196,7 +207,17 @@ impl StoreWriter {
             }
         }
         let (buffer, hash, starts) = (Vec::with_capacity(BUFFER), Sha256::new(), Vec::new());
-        let mut new = Self { files, out, buffer, hash, starts, at: 0, settled: None, failed };
+        let mut new = Self {
+            files,
+            out,
+            buffer,
+            hash,
+            starts,
+            at: 0,
+            settled: None,
+            has_columns: false,
+            failed,
+        };
         new.bytes(&MAGIC);
         new
     }
@@ -282,7 +303,7 @@ impl StoreWriter {
         self.flush()?;
         let Self { files, out, mut failed, .. } = self;
         let words = match out {
-            Output::Memory(words) => Words::Memory(words),
+            Output::Memory(words) => StoreWords::Memory(words),
             Output::File(aside, mut file) => {
                 let map = file::map(&aside.0)?;
                 let named = name.map_or(Ok(()), |name| {
@@ -292,7 +313,7 @@ impl StoreWriter {
                 });
                 // Without its name it serves this process alone.
                 failed = named.err().map(Error::io("write", &aside.0));
-                Words::File(map)
+                StoreWords::File(map)
             }
         };
         let store = TokenStore::of(words, files);
@@ -308,7 +329,12 @@ impl StoreWriter {
             Some(self.words(row(2 * i)).margin).filter(|m| !m.is_nan())
         };
         let sequences = (0..count).map(|i| self.row(row(i)));
-        digest_of(sequences, (0..pairs).map(margin), labels.iter().copied())
+        let columns = |i: usize| {
+            self.release_at(i);
+            Value::Object((*self.words(row(i)).columns()).clone()).to_string()
+        };
+        let columns = (0..if self.has_columns { count } else { 0 }).map(columns);
+        digest_of(sequences, (0..pairs).map(margin), labels.iter().copied(), columns)
     }
 
     /// A row that was settled.
@@ -330,26 +356,35 @@ impl StoreWriter {
 }
 
 /// Gives pages back from time to time while all rows are read.
-fn release_at(i: usize, words: &Words) {
+fn release_at(i: usize, words: &StoreWords) {
     if i % OFTEN == OFTEN - 1 {
         words.release();
     }
 }
 
 impl RowSink for StoreWriter {
-    fn push(&mut self, s: &Sequence, number: Option<f64>) -> Result<()> {
+    fn push(&mut self, s: &Sequence, more: &RowExtras) -> Result<()> {
         self.starts.push(self.at);
         let file = self.files.iter().rposition(|f| Arc::ptr_eq(f, &s.place.path)).unwrap_or(0);
-        for n in [s.ids.len(), s.predicted.len(), file, 0] {
+        let mut columns = match more.columns.is_empty() {
+            true => String::new(),
+            false => Value::Object((*more.columns).clone()).to_string(),
+        };
+        for n in [s.ids.len(), s.predicted.len(), file, columns.len()] {
             self.word(n)?;
         }
         self.bytes(&(s.place.line as u64).to_le_bytes());
-        self.bytes(&number.unwrap_or(f64::NAN).to_le_bytes());
+        self.bytes(&more.margin.unwrap_or(f64::NAN).to_le_bytes());
         self.bytes(bytemuck::cast_slice(&s.ids));
         for r in &s.predicted {
             self.word(r.start)?;
             self.word(r.end)?;
         }
+        self.has_columns |= !columns.is_empty();
+        while !columns.len().is_multiple_of(4) {
+            columns.push(' ');
+        }
+        self.bytes(columns.as_bytes());
         if self.buffer.len() >= BUFFER { self.flush() } else { Ok(()) }
     }
 
@@ -372,7 +407,7 @@ impl RowSink for StoreWriter {
 /// chosen one first.
 #[derive(Clone, Debug)]
 pub struct TokenStore {
-    words: Arc<Words>,
+    words: Arc<StoreWords>,
     files: Arc<[Arc<Path>]>,
     /// Where the rows begin, those of examples, and labels, in words.
     starts: usize,
@@ -397,11 +432,11 @@ impl TokenStore {
         if sum != last {
             return None;
         }
-        let store = Self::of(Words::File(file::map(path).ok()?), files)?;
+        let store = Self::of(StoreWords::File(file::map(path).ok()?), files)?;
         store.is_sound(vocab).then_some(store)
     }
 
-    fn of(words: Words, files: Vec<Arc<Path>>) -> Option<Self> {
+    fn of(words: StoreWords, files: Vec<Arc<Path>>) -> Option<Self> {
         let all = words.get();
         let end = all.len().checked_sub(FOOTER / 4)?;
         if bytemuck::cast_slice::<u32, u8>(all).get(..16)? != MAGIC {
@@ -489,6 +524,12 @@ impl TokenStore {
         all.filter_map(|i| self.row(i).map(|row| row.sequence(&self.files)))
     }
 
+    /// Where an example stands.
+    pub fn place_of(&self, i: usize) -> DataPlace {
+        let row = self.row(i * self.unit());
+        self.place(row.map_or((0, 0), |row| (row.file, row.line)))
+    }
+
     /// The file that an example is of, by its number.
     pub fn file(&self, i: usize) -> usize {
         release_at(i, &self.words);
@@ -500,6 +541,12 @@ impl TokenStore {
         let is_pair = self.unit() == 2;
         let row = if is_pair { self.row(2 * i) } else { None };
         row.map(|row| row.margin).filter(|m| !m.is_nan())
+    }
+
+    /// What rewards read of the row of a prompt.
+    pub fn columns(&self, i: usize) -> Arc<RowColumns> {
+        release_at(i, &self.words);
+        self.row(i).map(|row| row.columns()).unwrap_or_default()
     }
 
     /// Whether people called an example good, where they judged all.

@@ -20,6 +20,7 @@ use crate::{
     error::{Error, Result},
     eval,
     models::Spec,
+    rollout::rewards::Rewards,
 };
 
 /// A run without its weights.
@@ -36,6 +37,8 @@ pub struct RunInputs {
     pub source: Source,
     /// Evaluation data.
     pub held_out: Option<Source>,
+    /// What scores samples beside the reward model.
+    pub rewards: Rewards,
     /// What a user should know of them.
     pub warnings: Vec<String>,
     pub steps: u64,
@@ -77,6 +80,8 @@ pub struct RunData {
     pub source: Source,
     /// Evaluation data.
     pub held_out: Option<Source>,
+    /// What scores samples beside the reward model.
+    pub rewards: Rewards,
 }
 
 impl RunData {
@@ -90,6 +95,11 @@ impl RunData {
     ) -> Result<Self> {
         let dir = Path::new(&settings.model);
         let tokenizer = Tokenizer::open_if_there(dir, settings.chat_template.as_deref())?;
+        let rewards = Rewards::new(&needs.rewards)?;
+        if rewards.read_texts() && tokenizer.is_none() {
+            let want = "a model folder with tokenizer.json: rewards read texts";
+            return Err(Error::config("rewards", want, dir.display()));
+        }
         let mut eos: Vec<u32> = settings.eos_id.into_iter().collect();
         if eos.is_empty() {
             eos.extend(tokenizer.iter().flat_map(|t| t.eos().to_vec()));
@@ -117,13 +127,20 @@ impl RunData {
         let (vocab, eos_id) = (spec.vocab, eos.first().copied());
         let limits = Limits { max_length, vocab, eos: eos_id, skip_bad: 0 };
         let chats = tokenizer.as_ref().is_some_and(|t| t.template().is_ok());
-        let find = |files: &[DataFile], part| SourceFiles::find(files, part, chats, settings);
+        let find = |files: &[DataFile], part| {
+            SourceFiles::find(files, part, chats, rewards.columns(), settings)
+        };
         let mut load = |files: &SourceFiles| {
             Source::of(files, needs, tokenizer.as_ref(), limits, (settings, &mut *seen))
         };
         let mut files = find(&settings.data, FolderPart::Training)?;
         let apart = (split > 0.0).then(|| files.hold_out(split, settings.seed));
         let mut source = load(&files)?;
+        let prompts = if needs.rewards.is_empty() { 0..0 } else { 0..source.data.len() };
+        for i in prompts {
+            let refused = |e: String| source.data.place_of(i).error(e);
+            rewards.admit(&source.data.columns(i)).map_err(refused)?;
+        }
         let end = tokenizer.as_ref().and_then(data::turn_end);
         let ended = |s: Sequence| s.ids.iter().any(|id| eos.contains(id));
         let learns = source.is_chat && needs.sampling().is_none();
@@ -160,7 +177,7 @@ impl RunData {
                 Some(load(&find(&files, FolderPart::HeldOut)?)?)
             }
         };
-        Ok(Self { tokenizer, eos, source, held_out })
+        Ok(Self { tokenizer, eos, source, held_out, rewards })
     }
 }
 
@@ -180,8 +197,8 @@ impl RunInputs {
         let needs = algorithm.needs();
         let mut models = models::planned(&settings, &needs)?;
         let spec = &models[0].spec;
-        let RunData { tokenizer, eos, source, held_out } =
-            RunData::read(&settings, &needs, spec, seen)?;
+        let data = RunData::read(&settings, &needs, spec, seen)?;
+        let RunData { tokenizer, eos, source, held_out, rewards } = data;
         let longest = held_out.as_ref().map_or(0, |s| s.data.longest());
         let per_prompt = needs.sampling().map_or(1, |s| s.samples_per_prompt);
         if !settings.batch_size.is_multiple_of(per_prompt.saturating_mul(needs.minibatches)) {
@@ -231,6 +248,7 @@ impl RunInputs {
             eos,
             source,
             held_out,
+            rewards,
             warnings,
             steps,
             sizes,

@@ -7,7 +7,7 @@ use std::{
 
 use super::{data_file::DataFile, settings::Settings};
 use crate::{
-    data::{self, DataInput, DrawGroup, FolderPart, ReadOptions, Split, TokenStore},
+    data::{self, ColumnsRead, DataInput, DrawGroup, FolderPart, ReadOptions, Split, TokenStore},
     error::{Error, Result},
 };
 
@@ -28,10 +28,17 @@ pub struct SourceFiles {
 }
 
 impl SourceFiles {
-    /// Looks for all files. `chats`: the model has a chat template.
-    pub fn find(files: &[DataFile], part: FolderPart, chats: bool, s: &Settings) -> Result<Self> {
+    /// Looks for all files. `chats`: the model has a chat template; `rewards` read these columns.
+    pub fn find(
+        files: &[DataFile],
+        part: FolderPart,
+        chats: bool,
+        rewards: ColumnsRead,
+        s: &Settings,
+    ) -> Result<Self> {
         let names: Vec<&str> = files.iter().map(|file| &file.path[..]).collect();
-        let options = ReadOptions { columns: s.columns.clone(), chats, skip_bad: s.skip_bad, part };
+        let (columns, skip_bad) = (s.columns.clone(), s.skip_bad);
+        let options = ReadOptions { columns, chats, skip_bad, part, rewards };
         let mut out = Self {
             inputs: Vec::new(),
             options,

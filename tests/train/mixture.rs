@@ -10,7 +10,7 @@ use warpo::{
     Error,
     algorithms::{Inputs, Needs},
     config,
-    data::{self, DrawGroup, DrawOrder, FolderPart, Limits},
+    data::{self, ColumnsRead, DrawGroup, DrawOrder, FolderPart, Limits},
     train::{DataFile, Settings, Silent, inputs::RunInputs, mixture::SourceFiles, source::Source},
 };
 
@@ -33,7 +33,7 @@ fn write(path: &Path, ids: impl IntoIterator<Item = usize>) -> String {
 }
 
 fn files(files: &[DataFile], part: FolderPart) -> SourceFiles {
-    SourceFiles::find(files, part, false, &Settings::default()).unwrap()
+    SourceFiles::find(files, part, false, ColumnsRead::None, &Settings::default()).unwrap()
 }
 
 fn source(files: &SourceFiles) -> Result<Source, Error> {

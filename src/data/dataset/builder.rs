@@ -1,19 +1,30 @@
 //! Sequences to the examples of a data set, one after another.
 
+use std::sync::Arc;
+
 use super::{
     Dataset, DatasetStats, ExampleKind, Limits, Sequence,
-    labels::{BETWEEN, drawn, extremes},
+    labels::{BETWEEN, ExampleRow, LabelledRow, drawn, extremes},
     maker::Made,
 };
 use crate::{
-    data::{BadLines, DataPlace, Omission},
+    data::{BadLines, DataPlace, Omission, RowColumns},
     error::{Error, Result},
 };
 
+/// What a row has beside its sequence.
+#[derive(Clone, Debug, Default)]
+pub(in crate::data) struct RowExtras {
+    /// Of a pair, with its first row.
+    pub margin: Option<f64>,
+    /// What rewards read, of a prompt.
+    pub columns: Arc<RowColumns>,
+}
+
 /// Where the rows of a data set are kept: each is one sequence.
 pub(in crate::data) trait RowSink {
-    /// Adds a row. Of a pair the first one has the margin as its `number`.
-    fn push(&mut self, sequence: &Sequence, number: Option<f64>) -> Result<()>;
+    /// Adds a row.
+    fn push(&mut self, sequence: &Sequence, more: &RowExtras) -> Result<()>;
 
     /// From now on rows can be read, and none is added.
     fn settle(&mut self) -> Result<()>;
@@ -26,13 +37,13 @@ pub(in crate::data) trait RowSink {
 #[derive(Default)]
 pub(super) struct MemoryRows {
     sequences: Vec<Sequence>,
-    numbers: Vec<Option<f64>>,
+    margins: Vec<Option<f64>>,
 }
 
 impl RowSink for MemoryRows {
-    fn push(&mut self, sequence: &Sequence, number: Option<f64>) -> Result<()> {
+    fn push(&mut self, sequence: &Sequence, more: &RowExtras) -> Result<()> {
         self.sequences.push(sequence.clone());
-        self.numbers.push(number);
+        self.margins.push(more.margin);
         Ok(())
     }
 
@@ -49,29 +60,17 @@ impl MemoryRows {
     /// The data set of what was built.
     pub fn dataset(self, built: Built) -> Dataset {
         let Built { unit, rows, labels, stats, omissions, bad, .. } = built;
-        let (sequences, numbers) = match rows {
-            None => (self.sequences, self.numbers),
+        let (sequences, margins) = match rows {
+            None => (self.sequences, self.margins),
             Some(rows) => {
                 let at = |row: &ExampleRow| *row as usize;
-                let all = |row| (self.sequences[at(row)].clone(), self.numbers[at(row)]);
+                let all = |row| (self.sequences[at(row)].clone(), self.margins[at(row)]);
                 rows.iter().map(all).unzip()
             }
         };
-        let margins = if unit == 2 { numbers.into_iter().step_by(2).collect() } else { Vec::new() };
+        let margins = if unit == 2 { margins.into_iter().step_by(2).collect() } else { Vec::new() };
         Dataset { sequences, margins, labels, stats, omissions, bad }
     }
-}
-
-/// The number of a row, in 32 bits: there are as many of these in memory as texts with labels.
-pub(in crate::data) type ExampleRow = u32;
-
-/// A text that people labelled.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct LabelledRow {
-    pub label: f64,
-    pub row: ExampleRow,
-    /// It was cut.
-    is_cut: bool,
 }
 
 /// What was built, beside the rows.
@@ -167,20 +166,21 @@ impl<S: RowSink> Builder<S> {
     /// Adds what a record gives.
     pub fn add(&mut self, made: Result<Made>) -> Result<()> {
         let Some(made) = self.built.bad.kept(made)? else { return Ok(()) };
+        let none = RowExtras::default();
         match made {
-            Made::Each(all) => all.into_iter().try_for_each(|s| self.push(&mut [s], None)),
-            Made::Prompt(prompt, is_cut) => {
+            Made::Each(all) => all.into_iter().try_for_each(|s| self.push(&mut [s], &none)),
+            Made::Prompt { prompt, is_cut, columns } => {
                 if is_cut {
                     self.built.stats.truncated += 1;
                     let why = "cut at the beginning: longer than max_length";
                     self.built.omit(why.into(), &prompt.place);
                 }
-                self.push(&mut [prompt], None)
+                self.push(&mut [prompt], &RowExtras { columns, margin: None })
             }
             Made::Pair([chosen, rejected], _) if self.kind == ExampleKind::Judged => {
                 for (side, good) in [(chosen, true), (rejected, false)] {
                     let before = self.count;
-                    self.push(&mut [side], None)?;
+                    self.push(&mut [side], &none)?;
                     self.labels.extend((self.count > before).then_some(good));
                 }
                 Ok(())
@@ -189,11 +189,11 @@ impl<S: RowSink> Builder<S> {
                 if margin.is_some() && self.built.first_margin.is_none() {
                     self.built.first_margin = Some(pair[0].place.clone());
                 }
-                self.push(&mut pair, margin)
+                self.push(&mut pair, &RowExtras { margin, ..none })
             }
             Made::Labelled(mut text, label) => {
                 let is_cut = self.cut(&mut text);
-                let row = self.keep(&text, None)?;
+                let row = self.keep(&text, &none)?;
                 self.labelled.push(LabelledRow { label, row, is_cut });
                 Ok(())
             }
@@ -210,23 +210,24 @@ impl<S: RowSink> Builder<S> {
     }
 
     /// Keeps a row.
-    fn keep(&mut self, s: &Sequence, number: Option<f64>) -> Result<ExampleRow> {
+    fn keep(&mut self, s: &Sequence, more: &RowExtras) -> Result<ExampleRow> {
         let many = || Error::value("rows of data", format!("at most {}", ExampleRow::MAX), "more");
         let row = ExampleRow::try_from(self.count).map_err(|_| many())?;
-        self.sink.push(s, number)?;
+        self.sink.push(s, more)?;
         self.count += 1;
         Ok(row)
     }
 
     /// Adds an example, cut at the end, unless it then teaches nothing.
-    fn push(&mut self, example: &mut [Sequence], margin: Option<f64>) -> Result<()> {
+    fn push(&mut self, example: &mut [Sequence], more: &RowExtras) -> Result<()> {
         let mut is_cut = false;
         for s in &mut *example {
             is_cut |= self.cut(s);
         }
         if self.built.count(self.kind, example, is_cut) {
+            let none = RowExtras::default();
             for (i, s) in example.iter().enumerate() {
-                self.keep(s, margin.filter(|_| i == 0))?;
+                self.keep(s, if i == 0 { more } else { &none })?;
             }
         }
         Ok(())

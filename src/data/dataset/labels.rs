@@ -1,10 +1,21 @@
 //! Labels of texts, to examples.
 
-use super::builder::{ExampleRow, LabelledRow};
 use crate::{
     error::{Error, Result},
     rng::{Philox, Purpose},
 };
+
+/// The number of a row, in 32 bits: there are as many of these in memory as texts with labels.
+pub(in crate::data) type ExampleRow = u32;
+
+/// A text that people labelled.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct LabelledRow {
+    pub label: f64,
+    pub row: ExampleRow,
+    /// It was cut.
+    pub is_cut: bool,
+}
 
 /// Why a text with a label is no example of good or of bad.
 pub(super) const BETWEEN: &str = "dropped: a label between the lowest and the highest";

@@ -1,11 +1,11 @@
 //! Records to sequences, each on its own: any thread may make any.
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use super::{Limits, Sequence};
 use crate::{
     data::{
-        Kept, Located, Record, Tokenizer,
+        Kept, Located, Record, RowColumns, Tokenizer,
         chat::{self, Chat, ChatText},
     },
     error::{Error, Result},
@@ -42,8 +42,8 @@ pub(in crate::data) enum Made {
     Pair([Sequence; 2], Option<f64>),
     /// What people said of a text: labels mean something beside others.
     Labelled(Sequence, f64),
-    /// A prompt, and whether it lost its beginning.
-    Prompt(Sequence, bool),
+    /// A prompt, whether it lost its beginning, and what rewards read of its row.
+    Prompt { prompt: Sequence, is_cut: bool, columns: Arc<RowColumns> },
 }
 
 /// Makes sequences of records.
@@ -91,7 +91,7 @@ impl Maker<'_> {
         let bos = self.tokenizer.and_then(|t| t.bos().filter(|_| t.adds_bos()));
         let begins = usize::from(bos.is_some() && ids.first().copied() == bos).min(room);
         ids.drain(begins..begins + surplus);
-        Ok(Made::Prompt(prompt, surplus > 0))
+        Ok(Made::Prompt { prompt, is_cut: surplus > 0, columns: at.columns.clone() })
     }
 
     /// The ids of a text as a model expects its beginning, and not many more than are kept.
