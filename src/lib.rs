@@ -78,6 +78,8 @@ pub mod rollout;
 #[doc(hidden)]
 pub mod shape;
 #[doc(hidden)]
+pub mod storage;
+#[doc(hidden)]
 pub mod train;
 
 pub use algorithms::{ALGORITHMS, Algorithm, AlgorithmEntry, algorithm};

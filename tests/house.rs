@@ -12,6 +12,7 @@ const LAYERS: &[(&str, u32)] = &[
     ("rng", 1),
     ("config", 1),
     ("device", 10),
+    ("storage", 12),
     ("hub", 15),
     ("ops", 20),
     ("data", 20),

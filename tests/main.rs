@@ -30,6 +30,7 @@ mod data {
     mod records;
     mod skipping;
     mod tokenizer;
+    mod tokens;
 }
 mod device {
     mod arena;

@@ -27,7 +27,7 @@ use clap::{CommandFactory, Parser, Subcommand};
 
 use crate::{
     algorithms::ALGORITHMS,
-    data::ReadOptions,
+    data::{ReadOptions, cache},
     device::Device,
     error::{Error, Result},
     hub, train as runs,
@@ -68,6 +68,7 @@ enum Command {
 
 /// Runs the command of this process.
 pub fn run() -> ExitCode {
+    cache::keep();
     let args = flags::as_settings(&Cli::command(), std::env::args_os());
     let done = match Cli::parse_from(args).command {
         Command::Train(args) => train::run(&args),

@@ -19,7 +19,12 @@ pub(super) struct Progress {
     printed: Option<Instant>,
     /// When this process began, and at which step.
     begun: (Instant, u64),
+    /// Bytes of data that are being read.
+    reading: Option<ProgressBar>,
 }
+
+/// The style of a bar of bytes.
+const BYTES: &str = "{prefix} {bar:20} {bytes}/{total_bytes} {elapsed} eta {eta}";
 
 impl Progress {
     pub(super) fn new(name: &'static str) -> Self {
@@ -32,7 +37,14 @@ impl Progress {
             bar.enable_steady_tick(Duration::from_millis(250));
             bar
         });
-        Self { name, bar, numbers: String::new(), printed: None, begun: (Instant::now(), 0) }
+        Self {
+            name,
+            bar,
+            numbers: String::new(),
+            printed: None,
+            begun: (Instant::now(), 0),
+            reading: None,
+        }
     }
 
     pub(super) fn finish(&self) {
@@ -73,6 +85,32 @@ fn clock(seconds: f64) -> String {
 impl Observer for Progress {
     fn note(&mut self, line: &str) {
         self.line(line);
+    }
+
+    fn reading(&mut self, data: &str, done: u64, total: u64) {
+        if self.bar.is_some() {
+            let bar = self.reading.get_or_insert_with(|| {
+                let bar =
+                    ProgressBar::new(total).with_prefix(format!("reads {}", super::plain(data)));
+                if let Ok(style) = ProgressStyle::with_template(BYTES) {
+                    bar.set_style(style);
+                }
+                bar
+            });
+            bar.set_position(done);
+            if done >= total {
+                bar.finish_and_clear();
+                self.reading = None;
+            }
+            return;
+        }
+        // What takes less needs no line.
+        let last = *self.printed.get_or_insert_with(Instant::now);
+        if last.elapsed() >= EVERY {
+            self.printed = Some(Instant::now());
+            let percent = 100 * done / total.max(1);
+            self.line(&format!("{}: {percent} % of {data} read", self.name));
+        }
     }
 
     fn begin(&mut self, step: u64, steps: u64) {

@@ -10,7 +10,7 @@ use crate::{
     data::{Sequence, Tokenizer},
     error::Result,
     models::Config,
-    train::{DataFile, inputs::RunData},
+    train::{DataFile, Silent, inputs::RunData},
 };
 
 /// Write what training sees of data: a JSON line a sequence, with `text`, `input_ids` and `labels`
@@ -54,15 +54,15 @@ pub(super) fn run(args: &TokenizeArgs) -> Result<()> {
     }
     let needs = (entry.build)(&*section)?.needs();
     let (_, spec) = Config::read(&model)?.spec()?;
-    let data = RunData::read(&settings, &needs, &spec)?;
+    let data = RunData::read(&settings, &needs, &spec, &mut Silent)?;
     data.source.warnings.iter().for_each(|text| warn(text));
     let colour = std::io::stdout().is_terminal() && std::env::var_os("NO_COLOR").is_none();
-    for s in &data.source.data.sequences {
+    for s in data.source.data.sequences() {
         let line = match (&data.tokenizer, colour) {
-            (Some(tokenizer), true) => coloured(tokenizer, s)?,
+            (Some(tokenizer), true) => coloured(tokenizer, &s)?,
             (tokenizer, _) => {
                 let text = tokenizer.as_ref().map(|t| t.decode_all(&s.ids)).transpose()?;
-                json!({ "text": text, "input_ids": s.ids, "labels": labels(s) }).to_string()
+                json!({ "text": text, "input_ids": s.ids, "labels": labels(&s) }).to_string()
             }
         };
         super::print(&(line + "\n"))?;

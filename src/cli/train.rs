@@ -137,6 +137,8 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     signals::install()?;
     let (entry, mut settings, mut section) = settings(&args.run)?;
     find_models(&mut settings, &mut *section, super::model_folder)?;
+    let data: Vec<&str> = settings.data.iter().map(|file| &*file.path).collect();
+    super::note(&format!("{}: reads {} for {}", entry.name, data.join(", "), settings.model));
     let dev = Device::from_name(&settings.device, settings.threads)?;
     let dir = args.profiling.on(dev, |dev| {
         let mut progress = Progress::new(entry.name);

@@ -1,21 +1,22 @@
 //! Records to the token sequences of a data set.
 
-mod preferences;
+mod builder;
+mod labels;
+mod maker;
 
-use std::{ops::Range, sync::Arc};
+use std::{borrow::Borrow, ops::Range};
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
-use super::{
-    BadLines, DataPlace, Kept, Located, Omission, Record, RowColumns, Tokenizer,
-    chat::{self, Chat, ChatText},
-};
-use crate::{
-    digest::hex,
-    error::{Error, Result},
-};
+use super::{BadLines, DataPlace, Located, Omission, Tokenizer};
+use crate::{digest::hex, error::Result};
 
-pub use preferences::{judged, pairs};
+use builder::MemoryRows;
+pub(super) use builder::{Builder, Built, RowExtras, RowSink};
+pub(super) use labels::ExampleRow;
+pub use maker::ExampleKind;
+pub(super) use maker::{Made, Maker};
 
 /// A text, a side of a pair, a prompt, or a prompt and its continuation: one type from a line of
 /// data to the rows of a batch.
@@ -71,8 +72,6 @@ pub struct Dataset {
     pub margins: Vec<Option<f64>>,
     /// Whether people called each completion good; empty without judgements.
     pub labels: Vec<bool>,
-    /// Columns of each prompt that rewards read; empty without prompts.
-    pub columns: Vec<Arc<RowColumns>>,
     pub stats: DatasetStats,
     /// What was cut or dropped, a reason each.
     pub omissions: Vec<Omission>,
@@ -81,7 +80,7 @@ pub struct Dataset {
 }
 
 /// Counts of a data set's records and tokens.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct DatasetStats {
     pub examples: usize,
     pub tokens: usize,
@@ -92,11 +91,6 @@ pub struct DatasetStats {
 }
 
 impl Dataset {
-    /// Nothing yet.
-    fn within(limits: Limits) -> Self {
-        Self { bad: BadLines::up_to(limits.skip_bad), ..Self::default() }
-    }
-
     /// Sequences of an example.
     pub fn unit(&self) -> usize {
         if self.margins.is_empty() { 1 } else { 2 }
@@ -115,93 +109,57 @@ impl Dataset {
         &self.sequences[i * self.unit()..(i + 1) * self.unit()]
     }
 
-    /// Leaves out pairs of which a side predicts no token: a policy has no log-prob of it.
-    pub fn keep_predicted(&mut self) {
-        let all = std::mem::take(self);
-        (self.stats, self.omissions, self.bad) = (all.stats, all.omissions, all.bad);
-        let pairs = all.sequences.chunks_exact(2).zip(all.margins);
-        for (pair, margin) in pairs {
-            if pair.iter().all(|s| s.tokens() > 0) {
-                self.sequences.extend_from_slice(pair);
-                self.margins.push(margin);
-            } else {
-                self.stats.examples -= 1;
-                self.stats.tokens -= pair.iter().map(|s| s.ids.len()).sum::<usize>();
-                self.stats.dropped += 1;
-                self.omit("dropped: a side without a completion".into(), &pair[0].place);
-            }
-        }
-    }
-
     /// Tokens of the longest sequence.
     pub fn longest(&self) -> usize {
         self.sequences.iter().map(|s| s.ids.len()).max().unwrap_or(0)
     }
 
-    /// SHA-256 of all that is learned: tokens, which of them are predicted, margins, labels.
+    /// [`digest_of`] all that is learned.
     pub fn digest(&self) -> String {
-        let mut hash = Sha256::new();
-        let mut part = |numbers: &mut dyn ExactSizeIterator<Item = u64>| {
-            hash.update((numbers.len() as u64).to_le_bytes());
-            numbers.for_each(|n| hash.update(n.to_le_bytes()));
-        };
-        for s in &self.sequences {
-            part(&mut s.ids.iter().map(|id| u64::from(*id)));
-            part(&mut s.predicted.iter().map(|r| ((r.start as u64) << 32) | r.end as u64));
-        }
-        // NaN stands for no margin: data has none.
-        part(&mut self.margins.iter().map(|m| m.unwrap_or(f64::NAN).to_bits()));
-        if !self.labels.is_empty() {
-            part(&mut self.labels.iter().map(|good| u64::from(*good)));
-        }
-        if self.columns.iter().any(|row| !row.is_empty()) {
-            for row in &self.columns {
-                let text = serde_json::Value::Object((**row).clone()).to_string();
-                hash.update((text.len() as u64).to_le_bytes());
-                hash.update(text);
-            }
-        }
-        hex(hash.finalize())
+        let label = |i: usize| self.labels.get(i).copied();
+        digest_of(
+            &self.sequences,
+            self.margins.iter().copied(),
+            (0..self.len()).map_while(label),
+            std::iter::empty(),
+        )
     }
+}
 
-    /// Counts an example that is not as the data has it.
-    fn omit(&mut self, reason: String, at: &DataPlace) {
-        match self.omissions.iter_mut().find(|o| o.reason == reason) {
-            Some(same) => same.count += 1,
-            None => self.omissions.push(Omission { reason, count: 1, first: at.clone() }),
-        }
+/// SHA-256 of all that is learned: tokens, which of them are predicted, margins, labels,
+/// and the columns that rewards read, as JSON, if one has some.
+pub(super) fn digest_of(
+    sequences: impl IntoIterator<Item = impl Borrow<Sequence>>,
+    margins: impl ExactSizeIterator<Item = Option<f64>>,
+    labels: impl Iterator<Item = bool>,
+    columns: impl Iterator<Item = String>,
+) -> String {
+    let mut hash = Sha256::new();
+    let mut bytes = Vec::new();
+    let mut part = |numbers: &mut dyn Iterator<Item = u64>| {
+        bytes.resize(8, 0);
+        numbers.for_each(|n| bytes.extend(n.to_le_bytes()));
+        let count = (bytes.len() / 8 - 1) as u64;
+        bytes[..8].copy_from_slice(&count.to_le_bytes());
+        hash.update(&bytes);
+        bytes.clear();
+    };
+    for s in sequences {
+        let Sequence { ids, predicted, .. } = s.borrow();
+        part(&mut ids.iter().map(|id| u64::from(*id)));
+        part(&mut predicted.iter().map(|r| ((r.start as u64) << 32) | r.end as u64));
     }
-
-    /// Adds an example, cut at the end, unless `useless` says why it then teaches nothing.
-    fn push<const N: usize>(
-        &mut self,
-        mut example: [Sequence; N],
-        max_length: usize,
-        useless: impl FnOnce(&[Sequence; N]) -> Option<&'static str>,
-    ) -> bool {
-        let long = example.iter().any(|s| s.ids.len() > max_length);
-        self.stats.truncated += usize::from(long);
-        for s in &mut example {
-            s.ids.truncate(max_length);
-            s.predicted.iter_mut().for_each(|r| r.end = r.end.min(s.ids.len()));
-            s.predicted.retain(|r| r.start < r.end);
-        }
-        let (useless, at) = (useless(&example), &example[0].place);
-        match (useless, long) {
-            (Some(why), false) => self.omit(format!("dropped: {why}"), at),
-            (Some(why), true) => self.omit(format!("dropped: {why} within max_length"), at),
-            (None, true) => self.omit("cut at the end: longer than max_length".into(), at),
-            (None, false) => {}
-        }
-        if useless.is_some() {
-            self.stats.dropped += 1;
-            return false;
-        }
-        self.stats.examples += 1;
-        self.stats.tokens += example.iter().map(|s| s.ids.len()).sum::<usize>();
-        self.sequences.extend(example);
-        true
+    // NaN stands for no margin: data has none.
+    part(&mut margins.map(|m| m.unwrap_or(f64::NAN).to_bits()));
+    let mut labels = labels.map(u64::from).peekable();
+    if labels.peek().is_some() {
+        part(&mut labels);
     }
+    for text in columns {
+        hash.update((text.len() as u64).to_le_bytes());
+        hash.update(text);
+    }
+    hex(hash.finalize())
 }
 
 /// Bounds of an example.
@@ -217,314 +175,66 @@ pub struct Limits {
     pub skip_bad: usize,
 }
 
-/// Makes sequences of records.
-#[derive(Clone, Copy)]
-struct Maker<'a> {
-    tokenizer: Option<&'a Tokenizer>,
+/// Examples of this kind, of records that are in memory.
+pub fn examples(
+    records: &[Located],
+    tokenizer: Option<&Tokenizer>,
     limits: Limits,
+    kind: ExampleKind,
+) -> Result<Dataset> {
+    let maker = Maker { tokenizer, limits, kind };
+    let mut builder = Builder::new(limits, kind, MemoryRows::default());
+    for at in records {
+        builder.add(maker.make(at))?;
+    }
+    let (rows, built) = builder.finish()?;
+    Ok(rows.dataset(built))
 }
 
-impl Maker<'_> {
-    /// The ids of a text as a model expects its beginning, and not many more than are kept.
-    fn start(&self, at: &Located, text: &str, kept: Kept) -> Result<Vec<u32>> {
-        let tokenizer = self.tokenizer;
-        tokenizer
-            .ok_or_else(|| at.error("is text, but the model folder has no tokenizer.json"))?
-            .encode_start_within(text, self.limits.max_length, kept)
-    }
-
-    /// A sequence of these ids, checked.
-    fn sequence(
-        &self,
-        at: &Located,
-        ids: Vec<u32>,
-        predicted: Vec<Range<usize>>,
-    ) -> Result<Sequence> {
-        let vocab = self.limits.vocab;
-        match ids.iter().find(|id| **id as usize >= vocab) {
-            None => Ok(Sequence { ids, predicted, place: at.place.clone() }),
-            Some(id) => Err(at.error(format!("has token id {id}, wanted less than {vocab}"))),
-        }
-    }
-
-    /// A text with EOS, all of it predicted.
-    fn whole(&self, at: &Located, text: &str) -> Result<Sequence> {
-        let mut ids = self.start(at, text, Kept::First)?;
-        ids.extend(self.limits.eos);
-        let all = 1..ids.len();
-        self.sequence(at, ids, vec![all])
-    }
-
-    /// A prompt and its completion with EOS, which is predicted.
-    fn completed(&self, at: &Located, prompt: &str, completion: &str) -> Result<Sequence> {
-        let mut ids = self.start(at, prompt, Kept::First)?;
-        let from = ids.len();
-        let room = self.limits.max_length.saturating_sub(from);
-        let rest = |t: &Tokenizer| t.encode_continuation_within(completion, room);
-        ids.extend(self.tokenizer.map_or(Ok(Vec::new()), rest)?);
-        ids.extend(self.limits.eos);
-        let end = from.max(1)..ids.len();
-        self.sequence(at, ids, vec![end])
-    }
-
-    fn completed_ids(&self, at: &Located, prompt: &[u32], completion: &[u32]) -> Result<Sequence> {
-        let ids = [prompt, completion].concat();
-        let end = prompt.len().max(1)..ids.len();
-        self.sequence(at, ids, vec![end])
-    }
-
-    /// The tokenizer, which renders conversations.
-    fn chats(&self, at: &Located) -> Result<&Tokenizer> {
-        self.tokenizer.ok_or_else(|| {
-            at.error("is a conversation, but the model folder has no tokenizer.json")
-        })
-    }
-
-    /// A conversation whose answers from message `from` on are learned. With `ends` it ends where a
-    /// sample would.
-    fn conversation(&self, at: &Located, chat: &Chat, from: usize, ends: bool) -> Result<Sequence> {
-        let made = chat.learned(self.chats(at)?, from, ends).map_err(|e| at.error(e))?;
-        self.sequence(at, made.ids, made.learned)
-    }
-
-    /// The messages of a record, and how many of them are no answer that is learned.
-    fn chat(&self, at: &Located) -> Result<Option<(Chat, usize)>> {
-        let read = |text: &ChatText| Chat::read(text).map_err(|e| at.error(e));
-        Ok(match at.record.content() {
-            Record::Messages(chat) => Some((read(chat)?, 0)),
-            Record::ChatCompletion { prompt, completion } => {
-                let mut chat = read(prompt)?;
-                let from = chat.count();
-                chat.extend(chat::messages(completion).map_err(|e| at.error(e))?);
-                Some((chat, from))
-            }
-            Record::ChatPreference { .. } => {
-                self.chat_pair(at)?.map(|([chosen, _], n)| (chosen, n))
-            }
-            _ => None,
-        })
-    }
-
-    /// Chosen and rejected conversation of a preference, and how many messages they share.
-    fn chat_pair(&self, at: &Located) -> Result<Option<([Chat; 2], usize)>> {
-        let Record::ChatPreference { prompt, chosen, rejected, .. } = &at.record else {
-            return Ok(None);
-        };
-        let read = |text: &ChatText| Chat::read(text).map_err(|e| at.error(e));
-        let sides = [&chosen.messages, rejected];
-        if let Some(prompt) = prompt {
-            let before = read(prompt)?;
-            let side = |text: &String| {
-                let own = chat::messages(text).map_err(|e| at.error(e))?;
-                Ok(before.followed_by(own))
-            };
-            let [chosen, rejected] = sides.map(side);
-            return Ok(Some(([chosen?, rejected?], before.count())));
-        }
-        let [chosen, rejected] = sides.map(|text| read(&chosen.with(text)));
-        let (chosen, rejected) = (chosen?, rejected?);
-        let shared = chosen.shared(&rejected);
-        Ok(Some(([chosen, rejected], shared)))
-    }
-
-    /// Chosen and rejected text of a preference, and its margin.
-    fn pair(&self, at: &Located) -> Result<Option<([Sequence; 2], Option<f64>)>> {
-        let (pair, margin) = match &at.record {
-            Record::Preference { prompt, chosen, rejected, margin } => {
-                let side = |text: &str| self.completed(at, prompt, text);
-                ([side(chosen)?, side(rejected)?], margin)
-            }
-            Record::PreferenceIds { prompt, chosen, rejected, margin } => {
-                let side = |ids: &[u32]| self.completed_ids(at, prompt, ids);
-                ([side(chosen)?, side(rejected)?], margin)
-            }
-            Record::ChatPreference { margin, .. } => {
-                let Some((sides, from)) = self.chat_pair(at)? else { return Ok(None) };
-                let [chosen, rejected] = sides.map(|s| self.conversation(at, &s, from, true));
-                ([chosen?, rejected?], margin)
-            }
-            _ => return Ok(None),
-        };
-        Ok(Some((pair, *margin)))
-    }
-
-    /// The ids before the answer to the last message that a record has for a prompt.
-    fn chat_prompt(&self, at: &Located) -> Result<Option<Vec<u32>>> {
-        let read = |text: &ChatText| Chat::read(text).map_err(|e| at.error(e));
-        let chat = match at.record.content() {
-            Record::ChatPrompt(prompt) | Record::ChatCompletion { prompt, .. } => read(prompt)?,
-            Record::Messages(chat) => read(chat)?.without_answer(),
-            Record::ChatPreference { prompt: Some(prompt), .. } => read(prompt)?,
-            Record::ChatPreference { .. } => match self.chat_pair(at)? {
-                Some(([chosen, _], shared)) => chosen.first(shared),
-                None => return Ok(None),
-            },
-            _ => return Ok(None),
-        };
-        chat.prompt(self.chats(at)?).map(Some).map_err(|e| at.error(e))
-    }
-
-    /// The sequence of a record that has one; the chosen one of a preference. Without
-    /// `completion_only` prompts are predicted, too.
-    fn text(&self, at: &Located, completion_only: bool) -> Result<Sequence> {
-        if let Some((chat, from)) = self.chat(at)? {
-            let mut s = self.conversation(at, &chat, from, false)?;
-            if !completion_only {
-                let all = 1..s.ids.len();
-                s.predicted = vec![all];
-            }
-            return Ok(s);
-        }
-        let mut s = match at.record.content() {
-            Record::Text { text } | Record::Labelled { text, .. } => self.whole(at, text)?,
-            Record::Completion { prompt, completion }
-            | Record::Preference { prompt, chosen: completion, .. } => {
-                self.completed(at, prompt, completion)?
-            }
-            Record::CompletionIds { prompt, completion } => {
-                self.completed_ids(at, prompt, completion)?
-            }
-            Record::LabelledIds { input_ids, learn } => {
-                let runs = learn.iter().enumerate().skip(1).filter(|l| *l.1).map(|l| l.0..l.0 + 1);
-                return self.sequence(at, input_ids.clone(), runs.collect());
-            }
-            Record::Ids { input_ids } => self.completed_ids(at, &[], input_ids)?,
-            _ => return Err(unfit(at, "texts to learn")),
-        };
-        if !completion_only {
-            s.predicted.iter_mut().for_each(|r| r.start = 1);
-        }
-        Ok(s)
-    }
-
-    /// The texts of a record that are scored.
-    fn scored(&self, at: &Located) -> Result<Vec<Sequence>> {
-        let texts = match (&at.record, self.pair(at)?) {
-            (_, Some((pair, _))) => pair.to_vec(),
-            (Record::Prompt { prompt }, _) => {
-                let ids = self.start(at, prompt, Kept::First)?;
-                vec![self.completed_ids(at, &[], &ids)?]
-            }
-            (Record::ChatPrompt(_), _) => {
-                let ids = self.chat_prompt(at)?.unwrap_or_default();
-                vec![self.completed_ids(at, &[], &ids)?]
-            }
-            _ if at.record.is_chat() => {
-                let chat = self.chat(at)?;
-                let one = chat.map(|(chat, from)| self.conversation(at, &chat, from, true));
-                one.transpose()?.into_iter().collect()
-            }
-            _ => vec![self.text(at, true)?],
-        };
-        match texts.iter().any(|s| s.ids.is_empty()) {
-            true => Err(at.error("has no tokens, wanted at least one")),
-            false => Ok(texts),
-        }
-    }
-
-    /// The prompt of a record, whole; of ids and texts the first `tokens` tokens.
-    fn asked(&self, at: &Located, tokens: Option<usize>) -> Result<Sequence> {
-        let limits = self.limits;
-        let ids = match at.record.content() {
-            _ if at.record.is_chat() => self.chat_prompt(at)?.unwrap_or_default(),
-            Record::Prompt { prompt }
-            | Record::Completion { prompt, .. }
-            | Record::Preference { prompt, .. } => self.start(at, prompt, Kept::Last)?,
-            Record::PreferenceIds { prompt, .. } | Record::CompletionIds { prompt, .. } => {
-                prompt.clone()
-            }
-            Record::Ids { input_ids } => cut(input_ids.clone(), tokens),
-            // The prompt ends where learning begins.
-            Record::LabelledIds { input_ids, learn }
-                if tokens.is_some() || learn.first() == Some(&false) =>
-            {
-                let learned = learn.iter().position(|l| *l).filter(|n| *n > 0);
-                cut(input_ids.clone(), learned.or(tokens))
-            }
-            Record::Text { text } | Record::Labelled { text, .. } if tokens.is_some() => {
-                let first = tokens.filter(|n| *n < usize::MAX);
-                let kept = if first.is_some() { Kept::First } else { Kept::Last };
-                let limits = Limits { max_length: first.unwrap_or(limits.max_length), ..limits };
-                cut(Maker { limits, ..*self }.start(at, text, kept)?, tokens)
-            }
-            _ => return Err(unfit(at, "prompts (or `prompt_tokens` to cut them from texts)")),
-        };
-        self.sequence(at, ids, Vec::new())
-    }
-}
-
-fn unfit(at: &Located, want: &str) -> Error {
-    at.error(format!("has columns {}, wanted {want}", at.record.format()))
-}
-
-/// Texts to learn: `text` (all of it), `prompt, completion` and the chosen side of preferences
-/// (the completion; all of it unless `completion_only`), labelled texts (as text), or ids.
+/// [`ExampleKind::Texts`] of records that are in memory.
 pub fn texts(
     records: &[Located],
     tokenizer: Option<&Tokenizer>,
     limits: Limits,
     completion_only: bool,
 ) -> Result<Dataset> {
-    let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::within(limits));
-    for at in records {
-        let made = match at.record {
-            Record::Judged { .. } => {
-                Err(at.error("has `label` beside a completion: what is bad would be learned"))
-            }
-            _ => maker.text(at, completion_only),
-        };
-        let Some(text) = out.bad.kept(made)? else { continue };
-        let useless = |[s]: &[Sequence; 1]| s.predicted.is_empty().then_some("nothing to learn");
-        out.push([text], limits.max_length, useless);
-    }
-    Ok(out)
+    examples(records, tokenizer, limits, ExampleKind::Texts { completion_only })
 }
 
-/// Texts to score: one for each record, its prompt not scored; two, chosen and rejected, for each
-/// preference.
+/// [`ExampleKind::Pairs`] of records that are in memory.
+pub fn pairs(
+    records: &[Located],
+    tokenizer: Option<&Tokenizer>,
+    limits: Limits,
+    seed: u64,
+) -> Result<Dataset> {
+    examples(records, tokenizer, limits, ExampleKind::Pairs { seed, policy: false })
+}
+
+/// [`ExampleKind::Judged`] of records that are in memory.
+pub fn judged(
+    records: &[Located],
+    tokenizer: Option<&Tokenizer>,
+    limits: Limits,
+) -> Result<Dataset> {
+    examples(records, tokenizer, limits, ExampleKind::Judged)
+}
+
+/// [`ExampleKind::Scored`] of records that are in memory.
 pub fn scored(
     records: &[Located],
     tokenizer: Option<&Tokenizer>,
     limits: Limits,
 ) -> Result<Dataset> {
-    let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::within(limits));
-    for at in records {
-        for text in out.bad.kept(maker.scored(at))?.unwrap_or_default() {
-            out.push([text], limits.max_length, |_| None);
-        }
-    }
-    Ok(out)
+    examples(records, tokenizer, limits, ExampleKind::Scored)
 }
 
-/// Prompts: `prompt` of any record that has one, as it is; ids before the first that is learned;
-/// other ids or texts, of which the first `tokens` tokens are the prompt (all: `usize::MAX`).
+/// [`ExampleKind::Prompts`] of records that are in memory.
 pub fn prompts(
     records: &[Located],
     tokenizer: Option<&Tokenizer>,
     limits: Limits,
     tokens: Option<usize>,
 ) -> Result<Dataset> {
-    let (maker, mut out) = (Maker { tokenizer, limits }, Dataset::within(limits));
-    for at in records {
-        let Some(mut prompt) = out.bad.kept(maker.asked(at, tokens))? else { continue };
-        let surplus = prompt.ids.len().saturating_sub(limits.max_length);
-        if surplus > 0 {
-            out.stats.truncated += 1;
-            out.omit("cut at the beginning: longer than max_length".into(), &prompt.place);
-        }
-        // A model that expects BOS has it at the beginning of a prompt that was cut, too.
-        let bos = tokenizer.and_then(|t| t.bos().filter(|_| t.adds_bos()));
-        let begins = bos.is_some() && prompt.ids.first().copied() == bos;
-        let begins = usize::from(begins).min(limits.max_length);
-        prompt.ids.drain(begins..begins + surplus);
-        if out.push([prompt], limits.max_length, |[s]| s.ids.is_empty().then_some("no tokens")) {
-            out.columns.push(at.columns.clone());
-        }
-    }
-    Ok(out)
-}
-
-fn cut(mut ids: Vec<u32>, tokens: Option<usize>) -> Vec<u32> {
-    ids.truncate(tokens.unwrap_or(usize::MAX));
-    ids
+    examples(records, tokenizer, limits, ExampleKind::Prompts { tokens })
 }

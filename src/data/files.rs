@@ -11,14 +11,19 @@ mod parquet;
 mod table;
 
 use std::{
-    fs,
-    io::BufRead,
+    cell::Cell,
+    fs::{self, File},
+    io::{BufRead, Read},
     path::{Path, PathBuf},
+    rc::Rc,
+    sync::Arc,
+    time::SystemTime,
 };
 
 use self::lines::Lines;
 use super::options::{FolderPart, ReadOptions};
 use crate::{
+    digest::sha256,
     error::{Error, Result},
     hub,
 };
@@ -182,14 +187,66 @@ fn matches(pattern: &[u8], name: &[u8]) -> bool {
     pattern[p..].iter().all(|c| *c == b'*')
 }
 
-/// Gives each row of a file; `name` stands for it in messages.
+/// When a file was last written, and its size: one that was changed has others.
+pub(super) type FileState = (SystemTime, u64);
+
+/// A file that is read.
+#[derive(Clone, Debug)]
+pub struct DataInput {
+    /// The file, or `<stdin>`.
+    pub path: Arc<Path>,
+    /// What it has, if that can be read but once.
+    content: Option<Arc<[u8]>>,
+    /// Its size in bytes.
+    pub len: u64,
+}
+
+impl DataInput {
+    /// A file that is there, or standard input for `-`.
+    pub(super) fn new(path: &Path) -> Result<Self> {
+        let once = |name: &Path, mut from: Box<dyn Read>| {
+            let mut content = Vec::new();
+            from.read_to_end(&mut content).map_err(Error::io("read", name))?;
+            let len = content.len() as u64;
+            Ok(Self { path: name.into(), content: Some(content.into()), len })
+        };
+        if path == Path::new("-") {
+            return once(Path::new("<stdin>"), Box::new(std::io::stdin()));
+        }
+        let about = fs::metadata(path).map_err(Error::io("open", path))?;
+        if !about.is_file() && !about.is_dir() {
+            let file = File::open(path).map_err(Error::io("open", path))?;
+            return once(path, Box::new(file));
+        }
+        Ok(Self { path: path.into(), content: None, len: about.len() })
+    }
+
+    /// SHA-256 of what it has.
+    pub(super) fn digest(&self) -> Result<[u8; 32]> {
+        let path = &*self.path;
+        let hash = match &self.content {
+            Some(content) => sha256(&**content),
+            None => sha256(File::open(path).map_err(Error::io("open", path))?),
+        };
+        hash.map(|(hash, _)| hash).map_err(Error::io("read", path))
+    }
+
+    /// Its time and size, if it is a file that may be read again.
+    pub(super) fn state(&self) -> Option<FileState> {
+        let about = fs::metadata(&self.path).ok().filter(|_| self.content.is_none())?;
+        Some((about.modified().ok()?, about.len()))
+    }
+}
+
+/// Gives each row of a file; `at` is told how much of the file was read.
 pub(super) fn rows(
-    path: &Path,
-    name: &Path,
+    input: &DataInput,
+    at: &Rc<Cell<u64>>,
     options: &ReadOptions,
     take: &mut Take<'_>,
 ) -> Result<()> {
-    let mut reader = packed::open(path)?;
+    let (path, name) = (&*input.path, &*input.path);
+    let mut reader = packed::open(input, at)?;
     let begins = |reader: &mut Box<dyn BufRead>, with: &[u8]| {
         reader.fill_buf().map(|b| b.starts_with(with)).map_err(Error::io("read", name))
     };

@@ -2,6 +2,7 @@
 
 use std::{path::Path, sync::Arc};
 
+use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
 use super::{chat::ChatText, reward_columns::RowColumns, unique};
@@ -174,7 +175,7 @@ impl Located {
 }
 
 /// Lines that are left out because of what is wrong with them, up to a number.
-#[derive(Clone, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct BadLines {
     /// Lines that may still be left out.
     pub left: usize,

@@ -138,6 +138,12 @@ impl ChatTemplate {
         self.now = now.map_or(self.now, |t| t.as_secs() as i64);
     }
 
+    /// All that decides what it writes.
+    pub fn identity(&self) -> String {
+        let Self { source, with_tools, tokens, now, .. } = self;
+        format!("{source:?} {with_tools:?} {tokens:?} {now}")
+    }
+
     /// The source of a template that is not the model's own, which a trained model takes along.
     pub fn chosen(&self) -> Option<&str> {
         self.chosen.then_some(&*self.source)

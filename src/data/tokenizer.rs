@@ -416,6 +416,12 @@ impl Tokenizer {
         self.digest.clone()
     }
 
+    /// All that decides what ids a text or a conversation has.
+    pub fn identity(&self) -> String {
+        let Self { digest, bos, eos, template, .. } = self;
+        format!("{digest} {bos:?} {eos:?} {:?}", template.as_ref().map(ChatTemplate::identity))
+    }
+
     /// Checks that the tokenizer of another model's folder gives the same ids; that it has none is
     /// no error.
     pub fn agrees(&self, dir: &Path) -> Result<()> {

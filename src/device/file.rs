@@ -4,7 +4,7 @@
 
 use std::{fs::File, io::Read, path::Path};
 
-use memmap2::Mmap;
+use memmap2::{Mmap, UncheckedAdvice};
 
 use crate::error::{Error, Result};
 
@@ -43,4 +43,14 @@ pub fn map(path: &Path) -> Result<Mmap> {
     let file = File::open(path).map_err(Error::io("open", path))?;
     // SAFETY: the mapping is private and read-only; see above for writers.
     unsafe { Mmap::map(&file) }.map_err(Error::io("map", path))
+}
+
+/// Gives the pages of a mapped file back to the system, which reads them again when they are asked
+/// for: what was read of a large file once is no memory of this process.
+pub fn release(map: &Mmap) {
+    // SAFETY: the mapping is of a file and nothing was written to it, so its pages come back the
+    // same.
+    let done = unsafe { map.unchecked_advise(UncheckedAdvice::DontNeed) };
+    // They are given back later, then.
+    let _ = done;
 }

@@ -19,8 +19,10 @@ use std::{
 
 use serde_json::Value;
 
-use super::storage::{Storage, check_room, uninterrupted};
-use crate::error::{Error, Result};
+use crate::{
+    error::{Error, Result},
+    storage::{Storage, check_room, uninterrupted},
+};
 pub use format::{Dtype, SavedNumber, SavedTensor};
 pub use verify::{LoadedCheckpoint, TensorInfo, digest, load};
 

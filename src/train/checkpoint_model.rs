@@ -12,12 +12,12 @@ use super::{
     checkpoint::{self, LoadedCheckpoint},
     export::{ExportPlan, ExportedFrom, export, is_of, is_whole},
     manifest::RunState,
-    storage::Disk,
 };
 use crate::{
     device::{Device, Element, file, reserve},
     error::{Error, Result},
     models::{Config, Head, Model, Residency},
+    storage::Disk,
 };
 
 /// The largest `state.json` that is read.

@@ -13,16 +13,13 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 
-use super::{
-    checkpoint,
-    settings::SaveDtype,
-    storage::{Disk, Storage, append_all, read_small, remove, write_file},
-};
+use super::{checkpoint, settings::SaveDtype};
 use crate::{
     device::{Device, Element},
     digest::hex,
     error::{Error, Result},
     models::{self, Config, Head, LoadOptions, Model, Residency},
+    storage::{Disk, Storage, append_all, read_small, remove, write_file},
 };
 
 /// Files of a model folder that a trained model takes along.

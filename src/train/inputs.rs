@@ -4,8 +4,9 @@ use std::path::Path;
 
 use super::{
     data_file::DataFile,
-    mixture::SourceRows,
+    mixture::SourceFiles,
     models::{self, PlannedModel},
+    observer::{Observer, Silent},
     plan::{MemoryPlan, PassSizes},
     schedule::Course,
     settings::Settings,
@@ -86,7 +87,12 @@ pub struct RunData {
 impl RunData {
     /// Reads tokenizer and data for a policy of this spec. An answer of a conversation ends as its
     /// template ends it, and so does a sample.
-    pub fn read(settings: &Settings, needs: &Needs, spec: &Spec) -> Result<Self> {
+    pub fn read(
+        settings: &Settings,
+        needs: &Needs,
+        spec: &Spec,
+        seen: &mut dyn Observer,
+    ) -> Result<Self> {
         let dir = Path::new(&settings.model);
         let tokenizer = Tokenizer::open_if_there(dir, settings.chat_template.as_deref())?;
         let rewards = Rewards::new(&needs.rewards)?;
@@ -121,25 +127,24 @@ impl RunData {
         let (vocab, eos_id) = (spec.vocab, eos.first().copied());
         let limits = Limits { max_length, vocab, eos: eos_id, skip_bad: 0 };
         let chats = tokenizer.as_ref().is_some_and(|t| t.template().is_ok());
-        let read = |files: &[DataFile], part| {
-            SourceRows::read(files, part, chats, &rewards.columns(), settings)
+        let find = |files: &[DataFile], part| {
+            SourceFiles::find(files, part, chats, rewards.columns(), settings)
         };
-        let load =
-            |rows: &SourceRows| Source::of(rows, needs, tokenizer.as_ref(), limits, settings);
-        let mut rows = read(&settings.data, FolderPart::Training)?;
-        let apart = match split > 0.0 {
-            true => Some(rows.hold_out(split, settings.seed)?),
-            false => None,
+        let mut load = |files: &SourceFiles| {
+            Source::of(files, needs, tokenizer.as_ref(), limits, (settings, &mut *seen))
         };
-        let mut source = load(&rows)?;
-        drop(rows);
-        for (columns, sequence) in source.data.columns.iter().zip(&source.data.sequences) {
-            rewards.admit(columns).map_err(|e| sequence.place.error(e))?;
+        let mut files = find(&settings.data, FolderPart::Training)?;
+        let apart = (split > 0.0).then(|| files.hold_out(split, settings.seed));
+        let mut source = load(&files)?;
+        let prompts = if needs.rewards.is_empty() { 0..0 } else { 0..source.data.len() };
+        for i in prompts {
+            let refused = |e: String| source.data.place_of(i).error(e);
+            rewards.admit(&source.data.columns(i)).map_err(refused)?;
         }
         let end = tokenizer.as_ref().and_then(data::turn_end);
-        let ended = |s: &Sequence| s.ids.iter().any(|id| eos.contains(id));
+        let ended = |s: Sequence| s.ids.iter().any(|id| eos.contains(id));
         let learns = source.is_chat && needs.sampling().is_none();
-        if learns && end.is_none() && !source.data.sequences.iter().any(ended) {
+        if learns && end.is_none() && !source.data.sequences().any(ended) {
             source.warnings.push(
                 "the chat template ends an answer with text, not with a token: no answer will \
                  end by itself; take another template, or give its marks to the tokenizer"
@@ -166,10 +171,10 @@ impl RunData {
         ids("stop_ids", &settings.stop_ids)?;
         let held_out = match (apart, settings.eval_data.is_empty()) {
             (None, true) => None,
-            (Some(rows), _) => Some(load(&rows)?),
+            (Some(files), _) => Some(load(&files)?),
             (None, false) => {
                 let files: Vec<DataFile> = settings.eval_data.iter().map(DataFile::from).collect();
-                Some(load(&read(&files, FolderPart::HeldOut)?)?)
+                Some(load(&find(&files, FolderPart::HeldOut)?)?)
             }
         };
         Ok(Self { tokenizer, eos, source, held_out, rewards })
@@ -178,12 +183,21 @@ impl RunData {
 
 impl RunInputs {
     /// Reads config, tokenizer and data.
-    pub fn new(mut settings: Settings, algorithm: Box<dyn Algorithm>) -> Result<Self> {
+    pub fn new(settings: Settings, algorithm: Box<dyn Algorithm>) -> Result<Self> {
+        Self::seen_by(&mut Silent, settings, algorithm)
+    }
+
+    /// [`RunInputs::new`], of which `seen` hears how far it is.
+    pub fn seen_by(
+        seen: &mut dyn Observer,
+        mut settings: Settings,
+        algorithm: Box<dyn Algorithm>,
+    ) -> Result<Self> {
         settings.validate()?;
         let needs = algorithm.needs();
         let mut models = models::planned(&settings, &needs)?;
         let spec = &models[0].spec;
-        let data = RunData::read(&settings, &needs, spec)?;
+        let data = RunData::read(&settings, &needs, spec, seen)?;
         let RunData { tokenizer, eos, source, held_out, rewards } = data;
         let longest = held_out.as_ref().map_or(0, |s| s.data.longest());
         let per_prompt = needs.sampling().map_or(1, |s| s.samples_per_prompt);

@@ -10,11 +10,11 @@ use std::{
 
 use serde_json::{Map, Value};
 
-use super::{
-    events::Events,
+use super::events::Events;
+use crate::{
+    error::{Error, Result},
     storage::{Disk, Storage, StorageFile, append_all},
 };
-use crate::error::{Error, Result};
 
 /// A file with one JSON object a line, each of which names its step.
 pub struct StepLines {

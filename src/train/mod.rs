@@ -44,7 +44,6 @@ pub mod schedule;
 pub mod settings;
 pub mod signals;
 pub mod source;
-pub mod storage;
 mod trainer;
 
 pub use checkpoint_model::{export_checkpoint, is_checkpoint, is_of_checkpoint, model_folder};

@@ -6,6 +6,8 @@ use crate::algorithms::Metrics;
 pub trait Observer {
     /// A line for people.
     fn note(&mut self, line: &str);
+    /// `done` of `total` bytes of data were read and tokenised.
+    fn reading(&mut self, _data: &str, _done: u64, _total: u64) {}
     /// The run goes on after `step` of `steps`.
     fn begin(&mut self, _step: u64, _steps: u64) {}
     /// `done` of `total` units of a phase of the present step.

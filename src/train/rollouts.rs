@@ -4,13 +4,11 @@ use std::{fs, path::Path};
 
 use serde_json::{Value, json};
 
-use super::{
-    source::StepData,
-    storage::{Disk, Storage, write_file},
-};
+use super::source::StepData;
 use crate::{
     data::Tokenizer,
     error::{Error, Result},
+    storage::{Disk, Storage, write_file},
 };
 
 /// Writes the samples of a step to `dir/step-N.jsonl`, over what an abandoned attempt left.

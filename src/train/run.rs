@@ -20,7 +20,6 @@ use super::{
     metrics::{MetricsLog, StepLines},
     models::TrainState,
     rollouts, signals,
-    storage::{Disk, check_room, write_file},
 };
 use crate::{
     algorithms::{Algorithm, AlgorithmEntry},
@@ -29,6 +28,7 @@ use crate::{
     device::{Device, Element, file},
     error::{Error, Result},
     models::{self, Head},
+    storage::{Disk, check_room, write_file},
 };
 
 /// Trains, or goes on with the run that is in `settings.out`; returns the folder of the final
@@ -82,7 +82,7 @@ fn run_in<T: Element<Acc = f32>>(
     // one that is not there is made once the run is known to be possible.
     let early = out.is_dir().then(|| Lock::acquire(&out)).transpose()?;
     let loading = dev.span("load");
-    let trainer = Trainer::<T>::new(dev, settings.clone(), algorithm)?;
+    let trainer = Trainer::<T>::seen_by(seen, dev, settings.clone(), algorithm)?;
     fs::create_dir_all(&out).map_err(Error::io("create", &out))?;
     let _lock = early.map_or_else(|| Lock::acquire(&out), Ok)?;
     let hashes = trainer.models.hashes(dev)?;
@@ -193,7 +193,7 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
     fn about(&self, entry: &AlgorithmEntry) -> Vec<(&'static str, String)> {
         let t = &self.trainer;
         let mib = t.memory().shared() as f64 / (1 << 20) as f64;
-        let (s, skipped) = (&t.inputs.source.data.stats, t.inputs.source.skipped);
+        let (s, skipped) = (&t.inputs.source.data.about.stats, t.inputs.source.skipped);
         let mut about = vec![("algorithm", entry.name.to_owned()), ("device", t.dev.describe())];
         for (role, m) in t.models.all() {
             let mut text = format!("{}, {} weights", m.family().model_type, models::count(m));
@@ -213,7 +213,7 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         about.push(("data", data));
         about.extend(t.inputs.source.weights.clone().map(|text| ("weights", text)));
         if let Some(held_out) = &t.inputs.held_out {
-            let s = &held_out.data.stats;
+            let s = &held_out.data.about.stats;
             about.push(("held out", format!("{} examples, {} tokens", s.examples, s.tokens)));
         }
         about.push(("step", t.equation()));

@@ -5,11 +5,17 @@ use std::{ops::Range, sync::Arc};
 
 use sha2::{Digest, Sha256};
 
-use super::{data_file::DataFile, mixture::SourceRows, settings::Settings};
+use super::{
+    data_file::DataFile,
+    mixture::SourceFiles,
+    observer::{Observer, Silent},
+    settings::Settings,
+};
 use crate::{
     algorithms::{Columns, Inputs, Needs, Resampling},
     data::{
-        self, ColumnsRead, Dataset, DrawOrder, FolderPart, Limits, RowColumns, Sequence, Tokenizer,
+        ColumnsRead, DrawOrder, ExampleKind, FolderPart, Limits, RowColumns, Sequence, TokenJob,
+        TokenStore, Tokenizer, cache,
     },
     digest::hex,
     error::{Error, Result},
@@ -19,7 +25,7 @@ use crate::{
 /// A data set, and how steps draw from it.
 #[derive(Clone, Debug)]
 pub struct Source {
-    pub data: Dataset,
+    pub data: TokenStore,
     order: DrawOrder,
     /// Examples of a step.
     draws: usize,
@@ -62,47 +68,56 @@ impl Source {
         s: &Settings,
     ) -> Result<Self> {
         let chats = tokenizer.is_some_and(|t| t.template().is_ok());
-        let rows = SourceRows::read(files, FolderPart::Training, chats, &ColumnsRead::None, s)?;
-        Self::of(&rows, needs, tokenizer, limits, s)
+        let found = SourceFiles::find(files, FolderPart::Training, chats, ColumnsRead::None, s)?;
+        Self::of(&found, needs, tokenizer, limits, (s, &mut Silent))
     }
 
-    /// The examples of rows that were read.
+    /// The examples of files that were found.
     pub fn of(
-        from: &SourceRows,
+        from: &SourceFiles,
         needs: &Needs,
         tokenizer: Option<&Tokenizer>,
         limits: Limits,
-        s: &Settings,
+        (s, seen): (&Settings, &mut dyn Observer),
     ) -> Result<Self> {
-        let (records, limits) = (&from.rows, Limits { skip_bad: from.skip_bad, ..limits });
-        let mut data = match needs.inputs {
-            Inputs::Texts { completion_only } => {
-                data::texts(records, tokenizer, limits, completion_only)?
-            }
-            Inputs::Pairs => data::pairs(records, tokenizer, limits, s.seed)?,
-            Inputs::Judged => data::judged(records, tokenizer, limits)?,
-            Inputs::Prompts(_) => data::prompts(records, tokenizer, limits, s.prompt_tokens)?,
+        let kind = match needs.inputs {
+            Inputs::Texts { completion_only } => ExampleKind::Texts { completion_only },
+            Inputs::Pairs => ExampleKind::Pairs { seed: s.seed, policy: needs.policy },
+            Inputs::Judged => ExampleKind::Judged,
+            Inputs::Prompts(_) => ExampleKind::Prompts { tokens: s.prompt_tokens },
         };
-        if needs.inputs == Inputs::Pairs && needs.policy {
-            data.keep_predicted();
+        let limits = Limits { skip_bad: s.skip_bad, ..limits };
+        let SourceFiles { inputs, options, split, .. } = from;
+        let job = TokenJob { inputs, options, tokenizer, limits, kind, split: *split };
+        let read =
+            job.run(cache::folder(), &mut |done, all| seen.reading(&from.names, done, all))?;
+        let data = read.store;
+        let mut notes = Vec::new();
+        notes.extend(data.about.unread.note("read"));
+        notes.extend(from.notes.clone());
+        notes.extend(read.warning);
+        if from.split.is_some_and(|split| !split.held_out) {
+            let (all, left) = (data.about.records, data.about.side);
+            let n = all - left;
+            notes.push(format!(
+                "validation_split holds out {n} of {all} rows, {left} are trained on"
+            ));
         }
+        let bad = data.about.bad.clone();
         if data.is_empty() {
-            let why =
-                data.omissions.iter().map(ToString::to_string).chain(data.bad.note("learned"));
+            let why = data.omissions().map(|o| o.to_string()).chain(bad.note("learned"));
             let why: Vec<String> = why.collect();
-            let got = format!("{} records, all dropped: {}", records.len(), why.join("; "));
+            let got = format!("{} records, all dropped: {}", data.about.side, why.join("; "));
             return Err(Error::value(&from.names, "at least one example", got));
         }
-        let with_margin = data.margins.iter().position(Option::is_some).filter(|_| !needs.margins);
-        if let Some(i) = with_margin {
-            let place = &data.example(i)[0].place;
+        if let Some(place) = data.first_margin().filter(|_| !needs.margins) {
             return Err(place.error("has a `margin`, which this loss does not read: take it out"));
         }
+        let mut warnings = notes;
+        warnings.extend(bad.note("learned"));
+        warnings.extend(data.about.spelled.clone());
+        warnings.extend(data.omissions().map(|o| o.to_string()));
         let copies = needs.sampling().map_or(1, |s| s.samples_per_prompt);
-        let mut warnings = from.notes.clone();
-        warnings.extend(data.bad.note("learned"));
-        warnings.extend(tokenizer.and_then(|t| spelled(t, records)));
-        warnings.extend(data.omissions.iter().map(ToString::to_string));
         let draws = s.batch_size / copies;
         // A text twice in a step counts twice; a prompt has other samples each time.
         let order = match from.groups(&data) {
@@ -119,9 +134,9 @@ impl Source {
             order,
             draws,
             copies,
-            skipped: from.skipped + data.bad.count,
+            skipped: data.about.unread.count + bad.count,
             warnings,
-            is_chat: from.has_chats(),
+            is_chat: data.about.is_chat,
             mismatches: needs.mismatched_kl,
             by_token: needs.policy,
             data,
@@ -170,17 +185,15 @@ impl Source {
 
     fn examples(&self, chosen: &[usize]) -> StepData {
         let copies = chosen.iter().flat_map(|i| std::iter::repeat_n(*i, self.copies));
-        let sequences: Vec<_> = copies.flat_map(|i| self.data.example(i)).cloned().collect();
+        let sequences: Vec<_> = copies.flat_map(|i| self.data.example(i)).collect();
         let mut columns = Columns::default();
-        let margin = |i: &usize| self.data.margins.get(*i).copied().flatten();
+        let margin = |i: &usize| self.data.margin(*i);
         // A pair without a margin has margin 0 beside one that has it.
         if chosen.iter().any(|i| margin(i).is_some()) {
             columns.margins = chosen.iter().map(|i| margin(i).unwrap_or(0.0) as f32).collect();
         }
-        if !self.data.labels.is_empty() {
-            let label = |i: &usize| f32::from(u8::from(self.data.labels[*i]));
-            columns.labels = chosen.iter().map(label).collect();
-        }
+        let label = |i: &usize| Some(f32::from(u8::from(self.data.label(*i)?)));
+        columns.labels = chosen.iter().filter_map(label).collect();
         let longest = if self.mismatches { self.data.longest() } else { 0 };
         // The completion before it that is of another prompt; the one before it if all are of one.
         let mismatch = |i: usize| {
@@ -192,47 +205,14 @@ impl Source {
         };
         let all = if self.mismatches { 0..sequences.len() } else { 0..0 };
         let mismatched = all.filter_map(mismatch).collect();
-        let of = |i: &usize| self.data.columns.get(*i).cloned();
-        let rows = chosen.iter().filter_map(of);
+        let rows = chosen.iter().map(|i| self.data.columns(*i));
         let rows = rows.flat_map(|row| std::iter::repeat_n(row, self.copies)).collect();
+        // What a step read is no memory of the next one.
+        self.data.release();
         let mut data = StepData { sequences, columns, mismatched, rows, parts: Vec::new() };
         data.lay_out(self.by_token);
         data
     }
-}
-
-/// Marks of chat templates, for tokenizers that do not have them as special tokens.
-const MARKS: [&str; 6] = [
-    "<|im_start|>",
-    "[INST]",
-    "<start_of_turn>",
-    "<|start_header_id|>",
-    "<|user|>",
-    "<|assistant|>",
-];
-
-/// Says how many texts spell a special token, as texts to which a template was applied do.
-fn spelled(tokenizer: &Tokenizer, records: &[data::Located]) -> Option<String> {
-    let in_text = |text: &str, is_chat: bool| {
-        let mark = || MARKS.iter().find(|mark| !is_chat && text.contains(**mark)).copied();
-        tokenizer.special_in(text, is_chat).or_else(mark).map(str::to_owned)
-    };
-    let token = |at: &data::Located| -> Option<String> {
-        match at.record.is_chat() {
-            false => at.record.texts().find_map(|text| in_text(text, false)),
-            true => at.record.texts().find_map(|json| {
-                data::chat_texts(json).iter().find_map(|text| in_text(text, true))
-            }),
-        }
-    };
-    let mut all = records.iter().filter_map(|at| Some((token(at)?, at)));
-    let (token, at) = all.next()?;
-    let (n, place) = (1 + all.count(), &at.place);
-    let instead = if at.record.is_chat() { "" } else { "; give conversations as `messages`" };
-    Some(format!(
-        "{n} texts spell special tokens or marks of chat templates ({place}: {token}), which are \
-         read as characters{instead}"
-    ))
 }
 
 impl StepData {

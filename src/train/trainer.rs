@@ -8,7 +8,7 @@ use super::{
     guard::Guard,
     inputs::RunInputs,
     models::Models,
-    observer::Observer,
+    observer::{Observer, Silent},
     plan::{self, MemoryPlan},
     settings::Settings,
     signals,
@@ -61,7 +61,17 @@ pub struct StepReport {
 impl<T: Element<Acc = f32>> Trainer<T> {
     /// Reads data, plans all memory, and loads models if there is room for them.
     pub fn new(dev: &Device, settings: Settings, algorithm: Box<dyn Algorithm>) -> Result<Self> {
-        let inputs = RunInputs::new(settings, algorithm)?;
+        Self::seen_by(&mut Silent, dev, settings, algorithm)
+    }
+
+    /// [`Trainer::new`], of which `seen` hears how far it is.
+    pub fn seen_by(
+        seen: &mut dyn Observer,
+        dev: &Device,
+        settings: Settings,
+        algorithm: Box<dyn Algorithm>,
+    ) -> Result<Self> {
+        let inputs = RunInputs::seen_by(seen, settings, algorithm)?;
         let memory = inputs.plan::<T>(dev)?;
         memory.fits(dev)?;
         Ok(Self {

@@ -6,8 +6,8 @@ use std::path::Path;
 use warpo::{
     Error,
     data::{
-        self, DataPlace, Dataset, DatasetStats, DrawOrder, Limits, Located, Record, Sequence,
-        Tokenizer,
+        self, DataPlace, Dataset, DatasetStats, DrawOrder, ExampleKind, Limits, Located, Record,
+        Sequence, Tokenizer,
     },
     train::{self, Observer, Settings},
 };
@@ -305,9 +305,10 @@ fn pairs_without_a_predicted_token_are_left_out_for_a_policy() {
         margin: Some(f64::from(n)),
     };
     let records = located([pair(20, &[30]), pair(21, &[]), pair(22, &[31])]);
-    let mut data = data::pairs(&records, None, LIMITS, 0).unwrap();
+    let data = data::pairs(&records, None, LIMITS, 0).unwrap();
     assert_eq!(data.len(), 3, "a reward model reads all");
-    data.keep_predicted();
+    let kind = ExampleKind::Pairs { seed: 0, policy: true };
+    let data = data::examples(&records, None, LIMITS, kind).unwrap();
     assert_eq!(data.margins, [Some(20.0), Some(22.0)]);
     assert_eq!(all_ids(&data)[2..], [[5, 6, 7, 22], [5, 6, 7, 31]]);
     let stats = DatasetStats { examples: 2, tokens: 16, truncated: 0, dropped: 1 };

@@ -13,7 +13,8 @@ use warpo::{
     ALGORITHMS, Device, Head, Model, Result, Settings, Tokenizer, config, data,
     device::Cpu,
     eval::report,
-    train::{checkpoint, metrics::StepLines, storage::Disk},
+    storage::Disk,
+    train::{checkpoint, metrics::StepLines},
 };
 
 /// A kind of file.

@@ -12,7 +12,7 @@ use std::{
     rc::Rc,
 };
 
-use warpo::train::storage::{ReadSeek, Storage, StorageFile};
+use warpo::storage::{ReadSeek, Storage, StorageFile};
 
 type Id = usize;
 

@@ -137,7 +137,8 @@ fn settings(
 /// The `warpo` command.
 pub fn warpo(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_warpo"));
-    command.args(args).stdin(Stdio::null());
+    // Tests leave nothing in the user's folder.
+    command.args(args).stdin(Stdio::null()).env("WARPO_CACHE", "off");
     command
 }
 

@@ -10,9 +10,9 @@ use serde_json::json;
 use warpo::{
     Error, Result,
     rng::{Philox, Purpose},
-    train::{
-        checkpoint::{Dtype, LoadedCheckpoint, Saved, SavedTensor, clean, list, load_newest, save},
-        storage::{Disk, Storage},
+    storage::{Disk, Storage},
+    train::checkpoint::{
+        Dtype, LoadedCheckpoint, Saved, SavedTensor, clean, list, load_newest, save,
     },
 };
 
@@ -177,8 +177,8 @@ fn a_crash_at_any_point_loses_at_most_the_last_interval() {
 #[test]
 fn the_crash_model_bites() {
     struct NoSync<'a>(&'a MemDisk, bool);
-    struct NoSyncFile(Box<dyn warpo::train::storage::StorageFile>);
-    impl warpo::train::storage::StorageFile for NoSyncFile {
+    struct NoSyncFile(Box<dyn warpo::storage::StorageFile>);
+    impl warpo::storage::StorageFile for NoSyncFile {
         fn append(&mut self, bytes: &[u8]) -> std::io::Result<usize> {
             self.0.append(bytes)
         }
@@ -190,7 +190,7 @@ fn the_crash_model_bites() {
         fn create_dir(&self, p: &Path) -> std::io::Result<()> {
             self.0.create_dir(p)
         }
-        fn create(&self, p: &Path) -> std::io::Result<Box<dyn warpo::train::storage::StorageFile>> {
+        fn create(&self, p: &Path) -> std::io::Result<Box<dyn warpo::storage::StorageFile>> {
             let file = self.0.create(p)?;
             Ok(if self.1 { file } else { Box::new(NoSyncFile(file)) })
         }
@@ -198,7 +198,7 @@ fn the_crash_model_bites() {
             &self,
             p: &Path,
             len: u64,
-        ) -> std::io::Result<Box<dyn warpo::train::storage::StorageFile>> {
+        ) -> std::io::Result<Box<dyn warpo::storage::StorageFile>> {
             self.0.append_after(p, len)
         }
         fn sync_dir(&self, p: &Path) -> std::io::Result<()> {
@@ -213,7 +213,7 @@ fn the_crash_model_bites() {
         fn list(&self, p: &Path) -> std::io::Result<Vec<String>> {
             self.0.list(p)
         }
-        fn open(&self, p: &Path) -> std::io::Result<Box<dyn warpo::train::storage::ReadSeek>> {
+        fn open(&self, p: &Path) -> std::io::Result<Box<dyn warpo::storage::ReadSeek>> {
             self.0.open(p)
         }
         fn free_space(&self, _: &Path) -> Option<u64> {

@@ -10,8 +10,8 @@ use warpo::{
     Error,
     algorithms::{Inputs, Needs},
     config,
-    data::{ColumnsRead, DrawGroup, DrawOrder, FolderPart, Limits},
-    train::{DataFile, Settings, inputs::RunInputs, mixture::SourceRows, source::Source},
+    data::{self, ColumnsRead, DrawGroup, DrawOrder, FolderPart, Limits},
+    train::{DataFile, Settings, Silent, inputs::RunInputs, mixture::SourceFiles, source::Source},
 };
 
 use crate::support::{
@@ -32,14 +32,17 @@ fn write(path: &Path, ids: impl IntoIterator<Item = usize>) -> String {
     path.display().to_string()
 }
 
-fn rows(files: &[DataFile], part: FolderPart) -> SourceRows {
-    SourceRows::read(files, part, false, &ColumnsRead::None, &Settings::default()).unwrap()
+fn files(files: &[DataFile], part: FolderPart) -> SourceFiles {
+    SourceFiles::find(files, part, false, ColumnsRead::None, &Settings::default()).unwrap()
+}
+
+fn source(files: &SourceFiles) -> Result<Source, Error> {
+    Source::of(files, &needs(), None, LIMITS, (&Settings::default(), &mut Silent))
 }
 
 /// The second id of each row.
-fn ids(rows: &SourceRows) -> Vec<usize> {
-    let set = Source::of(rows, &needs(), None, LIMITS, &Settings::default()).unwrap().data;
-    set.sequences.iter().map(|s| s.ids[1] as usize).collect()
+fn ids(source: &Source) -> Vec<usize> {
+    source.data.sequences().map(|s| s.ids[1] as usize).collect()
 }
 
 /// How often each example is drawn in these epochs.
@@ -192,9 +195,11 @@ fn a_row_is_held_out_by_its_content() {
     let dir = temp_dir("mixture_split");
     let path = dir.join("a.jsonl");
     let split = |ids_of: &mut dyn Iterator<Item = usize>, share: f64, seed: u64| {
-        let mut all = rows(&[write(&path, ids_of).into()], FolderPart::Training);
-        let out = all.hold_out(share, seed).unwrap();
-        assert!(all.notes[0].starts_with("validation_split holds out "), "{:?}", all.notes);
+        let mut all = files(&[write(&path, ids_of).into()], FolderPart::Training);
+        let out = source(&all.hold_out(share, seed)).unwrap();
+        let all = source(&all).unwrap();
+        let note = &all.warnings[0];
+        assert!(note.starts_with("validation_split holds out ") && out.warnings.is_empty());
         (
             ids(&all).into_iter().collect::<BTreeSet<_>>(),
             ids(&out).into_iter().collect::<BTreeSet<_>>(),
@@ -219,13 +224,15 @@ fn a_row_is_held_out_by_its_content() {
         format!("{{\"messages\": {}, \"label\": 1}}\n{{\"messages\": {}, \"label\": 0}}\n", chat(""), chat("  "))
     });
     fs::write(&path, text.collect::<String>()).unwrap();
-    let mut all = rows(&[path.display().to_string().into()], FolderPart::Training);
-    let out = all.hold_out(0.3, 0).unwrap();
-    let lines: Vec<usize> = out.rows.iter().map(|row| (row.place.line - 1) / 2).collect();
-    assert!(!lines.is_empty() && lines.chunks(2).all(|pair| pair[0] == pair[1]), "{lines:?}");
+    let rows = data::read(&path).unwrap();
+    let draws: BTreeSet<u64> = rows.iter().map(|row| row.record.draw(0)).collect();
+    assert!(
+        draws.len() == 40 && rows.chunks(2).all(|p| p[0].record.draw(0) == p[1].record.draw(0))
+    );
     // nothing would be left
-    let mut same = rows(&[write(&path, [5; 9]).into()], FolderPart::Training);
-    let e = same.hold_out(0.5, 0).unwrap_err().to_string();
+    let mut same = files(&[write(&path, [5; 9]).into()], FolderPart::Training);
+    same.hold_out(0.5, 0);
+    let e = source(&same).map(drop).unwrap_err().to_string();
     assert!(e.contains("less than all of the 9 rows"), "{e}");
 }
 
@@ -245,7 +252,7 @@ fn a_validation_split_is_evaluated_and_refused_where_it_means_nothing() {
     let held_out = inputs.held_out.unwrap();
     assert_eq!((inputs.source.data.len(), held_out.data.len()), (57, 20));
     let places =
-        |s: &Source| -> BTreeSet<usize> { s.data.sequences.iter().map(|s| s.place.line).collect() };
+        |s: &Source| -> BTreeSet<usize> { s.data.sequences().map(|s| s.place.line).collect() };
     assert!(places(&inputs.source).is_disjoint(&places(&held_out)));
     let want = "validation_split holds out 20 of 77 rows, 57 are trained on";
     assert!(inputs.warnings.iter().any(|text| text == want), "{:?}", inputs.warnings);
@@ -278,19 +285,20 @@ fn files_to_test_on_are_left_out_of_a_folder() {
         write(&dir.join(name), [i, i]);
     }
     let folder: DataFile = dir.display().to_string().into();
-    let all = rows(std::slice::from_ref(&folder), FolderPart::Training);
+    let of = |folder: &DataFile, part| source(&files(std::slice::from_ref(folder), part)).unwrap();
+    let all = of(&folder, FolderPart::Training);
     assert_eq!(ids(&all), [3, 3, 0, 0]);
-    assert!(all.notes[0].starts_with("not read: "), "{:?}", all.notes);
+    assert!(all.warnings[0].starts_with("not read: "), "{:?}", all.warnings);
     assert!(
-        all.notes[0].contains("Validation.jsonl, ")
-            && all.notes[0].contains("test-00000-of-00001.jsonl")
+        all.warnings[0].contains("Validation.jsonl, ")
+            && all.warnings[0].contains("test-00000-of-00001.jsonl")
     );
-    assert_eq!(ids(&rows(std::slice::from_ref(&folder), FolderPart::HeldOut)), [2, 2, 1, 1]);
+    assert_eq!(ids(&of(&folder, FolderPart::HeldOut)), [2, 2, 1, 1]);
     // By their names, by a pattern, and where there is nothing else, they are read.
     let named: DataFile = dir.join("test-*").display().to_string().into();
-    assert_eq!(ids(&rows(&[named], FolderPart::Training)), [1, 1]);
+    assert_eq!(ids(&of(&named, FolderPart::Training)), [1, 1]);
     fs::remove_file(dir.join("train.jsonl")).unwrap();
     fs::remove_file(dir.join("testimony.jsonl")).unwrap();
-    let all = rows(&[folder], FolderPart::Training);
-    assert_eq!((ids(&all), all.notes.len()), (vec![2, 2, 1, 1], 0));
+    let all = of(&folder, FolderPart::Training);
+    assert_eq!((ids(&all), all.warnings.len()), (vec![2, 2, 1, 1], 0));
 }

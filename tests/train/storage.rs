@@ -7,10 +7,10 @@ use safetensors::Dtype;
 use serde_json::json;
 use warpo::{
     models::{Head, Model},
+    storage::{Storage, write_file},
     train::{
         export::{ExportedFrom, NewCompanions, export, is_whole},
         metrics::StepLines,
-        storage::{Storage, write_file},
     },
 };
 

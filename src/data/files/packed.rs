@@ -3,8 +3,7 @@
 use std::{
     cell::Cell,
     fs::File,
-    io::{self, BufRead, BufReader, Read, stdin},
-    path::Path,
+    io::{self, BufRead, BufReader, Cursor, Read},
     rc::Rc,
 };
 
@@ -14,7 +13,11 @@ use ruzstd::decoding::{
     errors::{FrameDecoderError, ReadFrameHeaderError},
 };
 
+use super::DataInput;
 use crate::error::{Error, Result};
+
+/// Bytes that are read at once.
+const BUFFER: usize = 64 << 10;
 
 /// The largest window of a zstd file, which is memory: what every decoder should take (RFC 8878,
 /// 3.1.1.1.2) and levels up to 19 need.
@@ -25,12 +28,15 @@ const ZSTD_WINDOW: u64 = 8 << 20;
 const UNPACKED: u64 = 64 << 20;
 const UNPACKED_TIMES: u64 = 100;
 
-/// A file, or standard input for `-`, as it was before it was packed.
-pub(super) fn open(path: &Path) -> Result<Box<dyn BufRead>> {
-    let mut reader: Box<dyn BufRead> = match path == Path::new("-") {
-        true => Box::new(BufReader::new(stdin())),
-        false => Box::new(BufReader::new(File::open(path).map_err(Error::io("open", path))?)),
+/// What a file has, as it was before it was packed; `at` is told how much of the file was read.
+pub(super) fn open(input: &DataInput, at: &Rc<Cell<u64>>) -> Result<Box<dyn BufRead>> {
+    let path = &*input.path;
+    let inner: Box<dyn Read> = match &input.content {
+        Some(content) => Box::new(Cursor::new(content.clone())),
+        None => Box::new(File::open(path).map_err(Error::io("open", path))?),
     };
+    let reader: Box<dyn BufRead> = Box::new(BufReader::with_capacity(BUFFER, inner));
+    let mut reader: Box<dyn BufRead> = Box::new(Counted { inner: reader, read: at.clone() });
     let read = Rc::new(Cell::new(0));
     let counted = |inner| Counted { inner, read: read.clone() };
     let unpacker: Box<dyn Read> = match reader.fill_buf().map_err(Error::io("read", path))? {

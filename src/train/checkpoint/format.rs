@@ -11,7 +11,7 @@ use crate::{
     digest::hex,
     error::{Error, Result},
     shape,
-    train::storage::{Storage, StorageFile, append_all},
+    storage::{Storage, StorageFile, append_all},
 };
 
 #[cfg(target_endian = "big")]

@@ -12,7 +12,7 @@ use super::format::{Dtype, FileEntry, SavedNumber, TensorEntry, elements, is_ste
 use crate::{
     digest::hex,
     error::{Error, Result},
-    train::storage::{Storage, open_at, read_small},
+    storage::{Storage, open_at, read_small},
 };
 
 /// The largest manifest that is read.
