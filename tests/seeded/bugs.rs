@@ -175,7 +175,7 @@ pub const BUGS: &[Bug] = &[
     },
     Bug {
         what: "the prompt counts as part of the completion that people chose",
-        file: "src/data/dataset.rs",
+        file: "src/data/dataset/maker.rs",
         place: "let end = «prompt.len().max(1)»..ids.len();",
         mistake: "1",
         test: "algorithms::preference::completions_count_and_prompts_do_not",
