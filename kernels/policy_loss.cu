@@ -18,7 +18,7 @@ constexpr int THREADS = 256;
 constexpr int SUMS = 9, MAXIMA = 1;
 
 // The kinds of `Surrogate`, as its `code` numbers them.
-enum Kind { CLIP, CISPO, SAPO, GMPO, VESPO, DPPO_TV, DPPO_KL, DPPO_RATIO };
+enum Kind { CLIP, CISPO, SAPO, GMPO, VESPO, DPPO_TV, DPPO_KL, DPPO_RATIO, LIKELIHOOD };
 // `RatioLevel`, in its order.
 enum Level { TOKEN, SEQUENCE, SEQUENCE_SUM };
 // `KlWeight`, in its order.
@@ -130,6 +130,7 @@ struct PolicyLoss {
                 const double kept = masked(x, sums) ? 0.0 : free;
                 return {kept + p2 * log_ratio * log_ratio, gain * (kept + 2.0 * p2 * log_ratio)};
             }
+            case LIKELIHOOD: return {-a * x.logp, -a};
         }
         return {};
     }

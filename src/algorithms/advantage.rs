@@ -13,6 +13,9 @@ crate::choices! {
         Opo = "opo",
         MaxRl = "max_rl",
         Return = "return",
+        Remax = "remax",
+        Token = "token",
+        Gpg = "gpg",
     }
 }
 
@@ -20,23 +23,47 @@ impl Advantage {
     /// The least samples of a prompt that it compares.
     pub fn least_group(self) -> usize {
         match self {
-            Self::Return => 1,
+            Self::Return | Self::Remax | Self::Token => 1,
             Self::LeaveOneOutStd => 3,
             _ => 2,
         }
     }
 
+    /// Whether it is one of tokens, not of samples: [`Advantage::of_tokens`].
+    pub fn is_of_tokens(self) -> bool {
+        matches!(self, Self::Return | Self::Remax | Self::Token)
+    }
+
+    /// The advantage of each token of a sample from the tokens' rewards, of which the last one has
+    /// the score, too, and what the greedy sample of the prompt scored.
+    pub fn of_tokens(self, rewards: &[f32], score: f64, greedy: f64) -> Vec<f32> {
+        let last = rewards.len().saturating_sub(1);
+        let mut out: Vec<f32> = rewards.to_vec();
+        if self == Self::Token {
+            out[..last].iter_mut().for_each(|r| *r = (f64::from(*r) + score) as f32);
+            return out;
+        }
+        let baseline = if self == Self::Remax { greedy } else { 0.0 };
+        let mut sum = 0.0;
+        for r in out.iter_mut().rev() {
+            sum += f64::from(*r);
+            *r = (sum - baseline) as f32;
+        }
+        out
+    }
+
     /// The advantage of each sample from its reward and length; the samples of a prompt, `group` of
     /// them, lie side by side. All are exactly 0 where the rewards of a group are equal.
     pub fn of(self, rewards: &[f64], lens: &[usize], group: usize, epsilon: f64) -> Vec<f64> {
-        let all = std(rewards);
+        let all = match self {
+            Self::Gpg => {
+                rewards.iter().filter(|r| **r != 0.0).count() as f64 / rewards.len() as f64
+            }
+            _ => std(rewards) + epsilon,
+        };
         let each = groups(rewards, group).flat_map(|g| {
             let (r, n) = (&rewards[g.clone()], &lens[g]);
-            match (self, equal(r)) {
-                (Self::Return, _) => r.to_vec(),
-                (_, true) => vec![0.0; r.len()],
-                (_, false) => self.in_group(r, n, all, epsilon),
-            }
+            if equal(r) { vec![0.0; r.len()] } else { self.in_group(r, n, all, epsilon) }
         });
         each.collect()
     }
@@ -47,8 +74,8 @@ impl Advantage {
         let others = |i: usize| -> Vec<f64> { [&r[..i], &r[i + 1..]].concat() };
         match self {
             Self::Group => centred(std(r) + epsilon),
-            Self::Batch => centred(all + epsilon),
-            Self::Mean | Self::Return => centred(1.0),
+            Self::Batch | Self::Gpg => centred(all),
+            Self::Mean | Self::Return | Self::Remax | Self::Token => centred(1.0),
             Self::LeaveOneOut => {
                 r.iter().enumerate().map(|(i, x)| x - self::mean(&others(i))).collect()
             }
@@ -70,6 +97,13 @@ impl Advantage {
             Self::MaxRl => r.iter().map(|_| if mean.is_nan() { mean } else { 0.0 }).collect(),
         }
     }
+}
+
+/// To mean 0 and standard deviation 1, over that plus epsilon; equal ones to 0.
+pub fn normalize(x: &mut [f64], epsilon: f64) {
+    let (mean, scale) = (mean(x), std(x) + epsilon);
+    let is_equal = equal(x);
+    x.iter_mut().for_each(|x| *x = if is_equal { 0.0 } else { (*x - mean) / scale });
 }
 
 /// The samples of each prompt.

@@ -8,6 +8,15 @@ use crate::{
     ops::sequence_loss::Offsets,
 };
 
+/// What the likeliest answer of the policy to a prompt is worth.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct GreedySample {
+    pub score: f32,
+    /// It ended by itself.
+    pub stopped: bool,
+    pub tokens: usize,
+}
+
 /// All sequences of an optimizer step. Per-token columns hold the predicted tokens of all
 /// sequences back to back; a column that no loss asked for is empty.
 #[derive(Clone, Debug, Default)]
@@ -32,6 +41,8 @@ pub struct Columns<F> {
     pub returns: Vec<F>,
     /// Score of each sequence: by the reward model, then the sum of all rewards.
     pub scores: Vec<F>,
+    /// The greedy sample of each sequence's prompt.
+    pub greedy: Vec<GreedySample>,
     /// Whether each sequence ended by itself.
     pub stopped: Vec<bool>,
     /// Margin of each pair.
@@ -67,31 +78,40 @@ impl<F: Float> Columns<F> {
     pub fn subset(&self, order: &[usize]) -> Self {
         let kl = self.mismatched_kl;
         let mut out = Self { offsets: vec![0], mismatched_kl: kl, ..Self::default() };
+        out.extend(self, order);
+        out
+    }
+
+    /// Adds chosen sequences of others behind these.
+    pub fn extend(&mut self, from: &Self, order: &[usize]) {
+        if self.offsets.is_empty() {
+            self.offsets.push(0);
+        }
         for &s in order {
-            let t = self.span(&(s..s + 1));
-            out.offsets.push(out.offsets.last().unwrap_or(&0) + t.len() as u32);
+            let t = from.span(&(s..s + 1));
+            self.offsets.push(self.offsets.last().unwrap_or(&0) + t.len() as u32);
             for (to, from) in [
-                (&mut out.weights, &self.weights),
-                (&mut out.old_logp, &self.old_logp),
-                (&mut out.ref_logp, &self.ref_logp),
-                (&mut out.old_values, &self.old_values),
-                (&mut out.rewards, &self.rewards),
-                (&mut out.advantages, &self.advantages),
-                (&mut out.returns, &self.returns),
+                (&mut self.weights, &from.weights),
+                (&mut self.old_logp, &from.old_logp),
+                (&mut self.ref_logp, &from.ref_logp),
+                (&mut self.old_values, &from.old_values),
+                (&mut self.rewards, &from.rewards),
+                (&mut self.advantages, &from.advantages),
+                (&mut self.returns, &from.returns),
             ] {
                 if !from.is_empty() {
                     to.extend_from_slice(&from[t.clone()]);
                 }
             }
-            out.samples.extend(self.samples.get(s));
-            out.scores.extend(self.scores.get(s));
-            out.stopped.extend(self.stopped.get(s));
-            out.labels.extend(self.labels.get(s));
+            self.samples.extend(from.samples.get(s));
+            self.scores.extend(from.scores.get(s));
+            self.greedy.extend(from.greedy.get(s));
+            self.stopped.extend(from.stopped.get(s));
+            self.labels.extend(from.labels.get(s));
             if s % 2 == 0 {
-                out.margins.extend(self.margins.get(s / 2));
+                self.margins.extend(from.margins.get(s / 2));
             }
         }
-        out
     }
 }
 

@@ -13,7 +13,7 @@
 //!   that is none stops the step.
 
 use super::{
-    Algorithm, AlgorithmEntry, Columns, Metrics, MicroBatch, Needs, Preset,
+    Algorithm, AlgorithmEntry, Columns, Metrics, MicroBatch, Needs, Preset, Resampling,
     advantage::{self, Advantage},
     own,
     policy_gradient::{self, PolicyGradient, PolicyGradientSettings, WhitenVariance},
@@ -35,11 +35,16 @@ crate::settings! {
         /// (std + advantage_epsilon) of its prompt's samples; mean: R - mean (Dr. GRPO); batch: the
         /// std of the whole step; leave_one_out: R - mean of the others (RLOO); leave_one_out_std:
         /// over the std of the others, too (NeMo RL); opo: R - mean by tokens; max_rl: (R - mean) /
-        /// mean, 0 where the mean is not above 0 (prime-rl); return: of each token the rewards from
-        /// it on (REINFORCE++).
+        /// mean, 0 where the mean is not above 0 (prime-rl); gpg: R - mean, over the share of
+        /// samples of the step with R other than 0; return: of each token the rewards from it on
+        /// (REINFORCE++); remax: that less the score of the prompt's greedy sample, which is made
+        /// beside; token: score and the token's own KL penalty (NeMo RL).
         pub advantage: Advantage = Advantage::Group,
         /// Added to a standard deviation (TRL: 1e-4; verl, NeMo RL: 1e-6; OpenRLHF: 1e-9).
         pub advantage_epsilon: f64 = 1e-4 => "0 or more" if |e| *e >= 0.0 && e.is_finite(),
+        /// Advantages of samples to mean 0 and std 1 over the step, over that std +
+        /// advantage_epsilon (TRL's RLOO: normalize_advantages, off).
+        pub normalize_advantages: bool = false,
         /// Advantages of tokens to mean 0 and variance 1 over the step, at last (REINFORCE++).
         pub whiten_advantages: bool = false,
         /// The variance that this divides by (verl: unbiased; OpenRLHF, NeMo RL: biased).
@@ -47,6 +52,12 @@ crate::settings! {
         /// A sample that did not end by itself is compared, but not learned; aggregation sequences
         /// counts it (TRL: mask_truncated_completions, off; DAPO: overlong filtering).
         pub mask_truncated: bool = false,
+        /// Draws of prompts a step, at most: prompts whose samples have equal scores give way to
+        /// others (DAPO: dynamic sampling; verl: filter_groups, max_num_gen_batches 10). After the
+        /// last draw they fill what is missing; 0 is off.
+        pub dynamic_sampling: usize = 0 => "0, or 2 or more" if |n| *n != 1,
+        /// The reward of the list whose scores have to differ; "none" is their sum.
+        pub dynamic_reward: Option<String> = None,
     }
 }
 
@@ -76,6 +87,8 @@ pub(super) const METRICS: &[&[(&str, &str)]] = &[
         ("loss", "The whole loss of an update; mean over the step's updates."),
         ("reward_std", "Standard deviation of the rewards of a prompt's samples; mean of prompts."),
         ("zero_std_groups", "Prompts whose samples have equal rewards, which teach nothing."),
+        ("draws", "Draws of prompts in the step (with dynamic sampling)."),
+        ("dropped_groups", "Prompts that gave way to others (with dynamic sampling)."),
         ("masked", "Samples that are not learned because they did not end by themselves."),
     ],
 ];
@@ -129,8 +142,9 @@ const PRESETS: &[Preset] = &[
     Preset {
         name: "dapo",
         about: "DAPO (arXiv 2503.14476): clip-higher, token mean, soft overlong penalty in the last \
-                fifth; its dynamic sampling, which draws until every group has spread, is not here",
+                fifth, dynamic sampling",
         values: &[
+            ("dynamic_sampling", "10"),
             ("clip_range", "0.2"),
             ("clip_range_high", "0.28"),
             ("overlong_share", "0.2"),
@@ -223,6 +237,24 @@ pub(super) fn build(name: &'static str, section: &dyn Section) -> Result<Box<dyn
         return Err(Error::config("samples_per_prompt", want, got));
     }
     let mut shared = PolicyGradient::new(settings.shared.clone())?;
+    if settings.normalize_advantages && settings.advantage.is_of_tokens() {
+        let want = "false: the advantage is one of tokens; whiten_advantages is for these";
+        return Err(Error::config("normalize_advantages", want, true));
+    }
+    if settings.dynamic_sampling > 0 && got < 2 {
+        let want = "2 or more: dynamic_sampling compares the samples of a prompt";
+        return Err(Error::config("samples_per_prompt", want, got));
+    }
+    if let Some(name) = &settings.dynamic_reward {
+        let names: Vec<&str> = shared.reward_names().collect();
+        if settings.dynamic_sampling == 0 {
+            return Err(Error::config("dynamic_reward", "\"none\": dynamic_sampling is 0", name));
+        }
+        if !names.contains(&&**name) {
+            let want = format!("the name of one of the rewards ({})", names.join(", "));
+            return Err(Error::config("dynamic_reward", want, name));
+        }
+    }
     shared.masks = settings.mask_truncated;
     Ok(Box::new(Grpo { name, settings, shared }))
 }
@@ -241,18 +273,20 @@ impl Grpo {
             out.extend([("reward_std", std), ("zero_std_groups", flat)]);
         }
         c.advantages.clear();
-        if s.advantage == Advantage::Return {
-            for span in spans {
-                let to_go = c.rewards[span].iter().rev().scan(0.0, |sum, r| {
-                    *sum += f64::from(*r);
-                    Some(*sum as f32)
-                });
-                let to_go: Vec<f32> = to_go.collect();
-                c.advantages.extend(to_go.iter().rev());
+        if s.advantage.is_of_tokens() {
+            for (i, span) in spans.into_iter().enumerate() {
+                let score = self.shared.shaped(c.scores[i], c.stopped[i], span.len());
+                let greedy = c.greedy.get(i);
+                let greedy = greedy.map(|g| self.shared.shaped(g.score, g.stopped, g.tokens));
+                let of = s.advantage.of_tokens(&c.rewards[span], score, greedy.unwrap_or(0.0));
+                c.advantages.extend(of);
             }
         } else {
             let lens: Vec<usize> = spans.iter().map(ExactSizeIterator::len).collect();
-            let each = s.advantage.of(&rewards, &lens, group, s.advantage_epsilon);
+            let mut each = s.advantage.of(&rewards, &lens, group, s.advantage_epsilon);
+            if s.normalize_advantages {
+                advantage::normalize(&mut each, s.advantage_epsilon);
+            }
             for (a, n) in each.iter().zip(&lens) {
                 c.advantages.extend(std::iter::repeat_n(*a as f32, *n));
             }
@@ -270,7 +304,10 @@ impl Algorithm for Grpo {
     fn needs(&self) -> Needs {
         let s = &self.settings;
         let reference = s.shared.kl.kl_coef != 0.0;
-        Needs { reference, epochs: s.grpo_epochs, ..self.shared.needs() }
+        let (draws, reward) = (s.dynamic_sampling, s.dynamic_reward.clone());
+        let resampling = (draws > 0).then_some(Resampling { draws, reward });
+        let greedy = s.advantage == Advantage::Remax;
+        Needs { reference, epochs: s.grpo_epochs, resampling, greedy, ..self.shared.needs() }
     }
 
     fn prepare(&mut self, dev: &Device, c: &mut Columns<f32>, out: &mut Metrics) -> Result<()> {

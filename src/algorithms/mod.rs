@@ -22,7 +22,7 @@ mod sft;
 mod simpo;
 mod surrogate;
 
-pub use columns::{Column, Columns, MicroBatch};
+pub use columns::{Column, Columns, GreedySample, MicroBatch};
 pub use policy_gradient::Sampling;
 pub use reward_list::RewardEntry;
 
@@ -102,12 +102,25 @@ pub struct Needs {
     pub reward_model: Option<PathBuf>,
     /// What scores every sample, the reward model included; empty if that alone does.
     pub rewards: Vec<RewardEntry>,
+    /// Prompts are drawn until their samples differ.
+    pub resampling: Option<Resampling>,
+    /// The greedy sample of each prompt, scored.
+    pub greedy: bool,
     /// The entropy of each prediction.
     pub entropy: bool,
     /// Passes over a step's sequences.
     pub epochs: usize,
     /// Optimizer updates a pass.
     pub minibatches: usize,
+}
+
+/// Prompts whose samples have equal scores teach nothing: others are drawn in their place.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Resampling {
+    /// Draws of a step, at most. What is missing then are prompts whose samples are equal.
+    pub draws: usize,
+    /// The reward of the list that has to differ; none is the score.
+    pub reward: Option<String>,
 }
 
 impl Needs {
@@ -124,6 +137,8 @@ impl Needs {
             margins: true,
             reward_model: None,
             rewards: Vec::new(),
+            resampling: None,
+            greedy: false,
             entropy: false,
             epochs: 1,
             minibatches: 1,

@@ -261,24 +261,35 @@ impl PolicyGradient {
     /// Fills the rewards: the shaped score at each sequence's last token, less the KL penalty of
     /// every token where it stands there.
     pub fn rewards(&mut self, c: &mut Columns<f32>) {
-        let PolicyGradientSettings { kl, shaping, sampling, .. } = &self.settings;
+        let kl = &self.settings.kl;
         let (estimator, in_reward) = (kl.estimator(), kl.kl_in == KlIn::Reward);
         (self.kl, self.sequences) = (0.0, c.sequences() as f64);
         c.rewards.clear();
         for s in 0..c.sequences() {
             let span = c.span(&(s..s + 1));
-            let (end, length) = (span.end, span.len() as f64 / sampling.max_new_tokens as f64);
+            let (end, tokens) = (span.end, span.len());
             for t in span {
                 let kl = |r: &f32| estimator.value(f64::from(c.old_logp[t]), f64::from(*r));
                 let kl = c.ref_logp.get(t).map_or(0.0, kl);
                 self.kl += kl;
                 let mut r = if in_reward { -self.kl_coef * kl } else { 0.0 };
                 if t + 1 == end {
-                    r += shaping.shaped(c.scores[s], c.stopped[s], length);
+                    r += self.shaped(c.scores[s], c.stopped[s], tokens);
                 }
                 c.rewards.push(r as f32);
             }
         }
+    }
+
+    /// A score as it enters the reward of a sample of so many tokens.
+    pub fn shaped(&self, score: f32, stopped: bool, tokens: usize) -> f64 {
+        let PolicyGradientSettings { shaping, sampling, .. } = &self.settings;
+        shaping.shaped(score, stopped, tokens as f64 / sampling.max_new_tokens as f64)
+    }
+
+    /// The names of the rewards.
+    pub fn reward_names(&self) -> impl Iterator<Item = &str> {
+        self.settings.shaping.rewards.iter().map(|r| &*r.name)
     }
 
     /// Metrics of the step's samples.

@@ -2,7 +2,7 @@
 //! whitened over the step, in PPO's clipped loss. With `advantage = "mean"` it is
 //! REINFORCE++-baseline.
 //!
-//! Departures: those of GRPO; NeMo RL's form without the sum over later rewards is not here.
+//! Departures: those of GRPO.
 
 use super::{
     AlgorithmEntry, Preset,
@@ -46,6 +46,17 @@ pub(super) const ENTRY: AlgorithmEntry = AlgorithmEntry {
                 ("beta2", "0.95"),
                 ("schedule", "cosine"),
                 ("min_learning_rate_ratio", "0.1"),
+            ],
+        },
+        Preset {
+            name: "nemo",
+            about: "NeMo RL's REINFORCE++: no sum over later rewards, k3 of the token in its reward, \
+                    biased variance; its clamps of the KL are not here",
+            values: &[
+                ("advantage", "token"),
+                ("kl_coef", "0.01"),
+                ("kl_estimator", "k3"),
+                ("whiten_variance", "biased"),
             ],
         },
     ],

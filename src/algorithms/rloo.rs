@@ -27,7 +27,7 @@ pub(super) const ENTRY: AlgorithmEntry = AlgorithmEntry {
     presets: &[
         Preset {
             name: "trl",
-            about: "TRL 1.16's RLOOTrainer; its normalize_advantages is not here",
+            about: "TRL 1.16's RLOOTrainer",
             values: &[
                 ("kl_coef", "0.05"),
                 ("ratio", "sequence_sum"),

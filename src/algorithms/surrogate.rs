@@ -17,6 +17,7 @@ crate::choices! {
         DppoTv = "dppo_tv",
         DppoKl = "dppo_kl",
         Dppo = "dppo",
+        Likelihood = "likelihood",
     }
 }
 
@@ -35,7 +36,8 @@ crate::settings! {
         /// The loss of a token: clip (PPO); cispo weighs its log-prob with the clipped ratio; sapo
         /// has soft borders; gmpo takes the geometric mean of a sequence's ratios, vespo weighs
         /// with their product; dppo_tv and dppo_kl (verl) and dppo (prime-rl) drop tokens whose
-        /// probability moved too far (TRL, verl, OpenRLHF: clip).
+        /// probability moved too far; likelihood has no ratio (REINFORCE, GPG) (TRL, verl,
+        /// OpenRLHF: clip).
         pub policy_loss: PolicyObjective = PolicyObjective::Clip,
         /// Whose ratio clip, cispo and sapo read: the token's, that of the mean log-ratio of its
         /// sequence (GSPO), or of the sum (RLOO in TRL) (TRL, verl, OpenRLHF: token).
@@ -79,7 +81,7 @@ crate::settings! {
     }
 }
 
-use PolicyObjective::{Cispo, Clip, Dppo, DppoKl, DppoTv, Gmpo, Sapo, Vespo};
+use PolicyObjective::{Cispo, Clip, Dppo, DppoKl, DppoTv, Gmpo, Likelihood, Sapo, Vespo};
 
 /// Settings that only some losses read.
 const READ_BY: &[(&str, &[PolicyObjective])] = &[
@@ -138,6 +140,7 @@ impl PolicyLossSettings {
             DppoTv => dppo(Distance::Tv),
             DppoKl => dppo(Distance::Kl),
             Dppo => Surrogate::DppoRatio { low, high, square: self.square_coef },
+            Likelihood => Surrogate::Likelihood,
         };
         Ok(PolicyLoss {
             surrogate,

@@ -83,7 +83,8 @@ impl DrawOrder {
         &self.groups
     }
 
-    /// The example of draw `i`, over all epochs.
+    /// The example of draw `i`, over all epochs, which flow into each other: a step may end one and
+    /// begin the next, so that every step has the same size.
     ///
     /// # Panics
     /// If there are no examples.
@@ -107,10 +108,8 @@ impl DrawOrder {
         let of = |(g, stream): (&DrawGroup, u64)| g.of_epoch(epoch, stream, seed);
         self.drawn = self.groups.iter().zip(1..).flat_map(of).collect();
     }
-
-    /// The examples of step `step` of `batch` draws each. Epochs flow into each other: a step may
-    /// end one and begin the next, so that every step has the same size.
-    pub fn batch(&mut self, step: u64, batch: usize) -> Vec<usize> {
-        (0..batch as u64).map(|k| self.index(step * batch as u64 + k)).collect()
+    /// So many draws, the first of which is draw `from`.
+    pub fn take(&mut self, from: u64, draws: usize) -> Vec<usize> {
+        (from..).take(draws).map(|i| self.index(i)).collect()
     }
 }

@@ -66,7 +66,8 @@ enum Failure {
 
 impl HubClient {
     /// Downloads the files that `choose` picks of all names of a repository, and gives them their
-    /// place in the cache; `seen` hears the name of a file, and how many bytes of how many are here.
+    /// place in the cache; `seen` hears the name of a file, and how many bytes of how many are
+    /// here.
     pub fn download(
         &self,
         kind: RepoKind,

@@ -81,6 +81,8 @@ pub enum Surrogate {
     /// `-A x`, 0 as in [`Surrogate::Dppo`] by probabilities, plus `square (log x)²` for every
     /// token.  (DPPO, as in prime-rl)
     DppoRatio { low: f64, high: f64, square: f64 },
+    /// `-A logp`: no ratio.  (REINFORCE: Williams 1992; GPG, as in verl)
+    Likelihood,
 }
 
 /// How far the probability `p` of a token is from the `q` that it had.
@@ -365,6 +367,7 @@ impl Surrogate {
             Self::Dppo { distance: Distance::Tv, low, high, cap } => (5, [low, high, cap, 0.0]),
             Self::Dppo { distance: Distance::Kl, low, high, cap } => (6, [low, high, cap, 0.0]),
             Self::DppoRatio { low, high, square } => (7, [low, high, square, 0.0]),
+            Self::Likelihood => (8, [0.0; 4]),
         }
     }
 
@@ -426,6 +429,7 @@ impl Surrogate {
                 let slope = -a * if ratio > cap { cap } else { ratio };
                 (slope * x.logp, slope)
             }
+            Self::Likelihood => (-a * x.logp, -a),
             Self::DppoRatio { low, high, square } => {
                 let masked = masked(x, Distance::Tv, [low, high], sums);
                 let kept = if masked { 0.0 } else { free };

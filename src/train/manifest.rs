@@ -52,6 +52,9 @@ pub struct RunState {
     /// Steps that are done.
     #[serde(default)]
     pub step: u64,
+    /// Examples that were drawn for them; as many each step, if it is not there.
+    #[serde(default)]
+    pub drawn: Option<u64>,
     /// Steps that the run was to have.
     #[serde(default)]
     pub steps: u64,

@@ -354,6 +354,7 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
             best.since = if longer { 0 } else { best.since };
         }
         t.step = loaded.step;
+        t.drawn = state.drawn.unwrap_or(t.step * t.inputs.source.draws() as u64);
         self.saved = Some(loaded.step);
         let keep = t.inputs.settings.keep_checkpoints;
         if let Err(problem) = checkpoint::prune(&Disk, &self.checkpoints, loaded.step, keep) {
@@ -387,6 +388,7 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
             family: t.dev.family().into(),
             export: Some(self.export_plan()),
             step: t.step,
+            drawn: Some(t.drawn),
             steps: t.inputs.steps,
             extended: self.extended.clone(),
         };

@@ -1,7 +1,7 @@
 //! The source of a step's sequences: a data set's texts or pairs as they are, or prompts that the
 //! policy continues first.
 
-use std::sync::Arc;
+use std::{ops::Range, sync::Arc};
 
 use sha2::{Digest, Sha256};
 
@@ -12,7 +12,7 @@ use super::{
     settings::Settings,
 };
 use crate::{
-    algorithms::{Columns, Inputs, Needs},
+    algorithms::{Columns, Inputs, Needs, Resampling},
     data::{
         ColumnsRead, DrawOrder, ExampleKind, FolderPart, Limits, RowColumns, Sequence, TokenJob,
         TokenStore, Tokenizer, cache,
@@ -168,11 +168,12 @@ impl Source {
         hex(hash.finalize())
     }
 
-    /// The sequences of a step, counted from 0. Those of prompts are to be continued.
-    pub fn draw(&mut self, step: u64) -> StepData {
-        let chosen = self.order.batch(step, self.draws);
+    /// The sequences of so many draws, the first of which is draw `from` of the run. Those of
+    /// prompts are to be continued.
+    pub fn draw(&mut self, from: u64, draws: usize) -> StepData {
+        let chosen = self.order.take(from, draws);
         let mut data = self.examples(&chosen);
-        let base = step * data.sequences.len() as u64;
+        let base = from * (data.sequences.len() / draws.max(1)) as u64;
         data.columns.samples = (base..).take(data.sequences.len()).collect();
         data
     }
@@ -270,13 +271,36 @@ impl StepData {
         Self { sequences, columns: self.columns.subset(&chosen), ..Self::default() }
     }
 
+    /// Adds chosen sequences of others behind these.
+    pub fn extend(&mut self, from: &Self, chosen: &[usize]) {
+        self.sequences.extend(chosen.iter().map(|i| from.sequences[*i].clone()));
+        self.rows.extend(chosen.iter().filter_map(|i| from.rows.get(*i).cloned()));
+        self.columns.extend(&from.columns, chosen);
+        if self.parts.is_empty() {
+            self.parts = from.parts.iter().map(|(name, _)| (*name, Vec::new())).collect();
+        }
+        for ((_, to), (_, scores)) in self.parts.iter_mut().zip(&from.parts) {
+            to.extend(chosen.iter().map(|i| scores[*i]));
+        }
+    }
+
+    /// Whether the scores of some sequences are not all the same.
+    pub fn differs(&self, group: Range<usize>, by: &Resampling) -> bool {
+        let named = by.reward.as_ref().map(|name| format!("reward_{name}"));
+        let part = self.parts.iter().find(|(name, _)| named.as_deref() == Some(*name));
+        let score = |i: usize| part.map_or(f64::from(self.columns.scores[i]), |(_, p)| p[i]);
+        group.clone().any(|i| score(i) != score(group.start))
+    }
+
     /// Adds the lines of data that the samples of a bad number come from.
     pub fn locate(&self, mut e: Error) -> Error {
-        if let Error::Reward { sample, place, .. } = &mut e {
+        if let Error::Reward { sample, place: place @ None, .. } = &mut e {
             let at = self.columns.samples.iter().position(|s| s == sample);
             *place = at.map(|i| self.sequences[i].place.to_string());
         }
-        if let Error::BadNumber { samples, places, .. } = &mut e {
+        if let Error::BadNumber { samples, places, .. } = &mut e
+            && places.is_empty()
+        {
             let at = |id: &u64| self.columns.samples.iter().position(|s| s == id);
             let place = |id| at(id).map(|i| self.sequences[i].place.to_string());
             *places = samples.iter().filter_map(place).collect();

@@ -1,5 +1,7 @@
 //! The training loop: one for all algorithms, sources and models.
 
+mod sampling;
+
 use std::{ops::Range, time::Instant};
 
 use super::{
@@ -18,8 +20,8 @@ use crate::{
     error::{Error, Result},
     models::{Batch, Head, Model, Pass},
     ops::grad_norm,
-    rng::{Philox, Purpose, Stream},
-    rollout::{GenerationConfig, ScoringPass, rewards::RewardQueue},
+    rng::{Philox, Purpose},
+    rollout::ScoringPass,
 };
 
 /// A run in memory: models, which compute in `T`, data and the step it is at.
@@ -35,6 +37,8 @@ pub struct Trainer<T: Element> {
     frozen: Option<Guard>,
     /// Steps done. People count from 1: the next step is `step + 1` in messages and files.
     pub(super) step: u64,
+    /// Examples drawn for them.
+    pub(super) drawn: u64,
     arena: Arena,
     memory: MemoryPlan,
     batch: Batch,
@@ -77,6 +81,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             guard: None,
             frozen: None,
             step: 0,
+            drawn: 0,
             arena: Arena::new(dev, memory.shared())?,
             batch: Batch::with_capacity(inputs.sizes.scorer().rows),
             memory,
@@ -140,7 +145,8 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             self.frozen = Some(Guard::of_frozen(&self.dev, &self.models)?);
         }
         self.verify()?;
-        let mut data = self.inputs.source.draw(self.step);
+        let draws = self.inputs.source.draws();
+        let mut data = self.inputs.source.draw(self.drawn, draws);
         let done = self.step_on(&mut data, seen).map_err(|e| data.locate(e))?;
         self.sampled = self.inputs.needs.sampling().map(|_| data);
         check_metrics(&done.metrics, self.step)?;
@@ -169,9 +175,10 @@ impl<T: Element<Acc = f32>> Trainer<T> {
 
     fn step_on(&mut self, data: &mut StepData, seen: &mut dyn Observer) -> Result<StepReport> {
         let (mut metrics, mut seconds) = (Metrics::new(), Vec::new());
+        let mut drawn = self.inputs.source.draws() as u64;
         self.updated.clear();
         match self.inputs.needs.sampling() {
-            Some(_) => self.sample_and_score(data, seen, &mut seconds)?,
+            Some(_) => drawn = self.samples(data, seen, &mut metrics, &mut seconds)?,
             None => self.fill(data)?,
         }
         stop(self.step)?;
@@ -204,79 +211,9 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         metrics.push(("learning_rate", self.inputs.settings.learning_rate * self.schedule()));
         metrics.push(("tokens", tokens as f64));
         self.step += 1;
+        self.drawn += drawn;
         seconds.push(("update", start.elapsed().as_secs_f64()));
         Ok(StepReport { metrics, seconds })
-    }
-
-    /// Samples, and scores each sample that ends while others go on and while the models score.
-    fn sample_and_score(
-        &mut self,
-        data: &mut StepData,
-        seen: &mut dyn Observer,
-        seconds: &mut Vec<(&'static str, f64)>,
-    ) -> Result<()> {
-        // The run's own again below: its processes are kept.
-        let mut rewards = std::mem::take(&mut self.inputs.rewards);
-        let of_step = (self.step + 1, data.sequences.len());
-        let scored = rewards.beside(of_step, |queue| {
-            let start = Instant::now();
-            self.sample(data, queue, seen)?;
-            seconds.push(("sample", start.elapsed().as_secs_f64()));
-            seen.phase("score", 0, 1);
-            let start = Instant::now();
-            self.fill(data)?;
-            seconds.push(("score", start.elapsed().as_secs_f64()));
-            Ok(Instant::now())
-        });
-        let scored = scored.map(|(waits, parts)| {
-            if !parts.is_empty() {
-                seconds.push(("reward", waits.elapsed().as_secs_f64()));
-            }
-            data.parts = rewards.sum(parts, &mut data.columns.scores);
-        });
-        self.inputs.rewards = rewards;
-        scored
-    }
-
-    /// Continues the step's prompts with samples of the policy, each of which goes to the rewards
-    /// when it ends.
-    fn sample(
-        &mut self,
-        data: &mut StepData,
-        queue: &RewardQueue,
-        seen: &mut dyn Observer,
-    ) -> Result<()> {
-        let Self { dev, inputs, models, arena, step, .. } = self;
-        let (Some(policy), Some(sampling)) = (models.with_head(Head::Lm), inputs.needs.sampling())
-        else {
-            return Err(Error::value("an algorithm that samples", "a policy", "none"));
-        };
-        let _phase = dev.span("sample");
-        let config = GenerationConfig {
-            sampling: sampling.params(),
-            max_new_tokens: sampling.max_new_tokens,
-            stop_ids: inputs.eos.iter().chain(&inputs.settings.stop_ids).copied().collect(),
-            stream: Stream { seed: inputs.settings.seed, step: *step, purpose: Purpose::Sample },
-        };
-        let (prompts, mut made) = (data.prompts(), 0);
-        let mut ends = vec![Vec::new(); if queue.is_read() { prompts.len() } else { 0 }];
-        let total = prompts.len() * config.max_new_tokens;
-        let (generator, scope) = (inputs.sizes.generator(), arena.scope());
-        let done = generator.run(dev, policy, &scope, &prompts, &config, |new| {
-            made += new.len();
-            seen.phase("sample", made, total);
-            for (at, token) in new.iter().copied().filter(|_| queue.is_read()) {
-                ends[at].push(token);
-                let stopped = config.stop_ids.contains(&token);
-                if stopped || ends[at].len() == config.max_new_tokens {
-                    let tokenizer = inputs.tokenizer.as_ref();
-                    queue.put(at, data.reward_input(at, &ends[at], stopped, tokenizer)?)?;
-                }
-            }
-            stop(*step)
-        })?;
-        data.continue_with(done);
-        Ok(())
     }
 
     /// The models, and what they score sequences in.

@@ -100,7 +100,7 @@ fn every_setting_survives_the_template() {
                 "mean",
             ];
             let numbers = ["true", "false", "7", "0.25"].map(String::from);
-            let table = ["{ prompt = \"q\" }".to_owned()];
+            let table = ["{ prompt = \"q\" }", "[{ kind = \"math\" }]"].map(String::from);
             let candidates = [&numbers[..], &texts.map(|t| format!("{t:?}")), &table].concat();
             let change = candidates.iter().find(|v| {
                 let pair = format!("{}={v}", key.name);

@@ -467,7 +467,7 @@ fn every_epoch_is_a_permutation_of_its_own() {
         if len == 100 {
             assert!(epochs.windows(2).all(|w| w[0] != w[1]));
             assert!(!epochs[0].iter().copied().eq(0..len), "it is shuffled");
-            let other = DrawOrder::new(len, 4, true).batch(0, len);
+            let other = DrawOrder::new(len, 4, true).take(0, len);
             assert_ne!(epochs[0], other, "the seed decides");
         }
     }
@@ -476,15 +476,15 @@ fn every_epoch_is_a_permutation_of_its_own() {
 #[test]
 fn file_order_on_request() {
     let mut order = DrawOrder::new(3, 9, false);
-    assert_eq!(order.batch(0, 4), [0, 1, 2, 0]);
-    assert_eq!(order.batch(1, 4), [1, 2, 0, 1]);
+    assert_eq!(order.take(0, 4), [0, 1, 2, 0]);
+    assert_eq!(order.take(4, 4), [1, 2, 0, 1]);
 }
 
 /// Steps flow over the ends of epochs, and any step can be asked for first, or again.
 #[test]
 fn randomness_is_addressed_not_consumed() {
     let mut straight = DrawOrder::new(10, 5, true);
-    let steps: Vec<Vec<usize>> = (0..25).map(|s| straight.batch(s, 4)).collect();
+    let steps: Vec<Vec<usize>> = (0..25).map(|s| straight.take(s * 4, 4)).collect();
     let all = steps.concat();
     for epoch in all.chunks_exact(10) {
         let mut sorted = epoch.to_vec();
@@ -492,10 +492,10 @@ fn randomness_is_addressed_not_consumed() {
         assert!(sorted.into_iter().eq(0..10));
     }
     for step in (0..25).rev() {
-        assert_eq!(DrawOrder::new(10, 5, true).batch(step, 4), steps[step as usize]);
-        assert_eq!(straight.batch(step, 4), steps[step as usize]);
+        assert_eq!(DrawOrder::new(10, 5, true).take(step * 4, 4), steps[step as usize]);
+        assert_eq!(straight.take(step * 4, 4), steps[step as usize]);
     }
     // another batch size draws the same examples in the same order
     let mut other = DrawOrder::new(10, 5, true);
-    assert_eq!((0..20).flat_map(|s| other.batch(s, 5)).collect::<Vec<_>>(), all);
+    assert_eq!((0..20).flat_map(|s| other.take(s * 5, 5)).collect::<Vec<_>>(), all);
 }

@@ -71,7 +71,11 @@ def advantages(d):
         reinforce_pp_openrlhf=whiten(to_go(terminal(R.clamp(-10, 10), n, T) - 0.01 * o_r.clamp(-10, 10) * m, m), m, unbiased=False) * m,
         reinforce_pp_baseline_verl=whiten(tok(base), m) * m, reinforce_pp_baseline_openrlhf=whiten(tok(base), m, unbiased=False) * m,
         opo=(grp(R) - ob).reshape(-1), maxrl_prime=torch.where(mu > 0, (grp(R01) - mu) / mu.clamp(min=1e-300), torch.zeros_like(grp(R01))).reshape(-1),
-        dapo=group_adv(R + pen))
+        rloo_norm=(loo(R) - loo(R).mean()) / (loo(R).std() + 1e-4),
+        reinforce_pp_nemo=whiten(tok(R) - 0.01 * kl_of(d["old_logp"], d["ref_logp"], "k3") * m, m, unbiased=False) * m,
+        reinforce_pp_baseline_nemo=whiten(tok(base), m, unbiased=False) * m,
+        remax_verl=to_go(terminal(R, n, T), m) - tok(d["greedy_rewards"].repeat_interleave(G)),
+        gpg=len(R) / (R != 0).sum() * base, dapo=group_adv(R + pen))
 
 
 def clip_loss(ratio, A, lo=0.2, hi=0.2, delta=None, dual=None):
@@ -118,6 +122,7 @@ def losses(d, A, put):
     put("trl/dapo_entropy", T, lambda l, e, a: agg(clip_loss(x(l), a), m, TOK) - .01 * mmean(e, m))
     sx = lambda l: torch.exp(((l - o) * m).sum(1))
     put("trl/rloo", "rloo", lambda l, e, a: clip_loss(sx(l), a[:, 0]).mean())
+    put("trl/rloo_norm", "rloo_norm", lambda l, e, a: clip_loss(sx(l), a[:, 0]).mean())
     put("trl/rloo_kl", "rloo_trl_kl", lambda l, e, a: clip_loss(sx(l), a[:, 0]).mean())
     def gmpo(l, a, e): y = torch.where(a > 0, (l - o).clamp(max=e), (l - o).clamp(min=-e)); return (-torch.exp(seqmean(y, m)) * a).mean()
     put("trl/gmpo", T, lambda l, e, a: gmpo(l, a, .4))
@@ -143,6 +148,7 @@ def losses(d, A, put):
     P("verl/reinforce_pp", "reinforce_pp_verl", TOK, van); P("verl/reinforce_pp_kl", "reinforce_pp_verl_kl", TOK, van)
     P("verl/reinforce_pp_baseline", "reinforce_pp_baseline_verl", TOK, van)
     put("verl/geo_mean", V, lambda l, e, a: gmpo(l, a, .2))
+    P("verl/gpg", "gpg", TOK, lambda l, a: -a * l); P("verl/remax", "remax_verl", TOK, van)
     # prime-rl and SkyRL, whose anchor is q
     def prime(l, a, t=.2, c=1e-3): p = sg(torch.exp(l) - torch.exp(q)); return -(~torch.where(a > 0, p > t, p < -t)).double() * a * torch.exp(l - q) + c * (l - q) ** 2
     P("prime/default", "dr_grpo", TOK, prime); P("prime/default_tight", "dr_grpo", TOK, lambda l, a: prime(l, a, .05)); P("prime/maxrl", "maxrl_prime", TOK, prime)
@@ -153,6 +159,8 @@ def losses(d, A, put):
     P("nemo/gspo", N, SEQ, lambda l, a: clip_loss(s(l), a) + .01 * w(l) * k(l))
     for n in ("k1", "k2"): P("nemo/grpo_" + n, N, TOK, lambda l, a, n=n: clip_loss(x(l), a) + .01 * w(l) * k(l, n))
     P("nemo/cispo", N, TOK, lambda l, a: -sg(x(l).clamp(.8, 1.2)) * a * l)
+    P("nemo/reinforce", N, TOK, lambda l, a: -a * l)
+    for n in ("reinforce_pp", "reinforce_pp_baseline"): P("nemo/" + n, n + "_nemo", TOK, lambda l, a: clip_loss(x(l), a))
     # OpenRLHF, open-instruct
     O = "openrlhf_group_norm"
     P("openrlhf/ppo_token", O, TOK, lambda l, a: clip_loss(x(l), a)); P("openrlhf/ppo_sample", O, SEQ, lambda l, a: clip_loss(x(l), a))
@@ -166,7 +174,7 @@ TENS = {}
 for seed in (0, 7):
     d, p = batch(seed), f"s{seed}/"
     A = advantages(d)
-    for key in ("logp", "old_logp", "ref_logp", "rollout_logp", "lengths", "rewards", "rewards01", "entropy"): TENS[p + "in/" + key] = d[key]
+    for key in ("logp", "old_logp", "ref_logp", "rollout_logp", "lengths", "rewards", "rewards01", "greedy_rewards", "entropy"): TENS[p + "in/" + key] = d[key]
     for key, a in A.items(): TENS[p + "adv/" + key] = a
 
     def put(name, adv, f):

@@ -98,10 +98,10 @@ fn a_weight_is_the_draws_of_an_example_in_an_epoch() {
     assert_eq!(all.len(), 5);
     // In any order of asking.
     let mut straight = DrawOrder::weighted(groups(), 7, true);
-    let steps: Vec<Vec<usize>> = (0..20).map(|step| straight.batch(step, 7)).collect();
+    let steps: Vec<Vec<usize>> = (0..20).map(|step| straight.take(step * 7, 7)).collect();
     for step in [13, 2, 19] {
         let mut other = DrawOrder::weighted(groups(), 7, true);
-        assert_eq!(other.batch(step, 7), steps[step as usize]);
+        assert_eq!(other.take(step * 7, 7), steps[step as usize]);
     }
     // A weight that rounds to nothing draws one.
     assert_eq!(DrawGroup::weighted(vec![3, 4], 0.1).draws, 1);
@@ -121,14 +121,14 @@ fn weights_are_settings_and_change_what_a_step_draws() {
     assert_eq!((plain.epoch(), &plain.weights), (14, &None));
     assert_eq!(plain.digest(), same.digest());
     assert_eq!(plain.digest(), plain.data.digest());
-    assert_eq!(plain.draw(3).sequences, same.draw(3).sequences);
+    assert_eq!(plain.draw(39, 13).sequences, same.draw(39, 13).sequences);
     let mut heavy =
         source(&format!("[{{path={a:?}, weight=2}}, {{path={b:?}, weight=0.5}}]")).unwrap();
     assert_eq!((heavy.epoch(), heavy.draws(), heavy.data.len()), (13, 13, 14));
     let want = format!("an epoch draws 8 of 4 from {a}, 5 of 10 from {b}");
     assert_eq!(heavy.weights.as_ref(), Some(&want));
     assert_ne!(heavy.digest(), plain.digest());
-    let drawn = heavy.draw(0).sequences;
+    let drawn = heavy.draw(0, 13).sequences;
     assert_eq!(drawn.iter().filter(|s| s.ids[1] < 10).count(), 8);
     // what cannot be meant is refused by name
     for (data, want) in [

@@ -7,7 +7,7 @@ use serde_json::Value;
 use warpo::Error;
 
 use crate::support::{
-    runs::{assert_same, metrics, outcome, small, train},
+    runs::{assert_same, metrics, outcome, small, train, warpo},
     temp_dir,
 };
 
@@ -127,4 +127,91 @@ fn rows_that_a_reward_cannot_read_are_refused_at_the_start() {
     let e = train("ppo", &sums(&dir, "ppo", "run", r#"{ kind = "math" }"#)).unwrap_err();
     assert!(e.to_string().contains("value_init"), "{e}");
     assert!(!dir.join("run/checkpoints").exists());
+}
+
+/// Dynamic sampling: a step has prompts whose samples differ, in the order of the data, and others
+/// only after the last draw; a run that was stopped goes on with the next prompt.
+#[test]
+fn prompts_without_spread_give_way_to_the_next_ones() {
+    let dir = temp_dir("rewards_dynamic");
+    let list = r#"{ kind = "length", target = 4 }, { kind = "regex", name = "e", pattern = "e" }"#;
+    let run = |out: &str, more: &[&str]| {
+        let mut pairs = sums(&dir, "grpo", out, list);
+        pairs.extend(["shuffle=false".into(), "dynamic_sampling=3".into()]);
+        pairs.push("dynamic_reward=e".into());
+        pairs.extend(more.iter().map(|pair| pair.to_string()));
+        train("grpo", &pairs).unwrap();
+        dir.join(out)
+    };
+    let whole = run("whole", &["steps=6"]);
+    let (mut drawn, mut filled, mut dropped) = (0, 0, 0);
+    for (m, step) in metrics(&whole).iter().zip(1..) {
+        let text = fs::read_to_string(whole.join(format!("rollouts/step-{step}.jsonl"))).unwrap();
+        let all: Vec<Value> = text.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        assert_eq!(all.len(), 4);
+        let mut last = None;
+        for pair in all.chunks(2) {
+            let number = |r: &Value, key: &str| r[key].as_f64().unwrap();
+            let draw = number(&pair[0], "sample") as u64 / 2;
+            assert!(draw >= drawn, "a prompt of an earlier step");
+            assert_eq!(pair[1]["sample"].as_u64(), Some(2 * draw + 1));
+            let prompt = ["1 + 1 =", "1 + 2 =", "2 + 2 ="][draw as usize % 3];
+            assert_eq!(pair[0]["prompt"].as_str().map(|p| p.trim_start()), Some(prompt));
+            if number(&pair[0], "reward_e") == number(&pair[1], "reward_e") {
+                filled += 1;
+                assert_eq!(m["draws"].as_f64(), Some(3.0));
+                last = Some(u64::MAX);
+            } else {
+                assert!(last.is_none_or(|last| last < draw), "the order of the data");
+                last = Some(draw);
+            }
+        }
+        let gone = m["dropped_groups"].as_f64().unwrap() as u64;
+        dropped += gone;
+        drawn += 2 + gone;
+    }
+    assert!(dropped > 0 && filled > 0 && filled < 12, "{dropped} {filled}");
+    run("parts", &["steps=2"]);
+    run("parts", &["steps=6"]);
+    let only = |run: &str| {
+        let mut all = outcome(&dir.join(run));
+        all.retain(|name, _| name.starts_with("final") || name.starts_with("rollouts"));
+        all
+    };
+    assert_same("resumed", &only("whole"), &only("parts"));
+}
+
+/// ReMax: what the likeliest answer scored is what a sample is compared with.
+#[test]
+fn remax_compares_with_the_greedy_sample() {
+    let dir = temp_dir("rewards_remax");
+    let mut pairs = sums(&dir, "grpo", "run", r#"{ kind = "regex", pattern = "e" }"#);
+    pairs.extend(["advantage=remax".into(), "steps=1".into(), "kl_coef=0".into()]);
+    pairs.extend(["batch_size=24".into(), "learning_rate=0".into()]);
+    train("grpo", &pairs).unwrap();
+    let score = |text: &str| f64::from(u8::from(text.contains('e')));
+    // The greedy samples, of the same weights.
+    let greedy = |prompt: &str| {
+        let data = dir.join("one.jsonl");
+        fs::write(&data, format!("{{\"prompt\": \"{prompt}\"}}\n")).unwrap();
+        let model = "examples/quickstart/model";
+        let mut command = warpo(&["generate", "--model", model, "--temperature", "0"]);
+        command.args(["--max-new-tokens", "6", "--data"]).arg(&data);
+        let out = command.output().unwrap();
+        let row: Value = serde_json::from_slice(&out.stdout).unwrap();
+        score(row["text"].as_str().unwrap())
+    };
+    let text = fs::read_to_string(dir.join("run/rollouts/step-1.jsonl")).unwrap();
+    let mut all = Vec::new();
+    for line in text.lines() {
+        let r: Value = serde_json::from_str(line).unwrap();
+        let tokens = r["tokens"].as_array().unwrap();
+        let greedy = greedy(r["prompt"].as_str().unwrap().trim());
+        let want = score(r["text"].as_str().unwrap()) - greedy;
+        for t in tokens {
+            assert!((t["advantage"].as_f64().unwrap() - want).abs() < 1e-6, "{r}");
+        }
+        all.push(want);
+    }
+    assert!(all.iter().any(|a| *a != 0.0), "{all:?}");
 }

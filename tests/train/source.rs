@@ -48,7 +48,7 @@ fn texts_become_sequences_with_a_weight_a_token() {
     ];
     let mut all = load("texts", &policy(TEXTS), &files, 2).unwrap();
     assert_eq!((all.data.len(), all.data.longest()), (3, 4));
-    let data = all.draw(1);
+    let data = all.draw(2, 2);
     assert_eq!(ids(&data), [&[6, 7, 8, 9][..], &[1, 2, 3]]);
     let predicted = |i: usize| &data.sequences[i].predicted[..];
     assert_eq!((predicted(0), predicted(1)), (&[1..2, 3..4][..], std::slice::from_ref(&(1..3))));
@@ -65,15 +65,15 @@ fn pairs_lie_side_by_side_with_their_margin() {
     };
     let text = pair(4, 5, 6, "") + &pair(1, 2, 3, ", \"margin\": 0.5") + &pair(7, 8, 9, "");
     let mut all = load("pairs", &Needs::of(Inputs::Pairs), &[&text], 2).unwrap();
-    let data = all.draw(0);
+    let data = all.draw(0, 2);
     assert_eq!(ids(&data), [&[4, 5][..], &[4, 6, 9], &[1, 2], &[1, 3, 9]]);
     let c = data.columns;
     // A pair without a margin has margin 0 beside one that has it.
     assert_eq!((c.offsets, c.margins), (vec![0, 1, 2, 3, 4], vec![0.0, 0.5]));
     assert_eq!((c.samples, c.weights.len()), (vec![0, 1, 2, 3], 0));
-    let c = all.draw(1).columns;
+    let c = all.draw(2, 2).columns;
     assert_eq!((c.samples, c.margins.len()), (vec![4, 5, 6, 7], 0));
-    let c = load("pairs", &policy(Inputs::Pairs), &[&text], 2).unwrap().draw(0).columns;
+    let c = load("pairs", &policy(Inputs::Pairs), &[&text], 2).unwrap().draw(0, 2).columns;
     assert_eq!((c.offsets, c.weights), (vec![0, 1, 3, 4, 6], vec![1.0; 6]));
 }
 
@@ -113,7 +113,7 @@ fn prompts_are_repeated_and_continued() {
     let sampling = Sampling { samples_per_prompt: 2, ..Sampling::default() };
     let files = ["{\"input_ids\": [1, 2, 3]}\n{\"input_ids\": [4]}\n"];
     let mut all = load("prompts", &policy(Inputs::Prompts(sampling)), &files, 4).unwrap();
-    let mut data = all.draw(3);
+    let mut data = all.draw(6, 2);
     let prompts = data.prompts();
     let named: Vec<(u64, &[u32])> = prompts.iter().map(|p| (p.sample, &p.ids[..])).collect();
     assert_eq!(named, [(12, &[1, 2, 3][..]), (13, &[1, 2, 3]), (14, &[4]), (15, &[4])]);
@@ -151,10 +151,10 @@ fn a_step_has_each_text_once() {
     let files = ["{\"input_ids\": [1, 2]}\n{\"input_ids\": [3, 4]}\n"];
     let mut texts = load("once", &policy(TEXTS), &files, 8).unwrap();
     assert_eq!(texts.draws(), 2);
-    assert_eq!(ids(&texts.draw(0)), [[1, 2], [3, 4]]);
+    assert_eq!(ids(&texts.draw(0, 2)), [[1, 2], [3, 4]]);
     let mut prompts =
         load("once", &policy(Inputs::Prompts(Sampling::default())), &files, 8).unwrap();
-    assert_eq!(prompts.draw(0).sequences.len(), 8);
+    assert_eq!(prompts.draw(0, 8).sequences.len(), 8);
 }
 
 /// What a checkpoint remembers of the data: every token, and where each sequence ends.
@@ -251,7 +251,7 @@ fn a_policy_on_pairs_has_the_log_probs_of_itself_and_its_reference() {
         out
     };
     for step in 0..2 {
-        let data = source.draw(step);
+        let data = source.draw(step * 4, 4);
         let before: Vec<[Vec<f32>; 2]> = data
             .sequences
             .iter()
