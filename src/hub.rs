@@ -1,12 +1,18 @@
-//! Names of the Hugging Face Hub, in the cache that its own tools fill: nothing is downloaded here.
+//! Names of the Hugging Face Hub, in the cache that its own tools fill, too. Where a name is looked
+//! for, nothing is downloaded; commands ask [`client`] for what is not there.
 //!
 //! A snapshot lies at `models--ORG--NAME/snapshots/COMMIT` (`datasets--...`), and `refs/main` there
 //! says which commit the name stands for. What lies at a path as it is given comes first.
 
+mod download;
+
 use std::{
     env, fs,
     path::{Path, PathBuf},
+    time::Duration,
 };
+
+pub use download::HubClient;
 
 use crate::{
     device::file,
@@ -32,14 +38,94 @@ pub fn name_of(path: &Path) -> Option<(&str, &Path)> {
 /// The folder of a model: the snapshot of a name of the Hub, or the path as it is.
 pub fn model(path: &Path) -> Result<PathBuf> {
     match name_of(path) {
-        Some((name, rest)) if rest.as_os_str().is_empty() => snapshot("models", name),
+        Some((name, rest)) if rest.as_os_str().is_empty() => snapshot(RepoKind::Model, name),
         _ => Ok(path.to_owned()),
     }
 }
 
+/// What a name of the Hub stands for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum RepoKind {
+    Model,
+    Dataset,
+}
+
+impl RepoKind {
+    fn name(self) -> &'static str {
+        match self {
+            Self::Model => "models",
+            Self::Dataset => "datasets",
+        }
+    }
+
+    /// The folder of a repository in the cache.
+    fn folder(self, repo: &str) -> String {
+        format!("{}--{}", self.name(), repo.replace('/', "--"))
+    }
+}
+
+/// The files of a model that are read, of all that its repository has.
+pub fn model_files(all: &[String]) -> Vec<String> {
+    const READ: [&str; 7] = [
+        "config.json",
+        "generation_config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "special_tokens_map.json",
+        "chat_template.jinja",
+        "chat_template.json",
+    ];
+    let has = |name: &str| all.iter().any(|file| file == name);
+    let shard = |name: &str| name.starts_with("model-") && name.ends_with(".safetensors");
+    let is_sharded = has("model.safetensors.index.json");
+    let is_read = |name: &&String| {
+        READ.contains(&name.as_str())
+            || match is_sharded {
+                true => *name == "model.safetensors.index.json" || shard(name),
+                false => *name == "model.safetensors",
+            }
+    };
+    let files: Vec<String> = all.iter().filter(is_read).cloned().collect();
+    let is_model = has("config.json") && files.iter().any(|f| f.ends_with(".safetensors"));
+    if is_model { files } else { Vec::new() }
+}
+
+/// Whether files of a name are in the cache.
+pub fn is_here(kind: RepoKind, name: &str, rest: &Path) -> bool {
+    snapshot(kind, name).is_ok_and(|found| match kind {
+        RepoKind::Model => found.join("config.json").exists(),
+        RepoKind::Dataset => {
+            let is_pattern = rest.to_string_lossy().contains(['*', '?']);
+            let rest = if is_pattern { rest.parent().unwrap_or(rest) } else { rest };
+            rest.as_os_str().is_empty() || found.join(rest).exists()
+        }
+    })
+}
+
+/// Who downloads, as the user's environment says; `None` where `HF_HUB_OFFLINE` forbids it, or
+/// nothing says where the cache is.
+pub fn client() -> Result<Option<HubClient>> {
+    let set = |name: &str| env::var(name).ok().filter(|v| !v.is_empty());
+    let Some(cache) = cache().filter(|_| !is_offline()) else { return Ok(None) };
+    let token = set("HF_TOKEN").map(|token| token.trim().to_owned());
+    if token.iter().any(|token| !token.bytes().all(|b| b.is_ascii_graphic())) {
+        let message = "has characters that no token has, wanted that of an account of the Hub";
+        return Err(Error::file("HF_TOKEN", message));
+    }
+    let endpoint = set("HF_ENDPOINT").unwrap_or_else(|| "https://huggingface.co".into());
+    let (pause, patience) = (Duration::from_secs(1), Duration::from_secs(30));
+    Ok(Some(HubClient { endpoint, cache, token, pause, patience }))
+}
+
+/// Whether the user forbids to ask the Hub, as its own tools read it.
+pub fn is_offline() -> bool {
+    let on = |v: String| matches!(&*v.to_uppercase(), "1" | "ON" | "YES" | "TRUE");
+    env::var("HF_HUB_OFFLINE").is_ok_and(on)
+}
+
 /// The folder of a data set's snapshot.
 pub fn dataset(name: &str) -> Result<PathBuf> {
-    snapshot("datasets", name)
+    snapshot(RepoKind::Dataset, name)
 }
 
 /// Where the Hub's tools keep what they download, as `huggingface_hub` looks for it.
@@ -57,16 +143,18 @@ fn cache() -> Option<PathBuf> {
     own.or_else(|| base().or_else(user).map(|base| base.join("hub"))).map(full)
 }
 
-/// The snapshot of a name; `kind` is models or datasets.
-fn snapshot(kind: &str, name: &str) -> Result<PathBuf> {
+/// The snapshot of a name.
+fn snapshot(kind: RepoKind, name: &str) -> Result<PathBuf> {
     let Some(cache) = cache() else {
         let message = "is not there, and no HF_HOME or HOME says where the Hub's cache is";
         return Err(Error::file(name, message));
     };
     let (repo, revision) = name.split_once('@').unwrap_or((name, "main"));
-    let of = if kind == "datasets" { " --repo-type dataset" } else { "" };
-    let get = format!("`hf download {repo}{of}` (pip install huggingface_hub) puts it there");
-    let folder = cache.join(format!("{kind}--{}", repo.replace('/', "--")));
+    let of = if kind == RepoKind::Dataset { " --repo-type dataset" } else { "" };
+    let forbidden = if is_offline() { "HF_HUB_OFFLINE forbids to download it; " } else { "" };
+    let get =
+        format!("{forbidden}`hf download {repo}{of}` (pip install huggingface_hub) puts it there");
+    let folder = cache.join(kind.folder(repo));
     if !folder.is_dir() {
         let looked = folder.display();
         return Err(Error::file(name, format!("is not there, nor is {looked}: {get}")));

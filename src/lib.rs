@@ -66,7 +66,8 @@ mod digest;
 pub mod error;
 #[doc(hidden)]
 pub mod eval;
-mod hub;
+#[doc(hidden)]
+pub mod hub;
 #[doc(hidden)]
 pub mod models;
 #[doc(hidden)]

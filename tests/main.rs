@@ -50,6 +50,9 @@ mod device {
 mod eval {
     mod report;
 }
+mod hub {
+    mod download;
+}
 mod models {
     mod config;
     mod device;

@@ -121,6 +121,7 @@ fn run_in<T: Element<Acc = f32>>(
         return Err(Error::config("--max-new-tokens", want, new));
     };
     let chats = tokenizer.as_ref().is_some_and(|t| t.template().is_ok());
+    super::fetch::fetch_data(&args.data)?;
     let records = data::read_as(&args.data, &args.rows.options(chats)?)?;
     let (vocab, skip_bad) = (spec.vocab, records.bad.left);
     let limits = Limits { max_length, vocab, eos: None, skip_bad };

@@ -5,6 +5,7 @@ mod chat;
 mod config;
 mod doctor;
 mod export;
+mod fetch;
 mod flags;
 mod generate;
 mod plan;
@@ -147,8 +148,8 @@ fn algorithms() -> String {
     names.join(", ")
 }
 
-/// The folder of a model that a user means: as it is given, a name of the Hub's, whose snapshot is
-/// told, or a checkpoint, of which one is made.
+/// The folder of a model that a user means: as it is given, a name of the Hub's, which is
+/// downloaded if it is not here, or a checkpoint, of which one is made.
 fn model_folder(given: &Path) -> Result<PathBuf> {
     runs::model_folder(&hub_folder(given)?, note)
 }
@@ -158,6 +159,7 @@ fn hub_folder(given: &Path) -> Result<PathBuf> {
     if runs::is_of_checkpoint(given) {
         return Ok(given.to_owned());
     }
+    fetch::fetch_model(given)?;
     let found = hub::model(given)?;
     if found != given {
         note(&format!("{} is {}", given.display(), found.display()));

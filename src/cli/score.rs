@@ -89,6 +89,7 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
     let trained = reward_dir.as_deref().and_then(train::appended_eos);
     let chats = tokenizer.as_ref().is_some_and(|t| t.template().is_ok());
     let options = args.rows.options(chats)?;
+    super::fetch::fetch_data(&args.data)?;
     let records = data::read_as(&args.data, &options)?;
     let limits = Limits { skip_bad: records.bad.left, ..limits };
     let as_trained = Limits { eos: trained.or(limits.eos), ..limits };

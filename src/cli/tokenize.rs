@@ -44,6 +44,7 @@ pub(super) fn run(args: &TokenizeArgs) -> Result<()> {
     settings.model = model.display().to_string();
     settings.data = args.data.iter().map(DataFile::from).collect();
     settings.skip_bad = args.skip_bad.unwrap_or(settings.skip_bad);
+    train::fetch_data(&settings)?;
     config::Section::validate(&settings)?;
     // The model that rates reads what the policy writes; here nothing is written.
     let keys = section.keys();

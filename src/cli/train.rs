@@ -31,7 +31,7 @@ pub(super) struct RunArgs {
     /// Settings in TOML; `warpo config ALGORITHM` prints all of them
     #[arg(long, value_name = "FILE")]
     config: Option<PathBuf>,
-    /// The model's folder, or its name on the Hub where it is in the local cache
+    /// The model's folder, or its name on the Hub, from which it is downloaded
     #[arg(long, value_name = "DIR")]
     model: Option<String>,
     /// A data file, folder, pattern or name of the Hub, `-` for standard input; may be given again
@@ -84,7 +84,15 @@ pub(super) fn settings(
     let chosen = (&*args.algorithm, args.preset.as_deref());
     let (entry, mut settings, mut section) = settings_of(chosen, args.config.as_deref(), &all)?;
     find_models(&mut settings, &mut *section, super::hub_folder)?;
+    fetch_data(&settings)?;
     Ok((entry, settings, section))
+}
+
+/// Downloads data of the Hub that is not here.
+pub(super) fn fetch_data(settings: &Settings) -> Result<()> {
+    let eval = settings.eval_data.iter();
+    let all = settings.data.iter().map(|file| &file.path).chain(eval);
+    all.map(Path::new).try_for_each(super::fetch::fetch_data)
 }
 
 /// Puts folders in place of the names of models: of the Hub's, or of checkpoints, too.

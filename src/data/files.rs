@@ -63,6 +63,29 @@ fn is_held_out(path: &Path) -> bool {
     HELD_OUT.contains(&name.split(['-', '_', '.']).next().unwrap_or_default())
 }
 
+/// Of all names of files of a data set, those that are read where `rest` stands behind its name.
+pub fn dataset_files(all: &[String], rest: &Path) -> Vec<String> {
+    let rest = rest.to_string_lossy();
+    let folder = match rest.rsplit_once('/') {
+        Some((folder, last)) if last.contains(['*', '?']) => folder,
+        None if rest.contains(['*', '?']) => "",
+        _ => rest.trim_end_matches('/'),
+    };
+    let is_meant = |name: &&String| {
+        let inside =
+            name.strip_prefix(folder).is_some_and(|n| folder.is_empty() || n.starts_with('/'));
+        **name == *rest || (inside && kind(Path::new(name)).is_some())
+    };
+    all.iter().filter(is_meant).cloned().collect()
+}
+
+/// Whether a path is a name of a data set of the Hub, and what stands behind it; a file of data that
+/// is not there is none.
+pub fn dataset_name(path: &Path) -> Option<(&str, &Path)> {
+    let (name, rest) = hub::name_of(path)?;
+    (!rest.as_os_str().is_empty() || kind(path).is_none()).then_some((name, rest))
+}
+
 /// The files that a path stands for, by name: itself; those of a folder, not of folders in it;
 /// those that a pattern with `*` or `?` in its last part matches; a name of the Hub, where these
 /// are in its cache.
@@ -105,8 +128,7 @@ pub(super) fn expand(path: &Path, part: FolderPart) -> Result<DataFiles> {
 /// What a name of the Hub stands for in its cache; `None` for what is no such name, as a file that
 /// is not there.
 fn cached(path: &Path) -> Result<Option<PathBuf>> {
-    match hub::name_of(path) {
-        Some((_, rest)) if rest.as_os_str().is_empty() && kind(path).is_some() => Ok(None),
+    match dataset_name(path) {
         Some((name, rest)) => {
             let snapshot = hub::dataset(name)?;
             Ok(Some(if rest.as_os_str().is_empty() { snapshot } else { snapshot.join(rest) }))

@@ -23,7 +23,7 @@ pub use dataset::{
     Dataset, DatasetStats, ExampleKind, Limits, Sequence, examples, judged, pairs, prompts, scored,
     texts,
 };
-pub use files::DataInput;
+pub use files::{DataInput, dataset_files, dataset_name};
 pub use options::{FolderPart, ReadOptions};
 pub use order::{DrawGroup, DrawOrder};
 pub use reading::{FoundFiles, Records, find, read, read_as};

@@ -137,8 +137,8 @@ fn settings(
 /// The `warpo` command.
 pub fn warpo(args: &[&str]) -> Command {
     let mut command = Command::new(env!("CARGO_BIN_EXE_warpo"));
-    // Tests leave nothing in the user's folder.
-    command.args(args).stdin(Stdio::null()).env("WARPO_CACHE", "off");
+    // Tests leave nothing in the user's folder, and ask no server.
+    command.args(args).stdin(Stdio::null()).env("WARPO_CACHE", "off").env("HF_HUB_OFFLINE", "1");
     command
 }
 
