@@ -50,6 +50,7 @@ mod eval {
     mod report;
 }
 mod models {
+    pub mod adapter;
     mod config;
     mod device;
     mod folder;
@@ -96,6 +97,7 @@ mod ops {
 }
 mod rng;
 mod rollout {
+    mod adapter;
     mod engine;
     mod score;
 }

@@ -173,7 +173,7 @@ impl PlannedModel {
     /// The memory that holds its weights: host memory for a frozen model, if the settings ask for
     /// it and the gradients of the first of `all` models have room for them.
     pub fn residency<T: Element>(&self, dev: &Device, s: &Settings, all: &[Self]) -> Residency {
-        let len = |m: &Self| Layout::new(&m.spec.clone().on(dev), m.role.head).len();
+        let len = |m: &Self| Layout::trained(&m.spec.clone().on(dev), m.role.head).len();
         let room = all.first().map_or(0, |first| len(first) * size_of::<T::Acc>());
         match dev {
             _ if self.role.trained.is_some() => Residency::Trained,
@@ -366,7 +366,8 @@ impl<T: Element> TrainState<T> {
             Ok(found) => found,
             Err(e) => return e,
         };
-        let tensor = at.and_then(|i| models::tensor_at(&self.model, i));
+        let layout = self.model.trained();
+        let tensor = at.and_then(|i| models::tensor_at(&self.model, layout, i));
         let tensor = tensor.unwrap_or_else(|| "all tensors".into());
         let what = format!("the {what} of {tensor} of the {} model", self.role.name);
         Error::BadNumber { step, what, value, samples: Vec::new(), places: Vec::new() }
@@ -375,7 +376,7 @@ impl<T: Element> TrainState<T> {
 
 /// Bytes that [`TrainState::new`] takes, beside the model's, by what they hold.
 pub fn bytes<T: Element>(spec: &Spec, head: Head) -> [(&'static str, usize); 3] {
-    let layout = Layout::new(spec, head);
+    let layout = Layout::trained(spec, head);
     let each = layout.len() * size_of::<T::Acc>();
     let groups = groups(&layout).len() * size_of::<u32>();
     let tokens = layout.tied_len() * size_of::<T::Acc>();
