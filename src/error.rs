@@ -87,6 +87,17 @@ pub enum Error {
     /// NaN or infinity where no step is: a model's output.
     #[error("{what} is {value}")]
     NotFinite { what: String, value: f64 },
+    /// What scores samples failed, after its retries: nothing of the step was kept.
+    #[error("the reward `{reward}` failed at sample {sample}{}: {message}", from(place))]
+    Reward {
+        /// Its name in the config.
+        reward: String,
+        /// The first of the samples that it was given.
+        sample: u64,
+        /// The data line that it comes from.
+        place: Option<String>,
+        message: String,
+    },
     /// A number changed while no step was running, or a repeated computation gave other bits.
     #[error("after step {step} {what} changed by itself: memory or the device is at fault")]
     Corrupt {
@@ -120,6 +131,11 @@ fn of(samples: &[u64], places: &[String]) -> String {
         (_, []) => format!(" (samples {samples:?})"),
         _ => format!(" (samples {samples:?}, from {})", places.join(", ")),
     }
+}
+
+/// Names a line of data, where it is known.
+fn from(place: &Option<String>) -> String {
+    place.as_ref().map_or_else(String::new, |place| format!(" (from {place})"))
 }
 
 impl Error {

@@ -99,6 +99,7 @@ mod rng;
 mod rollout {
     mod adapter;
     mod engine;
+    mod rewards;
     mod score;
 }
 mod train {
@@ -112,6 +113,7 @@ mod train {
     mod metrics;
     mod mixture;
     mod models;
+    mod rewards;
     mod rollouts;
     mod run;
     mod schedule;

@@ -30,7 +30,7 @@ pub struct Columns<F> {
     pub advantages: Vec<F>,
     /// Target of the value of each token.
     pub returns: Vec<F>,
-    /// Score of each sequence by the reward model.
+    /// Score of each sequence: by the reward model, then the sum of all rewards.
     pub scores: Vec<F>,
     /// Whether each sequence ended by itself.
     pub stopped: Vec<bool>,

@@ -16,6 +16,7 @@ mod ppo;
 mod preference;
 mod reinforce;
 mod reward;
+mod reward_list;
 mod rloo;
 mod sft;
 mod simpo;
@@ -23,6 +24,7 @@ mod surrogate;
 
 pub use columns::{Column, Columns, MicroBatch};
 pub use policy_gradient::Sampling;
+pub use reward_list::RewardEntry;
 
 use std::path::PathBuf;
 
@@ -98,6 +100,8 @@ pub struct Needs {
     pub margins: bool,
     /// Folder of the frozen reward model that scores every sequence.
     pub reward_model: Option<PathBuf>,
+    /// What scores every sample, the reward model included; empty if that alone does.
+    pub rewards: Vec<RewardEntry>,
     /// The entropy of each prediction.
     pub entropy: bool,
     /// Passes over a step's sequences.
@@ -119,6 +123,7 @@ impl Needs {
             mismatched_kl: false,
             margins: true,
             reward_model: None,
+            rewards: Vec::new(),
             entropy: false,
             epochs: 1,
             minibatches: 1,

@@ -5,6 +5,7 @@ use std::path::PathBuf;
 
 use super::{
     Column, Columns, Inputs, Metrics, MicroBatch, Needs,
+    reward_list::{self, RewardEntry},
     surrogate::{PolicyLossSettings, unread},
 };
 use crate::{
@@ -82,9 +83,13 @@ impl Sampling {
 crate::settings! {
     /// How a sample is scored, and the score as it enters the reward.
     pub struct RewardShaping {
-        /// The reward model's folder: a model with a scalar head, as `warpo train reward` saves it.
-        pub reward_model: PathBuf = PathBuf::new()
-            => "a folder with a reward model" if |p| !p.as_os_str().is_empty(),
+        /// The reward model's folder: a model with a scalar head, as `warpo train reward` saves it;
+        /// short for rewards = [{ kind = "model", path = "..." }].
+        pub reward_model: PathBuf = PathBuf::new(),
+        /// What scores a sample; the score is the sum, each times its weight. Kinds: model, math,
+        /// exact, regex, json_schema, format, length, repetition, code, command, python, http (README,
+        /// Rewards).
+        pub rewards: Vec<RewardEntry> = Vec::new(),
         /// Multiplies the score (1 everywhere).
         pub reward_scale: f64 = 1.0,
         /// Bounds the score to ± this, after scaling (OpenRLHF: 10; DeepSpeed-Chat: 5; off in TRL).
@@ -102,6 +107,22 @@ crate::settings! {
 }
 
 impl RewardShaping {
+    /// The folder of the reward model, if one scores.
+    fn model(&self) -> Result<Option<PathBuf>> {
+        match (self.reward_model.as_os_str().is_empty(), self.rewards.is_empty()) {
+            (true, true) => {
+                let want = "a folder with a reward model, or `rewards`";
+                Err(Error::config("reward_model", want, "\"\""))
+            }
+            (false, true) => Ok(Some(self.reward_model.clone())),
+            (true, false) => reward_list::model_of(&self.rewards),
+            (false, false) => {
+                let want = "none beside `rewards`: { kind = \"model\", path = \"...\" } there";
+                Err(Error::config("reward_model", want, self.reward_model.display()))
+            }
+        }
+    }
+
     /// The score of a sample as it enters the reward; `length` is a share of max_new_tokens.
     fn shaped(&self, score: f32, stopped: bool, length: f64) -> f64 {
         let mut score = f64::from(score) * self.reward_scale;
@@ -169,6 +190,8 @@ crate::settings! {
 #[derive(Debug)]
 pub struct PolicyGradient {
     settings: PolicyGradientSettings,
+    /// Folder of the reward model, if one scores.
+    reward_model: Option<PathBuf>,
     loss: PolicyLoss,
     kl_coef: f64,
     /// Only tokens of samples that ended by themselves are learned.
@@ -183,7 +206,7 @@ pub struct PolicyGradient {
 
 /// Metrics of samples and of the policy's loss. Those of tokens are over the tokens that count.
 pub const METRICS: &[(&str, &str)] = &[
-    ("score", "Mean score of the samples by the reward model, as it came."),
+    ("score", "Mean score of the samples: of the reward model, or the sum of all rewards."),
     ("reward", "Mean reward of a sample: shaped score, less the KL penalty where it stands there."),
     ("kl", "KL to the reference in nats a sample, by the chosen estimator (with a reference)."),
     ("kl_per_token", "The same a token."),
@@ -202,7 +225,8 @@ pub const METRICS: &[(&str, &str)] = &[
 
 impl PolicyGradient {
     /// # Errors
-    /// [`Error::Config`] for a setting that the others leave without a reader.
+    /// [`Error::Config`] for a setting that the others leave without a reader, or if nothing
+    /// scores.
     pub fn new(settings: PolicyGradientSettings) -> Result<Self> {
         let PolicyGradientSettings { kl, shaping, loss, .. } = &settings;
         if kl.kl_in == KlIn::Reward {
@@ -215,17 +239,19 @@ impl PolicyGradient {
             unread(shaping, "overlong_coef", "overlong_share 0")?;
         }
         let (loss, kl_coef) = (loss.loss()?, kl.kl_coef);
-        let (masks, stats) = (false, Vec::new());
-        Ok(Self { settings, loss, kl_coef, masks, stats, updates: 0.0, kl: 0.0, sequences: 0.0 })
+        let (reward_model, masks, stats) = (shaping.model()?, false, Vec::new());
+        let (updates, kl, sequences) = (0.0, 0.0, 0.0);
+        Ok(Self { settings, reward_model, loss, kl_coef, masks, stats, updates, kl, sequences })
     }
 
-    /// A policy that is trained on its own samples, which a reward model scores.
+    /// A policy that is trained on its own samples, which rewards score.
     pub fn needs(&self) -> Needs {
         let s = &self.settings;
         Needs {
             policy: true,
             old_logp: true,
-            reward_model: Some(s.shaping.reward_model.clone()),
+            reward_model: self.reward_model.clone(),
+            rewards: s.shaping.rewards.clone(),
             entropy: s.loss.entropy_coef != 0.0,
             minibatches: s.minibatches,
             ..Needs::of(Inputs::Prompts(s.sampling.clone()))

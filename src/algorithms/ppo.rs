@@ -16,7 +16,7 @@ use super::{
 use crate::{
     config::Section,
     device::{Device, Pending, View, ViewMut},
-    error::Result,
+    error::{Error, Result},
     ops::{
         gae,
         value_loss::{self, ValueLoss, ValueSums, ValueTokens},
@@ -69,7 +69,7 @@ struct Ppo {
 
 pub(super) const ENTRY: AlgorithmEntry = AlgorithmEntry {
     name: "ppo",
-    about: "PPO against a reward model, with a value model and a KL penalty",
+    about: "PPO against a reward model or other rewards, with a value model and a KL penalty",
     defaults: &[("learning_rate", "3e-6"), ("steps", "100")],
     presets: &[],
     metrics: &[
@@ -89,6 +89,10 @@ pub(super) const ENTRY: AlgorithmEntry = AlgorithmEntry {
     build: |s: &dyn Section| {
         let settings: PpoSettings = own(s)?;
         let shared = PolicyGradient::new(settings.shared.clone())?;
+        if settings.value_init == ValueInit::Reward && shared.needs().reward_model.is_none() {
+            let want = "\"policy\", where no reward is a model";
+            return Err(Error::config("value_init", want, "\"reward\""));
+        }
         Ok(Box::new(Ppo { settings, shared, values: Vec::new() }))
     },
 };

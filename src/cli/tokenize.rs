@@ -46,8 +46,9 @@ pub(super) fn run(args: &TokenizeArgs) -> Result<()> {
     settings.skip_bad = args.skip_bad.unwrap_or(settings.skip_bad);
     config::Section::validate(&settings)?;
     // The model that rates reads what the policy writes; here nothing is written.
-    let rates = section.keys().iter().any(|k| k.name == "reward_model" && k.value == "\"\"");
-    if rates {
+    let keys = section.keys();
+    let lacks = |name: &str, none: &str| keys.iter().any(|k| k.name == name && k.value == none);
+    if lacks("reward_model", "\"\"") && lacks("rewards", "[]") {
         let folder = toml::Value::String(settings.model.clone());
         section.set("reward_model", &folder).transpose()?;
     }

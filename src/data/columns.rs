@@ -2,7 +2,10 @@
 
 mod instructions;
 
-use std::collections::{BTreeMap, BTreeSet};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    sync::Arc,
+};
 
 use serde::{
     Deserialize, Deserializer,
@@ -14,16 +17,19 @@ use super::{
     chat::{Chat, ChatText, not_json},
     options::ReadOptions,
     records::Record,
+    reward_columns::RowColumns,
 };
+
 /// Columns of the widest row.
 const MAX_COLUMNS: usize = 4096;
 
-/// Reads the JSON text of a row; renamed columns that it has are no longer `unseen`.
+/// Reads the JSON text of a row: its record, and the columns that rewards read; renamed columns
+/// that it has are no longer `unseen`.
 pub(super) fn read<'a>(
     text: &str,
     options: &'a ReadOptions,
     unseen: &mut BTreeSet<&'a str>,
-) -> Result<Record, String> {
+) -> Result<(Record, Arc<RowColumns>), String> {
     let row: RawRow<'_> = serde_json::from_str(text).map_err(|e| match text.starts_with('{') {
         true => not_json(&e),
         false => match serde_json::from_str::<&RawValue>(text) {
@@ -31,9 +37,12 @@ pub(super) fn read<'a>(
             Err(e) => not_json(&e),
         },
     })?;
-    let row = DataRow::of(row, options)?;
+    let kept = Arc::new(row.kept(options)?);
+    let mut row = DataRow::of(row, options)?;
     unseen.retain(|ours| !row.columns.contains_key(ours));
-    row.record()
+    // An answer that a reward reads is no part of a prompt, and may be a number.
+    row.columns.retain(|name, _| !ANSWERS.contains(name) || !options.rewards.has(name));
+    Ok((row.record()?, kept))
 }
 
 fn brief(v: &RawValue) -> String {
@@ -57,6 +66,21 @@ struct DataRow<'a> {
     /// All names in the data, and whether the value is null.
     found: Vec<(String, bool)>,
     options: &'a ReadOptions,
+}
+
+impl RawRow<'_> {
+    /// The columns that rewards read, by our names. No value is null: that is no column.
+    fn kept(&self, options: &ReadOptions) -> Result<RowColumns, String> {
+        let mut kept = RowColumns::new();
+        for (name, value) in &self.columns {
+            let name = options.ours(name);
+            if options.rewards.has(name) && value.get() != "null" {
+                let value = serde_json::from_str(value.get()).map_err(|e| not_json(&e))?;
+                kept.insert(name.to_owned(), value);
+            }
+        }
+        Ok(kept)
+    }
 }
 
 impl<'de> Deserialize<'de> for RawRow<'de> {
@@ -87,6 +111,9 @@ impl<'de> Deserialize<'de> for RawRow<'de> {
         from.deserialize_map(RowVisitor)
     }
 }
+
+/// Columns that answer a prompt, or say something of an answer.
+const ANSWERS: [&str; 5] = ["completion", "response", "answer", "output", "label"];
 
 /// Names of a completion.
 const COMPLETIONS: [&str; 3] = ["completion", "response", "answer"];

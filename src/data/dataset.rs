@@ -2,12 +2,12 @@
 
 mod preferences;
 
-use std::ops::Range;
+use std::{ops::Range, sync::Arc};
 
 use sha2::{Digest, Sha256};
 
 use super::{
-    BadLines, DataPlace, Kept, Located, Omission, Record, Tokenizer,
+    BadLines, DataPlace, Kept, Located, Omission, Record, RowColumns, Tokenizer,
     chat::{self, Chat, ChatText},
 };
 use crate::{
@@ -71,6 +71,8 @@ pub struct Dataset {
     pub margins: Vec<Option<f64>>,
     /// Whether people called each completion good; empty without judgements.
     pub labels: Vec<bool>,
+    /// Columns of each prompt that rewards read; empty without prompts.
+    pub columns: Vec<Arc<RowColumns>>,
     pub stats: DatasetStats,
     /// What was cut or dropped, a reason each.
     pub omissions: Vec<Omission>,
@@ -151,6 +153,13 @@ impl Dataset {
         part(&mut self.margins.iter().map(|m| m.unwrap_or(f64::NAN).to_bits()));
         if !self.labels.is_empty() {
             part(&mut self.labels.iter().map(|good| u64::from(*good)));
+        }
+        if self.columns.iter().any(|row| !row.is_empty()) {
+            for row in &self.columns {
+                let text = serde_json::Value::Object((**row).clone()).to_string();
+                hash.update((text.len() as u64).to_le_bytes());
+                hash.update(text);
+            }
         }
         hex(hash.finalize())
     }
@@ -508,7 +517,9 @@ pub fn prompts(
         let begins = bos.is_some() && prompt.ids.first().copied() == bos;
         let begins = usize::from(begins).min(limits.max_length);
         prompt.ids.drain(begins..begins + surplus);
-        out.push([prompt], limits.max_length, |[s]| s.ids.is_empty().then_some("no tokens"));
+        if out.push([prompt], limits.max_length, |[s]| s.ids.is_empty().then_some("no tokens")) {
+            out.columns.push(at.columns.clone());
+        }
     }
     Ok(out)
 }

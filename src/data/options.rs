@@ -2,6 +2,7 @@
 
 use std::collections::BTreeMap;
 
+use super::reward_columns::ColumnsRead;
 use crate::error::{Error, Result};
 
 /// How rows are read.
@@ -16,6 +17,8 @@ pub struct ReadOptions {
     pub skip_bad: usize,
     /// The files of a folder that are meant.
     pub part: FolderPart,
+    /// Columns that are kept as they are, for rewards.
+    pub rewards: ColumnsRead,
 }
 
 impl ReadOptions {

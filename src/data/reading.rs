@@ -39,8 +39,8 @@ impl DerefMut for Records {
 }
 
 /// Reads a data file, or standard input for `-`, a folder of files, or those that a pattern with
-/// `*` or `?` matches. Blank lines are skipped, unknown columns are ignored, and all rows of a file
-/// must have the format of its first.
+/// `*` or `?` matches. Blank lines are skipped, columns that neither
+/// records nor rewards read are ignored, and all rows of a file must have the format of its first.
 pub fn read(path: &Path) -> Result<Vec<Located>> {
     read_as(path, &ReadOptions::default()).map(|all| all.rows)
 }
@@ -59,15 +59,15 @@ pub fn read_as(path: &Path, options: &ReadOptions) -> Result<Records> {
         files::rows(&file, &name, options, &mut |line, text| {
             let place = DataPlace { path: name.clone(), line };
             let read = text.and_then(|text| columns::read(text, options, &mut unseen));
-            let fits = read.and_then(|record| match out.get(first) {
-                Some(Located { place, record: first }) if first.format() != record.format() => {
+            let fits = read.and_then(|(record, columns)| match out.get(first) {
+                Some(Located { place, record: first, .. }) if first.format() != record.format() => {
                     let (want, got, line) = (first.format(), record.format(), place.line);
                     Err(format!("has columns {got}, wanted {want} as in line {line}"))
                 }
-                _ => Ok(record),
+                _ => Ok((record, columns)),
             });
             match fits {
-                Ok(record) => out.push(Located { place, record }),
+                Ok((record, columns)) => out.push(Located { place, record, columns }),
                 Err(e) => bad.skip(place.error(e))?,
             }
             Ok(())

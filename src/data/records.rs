@@ -4,7 +4,7 @@ use std::{path::Path, sync::Arc};
 
 use sha2::{Digest, Sha256};
 
-use super::{chat::ChatText, unique};
+use super::{chat::ChatText, reward_columns::RowColumns, unique};
 use crate::error::{Error, Result};
 
 /// One line of a data file.
@@ -162,6 +162,8 @@ impl std::fmt::Display for DataPlace {
 pub struct Located {
     pub place: DataPlace,
     pub record: Record,
+    /// Empty unless rewards read some.
+    pub columns: Arc<RowColumns>,
 }
 
 impl Located {

@@ -25,7 +25,7 @@ pub use cuda::Cuda;
 pub use float::{Element, Float};
 pub use pending::Pending;
 pub use profile::{Profile, Work};
-pub use system::{free_disk_bytes, free_in_group, reserve};
+pub use system::{free_disk_bytes, free_in_group, kill_group, reserve};
 pub use view::{View, ViewMut};
 
 use std::{borrow::Cow, sync::Arc};

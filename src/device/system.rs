@@ -26,6 +26,14 @@ pub fn free_disk_bytes(path: &Path) -> io::Result<u64> {
     Ok(stat.f_bavail.saturating_mul(stat.f_frsize))
 }
 
+/// Kills all processes of the group that a child leads, or led.
+pub fn kill_group(leader: u32) {
+    if let Ok(group @ 2..) = libc::pid_t::try_from(leader) {
+        // SAFETY: the call takes numbers alone; a group that is gone is an error that is ignored.
+        unsafe { libc::killpg(group, libc::SIGKILL) };
+    }
+}
+
 /// An empty vector with room for `len` elements: out of memory is an error, not the end of the
 /// process. `what` names them.
 pub fn reserve<T>(what: &'static str, len: usize) -> Result<Vec<T>> {

@@ -3,6 +3,7 @@
 //! The engine knows token ids, not text.
 
 mod engine;
+pub mod rewards;
 mod score;
 
 pub use engine::{Completion, GenerationConfig, Generator, Prompt};

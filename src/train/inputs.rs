@@ -19,6 +19,7 @@ use crate::{
     error::{Error, Result},
     eval,
     models::Spec,
+    rollout::rewards::Rewards,
 };
 
 /// A run without its weights.
@@ -35,6 +36,8 @@ pub struct RunInputs {
     pub source: Source,
     /// Evaluation data.
     pub held_out: Option<Source>,
+    /// What scores samples beside the reward model.
+    pub rewards: Rewards,
     /// What a user should know of them.
     pub warnings: Vec<String>,
     pub steps: u64,
@@ -76,6 +79,8 @@ pub struct RunData {
     pub source: Source,
     /// Evaluation data.
     pub held_out: Option<Source>,
+    /// What scores samples beside the reward model.
+    pub rewards: Rewards,
 }
 
 impl RunData {
@@ -84,6 +89,11 @@ impl RunData {
     pub fn read(settings: &Settings, needs: &Needs, spec: &Spec) -> Result<Self> {
         let dir = Path::new(&settings.model);
         let tokenizer = Tokenizer::open_if_there(dir, settings.chat_template.as_deref())?;
+        let rewards = Rewards::new(&needs.rewards)?;
+        if rewards.read_texts() && tokenizer.is_none() {
+            let want = "a model folder with tokenizer.json: rewards read texts";
+            return Err(Error::config("rewards", want, dir.display()));
+        }
         let mut eos: Vec<u32> = settings.eos_id.into_iter().collect();
         if eos.is_empty() {
             eos.extend(tokenizer.iter().flat_map(|t| t.eos().to_vec()));
@@ -111,7 +121,9 @@ impl RunData {
         let (vocab, eos_id) = (spec.vocab, eos.first().copied());
         let limits = Limits { max_length, vocab, eos: eos_id, skip_bad: 0 };
         let chats = tokenizer.as_ref().is_some_and(|t| t.template().is_ok());
-        let read = |files: &[DataFile], part| SourceRows::read(files, part, chats, settings);
+        let read = |files: &[DataFile], part| {
+            SourceRows::read(files, part, chats, &rewards.columns(), settings)
+        };
         let load =
             |rows: &SourceRows| Source::of(rows, needs, tokenizer.as_ref(), limits, settings);
         let mut rows = read(&settings.data, FolderPart::Training)?;
@@ -121,6 +133,9 @@ impl RunData {
         };
         let mut source = load(&rows)?;
         drop(rows);
+        for (columns, sequence) in source.data.columns.iter().zip(&source.data.sequences) {
+            rewards.admit(columns).map_err(|e| sequence.place.error(e))?;
+        }
         let end = tokenizer.as_ref().and_then(data::turn_end);
         let ended = |s: &Sequence| s.ids.iter().any(|id| eos.contains(id));
         let learns = source.is_chat && needs.sampling().is_none();
@@ -157,7 +172,7 @@ impl RunData {
                 Some(load(&read(&files, FolderPart::HeldOut)?)?)
             }
         };
-        Ok(Self { tokenizer, eos, source, held_out })
+        Ok(Self { tokenizer, eos, source, held_out, rewards })
     }
 }
 
@@ -168,7 +183,8 @@ impl RunInputs {
         let needs = algorithm.needs();
         let mut models = models::planned(&settings, &needs)?;
         let spec = &models[0].spec;
-        let RunData { tokenizer, eos, source, held_out } = RunData::read(&settings, &needs, spec)?;
+        let data = RunData::read(&settings, &needs, spec)?;
+        let RunData { tokenizer, eos, source, held_out, rewards } = data;
         let longest = held_out.as_ref().map_or(0, |s| s.data.longest());
         let per_prompt = needs.sampling().map_or(1, |s| s.samples_per_prompt);
         if !settings.batch_size.is_multiple_of(per_prompt.saturating_mul(needs.minibatches)) {
@@ -218,6 +234,7 @@ impl RunInputs {
             eos,
             source,
             held_out,
+            rewards,
             warnings,
             steps,
             sizes,

@@ -8,7 +8,7 @@ use std::{
 
 use super::{data_file::DataFile, settings::Settings};
 use crate::{
-    data::{self, Dataset, DrawGroup, FolderPart, Located, ReadOptions, Record},
+    data::{self, ColumnsRead, Dataset, DrawGroup, FolderPart, Located, ReadOptions, Record},
     error::{Error, Result},
 };
 
@@ -29,8 +29,14 @@ pub struct SourceRows {
 }
 
 impl SourceRows {
-    /// Reads all files. `chats`: the model has a chat template.
-    pub fn read(files: &[DataFile], part: FolderPart, chats: bool, s: &Settings) -> Result<Self> {
+    /// Reads all files. `chats`: the model has a chat template; `rewards` read these columns.
+    pub fn read(
+        files: &[DataFile],
+        part: FolderPart,
+        chats: bool,
+        rewards: &ColumnsRead,
+        s: &Settings,
+    ) -> Result<Self> {
         let names: Vec<&str> = files.iter().map(|file| &file.path[..]).collect();
         let mut out = Self {
             rows: Vec::new(),
@@ -43,7 +49,7 @@ impl SourceRows {
         };
         for (i, file) in files.iter().enumerate() {
             let (columns, skip_bad) = (s.columns.clone(), out.skip_bad);
-            let options = ReadOptions { columns, chats, skip_bad, part };
+            let options = ReadOptions { columns, chats, skip_bad, part, rewards: rewards.clone() };
             let read = data::read_as(Path::new(&file.path), &options)?;
             out.skip_bad = read.bad.left;
             out.skipped += read.bad.count;

@@ -69,7 +69,7 @@ fn record(step: u64, data: &StepData, s: usize, tokenizer: Option<&Tokenizer>) -
     let ratio = |t: usize| f64::from(c.old_logp[t]) - f64::from(c.ref_logp[t]);
     let ratio: f64 = if c.ref_logp.is_empty() { 0.0 } else { span.clone().map(ratio).sum() };
     let whole = tokenizer.map(|t| t.decode(prompt).unwrap_or_default());
-    json!({
+    let mut all = json!({
         "step": step,
         "sample": c.samples[s],
         "prompt": whole.unwrap_or_default(),
@@ -79,5 +79,9 @@ fn record(step: u64, data: &StepData, s: usize, tokenizer: Option<&Tokenizer>) -
         "stopped": c.stopped[s],
         "prompt_ids": prompt,
         "tokens": (0..ids.len()).map(token).collect::<Vec<_>>(),
-    })
+    });
+    for (name, scores) in &data.parts {
+        all[*name] = json!(scores[s]);
+    }
+    all
 }

@@ -1,15 +1,19 @@
 //! The source of a step's sequences: a data set's texts or pairs as they are, or prompts that the
 //! policy continues first.
 
+use std::sync::Arc;
+
 use sha2::{Digest, Sha256};
 
 use super::{data_file::DataFile, mixture::SourceRows, settings::Settings};
 use crate::{
     algorithms::{Columns, Inputs, Needs},
-    data::{self, Dataset, DrawOrder, FolderPart, Limits, Sequence, Tokenizer},
+    data::{
+        self, ColumnsRead, Dataset, DrawOrder, FolderPart, Limits, RowColumns, Sequence, Tokenizer,
+    },
     digest::hex,
     error::{Error, Result},
-    rollout::{Completion, Prompt},
+    rollout::{Completion, Prompt, rewards::RewardInput},
 };
 
 /// A data set, and how steps draw from it.
@@ -42,10 +46,14 @@ pub struct StepData {
     pub columns: Columns<f32>,
     /// Each prompt with the completion before it, where a KL is estimated with these.
     pub mismatched: Vec<Sequence>,
+    /// Of each sequence, the columns of its row that rewards read.
+    pub rows: Vec<Arc<RowColumns>>,
+    /// Scores of each sequence by each of the rewards, by the name of its metric.
+    pub parts: Vec<(&'static str, Vec<f64>)>,
 }
 
 impl Source {
-    /// Loads the examples of data files.
+    /// Loads the examples of data files, without columns for rewards.
     pub fn load(
         files: &[DataFile],
         needs: &Needs,
@@ -54,7 +62,7 @@ impl Source {
         s: &Settings,
     ) -> Result<Self> {
         let chats = tokenizer.is_some_and(|t| t.template().is_ok());
-        let rows = SourceRows::read(files, FolderPart::Training, chats, s)?;
+        let rows = SourceRows::read(files, FolderPart::Training, chats, &ColumnsRead::None, s)?;
         Self::of(&rows, needs, tokenizer, limits, s)
     }
 
@@ -183,7 +191,10 @@ impl Source {
         };
         let all = if self.mismatches { 0..sequences.len() } else { 0..0 };
         let mismatched = all.filter_map(mismatch).collect();
-        let mut data = StepData { sequences, columns, mismatched };
+        let of = |i: &usize| self.data.columns.get(*i).cloned();
+        let rows = chosen.iter().filter_map(of);
+        let rows = rows.flat_map(|row| std::iter::repeat_n(row, self.copies)).collect();
+        let mut data = StepData { sequences, columns, mismatched, rows, parts: Vec::new() };
         data.lay_out(self.by_token);
         data
     }
@@ -243,6 +254,22 @@ impl StepData {
         all.map(|(s, sample)| Prompt { sample: *sample, ids: s.ids.clone() }).collect()
     }
 
+    /// A finished sample as rewards see it. A token that ended it is no text.
+    pub fn reward_input(
+        &self,
+        at: usize,
+        ids: &[u32],
+        stopped: bool,
+        tokenizer: Option<&Tokenizer>,
+    ) -> Result<RewardInput> {
+        let prompt = &self.sequences[at].ids;
+        let text = &ids[..ids.len() - usize::from(stopped)];
+        let text = tokenizer.map(|t| Ok((t.decode(prompt)?, t.decode_continuation(prompt, text)?)));
+        let (prompt, completion) = text.unwrap_or_else(|| Ok(Default::default()))?;
+        let (id, columns) = (self.columns.samples[at], self.rows[at].clone());
+        Ok(RewardInput { id, prompt, completion, tokens: ids.len(), columns })
+    }
+
     /// Continues the prompts with what the policy sampled.
     pub fn continue_with(&mut self, completions: Vec<Completion<f32>>) {
         for (s, c) in self.sequences.iter_mut().zip(completions) {
@@ -260,11 +287,15 @@ impl StepData {
     pub fn subset(&self, chosen: &[usize], unit: usize) -> Self {
         let chosen: Vec<usize> = chosen.iter().flat_map(|i| i * unit..(i + 1) * unit).collect();
         let sequences = chosen.iter().map(|i| self.sequences[*i].clone()).collect();
-        Self { sequences, columns: self.columns.subset(&chosen), mismatched: Vec::new() }
+        Self { sequences, columns: self.columns.subset(&chosen), ..Self::default() }
     }
 
     /// Adds the lines of data that the samples of a bad number come from.
     pub fn locate(&self, mut e: Error) -> Error {
+        if let Error::Reward { sample, place, .. } = &mut e {
+            let at = self.columns.samples.iter().position(|s| s == sample);
+            *place = at.map(|i| self.sequences[i].place.to_string());
+        }
         if let Error::BadNumber { samples, places, .. } = &mut e {
             let at = |id: &u64| self.columns.samples.iter().position(|s| s == id);
             let place = |id| at(id).map(|i| self.sequences[i].place.to_string());

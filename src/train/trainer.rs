@@ -19,7 +19,7 @@ use crate::{
     models::{Batch, Head, Model, Pass},
     ops::grad_norm,
     rng::{Philox, Purpose, Stream},
-    rollout::{GenerationConfig, ScoringPass},
+    rollout::{GenerationConfig, ScoringPass, rewards::RewardQueue},
 };
 
 /// A run in memory: models, which compute in `T`, data and the step it is at.
@@ -49,7 +49,8 @@ pub struct Trainer<T: Element> {
 pub struct StepReport {
     /// Named numbers, in order.
     pub metrics: Metrics,
-    /// Seconds of each phase: `sample` and `score`, where the algorithm samples, and `update`.
+    /// Seconds of each phase: `sample` and `score`, where the algorithm samples, `reward`, for
+    /// which the step waits when these are done, where it has rewards, and `update`.
     pub seconds: Vec<(&'static str, f64)>,
 }
 
@@ -159,21 +160,15 @@ impl<T: Element<Acc = f32>> Trainer<T> {
     fn step_on(&mut self, data: &mut StepData, seen: &mut dyn Observer) -> Result<StepReport> {
         let (mut metrics, mut seconds) = (Metrics::new(), Vec::new());
         self.updated.clear();
-        let samples = self.inputs.needs.sampling().is_some();
-        if samples {
-            let start = Instant::now();
-            self.sample(data, seen)?;
-            seconds.push(("sample", start.elapsed().as_secs_f64()));
-            seen.phase("score", 0, 1);
+        match self.inputs.needs.sampling() {
+            Some(_) => self.sample_and_score(data, seen, &mut seconds)?,
+            None => self.fill(data)?,
         }
-        let start = Instant::now();
-        self.fill(data)?;
         stop(self.step)?;
         check_columns(&self.host, &data.columns, self.step + 1)?;
-        if samples {
-            seconds.push(("score", start.elapsed().as_secs_f64()));
-        }
         self.inputs.algorithm.prepare(&self.host, &mut data.columns, &mut metrics)?;
+        let mean = |scores: &[f64]| scores.iter().sum::<f64>() / scores.len() as f64;
+        metrics.extend(data.parts.iter().map(|(name, scores)| (*name, mean(scores))));
         let (start, mut norms) = (Instant::now(), vec![Vec::new(); self.models.trained.len()]);
         let (needs, unit) = (&self.inputs.needs, self.inputs.sizes.unit);
         let (epochs, parts, seed) = (needs.epochs, needs.minibatches, self.inputs.settings.seed);
@@ -203,8 +198,44 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         Ok(StepReport { metrics, seconds })
     }
 
-    /// Continues the step's prompts with samples of the policy.
-    fn sample(&mut self, data: &mut StepData, seen: &mut dyn Observer) -> Result<()> {
+    /// Samples, and scores each sample that ends while others go on and while the models score.
+    fn sample_and_score(
+        &mut self,
+        data: &mut StepData,
+        seen: &mut dyn Observer,
+        seconds: &mut Vec<(&'static str, f64)>,
+    ) -> Result<()> {
+        // The run's own again below: its processes are kept.
+        let mut rewards = std::mem::take(&mut self.inputs.rewards);
+        let of_step = (self.step + 1, data.sequences.len());
+        let scored = rewards.beside(of_step, |queue| {
+            let start = Instant::now();
+            self.sample(data, queue, seen)?;
+            seconds.push(("sample", start.elapsed().as_secs_f64()));
+            seen.phase("score", 0, 1);
+            let start = Instant::now();
+            self.fill(data)?;
+            seconds.push(("score", start.elapsed().as_secs_f64()));
+            Ok(Instant::now())
+        });
+        let scored = scored.map(|(waits, parts)| {
+            if !parts.is_empty() {
+                seconds.push(("reward", waits.elapsed().as_secs_f64()));
+            }
+            data.parts = rewards.sum(parts, &mut data.columns.scores);
+        });
+        self.inputs.rewards = rewards;
+        scored
+    }
+
+    /// Continues the step's prompts with samples of the policy, each of which goes to the rewards
+    /// when it ends.
+    fn sample(
+        &mut self,
+        data: &mut StepData,
+        queue: &RewardQueue,
+        seen: &mut dyn Observer,
+    ) -> Result<()> {
         let Self { dev, inputs, models, arena, step, .. } = self;
         let (Some(policy), Some(sampling)) = (models.with_head(Head::Lm), inputs.needs.sampling())
         else {
@@ -218,11 +249,20 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             stream: Stream { seed: inputs.settings.seed, step: *step, purpose: Purpose::Sample },
         };
         let (prompts, mut made) = (data.prompts(), 0);
+        let mut ends = vec![Vec::new(); if queue.is_read() { prompts.len() } else { 0 }];
         let total = prompts.len() * config.max_new_tokens;
         let (generator, scope) = (inputs.sizes.generator(), arena.scope());
         let done = generator.run(dev, policy, &scope, &prompts, &config, |new| {
             made += new.len();
             seen.phase("sample", made, total);
+            for (at, token) in new.iter().copied().filter(|_| queue.is_read()) {
+                ends[at].push(token);
+                let stopped = config.stop_ids.contains(&token);
+                if stopped || ends[at].len() == config.max_new_tokens {
+                    let tokenizer = inputs.tokenizer.as_ref();
+                    queue.put(at, data.reward_input(at, &ends[at], stopped, tokenizer)?)?;
+                }
+            }
             stop(*step)
         })?;
         data.continue_with(done);

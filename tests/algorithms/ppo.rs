@@ -406,7 +406,7 @@ fn a_wrong_setting_is_a_wrong_configuration() {
         ("value_coef=-1", "0 or more"),
         ("entropy_coef=-0.01", "0 or more"),
         ("missing_eos_penalty=-1", "0 or more"),
-        ("reward_model=", "a folder with a reward model"),
+        ("reward_model=", "a folder with a reward model, or `rewards`"),
     ] {
         let (key, got) = pair.split_once('=').unwrap();
         let got = if key == "reward_model" { "\"\"" } else { got };

@@ -25,7 +25,7 @@ fn tokenizer() -> Tokenizer {
 }
 
 fn located(records: impl IntoIterator<Item = Record>) -> Vec<Located> {
-    let at = |(record, line)| Located { place: place(line), record };
+    let at = |(record, line)| Located { place: place(line), record, columns: Default::default() };
     records.into_iter().zip(1..).map(at).collect()
 }
 

@@ -10,7 +10,7 @@ use warpo::{
     Error,
     algorithms::{Inputs, Needs},
     config,
-    data::{DrawGroup, DrawOrder, FolderPart, Limits},
+    data::{ColumnsRead, DrawGroup, DrawOrder, FolderPart, Limits},
     train::{DataFile, Settings, inputs::RunInputs, mixture::SourceRows, source::Source},
 };
 
@@ -33,7 +33,7 @@ fn write(path: &Path, ids: impl IntoIterator<Item = usize>) -> String {
 }
 
 fn rows(files: &[DataFile], part: FolderPart) -> SourceRows {
-    SourceRows::read(files, part, false, &Settings::default()).unwrap()
+    SourceRows::read(files, part, false, &ColumnsRead::None, &Settings::default()).unwrap()
 }
 
 /// The second id of each row.
