@@ -103,6 +103,7 @@ mod rollout {
     mod score;
 }
 mod train {
+    mod adapter;
     mod best;
     mod checkpoint;
     mod device;

@@ -30,7 +30,9 @@ use crate::{
     data::ReadOptions,
     device::Device,
     error::{Error, Result},
-    hub, train as runs,
+    hub,
+    models::{AdapterConfig, Config},
+    train as runs,
 };
 
 /// Train language models from human feedback: SFT, reward models and PPO in one process.
@@ -150,6 +152,15 @@ fn algorithms() -> String {
 /// told, or a checkpoint, of which one is made.
 fn model_folder(given: &Path) -> Result<PathBuf> {
     runs::model_folder(&hub_folder(given)?, note)
+}
+
+/// The config of a model in such a folder, with the adapter that a user means.
+fn model_config(dir: &Path, adapter: Option<&PathBuf>) -> Result<Config> {
+    let config = Config::read(dir)?;
+    match adapter {
+        Some(given) => config.with_adapter(AdapterConfig::read(&model_folder(given)?)?),
+        None => Ok(config),
+    }
 }
 
 /// The same without a checkpoint.

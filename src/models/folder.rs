@@ -12,7 +12,7 @@ pub(super) fn without(dir: &Path, file: &str, e: Error) -> Error {
     let has = |name: &str| dir.join(name).exists();
     let instead = if has("state.json") {
         "is a checkpoint: `warpo export` makes a model of it".into()
-    } else if has("final/config.json") {
+    } else if has("final/config.json") || has("final/adapter_config.json") {
         format!("is the folder of a run: its model is {}", dir.join("final").display())
     } else if let Some(name) = find(dir, &[".gguf"]) {
         format!("has its weights as {name} (GGUF), wanted safetensors as Hugging Face stores them")

@@ -1,6 +1,7 @@
 //! The weights that models have, in every family.
 
-/// Which weight of a block or of the model it is, in every family. [`WEIGHTS`](super::WEIGHTS) has the facts.
+/// Which weight of a block or of the model it is, in every family.
+/// [`WEIGHTS`](super::WEIGHTS) has the facts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum ParamKind {
     /// The LM head too, where it is tied.

@@ -200,6 +200,10 @@ impl<T: Element> PackedWeights<T> {
         Ok(Self(all))
     }
 
+    pub fn none() -> Self {
+        Self(BTreeMap::new())
+    }
+
     /// Bytes that [`PackedWeights::new`] takes.
     pub fn bytes(dev: &Device, layout: &Layout) -> usize {
         let bytes = |t: &ParamTensor| {

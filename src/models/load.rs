@@ -1,12 +1,12 @@
 //! Loads models: a folder of weights, or an adapter's and its base; adds adapters to their bases.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use safetensors::SafeTensors;
 
 use super::{
-    AdapterSpec, AdapterStart, Config, FactorSide, Head, LoadOptions, Model, ParamKind, Residency,
-    adapter_tensor,
+    AdapterConfig, AdapterSpec, AdapterStart, Config, FactorSide, Head, LoadOptions, Model,
+    ParamKind, Residency, adapter_tensor,
     model::new_score,
     weights::{copy, load_base, no_safetensors},
 };
@@ -18,6 +18,14 @@ use crate::{
 
 /// The weights of a PEFT folder.
 pub const ADAPTER_FILE: &str = "adapter_model.safetensors";
+
+/// The folder of a model's tokenizer: its own, or the base's for an adapter's folder without one.
+pub fn text_folder(dir: &Path) -> Result<PathBuf> {
+    if AdapterConfig::is_in(dir) && !dir.join("tokenizer.json").exists() {
+        return Ok(Config::read(dir)?.dir().into());
+    }
+    Ok(dir.into())
+}
 
 impl<T: Element> Model<T> {
     /// Loads a Hugging Face folder to compute with; see [`load`].

@@ -68,7 +68,7 @@ pub use spec::{
     QkNorm, QueryScale, Scales, Spec, StateMixer, Widths,
 };
 
-pub use load::{ADAPTER_FILE, load, load_as};
+pub use load::{ADAPTER_FILE, load, load_as, text_folder};
 pub use weights::{LoadOptions, WEIGHTS_FILE};
 
 /// All model families, found by `model_type` in `config.json`.

@@ -82,6 +82,10 @@ impl<T: Element> WeightSet<T> {
         let master = (rounded::<T>() && residency == Residency::Trained)
             .then(|| Params::zeros(dev, "f32 weights", &layout))
             .transpose()?;
+        if residency == Residency::Offloaded {
+            let (params, packed) = (Params::none(&layout), PackedWeights::none());
+            return Ok(Self { params, master, packed });
+        }
         let params = Params::zeros(dev, "weights", &layout)?;
         let packed = PackedWeights::new(dev, &layout)?;
         Ok(Self { params, master, packed })
@@ -115,10 +119,11 @@ impl<T: Element> WeightSet<T> {
 }
 
 impl<T: Element> Model<T> {
-    /// A model of `config` with all weights 0, to be filled through [`Model::params_mut`].
+    /// A model of `config` with all weights 0, to be filled through [`Model::params_mut`]. Below an
+    /// adapter there are none: such a model can be stored, not run.
     pub fn zeros(dev: &Device, config: Config, head: Head, residency: Residency) -> Result<Self> {
         if config.adapter().is_some() {
-            let base = Self::zeros(dev, config.base(), head, Residency::Frozen)?;
+            let base = Self::zeros(dev, config.base(), head, Residency::Offloaded)?;
             return base.over(dev, config, head, residency);
         }
         let (family, spec) = config.spec()?;

@@ -66,7 +66,8 @@ impl<T: Element> NormLayer<'_, T> {
         norm::forward(dev, self.spec, NormOut { y, mean, rstd }, x, self.weight, self.bias)
     }
 
-    /// Adds to the gradients of weight and bias, unless they are frozen, and writes `dx` or, with `add`, adds to it.
+    /// Adds to the gradients of weight and bias, unless they are frozen, and writes `dx` or, with
+    /// `add`, adds to it.
     pub fn backward<'v>(
         &self,
         dev: &Device,

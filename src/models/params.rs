@@ -407,6 +407,11 @@ impl<T: Element> Params<T> {
         Ok(Self { layout: layout.clone(), data, tokens: None })
     }
 
+    /// No memory for any.
+    pub(super) fn none(layout: &Arc<Layout>) -> Self {
+        Self { layout: layout.clone(), data: Buffer::none(), tokens: None }
+    }
+
     /// Gradients, all 0. A tied embedding has two: that of the LM head, and that of the tokens that
     /// it embeds, which comes to memory of its own until [`Params::add_tokens`]. Were both added to
     /// one buffer, in turn by micro-batch, the order of the sum would be the split's.

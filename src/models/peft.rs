@@ -122,7 +122,7 @@ impl AdapterConfig {
             "inference_mode": true,
             "init_lora_weights": true,
             "layers_to_transform": null,
-            "lora_alpha": alpha,
+            "lora_alpha": if alpha.fract() == 0.0 { json!(*alpha as i64) } else { json!(alpha) },
             "lora_dropout": 0.0,
             "modules_to_save": null,
             "peft_type": "LORA",
@@ -200,7 +200,7 @@ impl AdapterConfig {
     }
 
     /// The head that it is for, if it says so: true for a scalar one.
-    pub(super) fn scalar(&self) -> Option<bool> {
+    pub fn scalar(&self) -> Option<bool> {
         self.get("task_type").map(|task| task == "SEQ_CLS")
     }
 

@@ -185,8 +185,8 @@ fn computed<T: Element>() -> Dtype {
     if size_of::<T::Acc>() == 4 { Dtype::F32 } else { Dtype::F64 }
 }
 
-/// Hands the bytes of [`WEIGHTS_FILE`] to `write`, or of an adapter's, weights rounded to `dtype`. One tensor at a time
-/// is in host memory.
+/// Hands the bytes of [`WEIGHTS_FILE`] to `write`, or of an adapter's, weights rounded to `dtype`.
+/// One tensor at a time is in host memory.
 ///
 /// # Errors
 /// [`Error::Value`] for a weight that `dtype` cannot hold.

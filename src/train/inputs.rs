@@ -18,7 +18,7 @@ use crate::{
     device::{Device, Element},
     error::{Error, Result},
     eval,
-    models::Spec,
+    models::{Spec, text_folder},
     rollout::rewards::Rewards,
 };
 
@@ -87,7 +87,7 @@ impl RunData {
     /// Reads tokenizer and data for a policy of this spec. An answer of a conversation ends as its
     /// template ends it, and so does a sample.
     pub fn read(settings: &Settings, needs: &Needs, spec: &Spec) -> Result<Self> {
-        let dir = Path::new(&settings.model);
+        let dir = &text_folder(Path::new(&settings.model))?;
         let tokenizer = Tokenizer::open_if_there(dir, settings.chat_template.as_deref())?;
         let rewards = Rewards::new(&needs.rewards)?;
         if rewards.read_texts() && tokenizer.is_none() {

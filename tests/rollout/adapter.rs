@@ -13,7 +13,8 @@ use crate::{
     support::{assert_bits, devices, golden, sim},
 };
 
-/// The log-prob that is recorded when a token is sampled is the one of the training forward, in f32 and on a device, however slots, rows and micro-batches are cut.
+/// The log-prob that is recorded when a token is sampled is the one of the training forward, in f32
+/// and on a device, however slots, rows and micro-batches are cut.
 #[test]
 fn rollout_with_an_adapter_equals_training() {
     let prompts = prompts(6, 151);
