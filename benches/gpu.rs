@@ -207,7 +207,7 @@ fn norms(b: &mut Bench) {
         b.run(&format!("norm/{name}/backward"), 6 * n, |dev, i| {
             let (dx, dw, scratch) = (y[i].view_mut(), dw.view_mut(), scratch.view_mut());
             let db = layer.then(|| db.view_mut());
-            let grads = NormGrads { dx, add: false, dw, db, scratch };
+            let grads = NormGrads { dx, add: false, dw: Some(dw), db, scratch };
             let (w, mean, rstd) = (w.view(), mean.view(), rstd.view());
             let kept = NormKept { x: x[i].view().into(), w, mean, rstd };
             norm::backward(dev, spec, grads, dy[i].view(), kept).unwrap();

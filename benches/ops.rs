@@ -326,7 +326,7 @@ fn norms(c: &mut Criterion) {
         bench(&mut g, &format!("norm/{name}/backward/cpu/f32/2048x768"), moves(3 * n), || {
             let (dx, dw, scratch) = ((&mut dx).into(), (&mut dw).into(), (&mut scratch).into());
             let db = layer.then(|| (&mut db).into());
-            let grads = NormGrads { dx, add: false, dw, db, scratch };
+            let grads = NormGrads { dx, add: false, dw: Some(dw), db, scratch };
             let (w, mean, rstd) = ((&w).into(), (&mean).into(), (&rstd).into());
             let kept = NormKept { x: View::from(&x).into(), w, mean, rstd };
             norm::backward(dev, spec, grads, View::from(&dy), kept).unwrap();

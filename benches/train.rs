@@ -54,7 +54,7 @@ fn random_of(config: &str, head: Head) -> Model<f32> {
     let mut model = Model::zeros(device(), config, head, Residency::Frozen).unwrap();
     let layout = model.params().layout().clone();
     for (i, t) in layout.tensors().iter().enumerate() {
-        let to = model.params_mut().tensor_mut(t).host();
+        let to = model.params_mut().unwrap().tensor_mut(t).host();
         match t.kind {
             ParamKind::Norm1 | ParamKind::Norm2 | ParamKind::FinalNorm => to.fill(1.0),
             ParamKind::QNorm | ParamKind::KNorm => to.fill(1.0),

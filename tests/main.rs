@@ -54,6 +54,7 @@ mod hub {
     mod download;
 }
 mod models {
+    pub mod adapter;
     mod config;
     mod device;
     mod folder;
@@ -100,11 +101,13 @@ mod ops {
 }
 mod rng;
 mod rollout {
+    mod adapter;
     mod engine;
     mod rewards;
     mod score;
 }
 mod train {
+    mod adapter;
     mod best;
     mod checkpoint;
     mod device;

@@ -31,6 +31,9 @@ pub(super) struct ChatArgs {
     /// The model's folder
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
+    /// An adapter's folder (LoRA, as PEFT stores it), on the model
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
     /// What the model is told first
     #[arg(long, value_name = "TEXT")]
     system: Option<String>,
@@ -56,7 +59,7 @@ pub(super) struct ChatArgs {
 pub(super) fn run(args: &ChatArgs) -> Result<()> {
     let sampling = args.sampling.params()?;
     let dir = &super::model_folder(&args.model)?;
-    let mut tokenizer = Tokenizer::open(dir)?;
+    let mut tokenizer = Tokenizer::open(&models::text_folder(dir)?)?;
     if let Some(name) = &args.chat_template {
         tokenizer.set_template(dir, Some(name))?;
     }
@@ -78,7 +81,8 @@ fn run_in<T: Element<Acc = f32>>(
 ) -> Result<()> {
     let longest = Some(args.max_length as usize);
     let options = LoadOptions { longest, ..LoadOptions::frozen(Head::Lm) };
-    let model: Model<T> = models::load(dev, dir, options)?;
+    let config = super::model_config(dir, args.adapter.as_ref())?;
+    let model: Model<T> = models::load_as(dev, config, options)?;
     // Asked for a message, a signal ends the process; while the model answers, the answer.
     let (waits, stop) = (Arc::new(AtomicBool::new(true)), Arc::new(AtomicBool::new(false)));
     flag::register_conditional_shutdown(SIGINT, 130, waits.clone())

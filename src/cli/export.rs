@@ -15,6 +15,12 @@ use crate::{
 pub(super) struct ExportArgs {
     /// A checkpoint (RUN/checkpoints/step-N) or a model's folder
     from: PathBuf,
+    /// An adapter's folder (LoRA, as PEFT stores it), on the model
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
+    /// Add the adapter to the weights: a model that needs no PEFT, whose logits differ in bits
+    #[arg(long)]
+    merge: bool,
     /// The new folder
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
@@ -35,9 +41,27 @@ pub(super) fn run(args: &ExportArgs) -> Result<()> {
         let want = if out.exists() { "a folder that is not there yet" } else { &*want };
         return Err(Error::config("--out", want, out.display()));
     }
-    match (train::is_checkpoint(from), role) {
+    let checkpoint = train::is_checkpoint(from);
+    if checkpoint && (args.merge || args.adapter.is_some()) {
+        let want = "a model's or an adapter's folder; export the checkpoint without it first";
+        return Err(Error::config("--merge or --adapter", want, from.display()));
+    }
+    match (checkpoint, role) {
         (true, _) => train::export_checkpoint(from, role, dtype.known(), out)?,
-        (false, None) => train::export_again::<f32>(&Device::cpu(), from, dtype, out)?,
+        (false, None) => {
+            let config = super::model_config(from, args.adapter.as_ref())?;
+            if args.merge && config.adapter().is_none() {
+                let want = "an adapter's folder, or --adapter beside a model's";
+                return Err(Error::config("--merge", want, from.display()));
+            }
+            train::export_again::<f32>(&Device::cpu(), (from, config), dtype, args.merge, out)?;
+            if args.merge {
+                super::note(
+                    "merged: W + s B A, rounded once; its logits and those of the adapter on its \
+                     base are equal to rounding, not in bits",
+                );
+            }
+        }
         (false, Some(role)) => {
             return Err(Error::config("--role", "none for a folder of one model", role));
         }

@@ -11,7 +11,7 @@ use crate::{
     device::{Arena, Device, Element},
     error::{Error, Result},
     eval,
-    models::{self, Config, Head, LoadOptions, Model},
+    models::{self, Head, LoadOptions, Model},
     ops::sample,
     rng::{Purpose, Stream},
     rollout::{Completion, GenerationConfig, Generator, Prompt},
@@ -42,6 +42,9 @@ pub(super) struct GenerateArgs {
     /// The model's folder
     #[arg(long, value_name = "DIR")]
     model: PathBuf,
+    /// An adapter's folder (LoRA, as PEFT stores it), on the model
+    #[arg(long, value_name = "DIR")]
+    adapter: Option<PathBuf>,
     /// Prompts, `-` for standard input
     #[arg(long, value_name = "FILE", default_value = "-")]
     data: PathBuf,
@@ -102,8 +105,10 @@ fn run_in<T: Element<Acc = f32>>(
     sampling: sample::SamplingParams,
 ) -> Result<()> {
     let dir = super::model_folder(&args.model)?;
-    let (_, spec) = Config::read(&dir)?.spec()?;
-    let tokenizer = Tokenizer::open_if_there(&dir, args.chat_template.as_deref())?;
+    let config = super::model_config(&dir, args.adapter.as_ref())?;
+    let (_, spec) = config.spec()?;
+    let tokenizer =
+        Tokenizer::open_if_there(&models::text_folder(&dir)?, args.chat_template.as_deref())?;
     if let (None, Some(stop)) = (&tokenizer, args.stop.first()) {
         let want = format!("a tokenizer in {}", dir.display());
         return Err(Error::config("--stop", want, stop));
@@ -138,7 +143,7 @@ fn run_in<T: Element<Acc = f32>>(
     }
     let longest = data.longest();
     let options = LoadOptions { longest: Some(longest + new), ..LoadOptions::frozen(Head::Lm) };
-    let model: Model<T> = models::load(dev, &dir, options)?;
+    let model: Model<T> = models::load_as(dev, config, options)?;
     let spec = model.spec();
     let reward_model = match &args.reward_model {
         None => None,

@@ -31,7 +31,9 @@ use crate::{
     data::{ReadOptions, cache},
     device::Device,
     error::{Error, Result},
-    hub, train as runs,
+    hub,
+    models::{AdapterConfig, Config},
+    train as runs,
 };
 
 /// Train language models from human feedback: SFT, reward models and PPO in one process.
@@ -152,6 +154,15 @@ fn algorithms() -> String {
 /// downloaded if it is not here, or a checkpoint, of which one is made.
 fn model_folder(given: &Path) -> Result<PathBuf> {
     runs::model_folder(&hub_folder(given)?, note)
+}
+
+/// The config of a model in such a folder, with the adapter that a user means.
+fn model_config(dir: &Path, adapter: Option<&PathBuf>) -> Result<Config> {
+    let config = Config::read(dir)?;
+    match adapter {
+        Some(given) => config.with_adapter(AdapterConfig::read(&model_folder(given)?)?),
+        None => Ok(config),
+    }
 }
 
 /// The same without a checkpoint.

@@ -11,7 +11,7 @@ use crate::{
     device::{Arena, Device, Element},
     error::{Error, Result},
     eval,
-    models::{self, Batch, Config, Head, LoadOptions, Model},
+    models::{self, Batch, Head, LoadOptions, Model},
     rollout::{Scorer, ScoringPass},
     train,
 };
@@ -28,6 +28,9 @@ pub(super) struct ScoreArgs {
     /// The folder of a language model
     #[arg(long, value_name = "DIR", required_unless_present = "reward_model")]
     model: Option<PathBuf>,
+    /// An adapter's folder (LoRA, as PEFT stores it), on the model
+    #[arg(long, value_name = "DIR", requires = "model")]
+    adapter: Option<PathBuf>,
     /// A reward model's folder: adds `reward`
     #[arg(long, value_name = "DIR")]
     reward_model: Option<PathBuf>,
@@ -67,15 +70,20 @@ pub(super) fn run(args: &ScoreArgs) -> Result<()> {
 
 /// [`run`] with models that compute in `T`.
 fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
-    let spec_of = |d: &PathBuf| Ok(Config::read(d)?.spec()?.1);
     let folder = |dir: &Option<PathBuf>| dir.as_deref().map(super::model_folder).transpose();
     let (model_dir, reward_dir) = (folder(&args.model)?, folder(&args.reward_model)?);
-    let dirs = [&model_dir, &reward_dir];
-    let specs = dirs.into_iter().flatten().map(spec_of).collect::<Result<Vec<_>>>()?;
+    let config = |dir: &PathBuf, adapter| super::model_config(dir, adapter);
+    let configs = [(&model_dir, args.adapter.as_ref()), (&reward_dir, None)];
+    let [model_config, reward_config] =
+        configs.map(|(dir, adapter)| dir.as_ref().map(|dir| config(dir, adapter)).transpose());
+    let (model_config, reward_config) = (model_config?, reward_config?);
+    let specs = [&model_config, &reward_config].into_iter().flatten();
+    let specs = specs.map(|c| Ok(c.spec()?.1)).collect::<Result<Vec<_>>>()?;
     let Some(dir) = model_dir.as_ref().or(reward_dir.as_ref()) else {
         return Err(Error::config("--model", "a model or a reward model", "neither"));
     };
-    let tokenizer = Tokenizer::open_if_there(dir, args.chat_template.as_deref())?;
+    let tokenizer =
+        Tokenizer::open_if_there(&models::text_folder(dir)?, args.chat_template.as_deref())?;
     let (max_length, vocab) = specs
         .iter()
         .fold((usize::MAX, usize::MAX), |(l, v), s| (l.min(s.max_positions), v.min(s.vocab)));
@@ -109,14 +117,14 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
         warn(&format!("{n} texts lost their end: longer than {max_length} tokens"));
     }
     let longest = data.longest().max(rated.longest());
-    let model = model_dir.as_ref().map(|dir| {
+    let model = model_config.map(|config| {
         let options = LoadOptions { longest: Some(longest), ..LoadOptions::frozen(Head::Lm) };
-        models::load::<T>(dev, dir, options)
+        models::load_as::<T>(dev, config, options)
     });
     let model = model.transpose()?;
-    let reward_model = reward_dir.as_ref().map(|dir| {
+    let reward_model = reward_dir.as_ref().zip(reward_config).map(|(dir, config)| {
         let options = LoadOptions { longest: Some(longest), ..LoadOptions::frozen(Head::Scalar) };
-        let loaded: Model<T> = models::load(dev, dir, options)?;
+        let loaded: Model<T> = models::load_as(dev, config, options)?;
         if let Some(model) = &model {
             eval::check_reward_model(dir, loaded.spec(), model.spec(), tokenizer.as_ref(), 0)?;
         }

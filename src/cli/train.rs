@@ -104,6 +104,9 @@ fn find_models(
     if !settings.model.is_empty() {
         settings.model = folder(settings.model.as_ref())?.display().to_string();
     }
+    if let Some(adapter) = &mut settings.adapter {
+        *adapter = folder(adapter.as_ref())?.display().to_string();
+    }
     for key in section.keys().iter().filter(|k| k.name.ends_with("_model")) {
         let table = format!("x = {}", key.value).parse::<toml::Table>().unwrap_or_default();
         let given = table.get("x").and_then(|x| x.as_str()).unwrap_or_default();

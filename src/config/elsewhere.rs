@@ -29,6 +29,10 @@ pub const NAMES: &[(&str, &[&str])] = &[
             "partial_pretrain",
         ],
     ),
+    ("adapter", &["adapter_name_or_path", "lora_path", "lora_adapter_path", "resume_adapter"]),
+    ("lora_rank", &["lora_r", "peft_config.r", "use_peft", "use_lora"]),
+    ("lora_targets", &["lora_target_modules", "lora_target", "target_modules"]),
+    ("lora_rslora", &["use_rslora"]),
     (
         "data",
         &[

@@ -2,6 +2,7 @@
 
 use super::{
     LayerSpec, QkNorm, Spec,
+    adapter::AdapterRows,
     mixer::{self, LayerCache, MixerActivations, MixerGradients},
     mixture::{MixtureActivations, MixtureGradients, SharedActivations, pair_rows_len},
     norm::{self, Normed},
@@ -209,6 +210,16 @@ impl<'s, T: Element> BlockActivations<'s, T> {
     }
 }
 
+/// Scratch that blocks use in turn.
+#[derive(Debug)]
+pub(super) struct BlockRoom<'s, T: Element> {
+    /// Of attention and mixers.
+    pub scratch: Buffer<'s, T::Acc>,
+    /// Rows of pairs of a row and an expert.
+    pub pairs: Buffer<'s, T>,
+    pub adapter: AdapterRows<'s, T>,
+}
+
 /// The rows that a head reads, before and after the final norm.
 #[derive(Debug)]
 pub(super) struct HeadInput<'s, T: Element> {
@@ -223,9 +234,7 @@ pub struct Activations<'s, T: Element> {
     pub(super) x: Vec<Buffer<'s, T>>,
     /// One for each block, or one that all use in turn.
     pub(super) blocks: Vec<BlockActivations<'s, T>>,
-    pub(super) scratch: Buffer<'s, T::Acc>,
-    /// Rows of pairs of a row and an expert.
-    pub(super) pairs: Buffer<'s, T>,
+    pub(super) room: BlockRoom<'s, T>,
     pub(super) input: HeadInput<'s, T>,
     pub(super) gradients: Option<Gradients<'s, T>>,
 }
@@ -263,8 +272,11 @@ impl<'s, T: Element> Activations<'s, T> {
                 Keep::All => (0..spec.layers).map(|l| one(Some(l))).collect::<Result<_>>()?,
                 Keep::Nothing | Keep::Streams => vec![one(None)?],
             },
-            scratch: scope.alloc("scratch of attention and mixers", scratch)?,
-            pairs: scope.alloc("rows of experts", pair_rows_len(spec, rows))?,
+            room: BlockRoom {
+                scratch: scope.alloc("scratch of attention and mixers", scratch)?,
+                pairs: scope.alloc("rows of experts", pair_rows_len(spec, rows))?,
+                adapter: AdapterRows::new(scope, spec, rows, trained)?,
+            },
             input: HeadInput {
                 x: scope.alloc("selected rows", selected * spec.hidden)?,
                 norm: Normed::new(scope, spec, selected)?,

@@ -2,7 +2,7 @@
 
 use super::{
     BatchRows, LayerSpec, Linear, Mlp, Model, ParamKind, Params,
-    activations::{BlockActivations, Gradients, NormedQk, PostNormed},
+    activations::{BlockActivations, BlockRoom, Gradients, NormedQk, PostNormed},
     mixer::{BlockMixer, LayerCache},
     mixture::Mixture,
     norm::{NormInputGradient, Normed},
@@ -68,16 +68,17 @@ impl<'a, T: Element> BlockPass<'a, T> {
         [linear, post]: [ParamKind; 2],
         normed: &mut Option<PostNormed<'_, T>>,
         mut y: ViewMut<'_, T>,
-        input: View<'_, T>,
-        x: View<'_, T>,
+        (input, x): (View<'_, T>, View<'_, T>),
+        room: &mut BlockRoom<'_, T>,
     ) -> Result<()> {
+        let rows = &mut room.adapter;
         let (dev, factor) = (self.dev, self.model.spec().scales.residual);
         let linear = self.linear(linear)?;
         match normed {
-            None if factor == 1.0 => return linear.forward(dev, y, input, Some(x)),
-            None => linear.forward(dev, y.reborrow(), input, None)?,
+            None if factor == 1.0 => return linear.forward(dev, y, input, Some(x), rows),
+            None => linear.forward(dev, y.reborrow(), input, None, rows)?,
             Some(PostNormed { x, norm }) => {
-                linear.forward(dev, x.view_mut(), input, None)?;
+                linear.forward(dev, x.view_mut(), input, None, rows)?;
                 let post = self.model.norm(post, self.at)?;
                 post.forward_to(dev, y.reborrow().into(), norm, x.view().into())?;
             }
@@ -94,20 +95,23 @@ impl<'a, T: Element> BlockPass<'a, T> {
         b: &mut BlockActivations<'_, T>,
         x: View<'_, T>,
         cache: &mut LayerCache<'_, T>,
-        scratch: ViewMut<'_, T::Acc>,
+        room: &mut BlockRoom<'_, T>,
     ) -> Result<()> {
         let (dev, shape, work) = (self.dev, &self.spec.attention, self.segments());
         let input = self.before(ParamKind::Norm1, &mut b.norm1, x)?;
         if let (Some(mixer), Some(own)) = (self.mixer(), &mut b.mixer) {
-            mixer.forward(own, input, cache, scratch)?;
+            let (scratch, rows) = (room.scratch.view_mut(), &mut room.adapter);
+            mixer.forward(own, input, cache, (scratch, rows))?;
             let kinds = [ParamKind::MixerOut, ParamKind::PostNorm1];
-            return self.join(kinds, &mut b.post1, b.mid.view_mut(), own.output.view(), x);
+            let input = (own.output.view(), x);
+            return self.join(kinds, &mut b.post1, b.mid.view_mut(), input, room);
         }
         let (qkv, kv) = (self.linear(ParamKind::Qkv)?, &mut cache.kv);
+        let rows = &mut room.adapter;
         match &mut b.qk_norm {
-            None => qkv.forward(dev, b.qkv.view_mut(), input, None)?,
+            None => qkv.forward(dev, b.qkv.view_mut(), input, None, rows)?,
             Some(normed) => {
-                qkv.forward(dev, normed.qkv.view_mut(), input, None)?;
+                qkv.forward(dev, normed.qkv.view_mut(), input, None, rows)?;
                 self.move_values(b.qkv.view_mut(), normed.qkv.view())?;
                 let NormedQk { qkv: raw, q, k } = normed;
                 for (kind, kept) in [(ParamKind::QNorm, q), (ParamKind::KNorm, k)] {
@@ -125,7 +129,7 @@ impl<'a, T: Element> BlockPass<'a, T> {
         let rotation = self.rope().map(|table| (self.rows.positions, table));
         attention::append(dev, kv, b.qkv.view_mut(), work, shape, rotation)?;
         let (out, lse) = (b.attention.view_mut(), b.lse.view_mut());
-        let to = attention::ForwardOutputs { out, lse, scratch };
+        let to = attention::ForwardOutputs { out, lse, scratch: room.scratch.view_mut() };
         attention::forward(dev, to, b.qkv.view(), kv, work, shape)?;
         if let Some(sinks) = self.model.params().get(ParamKind::Sinks, self.at) {
             sinks::forward(dev, b.attention.view_mut(), b.lse.view_mut(), sinks)?;
@@ -139,7 +143,7 @@ impl<'a, T: Element> BlockPass<'a, T> {
             out = gated.view();
         }
         let kinds = [ParamKind::Out, ParamKind::PostNorm1];
-        self.join(kinds, &mut b.post1, b.mid.view_mut(), out, x)
+        self.join(kinds, &mut b.post1, b.mid.view_mut(), (out, x), room)
     }
 
     /// The gates of attention, behind queries, keys and values of a projection.
@@ -183,7 +187,7 @@ impl<'a, T: Element> BlockPass<'a, T> {
         &self,
         b: &mut BlockActivations<'_, T>,
         x: View<'_, T>,
-        pairs: ViewMut<'_, T>,
+        room: &mut BlockRoom<'_, T>,
     ) -> Result<()> {
         let dev = self.dev;
         let x = if self.model.spec().parallel { x } else { b.mid.view() };
@@ -194,13 +198,13 @@ impl<'a, T: Element> BlockPass<'a, T> {
         let input = self.before(ParamKind::Norm2, &mut b.norm2, x)?;
         let experts = self.experts();
         if let (Some(experts), Some(b)) = (&experts, &mut b.mixture) {
-            experts.expand(b, pairs, input)?;
+            experts.expand(b, room.pairs.view_mut(), input)?;
             if !experts.spec.shared {
                 return Ok(());
             }
         }
-        let (act, up) = (b.act.view_mut(), b.up.view_mut());
-        self.linear(ParamKind::Up)?.activated(dev, epilogue, act, up, input)?;
+        let (to, up) = ([b.act.view_mut(), b.up.view_mut()], self.linear(ParamKind::Up)?);
+        up.activated(dev, epilogue, to, input, &mut room.adapter)?;
         if let (Some(experts), Some(shared)) = (&experts, &mut b.shared) {
             experts.share(shared, b.act.view(), input)?;
         }
@@ -212,17 +216,18 @@ impl<'a, T: Element> BlockPass<'a, T> {
         &self,
         b: &mut BlockActivations<'_, T>,
         mut y: ViewMut<'_, T>,
-        pairs: ViewMut<'_, T>,
+        room: &mut BlockRoom<'_, T>,
     ) -> Result<()> {
         let kinds = [ParamKind::Down, ParamKind::PostNorm2];
         let (Some(experts), Some(mixture)) = (self.experts(), &b.mixture) else {
-            return self.join(kinds, &mut b.post2, y, b.act.view(), b.mid.view());
+            return self.join(kinds, &mut b.post2, y, (b.act.view(), b.mid.view()), room);
         };
         let Some(shared) = &b.shared else {
-            return experts.contract(mixture, pairs, y, Some(b.mid.view()));
+            return experts.contract(mixture, room.pairs.view_mut(), y, Some(b.mid.view()));
         };
-        self.join(kinds, &mut b.post2, y.reborrow(), shared.act.view(), b.mid.view())?;
-        experts.contract(mixture, pairs, y, None)
+        let input = (shared.act.view(), b.mid.view());
+        self.join(kinds, &mut b.post2, y.reborrow(), input, room)?;
+        experts.contract(mixture, room.pairs.view_mut(), y, None)
     }
 
     /// Turns `g.dx` from the gradient of the block's output into that of its input `x`.
@@ -232,20 +237,20 @@ impl<'a, T: Element> BlockPass<'a, T> {
         b: &BlockActivations<'_, T>,
         x: View<'_, T>,
         g: &mut Gradients<'_, T>,
-        (scratch, pairs): (ViewMut<'_, T::Acc>, ViewMut<'_, T>),
+        room: &mut BlockRoom<'_, T>,
     ) -> Result<()> {
         let parallel = self.model.spec().parallel;
-        self.mlp_backward(grads, b, x, g, pairs)?;
+        self.mlp_backward(grads, b, x, g, room)?;
         // In a parallel block both read the gradient of the output, so neither adds to it before.
         if parallel {
-            self.out_backward(grads, b, g)?;
+            self.out_backward(grads, b, g, room)?;
         }
         let input = if parallel { x } else { b.mid.view() };
         self.before_backward(grads, ParamKind::Norm2, input, &b.norm2, g)?;
         if !parallel {
-            self.out_backward(grads, b, g)?;
+            self.out_backward(grads, b, g, room)?;
         }
-        self.attention_backward(grads, b, x, g, scratch)
+        self.attention_backward(grads, b, x, g, room)
     }
 
     /// Whether a linear layer has another gradient than `g.dx`, that of the stream to which it
@@ -282,35 +287,37 @@ impl<'a, T: Element> BlockPass<'a, T> {
         b: &BlockActivations<'_, T>,
         x: View<'_, T>,
         g: &mut Gradients<'_, T>,
-        mut pairs: ViewMut<'_, T>,
+        room: &mut BlockRoom<'_, T>,
     ) -> Result<()> {
         let (dev, spec) = (self.dev, self.model.spec());
+        let BlockRoom { pairs, adapter: rows, .. } = room;
         let input = if spec.parallel { x } else { b.mid.view() };
         let input = b.norm2.as_ref().map_or(input, |normed| normed.y.view());
         let experts = self.experts();
         if let (Some(experts), Some(own), Some(to)) = (&experts, &b.mixture, &mut g.mixture) {
             let d = (g.dnorm.view_mut(), g.dx.view());
-            experts.backward(grads, own, (to, pairs.reborrow()), d, input)?;
+            experts.backward(grads, own, (to, pairs.view_mut()), d, input)?;
             let Some(shared) = &b.shared else { return Ok(()) };
             // Rows of pairs are done with.
-            let mut dinput = pairs.range(0..input.len());
+            let mut dinput = pairs.view_mut().range(0..input.len());
             let down = self.linear(ParamKind::Down)?;
-            down.backward(dev, grads, g.dact.view_mut(), g.dx.view(), shared.act.view())?;
+            let (dact, act) = (g.dact.view_mut(), shared.act.view());
+            down.backward(dev, (grads, rows), dact, g.dx.view(), act)?;
             experts.share_backward(shared, to, g.dact.view_mut(), b.act.view())?;
             experts.gate_backward(grads, to, dinput.reborrow(), input)?;
             residual::add(dev, g.dnorm.view_mut(), dinput.view())?;
             self.activation_backward(b, g)?;
             let up = self.linear(ParamKind::Up)?;
-            up.backward(dev, grads, dinput.reborrow(), g.dup.view(), input)?;
+            up.backward(dev, (grads, rows), dinput.reborrow(), g.dup.view(), input)?;
             return residual::add(dev, g.dnorm.view_mut(), dinput.view());
         }
         let down = self.linear(ParamKind::Down)?;
         let moved = self.join_backward(grads, ParamKind::PostNorm2, &b.post2, g)?;
         let dy = if moved { g.dnorm.view() } else { g.dx.view() };
-        down.backward(dev, grads, g.dact.view_mut(), dy, b.act.view())?;
+        down.backward(dev, (grads, rows), g.dact.view_mut(), dy, b.act.view())?;
         self.activation_backward(b, g)?;
         let up = self.linear(ParamKind::Up)?;
-        up.backward(dev, grads, g.dnorm.view_mut(), g.dup.view(), input)
+        up.backward(dev, (grads, rows), g.dnorm.view_mut(), g.dup.view(), input)
     }
 
     /// From `g.dact` to `g.dup`.
@@ -334,17 +341,19 @@ impl<'a, T: Element> BlockPass<'a, T> {
         grads: &mut Params<T::Acc>,
         b: &BlockActivations<'_, T>,
         g: &mut Gradients<'_, T>,
+        room: &mut BlockRoom<'_, T>,
     ) -> Result<()> {
+        let rows = &mut room.adapter;
         let moved = self.join_backward(grads, ParamKind::PostNorm1, &b.post1, g)?;
         let Gradients { dx, dnorm, dattention, dgated, mixer, .. } = g;
         let dy = if moved { dnorm.view() } else { dx.view() };
         if let (Some(_), Some(own), Some(to)) = (self.spec.state_mixer, &b.mixer, mixer) {
             let (out, d) = (self.linear(ParamKind::MixerOut)?, to.doutput.view_mut());
-            return out.backward(self.dev, grads, d, dy, own.output.view());
+            return out.backward(self.dev, (grads, rows), d, dy, own.output.view());
         }
         let (out, d) = (self.linear(ParamKind::Out)?, dgated.as_mut().unwrap_or(dattention));
         let input = b.gated.as_ref().unwrap_or(&b.attention);
-        out.backward(self.dev, grads, d.view_mut(), dy, input.view())
+        out.backward(self.dev, (grads, rows), d.view_mut(), dy, input.view())
     }
 
     /// From the gradient of attention's output, and in `g.dx` that of `mid`, to that of `x`.
@@ -354,13 +363,14 @@ impl<'a, T: Element> BlockPass<'a, T> {
         b: &BlockActivations<'_, T>,
         x: View<'_, T>,
         g: &mut Gradients<'_, T>,
-        scratch: ViewMut<'_, T::Acc>,
+        room: &mut BlockRoom<'_, T>,
     ) -> Result<()> {
         let (dev, shape) = (self.dev, &self.spec.attention);
         if let (Some(mixer), Some(own), Some(to)) = (self.mixer(), &b.mixer, &mut g.mixer) {
             let input = b.norm1.as_ref().map_or(x, |normed| normed.y.view());
             let d = (g.dnorm.view_mut(), input);
-            mixer.backward(grads, own, to, d, [scratch, g.scratch.view_mut()])?;
+            let scratch = [room.scratch.view_mut(), g.scratch.view_mut()];
+            mixer.backward((grads, &mut room.adapter), own, to, d, scratch)?;
             return self.before_backward(grads, ParamKind::Norm1, x, &b.norm1, g);
         }
         if let (Some(d), Some(draw), Some(normed)) = (&g.dgated, &mut g.draw, &b.qk_norm) {
@@ -384,7 +394,7 @@ impl<'a, T: Element> BlockPass<'a, T> {
             out: b.attention.view(),
             qkv: b.qkv.view(),
             lse: b.lse.view(),
-            scratch,
+            scratch: room.scratch.view_mut(),
         };
         attention::backward(dev, args, self.segments(), shape)?;
         let (q, both) = (self.heads(shape.q_heads), self.heads(shape.q_heads + shape.kv_heads));
@@ -405,7 +415,8 @@ impl<'a, T: Element> BlockPass<'a, T> {
         }
         let input = b.norm1.as_ref().map_or(x, |normed| normed.y.view());
         let (qkv, dqkv) = (self.linear(ParamKind::Qkv)?, g.draw.as_ref().unwrap_or(&g.dqkv));
-        qkv.backward(dev, grads, g.dnorm.view_mut(), dqkv.view(), input)?;
+        let rows = &mut room.adapter;
+        qkv.backward(dev, (grads, rows), g.dnorm.view_mut(), dqkv.view(), input)?;
         self.before_backward(grads, ParamKind::Norm1, x, &b.norm1, g)
     }
 

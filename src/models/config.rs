@@ -4,10 +4,11 @@ use std::path::{Path, PathBuf};
 
 use serde_json::Value;
 
-use super::folder;
+use super::{AdapterConfig, folder};
 use crate::{
     device::file,
     error::{Error, Result},
+    hub,
     ops::activation::Activation,
 };
 
@@ -26,11 +27,20 @@ pub struct Config {
     longest: Option<usize>,
     /// It is the text part of a model that has others.
     nested: bool,
+    adapter: Option<AdapterConfig>,
 }
 
 impl Config {
-    /// Reads `dir/config.json`.
+    /// Reads `dir/config.json`; in an adapter's folder the adapter, and its base.
     pub fn read(dir: &Path) -> Result<Self> {
+        if AdapterConfig::is_in(dir) {
+            let adapter = AdapterConfig::read(dir)?;
+            return Self::read_base(&hub::model(&adapter.base()?)?)?.with_adapter(adapter);
+        }
+        Self::read_base(dir)
+    }
+
+    fn read_base(dir: &Path) -> Result<Self> {
         let path = dir.join("config.json");
         let text = file::read_text(&path, LIMIT);
         Self::parse(&text.map_err(|e| folder::without(dir, "config.json", e))?, path)
@@ -43,7 +53,7 @@ impl Config {
             Ok(Value::Object(json)) => {
                 let nested = json.get("text_config").is_some_and(Value::is_object);
                 let json = if nested { text_part(json) } else { json };
-                Ok(Self { path, json, longest: None, nested })
+                Ok(Self { path, json, longest: None, nested, adapter: None })
             }
             Ok(other) => Err(Error::file(path, format!("wanted a JSON object, got {other}"))),
             Err(e) => Err(Error::file(path, format!("not JSON: {e}"))),
@@ -55,6 +65,28 @@ impl Config {
     /// here it is the longest of the whole run.
     pub fn for_sequences(self, longest: usize) -> Self {
         Self { longest: Some(longest), ..self }
+    }
+
+    /// The same model with an adapter on it.
+    pub fn with_adapter(self, adapter: AdapterConfig) -> Result<Self> {
+        match self.adapter {
+            None => Ok(Self { adapter: Some(adapter), ..self }),
+            Some(own) => Err(own.wrong("base_model_name_or_path", "one adapter on a model")),
+        }
+    }
+
+    pub fn adapter(&self) -> Option<&AdapterConfig> {
+        self.adapter.as_ref()
+    }
+
+    /// The model below its adapter.
+    pub fn base(&self) -> Self {
+        Self { adapter: None, ..self.clone() }
+    }
+
+    /// The folder of its `config.json`, and of its weights.
+    pub fn dir(&self) -> &Path {
+        self.path.parent().unwrap_or(Path::new("."))
     }
 
     /// The longest sequence of the run, if it was said.

@@ -1,7 +1,12 @@
 //! How Hugging Face stores the models of a family.
 
 use super::{
-    Config, FAMILIES, ParamKind, Spec, StateMixer, Widths, config::MOST_LAYERS, spec::WINDOWS,
+    AdapterConfig, AdapterSite, AdapterSpec, Config, FAMILIES, LoraOptions, ParamKind, Spec,
+    StateMixer, WEIGHTS, Widths,
+    config::MOST_LAYERS,
+    params::Occurs,
+    peft::{ALL_LINEAR, AdapterStart},
+    spec::WINDOWS,
 };
 use crate::{
     error::Result,
@@ -247,6 +252,76 @@ impl Config {
             let want = format!("at most {WINDOWS}");
             return Err(self.wrong("windows", &want, &spec.windows().len()));
         }
+        let adapter = self.adapter().map(|adapter| adapted(adapter, family, &spec));
+        spec.adapter = adapter.transpose()?;
         Ok((family, spec))
     }
+}
+
+/// What can have adapters.
+const ADAPTED: [ParamKind; 4] = [ParamKind::Qkv, ParamKind::Out, ParamKind::Up, ParamKind::Down];
+
+/// Where the names of an adapter's targets are in a model: as in PEFT, a name is that of a module
+/// or the end of it.
+fn adapted(adapter: &AdapterConfig, family: &Family, spec: &Spec) -> Result<AdapterSpec> {
+    const KEY: &str = "target_modules";
+    let LoraOptions { rank, alpha, rslora, targets } = adapter.options();
+    if spec.keeps_state() {
+        return Err(adapter.wrong(KEY, "none in a model with blocks without attention"));
+    }
+    if spec.experts.as_ref().is_some_and(|e| e.shared) {
+        return Err(adapter.wrong(KEY, "none in a model with a shared expert"));
+    }
+    let all = targets[0] == ALL_LINEAR;
+    if all && spec.experts.is_some() {
+        return Err(adapter.wrong(KEY, "names in a model with experts"));
+    }
+    let fits = |module: &str, target: &String| {
+        module.strip_suffix(&**target).is_some_and(|rest| rest.is_empty() || rest.ends_with('.'))
+    };
+    let (mut sites, mut found) = (Vec::new(), vec![false; targets.len()]);
+    for layer in 0..spec.layers {
+        for stored in family.weights.iter().copied().flatten() {
+            let facts = WEIGHTS.iter().find(|w| w.kind == stored.kind);
+            let there = facts.is_some_and(|w| match w.occurs {
+                Occurs::InBlock(is) => is(spec, layer),
+                Occurs::Once(_) => layer == 0,
+            });
+            if !there {
+                continue;
+            }
+            for (part, name) in stored.names.iter().enumerate() {
+                let name = name.replace("{}", &layer.to_string());
+                let module = format!("{}{}", family.prefix, name.trim_end_matches(".weight"));
+                let hits: Vec<usize> =
+                    (0..targets.len()).filter(|i| fits(&module, &targets[*i])).collect();
+                hits.iter().for_each(|i| found[*i] = true);
+                let adapts = ADAPTED.contains(&stored.kind);
+                if hits.is_empty() && !(all && adapts) {
+                    continue;
+                }
+                let split = stored.names.len() > 1 && stored.order != StoredOrder::Rows;
+                if !adapts || split {
+                    let want = format!("none of `{module}`, which can have no adapter");
+                    return Err(adapter.wrong(KEY, &want));
+                }
+                let parts = stored.names.len();
+                sites.push(AdapterSite { kind: stored.kind, layer, part, parts });
+            }
+        }
+    }
+    let missing = (!all).then(|| found.iter().position(|found| !found)).flatten();
+    if let Some(i) = missing {
+        let want = format!("names of its linear layers: there is no `{}` here", targets[i]);
+        return Err(adapter.wrong(KEY, &want));
+    }
+    // PEFT names both, whichever a model has.
+    let heads = ["score", "classifier"];
+    if adapter.saves().iter().any(|name| !heads.contains(&&**name)) {
+        return Err(adapter.wrong("modules_to_save", "null or a head of one score"));
+    }
+    let score = adapter.saves().iter().any(|name| name == "score");
+    let score = score || matches!(adapter.start, AdapterStart::Seed(_));
+    let root = if *rslora { (*rank as f64).sqrt() } else { *rank as f64 };
+    Ok(AdapterSpec { rank: *rank, scale: alpha / root, sites, score })
 }

@@ -2,9 +2,7 @@
 
 use std::path::Path;
 
-use serde_json::Value;
-
-use crate::{device::file, error::Error};
+use crate::error::Error;
 
 /// An error of a folder that has no `file`, with what it has instead, if that is known.
 pub(super) fn without(dir: &Path, file: &str, e: Error) -> Error {
@@ -12,12 +10,9 @@ pub(super) fn without(dir: &Path, file: &str, e: Error) -> Error {
         return e;
     }
     let has = |name: &str| dir.join(name).exists();
-    let instead = if has("adapter_config.json") {
-        let base = adapter_base(dir).map_or(String::new(), |base| format!(" of {base}"));
-        format!("is an adapter{base}, wanted a model: peft's merge_and_unload makes one of both")
-    } else if has("state.json") {
+    let instead = if has("state.json") {
         "is a checkpoint: `warpo export` makes a model of it".into()
-    } else if has("final/config.json") {
+    } else if has("final/config.json") || has("final/adapter_config.json") {
         format!("is the folder of a run: its model is {}", dir.join("final").display())
     } else if let Some(name) = find(dir, &[".gguf"]) {
         format!("has its weights as {name} (GGUF), wanted safetensors as Hugging Face stores them")
@@ -36,11 +31,4 @@ pub(super) fn without(dir: &Path, file: &str, e: Error) -> Error {
 fn find(dir: &Path, ends: &[&str]) -> Option<String> {
     let names = std::fs::read_dir(dir).ok()?.filter_map(|f| f.ok()?.file_name().into_string().ok());
     names.filter(|name| ends.iter().any(|end| name.ends_with(end))).min()
-}
-
-/// The model that an adapter is of.
-fn adapter_base(dir: &Path) -> Option<String> {
-    let text = file::read_text(&dir.join("adapter_config.json"), 1 << 20).ok()?;
-    let json: Value = serde_json::from_str(&text).ok()?;
-    json["base_model_name_or_path"].as_str().map(str::to_owned)
 }

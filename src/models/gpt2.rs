@@ -80,5 +80,6 @@ fn spec(c: &Config) -> Result<Spec> {
         scales: Scales::NONE,
         query_scale: None,
         unpadded: None,
+        adapter: None,
     })
 }

@@ -2,12 +2,15 @@
 
 use std::collections::BTreeMap;
 
-use super::{Layout, ParamKind, ParamTensor, Params};
+use super::{
+    Layout, ParamTensor, Params,
+    adapter::{AdapterRows, LinearAdapter},
+};
 use crate::{
     device::{Device, Element, View, ViewMut},
     error::Result,
     ops::{
-        activation::Glu,
+        activation::{self, Glu},
         experts::{self, PairRows, Stack, StackGrads},
         matmul::{self, Packed, Weight},
         routing::Routes,
@@ -25,38 +28,51 @@ pub struct Linear<'a, T: Element> {
     /// The weight as the forward product reads it.
     pub packed: Weight<'a, T>,
     pub(super) bias: Option<View<'a, T>>,
+    /// What is added to it, if something.
+    pub(super) adapter: Option<LinearAdapter<'a, T>>,
 }
 
 impl<T: Element> Linear<'_, T> {
-    /// `y = x Wᵀ + b`, plus `residual` if given.
+    /// `y = x Wᵀ + b`, plus `residual` if given, plus what its adapters add. `rows` is their
+    /// scratch.
     pub fn forward(
         &self,
         dev: &Device,
-        y: ViewMut<'_, T>,
+        mut y: ViewMut<'_, T>,
         x: View<'_, T>,
         residual: Option<View<'_, T>>,
+        rows: &mut AdapterRows<'_, T>,
     ) -> Result<()> {
-        matmul::forward(dev, y, x, self.packed, self.bias, residual)
+        matmul::forward(dev, y.reborrow(), x, self.packed, self.bias, residual)?;
+        self.adapter.as_ref().map_or(Ok(()), |adapter| adapter.forward(dev, y, x, rows))
     }
 
-    /// `up = x Wᵀ + b`, and `y` its activation.
+    /// `up = x Wᵀ + b` with what adapters add, and `y` its activation.
     pub fn activated(
         &self,
         dev: &Device,
         epilogue: matmul::Epilogue,
-        y: ViewMut<'_, T>,
-        up: ViewMut<'_, T>,
+        [y, mut up]: [ViewMut<'_, T>; 2],
         x: View<'_, T>,
+        rows: &mut AdapterRows<'_, T>,
     ) -> Result<()> {
-        matmul::activated(dev, epilogue, [y, up], x, self.packed, self.bias)
+        if self.adapter.is_none() {
+            return matmul::activated(dev, epilogue, [y, up], x, self.packed, self.bias);
+        }
+        self.forward(dev, up.reborrow(), x, None, rows)?;
+        match epilogue.gated {
+            true => activation::gated_forward(dev, epilogue.act, y, up.view(), self.at.rows / 2),
+            false => activation::forward(dev, epilogue.act, y, up.view()),
+        }
     }
 
-    /// Writes `dx` and adds to the gradients of weight and bias, unless they are frozen.
+    /// Writes `dx` and adds to the gradients of weight and bias, unless they are frozen, and to
+    /// those of adapters.
     pub fn backward(
         &self,
         dev: &Device,
-        grads: &mut Params<T::Acc>,
-        dx: ViewMut<'_, T>,
+        (grads, rows): (&mut Params<T::Acc>, &mut AdapterRows<'_, T>),
+        mut dx: ViewMut<'_, T>,
         dy: View<'_, T>,
         x: View<'_, T>,
     ) -> Result<()> {
@@ -64,7 +80,9 @@ impl<T: Element> Linear<'_, T> {
         if let Some((dw, db)) = grads.pair_mut(self.at.kind, self.at.layer) {
             matmul::backward_weight(dev, dw, db, dy, x, sides)?;
         }
-        matmul::backward_input(dev, dx, dy, self.weight, sides)
+        matmul::backward_input(dev, dx.reborrow(), dy, self.weight, sides)?;
+        let Some(adapter) = &self.adapter else { return Ok(()) };
+        adapter.backward(dev, (grads, rows), dx, dy, x)
     }
 }
 
@@ -165,7 +183,10 @@ impl<'a, T: Element> Linear<'a, T> {
 /// The weights of all linear layers once more, in the order in which the CPU multiplies by them. A
 /// CUDA device reads weights as they are.
 #[derive(Debug)]
-pub(super) struct PackedWeights<T: 'static>(BTreeMap<(ParamKind, Option<usize>), Packed<T>>);
+pub(super) struct PackedWeights<T: 'static>(
+    /// By the offset of the weight.
+    BTreeMap<usize, Packed<T>>,
+);
 
 impl<T: Element> PackedWeights<T> {
     pub fn new(dev: &Device, layout: &Layout) -> Result<Self> {
@@ -173,10 +194,14 @@ impl<T: Element> PackedWeights<T> {
         if let Device::Cpu(_) = dev {
             for t in layout.linears() {
                 let (n, k) = t.sides();
-                all.insert((t.kind, t.layer), Packed::stack(dev, t.stack, n, k)?);
+                all.insert(t.offset, Packed::stack(dev, t.stack, n, k)?);
             }
         }
         Ok(Self(all))
+    }
+
+    pub fn none() -> Self {
+        Self(BTreeMap::new())
     }
 
     /// Bytes that [`PackedWeights::new`] takes.
@@ -190,18 +215,19 @@ impl<T: Element> PackedWeights<T> {
 
     /// Copies the weights again after they changed.
     pub fn pack(&mut self, dev: &Device, params: &Params<T>) -> Result<()> {
-        for ((kind, layer), packed) in &mut self.0 {
-            packed.pack(dev, params.tensor(params.need(*kind, *layer)?))?;
+        for t in params.layout().tensors() {
+            let Some(packed) = self.0.get_mut(&t.offset) else { continue };
+            packed.pack(dev, params.tensor(t))?;
         }
         Ok(())
     }
 
-    /// All of them, each with its layer.
-    pub fn all(&self) -> impl Iterator<Item = (&(ParamKind, Option<usize>), &Packed<T>)> {
+    /// All of them, each with the offset of its weight.
+    pub fn all(&self) -> impl Iterator<Item = (&usize, &Packed<T>)> {
         self.0.iter()
     }
 
     pub fn get(&self, t: &ParamTensor) -> Option<&Packed<T>> {
-        self.0.get(&(t.kind, t.layer))
+        self.0.get(&t.offset)
     }
 }

@@ -103,5 +103,6 @@ pub(super) fn shape(c: &Config) -> Result<Spec> {
         scales: Scales::NONE,
         query_scale: None,
         unpadded: None,
+        adapter: None,
     })
 }

@@ -3,6 +3,7 @@
 
 use super::{
     Linear, Model, ParamKind, Params, StateMixer,
+    adapter::AdapterRows,
     norm::{NormInputGradient, Normed},
 };
 use crate::{
@@ -178,13 +179,13 @@ impl<'a, T: Element> BlockMixer<'a, T> {
         b: &mut MixerActivations<'_, T>,
         x: View<'_, T>,
         cache: &mut LayerCache<'_, T>,
-        scratch: ViewMut<'_, T::Acc>,
+        (scratch, rows): (ViewMut<'_, T::Acc>, &mut AdapterRows<'_, T>),
     ) -> Result<()> {
         let (dev, hidden) = (self.dev, self.model.spec().hidden);
         let (conv, taps) = (self.spec.conv(hidden), self.weight(ParamKind::Conv)?);
         let LayerCache { conv: last, state, .. } = cache;
         let of = Sequences { spans: self.spans, state: last.view_mut() };
-        self.linear(ParamKind::MixerIn)?.forward(dev, b.input.view_mut(), x, None)?;
+        self.linear(ParamKind::MixerIn)?.forward(dev, b.input.view_mut(), x, None, rows)?;
         let (input, mixed) = (b.input.view(), b.mixed.view_mut());
         let (Some(shape), Some(delta)) = (self.spec.delta(), &mut b.delta) else {
             return self.gated_conv(b, taps, of);
@@ -207,7 +208,7 @@ impl<'a, T: Element> BlockMixer<'a, T> {
     /// input `x`, in `dx`.
     pub fn backward(
         &self,
-        grads: &mut Params<T::Acc>,
+        (grads, rows): (&mut Params<T::Acc>, &mut AdapterRows<'_, T>),
         b: &MixerActivations<'_, T>,
         g: &mut MixerGradients<'_, T>,
         (dx, x): (ViewMut<'_, T>, View<'_, T>),
@@ -220,7 +221,8 @@ impl<'a, T: Element> BlockMixer<'a, T> {
         let (Some(shape), Some(delta)) = (self.spec.delta(), &b.delta) else {
             self.gated_conv_backward(grads, b, g, scratch)?;
             let dinput = g.dinput.view();
-            return self.linear(ParamKind::MixerIn)?.backward(dev, grads, dx, dinput, x);
+            let input = self.linear(ParamKind::MixerIn)?;
+            return input.backward(dev, (grads, rows), dx, dinput, x);
         };
         let MixerGradients { dinput, dmixed, ddelta: [dout, dnormed], doutput, .. } = g;
         let dy = doutput.view();
@@ -248,7 +250,7 @@ impl<'a, T: Element> BlockMixer<'a, T> {
         let to = (self.columns(dinput.view_mut(), 0), dw);
         let kept = ConvKept { x: self.columns(input, 0), w, spans };
         short_conv::backward(dev, conv, to, dmixed.view(), kept, scratch)?;
-        self.linear(ParamKind::MixerIn)?.backward(dev, grads, dx, dinput.view(), x)
+        self.linear(ParamKind::MixerIn)?.backward(dev, (grads, rows), dx, dinput.view(), x)
     }
 
     /// `c conv(b u)` of the columns `b`, `c` and `u` of the first projection.

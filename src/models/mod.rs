@@ -4,6 +4,7 @@
 //! of its weights to ours. To add one, write `models/<name>.rs` and name it in [`FAMILIES`].
 
 mod activations;
+mod adapter;
 mod axis;
 mod batch;
 mod block;
@@ -17,9 +18,11 @@ mod gpt_neox;
 mod gpt_oss;
 mod granite;
 mod heads;
+mod kind;
 mod lfm2;
 mod linear;
 mod llama;
+mod load;
 mod mistral;
 mod mixer;
 mod mixture;
@@ -28,6 +31,7 @@ mod norm;
 mod olmo2;
 mod params;
 mod pass;
+mod peft;
 mod phi3;
 mod qwen2;
 mod qwen2_moe;
@@ -48,17 +52,24 @@ pub use batch::{Batch, Staged};
 pub use config::Config;
 pub use family::{Family, StoredOrder, StoredWeight};
 pub use heads::{LossColumns, Sampler};
+pub use kind::ParamKind;
 pub use linear::Linear;
-pub use model::{Master, Model, Residency, bytes};
-pub use params::{Layout, ParamKind, ParamTensor, Params, WEIGHTS};
+pub use model::{Master, Model, Residency, adapter_bytes, bytes};
+pub use params::{Factor, FactorSide, Layout, ParamTensor, Params, WEIGHTS};
 pub use pass::Pass;
-pub use save::{Named, config_text, count, named, save, tensor_at, write_weights};
+pub use peft::{ADAPTER_CONFIG, AdapterConfig, AdapterStart, LoraOptions};
+use save::adapter_tensor;
+pub use save::{
+    Named, adapter_config_text, adapter_count, config_text, count, named, save, tensor_at,
+    write_weights,
+};
 pub use spec::{
-    BlockKind, BlockNorms, Experts, Head, LayerSpec, Mixer, Mlp, Norm, QkNorm, QueryScale, Scales,
-    Spec, StateMixer, Widths,
+    AdapterSite, AdapterSpec, BlockKind, BlockNorms, Experts, Head, LayerSpec, Mixer, Mlp, Norm,
+    QkNorm, QueryScale, Scales, Spec, StateMixer, Widths,
 };
 
-pub use weights::{LoadOptions, WEIGHTS_FILE, load};
+pub use load::{ADAPTER_FILE, load, load_as, text_folder};
+pub use weights::{LoadOptions, WEIGHTS_FILE};
 
 /// All model families, found by `model_type` in `config.json`.
 pub const FAMILIES: &[&Family] = &[

@@ -7,6 +7,7 @@ use safetensors::Dtype;
 
 use super::{
     Config, Family, Head, Layout, Norm, ParamKind, ParamTensor, Params, QkNorm, QueryScale, Spec,
+    adapter::{FactorWeight, LinearAdapter},
     axis::Axis,
     linear::{Linear, PackedWeights},
     norm::NormLayer,
@@ -48,30 +49,87 @@ pub struct Model<T: Element> {
     head: Head,
     /// What its weights were stored in.
     pub(super) stored: Dtype,
-    params: Params<T>,
-    /// The f32 weights that `params` are rounded from.
-    master: Option<Params<T::Acc>>,
+    /// Several models share it, each with an adapter of its own or none.
+    base: Arc<Base<T>>,
+    /// What is trained beside a base that is frozen.
+    adapter: Option<WeightSet<T>>,
     /// The weights while they are in host memory.
     offloaded: Option<Vec<T>>,
-    packed: PackedWeights<T>,
+}
+
+/// The weights of a whole model, and the tables of its positions.
+#[derive(Debug)]
+struct Base<T: Element> {
+    weights: WeightSet<T>,
     /// One for each of [`Spec::ropes`].
     ropes: Vec<rope::Table<T::Acc>>,
     /// Of [`Spec::query_scale`].
     query_scale: Option<rope::Table<T::Acc>>,
 }
 
-impl<T: Element> Model<T> {
-    /// A model of `config` with all weights 0, to be filled through [`Model::params_mut`].
-    pub fn zeros(dev: &Device, config: Config, head: Head, residency: Residency) -> Result<Self> {
-        let (family, spec) = config.spec()?;
-        let spec = spec.on(dev);
-        spec.check(dev)?;
-        let layout = Arc::new(Layout::new(&spec, head));
+/// Weights, and what is derived from them.
+#[derive(Debug)]
+struct WeightSet<T: Element> {
+    params: Params<T>,
+    /// The f32 weights that `params` are rounded from.
+    master: Option<Params<T::Acc>>,
+    packed: PackedWeights<T>,
+}
+
+impl<T: Element> WeightSet<T> {
+    fn zeros(dev: &Device, layout: Layout, residency: Residency) -> Result<Self> {
+        let layout = Arc::new(layout);
         let master = (rounded::<T>() && residency == Residency::Trained)
             .then(|| Params::zeros(dev, "f32 weights", &layout))
             .transpose()?;
+        if residency == Residency::Offloaded {
+            let (params, packed) = (Params::none(&layout), PackedWeights::none());
+            return Ok(Self { params, master, packed });
+        }
         let params = Params::zeros(dev, "weights", &layout)?;
         let packed = PackedWeights::new(dev, &layout)?;
+        Ok(Self { params, master, packed })
+    }
+
+    /// Bytes of the same, by what they hold.
+    fn bytes(
+        dev: &Device,
+        layout: &Layout,
+        residency: Residency,
+    ) -> impl Iterator<Item = (&'static str, usize)> {
+        let own = residency != Residency::Offloaded;
+        let master = rounded::<T>() && residency == Residency::Trained;
+        let packed = matches!(dev, Device::Cpu(_)).then(|| PackedWeights::<T>::bytes(dev, layout));
+        [
+            own.then_some(("weights", layout.len() * size_of::<T>())),
+            master.then_some(("f32 weights", layout.len() * size_of::<T::Acc>())),
+            packed.map(|bytes| ("packed weights", bytes)),
+        ]
+        .into_iter()
+        .flatten()
+    }
+
+    /// A matrix as the forward product reads it.
+    fn packed(&self, dev: &Device, t: &ParamTensor) -> Result<Weight<'_, T>> {
+        match self.packed.get(t) {
+            Some(packed) => Ok(packed.into()),
+            None => Weight::stack(dev, self.params.tensor(t), t.stack, t.sides()),
+        }
+    }
+}
+
+impl<T: Element> Model<T> {
+    /// A model of `config` with all weights 0, to be filled through [`Model::params_mut`]. Below an
+    /// adapter there are none: such a model can be stored, not run.
+    pub fn zeros(dev: &Device, config: Config, head: Head, residency: Residency) -> Result<Self> {
+        if config.adapter().is_some() {
+            let base = Self::zeros(dev, config.base(), head, Residency::Offloaded)?;
+            return base.over(dev, config, head, residency);
+        }
+        let (family, spec) = config.spec()?;
+        let spec = spec.on(dev);
+        spec.check(dev)?;
+        let weights = WeightSet::zeros(dev, Layout::new(&spec, head), residency)?;
         let widths = (spec.rotary_dim, spec.head_dim);
         let table = |r| rope::Table::wide(dev, r, widths, spec.max_positions);
         let ropes = spec.ropes.iter().map(table).collect::<Result<_>>()?;
@@ -84,14 +142,62 @@ impl<T: Element> Model<T> {
             config,
             head,
             stored: Dtype::F32,
-            params,
-            master,
+            base: Arc::new(Base { weights, ropes, query_scale }),
+            adapter: None,
             offloaded: None,
-            packed,
-            ropes,
-            query_scale,
             spec,
         })
+    }
+
+    /// A model over the weights of this one, which nobody changes any more: with the adapter of
+    /// `config`, whose factors are 0, or without one.
+    pub fn over(
+        &self,
+        dev: &Device,
+        config: Config,
+        head: Head,
+        residency: Residency,
+    ) -> Result<Self> {
+        if self.adapter.is_some() || self.offloaded.is_some() {
+            return Err(Error::value("a base", "weights without an adapter", "others"));
+        }
+        let (family, spec) = config.spec()?;
+        let spec = spec.on(dev);
+        let layout = || Layout::trained(&spec, head);
+        let adapter = spec.adapter.is_some().then(|| WeightSet::zeros(dev, layout(), residency));
+        let (adapter, base) = (adapter.transpose()?, self.base.clone());
+        Ok(Self { family, config, head, stored: self.stored, base, adapter, offloaded: None, spec })
+    }
+
+    /// The weights that updates change.
+    fn own(&self) -> &WeightSet<T> {
+        self.adapter.as_ref().unwrap_or(&self.base.weights)
+    }
+
+    fn own_mut(&mut self) -> Result<&mut WeightSet<T>> {
+        match &mut self.adapter {
+            Some(adapter) => Ok(adapter),
+            None => Self::alone(&mut self.base),
+        }
+    }
+
+    /// The weights of a base that no other model reads.
+    fn alone(base: &mut Arc<Base<T>>) -> Result<&mut WeightSet<T>> {
+        let shared = || Error::value("weights to write", "those of one model", "shared ones");
+        Arc::get_mut(base).map(|base| &mut base.weights).ok_or_else(shared)
+    }
+
+    /// Whether both compute with the same weights below their adapters.
+    pub fn shares_base(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.base, &other.base)
+    }
+
+    /// Drops an adapter whose weights have been added to those of a base that is this model's
+    /// alone.
+    pub(super) fn without_adapter(&mut self, dev: &Device, base: &[T::Acc]) -> Result<()> {
+        self.config = self.config.base();
+        (self.adapter, self.spec.adapter) = (None, None);
+        self.set_master(dev, base)
     }
 
     /// The sizes and parts of its transformer, as the device computes it.
@@ -119,59 +225,68 @@ impl<T: Element> Model<T> {
         self.stored
     }
 
-    /// The weights that it computes with.
+    /// The weights that it computes with, without those of an adapter.
     pub fn params(&self) -> &Params<T> {
-        &self.params
+        &self.base.weights.params
     }
 
-    /// The weights once more as the CPU multiplies by them, each with the tensor that it is of.
-    pub fn panels(&self) -> impl Iterator<Item = (&ParamTensor, View<'_, T>)> {
-        let layout = self.params.layout();
-        let tensor = |at: &(ParamKind, Option<usize>)| {
-            layout.tensors().iter().find(|t| (t.kind, t.layer) == *at)
-        };
-        self.packed.all().filter_map(move |(at, p)| Some((tensor(at)?, p.view())))
+    /// The weights of its adapter, if it has one.
+    pub fn adapter(&self) -> Option<&Params<T>> {
+        self.adapter.as_ref().map(|adapter| &adapter.params)
     }
 
-    /// The layout of the weights that updates change, and so of gradients and moments: today all.
+    /// The weights once more as the CPU multiplies by them, each with its layout and its tensor
+    /// there.
+    pub fn panels(&self) -> impl Iterator<Item = (&Layout, &ParamTensor, View<'_, T>)> {
+        [Some(&self.base.weights), self.adapter.as_ref()].into_iter().flatten().flat_map(|set| {
+            let layout = &**set.params.layout();
+            set.packed.all().filter_map(move |(at, p)| Some((layout, layout.at(*at)?, p.view())))
+        })
+    }
+
+    /// The layout of the weights that updates change, and so of gradients and moments: those of an
+    /// adapter, or all.
     pub fn trained(&self) -> &Arc<Layout> {
-        self.params.layout()
+        self.own().params.layout()
     }
 
-    /// The weights to write, in a model without f32 weights. Call [`Model::repack`] before the next
-    /// forward pass.
-    pub fn params_mut(&mut self) -> &mut Params<T> {
-        &mut self.params
+    /// The weights to write, an adapter's if there is one, in a model without f32 weights. Call
+    /// [`Model::repack`] before the next forward pass.
+    ///
+    /// # Errors
+    /// [`Error::Value`] if other models share them.
+    pub fn params_mut(&mut self) -> Result<&mut Params<T>> {
+        self.own_mut().map(|own| &mut own.params)
     }
 
-    /// The weights that an update changes, flat: [`Model::params`] themselves, or the f32 ones that
-    /// those are rounded from.
+    /// The weights that an update changes, flat: [`Model::params`] themselves or an adapter's, or
+    /// the f32 ones that those are rounded from.
     pub fn master(&self) -> Result<View<'_, T::Acc>> {
-        match &self.master {
-            Some(master) => Ok(master.flat()),
-            None => self.params.flat().float(),
-        }
+        let WeightSet { params, master, .. } = self.own();
+        master.as_ref().map_or_else(|| params.flat().float(), |master| Ok(master.flat()))
     }
 
     /// The same to write.
     pub fn master_mut(&mut self) -> Result<Master<'_, T::Acc>> {
-        match &mut self.master {
+        let WeightSet { params, master, .. } = self.own_mut()?;
+        match master {
             // bf16 is the one type that is rounded.
             Some(master) => {
-                let copy = Some(self.params.flat_mut().cast());
+                let copy = Some(params.flat_mut().cast());
                 Ok(Master { weights: master.flat_mut(), copy })
             }
-            None => Ok(Master { weights: self.params.flat_mut().float()?, copy: None }),
+            None => Ok(Master { weights: params.flat_mut().float()?, copy: None }),
         }
     }
 
     /// Replaces the weights of [`Model::master`], and what is derived from them.
     pub fn set_master(&mut self, dev: &Device, weights: &[T::Acc]) -> Result<()> {
-        if let Some(master) = &mut self.master {
+        let set = self.own_mut()?;
+        if let Some(master) = &mut set.master {
             dev.write(master.flat_mut(), weights)?;
         }
         let own: Vec<T> = weights.iter().map(|w| T::of(w.f64())).collect();
-        dev.write(self.params.flat_mut(), &own)?;
+        dev.write(set.params.flat_mut(), &own)?;
         self.repack(dev)
     }
 
@@ -179,8 +294,9 @@ impl<T: Element> Model<T> {
     /// [`Model::with_loaded`] needs them. A model on the CPU is there already.
     pub fn offload(&mut self, dev: &Device) -> Result<()> {
         if let (Device::Cuda(_), None) = (dev, &self.offloaded) {
-            self.offloaded = Some(dev.read(self.params.flat())?);
-            self.params.data = Buffer::none();
+            let set = Self::alone(&mut self.base)?;
+            self.offloaded = Some(dev.read(set.params.flat())?);
+            set.params.data = Buffer::none();
         }
         Ok(())
     }
@@ -192,32 +308,51 @@ impl<T: Element> Model<T> {
         room: &mut Params<T::Acc>,
         work: impl FnOnce(&Self) -> Result<R>,
     ) -> Result<R> {
+        if self.offloaded.is_none() {
+            return work(self);
+        }
+        let weights = self.offloaded.take().unwrap_or_default();
+        let done = self.loaded(dev, &weights, room, work);
+        self.offloaded = Some(weights);
+        done
+    }
+
+    /// The same of offloaded `weights`.
+    fn loaded<R>(
+        &mut self,
+        dev: &Device,
+        weights: &[T],
+        room: &mut Params<T::Acc>,
+        work: impl FnOnce(&Self) -> Result<R>,
+    ) -> Result<R> {
         const WHAT: &str = "offloaded weights, in the gradients' memory";
-        let Some(weights) = &self.offloaded else { return work(self) };
         let (len, have) = (room.data.len(), room.data.len() * size_of::<T::Acc>());
-        let want = weights.len() * size_of::<T>();
+        let want = size_of_val(weights);
         if want > have {
             return Err(Error::Memory { what: WHAT, want, have });
         }
         let data = std::mem::replace(&mut room.data, Buffer::none());
-        self.params.data = data.reuse(WHAT, weights.len())?;
-        let done = dev.write(self.params.flat_mut(), weights).and_then(|()| work(self));
-        let data = std::mem::replace(&mut self.params.data, Buffer::none());
+        let params = &mut Self::alone(&mut self.base)?.params;
+        params.data = data.reuse(WHAT, weights.len())?;
+        let done = dev.write(params.flat_mut(), weights).and_then(|()| work(self));
+        let params = &mut Self::alone(&mut self.base)?.params;
+        let data = std::mem::replace(&mut params.data, Buffer::none());
         room.data = data.reuse(WHAT, len)?;
         done
     }
 
-    /// The weights that it computes with, in host memory.
+    /// The weights of [`Model::params`], in host memory.
     pub fn on_host<'a>(&'a self, dev: &Device) -> Result<Cow<'a, [T]>> {
         match &self.offloaded {
             Some(weights) => Ok(weights.into()),
-            None => dev.on_host(self.params.flat()),
+            None => dev.on_host(self.params().flat()),
         }
     }
 
     /// Renews what is derived from the weights after they changed.
     pub fn repack(&mut self, dev: &Device) -> Result<()> {
-        self.packed.pack(dev, &self.params)
+        let WeightSet { params, packed, .. } = self.own_mut()?;
+        packed.pack(dev, params)
     }
 
     /// Writes one tensor, in f32 too where the model has f32 weights.
@@ -227,12 +362,13 @@ impl<T: Element> Model<T> {
         t: &ParamTensor,
         weights: &[T::Acc],
     ) -> Result<()> {
-        if let Some(master) = &mut self.master {
+        let set = self.own_mut()?;
+        if let Some(master) = &mut set.master {
             dev.write(master.tensor_mut(t), weights)?;
         }
         let mut own = reserve("a tensor to load", weights.len())?;
         own.extend(weights.iter().map(|w| T::of(w.f64())));
-        dev.write(self.params.tensor_mut(t), &own)
+        dev.write(set.params.tensor_mut(t), &own)
     }
 
     pub(super) fn linear(
@@ -241,28 +377,44 @@ impl<T: Element> Model<T> {
         kind: ParamKind,
         layer: Option<usize>,
     ) -> Result<Linear<'_, T>> {
-        let at = self.params.need(kind, layer)?;
-        let (weight, bias) = (self.params.tensor(at), self.params.bias(at));
-        let packed = match self.packed.get(at) {
-            Some(packed) => packed.into(),
-            None => Weight::stack(dev, weight, at.stack, at.sides())?,
-        };
+        let (set, params) = (&self.base.weights, self.params());
+        let at = params.need(kind, layer)?;
+        let (weight, bias) = (params.tensor(at), params.bias(at));
+        let (packed, adapter) = (set.packed(dev, at)?, self.linear_adapter(dev, at)?);
         let room = if kind == ParamKind::Router { self.spec.router_room() } else { at.rows };
-        let wide = self.params.flat().range(at.offset..at.offset + room * at.cols);
-        Ok(Linear { at, weight, wide, packed, bias })
+        let wide = params.flat().range(at.offset..at.offset + room * at.cols);
+        Ok(Linear { at, weight, wide, packed, bias, adapter })
+    }
+
+    /// The adapters of a weight, if it has some.
+    fn linear_adapter(
+        &self,
+        dev: &Device,
+        at: &ParamTensor,
+    ) -> Result<Option<LinearAdapter<'_, T>>> {
+        let (Some(set), Some(spec)) = (&self.adapter, &self.spec.adapter) else { return Ok(None) };
+        let factor = |at| {
+            let (weight, packed) = (set.params.tensor(at), set.packed(dev, at)?);
+            Ok(FactorWeight { at, weight, packed })
+        };
+        let all = set.params.layout().factors(at.kind, at.layer);
+        let parts = all.map(|[a, b]| Ok([factor(a)?, factor(b)?])).collect::<Result<Vec<_>>>()?;
+        let (scale, outputs) = (spec.scale, at.rows);
+        Ok((!parts.is_empty()).then_some(LinearAdapter { parts, scale, outputs }))
     }
 
     pub(super) fn query_scale(&self) -> Option<&rope::Table<T::Acc>> {
-        self.query_scale.as_ref()
+        self.base.query_scale.as_ref()
     }
 
     pub(super) fn rope(&self, i: usize) -> &rope::Table<T::Acc> {
-        &self.ropes[i]
+        &self.base.ropes[i]
     }
 
     pub(super) fn norm(&self, kind: ParamKind, layer: Option<usize>) -> Result<NormLayer<'_, T>> {
-        let at = self.params.need(kind, layer)?;
-        let (weight, bias) = (self.params.tensor(at), self.params.bias(at));
+        let params = self.params();
+        let at = params.need(kind, layer)?;
+        let (weight, bias) = (params.tensor(at), params.bias(at));
         let Spec { norm, norm_eps: eps, norm_one_plus: one_plus, .. } = self.spec;
         let (heads, width) = match kind {
             ParamKind::QNorm => (self.spec.q_heads, Some(Axis::NormedQ)),
@@ -284,7 +436,7 @@ impl<T: Element> Model<T> {
 
     /// The LM head `[vocab, hidden]`.
     pub fn lm_head(&self, dev: &Device) -> Result<Linear<'_, T>> {
-        let head = self.params.layout().lm_head();
+        let head = self.params().layout().lm_head().filter(|_| self.head == Head::Lm);
         let head = head.ok_or_else(|| Error::value("head", "an LM head", "a scalar head"))?;
         self.linear(dev, head.kind, None)
     }
@@ -297,13 +449,14 @@ impl<T: Element> Model<T> {
         if rows == at.rows {
             return Ok(packed);
         }
-        let padded = self.params.flat().range(at.offset..at.offset + rows * cols);
+        let padded = self.params().flat().range(at.offset..at.offset + rows * cols);
         Weight::rows(dev, padded, (rows, cols))
     }
 
     /// The weight of the scalar head `[hidden]`.
     pub fn score_head(&self) -> Result<View<'_, T>> {
-        let score = self.params.get(ParamKind::Score, None);
+        let own = self.adapter().and_then(|own| own.get(ParamKind::Score, None));
+        let score = own.or_else(|| self.params().get(ParamKind::Score, None));
         score.ok_or_else(|| Error::value("head", "a scalar head", "an LM head"))
     }
 }
@@ -317,21 +470,28 @@ pub fn bytes<T: Element>(
     residency: Residency,
 ) -> Vec<(&'static str, usize)> {
     let layout = Layout::new(spec, head);
-    let len = layout.len();
-    let mut all = Vec::new();
-    if residency != Residency::Offloaded {
-        all.push(("weights", len * size_of::<T>()));
-    }
-    if rounded::<T>() && residency == Residency::Trained {
-        all.push(("f32 weights", len * size_of::<T::Acc>()));
-    }
-    if let Device::Cpu(_) = dev {
-        all.push(("packed weights", PackedWeights::<T>::bytes(dev, &layout)));
-    }
+    let mut all: Vec<_> = WeightSet::<T>::bytes(dev, &layout, residency).collect();
     if !spec.ropes.is_empty() {
         all.push(("rotary table", spec.rope_bytes(size_of::<T::Acc>())));
     }
     all
+}
+
+/// Bytes that [`Model::over`] takes, by what they hold.
+pub fn adapter_bytes<T: Element>(
+    dev: &Device,
+    spec: &Spec,
+    head: Head,
+    residency: Residency,
+) -> Vec<(&'static str, usize)> {
+    let layout = Layout::trained(spec, head);
+    let bytes = WeightSet::<T>::bytes(dev, &layout, residency);
+    let name = |what| match what {
+        "weights" => "adapter",
+        "f32 weights" => "f32 adapter",
+        _ => "packed adapter",
+    };
+    bytes.map(|(what, bytes)| (name(what), bytes)).collect()
 }
 
 /// Whether numbers in `T` are rounded from f32.

@@ -3,7 +3,7 @@
 use super::{Norm, ParamTensor, Params, QkNorm, Spec};
 use crate::{
     device::{Buffer, Device, Element, Scope, View, ViewMut},
-    error::{Error, Result},
+    error::Result,
     ops::norm::{self, NormGrads, NormKept, NormOut, NormRows, NormSpec},
 };
 
@@ -66,7 +66,8 @@ impl<T: Element> NormLayer<'_, T> {
         norm::forward(dev, self.spec, NormOut { y, mean, rstd }, x, self.weight, self.bias)
     }
 
-    /// Adds to the gradients of weight and bias, and writes `dx` or, with `add`, adds to it.
+    /// Adds to the gradients of weight and bias, unless they are frozen, and writes `dx` or, with
+    /// `add`, adds to it.
     pub fn backward<'v>(
         &self,
         dev: &Device,
@@ -80,11 +81,9 @@ impl<T: Element> NormLayer<'_, T> {
         T: 'v,
     {
         let NormInputGradient { dx, add, scratch } = out;
-        let Some((dw, db)) = grads.pair_mut(self.at.kind, self.at.layer) else {
-            return Err(Error::value("gradients", "those of all norms", "none"));
-        };
+        let (dw, db) = grads.pair_mut(self.at.kind, self.at.layer).unzip();
         let (w, mean, rstd) = (self.weight, kept.mean.view(), kept.rstd.view());
-        let grads = NormGrads { dx, add, dw, db, scratch };
+        let grads = NormGrads { dx, add, dw, db: db.flatten(), scratch };
         norm::backward(dev, self.spec, grads, dy, NormKept { x: x.into(), w, mean, rstd })
     }
 }

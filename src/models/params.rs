@@ -3,69 +3,12 @@
 
 use std::{ops::Range, sync::Arc};
 
-use super::{Head, Norm, Spec, axis::Axis};
+use super::{AdapterSite, Head, Norm, ParamKind, Spec, axis::Axis};
 use crate::{
     device::{Buffer, Device, Element, View, ViewMut},
     error::{Error, Result},
     ops::{adamw, residual},
 };
-
-/// Which weight of a block or of the model it is, in every family. [`WEIGHTS`] has the facts.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub enum ParamKind {
-    /// The LM head too, where it is tied.
-    Embedding,
-    Positions,
-    Norm1,
-    Norm1Bias,
-    /// Queries of all heads, then keys, then values.
-    Qkv,
-    QkvBias,
-    /// Of queries, where they are normalised.
-    QNorm,
-    KNorm,
-    /// Of each head, beside its scores.
-    Sinks,
-    Out,
-    OutBias,
-    /// The first projection of a block without attention.
-    MixerIn,
-    /// Taps of each channel.
-    Conv,
-    /// Of a delta rule, each head's rate and bias of decay, and the norm of what it gives.
-    DeltaRate,
-    DeltaBias,
-    DeltaNorm,
-    /// The last projection of a block without attention.
-    MixerOut,
-    /// Of what attention adds to the residual stream.
-    PostNorm1,
-    Norm2,
-    Norm2Bias,
-    /// The gate above the rest, where the MLP is gated.
-    Up,
-    UpBias,
-    Down,
-    DownBias,
-    /// Rows' scores of the experts.
-    Router,
-    RouterBias,
-    /// Of each expert in turn, gates above the rest.
-    ExpertsUp,
-    ExpertsUpBias,
-    ExpertsDown,
-    ExpertsDownBias,
-    /// Of the expert that all rows have beside those that they choose: how much it counts.
-    SharedGate,
-    /// Of what the MLP adds to the residual stream.
-    PostNorm2,
-    FinalNorm,
-    FinalNormBias,
-    /// Where it is not tied.
-    LmHead,
-    /// Value or reward.
-    Score,
-}
 
 /// Which models have a weight.
 #[derive(Clone, Copy, Debug)]
@@ -185,6 +128,26 @@ pub struct ParamTensor {
     pub used: usize,
     /// First element in the flat buffer.
     pub offset: usize,
+    /// Which factor of an adapter on the weight it is, if it is none itself.
+    pub factor: Option<Factor>,
+}
+
+/// A factor of a low-rank adapter on some rows of a weight.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Factor {
+    pub side: FactorSide,
+    /// Which of the stored tensors that the weight is made of.
+    pub part: usize,
+    /// The weight's first row in it.
+    pub first: usize,
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum FactorSide {
+    /// `[rank, inputs]`
+    A,
+    /// `[outputs, rank]`
+    B,
 }
 
 impl ParamTensor {
@@ -217,7 +180,9 @@ impl ParamTensor {
 
     /// A name for messages and checkpoints: `Qkv.3`.
     pub fn name(&self) -> String {
-        self.layer.map_or(format!("{:?}", self.kind), |l| format!("{:?}.{l}", self.kind))
+        let name =
+            self.layer.map_or(format!("{:?}", self.kind), |l| format!("{:?}.{l}", self.kind));
+        self.factor.map_or(name.clone(), |f| format!("{name}.{}{:?}", f.part, f.side))
     }
 }
 
@@ -258,6 +223,52 @@ impl Layout {
         layout
     }
 
+    /// The layout of what updates change: the adapters of a spec that has some, with a scalar head
+    /// that is theirs; else all.
+    pub fn trained(spec: &Spec, head: Head) -> Self {
+        let Some(adapter) = &spec.adapter else { return Self::new(spec, head) };
+        let mut layout = Self { tensors: Vec::new(), len: 0, blocks: Vec::new(), lm_head: None };
+        for l in 0..spec.layers {
+            layout.blocks.push(layout.tensors.len());
+            for site in adapter.sites.iter().filter(|site| site.layer == l) {
+                layout.push_factors(spec, adapter.room(spec), site);
+            }
+        }
+        layout.blocks.push(layout.tensors.len());
+        if head == Head::Scalar && adapter.score {
+            WEIGHTS.iter().filter(|w| w.kind == ParamKind::Score).for_each(|w| {
+                layout.push(spec, w, None);
+            });
+        }
+        layout
+    }
+
+    fn push_factors(&mut self, spec: &Spec, rank: usize, site: &AdapterSite) {
+        let facts = WEIGHTS.iter().filter(|w| w.kind == site.kind);
+        for facts in facts {
+            let rows = factor_rows(spec, site, facts.rows);
+            let first = rows.start;
+            let sides = [(rank, facts.cols.len(spec)), (rows.len(), rank)];
+            for (side, (rows, cols)) in [FactorSide::A, FactorSide::B].into_iter().zip(sides) {
+                let factor = Some(Factor { side, part: site.part, first });
+                let (layer, offset) = (Some(site.layer), self.len);
+                let (kind, stack, used) = (site.kind, 1, 1);
+                self.tensors.push(ParamTensor {
+                    kind,
+                    facts,
+                    layer,
+                    rows,
+                    cols,
+                    stack,
+                    used,
+                    offset,
+                    factor,
+                });
+                self.len += (rows * cols).next_multiple_of(adamw::LINE);
+            }
+        }
+    }
+
     fn push(&mut self, spec: &Spec, facts: &'static WeightFacts, layer: Option<usize>) {
         let WeightFacts { kind, rows, cols, .. } = *facts;
         let room = match rows {
@@ -271,7 +282,18 @@ impl Layout {
             _ => (1, 1),
         };
         let (rows, cols, offset) = (rows.len(spec), cols.len(spec), self.len);
-        self.tensors.push(ParamTensor { kind, facts, layer, rows, cols, stack, used, offset });
+        let factor = None;
+        self.tensors.push(ParamTensor {
+            kind,
+            facts,
+            layer,
+            rows,
+            cols,
+            stack,
+            used,
+            offset,
+            factor,
+        });
         // 64 bytes of f32: every tensor starts on a cache line. The gap stays 0 for ever.
         self.len += (room * cols).next_multiple_of(adamw::LINE);
     }
@@ -290,13 +312,41 @@ impl Layout {
         self.len == 0
     }
 
+    /// The most outputs of an adapter of the spec, or inputs too in its backward pass.
+    pub(super) fn widest_factor(spec: &Spec, trained: bool) -> usize {
+        let sites = spec.adapter.iter().flat_map(|adapter| &adapter.sites);
+        let sides = sites.flat_map(|site| {
+            let facts = WEIGHTS.iter().filter(|w| w.kind == site.kind);
+            facts.map(|w| {
+                let cols = if trained { w.cols.len(spec) } else { 0 };
+                factor_rows(spec, site, w.rows).len().max(cols)
+            })
+        });
+        sides.max().unwrap_or(0)
+    }
+
     /// A weight, if the model has it.
     pub fn find(&self, kind: ParamKind, layer: Option<usize>) -> Option<&ParamTensor> {
-        let among = match layer {
-            None => &self.tensors[..],
-            Some(l) => &self.tensors[*self.blocks.get(l)?..*self.blocks.get(l + 1)?],
-        };
-        among.iter().find(|t| t.kind == kind && t.layer == layer)
+        let is = |t: &&ParamTensor| t.kind == kind && t.layer == layer && t.factor.is_none();
+        self.among(layer)?.iter().find(is)
+    }
+
+    /// The factors A and B of each adapter on a weight.
+    pub fn factors(
+        &self,
+        kind: ParamKind,
+        layer: Option<usize>,
+    ) -> impl Iterator<Item = [&ParamTensor; 2]> {
+        let among = self.among(layer).unwrap_or_default();
+        let all = among.windows(2).map(|pair| [&pair[0], &pair[1]]);
+        let is_a = |t: &ParamTensor| t.factor.is_some_and(|f| f.side == FactorSide::A);
+        all.filter(move |[a, _]| a.kind == kind && is_a(a))
+    }
+
+    /// The tensors of a block, or all.
+    fn among(&self, layer: Option<usize>) -> Option<&[ParamTensor]> {
+        let Some(l) = layer else { return Some(&self.tensors) };
+        self.tensors.get(*self.blocks.get(l)?..*self.blocks.get(l + 1)?)
     }
 
     /// The weight of the LM head, if the model has one: the embedding, where it is tied.
@@ -331,6 +381,16 @@ impl Layout {
     }
 }
 
+/// The rows of a weight that an adapter is for, among those of a device, which pads all parts
+/// alike.
+fn factor_rows(spec: &Spec, site: &AdapterSite, rows: Axis) -> Range<usize> {
+    let parts = rows.parts(spec, site.parts);
+    let (len, stored) = (rows.len(spec), rows.stored_len(spec).max(1));
+    let start: usize = parts.iter().take(site.part).sum();
+    let end = start + parts.get(site.part).copied().unwrap_or(0);
+    start * len / stored..end * len / stored
+}
+
 /// Numbers in a [`Layout`]: weights, gradients or moments.
 #[derive(Debug)]
 pub struct Params<T: 'static> {
@@ -345,6 +405,11 @@ impl<T: Element> Params<T> {
     pub fn zeros(dev: &Device, what: &'static str, layout: &Arc<Layout>) -> Result<Self> {
         let data = Buffer::zeros(dev, what, layout.len())?;
         Ok(Self { layout: layout.clone(), data, tokens: None })
+    }
+
+    /// No memory for any.
+    pub(super) fn none(layout: &Arc<Layout>) -> Self {
+        Self { layout: layout.clone(), data: Buffer::none(), tokens: None }
     }
 
     /// Gradients, all 0. A tied embedding has two: that of the LM head, and that of the tokens that

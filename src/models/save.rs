@@ -12,7 +12,7 @@ use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use super::{
-    Head, Model, ParamKind, ParamTensor, Params,
+    FactorSide, Family, Head, Layout, Model, ParamKind, ParamTensor, Params, Spec,
     weights::{Places, StoredRows, WEIGHTS_FILE, sources, stored_shape, transposed},
 };
 use crate::{
@@ -21,21 +21,28 @@ use crate::{
 };
 
 /// A stored tensor: its name, its shape there, and the weight that it is some rows of.
-struct StoredTensor<'a> {
-    name: String,
-    shape: Vec<usize>,
+pub(super) struct StoredTensor<'a> {
+    pub name: String,
+    pub shape: Vec<usize>,
     of: &'a ParamTensor,
-    places: Places,
-    rows: std::ops::Range<usize>,
+    pub places: Places,
+    pub rows: std::ops::Range<usize>,
     /// See [`transposed`].
     transposed: Option<usize>,
 }
 
 /// The tensors of a model as Hugging Face names and shapes them.
-fn stored<T: Element>(model: &Model<T>) -> impl Iterator<Item = StoredTensor<'_>> {
-    model.params().layout().tensors().iter().flat_map(move |of| {
+fn stored<'a, T: Element>(
+    model: &'a Model<T>,
+    layout: &'a Layout,
+) -> impl Iterator<Item = StoredTensor<'a>> {
+    let adapter = model.adapter().is_some_and(|own| std::ptr::eq(&**own.layout(), layout));
+    layout.tensors().iter().flat_map(move |of| {
+        if adapter {
+            return vec![adapter_tensor(model.family(), model.spec(), of)];
+        }
         let transposed = transposed(model.family(), of);
-        sources(model.family(), of, model.spec()).into_iter().map(move |source| {
+        let all = sources(model.family(), of, model.spec()).into_iter().map(|source| {
             let StoredRows { name, rows } = source;
             let places = Places::of(model.family(), of, model.spec());
             let cols = places.cols.len();
@@ -44,8 +51,41 @@ fn stored<T: Element>(model: &Model<T>) -> impl Iterator<Item = StoredTensor<'_>
                 _ => stored_shape(model.family(), of, rows.len(), cols),
             };
             StoredTensor { name, shape, of, places, rows, transposed }
-        })
+        });
+        all.collect()
     })
+}
+
+/// A factor of an adapter, or the head that is saved with it, as PEFT names and shapes it.
+pub(super) fn adapter_tensor<'a>(
+    family: &Family,
+    spec: &Spec,
+    of: &'a ParamTensor,
+) -> StoredTensor<'a> {
+    const PREFIX: &str = "base_model.model";
+    let weight = ParamTensor { rows: of.facts.rows.len(spec), ..of.clone() };
+    let source = |part: usize| {
+        let mut all = sources(family, &weight, spec);
+        if part < all.len() { all.swap_remove(part) } else { StoredRows::none() }
+    };
+    let Some(factor) = of.factor else {
+        let StoredRows { name, rows } = source(0);
+        let (name, shape) = (format!("{PREFIX}.{name}"), vec![1, of.cols]);
+        let places = Places::of(family, of, spec);
+        return StoredTensor { name, shape, of, places, rows, transposed: None };
+    };
+    let StoredRows { name, rows } = source(factor.part);
+    let module = name.trim_end_matches(".weight");
+    let name = format!("{PREFIX}.{module}.lora_{:?}.weight", factor.side);
+    let rank: Vec<usize> = (0..spec.adapter.as_ref().map_or(0, |a| a.rank)).collect();
+    let Places { rows: own, cols, .. } = Places::of(family, &weight, spec);
+    let (rows, cols) = match factor.side {
+        FactorSide::A => (rank, cols),
+        FactorSide::B => (own[rows].iter().map(|r| r - factor.first).collect(), rank),
+    };
+    let shape = vec![rows.len(), cols.len()];
+    let places = Places { rows, cols, stride: of.cols };
+    StoredTensor { name, rows: 0..shape[0], shape, of, places, transposed: None }
 }
 
 impl StoredTensor<'_> {
@@ -98,17 +138,27 @@ pub fn named<T: Element, F: Float>(
         let numbers = s.numbers(dev, params.flat())?.into_owned();
         Ok((s.name, s.shape, numbers))
     };
-    stored(model).map(one).collect()
+    stored(model, params.layout()).map(one).collect()
 }
 
-/// Weights of a model in files.
+/// Weights of a model in files, without those of an adapter.
 pub fn count<T: Element>(model: &Model<T>) -> usize {
-    stored(model).map(|s| s.len()).sum()
+    stored(model, model.params().layout()).map(|s| s.len()).sum()
 }
 
-/// The Hugging Face name of the tensor that holds element `i` of the flat weights or gradients.
-pub fn tensor_at<T: Element>(model: &Model<T>, i: usize) -> Option<String> {
-    let t = model.params().layout().at(i)?;
+/// Those of its adapter.
+pub fn adapter_count<T: Element>(model: &Model<T>) -> usize {
+    let own = model.adapter().map(|own| stored(model, own.layout()).map(|s| s.len()).sum());
+    own.unwrap_or(0)
+}
+
+/// The Hugging Face name of the tensor that holds element `i` of flat weights or gradients in this
+/// layout.
+pub fn tensor_at<T: Element>(model: &Model<T>, layout: &Layout, i: usize) -> Option<String> {
+    let t = layout.at(i)?;
+    if t.factor.is_some() {
+        return Some(adapter_tensor(model.family(), model.spec(), t).name);
+    }
     let places = Places::of(model.family(), t, model.spec());
     let row = places.stored_row((i - t.offset) / places.stride);
     let holds = |s: &StoredRows| s.rows.contains(&row);
@@ -135,8 +185,8 @@ fn computed<T: Element>() -> Dtype {
     if size_of::<T::Acc>() == 4 { Dtype::F32 } else { Dtype::F64 }
 }
 
-/// Hands the bytes of [`WEIGHTS_FILE`] to `write`, weights rounded to `dtype`. One tensor at a time
-/// is in host memory.
+/// Hands the bytes of [`WEIGHTS_FILE`] to `write`, or of an adapter's, weights rounded to `dtype`.
+/// One tensor at a time is in host memory.
 ///
 /// # Errors
 /// [`Error::Value`] for a weight that `dtype` cannot hold.
@@ -146,7 +196,7 @@ pub fn write_weights<T: Element>(
     dtype: Dtype,
     write: &mut dyn FnMut(&[u8]) -> Result<()>,
 ) -> Result<()> {
-    let mut tensors: Vec<_> = stored(model).collect();
+    let mut tensors: Vec<_> = stored(model, model.trained()).collect();
     tensors.sort_by(|a, b| a.name.cmp(&b.name));
     let (bytes, mut end) = (dtype.bitsize() / 8, 0);
     let mut header = Map::from_iter([("__metadata__".to_owned(), json!({"format": "pt"}))]);
@@ -188,6 +238,16 @@ pub fn write_weights<T: Element>(
         }
     }
     Ok(())
+}
+
+/// The text of its adapter's `adapter_config.json`, in which `base` names the model that it is of.
+///
+/// # Errors
+/// [`Error::Value`] for a model without an adapter.
+pub fn adapter_config_text<T: Element>(model: &Model<T>, base: &Path) -> Result<String> {
+    let adapter = model.config().adapter();
+    let adapter = adapter.ok_or_else(|| Error::value("adapter to store", "one", "none"))?;
+    Ok(adapter.text(model.head() == Head::Scalar, base))
 }
 
 /// The text of the model's `config.json`.

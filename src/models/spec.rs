@@ -1,5 +1,6 @@
 //! What a transformer computes, free of its family's name.
 
+use super::ParamKind;
 use crate::{
     device::Device,
     error::{Error, Result},
@@ -160,6 +161,37 @@ pub struct Spec {
     /// Unpadded widths, if the spec is a CUDA device's: it pads heads and MLP with zeros up to the
     /// widths of its kernels, and their gradients stay 0.
     pub unpadded: Option<Widths>,
+    /// What is trained beside frozen weights, if they are.
+    pub adapter: Option<AdapterSpec>,
+}
+
+/// Low-rank adapters (LoRA, Hu et al. 2021) beside frozen weights.
+#[derive(Clone, Debug, PartialEq)]
+pub struct AdapterSpec {
+    pub rank: usize,
+    /// On what they add: `alpha / rank`, or `alpha / sqrt(rank)`.
+    pub scale: f64,
+    /// What they adapt, block by block.
+    pub sites: Vec<AdapterSite>,
+    /// A scalar head is theirs.
+    pub score: bool,
+}
+
+/// A stored tensor that has an adapter.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct AdapterSite {
+    pub kind: ParamKind,
+    pub layer: usize,
+    /// Which of the `parts` stored tensors that the weight is made of.
+    pub part: usize,
+    pub parts: usize,
+}
+
+impl AdapterSpec {
+    /// The rank as a device computes it: factors go on in zeros, whose gradients stay 0.
+    pub fn room(&self, spec: &Spec) -> usize {
+        if spec.unpadded.is_some() { self.rank.next_multiple_of(8) } else { self.rank }
+    }
 }
 
 /// Factors and bounds at fixed places of a model.

@@ -35,9 +35,9 @@ impl<T: Element> Model<T> {
             let (block, b) = (self.block(dev, rows, l), &mut acts.blocks[l.min(kept - 1)]);
             let last = cache.layers.len() - 1;
             let kv = &mut cache.layers[l.min(last)];
-            block.attention(b, acts.x[from].view(), kv, acts.scratch.view_mut())?;
-            block.expand(b, acts.x[from].view(), acts.pairs.view_mut())?;
-            block.contract(b, acts.x[to].view_mut(), acts.pairs.view_mut())?;
+            block.attention(b, acts.x[from].view(), kv, &mut acts.room)?;
+            block.expand(b, acts.x[from].view(), &mut acts.room)?;
+            block.contract(b, acts.x[to].view_mut(), &mut acts.room)?;
         }
         let Activations { x, input, .. } = acts;
         let Some(x) = x.last() else {
@@ -78,7 +78,7 @@ impl<T: Element> Model<T> {
         dh: View<'_, T>,
     ) -> Result<()> {
         let hidden = self.spec().hidden;
-        let Activations { x, blocks, scratch, pairs, input, gradients } = acts;
+        let Activations { x, blocks, room, input, gradients } = acts;
         let Some(g) = gradients else {
             return Err(Error::value("backward pass", "activations that were kept", "none"));
         };
@@ -95,13 +95,13 @@ impl<T: Element> Model<T> {
             let (x, after) = x.split_at_mut(l + 1);
             let x = x[l].view();
             if !kept {
-                block.attention(b, x, &mut cache.layers[0], scratch.view_mut())?;
-                block.expand(b, x, pairs.view_mut())?;
+                block.attention(b, x, &mut cache.layers[0], room)?;
+                block.expand(b, x, room)?;
                 if b.post2.is_some() {
-                    block.contract(b, after[0].view_mut(), pairs.view_mut())?;
+                    block.contract(b, after[0].view_mut(), room)?;
                 }
             }
-            block.backward(grads, b, x, g, (scratch.view_mut(), pairs.view_mut()))?;
+            block.backward(grads, b, x, g, room)?;
         }
         let factor = self.spec().scales.embedding;
         let (dx, order) = (g.dx.view(), &mut g.order);

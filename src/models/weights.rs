@@ -39,6 +39,12 @@ pub(super) struct StoredRows {
     pub rows: Range<usize>,
 }
 
+impl StoredRows {
+    pub fn none() -> Self {
+        Self { name: String::new(), rows: 0..0 }
+    }
+}
+
 fn stored_as(family: &Family, kind: ParamKind) -> Option<&StoredWeight> {
     family.weights.iter().copied().flatten().chain(&HEADS).find(|w| w.kind == kind)
 }
@@ -212,7 +218,7 @@ impl ShardIndex {
 }
 
 /// Says of a file that is no safetensors file what it is, or which tensor is wrong.
-fn no_safetensors(bytes: &[u8], e: &SafeTensorError) -> String {
+pub(super) fn no_safetensors(bytes: &[u8], e: &SafeTensorError) -> String {
     if bytes.starts_with(b"version https://git-lfs") {
         return "is a Git LFS pointer, wanted the weights: `git lfs pull` gets them".into();
     }
@@ -244,24 +250,6 @@ fn no_safetensors(bytes: &[u8], e: &SafeTensorError) -> String {
     format!("no safetensors file: {e}{of}")
 }
 
-impl<T: Element> Model<T> {
-    /// Loads a Hugging Face folder to compute with; see [`load`].
-    pub fn load(dev: &Device, dir: &Path, head: Head, new_head: Option<u64>) -> Result<Self> {
-        load(dev, dir, LoadOptions { new_head, ..LoadOptions::frozen(head) })
-    }
-
-    /// Loads a Hugging Face folder to train it; see [`load`].
-    pub fn load_trained(
-        dev: &Device,
-        dir: &Path,
-        head: Head,
-        new_head: Option<u64>,
-    ) -> Result<Self> {
-        let residency = Residency::Trained;
-        load(dev, dir, LoadOptions { new_head, residency, ..LoadOptions::frozen(head) })
-    }
-}
-
 /// What is made of a folder.
 #[derive(Clone, Copy, Debug)]
 pub struct LoadOptions {
@@ -280,21 +268,14 @@ impl LoadOptions {
     }
 }
 
-/// Loads a model. Weights may be f32, f16 or bf16, with or without the family's prefix.
-///
-/// A folder without `score.weight` has no scalar head. If one is wanted all the same, to be
-/// trained, `new_head` is the seed with which it is drawn from N(0, 1/(hidden + 1)) (Stiennon et
-/// al. 2020; the form that N+ and lm-human-preferences use: standard deviation 1/sqrt(hidden + 1)).
-///
-/// # Errors
-/// [`Error::Io`] and [`Error::File`], naming file and tensor: missing, of the wrong shape or
-/// dtype, not finite, or unknown (a tensor that would be ignored is a model that is misread).
-pub fn load<T: Element>(dev: &Device, dir: &Path, options: LoadOptions) -> Result<Model<T>> {
-    let LoadOptions { head, new_head, residency, longest } = options;
-    let mut config = Config::read(dir)?;
-    if let Some(longest) = longest {
-        config = config.for_sequences(longest);
-    }
+/// Loads the weights beside a config, without an adapter; see [`load`](super::load).
+pub(super) fn load_base<T: Element>(
+    dev: &Device,
+    config: Config,
+    options: LoadOptions,
+) -> Result<Model<T>> {
+    let LoadOptions { head, new_head, residency, .. } = options;
+    let dir = &config.dir().to_owned();
     let (family, spec) = config.spec()?;
     let classifier = config
         .json()
@@ -487,7 +468,7 @@ fn check_sizes<T: Element>(
 
 /// Widens a stored tensor of the right shape into the rows `rows` of a weight; an error says what
 /// was wanted and came.
-fn copy<T: Element>(
+pub(super) fn copy<T: Element>(
     out: &mut [T::Acc],
     places: &Places,
     rows: Range<usize>,

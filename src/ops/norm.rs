@@ -91,8 +91,8 @@ pub struct NormGrads<'a, T: Element> {
     pub dx: ViewMut<'a, T>,
     /// Adds to `dx`, as to the gradient of a residual stream.
     pub add: bool,
-    /// `[cols]`, added to.
-    pub dw: ViewMut<'a, T::Acc>,
+    /// `[cols]`, added to; none if the weight is frozen, and so its bias.
+    pub dw: Option<ViewMut<'a, T::Acc>>,
     /// `[cols]`, added to; LayerNorm's alone.
     pub db: Option<ViewMut<'a, T::Acc>>,
     /// [`scratch_len`] elements.
@@ -198,7 +198,7 @@ pub fn backward<'a, T: Element>(
     let x_stride = at.stride::<T>(dev, (OP, "x"), x.first, x.stride, x.data.len())?;
     at.stride::<T>(dev, (OP, "dx"), x.first, x.stride, dx.len())?;
     let y_stride = at.stride::<T>(dev, (OP, "dy"), dy.first, dy.stride, dy.data.len())?;
-    shape::check(OP, "dw", &[at.cols], dw.len())?;
+    dw.as_ref().map_or(Ok(()), |dw| shape::check(OP, "dw", &[at.cols], dw.len()))?;
     at.check_layer(OP, spec.norm, mean.len(), ("db", db.as_ref().map(ViewMut::len)))?;
     let mut partial = scratch.scratch(OP, scratch_len(spec.norm, at.rows, at.cols))?;
     let _op = dev.op(OP, || Work::moves::<T>(at.rows * at.cols * if add { 4 } else { 3 }));
@@ -218,6 +218,7 @@ pub fn backward<'a, T: Element>(
                     back(cpu.isa(), dx, dy_row(r), x_row(r), &w, kept, add);
                 }
             });
+            let Some(dw) = dw else { return Ok(()) };
             // By columns, so that each weight's sum runs over rows in order on one thread.
             let out = ((dw.host(), 1), db.map(|db| (db.host(), 1)));
             cpu.rows(at.cols, 64, out, |range, (dw, mut db)| {
@@ -256,6 +257,7 @@ pub fn backward<'a, T: Element>(
                 add: add.into(),
             }
             .launch(cuda, spec.norm as usize, Launch::row(parts, room * 4)?)?;
+            let Some(dw) = dw else { return Ok(()) };
             let mut launch = Launch::row(at.cols.div_ceil(32), kernel::THREADS * 4)?;
             // A row of blocks for dw, one for db.
             launch.blocks[1] = if db.is_some() { 2 } else { 1 };

@@ -16,7 +16,7 @@ use super::{
 use crate::{
     device::{Device, Element, file, reserve},
     error::{Error, Result},
-    models::{Config, Head, Model, Residency},
+    models::{ADAPTER_CONFIG, AdapterConfig, AdapterStart, Config, Head, Model, Residency},
     storage::Disk,
 };
 
@@ -38,7 +38,8 @@ pub fn is_of_checkpoint(dir: &Path) -> bool {
 pub fn model_folder(dir: &Path, told: impl Fn(&str)) -> Result<PathBuf> {
     let Some((run, name)) = place(dir) else { return Ok(dir.to_owned()) };
     let to = run.join(name);
-    if !dir.exists() && to.join("config.json").exists() {
+    let made = ["config.json", ADAPTER_CONFIG].iter().any(|name| to.join(name).exists());
+    if !dir.exists() && made {
         return Ok(to);
     }
     if !is_checkpoint(dir) {
@@ -140,7 +141,12 @@ impl ReadCheckpoint {
             return Err(Error::config("--role", all.join(" or "), role.unwrap_or("none")));
         };
         let head = if known.scalar { Head::Scalar } else { Head::Lm };
-        let config = Config::parse(&known.config, &self.path)?;
+        let mut config = Config::parse(&known.config, &self.path)?;
+        if let Some(text) = &known.adapter {
+            // Its weights are read below.
+            let adapter = AdapterConfig::parse(text, &self.path, AdapterStart::Seed(0))?;
+            config = config.with_adapter(adapter)?;
+        }
         let mut model = Model::<T>::zeros(dev, config, head, Residency::Trained)?;
         let len = model.master()?.len();
         let mut numbers = reserve("the weights of a checkpoint", len)?;

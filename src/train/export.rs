@@ -71,6 +71,9 @@ pub struct ExportedRole {
     pub dtype: Dtype,
     /// Its `config.json`.
     pub config: String,
+    /// Its `adapter_config.json`, if it is an adapter.
+    #[serde(default)]
+    pub adapter: Option<String>,
 }
 
 /// The file that says what the folder is.
@@ -153,7 +156,9 @@ pub fn export<T: Element>(
         files.insert(name.to_owned(), hex(hash.finalize()));
         Ok(())
     };
-    put(models::WEIGHTS_FILE, &mut |out| models::write_weights(dev, model, dtype, out))?;
+    let adapter = adapter_text(model);
+    let name = if adapter.is_some() { models::ADAPTER_FILE } else { models::WEIGHTS_FILE };
+    put(name, &mut |out| models::write_weights(dev, model, dtype, out))?;
     let id = match &new.eos[..] {
         [] => None,
         [id] => Some(("eos_token_id", json!(id))),
@@ -161,7 +166,10 @@ pub fn export<T: Element>(
     };
     let token = new.eos_token.as_ref().map(|token| ("eos_token", json!(token)));
     let config = models::config_text(model, dtype).into_bytes();
-    put("config.json", &mut |out| out(&with(config.clone(), &id)))?;
+    match adapter {
+        None => put("config.json", &mut |out| out(&with(config.clone(), &id)))?,
+        Some(text) => put(models::ADAPTER_CONFIG, &mut |out| out(text.as_bytes()))?,
+    }
     if let Some(text) = &new.chat_template {
         put(TEMPLATE, &mut |out| out(text.as_bytes()))?;
     }
@@ -193,24 +201,44 @@ pub fn export<T: Element>(
     remove(storage, &before).map_err(Error::io("remove", &before))
 }
 
-/// Writes the model of a folder, of whatever head, into the folder `to` in another dtype.
+/// The `adapter_config.json` of a model with an adapter, in which the base is named by the whole
+/// path of its folder.
+pub fn adapter_text<T: Element>(model: &Model<T>) -> Option<String> {
+    let (config, dir) = (model.config(), model.config().dir());
+    let known = dir.join("config.json").is_file();
+    let there = known.then(|| fs::canonicalize(dir).ok()).flatten();
+    let base = there.or_else(|| config.adapter()?.base().ok())?;
+    models::adapter_config_text(model, &base).ok()
+}
+
+/// Writes the model of a folder, of whatever head, into the folder `to` in another dtype; with an
+/// adapter the adapter, or the model that has it merged into its weights.
 pub fn export_again<T: Element>(
     dev: &Device,
-    from: &Path,
+    (from, config): (&Path, Config),
     dtype: SaveDtype,
+    merge: bool,
     to: &Path,
 ) -> Result<()> {
-    let config = Config::read(from)?;
     let name = config.json().get("architectures").and_then(|v| v[0].as_str());
     let scalar = name.is_some_and(|name| name.ends_with("Classification"));
+    let scalar = config.adapter().and_then(|adapter| adapter.scalar()).unwrap_or(scalar);
     let head = if scalar { Head::Scalar } else { Head::Lm };
     // In f32 whatever the device computes in.
-    let options = LoadOptions { residency: Residency::Trained, ..LoadOptions::frozen(head) };
-    let model: Model<T> = models::load(dev, from, options)?;
+    let residency = match config.adapter() {
+        Some(_) => Residency::Frozen,
+        None => Residency::Trained,
+    };
+    let options = LoadOptions { residency, ..LoadOptions::frozen(head) };
+    let mut model: Model<T> = models::load_as(dev, config, options)?;
+    if merge {
+        model.merge(dev)?;
+    }
+    let own = if model.adapter().is_some() { Dtype::F32 } else { model.stored_dtype() };
     let none = ExportedFrom { step: 0, run: String::new(), eos: None };
     let of = record(&Disk, from).map_or(none, |record| record.of);
-    let dtype = dtype.of(model.stored_dtype());
-    export(&Disk, (dev, &model, dtype), (from, to), &of, &NewCompanions::default())
+    let (dtype, texts) = (dtype.of(own), models::text_folder(from)?);
+    export(&Disk, (dev, &model, dtype), (&texts, to), &of, &NewCompanions::default())
 }
 
 /// Writes a file's bytes piece by piece.

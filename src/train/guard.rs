@@ -7,7 +7,7 @@ use super::models::Models;
 use crate::{
     device::{Device, Element},
     error::{Error, Result},
-    models::{self, Model},
+    models::{self, Layout, Model, ParamTensor},
 };
 
 /// Sums of what a step left, by name.
@@ -45,7 +45,7 @@ impl Guard {
             ] {
                 let flat = dev.on_host(x)?;
                 for t in model.trained().tensors() {
-                    let name = tensor(model, t.offset, what, role);
+                    let name = tensor(model, model.trained(), t, (what, role));
                     sums.push((name, sum(&flat[t.range()])));
                 }
             }
@@ -71,17 +71,29 @@ fn weights<T: Element>(
     sums: &mut Vec<(String, u64)>,
 ) -> Result<()> {
     let flat = model.on_host(dev)?;
-    for t in model.params().layout().tensors() {
-        sums.push((tensor(model, t.offset, "weight", role), sum(&flat[t.range()])));
+    let layout = model.params().layout();
+    for t in layout.tensors() {
+        sums.push((tensor(model, layout, t, ("weight", role)), sum(&flat[t.range()])));
     }
-    for (t, panel) in model.panels() {
-        sums.push((tensor(model, t.offset, "panel", role), sum(&dev.on_host(panel)?)));
+    if let Some(own) = model.adapter() {
+        for t in own.layout().tensors() {
+            let numbers = dev.on_host(own.tensor(t))?;
+            sums.push((tensor(model, own.layout(), t, ("weight", role)), sum(&numbers)));
+        }
+    }
+    for (layout, t, panel) in model.panels() {
+        sums.push((tensor(model, layout, t, ("panel", role)), sum(&dev.on_host(panel)?)));
     }
     Ok(())
 }
 
-fn tensor<T: Element>(model: &Model<T>, at: usize, what: &str, role: &str) -> String {
-    let name = models::tensor_at(model, at).unwrap_or_default();
+fn tensor<T: Element>(
+    model: &Model<T>,
+    layout: &Layout,
+    t: &ParamTensor,
+    (what, role): (&str, &str),
+) -> String {
+    let name = models::tensor_at(model, layout, t.offset).unwrap_or_default();
     format!("the {what} {name} of the {role} model")
 }
 

@@ -19,7 +19,7 @@ use crate::{
     device::{Device, Element},
     error::{Error, Result},
     eval,
-    models::Spec,
+    models::{Spec, text_folder},
     rollout::rewards::Rewards,
 };
 
@@ -93,7 +93,7 @@ impl RunData {
         spec: &Spec,
         seen: &mut dyn Observer,
     ) -> Result<Self> {
-        let dir = Path::new(&settings.model);
+        let dir = &text_folder(Path::new(&settings.model))?;
         let tokenizer = Tokenizer::open_if_there(dir, settings.chat_template.as_deref())?;
         let rewards = Rewards::new(&needs.rewards)?;
         if rewards.read_texts() && tokenizer.is_none() {

@@ -23,7 +23,8 @@
 //! 13. `algorithms/sft.rs`, or another: d loss / d log-prob.
 //! 14. `models/params.rs`: the gradient of each weight, flat; `train/models.rs` hands it to AdamW.
 
-pub mod best;
+pub mod adapters;
+mod best;
 pub mod checkpoint;
 mod checkpoint_model;
 pub mod data_file;

@@ -5,7 +5,10 @@ use std::path::PathBuf;
 
 use sha2::{Digest, Sha256};
 
-use super::settings::Settings;
+use super::{
+    adapters::{self, BaseKey, ModelUse},
+    settings::Settings,
+};
 use crate::{
     algorithms::{Columns, Needs, Origin},
     data::Sequence,
@@ -14,7 +17,7 @@ use crate::{
     error::{Error, Result},
     models::{
         self, Batch, Config, Head, Layout, LoadOptions, Master, Model, Params, Residency, Spec,
-        load,
+        load_as,
     },
     ops::{
         adamw::{self, Hyper},
@@ -119,7 +122,8 @@ impl Role {
 pub struct PlannedModel {
     pub role: &'static Role,
     pub dir: PathBuf,
-    /// The spec that its folder describes, not yet widened for a device.
+    pub config: Config,
+    /// The spec that it describes, not yet widened for a device.
     pub spec: Spec,
     /// Tokens of the longest sequence, once the data is known.
     longest: Option<usize>,
@@ -128,6 +132,7 @@ pub struct PlannedModel {
 
 /// The models that an algorithm needs.
 pub fn planned(s: &Settings, needs: &Needs) -> Result<Vec<PlannedModel>> {
+    let mut first = true;
     let plan = |(role, from): (&'static Role, Origin)| {
         let named = match from {
             Origin::Model => None,
@@ -135,8 +140,11 @@ pub fn planned(s: &Settings, needs: &Needs) -> Result<Vec<PlannedModel>> {
             Origin::ReferenceModel => needs.reference_model.clone(),
         };
         let dir = named.unwrap_or_else(|| PathBuf::from(&s.model));
-        let (_, spec) = Config::read(&dir)?.spec()?;
-        Ok(PlannedModel { role, dir, spec, longest: None, from })
+        let (trained, own) = (role.trained.is_some(), from == Origin::Model);
+        let of = ModelUse { trained, first: std::mem::take(&mut first), own };
+        let config = adapters::with_adapter(s, Config::read(&dir)?, of)?;
+        let (_, spec) = config.spec()?;
+        Ok(PlannedModel { role, dir, config, spec, longest: None, from })
     };
     let all = ROLES.iter().filter_map(|role| Some((role, (role.from)(needs)?)));
     let all = all.map(plan).collect::<Result<Vec<_>>>()?;
@@ -149,7 +157,7 @@ pub fn planned(s: &Settings, needs: &Needs) -> Result<Vec<PlannedModel>> {
 impl PlannedModel {
     /// The same for sequences of up to `longest` tokens; what a user should know of it.
     pub fn for_sequences(&mut self, longest: usize) -> Result<Vec<String>> {
-        let (config, mut notes) = (Config::read(&self.dir)?.for_sequences(longest), Vec::new());
+        let (config, mut notes) = (self.config.clone().for_sequences(longest), Vec::new());
         let (dir, (_, spec)) = (self.dir.display(), config.spec()?);
         let frequencies =
             |s: &Spec| -> Vec<_> { s.ropes.iter().map(|r| r.inv_freq(s.rotary_dim)).collect() };
@@ -162,7 +170,7 @@ impl PlannedModel {
         if config.is_nested() {
             notes.push(format!("{dir}: its text part is read, all others are left out"));
         }
-        (self.longest, self.spec) = (Some(longest), spec);
+        (self.longest, self.spec, self.config) = (Some(longest), spec, config);
         Ok(notes)
     }
 
@@ -170,20 +178,38 @@ impl PlannedModel {
         LoadOptions { head: self.role.head, new_head, residency, longest: self.longest }
     }
 
+    /// The weights that stay as they are and that it has in common with others: those below an
+    /// adapter, or all of a frozen model beside such.
+    pub fn shared(&self, all: &[Self]) -> Option<BaseKey> {
+        let key = |m: &Self| {
+            let stays = m.role.trained.is_none() || m.spec.adapter.is_some();
+            stays.then(|| BaseKey::of(&m.config, &m.spec, m.role.head))
+        };
+        let own = key(self)?;
+        let adapts = |m: &Self| m.spec.adapter.is_some() && key(m).as_ref() == Some(&own);
+        all.iter().any(adapts).then_some(own)
+    }
+
     /// The memory that holds its weights: host memory for a frozen model, if the settings ask for
     /// it and the gradients of the first of `all` models have room for them.
     pub fn residency<T: Element>(&self, dev: &Device, s: &Settings, all: &[Self]) -> Residency {
-        let len = |m: &Self| Layout::new(&m.spec.clone().on(dev), m.role.head).len();
+        let len = |m: &Self| Layout::trained(&m.spec.clone().on(dev), m.role.head).len();
         let room = all.first().map_or(0, |first| len(first) * size_of::<T::Acc>());
         match dev {
             _ if self.role.trained.is_some() => Residency::Trained,
-            Device::Cuda(_) if s.offload_frozen && len(self) * size_of::<T>() <= room => {
+            Device::Cuda(_)
+                if s.offload_frozen
+                    && self.shared(all).is_none()
+                    && len(self) * size_of::<T>() <= room =>
+            {
                 Residency::Offloaded
             }
             _ => Residency::Frozen,
         }
     }
 }
+
+const FROZEN: Residency = Residency::Frozen;
 
 /// The models of a run, loaded.
 pub struct Models<T: Element> {
@@ -195,8 +221,24 @@ impl<T: Element<Acc = f32>> Models<T> {
     /// Loads frozen models first: those that are offloaded then leave their memory to the others.
     pub fn load(dev: &Device, s: &Settings, all: &[PlannedModel]) -> Result<Self> {
         let (mut frozen, mut trained) = (Vec::new(), Vec::new());
+        let mut bases: Vec<(BaseKey, Model<T>)> = Vec::new();
+        let mut made = |m: &PlannedModel, residency, new_head| {
+            let Some(key) = m.shared(all) else {
+                return load_as(dev, m.config.clone(), m.options(residency, new_head));
+            };
+            let found = bases.iter().position(|(known, _)| *known == key);
+            let at = match found {
+                Some(at) => at,
+                None => {
+                    let options = LoadOptions { head: key.head, ..m.options(FROZEN, None) };
+                    bases.push((key, load_as(dev, m.config.base(), options)?));
+                    bases.len() - 1
+                }
+            };
+            bases[at].1.adapted(dev, m.config.clone(), m.role.head, residency)
+        };
         for m in all.iter().filter(|m| m.role.trained.is_none()) {
-            let mut model: Model<T> = load(dev, &m.dir, m.options(Residency::Frozen, None))?;
+            let mut model: Model<T> = made(m, FROZEN, None)?;
             if m.residency::<T>(dev, s, all) == Residency::Offloaded {
                 model.offload(dev)?;
             }
@@ -205,7 +247,7 @@ impl<T: Element<Acc = f32>> Models<T> {
         for m in all.iter().filter(|m| m.role.trained.is_some()) {
             let new_head = m.role.head == Head::Scalar && m.from == Origin::Model;
             let new_head = new_head.then_some(s.seed);
-            let model = load(dev, &m.dir, m.options(Residency::Trained, new_head))?;
+            let model = made(m, Residency::Trained, new_head)?;
             trained.push(TrainState::new(dev, m.role, model)?);
         }
         Ok(Self { trained, frozen })
@@ -226,9 +268,15 @@ impl<T: Element<Acc = f32>> Models<T> {
     pub fn hashes(&self, dev: &Device) -> Result<Vec<(&'static str, String)>> {
         let hash = |(role, m): (&'static Role, &Model<T>)| {
             let mut digest = Sha256::new();
-            match m.master() {
-                Ok(w) => digest.update(bytemuck::cast_slice::<f32, u8>(&dev.on_host(w)?)),
-                Err(_) => digest.update(bytemuck::cast_slice::<T, u8>(&m.on_host(dev)?)),
+            let master = m.master();
+            if let (Some(own), true) = (m.adapter(), master.is_err()) {
+                digest.update(bytemuck::cast_slice::<T, u8>(&dev.on_host(own.flat())?));
+            }
+            if m.adapter().is_some() || master.is_err() {
+                digest.update(bytemuck::cast_slice::<T, u8>(&m.on_host(dev)?));
+            }
+            if let Ok(w) = master {
+                digest.update(bytemuck::cast_slice::<f32, u8>(&dev.on_host(w)?));
             }
             // Weights alone do not tell how far a rotation turns.
             digest.update(format!("{:?}", m.spec()));
@@ -366,7 +414,8 @@ impl<T: Element> TrainState<T> {
             Ok(found) => found,
             Err(e) => return e,
         };
-        let tensor = at.and_then(|i| models::tensor_at(&self.model, i));
+        let layout = self.model.trained();
+        let tensor = at.and_then(|i| models::tensor_at(&self.model, layout, i));
         let tensor = tensor.unwrap_or_else(|| "all tensors".into());
         let what = format!("the {what} of {tensor} of the {} model", self.role.name);
         Error::BadNumber { step, what, value, samples: Vec::new(), places: Vec::new() }
@@ -375,7 +424,7 @@ impl<T: Element> TrainState<T> {
 
 /// Bytes that [`TrainState::new`] takes, beside the model's, by what they hold.
 pub fn bytes<T: Element>(spec: &Spec, head: Head) -> [(&'static str, usize); 3] {
-    let layout = Layout::new(spec, head);
+    let layout = Layout::trained(spec, head);
     let each = layout.len() * size_of::<T::Acc>();
     let groups = groups(&layout).len() * size_of::<u32>();
     let tokens = layout.tied_len() * size_of::<T::Acc>();

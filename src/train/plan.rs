@@ -12,7 +12,7 @@ use crate::{
     algorithms::{MicroBatch, Needs},
     device::{Arena, Device, Element},
     error::{Error, Result},
-    models::{Head, Keep, Pass, PassOptions, PassShape, bytes},
+    models::{Head, Keep, Pass, PassOptions, PassShape, Residency, adapter_bytes, bytes},
     rollout::{Generator, Scorer},
 };
 
@@ -97,10 +97,25 @@ impl MemoryPlan {
         all: &[PlannedModel],
     ) -> Result<Self> {
         let mut plan = Self { parts: Vec::new(), phases: Vec::new() };
+        let mut bases = Vec::new();
         for m in all {
             let (role, head, spec) = (m.role.name, m.role.head, m.spec.clone().on(dev));
             spec.check(dev)?;
-            let mut parts = bytes::<T>(dev, &spec, head, m.residency::<T>(dev, s, all));
+            let residency = m.residency::<T>(dev, s, all);
+            let mut parts = match m.shared(all) {
+                None => bytes::<T>(dev, &spec, head, residency),
+                Some(key) => {
+                    if !bases.contains(&key) {
+                        let base = bytes::<T>(dev, &spec, key.head, Residency::Frozen);
+                        plan.push("base", base);
+                        bases.push(key);
+                    }
+                    match spec.adapter {
+                        Some(_) => adapter_bytes::<T>(dev, &spec, head, residency),
+                        None => Vec::new(),
+                    }
+                }
+            };
             // Held-out texts may be longer than those that are trained on.
             if m.role.trained.is_some() && sizes.held_out > 0 {
                 let bytes = sizes.scorer().plan::<T>(dev, &spec, head)?;
@@ -117,11 +132,7 @@ impl MemoryPlan {
             } else {
                 (format!("score by the {role}"), sizes.scorer().plan::<T>(dev, &spec, head)?)
             };
-            plan.parts.extend(parts.into_iter().map(|(what, bytes)| MemoryPart {
-                role,
-                what,
-                bytes,
-            }));
+            plan.push(role, parts);
             plan.phases.push(phase);
         }
         if let (Some(sampling), Some(policy)) = (needs.sampling(), all.first()) {
@@ -130,6 +141,11 @@ impl MemoryPlan {
             plan.phases.push(("sample".into(), bytes));
         }
         Ok(plan)
+    }
+
+    fn push(&mut self, role: &'static str, parts: Vec<(&'static str, usize)>) {
+        let part = |(what, bytes)| MemoryPart { role, what, bytes };
+        self.parts.extend(parts.into_iter().map(part));
     }
 
     /// Bytes for the whole run.

@@ -8,6 +8,7 @@ use std::{
 };
 
 use half::bf16;
+use safetensors::Dtype;
 use serde_json::{Map, Value, json};
 
 use super::{
@@ -27,7 +28,7 @@ use crate::{
     data::Tokenizer,
     device::{Device, Element, file},
     error::{Error, Result},
-    models::{self, Head},
+    models::{self, AdapterStart, Head},
     storage::{Disk, check_room, write_file},
 };
 
@@ -197,6 +198,9 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         let mut about = vec![("algorithm", entry.name.to_owned()), ("device", t.dev.describe())];
         for (role, m) in t.models.all() {
             let mut text = format!("{}, {} weights", m.family().model_type, models::count(m));
+            if m.adapter().is_some() {
+                text += &format!(", {} of an adapter", models::adapter_count(m));
+            }
             // The hash of a frozen model is that of every run against it.
             if let (None, Some(hash)) = (&role.trained, self.manifest.models.get(role.name)) {
                 text += &format!(", frozen, sha256 {}", &hash[..16]);
@@ -265,11 +269,17 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
     fn keeps_its_models(&self) -> Result<()> {
         let real = |path: &Path| fs::canonicalize(path).ok();
         for m in &self.trainer.inputs.models {
-            let replaced = |dir: &PathBuf| real(dir).is_some_and(|d| real(&m.dir) == Some(d));
-            if self.exports().any(|(_, dir)| replaced(&dir)) {
-                let want =
-                    format!("another folder than that of {}, which it reads", m.dir.display());
-                return Err(Error::config("out", want, self.out.display()));
+            let mut reads = vec![&*m.dir, m.config.dir()];
+            if let Some(AdapterStart::Folder(dir)) = m.config.adapter().map(|a| &a.start) {
+                reads.push(dir);
+            }
+            for read in reads {
+                let replaced = |dir: &PathBuf| real(dir).is_some_and(|d| real(read) == Some(d));
+                if self.exports().any(|(_, dir)| replaced(&dir)) {
+                    let want =
+                        format!("another folder than that of {}, which it reads", read.display());
+                    return Err(Error::config("out", want, self.out.display()));
+                }
             }
         }
         Ok(())
@@ -449,8 +459,8 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         let _phase = dev.span("export");
         for ((state, dir), role) in self.exports().zip(&plan.roles) {
             let model = (dev, &state.model, role.dtype);
-            let from = Path::new(&self.trainer.inputs.settings.model);
-            export::export(&Disk, model, (from, &dir), &of, &plan.new)?;
+            let from = models::text_folder(self.trainer.inputs.settings.model.as_ref())?;
+            export::export(&Disk, model, (&from, &dir), &of, &plan.new)?;
         }
         Ok(self.out.join("final"))
     }
@@ -471,19 +481,24 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
             chat_template: template.map(str::to_owned),
         };
         let role = |(state, _): (&TrainState<T>, PathBuf)| {
-            let dtype = inputs.settings.save_dtype.of(state.model.stored_dtype());
+            let own = state.model.stored_dtype();
+            // As PEFT keeps what it trains.
+            let own = state.model.adapter().map_or(own, |_| Dtype::F32);
+            let dtype = inputs.settings.save_dtype.of(own);
             ExportedRole {
                 name: state.role.name.into(),
                 scalar: state.role.head == Head::Scalar,
                 dtype,
                 config: models::config_text(&state.model, dtype),
+                adapter: export::adapter_text(&state.model),
             }
         };
-        let from = Path::new(&inputs.settings.model);
+        let model = Path::new(&inputs.settings.model);
+        let from = &models::text_folder(model).unwrap_or_else(|_| model.into());
         ExportPlan {
             // A checkpoint may be read from elsewhere. JSON has no other names.
             from: fs::canonicalize(from)
-                .map_or(from.into(), |path| path.to_string_lossy().into_owned().into()),
+                .map_or(from.clone(), |path| path.to_string_lossy().into_owned().into()),
             new,
             eos: inputs.eos.first().copied(),
             roles: self.exports().map(role).collect(),

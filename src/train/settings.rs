@@ -38,6 +38,23 @@ crate::settings! {
     pub struct Settings {
         /// The model's folder: config.json, safetensors, tokenizer.json, as Hugging Face stores it.
         pub model: String = String::new() => "a model folder (--model DIR)" if |m| !m.is_empty(),
+        /// Folder of the adapter (LoRA, as PEFT stores it) that the trained model goes on with: its
+        /// base stays as it is, and the reference is that base. Other trained models get new
+        /// adapters of the same kind.
+        pub adapter: Option<String> = None,
+        /// Rank of new adapters on all trained models, which leave the weights below them as they
+        /// are (Hu et al. 2021); 0 trains all weights (PEFT: 8; TRL: 16).
+        pub lora_rank: usize = 0 => "at most 16384" if |n| *n <= 16384,
+        /// What adapters add is multiplied by this over the rank; "none" takes twice the rank (TRL:
+        /// 32 for 16).
+        pub lora_alpha: Option<f64> = None
+            => "above 0" if |a| a.is_none_or(|a| a > 0.0 && a.is_finite()),
+        /// Divide by the root of the rank instead (Kalajdzievski 2023; PEFT: off).
+        pub lora_rslora: bool = false,
+        /// The modules that have adapters, by their names or the ends of these; all-linear is all
+        /// projections of the blocks (TRL: all-linear; PEFT: q_proj and v_proj of most families).
+        pub lora_targets: Vec<String> = vec!["all-linear".into()]
+            => "at least one name" if |all| !all.is_empty(),
         /// Data files (JSON lines or lists, CSV, TSV; each also as .gz or .zst; Parquet where it is
         /// built in), folders of these, patterns with * and ?, or names of the Hub; "-" is standard
         /// input. An epoch draws each example once; of a file with weight w round(w n) of its n
@@ -183,6 +200,7 @@ impl Settings {
         "out",
         // Their content is compared, not their place.
         "model",
+        "adapter",
         "reward_model",
         "reference_model",
         "data",

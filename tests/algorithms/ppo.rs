@@ -426,7 +426,7 @@ fn judge(dir: &Path, arm: usize) {
     )
     .unwrap();
     let h = judge.spec().hidden;
-    let params = judge.params_mut();
+    let params = judge.params_mut().unwrap();
     for slot in [ParamKind::Norm1, ParamKind::Norm2] {
         params.get_mut(slot, Some(0)).unwrap().host().fill(1.0);
     }
@@ -483,7 +483,7 @@ pub fn learns<T: Element<Acc = f32>>(
     .unwrap();
     for t in model.params().layout().clone().tensors() {
         let x: Vec<f32> = randn(&t.name(), t.len());
-        let w = model.params_mut().tensor_mut(t).host();
+        let w = model.params_mut().unwrap().tensor_mut(t).host();
         w.iter_mut().zip(x).for_each(|(w, x)| *w = if t.facts.decays { 0.2 * x } else { 1.0 });
     }
     model.repack(&Device::cpu()).unwrap();

@@ -522,10 +522,10 @@ fn a_bad_number_of_a_model_is_an_error() {
     for (from, head, to) in [("llama_tied", Head::Lm, "lm"), ("llama_tied/rm", Head::Scalar, "rm")]
     {
         let mut model = Model::<f32>::load(&dev, &golden::path(from), head, None).unwrap();
-        let last = model.params_mut().get_mut(ParamKind::FinalNorm, None).unwrap().host();
+        let last = model.params_mut().unwrap().get_mut(ParamKind::FinalNorm, None).unwrap().host();
         last.fill(1e38);
         if head == Head::Scalar {
-            model.params_mut().get_mut(ParamKind::Score, None).unwrap().host().fill(1e38);
+            model.params_mut().unwrap().get_mut(ParamKind::Score, None).unwrap().host().fill(1e38);
         }
         std::fs::create_dir_all(dir.join(to)).unwrap();
         models::save(host(), &model, &dir.join(to)).unwrap();

@@ -267,7 +267,7 @@ fn norm(dev: &Device) -> Vec<bf16> {
     let out = NormOut { y: to, mean: means, rstd: rstd.view_mut() };
     norm::forward(dev, spec, out, x.view(), w.view(), None).unwrap();
     let (dx, dw, scratch) = (y.view_mut(), dw.view_mut(), scratch.view_mut());
-    let grads = NormGrads { dx, add: true, dw, db: None, scratch };
+    let grads = NormGrads { dx, add: true, dw: Some(dw), db: None, scratch };
     let (w, mean, rstd) = (w.view(), mean.view(), rstd.view());
     let kept = NormKept { x: x.view().into(), w, mean, rstd };
     norm::backward(dev, spec, grads, dy.view(), kept).unwrap();

@@ -252,7 +252,8 @@ fn what_a_server_says_is_not_believed() {
             honest(&files, asked)
         }
     };
-    let all: [(&str, Box<dyn Fn(&Asked, usize) -> Answer + Send + Sync>); 16] = [
+    type Answers = Box<dyn Fn(&Asked, usize) -> Answer + Send + Sync>;
+    let all: [(&str, Answers); 16] = [
         ("is refused with this HF_TOKEN", Box::new(|_, _| answer(401, ""))),
         ("is not on the Hub, and is no file or folder here", Box::new(|_, _| answer(404, ""))),
         ("broke off 5 times: it answers 503", Box::new(|_, _| answer(503, ""))),

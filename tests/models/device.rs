@@ -34,7 +34,7 @@ fn learn(
     batch: &Batch,
     keep: Keep,
 ) -> (f64, Vec<(String, Vec<f32>)>) {
-    let mut grads = Params::zeros(dev, "gradients", model.params().layout()).unwrap();
+    let mut grads = Params::zeros(dev, "gradients", model.trained()).unwrap();
     let options = PassOptions { entropy: false, keep, balance: 0.0 };
     let mut arena = pass_room(dev, model, batch, options);
     let (scope, mut loss) = (arena.scope(), 0.0);

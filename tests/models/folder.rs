@@ -26,17 +26,23 @@ fn what_a_folder_has_instead_of_a_model_is_said() {
     for (file, text, says) in [
         ("b.gguf", "", "it has its weights as b.gguf (GGUF), wanted safetensors"),
         ("final/config.json", "{}", "it is the folder of a run: its model is DIR/final"),
-        ("adapter_config.json", "7", "it is an adapter, wanted a model"),
-        (
-            "adapter_config.json",
-            "{\"base_model_name_or_path\": \"a/b\"}",
-            "an adapter of a/b, wanted",
-        ),
     ] {
         let path = dir.join(file);
         fs::create_dir_all(path.parent().unwrap()).unwrap();
         fs::write(path, text).unwrap();
         let e = whole.refused(Head::Lm);
         assert!(e.starts_with("DIR: has no config.json: ") && e.contains(says), "{file}: {e}");
+    }
+    for (text, says) in [
+        ("7", "DIR/adapter_config.json: wanted a JSON object, got 7"),
+        ("{}", "DIR/adapter_config.json: `peft_type` = null is not supported"),
+        (
+            r#"{"peft_type": "LORA", "r": 2, "target_modules": ["x"]}"#,
+            "DIR/adapter_config.json: `base_model_name_or_path` = null is not supported",
+        ),
+    ] {
+        fs::write(dir.join("adapter_config.json"), text).unwrap();
+        let e = whole.refused(Head::Lm);
+        assert!(e.starts_with(says), "{e}");
     }
 }

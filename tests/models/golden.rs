@@ -411,7 +411,7 @@ pub fn sft_batch(g: &Golden) -> Batch {
 pub fn sft<F: Float>(model: &Model<F>, g: &Golden) -> (Params<F>, f64) {
     let batch = sft_batch(g);
     let n = batch.selected().len() as f64;
-    let mut grads = params(model.params().layout());
+    let mut grads = params(model.trained());
     let mut arena = pass_room(host(), model, &batch, keep_all(false));
     let (dev, scope) = (Device::cpu(), arena.scope());
     let mut loss = 0.0;
@@ -438,7 +438,7 @@ fn reward_scores_losses_and_gradients_are_those_of_hugging_face() {
         let order: Vec<usize> = (0..n).flat_map(|i| [i, n + i]).collect();
         order.iter().for_each(|i| batch.push_last(&rows[*i]));
         let want: Vec<f64> = order.iter().map(|i| g.get("scores")[*i]).collect();
-        let mut grads = params(model.params().layout());
+        let mut grads = params(model.trained());
         let mut arena = pass_room(host(), &model, &batch, keep_all(false));
         let (dev, scope) = (Device::cpu(), arena.scope());
         Pass::new(&dev, &model, &scope, &batch)

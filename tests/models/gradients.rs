@@ -44,7 +44,7 @@ fn model(config: &str, head: Head) -> Model<f64> {
         let norm = matches!(t.kind, ParamKind::Norm1 | ParamKind::Norm2 | ParamKind::FinalNorm);
         let centre = if norm { 1.0 } else { 0.0 };
         let draws: Vec<f64> = randn(&t.name(), t.len());
-        let weights = model.params_mut().tensor_mut(t).host();
+        let weights = model.params_mut().unwrap().tensor_mut(t).host();
         weights.iter_mut().zip(draws).for_each(|(w, x)| *w = centre + 0.3 * x);
     }
     model.repack(&device()).unwrap();
@@ -77,12 +77,12 @@ fn sweep(
             let at = model.params().flat().host()[i];
             let h = 6e-6 * at.abs().max(1.0);
             let mut loss_at = |x: f64| {
-                model.params_mut().flat_mut().host()[i] = x;
+                model.params_mut().unwrap().flat_mut().host()[i] = x;
                 model.repack(&dev).unwrap();
                 losses(model)
             };
             let (high, low) = (loss_at(at + h), loss_at(at - h));
-            model.params_mut().flat_mut().host()[i] = at;
+            model.params_mut().unwrap().flat_mut().host()[i] = at;
             for (k, (loss, grads)) in grads.iter().enumerate() {
                 let (a, n) = (grads.flat().host()[i], (high[k] - low[k]) / (2.0 * h));
                 let e = (a - n).abs();
@@ -322,7 +322,7 @@ fn gradients_of_longer_sequences() {
         for direction in 0..8 {
             let d: Vec<f64> = randn(&format!("direction {direction}"), start.len());
             let mut loss_at = |h: f64| {
-                let w = m.params_mut().flat_mut().host();
+                let w = m.params_mut().unwrap().flat_mut().host();
                 w.iter_mut().zip(&start).zip(&d).for_each(|((w, s), d)| *w = s + h * d);
                 m.repack(&dev).unwrap();
                 run(&m).0

@@ -65,7 +65,7 @@ fn backward<F: Float>(
     let mut scratch = vec![F::ZERO; norm::scratch_len(spec.norm, rstd.len(), w.len())];
     let db = (!db.is_empty()).then(|| db.into());
     let (dx_, scratch) = ((&mut dx).into(), (&mut scratch).into());
-    let grads = NormGrads { dx: dx_, add: false, dw: dw.into(), db, scratch };
+    let grads = NormGrads { dx: dx_, add: false, dw: Some(dw.into()), db, scratch };
     let (mean, rstd) = ((&mean).into(), (&rstd).into());
     let kept = NormKept { x: View::from(x).into(), w: w.into(), mean, rstd };
     norm::backward(dev, spec, grads, View::from(dy), kept).unwrap();
@@ -336,7 +336,7 @@ impl Normed {
             let kept = NormKept { x, w: w.view(), mean: mean.view(), rstd: rstd.view() };
             let db = self.bias.then(|| db.view_mut());
             let (dx, dw, scratch) = (dx.view_mut(), dw.view_mut(), scratch.view_mut());
-            let grads = NormGrads { dx, add, dw, db, scratch };
+            let grads = NormGrads { dx, add, dw: Some(dw), db, scratch };
             norm::backward(dev, spec, grads, self.rows(dy.view(), 1), kept)?;
         }
         let dx = dx.each_ref().map(|dx| self.dense(dev, dx, 0));
@@ -529,7 +529,7 @@ fn wrong_shapes_are_refused() {
         let (db, scratch) = (Some((&mut db[..n[2]]).into()), (&mut scratch[..n[6]]).into());
         let (x_, mean) = (View::from(&x[..n[4]]).into(), x[..n[5]].into());
         let kept = NormKept { x: x_, w: x[..3].into(), mean, rstd: x[..2].into() };
-        let grads = NormGrads { dx, add: false, dw, db, scratch };
+        let grads = NormGrads { dx, add: false, dw: Some(dw), db, scratch };
         refusal(norm::backward(dev, LAYER, grads, View::from(&x[..n[3]]), kept))
     };
     for (n, says) in [

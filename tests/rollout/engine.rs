@@ -24,7 +24,7 @@ const STREAM: Stream = Stream { seed: 5, step: 3, purpose: Purpose::Sample };
 
 /// `n` prompts of ragged length, 1 to 40: shorter and longer than a page of the cache. Every third
 /// is asked for twice.
-fn prompts(n: u64, vocab: usize) -> Vec<Prompt> {
+pub fn prompts(n: u64, vocab: usize) -> Vec<Prompt> {
     let ids = |i: u64| {
         let draw = Philox::new(11, i - u64::from(i % 3 == 1), 0, Purpose::Init);
         (0..1 + draw.below(1000, 40)).map(|t| draw.below(t, vocab as u32)).collect()
@@ -35,12 +35,12 @@ fn prompts(n: u64, vocab: usize) -> Vec<Prompt> {
 /// Tokens of a prompt of [`prompts`] and its completion, at most.
 const LONGEST: usize = 96;
 
-fn settings(sampling: sample::SamplingParams, max_new_tokens: usize) -> GenerationConfig {
+pub fn settings(sampling: sample::SamplingParams, max_new_tokens: usize) -> GenerationConfig {
     GenerationConfig { sampling, max_new_tokens, stop_ids: Vec::new(), stream: STREAM }
 }
 
 /// Completions by `slots` slots and passes of `rows` rows, in just the memory that was planned.
-fn generate<T: Element>(
+pub fn generate<T: Element>(
     dev: &Device,
     model: &Model<T>,
     prompts: &[Prompt],
@@ -56,7 +56,7 @@ fn generate<T: Element>(
 
 /// Log-probs of the completions by the training pass, `per` sequences a micro-batch. The loss that
 /// reads them ends the pass.
-fn trained<T: Element>(
+pub fn trained<T: Element>(
     dev: &Device,
     model: &Model<T>,
     prompts: &[Prompt],
@@ -64,7 +64,7 @@ fn trained<T: Element>(
     temperature: T::Acc,
     per: usize,
 ) -> Vec<T::Acc> {
-    let mut grads = Params::zeros(dev, "gradients", model.params().layout()).unwrap();
+    let mut grads = Params::zeros(dev, "gradients", model.trained()).unwrap();
     let (mut out, mut batch) = (Vec::new(), Batch::default());
     for (prompts, completions) in prompts.chunks(per).zip(completions.chunks(per)) {
         batch.clear();
@@ -86,11 +86,11 @@ fn trained<T: Element>(
     out
 }
 
-fn logprobs<F: Float>(completions: &[Completion<F>]) -> Vec<F> {
+pub fn logprobs<F: Float>(completions: &[Completion<F>]) -> Vec<F> {
     completions.iter().flat_map(|c| c.logprobs.clone()).collect()
 }
 
-const FILTERS: [sample::SamplingParams; 4] = [
+pub const FILTERS: [sample::SamplingParams; 4] = [
     sample::SamplingParams { temperature: 1.0, top_k: 0, top_p: 1.0, min_p: 0.0 },
     sample::SamplingParams { temperature: 1.0, top_k: 5, top_p: 1.0, min_p: 0.0 },
     sample::SamplingParams { temperature: 1.0, top_k: 0, top_p: 0.8, min_p: 0.0 },
@@ -494,7 +494,7 @@ fn a_stop_id_ends_a_sample_and_is_kept() {
 fn what_a_slot_held_does_not_matter() {
     let (dev, mut model) = (Device::cpu(), load::<f32>("llama", Head::Lm));
     let h = model.spec().hidden;
-    let embedding = model.params_mut().get_mut(ParamKind::Embedding, None).unwrap().host();
+    let embedding = model.params_mut().unwrap().get_mut(ParamKind::Embedding, None).unwrap().host();
     embedding[3 * h..4 * h].fill(f32::NAN); // token 3; the head is not tied
     let bad = |sample| Prompt { sample, ids: [vec![3; 20], vec![9; 20]].concat() };
     let good = |sample: u64| Prompt { sample, ids: (4..14 + sample as u32).collect() };

@@ -83,8 +83,12 @@ fn rows_do_not_see_their_batch() {
 fn a_document_does_not_see_its_neighbours() {
     let (dev, mut model) = (Device::cpu(), load::<f32>("llama", Head::Lm));
     let h = model.spec().hidden;
-    let rows =
-        model.params_mut().get_mut(warpo::models::ParamKind::Embedding, None).unwrap().host();
+    let rows = model
+        .params_mut()
+        .unwrap()
+        .get_mut(warpo::models::ParamKind::Embedding, None)
+        .unwrap()
+        .host();
     rows[140 * h..141 * h].fill(f32::NAN); // token 140 is in no other document
     let packed = Scorer { rows: 1000, sequences: 100 };
     let all = documents();

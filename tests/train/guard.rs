@@ -24,20 +24,20 @@ fn flip(params: &mut Params<f32>, at: u32) {
 fn spoil(run: &mut Trainer<f32>, what: usize, at: u32) -> &'static str {
     let state = &mut run.models.trained[0];
     match what {
-        0 => flip(state.model.params_mut(), at),
+        0 => flip(state.model.params_mut().unwrap(), at),
         1 => flip(&mut state.m, at),
         2 => flip(&mut state.v, at),
         // Panels of other weights than those that are there; a linear layer is tensor 2.
         3 => {
             let tensors = state.model.params().layout().tensors().len() as u32;
             let at = at / tensors * tensors + 2;
-            flip(state.model.params_mut(), at);
+            flip(state.model.params_mut().unwrap(), at);
             state.model.repack(&Device::cpu()).unwrap();
-            flip(state.model.params_mut(), at);
+            flip(state.model.params_mut().unwrap(), at);
         }
         _ => {
             let mut frozen = run.models.frozen.iter_mut();
-            flip(frozen.find(|m| m.0.name == "reference").unwrap().1.params_mut(), at);
+            flip(frozen.find(|m| m.0.name == "reference").unwrap().1.params_mut().unwrap(), at);
         }
     }
     ["the weight ", "the first moment ", "the second moment ", "the panel ", "the weight "][what]

@@ -46,7 +46,7 @@ fn ten_steps_of_adamw_are_those_of_torch() {
                         epsilon: 1e-8,
                         weight_decay: if decays { 0.01 } else { 0.0 },
                     };
-                    let p = model.params_mut().tensor_mut(t);
+                    let p = model.params_mut().unwrap().tensor_mut(t);
                     let (m, v) = (m.tensor_mut(t), v.tensor_mut(t));
                     let state = adamw::State { p, m, v, copy: None, t: step as u64 };
                     let (g, groups) = (grads.tensor(t), [0][..].into());
