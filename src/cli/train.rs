@@ -148,10 +148,11 @@ pub(super) fn run(args: &TrainArgs) -> Result<()> {
     signals::install()?;
     let (entry, mut settings, mut section) = settings(&args.run)?;
     find_models(&mut settings, &mut *section, super::model_folder)?;
-    let data: Vec<&str> = settings.data.iter().map(|file| &*file.path).collect();
-    super::note(&format!("{}: reads {} for {}", entry.name, data.join(", "), settings.model));
     let dev = Device::from_name(&settings.device, settings.threads)?;
     let dir = args.profiling.on(dev, |dev| {
+        settings.validate()?;
+        let data: Vec<&str> = settings.data.iter().map(|file| &*file.path).collect();
+        super::note(&format!("{}: reads {} for {}", entry.name, data.join(", "), settings.model));
         let mut progress = Progress::new(entry.name);
         let done = train::run_on(dev, entry, &settings, &*section, &mut progress);
         progress.finish();

@@ -79,8 +79,8 @@ pub fn dataset_files(all: &[String], rest: &Path) -> Vec<String> {
     all.iter().filter(is_meant).cloned().collect()
 }
 
-/// Whether a path is a name of a data set of the Hub, and what stands behind it; a file of data that
-/// is not there is none.
+/// Whether a path is a name of a data set of the Hub, and what stands behind it; a file of data
+/// that is not there is none.
 pub fn dataset_name(path: &Path) -> Option<(&str, &Path)> {
     let (name, rest) = hub::name_of(path)?;
     (!rest.as_os_str().is_empty() || kind(path).is_none()).then_some((name, rest))
