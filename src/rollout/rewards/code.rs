@@ -10,8 +10,10 @@
 //! you do not trust write programs.
 
 use std::{
+    collections::hash_map::RandomState,
     env, fs,
-    io::Read,
+    hash::{BuildHasher, Hasher},
+    io::{ErrorKind, Read},
     os::unix::process::CommandExt,
     path::{Path, PathBuf},
     process::{Command, Stdio},
@@ -23,7 +25,7 @@ use std::{
     time::{Duration, Instant},
 };
 
-use super::{AnswerColumn, Options, RewardFailure, RewardInput, SampleReward, last_block};
+use super::{AnswerColumn, Options, RewardFailure, RewardInput, SampleReward, Stop, last_block};
 use crate::{
     data::{ColumnsRead, RowColumns},
     device::kill_group,
@@ -49,6 +51,8 @@ struct CodeReward {
     workers: usize,
     /// What stands before the command, so that it has namespaces of its own.
     apart: Vec<String>,
+    /// A line of Python behind the appended text prints what only it knows.
+    marks: bool,
 }
 
 /// Numbers the folders of this process.
@@ -63,6 +67,15 @@ pub fn code(options: &mut Options<'_>) -> Result<Box<dyn SampleReward>> {
     let program = command.first().cloned().unwrap_or_default();
     if !is_program(&program) {
         return Err(options.error(format!("`command`: there is no program {program:?}")));
+    }
+    // Programs run in a folder of their own: files of the present one are named from the root.
+    for (i, word) in command.iter_mut().enumerate() {
+        let is_path = i > 0 || word.contains('/');
+        if is_path && Path::new(&*word).is_file() {
+            // Links stay: an interpreter of a virtual environment is one.
+            let path = std::path::absolute(&*word).unwrap_or_else(|_| word.into());
+            *word = path.to_string_lossy().into_owned();
+        }
     }
     if !command.iter().any(|word| word.contains("{file}")) {
         command.push("{file}".into());
@@ -85,7 +98,12 @@ pub fn code(options: &mut Options<'_>) -> Result<Box<dyn SampleReward>> {
     let cores = thread::available_parallelism().map_or(1, usize::from);
     let mut column = |key| options.take::<String>(key).map(|name| name.map(AnswerColumn::named));
     let (append, input, expect) = (column("append")?, column("stdin")?, column("expect")?);
-    Ok(Box::new(CodeReward {
+    let marks = extension == "py";
+    if append.is_some() && expect.is_none() && !marks {
+        let why = "`append` wants `expect` beside it: a program that exits before would pass";
+        return Err(options.error(why));
+    }
+    let reward = CodeReward {
         command,
         extension,
         append,
@@ -96,7 +114,17 @@ pub fn code(options: &mut Options<'_>) -> Result<Box<dyn SampleReward>> {
         output: options.number("output_kb", 64.0, (1.0, 1e6))? as u64 * 1024,
         workers: options.number("workers", cores as f64, (1.0, 1024.0))? as usize,
         apart,
-    }))
+        marks,
+    };
+    // What fails here would fail for every sample, as if all were wrong.
+    let mut test = reward.limited();
+    test.arg("true").stdin(Stdio::null()).stdout(Stdio::null());
+    let out = test.output().map_err(|e| options.error(format!("cannot run sh: {e}")))?;
+    if !out.status.success() {
+        let said = String::from_utf8_lossy(&out.stderr).trim().to_owned();
+        return Err(options.error(format!("the limits cannot be set here: {said}")));
+    }
+    Ok(Box::new(reward))
 }
 
 /// Whether a program of this name is there.
@@ -126,8 +154,11 @@ impl TempFolder {
     fn new() -> std::io::Result<Self> {
         let n = FOLDERS.fetch_add(1, Ordering::Relaxed);
         let path = env::temp_dir().join(format!("warpo-code-{}-{n}", std::process::id()));
-        fs::create_dir(&path)?;
-        Ok(Self(path))
+        match fs::create_dir(&path) {
+            // Left by a process that was killed, which had this number.
+            Err(e) if e.kind() == ErrorKind::AlreadyExists => Self::new(),
+            made => made.map(|()| Self(path)),
+        }
     }
 }
 
@@ -138,12 +169,22 @@ impl Drop for TempFolder {
 }
 
 impl CodeReward {
-    fn run(&self, sample: &RewardInput) -> Result<f64, String> {
+    fn run(&self, sample: &RewardInput, stop: &Stop<'_>) -> Result<f64, String> {
+        stop.check()?;
         let Some(mut program) = last_block(&sample.completion) else { return Ok(0.0) };
         let text = |column: &Option<AnswerColumn>| {
             column.as_ref().map(|c| c.text(&sample.columns)).transpose()
         };
-        program += &text(&self.append)?.unwrap_or_default();
+        // Whoever exits before the tests does not print it.
+        let mut mark = None;
+        if let Some(tests) = text(&self.append)? {
+            program += &tests;
+            if self.marks {
+                let random = RandomState::new().build_hasher().finish();
+                program += &format!("\nprint(\"\\n{random:016x}\")\n");
+                mark = Some(format!("{random:016x}"));
+            }
+        }
         let io = |what: &'static str| move |e: std::io::Error| format!("cannot {what}: {e}");
         let folder = TempFolder::new().map_err(io("make a folder"))?;
         let (file, input) =
@@ -157,12 +198,36 @@ impl CodeReward {
             }
         };
         let expected = text(&self.expect)?;
-        let ran = self.execute(&folder.0, &file, stdin).map_err(io("run the command"))?;
-        let right = |out: Vec<u8>| match &expected {
-            None => true,
-            Some(text) => String::from_utf8_lossy(&out).trim() == text.trim(),
+        let ran = self.execute(&folder.0, &file, stdin, stop).map_err(io("run the command"))?;
+        stop.check()?;
+        let right = |out: Vec<u8>| {
+            let out = String::from_utf8_lossy(&out);
+            let all = out.trim_end();
+            let printed = match &mark {
+                None => Some(all),
+                Some(mark) => all.strip_suffix(&**mark),
+            };
+            let is_expected = |out: &str| {
+                expected.as_ref().is_none_or(|text| out.trim() == text.trim())
+            };
+            printed.is_some_and(is_expected)
         };
         Ok(f64::from(u8::from(ran.is_some_and(right))))
+    }
+
+    /// What runs a command that is given to it within the limits.
+    fn limited(&self) -> Command {
+        // Memory in KiB, CPU time in seconds, files in blocks of 512 bytes (1024 in some shells).
+        const LIMITED: &str =
+            "ulimit -c 0 && ulimit -v $1 && ulimit -t $2 && ulimit -f $3 && shift 3 && exec \"$@\"";
+        let memory = (self.memory_mb * 1024).to_string();
+        let seconds = (self.timeout.as_secs() + 1).to_string();
+        let blocks = (self.memory_mb * 2048).to_string();
+        let mut words = self.apart.clone();
+        words.extend(["sh", "-c", LIMITED, "sh", &memory, &seconds, &blocks].map(str::to_owned));
+        let mut command = Command::new(&words[0]);
+        command.args(&words[1..]);
+        command
     }
 
     /// Runs the program; its output, if it ended well within its limits.
@@ -171,19 +236,12 @@ impl CodeReward {
         folder: &Path,
         file: &Path,
         stdin: Stdio,
+        stop: &Stop<'_>,
     ) -> std::io::Result<Option<Vec<u8>>> {
-        // Memory in KiB, CPU time in seconds, files in blocks of 512 bytes (1024 in some shells).
-        const LIMITED: &str =
-            "ulimit -c 0 && ulimit -v $1 && ulimit -t $2 && ulimit -f $3 && shift 3 && exec \"$@\"";
         let file = file.to_string_lossy();
-        let memory = (self.memory_mb * 1024).to_string();
-        let seconds = (self.timeout.as_secs() + 1).to_string();
-        let blocks = (self.memory_mb * 2048).to_string();
-        let mut words = self.apart.clone();
-        words.extend(["sh", "-c", LIMITED, "sh", &memory, &seconds, &blocks].map(str::to_owned));
-        words.extend(self.command.iter().map(|word| word.replace("{file}", &file)));
-        let mut command = Command::new(&words[0]);
-        command.args(&words[1..]).current_dir(folder).stdin(stdin).process_group(0);
+        let mut command = self.limited();
+        command.args(self.command.iter().map(|word| word.replace("{file}", &file)));
+        command.current_dir(folder).stdin(stdin).process_group(0);
         command.stdout(Stdio::piped()).stderr(Stdio::piped()).env_clear();
         command.env("PATH", env::var_os("PATH").unwrap_or_default()).env("LANG", "C.UTF-8");
         let mut child = command.env("HOME", folder).env("TMPDIR", folder).spawn()?;
@@ -210,7 +268,7 @@ impl CodeReward {
             within
         };
         let mut read = 0;
-        while status.is_none() && Instant::now() < end {
+        while status.is_none() && Instant::now() < end && stop.check().is_ok() {
             if let Ok(text) = output.recv_timeout(Duration::from_millis(2)) {
                 read += 1;
                 if !take(text) {
@@ -246,14 +304,18 @@ impl SampleReward for CodeReward {
         all.try_for_each(|column| column.text(row).map(drop))
     }
 
-    fn score(&mut self, samples: &[RewardInput]) -> Result<Vec<f64>, RewardFailure> {
+    fn score(
+        &mut self,
+        samples: &[RewardInput],
+        stop: &Stop<'_>,
+    ) -> Result<Vec<f64>, RewardFailure> {
         let (next, this) = (&AtomicUsize::new(0), &*self);
         let work = || {
             let mut done = Vec::new();
             loop {
                 let at = next.fetch_add(1, Ordering::Relaxed);
                 let Some(sample) = samples.get(at) else { return done };
-                done.push((at, this.run(sample)));
+                done.push((at, this.run(sample, stop)));
             }
         };
         let mut all: Vec<(usize, Result<f64, String>)> = thread::scope(|scope| {

@@ -5,7 +5,7 @@
 use serde_json::Value;
 
 use super::{
-    Options, RewardFailure, RewardInput, SampleReward,
+    Options, RewardFailure, RewardInput, SampleReward, Stop,
     process::{self, LineProcess},
 };
 use crate::{
@@ -34,14 +34,18 @@ impl SampleReward for CommandReward {
         process::admit(row)
     }
 
-    fn score(&mut self, samples: &[RewardInput]) -> Result<Vec<f64>, RewardFailure> {
+    fn score(
+        &mut self,
+        samples: &[RewardInput],
+        stop: &Stop<'_>,
+    ) -> Result<Vec<f64>, RewardFailure> {
         let read = |answer: &Value| process::score(answer.get("score").unwrap_or(answer));
         let mut ask = |(at, s): (usize, &RewardInput)| {
             let mut question = RowColumns::new();
             question.insert("prompt".into(), s.prompt.clone().into());
             question.insert("completion".into(), s.completion.clone().into());
             question.extend((*s.columns).clone());
-            let answer = self.0.ask(&question.into(), read);
+            let answer = self.0.ask(&question.into(), read, stop);
             answer.map_err(|cause| RewardFailure { at, cause })
         };
         samples.iter().enumerate().map(&mut ask).collect()

@@ -1,7 +1,7 @@
 //! `exact`: whether a sample is the text of its row's column, white space apart: every run of it is
 //! one space, at the ends none.
 
-use super::{AnswerColumn, Options, RewardFailure, RewardInput, SampleReward, each};
+use super::{AnswerColumn, Options, RewardFailure, RewardInput, SampleReward, Stop, each};
 use crate::{
     data::{ColumnsRead, RowColumns},
     error::Result,
@@ -35,7 +35,11 @@ impl SampleReward for ExactReward {
         self.column.text(row).map(drop)
     }
 
-    fn score(&mut self, samples: &[RewardInput]) -> Result<Vec<f64>, RewardFailure> {
+    fn score(
+        &mut self,
+        samples: &[RewardInput],
+        _stop: &Stop<'_>,
+    ) -> Result<Vec<f64>, RewardFailure> {
         each(samples, |s| {
             let same = self.normal(&s.completion) == self.normal(&self.column.text(&s.columns)?);
             Ok(f64::from(u8::from(same)))

@@ -1,6 +1,6 @@
 //! `format`: whether a sample thinks between tags, once and at its beginning, and then answers.
 
-use super::{Options, RewardFailure, RewardInput, SampleReward, each};
+use super::{Options, RewardFailure, RewardInput, SampleReward, Stop, each};
 use crate::error::Result;
 
 struct FormatReward {
@@ -41,7 +41,11 @@ impl FormatReward {
 }
 
 impl SampleReward for FormatReward {
-    fn score(&mut self, samples: &[RewardInput]) -> Result<Vec<f64>, RewardFailure> {
+    fn score(
+        &mut self,
+        samples: &[RewardInput],
+        _stop: &Stop<'_>,
+    ) -> Result<Vec<f64>, RewardFailure> {
         each(samples, |s| Ok(f64::from(u8::from(self.is_kept(&s.completion)))))
     }
 }

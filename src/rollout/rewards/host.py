@@ -18,6 +18,7 @@ sys.path.insert(0, os.path.dirname(os.path.abspath(file)))
 def load():
     spec = importlib.util.spec_from_file_location("warpo_reward", file)
     module = importlib.util.module_from_spec(spec)
+    sys.modules["warpo_reward"] = module
     spec.loader.exec_module(module)
     return getattr(module, function)
 

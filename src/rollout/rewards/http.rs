@@ -3,15 +3,14 @@
 //! [..]}}` and answers `{"rewards": [..]}`. Plain HTTP/1.1; there is no TLS here: https is refused.
 
 use std::{
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     net::{TcpStream, ToSocketAddrs},
-    thread,
     time::{Duration, Instant},
 };
 
 use serde_json::{Value, json};
 
-use super::{Options, RewardFailure, RewardInput, SampleReward, process};
+use super::{Options, RewardFailure, RewardInput, SampleReward, Stop, process};
 use crate::{
     data::{ColumnsRead, RowColumns},
     error::Result,
@@ -57,14 +56,14 @@ pub fn http(options: &mut Options<'_>) -> Result<Box<dyn SampleReward>> {
 
 impl HttpReward {
     /// The answer to a request: its status and its body.
-    fn post(&self, body: &str) -> Result<(u16, Vec<u8>), String> {
+    fn post(&self, body: &str, stop: &Stop<'_>) -> Result<(u16, Vec<u8>), String> {
         let end = Instant::now() + self.timeout;
         let left = || {
             let late = || format!("no answer within {} s", self.timeout.as_secs_f64());
             end.checked_duration_since(Instant::now()).filter(|t| !t.is_zero()).ok_or_else(late)
         };
         let io = |e: std::io::Error| match e.kind() {
-            std::io::ErrorKind::WouldBlock | std::io::ErrorKind::TimedOut => {
+            ErrorKind::WouldBlock | ErrorKind::TimedOut => {
                 format!("no answer within {} s", self.timeout.as_secs_f64())
             }
             _ => e.to_string(),
@@ -98,10 +97,13 @@ impl HttpReward {
             if let Some(whole) = whole(&answer)? {
                 return Ok(whole);
             }
-            stream.set_read_timeout(Some(left()?)).map_err(io)?;
-            match stream.read(&mut piece).map_err(io)? {
-                0 => return ended(&answer),
-                n => answer.extend_from_slice(&piece[..n]),
+            stop.check()?;
+            stream.set_read_timeout(Some(left()?.min(Stop::EVERY))).map_err(io)?;
+            match stream.read(&mut piece) {
+                Ok(0) => return ended(&answer),
+                Ok(n) => answer.extend_from_slice(&piece[..n]),
+                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
+                Err(e) => return Err(io(e)),
             }
             if answer.len() > LONGEST {
                 return Err(format!("the answer has more than {LONGEST} bytes"));
@@ -109,7 +111,7 @@ impl HttpReward {
         }
     }
 
-    fn ask(&self, samples: &[RewardInput]) -> Result<Vec<f64>, String> {
+    fn ask(&self, samples: &[RewardInput], stop: &Stop<'_>) -> Result<Vec<f64>, String> {
         let [prompts, completions, columns] = process::lists(samples);
         let query = |s: &RewardInput| Value::String(format!("{}{}", s.prompt, s.completion));
         let query: Vec<Value> = samples.iter().map(query).collect();
@@ -122,7 +124,7 @@ impl HttpReward {
         let body = body.to_string();
         let (mut pause, mut tries) = (Duration::from_millis(200), 0);
         loop {
-            let cause = match self.post(&body) {
+            let cause = match self.post(&body, stop) {
                 Ok((200, answer)) => {
                     let answer = serde_json::from_slice::<Value>(&answer).ok();
                     let rewards = answer.as_ref().and_then(|a| a.get("rewards"));
@@ -135,7 +137,7 @@ impl HttpReward {
                     let text = String::from_utf8_lossy(&answer);
                     let text: String = text.trim().chars().take(300).collect();
                     let cause = format!("status {status}: {text}");
-                    if (400..500).contains(&status) {
+                    if (400..500).contains(&status) && ![408, 425, 429].contains(&status) {
                         // The same request would be as wrong again.
                         return Err(format!("{}: {cause}", self.host));
                     }
@@ -147,7 +149,7 @@ impl HttpReward {
             if tries > self.retries {
                 return Err(format!("{}: {cause} (tried {tries} times)", self.host));
             }
-            thread::sleep(pause);
+            stop.sleep(pause)?;
             pause = (pause * 2).min(Duration::from_secs(10));
         }
     }
@@ -226,12 +228,16 @@ impl SampleReward for HttpReward {
         true
     }
 
-    fn score(&mut self, samples: &[RewardInput]) -> Result<Vec<f64>, RewardFailure> {
+    fn score(
+        &mut self,
+        samples: &[RewardInput],
+        stop: &Stop<'_>,
+    ) -> Result<Vec<f64>, RewardFailure> {
         let size = if self.batch == 0 { samples.len().max(1) } else { self.batch };
         let mut all = Vec::with_capacity(samples.len());
         for (i, part) in samples.chunks(size).enumerate() {
             let failed = |cause| RewardFailure { at: i * size, cause };
-            all.extend(self.ask(part).map_err(failed)?);
+            all.extend(self.ask(part, stop).map_err(failed)?);
         }
         Ok(all)
     }

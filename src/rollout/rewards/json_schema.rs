@@ -6,7 +6,7 @@ use std::{fs, path::PathBuf};
 use jsonschema::{PatternOptions, Validator};
 use serde_json::Value;
 
-use super::{Options, RewardFailure, RewardInput, SampleReward, each, last_block};
+use super::{Options, RewardFailure, RewardInput, SampleReward, Stop, each, last_block};
 use crate::error::Result;
 
 struct SchemaReward(Validator);
@@ -24,7 +24,11 @@ pub fn json_schema(options: &mut Options<'_>) -> Result<Box<dyn SampleReward>> {
 }
 
 impl SampleReward for SchemaReward {
-    fn score(&mut self, samples: &[RewardInput]) -> Result<Vec<f64>, RewardFailure> {
+    fn score(
+        &mut self,
+        samples: &[RewardInput],
+        _stop: &Stop<'_>,
+    ) -> Result<Vec<f64>, RewardFailure> {
         each(samples, |s| {
             let text = last_block(&s.completion).unwrap_or_else(|| s.completion.clone());
             let value = serde_json::from_str(text.trim());

@@ -1,6 +1,6 @@
 //! `length`: a penalty, from 0 down to -1, for samples of another length than wanted, in tokens.
 
-use super::{Options, RewardFailure, RewardInput, SampleReward, each};
+use super::{Options, RewardFailure, RewardInput, SampleReward, Stop, each};
 use crate::error::Result;
 
 enum LengthReward {
@@ -27,7 +27,11 @@ pub fn length(options: &mut Options<'_>) -> Result<Box<dyn SampleReward>> {
 }
 
 impl SampleReward for LengthReward {
-    fn score(&mut self, samples: &[RewardInput]) -> Result<Vec<f64>, RewardFailure> {
+    fn score(
+        &mut self,
+        samples: &[RewardInput],
+        _stop: &Stop<'_>,
+    ) -> Result<Vec<f64>, RewardFailure> {
         each(samples, |s| {
             let n = s.tokens as f64;
             let above = match *self {

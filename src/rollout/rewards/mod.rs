@@ -28,6 +28,7 @@ use std::{
         mpsc,
     },
     thread,
+    time::{Duration, Instant},
 };
 
 pub use options::{AnswerColumn, Options};
@@ -78,6 +79,34 @@ pub struct RewardFailure {
     pub cause: String,
 }
 
+/// Asks whether what scores shall end: the step failed elsewhere, or a signal came.
+pub struct Stop<'a> {
+    abandoned: &'a AtomicBool,
+    requested: &'a (dyn Fn() -> bool + Sync),
+}
+
+impl Stop<'_> {
+    /// How often somebody who waits looks.
+    pub const EVERY: Duration = Duration::from_millis(50);
+
+    /// # Errors
+    /// If it shall end: nobody reads why.
+    pub fn check(&self) -> Result<(), String> {
+        let is_over = self.abandoned.load(Ordering::Relaxed) || (self.requested)();
+        if is_over { Err("the step ended before it".into()) } else { Ok(()) }
+    }
+
+    /// Waits, unless it shall end.
+    pub fn sleep(&self, time: Duration) -> Result<(), String> {
+        let end = Instant::now() + time;
+        while let Some(left) = end.checked_duration_since(Instant::now()) {
+            self.check()?;
+            thread::sleep(left.min(Self::EVERY));
+        }
+        self.check()
+    }
+}
+
 /// Scores samples.
 pub trait SampleReward: Send {
     /// Columns of the data that it reads.
@@ -95,8 +124,12 @@ pub trait SampleReward: Send {
         false
     }
 
-    /// A score of each sample.
-    fn score(&mut self, samples: &[RewardInput]) -> Result<Vec<f64>, RewardFailure>;
+    /// A score of each sample. What takes long looks at `stop`.
+    fn score(
+        &mut self,
+        samples: &[RewardInput],
+        stop: &Stop<'_>,
+    ) -> Result<Vec<f64>, RewardFailure>;
 }
 
 /// The scores of samples one by one.
@@ -197,7 +230,8 @@ impl Rewards {
         self.readers().try_for_each(admit)
     }
 
-    /// Scores the samples that `work` puts in its queue, `count` of them, while it makes them.
+    /// Scores the samples that `work` puts in its queue, `count` of them, while it makes them, until
+    /// an end is `requested`.
     ///
     /// # Errors
     /// [`Error::Reward`] of the first reward in the list that fails, before one of `work`, which
@@ -205,6 +239,7 @@ impl Rewards {
     pub fn beside<R>(
         &mut self,
         (step, count): (u64, usize),
+        requested: &(dyn Fn() -> bool + Sync),
         work: impl FnOnce(&RewardQueue) -> Result<R>,
     ) -> Result<(R, RewardScores)> {
         let abandoned = &AtomicBool::new(false);
@@ -218,7 +253,8 @@ impl Rewards {
                 let (sender, from) = mpsc::channel();
                 to.push(sender);
                 let (name, by, scores) = (&*reward.name, &mut **by, vec![f64::NAN; count]);
-                let worker = Worker { name, step, by, scores, from, abandoned };
+                let stop = Stop { abandoned, requested };
+                let worker = Worker { name, step, by, scores, from, stop };
                 workers.push(Some(scope.spawn(move || worker.run())));
             }
             let queue = RewardQueue { to };
@@ -283,8 +319,7 @@ struct Worker<'a> {
     /// NaN for samples that have not come.
     scores: Vec<f64>,
     from: mpsc::Receiver<(usize, Arc<RewardInput>)>,
-    /// The step failed elsewhere.
-    abandoned: &'a AtomicBool,
+    stop: Stop<'a>,
 }
 
 impl Worker<'_> {
@@ -296,7 +331,7 @@ impl Worker<'_> {
                 true => queued.extend(self.from.iter()),
                 false => queued.extend(self.from.try_iter()),
             }
-            if self.abandoned.load(Ordering::Relaxed) {
+            if self.stop.check().is_err() {
                 break;
             }
             // Their order is that of the step, whichever ended first.
@@ -308,7 +343,7 @@ impl Worker<'_> {
 
     fn score(&mut self, queued: &[(usize, Arc<RewardInput>)]) -> Result<()> {
         let samples: Vec<RewardInput> = queued.iter().map(|(_, s)| (**s).clone()).collect();
-        let new = self.by.score(&samples).map_err(|e| Error::Reward {
+        let new = self.by.score(&samples, &self.stop).map_err(|e| Error::Reward {
             reward: self.name.into(),
             sample: samples.get(e.at).map_or(u64::MAX, |s| s.id),
             place: None,

@@ -7,12 +7,12 @@ use std::{
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex, mpsc},
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use serde_json::Value;
 
-use super::{Options, RewardInput};
+use super::{Options, RewardInput, Stop};
 use crate::{data::RowColumns, device::kill_group, error::Result};
 
 /// Longest answer, in bytes.
@@ -58,10 +58,11 @@ impl LineProcess {
         &mut self,
         question: &Value,
         read: impl Fn(&Value) -> Option<T>,
+        stop: &Stop<'_>,
     ) -> Result<T, String> {
         let mut causes = Vec::new();
         for _ in 0..=self.retries {
-            match self.try_once(question, &read) {
+            match self.try_once(question, &read, stop) {
                 Ok(answer) => return Ok(answer),
                 Err(Unanswered::Told(cause)) => return Err(cause),
                 Err(Unanswered::Retry(cause)) => {
@@ -78,15 +79,30 @@ impl LineProcess {
         &mut self,
         question: &Value,
         read: impl Fn(&Value) -> Option<T>,
+        stop: &Stop<'_>,
     ) -> Result<T, Unanswered> {
         let running = match self.running.take() {
             Some(running) => running,
             None => Running::begin(&self.command).map_err(Unanswered::Retry)?,
         };
         let running = self.running.insert(running);
+        if let Ok(line) = running.answers.try_recv() {
+            let line: String = line.trim_end().chars().take(200).collect();
+            let cause = "it wrote more than one line for a question";
+            return Err(Unanswered::Told(format!("{cause}: {line:?}")));
+        }
         // The answer does not come if this fails.
         let _ = running.questions.send(format!("{question}\n"));
-        let line = match running.answers.recv_timeout(self.timeout) {
+        let end = Instant::now() + self.timeout;
+        let answer = loop {
+            stop.check().map_err(Unanswered::Told)?;
+            let left = end.saturating_duration_since(Instant::now());
+            match running.answers.recv_timeout(left.min(Stop::EVERY)) {
+                Err(mpsc::RecvTimeoutError::Timeout) if left > Stop::EVERY => {}
+                answer => break answer,
+            }
+        };
+        let line = match answer {
             Ok(line) => line,
             Err(mpsc::RecvTimeoutError::Timeout) => {
                 let seconds = self.timeout.as_secs_f64();
@@ -100,7 +116,8 @@ impl LineProcess {
             }
         };
         let answer = json(&line);
-        if let Some(cause) = answer.as_ref().and_then(|a| a.get("error")) {
+        if let Some(cause) = answer.as_ref().and_then(|a| a.get("error")).filter(|e| !e.is_null())
+        {
             let cause = cause.as_str().map_or_else(|| cause.to_string(), str::to_owned);
             return Err(Unanswered::Told(cause));
         }

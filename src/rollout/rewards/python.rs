@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use serde_json::{Value, json};
 
 use super::{
-    Options, RewardFailure, RewardInput, SampleReward,
+    Options, RewardFailure, RewardInput, SampleReward, Stop,
     command::CommandReward,
     process::{self, LineProcess},
 };
@@ -53,11 +53,15 @@ impl SampleReward for BatchReward {
         true
     }
 
-    fn score(&mut self, samples: &[RewardInput]) -> Result<Vec<f64>, RewardFailure> {
+    fn score(
+        &mut self,
+        samples: &[RewardInput],
+        stop: &Stop<'_>,
+    ) -> Result<Vec<f64>, RewardFailure> {
         let [prompts, completions, columns] = process::lists(samples);
         let question =
             json!({ "prompts": prompts, "completions": completions, "columns": columns });
         let read = |answer: &Value| process::scores(answer.get("scores")?, samples.len());
-        self.0.ask(&question, read).map_err(|cause| RewardFailure { at: 0, cause })
+        self.0.ask(&question, read, stop).map_err(|cause| RewardFailure { at: 0, cause })
     }
 }

@@ -4,7 +4,7 @@
 
 use std::collections::HashSet;
 
-use super::{Options, RewardFailure, RewardInput, SampleReward, each};
+use super::{Options, RewardFailure, RewardInput, SampleReward, Stop, each};
 use crate::error::Result;
 
 struct RepetitionReward {
@@ -23,7 +23,11 @@ pub fn repetition(options: &mut Options<'_>) -> Result<Box<dyn SampleReward>> {
 }
 
 impl SampleReward for RepetitionReward {
-    fn score(&mut self, samples: &[RewardInput]) -> Result<Vec<f64>, RewardFailure> {
+    fn score(
+        &mut self,
+        samples: &[RewardInput],
+        _stop: &Stop<'_>,
+    ) -> Result<Vec<f64>, RewardFailure> {
         each(samples, |s| {
             let text = s.completion.to_lowercase();
             let words: Vec<&str> = text.split_whitespace().collect();

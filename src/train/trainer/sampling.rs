@@ -11,7 +11,7 @@ use crate::{
     ops::sample::SamplingParams,
     rng::{Purpose, Stream},
     rollout::{GenerationConfig, rewards::RewardQueue},
-    train::source::StepData,
+    train::{signals, source::StepData},
 };
 
 /// Seconds of each phase.
@@ -111,7 +111,7 @@ impl<T: Element<Acc = f32>> Trainer<T> {
         // The run's own again below: its processes are kept.
         let mut rewards = std::mem::take(&mut self.inputs.rewards);
         let of_step = (self.step + 1, data.sequences.len());
-        let scored = rewards.beside(of_step, |queue| {
+        let scored = rewards.beside(of_step, &|| signals::requested().is_some(), |queue| {
             let start = Instant::now();
             self.sample(params, data, queue, seen)?;
             took("sample", start);
@@ -128,7 +128,8 @@ impl<T: Element<Acc = f32>> Trainer<T> {
             data.parts = rewards.sum(parts, &mut data.columns.scores);
         });
         self.inputs.rewards = rewards;
-        scored
+        // A signal that ended a reward is what ends the step.
+        scored.map_err(|e| stop(self.step).err().unwrap_or(e))
     }
 
     /// Continues the prompts with samples of the policy, each of which goes to the rewards when it

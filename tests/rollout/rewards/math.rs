@@ -35,7 +35,9 @@ fn math_takes_the_last_answer_that_is_given() {
         ("5 + 5 = 10\n#### 10", Some("10")),
         ("#### 9\n#### 10\nDone", Some("10")),
         ("####10", Some("10")),
-        ("\\boxed{4}\n#### 5", Some("5")),
+        // A heading behind a box.
+        ("\\boxed{4}\n#### 5", Some("4")),
+        ("\\boxed{4}\n\n#### Check\nok", Some("4")),
         ("#### 4\n\\boxed{5}", Some("5")),
         (r"\boxed{}", None),
         (r"\boxed{ }", None),

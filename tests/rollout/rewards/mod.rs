@@ -11,7 +11,7 @@ use warpo::{
     Error, Result,
     algorithms::RewardEntry,
     config::Field,
-    rollout::rewards::{RewardInput, Rewards},
+    rollout::rewards::{RewardInput, RewardQueue, Rewards},
 };
 
 /// The entry that a config has.
@@ -37,7 +37,7 @@ pub fn sample(id: u64, completion: &str, columns: &Value) -> RewardInput {
 
 /// Scores of samples by a list of one reward.
 pub fn score_all(rewards: &mut Rewards, samples: &[RewardInput]) -> Result<Vec<f64>> {
-    let ((), parts) = rewards.beside((7, samples.len()), |queue| {
+    let ((), parts) = rewards.beside((7, samples.len()), &|| false, |queue| {
         samples.iter().enumerate().try_for_each(|(at, s)| queue.put(at, s.clone()))
     })?;
     Ok(parts.into_iter().next().flatten().unwrap())
@@ -132,7 +132,7 @@ fn scores_are_weighted_and_summed() {
     let mut rewards = Rewards::new(&list).unwrap();
     let samples = ["a", "b", "ab", ""].map(|text| sample(0, text, &json!({})));
     let ((), parts) = rewards
-        .beside((1, 4), |queue| {
+        .beside((1, 4), &|| false, |queue| {
             // Whichever ends first.
             [2, 0, 3, 1].iter().try_for_each(|at| queue.put(*at, samples[*at].clone()))
         })
@@ -149,7 +149,7 @@ fn scores_are_weighted_and_summed() {
         ]
     );
     let mut none = Rewards::default();
-    let (is_read, parts) = none.beside((1, 0), |queue| Ok(queue.is_read())).unwrap();
+    let (is_read, parts) = none.beside((1, 0), &|| false, |queue| Ok(queue.is_read())).unwrap();
     assert!(!is_read);
     assert_eq!((none.sum(parts, &mut scores), scores), (vec![], vec![4.0, 1.0, 5.0, 4.0]));
 }
@@ -158,6 +158,7 @@ fn scores_are_weighted_and_summed() {
 #[test]
 fn errors_of_the_work_are_its_own() {
     let mut rewards = rewards(r#"{ kind = "regex", pattern = "a" }"#).unwrap();
-    let failed = rewards.beside((1, 1), |_| Err::<(), _>(Error::value("a", "b", "c"))).unwrap_err();
+    let work = |_: &RewardQueue| Err::<(), _>(Error::value("a", "b", "c"));
+    let failed = rewards.beside((1, 1), &|| false, work).unwrap_err();
     assert_eq!(failed.to_string(), "a: got c, wanted b");
 }

@@ -1,6 +1,7 @@
 //! `math`: whether the answer of a sample is that of its row.
 //!
-//! The answer is what stands in the last `\boxed{...}`, or behind the last `####` on its line. It
+//! The answer is what stands in the last `\boxed{...}`, without one behind the last `####` on its
+//! line. It
 //! is right if it is exactly the number, the expression or the text of the column: 1/2, 0.5 and 50%
 //! are the same, 0.333 and 1/3 are not. A name (`x = 5`) or a unit (`5 cm`, `$5`, `50%`) that only
 //! one of both has is not compared, two of them are. Items of a list stand in the same order, those
@@ -13,7 +14,7 @@ mod units;
 
 use answer::Answer;
 
-use super::{AnswerColumn, Options, RewardFailure, RewardInput, SampleReward, each};
+use super::{AnswerColumn, Options, RewardFailure, RewardInput, SampleReward, Stop, each};
 use crate::{
     data::{ColumnsRead, RowColumns},
     error::Result,
@@ -55,7 +56,11 @@ impl SampleReward for MathReward {
         self.truth(row).map(drop)
     }
 
-    fn score(&mut self, samples: &[RewardInput]) -> Result<Vec<f64>, RewardFailure> {
+    fn score(
+        &mut self,
+        samples: &[RewardInput],
+        _stop: &Stop<'_>,
+    ) -> Result<Vec<f64>, RewardFailure> {
         each(samples, |sample| {
             let truth = self.truth(&sample.columns)?;
             match (final_answer(&sample.completion).and_then(Answer::read), self.missing) {
@@ -71,13 +76,10 @@ impl SampleReward for MathReward {
 
 /// What a text gives as its answer.
 pub fn final_answer(text: &str) -> Option<&str> {
-    let boxed = text.rfind("\\boxed");
-    let marked = text.rfind("####");
-    let answer = if boxed > marked {
-        let behind = text[boxed? + "\\boxed".len()..].trim_start();
-        lexer::group(behind)?.0
-    } else {
-        text[marked? + "####".len()..].lines().next()?
+    // A heading of Markdown may follow a box.
+    let answer = match text.rfind("\\boxed") {
+        Some(boxed) => lexer::group(text[boxed + "\\boxed".len()..].trim_start())?.0,
+        None => text[text.rfind("####")? + "####".len()..].lines().next()?,
     };
     Some(answer.trim()).filter(|answer| !answer.is_empty())
 }
