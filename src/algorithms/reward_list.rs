@@ -64,6 +64,11 @@ pub fn model_of(list: &[RewardEntry]) -> Result<Option<PathBuf>> {
         if entry.name.is_empty() || !entry.name.chars().all(plain) {
             return Err(entry.error("a name is made of letters, digits, _ and -"));
         }
+        if entry.name == "std" {
+            return Err(
+                entry.error("another metric is called `reward_std`: give it another `name`")
+            );
+        }
         if !names.insert(&entry.name) {
             return Err(entry.error("two rewards have this name: give one another `name`"));
         }

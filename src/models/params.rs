@@ -251,20 +251,11 @@ impl Layout {
             let sides = [(rank, facts.cols.len(spec)), (rows.len(), rank)];
             for (side, (rows, cols)) in [FactorSide::A, FactorSide::B].into_iter().zip(sides) {
                 let factor = Some(Factor { side, part: site.part, first });
-                let (layer, offset) = (Some(site.layer), self.len);
-                let (kind, stack, used) = (site.kind, 1, 1);
-                self.tensors.push(ParamTensor {
-                    kind,
-                    facts,
-                    layer,
-                    rows,
-                    cols,
-                    stack,
-                    used,
-                    offset,
-                    factor,
-                });
-                self.len += (rows * cols).next_multiple_of(adamw::LINE);
+                let (kind, layer, offset) = (site.kind, Some(site.layer), self.len);
+                let (stack, used) = (1, 1);
+                let tensor =
+                    ParamTensor { kind, facts, layer, rows, cols, stack, used, offset, factor };
+                self.place(tensor, rows);
             }
         }
     }
@@ -283,19 +274,15 @@ impl Layout {
         };
         let (rows, cols, offset) = (rows.len(spec), cols.len(spec), self.len);
         let factor = None;
-        self.tensors.push(ParamTensor {
-            kind,
-            facts,
-            layer,
-            rows,
-            cols,
-            stack,
-            used,
-            offset,
-            factor,
-        });
+        let tensor = ParamTensor { kind, facts, layer, rows, cols, stack, used, offset, factor };
+        self.place(tensor, room);
+    }
+
+    /// Adds a tensor behind the others, with room for so many rows.
+    fn place(&mut self, tensor: ParamTensor, room: usize) {
         // 64 bytes of f32: every tensor starts on a cache line. The gap stays 0 for ever.
-        self.len += (room * cols).next_multiple_of(adamw::LINE);
+        self.len += (room * tensor.cols).next_multiple_of(adamw::LINE);
+        self.tensors.push(tensor);
     }
 
     /// All tensors, in the order of their offsets.

@@ -242,7 +242,7 @@ fn a_damaged_cache_is_made_again() {
     assert!(cached < 300, "{cached} of 400");
 }
 
-/// A folder that cannot be written to, and a disk that is full, are no errors.
+/// A folder in which nothing can be made is no error.
 #[test]
 fn a_cache_that_cannot_be_written_is_a_warning() -> Result<()> {
     let (dir, t) = (temp_dir("tokens_readonly"), tokenizer());
@@ -256,8 +256,6 @@ fn a_cache_that_cannot_be_written_is_a_warning() -> Result<()> {
     let want = told(&job.run(None, &mut |_, _| {})?);
     // A file has its name: no folder can be made.
     fs::write(dir.join("file"), "").unwrap();
-    // Nothing can be written there.
-    fs::create_dir_all(dir.join("full/tokens")).unwrap();
     for cache in [dir.join("file"), Path::new("/proc/self").to_owned()] {
         let made = job.run(Some(&cache), &mut |_, _| {})?;
         let warning = made.warning.as_ref().unwrap();

@@ -73,7 +73,7 @@ pub fn code(options: &mut Options<'_>) -> Result<Box<dyn SampleReward>> {
         let is_path = i > 0 || word.contains('/');
         if is_path && Path::new(&*word).is_file() {
             // Links stay: an interpreter of a virtual environment is one.
-            let path = std::path::absolute(&*word).unwrap_or_else(|_| word.into());
+            let path = std::path::absolute(&*word).unwrap_or_else(|_| PathBuf::from(&*word));
             *word = path.to_string_lossy().into_owned();
         }
     }
@@ -137,13 +137,15 @@ fn is_program(name: &str) -> bool {
 /// The command that runs another in namespaces of its own, the strictest that works here; empty if
 /// none does.
 fn namespaces() -> Vec<String> {
-    let strict = &["unshare", "-r", "-n", "-p", "-f", "--kill-child"][..];
+    // A Warpo that is killed takes them with it.
+    let strict = "setpriv --pdeathsig KILL unshare -r -n -p -f --kill-child";
+    let strict = &strict.split(' ').collect::<Vec<_>>()[..];
     let works = |command: &&[&str]| {
         let mut test = Command::new(command[0]);
         test.args(&command[1..]).arg("true").stdin(Stdio::null()).stdout(Stdio::null());
         test.stderr(Stdio::null()).status().is_ok_and(|status| status.success())
     };
-    let found = [strict, &strict[..3]].into_iter().find(works).unwrap_or_default();
+    let found = [strict, &strict[3..], &strict[3..6]].into_iter().find(works).unwrap_or_default();
     found.iter().map(|word| (*word).to_owned()).collect()
 }
 
@@ -207,9 +209,8 @@ impl CodeReward {
                 None => Some(all),
                 Some(mark) => all.strip_suffix(&**mark),
             };
-            let is_expected = |out: &str| {
-                expected.as_ref().is_none_or(|text| out.trim() == text.trim())
-            };
+            let is_expected =
+                |out: &str| expected.as_ref().is_none_or(|text| out.trim() == text.trim());
             printed.is_some_and(is_expected)
         };
         Ok(f64::from(u8::from(ran.is_some_and(right))))

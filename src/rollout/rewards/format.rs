@@ -46,6 +46,12 @@ impl SampleReward for FormatReward {
         samples: &[RewardInput],
         _stop: &Stop<'_>,
     ) -> Result<Vec<f64>, RewardFailure> {
-        each(samples, |s| Ok(f64::from(u8::from(self.is_kept(&s.completion)))))
+        let open = format!("<{}>", self.think);
+        each(samples, |s| {
+            // A chat template may have begun the thought.
+            let begun = s.prompt.trim_end().ends_with(&open).then_some(&*open);
+            let text = begun.unwrap_or_default().to_owned() + &s.completion;
+            Ok(f64::from(u8::from(self.is_kept(&text))))
+        })
     }
 }

@@ -1,14 +1,15 @@
 //! `http`: a server that scores, in the form of OpenRLHF's remote reward model: it is sent
 //! `{"query": [prompt and completion], "prompts": [..], "completions": [..], "columns": {name:
-//! [..]}}` and answers `{"rewards": [..]}`. Plain HTTP/1.1; there is no TLS here: https is refused.
+//! [..]}}` and answers `{"rewards": [..]}`. A redirection is an answer that is not understood.
 
 use std::{
-    io::{ErrorKind, Read, Write},
-    net::{TcpStream, ToSocketAddrs},
-    time::{Duration, Instant},
+    sync::{Arc, mpsc},
+    thread,
+    time::Duration,
 };
 
 use serde_json::{Value, json};
+use ureq::Agent;
 
 use super::{Options, RewardFailure, RewardInput, SampleReward, Stop, process};
 use crate::{
@@ -17,12 +18,15 @@ use crate::{
 };
 
 /// Longest answer, in bytes.
-const LONGEST: usize = 64 << 20;
+const LONGEST: u64 = 64 << 20;
+
+/// Answers after which the same request may be good: too late, too early, too many, and the
+/// server's own faults.
+const PASSING: [u16; 3] = [408, 425, 429];
 
 struct HttpReward {
-    /// Host and port.
-    host: String,
-    path: String,
+    agent: Agent,
+    url: String,
     /// The column that is sent as `labels`, too.
     labels: Option<String>,
     /// Samples of a request; 0 takes all of a step.
@@ -35,79 +39,52 @@ struct HttpReward {
 /// (60) of a request; `retries` (3), with a pause that begins at 0.2 s and doubles.
 pub fn http(options: &mut Options<'_>) -> Result<Box<dyn SampleReward>> {
     let url: String = options.need("url")?;
-    let Some(rest) = url.strip_prefix("http://") else {
-        let why = if url.starts_with("https://") { "; there is no TLS here" } else { "" };
-        return Err(options.error(format!("`url` is {url:?}, wanted http://host:port/path{why}")));
-    };
-    let (host, path) = rest.split_at(rest.find('/').unwrap_or(rest.len()));
-    if host.is_empty() || url.chars().any(|c| c.is_whitespace() || c.is_control()) {
-        return Err(options.error(format!("`url` is {url:?}, wanted http://host:port/path")));
+    let host = ["http://", "https://"].iter().find_map(|scheme| url.strip_prefix(scheme));
+    let is_named = host.is_some_and(|rest| !rest.is_empty() && !rest.starts_with('/'));
+    if !is_named || url.parse::<ureq::http::Uri>().is_err() {
+        let want = "wanted http://host:port/path, or https";
+        return Err(options.error(format!("`url` is {url:?}, {want}")));
     }
-    let port = host.rsplit_once(':').is_some_and(|(_, port)| port.parse::<u16>().is_ok());
+    let timeout = Duration::from_secs_f64(options.number("timeout_s", 60.0, (0.01, 1e6))?);
+    let agent = Agent::config_builder()
+        .timeout_global(Some(timeout))
+        .http_status_as_error(false)
+        .max_redirects(0)
+        .max_redirects_will_error(false)
+        .user_agent(concat!("warpo/", env!("CARGO_PKG_VERSION")))
+        .build()
+        .new_agent();
     Ok(Box::new(HttpReward {
-        host: if port { host.to_owned() } else { format!("{host}:80") },
-        path: if path.is_empty() { "/".into() } else { path.to_owned() },
+        agent,
+        url,
         labels: options.take("labels")?,
         batch: options.take("batch_size")?.unwrap_or(0),
-        timeout: Duration::from_secs_f64(options.number("timeout_s", 60.0, (0.01, 1e6))?),
+        timeout,
         retries: options.number("retries", 3.0, (0.0, 20.0))? as u32,
     }))
 }
 
 impl HttpReward {
     /// The answer to a request: its status and its body.
-    fn post(&self, body: &str, stop: &Stop<'_>) -> Result<(u16, Vec<u8>), String> {
-        let end = Instant::now() + self.timeout;
-        let left = || {
-            let late = || format!("no answer within {} s", self.timeout.as_secs_f64());
-            end.checked_duration_since(Instant::now()).filter(|t| !t.is_zero()).ok_or_else(late)
-        };
-        let io = |e: std::io::Error| match e.kind() {
-            ErrorKind::WouldBlock | ErrorKind::TimedOut => {
-                format!("no answer within {} s", self.timeout.as_secs_f64())
-            }
-            _ => e.to_string(),
-        };
-        let mut last = "no such host".to_owned();
-        let mut stream = None;
-        for address in self.host.to_socket_addrs().map_err(io)? {
-            match TcpStream::connect_timeout(&address, left()?) {
-                Ok(connected) => {
-                    stream = Some(connected);
-                    break;
-                }
-                Err(e) => last = io(e),
-            }
-        }
-        let mut stream = stream.ok_or(last)?;
-        let head = format!(
-            "POST {} HTTP/1.1\r\nHost: {}\r\nContent-Type: application/json\r\nContent-Length: {}\r\n\
-             Connection: close\r\n\r\n",
-            self.path,
-            self.host,
-            body.len()
-        );
-        stream.set_write_timeout(Some(left()?)).map_err(io)?;
-        stream
-            .write_all(head.as_bytes())
-            .and_then(|()| stream.write_all(body.as_bytes()))
-            .map_err(io)?;
-        let (mut answer, mut piece) = (Vec::new(), vec![0; 1 << 16]);
-        loop {
-            if let Some(whole) = whole(&answer)? {
-                return Ok(whole);
-            }
-            stop.check()?;
-            stream.set_read_timeout(Some(left()?.min(Stop::EVERY))).map_err(io)?;
-            match stream.read(&mut piece) {
-                Ok(0) => return ended(&answer),
-                Ok(n) => answer.extend_from_slice(&piece[..n]),
-                Err(e) if matches!(e.kind(), ErrorKind::WouldBlock | ErrorKind::TimedOut) => {}
-                Err(e) => return Err(io(e)),
-            }
-            if answer.len() > LONGEST {
-                return Err(format!("the answer has more than {LONGEST} bytes"));
-            }
+    fn post(&self, body: &Arc<str>, stop: &Stop<'_>) -> Result<(u16, String), String> {
+        let (agent, url, body) = (self.agent.clone(), self.url.clone(), body.clone());
+        let (sender, answer) = mpsc::channel();
+        // A thread of its own, which nobody has to wait for.
+        thread::spawn(move || {
+            let sent = agent.post(url).header("content-type", "application/json").send(&*body);
+            let read = sent.and_then(|answer| {
+                let status = answer.status().as_u16();
+                let text = answer.into_body().into_with_config().limit(LONGEST).read_to_string()?;
+                Ok((status, text))
+            });
+            let _ = sender.send(read);
+        });
+        let read = stop.wait(&answer, Duration::MAX)?;
+        let seconds = self.timeout.as_secs_f64();
+        match read.map_err(|_| "the request ended without an answer")? {
+            Ok(answer) => Ok(answer),
+            Err(ureq::Error::Timeout(_)) => Err(format!("no answer within {seconds} s")),
+            Err(e) => Err(e.to_string()),
         }
     }
 
@@ -121,12 +98,12 @@ impl HttpReward {
         if let Some(name) = &self.labels {
             body["labels"] = body["columns"][name].clone();
         }
-        let body = body.to_string();
+        let body: Arc<str> = body.to_string().into();
         let (mut pause, mut tries) = (Duration::from_millis(200), 0);
         loop {
             let cause = match self.post(&body, stop) {
                 Ok((200, answer)) => {
-                    let answer = serde_json::from_slice::<Value>(&answer).ok();
+                    let answer = serde_json::from_str::<Value>(&answer).ok();
                     let rewards = answer.as_ref().and_then(|a| a.get("rewards"));
                     match rewards.and_then(|r| process::scores(r, samples.len())) {
                         Some(scores) => return Ok(scores),
@@ -134,12 +111,11 @@ impl HttpReward {
                     }
                 }
                 Ok((status, answer)) => {
-                    let text = String::from_utf8_lossy(&answer);
-                    let text: String = text.trim().chars().take(300).collect();
+                    let text: String = answer.trim().chars().take(300).collect();
                     let cause = format!("status {status}: {text}");
-                    if (400..500).contains(&status) && ![408, 425, 429].contains(&status) {
+                    if status < 500 && !PASSING.contains(&status) {
                         // The same request would be as wrong again.
-                        return Err(format!("{}: {cause}", self.host));
+                        return Err(format!("{}: {cause}", self.url));
                     }
                     cause
                 }
@@ -147,68 +123,12 @@ impl HttpReward {
             };
             tries += 1;
             if tries > self.retries {
-                return Err(format!("{}: {cause} (tried {tries} times)", self.host));
+                return Err(format!("{}: {cause} (tried {tries} times)", self.url));
             }
             stop.sleep(pause)?;
             pause = (pause * 2).min(Duration::from_secs(10));
         }
     }
-}
-
-/// Head and body of an answer, if its head is there.
-fn parts(answer: &[u8]) -> Option<(&str, &[u8])> {
-    let end = answer.windows(4).position(|w| w == b"\r\n\r\n")?;
-    Some((std::str::from_utf8(&answer[..end]).ok()?, &answer[end + 4..]))
-}
-
-fn status(head: &str) -> Result<u16, String> {
-    let status = head.strip_prefix("HTTP/1.").and_then(|h| h.split(' ').nth(1)?.parse().ok());
-    status.ok_or_else(|| "the answer is not HTTP".into())
-}
-
-fn header<'a>(head: &'a str, name: &str) -> Option<&'a str> {
-    head.lines().skip(1).find_map(|line| {
-        let (key, value) = line.split_once(':')?;
-        key.eq_ignore_ascii_case(name).then_some(value.trim())
-    })
-}
-
-/// Status and body of an answer that says itself where it ends, if all of it is there.
-fn whole(answer: &[u8]) -> Result<Option<(u16, Vec<u8>)>, String> {
-    let Some((head, body)) = parts(answer) else { return Ok(None) };
-    let status = status(head)?;
-    if header(head, "transfer-encoding").is_some_and(|v| v.eq_ignore_ascii_case("chunked")) {
-        return Ok(chunks(body)?.map(|body| (status, body)));
-    }
-    let Some(length) = header(head, "content-length") else { return Ok(None) };
-    let length: usize = length.parse().map_err(|_| "the answer has no length".to_owned())?;
-    Ok(body.get(..length).map(|body| (status, body.to_vec())))
-}
-
-/// The body of chunks, if the last of them is there.
-fn chunks(mut rest: &[u8]) -> Result<Option<Vec<u8>>, String> {
-    let mut body = Vec::new();
-    loop {
-        let Some(end) = rest.windows(2).position(|w| w == b"\r\n") else { return Ok(None) };
-        let size = std::str::from_utf8(&rest[..end]).ok();
-        let size = size.and_then(|s| usize::from_str_radix(s.split(';').next()?.trim(), 16).ok());
-        let size = size.filter(|n| *n <= LONGEST).ok_or("the answer has a bad chunk")?;
-        let Some(chunk) = rest.get(end + 2..end + 2 + size) else { return Ok(None) };
-        if size == 0 {
-            return Ok(Some(body));
-        }
-        body.extend_from_slice(chunk);
-        let Some(next) = rest.get(end + 4 + size..) else { return Ok(None) };
-        rest = next;
-    }
-}
-
-/// Status and body of an answer that ended with its connection.
-fn ended(answer: &[u8]) -> Result<(u16, Vec<u8>), String> {
-    let cut = || "the connection ended before the answer did".to_owned();
-    let (head, body) = parts(answer).ok_or_else(cut)?;
-    let open = header(head, "transfer-encoding").or(header(head, "content-length")).is_none();
-    if open { Ok((status(head)?, body.to_vec())) } else { Err(cut()) }
 }
 
 impl SampleReward for HttpReward {

@@ -87,7 +87,7 @@ pub struct Stop<'a> {
 
 impl Stop<'_> {
     /// How often somebody who waits looks.
-    pub const EVERY: Duration = Duration::from_millis(50);
+    const EVERY: Duration = Duration::from_millis(50);
 
     /// # Errors
     /// If it shall end: nobody reads why.
@@ -96,14 +96,27 @@ impl Stop<'_> {
         if is_over { Err("the step ended before it".into()) } else { Ok(()) }
     }
 
+    /// Waits for something to be sent, unless it shall end.
+    pub fn wait<T>(
+        &self,
+        from: &mpsc::Receiver<T>,
+        time: Duration,
+    ) -> Result<Result<T, mpsc::RecvTimeoutError>, String> {
+        let start = Instant::now();
+        loop {
+            self.check()?;
+            let left = time.saturating_sub(start.elapsed());
+            match from.recv_timeout(left.min(Self::EVERY)) {
+                Err(mpsc::RecvTimeoutError::Timeout) if left > Self::EVERY => {}
+                got => return Ok(got),
+            }
+        }
+    }
+
     /// Waits, unless it shall end.
     pub fn sleep(&self, time: Duration) -> Result<(), String> {
-        let end = Instant::now() + time;
-        while let Some(left) = end.checked_duration_since(Instant::now()) {
-            self.check()?;
-            thread::sleep(left.min(Self::EVERY));
-        }
-        self.check()
+        let (_nobody, never) = mpsc::channel::<()>();
+        self.wait(&never, time).map(drop)
     }
 }
 

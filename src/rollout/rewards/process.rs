@@ -7,7 +7,7 @@ use std::{
     process::{Child, Command, Stdio},
     sync::{Arc, Mutex, mpsc},
     thread,
-    time::{Duration, Instant},
+    time::Duration,
 };
 
 use serde_json::Value;
@@ -93,15 +93,7 @@ impl LineProcess {
         }
         // The answer does not come if this fails.
         let _ = running.questions.send(format!("{question}\n"));
-        let end = Instant::now() + self.timeout;
-        let answer = loop {
-            stop.check().map_err(Unanswered::Told)?;
-            let left = end.saturating_duration_since(Instant::now());
-            match running.answers.recv_timeout(left.min(Stop::EVERY)) {
-                Err(mpsc::RecvTimeoutError::Timeout) if left > Stop::EVERY => {}
-                answer => break answer,
-            }
-        };
+        let answer = stop.wait(&running.answers, self.timeout).map_err(Unanswered::Told)?;
         let line = match answer {
             Ok(line) => line,
             Err(mpsc::RecvTimeoutError::Timeout) => {
@@ -116,8 +108,7 @@ impl LineProcess {
             }
         };
         let answer = json(&line);
-        if let Some(cause) = answer.as_ref().and_then(|a| a.get("error")).filter(|e| !e.is_null())
-        {
+        if let Some(cause) = answer.as_ref().and_then(|a| a.get("error")).filter(|e| !e.is_null()) {
             let cause = cause.as_str().map_or_else(|| cause.to_string(), str::to_owned);
             return Err(Unanswered::Told(cause));
         }

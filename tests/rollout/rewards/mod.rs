@@ -9,10 +9,12 @@ use std::sync::Arc;
 use serde_json::{Value, json};
 use warpo::{
     Error, Result,
-    algorithms::RewardEntry,
+    algorithms::{ALGORITHMS, RewardEntry},
     config::Field,
     rollout::rewards::{RewardInput, RewardQueue, Rewards},
 };
+
+use crate::support::losses::build;
 
 /// The entry that a config has.
 pub fn entry(toml: &str) -> RewardEntry {
@@ -89,8 +91,14 @@ fn a_wrong_reward_is_refused_by_name() {
         (r#"{ kind = "command", command = [] }"#, "`command` is empty"),
         (r#"{ kind = "command", command = ["cat"], timeout_s = 0 }"#, "`timeout_s` is 0, wanted"),
         (r#"{ kind = "python", file = "nowhere.py" }"#, "there is no file nowhere.py"),
-        (r#"{ kind = "http", url = "https://a/b" }"#, "there is no TLS here"),
+        (r#"{ kind = "http", url = "ftp://a/b" }"#, "wanted http://host:port/path, or https"),
         (r#"{ kind = "http", url = "a/b" }"#, "wanted http://host:port/path"),
+        (r#"{ kind = "http", url = "http:///b" }"#, "wanted http://host:port/path"),
+        (r#"{ kind = "http", url = "http://a b" }"#, "wanted http://host:port/path"),
+        (
+            r#"{ kind = "code", command = ["sh"], extension = "sh", append = "tests" }"#,
+            "`append` wants `expect` beside it",
+        ),
     ] {
         let message = refused(toml);
         assert!(
@@ -117,6 +125,19 @@ fn an_entry_is_a_kind_a_name_a_weight_and_keys() {
     ] {
         let table: toml::Table = format!("x = {wrong}").parse().unwrap();
         assert_eq!(RewardEntry::parse(&table["x"]), None, "{wrong}");
+    }
+}
+
+/// A reward takes the place of no other metric.
+#[test]
+fn metrics_keep_their_names() {
+    let of_samples =
+        ALGORITHMS.iter().filter(|e| (e.section)().keys().iter().any(|k| k.name == "rewards"));
+    for (metric, _) in of_samples.flat_map(|e| e.metrics.iter().copied().flatten()) {
+        let Some(name) = metric.strip_prefix("reward_") else { continue };
+        let pairs = format!(r#"rewards=[{{ kind = "math", name = "{name}" }}]"#);
+        let e = build("grpo", &[&pairs]).map(drop).unwrap_err().to_string();
+        assert!(e.contains("another metric is called"), "{metric}: {e}");
     }
 }
 

@@ -104,6 +104,7 @@ fn command_that_says_no_score_fails() {
         ("print('[1]')", "the answer \"[1]\" is no score"),
         ("print('\"1\"')", "is no score"),
         ("print()", "is no score"),
+        ("print('1\\n2', flush=True); time.sleep(0.2)", "more than one line for a question: \"2\""),
         ("print(json.dumps({'error': 'out of luck'}))", "failed at sample 10: out of luck"),
     ] {
         let message = failure(&command(says, ", retries = 0"));
@@ -145,6 +146,45 @@ fn python_calls_a_function_with_the_columns() {
                 return [len(c) + a for c, a in zip(completions, answer)]\n";
     let batch = python("batch.py", text, r#", batch = true, function = "all""#);
     assert_eq!(score_all(&mut rewards(&batch).unwrap(), &samples()).unwrap(), [0.0, 2.0, 4.0, 6.0]);
+}
+
+/// An answer may have more than a score; a file of a reward is a module like any other.
+#[test]
+fn answers_and_files_are_read_as_people_write_them() {
+    let named = command("print(json.dumps({'score': 2, 'error': None}))", "");
+    assert_eq!(score(&named, "a", &json!({})).unwrap(), 2.0);
+    let text = "from __future__ import annotations\nfrom dataclasses import dataclass\n\
+                @dataclass\nclass Judge:\n    weight: float\n\
+                def reward(prompt, completion, **_):\n    return Judge(3.0).weight\n";
+    assert_eq!(score(&python("classes.py", text, ""), "a", &json!({})).unwrap(), 3.0);
+}
+
+/// Ctrl-C, or a step that failed elsewhere, ends each kind that waits, with many samples before it.
+#[test]
+fn an_end_is_heard_while_rewards_wait() {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let busy = r#"{ kind = "http", url = "http://127.0.0.1:1/", retries = 20 }"#;
+    let sleeps = "import time\ndef reward(prompt, completion, **_):\n    time.sleep(20)\n";
+    let code = "```\nimport time\ntime.sleep(20)\n```";
+    for (toml, completion) in [
+        (command("time.sleep(20)", ""), "a"),
+        (python("sleeps.py", sleeps, ""), "a"),
+        (format!(r#"{{ kind = "http", url = "{url}" }}"#), "a"),
+        (busy.to_owned(), "a"),
+        (format!("{CODE}, timeout_s = 60, workers = 1 }}"), code),
+    ] {
+        let mut rewards = rewards(&toml).unwrap();
+        let start = Instant::now();
+        let all: Vec<RewardInput> = (0..8).map(|i| sample(i, completion, &json!({}))).collect();
+        let requested = || start.elapsed() > Duration::from_millis(500);
+        let scored = rewards.beside((1, 8), &requested, |queue| {
+            all.iter().enumerate().try_for_each(|(at, s)| queue.put(at, s.clone()))
+        });
+        let Err(Error::Reward { message, .. }) = scored else { panic!("{toml}: {scored:?}") };
+        assert!(message.contains("the step ended before it"), "{message}");
+        assert!(start.elapsed() < Duration::from_secs(10), "{toml}: {:?}", start.elapsed());
+    }
 }
 
 #[test]
@@ -261,9 +301,10 @@ fn http_reads_chunks_and_answers_without_a_length() {
 
 #[test]
 fn http_tries_again_and_then_fails_with_the_cause() {
+    let many = "HTTP/1.1 429 Many\r\nContent-Length: 0\r\n\r\n";
     let broken = "HTTP/1.1 503 Busy\r\nContent-Length: 4\r\n\r\nbusy";
     let (url, served) =
-        server(vec![broken.into(), String::new(), ok(r#"{"rewards": [1, 1, 1, 1]}"#)]);
+        server(vec![broken.into(), String::new(), many.into(), ok(r#"{"rewards": [1, 1, 1, 1]}"#)]);
     let toml = |keys: &str| format!(r#"{{ kind = "http", url = "{url}"{keys} }}"#);
     assert_eq!(score_all(&mut rewards(&toml("")).unwrap(), &samples()).unwrap(), [1.0; 4]);
     served.join().unwrap();
@@ -276,8 +317,8 @@ fn http_tries_again_and_then_fails_with_the_cause() {
         (ok("{}"), "the answer has no `rewards` of 4 samples"),
         (ok(r#"{"rewards": [1]}"#), "the answer has no `rewards` of 4 samples"),
         (ok(r#"{"rewards": [1, 2, 3, "4"]}"#), "the answer has no `rewards` of 4 samples"),
-        ("HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{".into(), "the connection ended before"),
-        ("SSH-2.0\r\n\r\n".into(), "the answer is not HTTP"),
+        ("HTTP/1.1 200 OK\r\nContent-Length: 99\r\n\r\n{".into(), "disconnected"),
+        ("SSH-2.0\r\n\r\n".into(), "http parse fail"),
     ] {
         let (url, served) = server(vec![answer]);
         let message = failure(&format!(r#"{{ kind = "http", url = "{url}", retries = 0 }}"#));
@@ -321,6 +362,20 @@ fn code_is_run_and_judged_by_its_end() {
     let tests = json!({"tests": "assert double(2) == 4\n"});
     assert_eq!(ran("def double(x):\n    return 2 * x", r#", append = "tests""#, &tests), 1.0);
     assert_eq!(ran("def double(x):\n    return x", r#", append = "tests""#, &tests), 0.0);
+    // Whoever leaves before the tests has not passed them.
+    for leaves in ["exit()", "import os\nos._exit(0)", "raise SystemExit"] {
+        assert_eq!(ran(leaves, r#", append = "tests""#, &tests), 0.0, "{leaves}");
+    }
+    let both = json!({"tests": "print(double(2))", "out": "4"});
+    let keys = r#", append = "tests", expect = "out""#;
+    assert_eq!(ran("def double(x):\n    return 2 * x", keys, &both), 1.0);
+    assert_eq!(ran("print(4)\nexit()", keys, &both), 0.0);
+    // Files of the folder that Warpo began in, though it runs in another.
+    let script = file("run.sh", "exec python3 \"$1\"\n");
+    let up = "../".repeat(std::env::current_dir().unwrap().components().count() - 1);
+    let script = format!("{up}{}", script.display().to_string().trim_start_matches('/'));
+    let toml = format!(r#"{{ kind = "code", command = ["sh", "{script}"] }}"#);
+    assert_eq!(score(&toml, "```\nprint(1)\n```", &none).unwrap(), 1.0);
     let io = json!({"in": "2 3\n", "out": "5"});
     let keys = r#", stdin = "in", expect = "out""#;
     assert_eq!(ran("print(sum(map(int, input().split())))", keys, &io), 1.0);

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{rewards, score};
+use super::{rewards, sample, score, score_all};
 use crate::support::temp_dir;
 
 fn is(toml: &str, completion: &str, columns: &Value) -> bool {
@@ -108,6 +108,15 @@ fn format_wants_one_thought_and_an_answer() {
     ] {
         assert_eq!(is(format, text, &json!({})), want, "{text}");
     }
+    // A template that began the thought.
+    let begun = |prompt: &str, completion: &str| {
+        let mut one = sample(3, completion, &json!({}));
+        one.prompt = prompt.into();
+        score_all(&mut rewards(format).unwrap(), &[one]).unwrap()[0]
+    };
+    assert_eq!(begun("Q<think>\n", "a</think> b"), 1.0);
+    assert_eq!(begun("Q<think>\n", "<think>a</think> b"), 0.0);
+    assert_eq!(begun("Q", "a</think> b"), 0.0);
     let tagged = r#"{ kind = "format", think = "plan", answer = "answer" }"#;
     for (text, want) in [
         ("<plan>a</plan><answer>b</answer>", true),

@@ -186,9 +186,12 @@ impl Content {
                 }
             }
             (Self::List { brackets, items }, Self::List { brackets: others, items: other }) => {
-                let is_set = brackets == &['⦃', '⦄'];
-                brackets == others
-                    && if is_set { same_set(items, other) } else { all(items, other) }
+                const SET: [char; 2] = ['⦃', '⦄'];
+                const BARE: [char; 2] = [' ', ' '];
+                match [*brackets, *others] {
+                    [SET, SET | BARE] | [BARE, SET] => same_set(items, other),
+                    [a, b] => a == b && all(items, other),
+                }
             }
             (Self::Union(a), Self::Union(b)) => same_set(a, b),
             (Self::Tokens(a), Self::Tokens(b)) => {

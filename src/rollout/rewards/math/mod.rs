@@ -1,11 +1,11 @@
 //! `math`: whether the answer of a sample is that of its row.
 //!
-//! The answer is what stands in the last `\boxed{...}`, without one behind the last `####` on its
-//! line. It
-//! is right if it is exactly the number, the expression or the text of the column: 1/2, 0.5 and 50%
-//! are the same, 0.333 and 1/3 are not. A name (`x = 5`) or a unit (`5 cm`, `$5`, `50%`) that only
-//! one of both has is not compared, two of them are. Items of a list stand in the same order, those
-//! of a set in any. What is not understood has to have the same tokens.
+//! The answer is what stands in the last `\boxed{...}`; without a box, behind the last `####` on
+//! its line. It is right if it is exactly the number, the expression or the text of the column:
+//! 1/2, 0.5 and 50% are the same, 0.333 and 1/3 are not. A name (`x = 5`) or a unit (`5 cm`, `$5`,
+//! `50%`) that only one of both has is not compared, two of them are. Items of a list stand in the
+//! same order; those of a set in any, and a list without brackets may be one. What is not
+//! understood has to have the same tokens.
 
 mod answer;
 mod lexer;
