@@ -66,7 +66,9 @@ impl RepoKind {
 
 /// The files of a model that are read, of all that its repository has.
 pub fn model_files(all: &[String]) -> Vec<String> {
-    const READ: [&str; 7] = [
+    const READ: [&str; 9] = [
+        "adapter_config.json",
+        "adapter_model.safetensors",
         "config.json",
         "generation_config.json",
         "tokenizer.json",
@@ -86,14 +88,17 @@ pub fn model_files(all: &[String]) -> Vec<String> {
             }
     };
     let files: Vec<String> = all.iter().filter(is_read).cloned().collect();
-    let is_model = has("config.json") && files.iter().any(|f| f.ends_with(".safetensors"));
+    let has_config = has("config.json") || has("adapter_config.json");
+    let is_model = has_config && files.iter().any(|f| f.ends_with(".safetensors"));
     if is_model { files } else { Vec::new() }
 }
 
 /// Whether files of a name are in the cache.
 pub fn is_here(kind: RepoKind, name: &str, rest: &Path) -> bool {
     snapshot(kind, name).is_ok_and(|found| match kind {
-        RepoKind::Model => found.join("config.json").exists(),
+        RepoKind::Model => {
+            ["config.json", "adapter_config.json"].iter().any(|file| found.join(file).exists())
+        }
         RepoKind::Dataset => {
             let is_pattern = rest.to_string_lossy().contains(['*', '?']);
             let rest = if is_pattern { rest.parent().unwrap_or(rest) } else { rest };

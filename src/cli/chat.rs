@@ -59,7 +59,7 @@ pub(super) struct ChatArgs {
 pub(super) fn run(args: &ChatArgs) -> Result<()> {
     let sampling = args.sampling.params()?;
     let dir = &super::model_folder(&args.model)?;
-    let mut tokenizer = Tokenizer::open(&models::text_folder(dir)?)?;
+    let mut tokenizer = Tokenizer::open(&super::text_folder(dir, args.adapter.as_ref())?)?;
     if let Some(name) = &args.chat_template {
         tokenizer.set_template(dir, Some(name))?;
     }

@@ -57,7 +57,7 @@ pub(super) fn run(args: &ExportArgs) -> Result<()> {
             train::export_again::<f32>(&Device::cpu(), (from, config), dtype, args.merge, out)?;
             if args.merge {
                 super::note(
-                    "merged: W + s B A, rounded once; its logits and those of the adapter on its \
+                    "merged: W + s B A in the weights' dtype; its logits and those of the adapter on its \
                      base are equal to rounding, not in bits",
                 );
             }

@@ -107,8 +107,8 @@ fn run_in<T: Element<Acc = f32>>(
     let dir = super::model_folder(&args.model)?;
     let config = super::model_config(&dir, args.adapter.as_ref())?;
     let (_, spec) = config.spec()?;
-    let tokenizer =
-        Tokenizer::open_if_there(&models::text_folder(&dir)?, args.chat_template.as_deref())?;
+    let texts = super::text_folder(&dir, args.adapter.as_ref())?;
+    let tokenizer = Tokenizer::open_if_there(&texts, args.chat_template.as_deref())?;
     if let (None, Some(stop)) = (&tokenizer, args.stop.first()) {
         let want = format!("a tokenizer in {}", dir.display());
         return Err(Error::config("--stop", want, stop));

@@ -32,7 +32,7 @@ use crate::{
     device::Device,
     error::{Error, Result},
     hub,
-    models::{AdapterConfig, Config},
+    models::{self, AdapterConfig, Config},
     train as runs,
 };
 
@@ -165,6 +165,12 @@ fn model_config(dir: &Path, adapter: Option<&PathBuf>) -> Result<Config> {
     }
 }
 
+/// The folder of the tokenizer of a model, perhaps with an adapter on it.
+fn text_folder(dir: &Path, adapter: Option<&PathBuf>) -> Result<PathBuf> {
+    let adapter = adapter.map(|given| model_folder(given)).transpose()?;
+    models::text_folder(dir, adapter.as_deref())
+}
+
 /// The same without a checkpoint.
 fn hub_folder(given: &Path) -> Result<PathBuf> {
     if runs::is_of_checkpoint(given) {
@@ -172,6 +178,9 @@ fn hub_folder(given: &Path) -> Result<PathBuf> {
     }
     fetch::fetch_model(given)?;
     let found = hub::model(given)?;
+    if AdapterConfig::is_in(&found) {
+        fetch::fetch_model(&AdapterConfig::read(&found)?.base()?)?;
+    }
     if found != given {
         note(&format!("{} is {}", given.display(), found.display()));
     }

@@ -82,8 +82,9 @@ fn run_in<T: Element<Acc = f32>>(args: &ScoreArgs, dev: &Device) -> Result<()> {
     let Some(dir) = model_dir.as_ref().or(reward_dir.as_ref()) else {
         return Err(Error::config("--model", "a model or a reward model", "neither"));
     };
-    let tokenizer =
-        Tokenizer::open_if_there(&models::text_folder(dir)?, args.chat_template.as_deref())?;
+    let adapter = args.adapter.as_ref().filter(|_| model_dir.is_some());
+    let texts = super::text_folder(dir, adapter)?;
+    let tokenizer = Tokenizer::open_if_there(&texts, args.chat_template.as_deref())?;
     let (max_length, vocab) = specs
         .iter()
         .fold((usize::MAX, usize::MAX), |(l, v), s| (l.min(s.max_positions), v.min(s.vocab)));

@@ -6,7 +6,7 @@ use crate::{
     data::Tokenizer,
     device::{Device, Element},
     error::{Error, Result},
-    models::{Head, LoadOptions, Model, Spec, load},
+    models::{Head, LoadOptions, Model, Spec, load, text_folder},
 };
 
 /// Loads the reward model in `dir`, which shall rate texts of up to `longest` tokens by a policy.
@@ -44,5 +44,5 @@ pub fn check_reward_model(
         let message = format!("reads texts of up to {most} tokens, the policy writes {longest}");
         return Err(Error::file(dir, message));
     }
-    tokenizer.map_or(Ok(()), |t| t.agrees(dir))
+    tokenizer.map_or(Ok(()), |t| t.agrees(&text_folder(dir, None)?))
 }

@@ -35,7 +35,9 @@ impl Config {
     pub fn read(dir: &Path) -> Result<Self> {
         if AdapterConfig::is_in(dir) {
             let adapter = AdapterConfig::read(dir)?;
-            return Self::read_base(&hub::model(&adapter.base()?)?)?.with_adapter(adapter);
+            let base = adapter.base()?;
+            let found = hub::model(&base).and_then(|dir| Self::read_base(&dir));
+            return found.map_err(|e| adapter.without_base(&e))?.with_adapter(adapter);
         }
         Self::read_base(dir)
     }

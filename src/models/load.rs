@@ -19,8 +19,13 @@ use crate::{
 /// The weights of a PEFT folder.
 pub const ADAPTER_FILE: &str = "adapter_model.safetensors";
 
-/// The folder of a model's tokenizer: its own, or the base's for an adapter's folder without one.
-pub fn text_folder(dir: &Path) -> Result<PathBuf> {
+/// The folder of the tokenizer, chat template and record of a model, and perhaps of the `adapter`
+/// that is put on it: the adapter's, if it has a tokenizer; the model's own; or the base's, where
+/// the model's folder is an adapter's without one.
+pub fn text_folder(dir: &Path, adapter: Option<&Path>) -> Result<PathBuf> {
+    if let Some(adapter) = adapter.filter(|dir| dir.join("tokenizer.json").exists()) {
+        return Ok(adapter.into());
+    }
     if AdapterConfig::is_in(dir) && !dir.join("tokenizer.json").exists() {
         return Ok(Config::read(dir)?.dir().into());
     }
@@ -69,6 +74,7 @@ pub fn load_as<T: Element>(dev: &Device, config: Config, options: LoadOptions) -
     if config.adapter().is_none() {
         return load_base(dev, config, options);
     }
+    config.adapter().map_or(Ok(()), |adapter| adapter.check_head(head))?;
     // The head that an adapter brings.
     let own = config.spec()?.1.adapter.is_some_and(|adapter| adapter.score);
     let new_head = new_head.or(own.then_some(0));
@@ -94,10 +100,6 @@ impl<T: Element> Model<T> {
             if head == Head::Scalar && score.is_none() {
                 return Err(adapter.wrong("modules_to_save", "[\"score\"] to train it"));
             }
-        }
-        if let Some(scalar) = adapter.scalar().filter(|scalar| *scalar != (head == Head::Scalar)) {
-            let want = if scalar { "\"CAUSAL_LM\"" } else { "\"SEQ_CLS\"" };
-            return Err(adapter.wrong("task_type", want));
         }
         match &adapter.start {
             AdapterStart::Folder(dir) => model.read_adapter(dev, dir)?,

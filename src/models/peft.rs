@@ -5,6 +5,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use super::Head;
 use crate::{
     device::file,
     error::{Error, Result},
@@ -52,9 +53,9 @@ pub struct AdapterConfig {
 }
 
 impl AdapterConfig {
-    /// Whether a folder is an adapter's, and no model's.
+    /// Whether a folder is an adapter's, whatever lies beside it, as in transformers.
     pub fn is_in(dir: &Path) -> bool {
-        dir.join(ADAPTER_CONFIG).is_file() && !dir.join("config.json").exists()
+        dir.join(ADAPTER_CONFIG).is_file()
     }
 
     /// Reads the config of a PEFT folder, whose weights it begins with.
@@ -204,6 +205,21 @@ impl AdapterConfig {
         self.get("task_type").map(|task| task == "SEQ_CLS")
     }
 
+    /// Refuses a model of another head than it is for.
+    pub fn check_head(&self, head: Head) -> Result<()> {
+        match (self.scalar(), head) {
+            (Some(true), Head::Lm) => {
+                Err(self.wrong("task_type", "\"CAUSAL_LM\": it is of a reward model"))
+            }
+            (Some(false), Head::Scalar) => {
+                let want = "\"SEQ_CLS\"; `warpo export --merge` makes a model of it that may be \
+                            trained with another head";
+                Err(self.wrong("task_type", want))
+            }
+            _ => Ok(()),
+        }
+    }
+
     /// Refuses to train what would not be trained as it says.
     pub(super) fn check_trained(&self) -> Result<()> {
         match self.get("lora_dropout").map_or(Some(0.0), Value::as_f64) {
@@ -219,13 +235,24 @@ impl AdapterConfig {
         base.ok_or_else(|| self.wrong("base_model_name_or_path", "the base model's folder"))
     }
 
-    /// The text of its file for a model with such a head, which `base` names.
-    pub(super) fn text(&self, scalar: bool, base: &Path) -> String {
+    /// An error of the model that it names.
+    pub(super) fn without_base(&self, e: &Error) -> Error {
+        let base = self.base().unwrap_or_default();
+        let message = format!(
+            "`base_model_name_or_path` is {}: {e}; `--model BASE --adapter DIR` takes another",
+            base.display()
+        );
+        Error::file(&self.path, message)
+    }
+
+    /// The text of its file for a model with such a head, which it has itself or not, over what
+    /// `base` names.
+    pub(super) fn text(&self, (scalar, has_score): (bool, bool), base: &Path) -> String {
         let mut json = self.json.clone();
         let task = if scalar { "SEQ_CLS" } else { "CAUSAL_LM" };
         json.insert("task_type".into(), json!(task));
         json.insert("base_model_name_or_path".into(), json!(base.to_string_lossy()));
-        if scalar {
+        if has_score {
             json.insert("modules_to_save".into(), json!(["score"]));
         }
         json.insert("inference_mode".into(), json!(true));

@@ -247,7 +247,8 @@ pub fn write_weights<T: Element>(
 pub fn adapter_config_text<T: Element>(model: &Model<T>, base: &Path) -> Result<String> {
     let adapter = model.config().adapter();
     let adapter = adapter.ok_or_else(|| Error::value("adapter to store", "one", "none"))?;
-    Ok(adapter.text(model.head() == Head::Scalar, base))
+    let has_score = model.spec().adapter.as_ref().is_some_and(|adapter| adapter.score);
+    Ok(adapter.text((model.head() == Head::Scalar, has_score), base))
 }
 
 /// The text of the model's `config.json`.

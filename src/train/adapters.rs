@@ -8,8 +8,20 @@ use std::{
 use super::settings::Settings;
 use crate::{
     error::{Error, Result},
-    models::{AdapterConfig, Config, Head, LoraOptions, Spec},
+    models::{self, AdapterConfig, Config, Head, LoraOptions, Spec},
 };
+
+impl Settings {
+    /// The folder of the run's tokenizer and chat template.
+    pub fn text_folder(&self) -> Result<PathBuf> {
+        models::text_folder(Path::new(&self.model), self.adapter.as_deref().map(Path::new))
+    }
+
+    /// Whether the policy begins with an adapter that was trained.
+    pub(super) fn begins_with_adapter(&self) -> bool {
+        self.adapter.is_some() || AdapterConfig::is_in(Path::new(&self.model))
+    }
+}
 
 /// How a run uses a model, of all that its adapter depends on.
 #[derive(Clone, Copy, Debug)]
@@ -30,6 +42,16 @@ pub(super) fn with_adapter(s: &Settings, config: Config, of: ModelUse) -> Result
         return Err(Error::config("lora_rank", want, s.lora_rank));
     }
     let model = Config::read(Path::new(&s.model))?;
+    let d = Settings::default();
+    for (key, is_set) in [
+        ("lora_alpha", s.lora_alpha != d.lora_alpha),
+        ("lora_rslora", s.lora_rslora != d.lora_rslora),
+        ("lora_targets", s.lora_targets != d.lora_targets),
+    ] {
+        if is_set && s.lora_rank == 0 {
+            return Err(Error::config(key, "none without a lora_rank", "one"));
+        }
+    }
     let chosen = match (s.lora_rank, &given, model.adapter()) {
         (0, None, None) => None,
         (0, Some(adapter), _) | (0, None, Some(adapter)) => Some(adapter.options().clone()),

@@ -18,7 +18,7 @@ use crate::{
     device::{Device, Element},
     digest::hex,
     error::{Error, Result},
-    models::{self, Config, Head, LoadOptions, Model, Residency},
+    models::{self, AdapterStart, Config, Head, LoadOptions, Model, Residency},
     storage::{Disk, Storage, append_all, read_small, remove, write_file},
 };
 
@@ -156,7 +156,7 @@ pub fn export<T: Element>(
         files.insert(name.to_owned(), hex(hash.finalize()));
         Ok(())
     };
-    let adapter = adapter_text(model);
+    let adapter = adapter_text(model)?;
     let name = if adapter.is_some() { models::ADAPTER_FILE } else { models::WEIGHTS_FILE };
     put(name, &mut |out| models::write_weights(dev, model, dtype, out))?;
     let id = match &new.eos[..] {
@@ -203,12 +203,13 @@ pub fn export<T: Element>(
 
 /// The `adapter_config.json` of a model with an adapter, in which the base is named by the whole
 /// path of its folder.
-pub fn adapter_text<T: Element>(model: &Model<T>) -> Option<String> {
+pub fn adapter_text<T: Element>(model: &Model<T>) -> Result<Option<String>> {
     let (config, dir) = (model.config(), model.config().dir());
+    let Some(adapter) = config.adapter() else { return Ok(None) };
     let known = dir.join("config.json").is_file();
     let there = known.then(|| fs::canonicalize(dir).ok()).flatten();
-    let base = there.or_else(|| config.adapter()?.base().ok())?;
-    models::adapter_config_text(model, &base).ok()
+    let base = there.map_or_else(|| adapter.base(), Ok)?;
+    models::adapter_config_text(model, &base).map(Some)
 }
 
 /// Writes the model of a folder, of whatever head, into the folder `to` in another dtype; with an
@@ -230,14 +231,20 @@ pub fn export_again<T: Element>(
         None => Residency::Trained,
     };
     let options = LoadOptions { residency, ..LoadOptions::frozen(head) };
+    let of_adapter = match config.adapter().map(|adapter| &adapter.start) {
+        Some(AdapterStart::Folder(dir)) => Some(dir.clone()),
+        _ => None,
+    };
+    let texts = models::text_folder(from, of_adapter.as_deref())?;
     let mut model: Model<T> = models::load_as(dev, config, options)?;
     if merge {
         model.merge(dev)?;
     }
     let own = if model.adapter().is_some() { Dtype::F32 } else { model.stored_dtype() };
     let none = ExportedFrom { step: 0, run: String::new(), eos: None };
+    let from = of_adapter.as_deref().unwrap_or(from);
     let of = record(&Disk, from).map_or(none, |record| record.of);
-    let (dtype, texts) = (dtype.of(own), models::text_folder(from)?);
+    let dtype = dtype.of(own);
     export(&Disk, (dev, &model, dtype), (&texts, to), &of, &NewCompanions::default())
 }
 

@@ -1,7 +1,5 @@
 //! A run's validated inputs: settings, specs, tokenizer, data; no weights yet.
 
-use std::path::Path;
-
 use super::{
     data_file::DataFile,
     mixture::SourceFiles,
@@ -19,7 +17,7 @@ use crate::{
     device::{Device, Element},
     error::{Error, Result},
     eval,
-    models::{Spec, text_folder},
+    models::Spec,
     rollout::rewards::Rewards,
 };
 
@@ -93,7 +91,7 @@ impl RunData {
         spec: &Spec,
         seen: &mut dyn Observer,
     ) -> Result<Self> {
-        let dir = &text_folder(Path::new(&settings.model))?;
+        let dir = &settings.text_folder()?;
         let tokenizer = Tokenizer::open_if_there(dir, settings.chat_template.as_deref())?;
         let rewards = Rewards::new(&needs.rewards)?;
         if rewards.read_texts() && tokenizer.is_none() {
@@ -140,6 +138,13 @@ impl RunData {
         for i in prompts {
             let refused = |e: String| source.data.place_of(i).error(e);
             rewards.admit(&source.data.columns(i)).map_err(refused)?;
+        }
+        if needs.reference && needs.reference_model.is_none() && settings.begins_with_adapter() {
+            source.warnings.push(
+                "the reference is the model below the adapter that the run begins with; for the one \
+                 with it set `reference_model` to the adapter's folder"
+                    .into(),
+            );
         }
         let end = tokenizer.as_ref().and_then(data::turn_end);
         let ended = |s: Sequence| s.ids.iter().any(|id| eos.contains(id));

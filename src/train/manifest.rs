@@ -135,8 +135,9 @@ impl Manifest {
         let differs = |(key, is): &&(&str, String)| before.get(key) != Some(is);
         let may = |key: &str| longer && Settings::OF_LENGTH.contains(&key);
         let wrong = all.iter().filter(|at| differs(at) && !may(at.0));
-        // Other rewards may read other columns of the data, which is another then.
-        let Some(&(key, ref is)) = wrong.min_by_key(|at| at.0 != "rewards") else {
+        // The cause first: other settings may make other data, or another model.
+        let is_setting = |key: &str| self.settings.contains_key(key);
+        let Some(&(key, ref is)) = wrong.min_by_key(|at| !is_setting(at.0)) else {
             let changed = all.iter().filter(differs);
             let pair = |(key, is): &(&str, String)| {
                 ((*key).to_owned(), [before.get(key).cloned().unwrap_or_default(), is.clone()])

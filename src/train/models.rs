@@ -223,6 +223,7 @@ impl<T: Element<Acc = f32>> Models<T> {
         let (mut frozen, mut trained) = (Vec::new(), Vec::new());
         let mut bases: Vec<(BaseKey, Model<T>)> = Vec::new();
         let mut made = |m: &PlannedModel, residency, new_head| {
+            m.config.adapter().map_or(Ok(()), |adapter| adapter.check_head(m.role.head))?;
             let Some(key) = m.shared(all) else {
                 return load_as(dev, m.config.clone(), m.options(residency, new_head));
             };

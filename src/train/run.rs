@@ -459,7 +459,7 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
         let _phase = dev.span("export");
         for ((state, dir), role) in self.exports().zip(&plan.roles) {
             let model = (dev, &state.model, role.dtype);
-            let from = models::text_folder(self.trainer.inputs.settings.model.as_ref())?;
+            let from = self.trainer.inputs.settings.text_folder()?;
             export::export(&Disk, model, (&from, &dir), &of, &plan.new)?;
         }
         Ok(self.out.join("final"))
@@ -490,11 +490,12 @@ impl<T: Element<Acc = f32>> RunFolder<T> {
                 scalar: state.role.head == Head::Scalar,
                 dtype,
                 config: models::config_text(&state.model, dtype),
-                adapter: export::adapter_text(&state.model),
+                // `new` has refused a model without a text.
+                adapter: export::adapter_text(&state.model).ok().flatten(),
             }
         };
-        let model = Path::new(&inputs.settings.model);
-        let from = &models::text_folder(model).unwrap_or_else(|_| model.into());
+        let from = inputs.settings.text_folder();
+        let from = &from.unwrap_or_else(|_| PathBuf::from(&inputs.settings.model));
         ExportPlan {
             // A checkpoint may be read from elsewhere. JSON has no other names.
             from: fs::canonicalize(from)

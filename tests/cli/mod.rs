@@ -1,5 +1,6 @@
 //! The command line as a user meets it: help, wrong input, pipes, exit codes.
 
+mod adapter;
 mod chat;
 mod hub;
 mod profile;

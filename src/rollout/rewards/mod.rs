@@ -243,8 +243,8 @@ impl Rewards {
         self.readers().try_for_each(admit)
     }
 
-    /// Scores the samples that `work` puts in its queue, `count` of them, while it makes them, until
-    /// an end is `requested`.
+    /// Scores the samples that `work` puts in its queue, `count` of them, while it makes them,
+    /// until an end is `requested`.
     ///
     /// # Errors
     /// [`Error::Reward`] of the first reward in the list that fails, before one of `work`, which
