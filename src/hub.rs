@@ -14,6 +14,8 @@ use std::{
 
 pub use download::HubClient;
 
+use serde_json::Value;
+
 use crate::{
     device::file,
     error::{Error, Result},
@@ -93,18 +95,52 @@ pub fn model_files(all: &[String]) -> Vec<String> {
     if is_model { files } else { Vec::new() }
 }
 
-/// Whether files of a name are in the cache.
-pub fn is_here(kind: RepoKind, name: &str, rest: &Path) -> bool {
-    snapshot(kind, name).is_ok_and(|found| match kind {
-        RepoKind::Model => {
-            ["config.json", "adapter_config.json"].iter().any(|file| found.join(file).exists())
-        }
+/// What `choose` picks of the names of a repository's files.
+pub type Choose<'a> = &'a dyn Fn(&[String]) -> Vec<String>;
+
+/// Whether the files of a name that `choose` picks are in the cache. Its own tools keep no list of
+/// what a repository has: of theirs a model is here with its weights, a data set with the path.
+pub fn is_here(kind: RepoKind, name: &str, rest: &Path, choose: Choose<'_>) -> bool {
+    let Ok(found) = snapshot(kind, name) else { return false };
+    let has = |file: &str| found.join(file).exists();
+    if let Some(all) = listed(&found) {
+        let wanted = choose(&all);
+        return !wanted.is_empty() && wanted.iter().all(|file| has(file));
+    }
+    match kind {
+        RepoKind::Model => match has("adapter_config.json") {
+            true => has("adapter_model.safetensors"),
+            false => has("config.json") && has_weights(&found),
+        },
         RepoKind::Dataset => {
             let is_pattern = rest.to_string_lossy().contains(['*', '?']);
             let rest = if is_pattern { rest.parent().unwrap_or(rest) } else { rest };
             rest.as_os_str().is_empty() || found.join(rest).exists()
         }
-    })
+    }
+}
+
+/// Whether a snapshot has one file of weights, or all shards that its index names.
+fn has_weights(found: &Path) -> bool {
+    let Ok(text) = file::read_text(&found.join("model.safetensors.index.json"), 64 << 20) else {
+        return found.join("model.safetensors").exists();
+    };
+    let index: Value = serde_json::from_str(&text).unwrap_or_default();
+    let shards = index["weight_map"].as_object().into_iter().flat_map(|map| map.values());
+    let mut shards = shards.filter_map(Value::as_str).peekable();
+    shards.peek().is_some() && shards.all(|shard| found.join(shard).exists())
+}
+
+/// Where the names of all files of a commit are kept, beside its snapshot.
+fn list_of(repository: &Path, commit: &str) -> PathBuf {
+    repository.join("warpo").join(commit)
+}
+
+/// The names of all files of a snapshot's commit, if we have downloaded some of them.
+fn listed(found: &Path) -> Option<Vec<String>> {
+    let list = list_of(found.parent()?.parent()?, found.file_name()?.to_str()?);
+    let text = file::read_text(&list, 16 << 20).ok()?;
+    Some(text.lines().map(str::to_owned).collect())
 }
 
 /// Who downloads, as the user's environment says; `None` where `HF_HUB_OFFLINE` forbids it, or

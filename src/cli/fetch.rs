@@ -33,12 +33,8 @@ pub(super) fn fetch_data(given: &Path) -> Result<()> {
     fetch(RepoKind::Dataset, (name, rest), &|all| data::dataset_files(all, rest))
 }
 
-fn fetch(
-    kind: RepoKind,
-    (name, rest): (&str, &Path),
-    choose: &dyn Fn(&[String]) -> Vec<String>,
-) -> Result<()> {
-    if hub::is_here(kind, name, rest) {
+fn fetch(kind: RepoKind, (name, rest): (&str, &Path), choose: hub::Choose<'_>) -> Result<()> {
+    if hub::is_here(kind, name, rest, choose) {
         return Ok(());
     }
     // Where nothing may be downloaded, whoever looks for it says so.

@@ -19,7 +19,10 @@ use std::{
     io::Read,
     ops::Range,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering},
+    },
 };
 
 use memmap2::Mmap;
@@ -45,8 +48,8 @@ const COUNTS: usize = 5;
 /// Bytes of the last two parts.
 const FOOTER: usize = COUNTS * 8 + 32;
 
-/// Rows after which pages are given back, where all are read.
-const OFTEN: usize = 4096;
+/// Reads of rows after which pages are given back: in random order each maps 16 of them.
+const OFTEN: usize = 512;
 
 /// Bytes that are written at once.
 const BUFFER: usize = 1 << 20;
@@ -76,7 +79,7 @@ pub struct About {
     pub spelled: Option<String>,
 }
 
-/// StoreWords that are in memory or in a file.
+/// Words that are in memory or in a file.
 #[derive(Debug)]
 enum StoreWords {
     Memory(Vec<u32>),
@@ -172,7 +175,7 @@ pub(super) struct StoreWriter {
     hash: Sha256,
     /// Where rows begin.
     starts: Vec<u64>,
-    /// StoreWords so far.
+    /// Words so far.
     at: u64,
     /// The rows of the file, once they are settled.
     settled: Option<Mmap>,
@@ -325,12 +328,12 @@ impl StoreWriter {
         let row = |i: usize| rows.map_or(i, |rows| rows[i] as usize);
         let pairs = if unit == 2 { count / 2 } else { 0 };
         let margin = |i: usize| {
-            self.release_at(i);
+            self.release_often();
             Some(self.words(row(2 * i)).margin).filter(|m| !m.is_nan())
         };
         let sequences = (0..count).map(|i| self.row(row(i)));
         let columns = |i: usize| {
-            self.release_at(i);
+            self.release_often();
             Value::Object((*self.words(row(i)).columns()).clone()).to_string()
         };
         let columns = (0..if self.has_columns { count } else { 0 }).map(columns);
@@ -348,17 +351,16 @@ impl StoreWriter {
         row.unwrap_or_default()
     }
 
-    fn release_at(&self, i: usize) {
-        if let Some(map) = self.settled.as_ref().filter(|_| i % OFTEN == OFTEN - 1) {
-            file::release(map);
-        }
+    fn release_often(&self) {
+        often(|| self.settled.iter().for_each(file::release));
     }
 }
 
-/// Gives pages back from time to time while all rows are read.
-fn release_at(i: usize, words: &StoreWords) {
-    if i % OFTEN == OFTEN - 1 {
-        words.release();
+/// Gives pages back from time to time while rows are read, in whatever order.
+fn often(release: impl FnOnce()) {
+    static READS: AtomicUsize = AtomicUsize::new(0);
+    if READS.fetch_add(1, Ordering::Relaxed) % OFTEN == OFTEN - 1 {
+        release();
     }
 }
 
@@ -398,7 +400,7 @@ impl RowSink for StoreWriter {
 
     fn row(&self, i: usize) -> Sequence {
         let row = self.words(i).sequence(&self.files);
-        self.release_at(i);
+        self.release_often();
         row
     }
 }
@@ -471,7 +473,7 @@ impl TokenStore {
         let ends = self.rows.as_ref().map_or(self.labels.start, |rows| rows.start);
         let count = (ends - self.starts) / 2;
         for i in 0..count {
-            release_at(i, &self.words);
+            often(|| self.words.release());
             let row = RowWords::of(words, at).filter(|row| row.is_sound(self.files.len(), vocab));
             match row {
                 Some(row) if long(words, self.starts + 2 * i) == Some(at as u64) => at = row.end,
@@ -513,7 +515,7 @@ impl TokenStore {
     /// All sequences. What was read is given back to the system on the way.
     pub fn sequences(&self) -> impl Iterator<Item = Sequence> + '_ {
         (0..self.count).filter_map(|i| {
-            release_at(i, &self.words);
+            often(|| self.words.release());
             self.row(i).map(|row| row.sequence(&self.files))
         })
     }
@@ -532,7 +534,7 @@ impl TokenStore {
 
     /// The file that an example is of, by its number.
     pub fn file(&self, i: usize) -> usize {
-        release_at(i, &self.words);
+        often(|| self.words.release());
         self.row(i * self.unit()).map_or(0, |row| row.file)
     }
 
@@ -545,7 +547,7 @@ impl TokenStore {
 
     /// What rewards read of the row of a prompt.
     pub fn columns(&self, i: usize) -> Arc<RowColumns> {
-        release_at(i, &self.words);
+        often(|| self.words.release());
         self.row(i).map(|row| row.columns()).unwrap_or_default()
     }
 

@@ -106,6 +106,12 @@ impl Tokenizer {
             Some(Err(e)) => return Err(Error::file(path, format!("not a tokenizer: {e}"))),
             None => return Err(Error::file(path, "not a tokenizer: it cannot be parsed")),
         };
+        if inner.get_pre_tokenizer().is_none() {
+            // A word of the cache that each thread has would be a whole text.
+            let mut model = inner.get_model().clone();
+            model.resize_cache(0);
+            inner.with_model(model);
+        }
         let _ = inner.with_truncation(None);
         inner.with_padding(None);
         // Special tokens spelled in text stay text.

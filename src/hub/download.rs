@@ -1,5 +1,5 @@
-//! Files of the Hub over HTTPS, into the cache that its own tools read: the only module that asks
-//! the network for anything, and only for a name that the user gave.
+//! Files of the Hub over HTTPS, into the cache that its own tools read: asked for only by a name
+//! that the user gave.
 //!
 //! Everything that a server says is anybody's: names of files, sizes, checksums and bodies are
 //! bounded and checked before they are believed, and a file gets its name when its content has the
@@ -16,9 +16,9 @@ use std::{
 
 use serde_json::Value;
 use sha1::{Digest, Sha1};
-use ureq::{Agent, Body, http::Response};
+use ureq::{Agent, Body, config::RedirectAuthHeaders, http::Response};
 
-use super::RepoKind;
+use super::{Choose, RepoKind, list_of};
 use crate::{
     digest::{hex, sha256},
     error::{Error, Result},
@@ -72,11 +72,14 @@ impl HubClient {
         &self,
         kind: RepoKind,
         name: &str,
-        choose: &dyn Fn(&[String]) -> Vec<String>,
+        choose: Choose<'_>,
         seen: &mut dyn FnMut(&str, u64, u64),
     ) -> Result<()> {
         let (repo, revision) = name.split_once('@').unwrap_or((name, "main"));
-        let (commit, files) = self.list(kind, repo, revision)?;
+        let listed = self.list(kind, repo, revision);
+        let (commit, files) = listed.map_err(|e| {
+            Error::file(name, format!("is no file or folder here, nor to be had from the Hub: {e}"))
+        })?;
         let names: Vec<String> = files.iter().map(|file| file.name.clone()).collect();
         let wanted = choose(&names);
         if wanted.is_empty() {
@@ -102,6 +105,10 @@ impl HubClient {
             );
             self.blob(file, &url, &blobs, seen)?;
         }
+        let list = list_of(&folder, &commit);
+        let parent = list.parent().unwrap_or(&folder);
+        fs::create_dir_all(parent).map_err(Error::io("create", parent))?;
+        write_file(&Disk, &list, names.join("\n").as_bytes())?;
         // All are here: a snapshot has what was wanted, or is not there.
         let snapshot = folder.join("snapshots").join(&commit);
         for file in files.iter().filter(|file| wanted.contains(&file.name)) {
@@ -135,6 +142,8 @@ impl HubClient {
             .http_status_as_error(false)
             .https_only(self.endpoint.starts_with("https://"))
             .max_redirects(5)
+            // A repository that was renamed answers so.
+            .redirect_auth_headers(RedirectAuthHeaders::SameHost)
             .timeout_connect(Some(self.patience))
             .timeout_recv_response(Some(self.patience))
             .timeout_per_read(Some(self.patience))
@@ -165,11 +174,11 @@ impl HubClient {
                 Some(_) => "is refused with this HF_TOKEN: accept its terms on the Hub, or take \
                             another token"
                     .into(),
-                None => "is refused: it is no public name, or one with terms to accept; HF_TOKEN \
-                         has the token of your account"
+                None => "is refused: it does not exist, is not public, or has terms to accept; \
+                         HF_TOKEN has the token of your account"
                     .into(),
             }),
-            404 => fatal("is not on the Hub, and is no file or folder here".into()),
+            404 => fatal("is not on the Hub".into()),
             416 => Err(Failure::Broken("it has fewer bytes than are here".into())),
             code @ (408 | 425 | 429 | 500..) => Err(Failure::Broken(format!("it answers {code}"))),
             code => fatal(format!("answers with status {code}, wanted 200")),
@@ -179,26 +188,25 @@ impl HubClient {
     /// Tries again what broke off, with pauses; `once` says whether it came further.
     fn patiently<R>(
         &self,
-        url: &str,
+        (url, tries): (&str, u32),
         mut once: impl FnMut() -> (bool, Result<R, Failure>),
     ) -> Result<R> {
-        let mut tries = 0;
+        let mut broken = 0;
         loop {
             let why = match once() {
                 (_, Ok(done)) => return Ok(done),
                 (_, Err(Failure::Fatal(e))) => return Err(e),
                 (further, Err(Failure::Broken(why))) => {
-                    tries = if further { 0 } else { tries + 1 };
+                    broken = if further { 0 } else { broken + 1 };
                     why
                 }
             };
-            if tries == TRIES {
-                let message = format!(
-                    "broke off {TRIES} times: {why}; the same command goes on where it ended"
-                );
-                return Err(Error::file(url, message));
+            if broken == tries {
+                let hint =
+                    if tries == TRIES { "; the same command goes on where it ended" } else { "" };
+                return Err(Error::file(url, format!("broke off {tries} times: {why}{hint}")));
             }
-            thread::sleep(self.pause * (1 << tries));
+            thread::sleep(self.pause * (1 << broken));
         }
     }
 
@@ -214,7 +222,8 @@ impl HubClient {
             self.endpoint.trim_end_matches('/'),
             kind.name()
         );
-        let text = self.patiently(&url, || {
+        // Nothing is lost yet: who has no network hears it soon.
+        let text = self.patiently((&url, 2), || {
             let read = self.get(&url, 0).and_then(|answer| {
                 let mut text = Vec::new();
                 let n = answer.into_body().into_reader().take(MAX_LIST + 1).read_to_end(&mut text);
@@ -271,7 +280,7 @@ impl HubClient {
         }
         check_room(&Disk, name, blobs, size.saturating_sub(len(&aside)))?;
         seen(name, len(&aside), *size);
-        self.patiently(url, || {
+        self.patiently((url, TRIES), || {
             let before = len(&aside);
             let done = self.rest(url, &aside, *size, &mut |done| seen(name, done, *size));
             (len(&aside) >= before + PROGRESS, done)

@@ -255,8 +255,11 @@ fn what_a_server_says_is_not_believed() {
     type Answers = Box<dyn Fn(&Asked, usize) -> Answer + Send + Sync>;
     let all: [(&str, Answers); 16] = [
         ("is refused with this HF_TOKEN", Box::new(|_, _| answer(401, ""))),
-        ("is not on the Hub, and is no file or folder here", Box::new(|_, _| answer(404, ""))),
-        ("broke off 5 times: it answers 503", Box::new(|_, _| answer(503, ""))),
+        (
+            "is no file or folder here, nor to be had from the Hub: ",
+            Box::new(|_, _| answer(404, "")),
+        ),
+        ("broke off 2 times: it answers 503", Box::new(|_, _| answer(503, ""))),
         ("answers with status 418", Box::new(|_, _| answer(418, ""))),
         ("answers with no JSON", Box::new(|_, _| answer(200, "<html>"))),
         ("answers with no commit", Box::new(|_, _| answer(200, "{\"sha\": \"../x\"}"))),
@@ -304,7 +307,7 @@ fn what_a_server_says_is_not_believed() {
             ),
         ),
         (
-            "broke off 5 times: timeout",
+            "broke off 2 times: timeout",
             Box::new(|asked, _| Answer {
                 waits: Duration::from_secs(3),
                 ..honest(&repository(), asked)
@@ -350,6 +353,19 @@ fn a_token_stays_with_its_server() {
         server.asked().into_iter().filter(|a| a.host.starts_with("localhost")).collect();
     assert_eq!(elsewhere.len(), 2);
     assert!(elsewhere.iter().all(|a| a.token.is_none()), "{elsewhere:?}");
+    // A repository that was renamed leads to another path of the server, which has the token.
+    let cache = temp_dir("download_renamed");
+    let server = Server::new(|asked, _| match asked.path.strip_prefix("/moved") {
+        Some(path) => honest(&repository(), &Asked { path: path.into(), ..asked.clone() }),
+        None => Answer {
+            headers: format!("Location: http://{}/moved{}\r\n", asked.host, asked.path),
+            ..answer(307, "")
+        },
+    });
+    download(&server.client(&cache)).unwrap();
+    let moved: Vec<Asked> =
+        server.asked().into_iter().filter(|a| a.path.starts_with("/moved")).collect();
+    assert!(moved.len() >= 2 && moved.iter().all(|a| a.token.is_some()), "{moved:?}");
 }
 
 /// The commands: names of models and of data, progress, offline, and hints.
@@ -367,6 +383,7 @@ fn commands_download_what_is_not_here() {
             true => vec![
                 ("data/train.jsonl", rows.clone()),
                 ("data/test.jsonl", rows),
+                ("data/more.jsonl", b"{\"input_ids\": [8, 9]}\n".to_vec()),
                 ("x.py", bytes(9)),
             ],
             false => vec![
@@ -391,20 +408,37 @@ fn commands_download_what_is_not_here() {
     assert!(!done && said.contains("HF_HUB_OFFLINE forbids to download it"), "{said}");
     assert!(server.asked().is_empty());
     let (done, rows, said) = tokenize("org/tiny", "org/rows", false);
-    assert!(done && rows.lines().count() == 3, "{said}");
+    assert!(done && rows.lines().count() == 4, "{said}");
     assert!(said.contains("org/rows is not here: downloads it from http://127.0.0.1"), "{said}");
     let paths: Vec<String> = server.asked().into_iter().map(|a| a.path).collect();
     // Files of the same content are one blob.
     let rows = format!("/datasets/org/rows/resolve/{COMMIT}/data/train.jsonl");
-    assert!(paths.len() == 5 && paths.contains(&rows), "{paths:?}");
+    assert!(paths.len() == 6 && paths.contains(&rows), "{paths:?}");
     // Once is enough, and then no server is needed.
     assert!(tokenize("org/tiny", "org/rows", true).0);
     assert!(tokenize("org/tiny", "org/rows", false).0);
-    assert_eq!(server.asked().len(), 5);
+    assert_eq!(server.asked().len(), 6);
     let (done, _, said) = tokenize("org/tiny", "secret/rows", false);
     assert!(!done && said.contains("HF_TOKEN has the token of your account"), "{said}");
     // A data file that is not there is no name.
     let (done, _, said) = tokenize("org/tiny", "org/rows.jsonl", false);
     assert!(!done && said.contains("cannot open org/rows.jsonl"), "{said}");
-    assert_eq!(server.asked().len(), 6);
+    assert_eq!(server.asked().len(), 7);
+    // Who has a part of a data set is not given it as the whole.
+    let count = |data: &str| tokenize("org/tiny", data, false).1.lines().count();
+    assert_eq!(count("org/parts/data/train.jsonl"), 3);
+    // A pattern takes what is called a test, too.
+    for (all, rows) in [("org/parts", 4), ("org/parts/data", 4), ("org/parts/data/*.jsonl", 7)] {
+        assert_eq!(count(all), rows, "{all}");
+    }
+    // A model whose weights are gone, with a list of its files and without, is not here.
+    let tiny = dir.join("home/hub/models--org--tiny");
+    let weights = tiny.join("snapshots").join(COMMIT).join("model.safetensors");
+    for with_list in [true, false] {
+        fs::remove_file(&weights).unwrap();
+        if !with_list {
+            fs::remove_dir_all(tiny.join("warpo")).unwrap();
+        }
+        assert!(tokenize("org/tiny", "org/rows", false).0 && weights.exists(), "{with_list}");
+    }
 }
