@@ -104,7 +104,6 @@ fn command_that_says_no_score_fails() {
         ("print('[1]')", "the answer \"[1]\" is no score"),
         ("print('\"1\"')", "is no score"),
         ("print()", "is no score"),
-        ("print('1\\n2', flush=True); time.sleep(0.2)", "more than one line for a question: \"2\""),
         ("print(json.dumps({'error': 'out of luck'}))", "failed at sample 10: out of luck"),
     ] {
         let message = failure(&command(says, ", retries = 0"));
@@ -113,6 +112,17 @@ fn command_that_says_no_score_fails() {
     let missing = r#"{ kind = "command", command = ["/no/such/program"], retries = 0 }"#;
     let message = failure(missing);
     assert!(message.contains("cannot start \"/no/such/program\""), "{message}");
+}
+
+/// A line more than there are questions is seen before the next question, if not at once: it would
+/// be taken for an answer.
+#[test]
+fn a_line_too_many_is_noticed() {
+    let mut one = rewards(&command("print('1\\n2', flush=True)", "")).unwrap();
+    let first = score_all(&mut one, &samples());
+    thread::sleep(Duration::from_secs(1));
+    let e = first.and_then(|_| score_all(&mut one, &samples())).unwrap_err().to_string();
+    assert!(e.contains("it wrote more than one line for a question: \""), "{e}");
 }
 
 /// A score that is none is a bad number of the step, as others are.
